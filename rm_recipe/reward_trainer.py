@@ -1,0 +1,135 @@
+"""TRL's RewardTrainer on shared-prefix rows.
+
+Trainer's training step, accumulation, distribution, checkpoints and logging are used as they are.
+Ours are the collator (rows), `compute_loss` (rewards at the ends, one loss per comparison) and the
+metrics, which count comparisons instead of averaging batches.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import logsigmoid
+from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import RewardTrainer
+
+from rm_recipe.batching import Encoded, padded_rows, shared_rows
+from rm_recipe.errors import TrainingError
+
+
+@dataclass
+class RowCollator:
+    """Tokenised comparisons to model inputs; see `batching` for the two layouts.
+
+    Attributes:
+        share: shared-prefix rows where True, one conversation a row otherwise.
+    """
+
+    pad_token_id: int
+    share: bool
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """The rows, and `num_tokens` (), the real tokens in them."""
+        batch = [Encoded(example["prefix"], example["rests"]) for example in examples]
+        make_rows = shared_rows if self.share else padded_rows
+        rows = make_rows(batch, self.pad_token_id)
+        rows["num_tokens"] = (rows["input_ids"] != self.pad_token_id).sum()
+        return rows
+
+
+class LogLines(ProgressCallback):
+    """Trainer's progress bar, with one short line above it for each log instead of a dict."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Prints step, loss, accuracy, margin and learning rate."""
+        if not state.is_world_process_zero or self.training_bar is None or not logs:
+            return
+        shown = [("loss", ".3f"), ("accuracy", ".3f"), ("margin", ".2f"), ("learning_rate", ".1e")]
+        shown += [("eval_loss", ".3f"), ("eval_accuracy", ".3f")]
+        parts = [f"{key.replace('_', ' ')} {logs[key]:{form}}" for key, form in shown if key in logs]
+        if "loss" in logs or "eval_loss" in logs:
+            self.training_bar.write(f"step {state.global_step:>4}  " + "  ".join(parts))
+
+
+class SharedPrefixRewardTrainer(RewardTrainer):
+    """`trl.RewardTrainer` for datasets with the columns `prefix` and `rests` (`Split`).
+
+    The loss is -log sigmoid(r_chosen - r_rejected), the mean over comparisons, with TRL's
+    `center_rewards_coefficient` (arXiv 2312.09244, equation 2).
+
+    Raises:
+        TrainingError: the loss is not finite (Trainer's own filter would hide it).
+    """
+
+    def __init__(self, *args: Any, share_prefixes: bool, **kwargs: Any) -> None:
+        tokenizer = kwargs["processing_class"]
+        kwargs["data_collator"] = RowCollator(tokenizer.pad_token_id, share_prefixes)
+        super().__init__(*args, **kwargs)
+        if not self.args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(LogLines)
+        # TRL casts what is trained on a quantised base to bf16, where AdamW's small steps on
+        # weights near 0.02 round to nothing.
+        for parameter in self.model.parameters():
+            if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
+
+    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        return dataset  # tokenised by `datasets.tokenize`
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["prefix", "rests"]
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """No card in the run folder; the export gets one."""
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        """The mean loss () of a batch of comparisons; with `return_outputs` also the rewards."""
+        num_tokens = inputs.pop("num_tokens")
+        rewards = model(**inputs).logits.squeeze(-1)
+        chosen, rejected = rewards.view(-1, 2).unbind(1)
+        losses = -logsigmoid(chosen - rejected)
+        if self.args.center_rewards_coefficient is not None:
+            losses = losses + self.args.center_rewards_coefficient * (chosen + rejected) ** 2
+        loss = losses.mean()
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss.item()} in step {self.state.global_step + 1}; the usual cures "
+                "are a lower learning_rate and bf16 or fp32 instead of fp16"
+            )
+        self._count(num_tokens, losses.detach(), chosen.detach(), rejected.detach())
+        return (loss, {"rewards": rewards}) if return_outputs else loss
+
+    def _count(
+        self, num_tokens: torch.Tensor, losses: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor
+    ) -> None:
+        """Remembers one value per comparison; TRL's `log` takes their mean.
+
+        `gather_for_metrics` drops what a distributed sampler repeats to fill its last batch.
+        """
+        mode = "train" if self.model.training else "eval"
+        metrics = self._metrics[mode]
+        losses, chosen, rejected = self.accelerator.gather_for_metrics((losses, chosen, rejected))
+        if mode == "train":
+            self._total_train_tokens += int(self.accelerator.gather(num_tokens).sum())
+        else:
+            metrics["loss"] += losses.tolist()  # exact, where Trainer weighs batches by their rows
+        metrics["num_tokens"] = [self._total_train_tokens]
+        margin = chosen - rejected
+        metrics["accuracy"] += ((margin.sign() + 1) / 2).tolist()  # a tie counts 1/2
+        metrics["margin"] += margin.tolist()
+        metrics["mean_reward"] += ((chosen + rejected) / 2).tolist()

@@ -1,0 +1,135 @@
+"""`rm-recipe run RECIPE`: prepare, train, evaluate, export; finished stages are skipped.
+
+What `make train` calls. Training goes through `accelerate launch` with a configuration from
+`accelerate_configs/`, in a process of its own.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rm_recipe.errors import RecipeError, TrainingError
+from rm_recipe.recipe import OFFLINE_DATA, OFFLINE_MODEL, Recipe, read_recipe, read_run_recipe
+
+CONFIGS = Path(__file__).parent.parent / "accelerate_configs"
+
+
+def run(recipe_path: Path, overrides: Sequence[str], *, overwrite: bool = False) -> None:
+    """Goes from a recipe to an exported reward model, and says what it does and what it skips.
+
+    Args:
+        overrides: `--key value` strings for the recipe.
+        overwrite: start anew where a run is there already.
+
+    Raises:
+        RecipeError: the recipe is wrong, or the run folder holds a run of another recipe.
+        TrainingError: training failed; what it printed says why.
+    """
+    from rm_recipe.evaluate import evaluate, print_evaluation
+    from rm_recipe.export import export
+    from rm_recipe.train import changed_keys
+
+    recipe = read_recipe(recipe_path, overrides, check_inputs=False)
+    prepare(recipe)
+    recipe = read_recipe(recipe_path, overrides)
+    folder = recipe.output_dir
+
+    before = (folder / "recipe.yaml").is_file() and not overwrite
+    if before:
+        changed = changed_keys(recipe, read_run_recipe(folder))
+        if changed:
+            raise RecipeError(
+                f"{folder} holds a run of another recipe ({', '.join(changed)} differ); add "
+                "--overwrite to replace it, or give another --output_dir"
+            )
+    if before and (folder / "run.json").is_file():
+        skip("train", folder / "model")
+    else:
+        stage("train", "resuming" if before else str(recipe_path))
+        launch_training(recipe, recipe_path, overrides, "--resume" if before else "--overwrite")
+
+    if (folder / "evaluation.json").is_file():
+        skip("evaluate", folder / "evaluation.json")
+        evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    else:
+        stage("evaluate", "held-out comparisons")
+        evaluation = evaluate(str(folder))
+    if (folder / "export" / "config.json").is_file():
+        skip("export", folder / "export")
+    else:
+        stage("export", str(folder / "export"))
+        print_export(export(folder))
+    print()
+    print_evaluation(evaluation, ["held_out"])
+    print_summary(folder)
+
+
+def stage(name: str, what: str) -> None:
+    """Announces a stage."""
+    print(f"\n[{name}] {what}", flush=True)
+
+
+def skip(name: str, what: Path) -> None:
+    """Announces a stage that is finished already."""
+    print(f"[{name}] finished already, skipped: {what}", flush=True)
+
+
+def prepare(recipe: Recipe) -> None:
+    """Makes the offline base model and data where the recipe names them."""
+    wanted = {recipe.values.get("model_name_or_path"), recipe.values.get("dataset_name")}
+    if wanted & {OFFLINE_MODEL, OFFLINE_DATA}:
+        from rm_recipe.offline import prepare_offline
+
+        for line in prepare_offline():
+            print(f"[prepare] {line}", flush=True)
+
+
+def launch_training(recipe: Recipe, path: Path, overrides: Sequence[str], flag: str) -> None:
+    """Trains in a process of its own, through `accelerate launch`.
+
+    Raises:
+        TrainingError: it failed.
+        KeyboardInterrupt: it was interrupted.
+    """
+    command = [sys.executable, "-m", "rm_recipe", "train", str(path), *overrides, flag]
+    config = CONFIGS / ("cpu.yaml" if recipe.training.use_cpu else "single_gpu.yaml")
+    if config.is_file():  # not there when the package is installed without its repository
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+        command = [*launcher, "--config_file", str(config), *command[1:]]
+    result = subprocess.run(command, check=False)
+    if result.returncode in (130, -2):
+        raise KeyboardInterrupt
+    if result.returncode:
+        raise TrainingError(f"training stopped with exit code {result.returncode}; see above")
+
+
+def print_export(checked: dict[str, Any]) -> None:
+    """One line on how the export was checked."""
+    difference = checked["max_abs_diff"]
+    print(
+        f"{checked['n_sequences']} held-out replies scored again from the exported files: the same "
+        f"rewards (largest difference {difference['merged_to_files']:.0e});\n"
+        f"merging moved rewards by at most {difference['adapter_to_merged']:.3f}."
+    )
+
+
+def print_summary(folder: Path) -> None:
+    """Where everything is, and what to try next."""
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    minutes, gigabytes = record["train_seconds"] / 60, record["peak_memory_bytes"] / 1e9
+    print(
+        f"Trained in {minutes:.1f} minutes, {record['comparisons_per_s']:.1f} comparisons/s, "
+        f"at most {gigabytes:.1f} GB.\n\n"
+        f"  {folder}/export            the reward model, merged: plain transformers loads it\n"
+        f"  {folder}/model             the trained adapter and head\n"
+        f"  {folder}/evaluation.json   every figure; predictions.jsonl has each comparison\n"
+        f"  {folder}/run.json          seed, versions, cost, training log\n\n"
+        "Try next:\n"
+        f"  rm-recipe score {folder}/export \\\n"
+        '      --prompt "How was your weekend?" --response "Great, we went hiking. Yours?"\n'
+        f"  rm-recipe evaluate {folder} --dataset YOUR_COMPARISONS.jsonl\n"
+        f"  rm-recipe run recipes/smollm2_offline.yaml --seed 1 --output_dir outputs/seed1\n"
+    )

@@ -1,0 +1,206 @@
+"""From (prompt, response) to rewards: one path for evaluation, `score`, the export and RL."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import PeftModel
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from rm_recipe.artifacts import whole_file
+from rm_recipe.batching import Encoded, padded_rows, shared_rows, split_at_common_prefix
+from rm_recipe.errors import DataError, RecipeError, TrainingError
+from rm_recipe.modeling import autocast, load_trained
+from rm_recipe.preferences import conversation
+from rm_recipe.recipe import looks_local
+from rm_recipe.sharing import decide_sharing
+from rm_recipe.tokenization import load_tokenizer, render
+
+TOKENS_PER_BATCH = 4096  # enough to fill two cores or a small GPU, little enough for 8 GB
+
+
+class RewardModel:
+    """A judge: reads a prompt and a response, returns one number.
+
+    Example::
+
+        model = RewardModel.from_pretrained("outputs/smollm2_offline")
+        model.score([{"prompt": "How are you?", "response": "Fine, thanks! And you?"}])
+
+    A prompt is a text (one user message) or a list of messages.
+    """
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        settings = getattr(model.config, "rm_recipe", None) or {}  # what training truncated to
+        self.max_length: int | None = settings.get("max_length")
+        self.truncation: str = settings.get("truncation", "drop_oldest_turns")
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        wanted = settings.get("prefix_sharing", "auto")
+        self.sharing = decide_sharing(base, wanted, self.max_length)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, device: str | None = None) -> "RewardModel":
+        """Loads a run folder, its `model/`, a merged export or a one-label model from the Hub.
+
+        Args:
+            device: where to put it; by default a GPU if there is one.
+
+        Raises:
+            RecipeError: there is no such model, or it is not a reward model.
+        """
+        folder = find_model(str(path))
+        tokenizer = load_tokenizer(folder)
+        model = load_trained(folder, tokenizer)
+        if device is None:
+            device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        if not getattr(model.config, "quantization_config", None):  # loaded where it is to stay
+            model = model.to(device)
+        return cls(model, tokenizer)
+
+    def score(self, items: Sequence[dict[str, Any]], progress: bool = False) -> NDArray[np.float32]:
+        """Rewards of `{"prompt": str or messages, "response": str}` items; `(n,)` float32.
+
+        Items with the same prompt share its encoding.
+
+        Raises:
+            DataError: an item has no prompt or response, or is too long for the model; the message
+                counts items from 1.
+        """
+        groups: dict[str, list[int]] = {}
+        conversations = []
+        for number, item in enumerate(items):
+            conversations.append(self._encode(number, item))
+            groups.setdefault(json.dumps(item["prompt"]), []).append(number)
+        encoded = [split_at_common_prefix([conversations[i] for i in group]) for group in groups.values()]
+        rewards = np.empty(len(items), np.float32)
+        for group, values in zip(groups.values(), self.score_encoded(encoded, progress), strict=True):
+            rewards[group] = values
+        return rewards
+
+    def _encode(self, number: int, item: dict[str, Any]) -> list[int]:
+        prompt, response = item.get("prompt"), item.get("response")
+        if not prompt or not isinstance(response, str):
+            raise DataError(f"item {number + 1}: expected a 'prompt' and a 'response' text")
+        try:
+            text = render(self.tokenizer, conversation(prompt, response))
+        except Exception as error:  # templates raise what they like on messages they do not know
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"item {number + 1}: the chat template refuses its messages: {reason}") from None
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if self.max_length is not None and len(ids) > self.max_length:
+            raise DataError(
+                f"item {number + 1}: {len(ids)} tokens; the model was trained on at most {self.max_length}"
+            )
+        return ids
+
+    def score_encoded(
+        self, comparisons: Sequence[Encoded], progress: bool = False
+    ) -> list[NDArray[np.float32]]:
+        """Rewards of tokenised comparisons, in order: for each an array `(K,)` float32.
+
+        Comparisons of similar length are scored together. Raises TrainingError if a reward is not
+        finite.
+        """
+        device = next(self.model.parameters()).device
+        results: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(comparisons)
+        order = sorted(range(len(comparisons)), key=lambda i: -comparisons[i].length)
+        make_rows = shared_rows if self.sharing.used else padded_rows
+        with tqdm(total=len(order), desc="Scoring", unit="prompt", disable=not progress) as bar:
+            for members in _batches(order, comparisons):
+                batch = [comparisons[i] for i in members]
+                rows = make_rows(batch, self.tokenizer.pad_token_id)
+                rows = {key: value.to(device) for key, value in rows.items()}
+                with torch.inference_mode(), autocast(self.model):
+                    logits = self.model(**rows).logits
+                rewards = logits.float().squeeze(-1).cpu().numpy()
+                if not np.isfinite(rewards).all():
+                    raise TrainingError("the model gives rewards that are not finite numbers")
+                sizes = np.cumsum([len(comparison.rests) for comparison in batch])[:-1]
+                for i, values in zip(members, np.split(rewards, sizes), strict=True):
+                    results[i] = values
+                bar.update(len(members))
+        return results
+
+
+def _batches(order: Sequence[int], comparisons: Sequence[Encoded]) -> Iterable[list[int]]:
+    batch: list[int] = []
+    tokens = 0
+    for index in order:
+        if batch and tokens + comparisons[index].length > TOKENS_PER_BATCH:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(index)
+        tokens += comparisons[index].length
+    if batch:
+        yield batch
+
+
+def find_model(path: str) -> str:
+    """The folder with the weights: of a run its `model/`, else the path or Hub id itself.
+
+    Raises:
+        RecipeError: a local path with no model in it.
+    """
+    folder = Path(path)
+    if (folder / "model" / "config.json").is_file():
+        return str(folder / "model")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        unfinished = (folder / "recipe.yaml").is_file()
+        raise RecipeError(
+            f"{path} has no trained model yet; continue its training with `--resume`"
+            if unfinished
+            else f"{path} holds no model (no config.json) and no run (no model/)"
+        )
+    if not folder.exists() and (looks_local(path) or folder.parts[0] == "outputs"):
+        raise RecipeError(f"{path} does not exist")
+    return path
+
+
+def score_file(model_path: str, source: Path, target: Path) -> int:
+    """Adds `"reward"` to every line of a .jsonl file of items; returns how many.
+
+    Raises:
+        DataError: a line is not such an item; nothing is written.
+    """
+    items = read_items(source)
+    rewards = RewardModel.from_pretrained(model_path).score(items, progress=True)
+    with whole_file(target) as partial, partial.open("w", encoding="utf-8") as file:
+        for item, reward in zip(items, rewards, strict=True):
+            file.write(json.dumps({**item, "reward": float(reward)}, ensure_ascii=False) + "\n")
+    return len(items)
+
+
+def read_items(source: Path) -> list[dict[str, Any]]:
+    """The `{"prompt", "response"}` items of a .jsonl file.
+
+    Raises:
+        DataError: with file and line.
+    """
+    try:
+        # Not splitlines(): JSON text may hold U+2028 and the like, which end no line of a file.
+        lines = source.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except FileNotFoundError:
+        raise DataError(f"{source}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise DataError(f"{source}: cannot be read: {error.strerror}") from None
+    if lines == [""]:
+        raise DataError(f"{source}: the file is empty")
+    items = []
+    for number, line in enumerate(lines, 1):
+        try:
+            item = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{source}, line {number}: not JSON: {error.msg}") from None
+        if not isinstance(item, dict) or not item.get("prompt") or not isinstance(item.get("response"), str):
+            raise DataError(f'{source}, line {number}: expected {{"prompt": ..., "response": "..."}}')
+        items.append(item)
+    return items

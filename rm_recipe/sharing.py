@@ -1,0 +1,96 @@
+"""Whether a model may share prefixes: proven on a small random copy of it before it is used."""
+
+import copy
+import random
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from rm_recipe.batching import Encoded, shared_rows
+from rm_recipe.modeling import add_reward_positions
+
+TOLERANCE = 1e-5
+VOCABULARY = 64
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """The decision and its reason, as `run.json` records it."""
+
+    used: bool
+    reason: str
+    max_abs_diff: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def decide_sharing(model: PreTrainedModel, wanted: str, max_length: int | None) -> Sharing:
+    """Shares prefixes where `wanted` is `auto` and a small copy of the model proves it exact.
+
+    Args:
+        model: the classifier that will be trained or scored with.
+        wanted: the recipe's `prefix_sharing`.
+        max_length: the longest conversation; a row holds at most K = 2 of them.
+    """
+    config = model.config
+    if wanted == "off":
+        return Sharing(False, "prefix_sharing is off")
+    if not isinstance(getattr(model, "score", None), torch.nn.Module):
+        return Sharing(False, f"{config.model_type} has no causal classifier")
+    window = getattr(config.get_text_config(), "sliding_window", None)
+    if window and (max_length is None or 2 * max_length > window):
+        return Sharing(False, f"rows could be longer than the sliding window of {window} tokens")
+    try:
+        difference = measure_sharing(config)
+    except Exception as error:  # whatever a foreign architecture raises: it is not proven
+        return Sharing(
+            False, f"the proof failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        )
+    if not difference <= TOLERANCE:
+        return Sharing(False, f"rewards differ by {difference:.1e} on a small copy", difference)
+    return Sharing(True, "equal on a small copy", difference)
+
+
+def measure_sharing(config: Any) -> float:
+    """Largest reward difference between shared rows and one sequence at a time.
+
+    The model is a random fp32 copy of `config` with two layers and a small vocabulary, on the CPU.
+    """
+    small = copy.deepcopy(config)
+    text = small.get_text_config()
+    text.num_hidden_layers = 2
+    if getattr(text, "layer_types", None):
+        text.layer_types = sorted(set(text.layer_types))[:2] * (2 // len(set(text.layer_types[:2])) or 1)
+        text.num_hidden_layers = len(text.layer_types)
+    text.vocab_size = VOCABULARY
+    text.pad_token_id, text.bos_token_id, text.eos_token_id = 0, 1, 2
+    if hasattr(small, "quantization_config"):
+        del small.quantization_config
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_config(
+            small, attn_implementation=config._attn_implementation, dtype=torch.float32
+        ).eval()
+    batch = _random_comparisons()
+    add_reward_positions(model)
+    with torch.no_grad():
+        shared = model(**shared_rows(batch, pad_token_id=0)).logits[:, 0]
+        alone = [
+            model(input_ids=torch.tensor([ids])).logits[0, 0]
+            for comparison in batch
+            for ids in comparison.conversations()
+        ]
+    return float((shared - torch.stack(alone)).abs().max())
+
+
+def _random_comparisons() -> list[Encoded]:
+    rng = random.Random(0)
+
+    def tokens(n: int) -> list[int]:
+        return [rng.randrange(3, VOCABULARY) for _ in range(n)]
+
+    shapes = [(0, (3, 5)), (7, (1, 9)), (20, (4, 4, 6)), (2, (2, 1))]
+    return [Encoded(tokens(prefix), [tokens(n) for n in rests]) for prefix, rests in shapes]

@@ -1,0 +1,287 @@
+"""`rm-recipe train RECIPE`: a base model and comparisons in, a trained reward model out."""
+
+import importlib.metadata
+import json
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from transformers import PreTrainedTokenizerBase, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from rm_recipe import modeling, tokenization
+from rm_recipe.artifacts import whole_folder, write_json
+from rm_recipe.datasets import Split, load_splits, tokenize
+from rm_recipe.errors import RecipeError, TrainingError
+from rm_recipe.recipe import Recipe, read_run_recipe
+from rm_recipe.reward_trainer import SharedPrefixRewardTrainer
+from rm_recipe.sharing import Sharing, decide_sharing
+
+PACKAGES = ("torch", "trl", "transformers", "datasets", "peft", "accelerate", "bitsandbytes", "rm-recipe")
+
+
+def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> None:
+    """Trains a reward model by a recipe and leaves `model/` and `run.json` in its run folder.
+
+    Args:
+        resume: go on from the newest checkpoint in the run folder.
+        overwrite: remove the run that is there and start anew.
+
+    Raises:
+        RecipeError: the run folder is used and neither flag is given, or the model does not fit.
+        DataError: the data cannot be used.
+        TrainingError: the loss is not finite, or the saved head is not the trained one.
+    """
+    checkpoint = claim_run_folder(recipe, resume=resume, overwrite=overwrite)
+    tokenizer, model, new_modules = load_model(recipe)
+    train_split, test_split = tokenised_splits(recipe, tokenizer)
+    sharing = decide_sharing(model, recipe.data.prefix_sharing, recipe.training.max_length)
+    say(f"prefix sharing: {'on' if sharing.used else 'off'} ({sharing.reason})")
+    say(f"comparisons: {len(train_split.comparisons)} to train on, {len(test_split.comparisons)} held out")
+    if recipe.model.use_peft:
+        model = modeling.add_lora(model, recipe.model, new_modules)
+    start = head_of(model)
+
+    trainer = SharedPrefixRewardTrainer(
+        model=model,
+        args=recipe.training,
+        train_dataset=train_split.comparisons,
+        eval_dataset=test_split.comparisons,
+        processing_class=tokenizer,
+        share_prefixes=sharing.used,
+    )
+    began = time.monotonic()
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.monotonic() - began
+    trainer.accelerator.wait_for_everyone()
+    save_model(trainer, recipe, tokenizer, start)
+    if trainer.is_world_process_zero():
+        record = run_record(recipe, trainer, sharing, train_split, test_split, seconds)
+        record["final_loss"] = result.training_loss
+        write_json(recipe.output_dir / "run.json", record)
+    trainer.end()
+
+
+def say(message: str) -> None:
+    """Prints a line, once however many processes there are."""
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        print(message, flush=True)
+
+
+# --- before ----------------------------------------------------------------------------------
+
+
+def claim_run_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> str | None:
+    """Makes the run folder, or takes over a used one; returns the checkpoint to go on from.
+
+    Raises:
+        RecipeError: it is used and neither flag is given, it is no run folder, it belongs to
+            another recipe, or there is nothing to resume.
+    """
+    folder = recipe.output_dir
+    if resume and overwrite:
+        raise RecipeError("--resume and --overwrite exclude each other")
+    if folder.is_file():
+        raise RecipeError(f"'output_dir: {folder}' is a file")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "recipe.yaml").is_file():
+        raise RecipeError(f"'output_dir: {folder}' is not empty and is not a run folder; choose another one")
+    used = (folder / "recipe.yaml").is_file()
+    if used and not (resume or overwrite):
+        raise RecipeError(
+            f"{folder} holds a run already; add --resume to go on with it, --overwrite to start "
+            "anew, or give another --output_dir"
+        )
+    checkpoint = None
+    if resume:
+        if not used:
+            raise RecipeError(f"{folder} holds no run to resume")
+        changed = changed_keys(recipe, read_run_recipe(folder))
+        if changed:
+            raise RecipeError(
+                f"{folder} was started with another recipe; resuming needs the same values of: "
+                f"{', '.join(changed)}"
+            )
+        checkpoint = get_last_checkpoint(folder)
+    from accelerate import PartialState
+
+    state = PartialState()
+    if state.is_main_process:
+        if overwrite and folder.is_dir():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        recipe.save(folder / "recipe.yaml")
+    state.wait_for_everyone()
+    return checkpoint
+
+
+# Keys that change what is printed or kept, never what is learnt.
+WITHOUT_EFFECT = {
+    "output_dir", "save_strategy", "save_steps", "save_total_limit", "logging_steps", "logging_strategy",
+    "logging_first_step", "report_to", "run_name", "project", "disable_tqdm", "eval_strategy", "eval_steps",
+    "per_device_eval_batch_size", "target_accuracy", "gate_statistic", "max_eval_samples",
+    "dataset_num_proc", "log_level", "log_level_replica", "dataloader_pin_memory",
+}  # fmt: skip
+
+
+def changed_keys(recipe: Recipe, before: Recipe) -> list[str]:
+    """The keys whose difference would change what is learnt."""
+    now, then = recipe.resolved(), before.resolved()
+    return [key for key in now if key not in WITHOUT_EFFECT and now[key] != then.get(key)]
+
+
+def load_model(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Any, list[str]]:
+    """The tokenizer, the base as a one-label classifier, and the modules that are new in it."""
+    name, revision = recipe.model.model_name_or_path, recipe.model.model_revision
+    remote, max_length = recipe.training.trust_remote_code, recipe.training.max_length
+    assert name is not None
+    config = tokenization.load_config(name, revision, remote)
+    tokenization.check_lengths(config, max_length, name)
+    tokenizer = tokenization.load_tokenizer(name, revision, remote, recipe.training.chat_template_path)
+    set_seed(recipe.training.seed)
+    model, new_modules = modeling.load_base(recipe.model, tokenizer, recipe.training.seed, remote)
+    model.config.rm_recipe = {
+        "max_length": max_length,
+        "truncation": recipe.data.truncation,
+        "prefix_sharing": recipe.data.prefix_sharing,
+    }
+    return tokenizer, model, new_modules
+
+
+def tokenised_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Split, Split]:
+    """Train and held-out comparisons with their token ids; the main process makes the cache."""
+    from accelerate import PartialState
+
+    training = recipe.training
+    settings = (tokenizer, training.max_length, recipe.data.truncation, training.dataset_num_proc)
+    with PartialState().main_process_first():
+        train_split, test_split = load_splits(recipe)
+        train_split, test_split = tokenize(train_split, *settings), tokenize(test_split, *settings)
+    for split, name in ((train_split, "train"), (test_split, "held-out")):
+        if not len(split.comparisons):
+            raise RecipeError(f"no {name} comparison is left after tokenising: {dict(split.excluded)}")
+    return train_split, test_split
+
+
+# --- after -----------------------------------------------------------------------------------
+
+
+def head_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of the head's parameters."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    names = modeling.head_names(base)
+    return {
+        key: value.detach().cpu().clone()
+        for name in names
+        for key, value in base.get_submodule(name).named_parameters(prefix=name)
+        if value.requires_grad
+    }
+
+
+def save_model(
+    trainer: SharedPrefixRewardTrainer,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    start: dict[str, torch.Tensor],
+) -> None:
+    """Writes `model/` (adapter or model, head, config, tokenizer) and reads the head back.
+
+    Raises:
+        TrainingError: the head is missing from what was saved, or it has not moved from `start`.
+    """
+    target = recipe.output_dir / "model"
+    if not trainer.is_world_process_zero():
+        trainer.save_model(str(target))  # takes part in gathering what is sharded
+        return
+    with whole_folder(target) as folder:
+        trainer.save_model(str(folder))
+        trainer.accelerator.unwrap_model(trainer.model).config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        # It pickles the training arguments, a Hub token among them if there is one.
+        (folder / "training_args.bin").unlink(missing_ok=True)
+        check_saved_head(folder, start)
+
+
+def check_saved_head(folder: Path, start: dict[str, torch.Tensor]) -> None:
+    """Reads the head's tensors back from disk: they are there and differ from `start`."""
+    saved: dict[str, torch.Tensor] = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            saved |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+    for name, before in start.items():
+        plain = name.replace("modules_to_save.default.", "").replace("original_module.", "")
+        found = [value for key, value in saved.items() if key.endswith(plain)]
+        if not found:
+            raise TrainingError(f"the head's {plain} is missing from what was saved in {folder}")
+        if torch.equal(found[0].float(), before.float()):
+            raise TrainingError(f"the head's {plain} did not move in training; is the learning_rate 0?")
+
+
+def run_record(
+    recipe: Recipe,
+    trainer: SharedPrefixRewardTrainer,
+    sharing: Sharing,
+    train_split: Split,
+    test_split: Split,
+    seconds: float,
+) -> dict[str, Any]:
+    """What `run.json` says of a run: enough to repeat it and to judge its cost."""
+    state, training = trainer.state, recipe.training
+    batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    seen = min(state.global_step * batch, round(len(train_split.comparisons) * (state.epoch or 0)))
+    return {
+        "seed": training.seed,
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "git_commit": git_commit(),
+        "data_fingerprints": {
+            "train": train_split.comparisons._fingerprint,
+            "held_out": test_split.comparisons._fingerprint,
+        },
+        "comparisons": {
+            "train": len(train_split.comparisons),
+            "train_excluded": dict(train_split.excluded),
+            "held_out": len(test_split.comparisons),
+        },
+        "prefix_sharing": sharing.as_dict(),
+        "device": str(training.device),
+        "processes": training.world_size,
+        "steps": state.global_step,
+        "comparisons_per_s": seen / seconds,
+        "tokens_per_s": trainer._total_train_tokens / seconds,
+        "train_seconds": seconds,
+        "peak_memory_bytes": peak_memory(),
+        "log": state.log_history,
+    }
+
+
+def peak_memory() -> int:
+    """Peak memory of this process in bytes: CUDA's where there is a GPU, else resident memory."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def git_commit() -> str | None:
+    """The commit of the source that runs, None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def trained(recipe: Recipe) -> bool:
+    """Whether the run folder holds a finished training of this very recipe."""
+    record = recipe.output_dir / "run.json"
+    return record.is_file() and bool(json.loads(record.read_text(encoding="utf-8")).get("steps"))

@@ -1,0 +1,170 @@
+"""Tiny random models, a tiny tokenizer and small preference files; no test needs the network."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    BertTokenizer,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+REPOSITORY = Path(__file__).parent.parent
+WORDS = "the a good bad cat dog sat ran on mat far away yes no maybe hello how are you fine thanks".split()
+
+# TinyLlama's template, in our words: a speaker's tag, the text, EOS.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE that, like TinyLlama's, adds BOS by itself and pads with EOS."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([" ".join(WORDS)] * 5, trainer)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="</s>",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer random Llama with a tokenizer, as a model folder."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_distilbert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer random DistilBERT with a BertTokenizer, as a model folder."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-distilbert"
+    torch.manual_seed(0)
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ":", ".", "?", "!", "user", "assistant", *WORDS]
+    tokenizer = BertTokenizer(vocab={token: number for number, token in enumerate(tokens)})
+    config = DistilBertConfig(
+        vocab_size=len(tokens), dim=32, hidden_dim=64, n_layers=2, n_heads=4, max_position_embeddings=64
+    )
+    DistilBertForMaskedLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_rows(n: int, seed: int) -> list[dict[str, Any]]:
+    """Comparisons that can be learnt: the chosen reply says `good`, the rejected one `bad`."""
+    rng = random.Random(seed)
+
+    def words(k: int) -> str:
+        return " ".join(rng.choice(WORDS) for _ in range(k))
+
+    return [
+        {
+            "prompt": [{"role": "user", "content": f"{words(3)} {number} {words(rng.randrange(1, 6))}"}],
+            "chosen": f"{words(rng.randrange(1, 4))} good good",
+            "rejected": f"{words(rng.randrange(1, 4))} bad bad",
+        }
+        for number in range(seed * 1000, seed * 1000 + n)
+    ]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 64 train and 40 test comparisons."""
+    folder = tmp_path_factory.mktemp("data") / "preferences"
+    write_jsonl(folder / "train.jsonl", make_rows(64, seed=1))
+    write_jsonl(folder / "test.jsonl", make_rows(40, seed=2))
+    return folder
+
+
+@pytest.fixture
+def write_recipe(tmp_path: Path, tiny_llama: Path, tiny_data: Path) -> Callable[..., Path]:
+    """Writes a recipe for the tiny Llama into the test's folder; keyword arguments win."""
+
+    def write(**keys: Any) -> Path:
+        values = {
+            "model_name_or_path": str(tiny_llama),
+            "dataset_name": str(tiny_data),
+            "output_dir": str(tmp_path / "run"),
+            "use_peft": True,
+            "lora_r": 4,
+            "max_length": 128,
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": 8,
+            "learning_rate": 1e-2,
+            "gradient_checkpointing": False,
+            "save_strategy": "no",
+            "use_cpu": True,
+            "bf16": False,
+            "disable_tqdm": True,
+            "seed": 0,
+            **keys,
+        }
+        path = tmp_path / "recipe.yaml"
+        lines = (f"{key}: {json.dumps(value)}\n" for key, value in values.items() if value != "omit")
+        path.write_text("".join(lines))
+        return path
+
+    return write
+
+
+def run_cli(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """`rm-recipe ARGUMENTS` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "rm_recipe", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        check=False,
+        env={**os.environ, "COLUMNS": "80"},
+    )

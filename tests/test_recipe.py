@@ -1,0 +1,192 @@
+"""Recipes are parsed strictly, resolved for the device, and every fault is reported at once."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rm_recipe import recipe as recipe_module
+from rm_recipe.errors import RecipeError
+from rm_recipe.recipe import DataArguments, looks_local, read_recipe, read_run_recipe
+
+SHIPPED = sorted((REPOSITORY / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_shipped_recipe_is_accepted_and_says_what_it_is_for(path):
+    recipe = read_recipe(path, check_inputs=False)
+    assert recipe.output_dir == Path("outputs") / path.stem
+    header = path.read_text(encoding="utf-8").split("\n\n")[0]
+    for part in ("# Purpose:", "# Needs:", f"rm_recipe train recipes/{path.name}"):
+        assert part in header
+
+
+def test_the_recipes_of_the_mission_are_there():
+    names = {path.stem for path in SHIPPED}
+    assert names >= {
+        "smollm2_offline", "tinyllama_hh_lora", "tinyllama_hh_qlora", "tinyllama_hh_helpful",
+        "tinyllama_hh_harmless", "distilbert_hh",
+    }  # fmt: skip
+    for name in names - {"smollm2_offline"}:
+        values = read_recipe(REPOSITORY / f"recipes/{name}.yaml", check_inputs=False).values
+        assert values["dataset_name"] == "Anthropic/hh-rlhf"
+        assert values["model_name_or_path"] in (
+            "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+            "distilbert/distilbert-base-uncased",
+        )
+
+
+def test_all_faults_come_in_one_message_each_with_its_place_and_fix(write_recipe):
+    path = write_recipe(
+        lerning_rate=1e-4, lora_r=True, lr_scheduler_type="cosin", max_length=-3, load_in_4bit=True,
+        load_in_8bit=True, hub_token="secret", dataset_test_split="train", truncation="cut",
+    )  # fmt: skip
+    with path.open("a") as file:
+        file.write("seed: 1\n")
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(path, ["--num_train_epochs", "many", "--foo"])
+    message = str(caught.value)
+    for part in (
+        f"{path}: unknown key 'lerning_rate'. Did you mean 'learning_rate'?",
+        f"{path}: 'lora_r: True' should be a whole number",
+        "'lr_scheduler_type: cosin' is not one of",
+        "Did you mean 'cosine'?",
+        "'max_length: -3' must be above 0",
+        "'load_in_4bit' and 'load_in_8bit' cannot both be true",
+        "key 'hub_token' is not for a recipe",
+        "'dataset_test_split: train' must differ from 'dataset_train_split'",
+        "'truncation: cut' is not one of drop_oldest_turns, keep_end, exclude.",
+        "key 'seed' is given twice",
+        "command line: 'num_train_epochs: many' should be a number",
+        "command line: --foo has no value",
+    ):
+        assert part in message
+    assert "secret" not in message
+
+
+def test_the_command_line_wins_over_the_file(write_recipe):
+    recipe = read_recipe(write_recipe(), ["--learning-rate", "3e-4", "--lora_target_modules=q_proj,v_proj"])
+    assert recipe.training.learning_rate == 3e-4
+    assert recipe.model.lora_target_modules == ["q_proj", "v_proj"]
+
+
+def test_a_number_in_scientific_notation_is_a_number(write_recipe):
+    """YAML 1.1 reads 1e-4 as text."""
+    path = write_recipe(learning_rate="omit")
+    path.write_text(path.read_text() + "learning_rate: 1e-4\n")
+    assert read_recipe(path).training.learning_rate == 1e-4
+
+
+def test_the_resolved_recipe_is_a_recipe_with_the_same_values(write_recipe, tmp_path):
+    recipe = read_recipe(write_recipe(lora_target_modules="all-linear"))
+    recipe.save(tmp_path / "resolved.yaml")
+    assert read_recipe(tmp_path / "resolved.yaml").resolved() == recipe.resolved()
+    assert {field.name for field in dataclasses.fields(DataArguments)} <= recipe.resolved().keys()
+
+
+def test_a_run_is_read_back_with_the_device_chosen_anew(write_recipe, tmp_path, monkeypatch):
+    run = tmp_path / "moved"
+    run.mkdir()
+    read_recipe(write_recipe(bf16=True)).save(run / "recipe.yaml")
+    monkeypatch.setattr(recipe_module, "_cpu_has_bf16", lambda: False)
+    again = read_run_recipe(run)
+    assert not again.training.bf16
+    assert again.output_dir == run
+
+
+@pytest.mark.parametrize(
+    ("native", "use_peft", "dtype"),
+    [(True, True, "bfloat16"), (True, False, "float32"), (False, True, "float32")],
+)
+def test_on_a_cpu_precision_follows_what_the_cpu_can_do(write_recipe, monkeypatch, native, use_peft, dtype):
+    monkeypatch.setattr(recipe_module, "_cpu_has_bf16", lambda: native)
+    recipe = read_recipe(write_recipe(bf16="omit", use_peft=use_peft))
+    assert recipe.training.bf16 is native
+    assert recipe.model.dtype == dtype
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_a_gpu_is_used_in_bf16_where_it_has_that_and_in_fp16_elsewhere(monkeypatch, has_bf16):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("transformers.utils.is_torch_bf16_gpu_available", lambda: has_bf16)
+    values = recipe_module._device_values({"use_peft": True})
+    assert not values["use_cpu"]
+    assert (values["bf16"], values["fp16"]) == (has_bf16, not has_bf16)
+    assert values["dtype"] == ("bfloat16" if has_bf16 else "float16")
+
+
+def test_bf16_asked_of_a_gpu_without_it_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("transformers.utils.is_torch_bf16_gpu_available", lambda: False)
+    with pytest.raises(RecipeError, match="this GPU has no bfloat16"):
+        recipe_module._device_values({"bf16": True})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty"),
+        ("- a\n- b\n", "holds a list"),
+        ("a: [1,\n", "not valid YAML"),
+        ("a: !!python/object:os.system x\n", "not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, content, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    with pytest.raises(RecipeError, match=message):
+        read_recipe(path)
+
+
+def test_a_missing_recipe_names_the_nearest_one():
+    with pytest.raises(RecipeError, match=r"no such recipe. Did you mean .*smollm2_offline\.yaml"):
+        read_recipe(REPOSITORY / "recipes" / "smollm_offline.yaml")
+
+
+def test_missing_inputs_are_named_before_anything_is_loaded(write_recipe):
+    path = write_recipe(model_name_or_path="./no/model", dataset_name="none.jsonl")
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(path)
+    assert "'model_name_or_path: ./no/model' does not exist" in str(caught.value)
+    assert "'dataset_name: none.jsonl' does not exist" in str(caught.value)
+
+
+def test_the_offline_recipe_says_how_its_inputs_are_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match="run `rm-recipe prepare offline`"):
+        read_recipe(REPOSITORY / "recipes" / "smollm2_offline.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "local"),
+    [
+        ("Anthropic/hh-rlhf", False), ("gpt2", False), ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", False),
+        ("./x", True), ("/x", True), ("a/b/c", True), ("data.jsonl.gz", True), ("d/x.parquet", True),
+    ],
+)  # fmt: skip
+def test_a_hub_id_is_told_from_a_path(name, local):
+    assert looks_local(name) is local
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from(["seed", "learning_rate", "bf16", "optim", "lora_r", "debug", "x", "fsdp_config"]),
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.integers()),
+    )
+)
+def test_whatever_a_recipe_holds_it_is_read_or_refused(values):
+    path = Path(os.environ.get("TMPDIR", "/tmp")) / f"fuzz-{os.getpid()}.yaml"
+    path.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
+    try:
+        with pytest.raises(RecipeError) as caught:  # at the least, model and data are missing
+            read_recipe(path)
+        assert "model_name_or_path" in str(caught.value) or "holds" in str(caught.value) or not values
+    finally:
+        path.unlink()

@@ -1,0 +1,105 @@
+"""The text that is scored: served as trained, one BOS at most, a pad token that is not EOS."""
+
+import pytest
+from conftest import make_tokenizer
+from transformers import AutoConfig, AutoTokenizer
+
+from rm_recipe.errors import RecipeError
+from rm_recipe.preferences import Comparison, Excluded
+from rm_recipe.tokenization import check_lengths, encode, load_tokenizer, pad_token, render
+
+MESSAGES = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good cat"}]
+
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    return [{"role": "assistant" if i % 2 else "user", "content": t} for i, t in enumerate(texts)]
+
+
+@pytest.mark.parametrize("fixture", ["tiny_llama", "tiny_distilbert"])
+def test_special_tokens_come_once_also_after_saving_and_loading(fixture, request, tmp_path):
+    tokenizer = load_tokenizer(str(request.getfixturevalue(fixture)))
+    tokenizer.save_pretrained(tmp_path)
+    text = render(tokenizer, MESSAGES)
+    expected = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for other in (tokenizer, AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(str(tmp_path))):
+        assert render(other, MESSAGES) == text
+        for add_special_tokens in (True, False):
+            assert other(text, add_special_tokens=add_special_tokens)["input_ids"] == expected
+        assert other.pad_token_id == tokenizer.pad_token_id
+
+
+def test_an_encoder_reads_cls_text_sep(tiny_distilbert):
+    tokenizer = load_tokenizer(str(tiny_distilbert))
+    ids = tokenizer(render(tokenizer, MESSAGES))["input_ids"]
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    assert tokens.count("[CLS]") == 1
+    assert tokens[0] == "[CLS]"
+    assert tokens[-1] == "[SEP]"
+
+
+def test_a_pad_token_that_is_eos_is_replaced_by_an_unused_one(tiny_llama):
+    assert make_tokenizer().pad_token == "</s>"
+    assert load_tokenizer(str(tiny_llama)).pad_token == "<unk>"
+
+
+def test_a_vocabulary_without_an_unused_token_gets_a_new_one():
+    tokenizer = make_tokenizer()
+    tokenizer.unk_token = None
+    assert pad_token(tokenizer) == "<|pad|>"
+
+
+def test_a_model_without_a_template_gets_a_plain_one(tiny_llama, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    text = render(load_tokenizer(str(tmp_path)), MESSAGES)
+    assert text == "<s>User: hello\n\nAssistant: good cat</s>"
+
+
+def test_both_conversations_are_tokenised_whole_and_split_where_they_differ(tiny_llama):
+    tokenizer = load_tokenizer(str(tiny_llama))
+    comparison = Comparison(turns("hello"), ["good", "goodness"])
+    encoded = encode(tokenizer, comparison, max_length=None)
+    for ids, messages in zip(encoded.conversations(), comparison.conversations(), strict=True):
+        assert ids == tokenizer(render(tokenizer, messages))["input_ids"]
+
+
+def test_truncation_drops_the_oldest_exchange_for_both_and_keeps_question_and_reply(tiny_llama):
+    tokenizer = load_tokenizer(str(tiny_llama))
+    long = Comparison(turns("far " * 30, "yes", "hello"), ["good", "bad"])
+    short = Comparison(turns("hello"), ["good", "bad"])
+    full = max(map(len, encode(tokenizer, long, None).conversations()))
+    assert encode(tokenizer, long, full) == encode(tokenizer, long, None)
+    assert encode(tokenizer, long, full - 1) == encode(tokenizer, short, None)
+
+
+def test_keep_end_cuts_the_front_of_the_shared_prefix(tiny_llama):
+    tokenizer = load_tokenizer(str(tiny_llama))
+    comparison = Comparison(turns("far " * 30), ["good", "bad cat"])
+    whole = encode(tokenizer, comparison, None)
+    cut = encode(tokenizer, comparison, 20, "keep_end")
+    assert max(map(len, cut.conversations())) == 20
+    assert cut.rests == whole.rests
+    assert whole.prefix[-len(cut.prefix) :] == cut.prefix
+
+
+@pytest.mark.parametrize(
+    ("truncation", "comparison", "reason"),
+    [
+        ("drop_oldest_turns", Comparison(turns("hi"), ["far " * 40, "bad"]), "response_too_long"),
+        ("drop_oldest_turns", Comparison(turns("far " * 40), ["good", "bad"]), "too_long"),
+        ("exclude", Comparison(turns("far " * 20, "yes", "hi"), ["good", "bad"]), "too_long"),
+    ],
+)
+def test_what_does_not_fit_is_excluded_by_name(tiny_llama, truncation, comparison, reason):
+    tokenizer = load_tokenizer(str(tiny_llama))
+    with pytest.raises(Excluded) as caught:
+        encode(tokenizer, comparison, 40, truncation)
+    assert caught.value.reason == reason
+
+
+def test_more_length_than_positions_is_refused_with_both_numbers(tiny_distilbert):
+    config = AutoConfig.from_pretrained(tiny_distilbert)
+    check_lengths(config, 64, "m")
+    with pytest.raises(RecipeError, match="'max_length: 65': m has 64 positions"):
+        check_lengths(config, 65, "m")
