@@ -5,6 +5,7 @@ until a verb needs them, so that `--help` answers at once.
 """
 
 import errno
+import logging
 import os
 import sys
 from pathlib import Path
@@ -157,6 +158,8 @@ def quieten() -> None:
 
     # TRL 1.16 sets `gradient_checkpointing`, which transformers 5.23 is about to rename.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")
+    # bitsandbytes 0.50 looks for an optional CPU kernel at import and logs that it is not there.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

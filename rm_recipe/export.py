@@ -21,8 +21,9 @@ from rm_recipe.artifacts import whole_folder
 from rm_recipe.datasets import load_held_out_split, tokenize
 from rm_recipe.errors import ExportError, RecipeError
 from rm_recipe.metrics import agreement
+from rm_recipe.modeling import load_trained
 from rm_recipe.recipe import read_run_recipe
-from rm_recipe.scoring import RewardModel
+from rm_recipe.scoring import RewardModel, find_model
 
 N_COMPARISONS = 32  # scored before and after the merge: 64 sequences
 TOLERANCE = 1e-4  # between two fp32 computations of rewards of the order of 10
@@ -54,7 +55,7 @@ def export(run: Path, output: Path | None = None, *, overwrite: bool = False) ->
     conversations = [ids for comparison in comparisons for ids in comparison.conversations()]
     by_adapter = judge.score_encoded(comparisons)
     with whole_folder(output) as folder:
-        judge.model = save_merged(judge, folder)
+        judge.model = save_merged(judge, find_model(str(run)), folder)
         by_merged = judge.score_encoded(comparisons)
         read_back = plain_rewards(folder, conversations)
         difference = float(np.abs(read_back - np.concatenate(by_merged)).max())
@@ -75,16 +76,15 @@ def export(run: Path, output: Path | None = None, *, overwrite: bool = False) ->
     }
 
 
-def save_merged(judge: RewardModel, folder: Path) -> PreTrainedModel:
+def save_merged(judge: RewardModel, trained: str, folder: Path) -> PreTrainedModel:
     """Merges, saves and returns the model as the files will be loaded: in fp32.
 
     A 4-bit base is de-quantised first, so that the adapter is merged into what it was trained on.
     """
     model = judge.model
+    if getattr(model.config, "quantization_config", None):
+        model = load_trained(trained, judge.tokenizer, dequantize=True)
     if isinstance(model, PeftModel):
-        base = model.get_base_model()
-        if getattr(base, "is_quantized", False):
-            base.dequantize()
         model = model.merge_and_unload(progressbar=False)
     assert isinstance(model, PreTrainedModel)
     if hasattr(model.config, "quantization_config"):

@@ -179,11 +179,19 @@ def add_reward_positions(model: PreTrainedModel) -> None:
             return original(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         kwargs = {key: value for key, value in kwargs.items() if value is not None}
         kwargs["use_cache"] = False
+        if attention_mask is not None and self.config._attn_implementation == "eager":
+            attention_mask = _additive(attention_mask, self.dtype)
         body = self.base_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         hidden = body.last_hidden_state[ends[:, 0], ends[:, 1]]
         return SequenceClassifierOutput(logits=self.score(hidden))
 
     model.forward = types.MethodType(forward, model)
+
+
+def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """0 where True, the dtype's lowest number elsewhere: eager attention adds what it is given."""
+    zeros = torch.zeros((), dtype=dtype, device=mask.device)
+    return torch.where(mask, zeros, torch.finfo(dtype).min)
 
 
 def add_lora(model: PreTrainedModel, config: "ModelConfig", new_modules: list[str]) -> PeftModel:
@@ -253,8 +261,12 @@ def _current_device() -> str | int:
     return device.index or 0 if device.type == "cuda" else str(device)
 
 
-def load_trained(path: str, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+def load_trained(path: str, tokenizer: PreTrainedTokenizerBase, *, dequantize: bool = False) -> nn.Module:
     """A trained reward model for scoring: a run's `model/`, a merged export, or any one-label model.
+
+    Args:
+        dequantize: put an adapter on the de-quantised 4-bit base instead of on the 4-bit base; what
+            it was trained on, in weights that it can be merged into.
 
     Raises:
         RecipeError: it cannot be loaded, has not exactly one label, or lacks a trained head.
@@ -262,7 +274,7 @@ def load_trained(path: str, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
     config = load_config(path)
     folder = Path(path)
     if (folder / "adapter_config.json").is_file():
-        return _load_adapter(folder, config, tokenizer)
+        return _load_adapter(folder, config, tokenizer, dequantize)
     if config.num_labels != 1:
         raise RecipeError(f"{path} has {config.num_labels} labels; a reward model has one")
     model, new = _load(path, dtype="auto")
@@ -272,11 +284,22 @@ def load_trained(path: str, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
     return model.eval()
 
 
-def _load_adapter(folder: Path, config: Any, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
+def _load_adapter(
+    folder: Path, config: Any, tokenizer: PreTrainedTokenizerBase, dequantize: bool
+) -> PeftModel:
     from peft import PeftConfig
 
-    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
-    model, _ = _load(base, config=config, dtype=config.dtype or "auto")
+    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    kwargs: dict[str, Any] = {}
+    quantisation = config.to_dict().get("quantization_config")
+    if quantisation:
+        # Left in the config, it would say that the base's checkpoint is quantised already.
+        del config.quantization_config
+        kwargs["quantization_config"] = BitsAndBytesConfig.from_dict(quantisation)
+        kwargs["device_map"] = {"": _current_device()}
+    model, _ = _load(base, config=config, dtype=config.dtype or "auto", **kwargs)
+    if quantisation and dequantize:
+        model.dequantize()
     prepare_for_rewards(model, tokenizer)
     wrapped = PeftModel.from_pretrained(model, folder)
     keep_activations_in_half(wrapped)

@@ -146,8 +146,8 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = (), *, check_inputs
     return _build(path, values)
 
 
-def read_run_recipe(run: Path) -> Recipe:
-    """The recipe of a finished or interrupted run, its device keys resolved for this machine.
+def saved_values(run: Path) -> dict[str, Any]:
+    """The resolved recipe that a run folder was made with.
 
     Raises:
         RecipeError: `run` is not a run folder.
@@ -158,8 +158,17 @@ def read_run_recipe(run: Path) -> Recipe:
     values, faults = _read_yaml(path)
     if faults:
         raise RecipeError("\n".join(faults))
-    values = {key: value for key, value in values.items() if key not in DEVICE_KEYS}
-    return _build(path, values | {"output_dir": str(run)})
+    return values
+
+
+def read_run_recipe(run: Path) -> Recipe:
+    """The recipe of a finished or interrupted run, its device keys resolved for this machine.
+
+    Raises:
+        RecipeError: `run` is not a run folder.
+    """
+    values = {key: value for key, value in saved_values(run).items() if key not in DEVICE_KEYS}
+    return _build(run / "recipe.yaml", values | {"output_dir": str(run)})
 
 
 # --- reading ---------------------------------------------------------------------------------

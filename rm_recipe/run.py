@@ -5,6 +5,7 @@ What `make train` calls. Training goes through `accelerate launch` with a config
 """
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rm_recipe.errors import RecipeError, TrainingError
-from rm_recipe.recipe import OFFLINE_DATA, OFFLINE_MODEL, Recipe, read_recipe, read_run_recipe
+from rm_recipe.recipe import DEVICE_KEYS, OFFLINE_DATA, OFFLINE_MODEL, Recipe, read_recipe
 
 CONFIGS = Path(__file__).parent.parent / "accelerate_configs"
 
@@ -39,7 +40,8 @@ def run(recipe_path: Path, overrides: Sequence[str], *, overwrite: bool = False)
 
     before = (folder / "recipe.yaml").is_file() and not overwrite
     if before:
-        changed = changed_keys(recipe, read_run_recipe(folder))
+        finished = (folder / "run.json").is_file()
+        changed = [key for key in changed_keys(recipe, folder) if not (finished and key in DEVICE_KEYS)]
         if changed:
             raise RecipeError(
                 f"{folder} holds a run of another recipe ({', '.join(changed)} differ); add "
@@ -98,6 +100,9 @@ def launch_training(recipe: Recipe, path: Path, overrides: Sequence[str], flag: 
     config = CONFIGS / ("cpu.yaml" if recipe.training.use_cpu else "single_gpu.yaml")
     if config.is_file():  # not there when the package is installed without its repository
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+        # As many threads as accelerate would choose anyway, which it otherwise warns about.
+        threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+        launcher += ["--num_cpu_threads_per_process", threads]
         command = [*launcher, "--config_file", str(config), *command[1:]]
     result = subprocess.run(command, check=False)
     if result.returncode in (130, -2):

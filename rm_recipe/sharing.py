@@ -40,6 +40,8 @@ def decide_sharing(model: PreTrainedModel, wanted: str, max_length: int | None) 
         return Sharing(False, "prefix_sharing is off")
     if not isinstance(getattr(model, "score", None), torch.nn.Module):
         return Sharing(False, f"{config.model_type} has no causal classifier")
+    if config._attn_implementation not in ("sdpa", "eager"):
+        return Sharing(False, f"{config._attn_implementation} attention takes no such mask")
     window = getattr(config.get_text_config(), "sliding_window", None)
     if window and (max_length is None or 2 * max_length > window):
         return Sharing(False, f"rows could be longer than the sliding window of {window} tokens")

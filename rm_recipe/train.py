@@ -21,7 +21,7 @@ from rm_recipe import modeling, tokenization
 from rm_recipe.artifacts import whole_folder, write_json
 from rm_recipe.datasets import Split, load_splits, tokenize
 from rm_recipe.errors import RecipeError, TrainingError
-from rm_recipe.recipe import Recipe, read_run_recipe
+from rm_recipe.recipe import Recipe, saved_values
 from rm_recipe.reward_trainer import SharedPrefixRewardTrainer
 from rm_recipe.sharing import Sharing, decide_sharing
 
@@ -105,7 +105,7 @@ def claim_run_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> str | 
     if resume:
         if not used:
             raise RecipeError(f"{folder} holds no run to resume")
-        changed = changed_keys(recipe, read_run_recipe(folder))
+        changed = changed_keys(recipe, folder)
         if changed:
             raise RecipeError(
                 f"{folder} was started with another recipe; resuming needs the same values of: "
@@ -133,9 +133,9 @@ WITHOUT_EFFECT = {
 }  # fmt: skip
 
 
-def changed_keys(recipe: Recipe, before: Recipe) -> list[str]:
-    """The keys whose difference would change what is learnt."""
-    now, then = recipe.resolved(), before.resolved()
+def changed_keys(recipe: Recipe, run: Path) -> list[str]:
+    """The keys in which a recipe differs from a run's, where that changes what is learnt."""
+    now, then = recipe.resolved(), saved_values(run)
     return [key for key in now if key not in WITHOUT_EFFECT and now[key] != then.get(key)]
 
 
@@ -222,7 +222,8 @@ def check_saved_head(folder: Path, start: dict[str, torch.Tensor]) -> None:
         found = [value for key, value in saved.items() if key.endswith(plain)]
         if not found:
             raise TrainingError(f"the head's {plain} is missing from what was saved in {folder}")
-        if torch.equal(found[0].float(), before.float()):
+        # A bias of the reward itself cancels in every comparison, so only weights have to move.
+        if name.endswith("weight") and torch.equal(found[0].float(), before.float()):
             raise TrainingError(f"the head's {plain} did not move in training; is the learning_rate 0?")
 
 

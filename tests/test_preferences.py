@@ -37,9 +37,7 @@ def test_implicit_and_explicit_prompts_give_the_same_comparison():
     assert parse_row({"prompt": "Hi", "chosen": "good", "rejected": "bad"}) == expected
     assert parse_row({"prompt": [USER], "chosen": reply, "rejected": "bad"}) == expected
     assert (
-        parse_row(
-            {"chosen": [USER, *reply], "rejected": [USER, {"role": "assistant", "content": "bad"}]}
-        )
+        parse_row({"chosen": [USER, *reply], "rejected": [USER, {"role": "assistant", "content": "bad"}]})
         == expected
     )
 

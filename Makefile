@@ -1,0 +1,44 @@
+# `make help` lists the targets. Everything runs in .venv, which the first target that needs it makes.
+
+RECIPE ?= recipes/smollm2_offline.yaml
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-with-constraints
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test test-all lint format clean
+
+help: ## List the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(STAMP) ## Make .venv and install the tested set of packages
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (a few minutes the first time) ..."
+	@# torch first and alone, pinned: a looser range would fetch gigabytes of CUDA where a CPU build will do.
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+train: setup ## From nothing to an exported reward model [RECIPE=recipes/....yaml]
+	@$(BIN)/rm-recipe run $(RECIPE)
+
+test: setup ## The test suite, offline
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+test-all: setup ## The slow tests too
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not gpu'
+
+lint: setup ## Style and types
+	@$(BIN)/ruff check rm_recipe tests
+	@$(BIN)/ruff format --check rm_recipe tests
+	@$(BIN)/mypy
+
+format: setup ## Rewrite the code in the project's style
+	@$(BIN)/ruff format rm_recipe tests
+	@$(BIN)/ruff check --fix rm_recipe tests
+
+clean: ## Remove .venv and caches; models/, data/ and outputs/ stay
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

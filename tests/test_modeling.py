@@ -1,0 +1,107 @@
+"""The head is fp32, new, seeded, trained and saved; LoRA leaves the base alone."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from trl import ModelConfig
+
+from rm_recipe.batching import split_at_common_prefix
+from rm_recipe.errors import RecipeError
+from rm_recipe.modeling import Float32Linear, add_lora, autocast, load_base, load_trained
+from rm_recipe.tokenization import load_tokenizer
+
+BATCH = [split_at_common_prefix([[5, 6, 7, 8], [5, 6, 9]])]
+
+
+def base(folder: Path, seed: int = 0, **keys):
+    config = ModelConfig(model_name_or_path=str(folder), **keys)
+    model, new = load_base(config, load_tokenizer(str(folder)), seed)
+    return model, new, config
+
+
+@pytest.mark.parametrize(
+    ("fixture", "expected"),
+    [("tiny_llama", ["score"]), ("tiny_distilbert", ["classifier", "pre_classifier"])],
+)
+def test_what_the_base_lacks_is_found_and_is_fp32(fixture, expected, request):
+    model, new, _ = base(request.getfixturevalue(fixture), dtype="bfloat16")
+    assert new == expected
+    for name in new:
+        assert isinstance(model.get_submodule(name), Float32Linear)
+        assert model.get_submodule(name).weight.dtype == torch.float32
+    assert next(model.base_model.parameters()).dtype == torch.bfloat16
+    assert model.config.num_labels == 1
+
+
+def test_the_heads_start_comes_from_the_seed(tiny_llama):
+    first, again, other = (base(tiny_llama, seed)[0].score.weight for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_rewards_are_fp32_under_bf16_autocast(tiny_llama):
+    model = base(tiny_llama, dtype="bfloat16")[0]
+    with torch.no_grad(), autocast(model):
+        reward = model(input_ids=torch.tensor([[5, 6, 7]])).logits
+    assert reward.dtype == torch.float32
+    assert reward.item() != reward.bfloat16().item()
+
+
+def test_lora_trains_the_head_and_the_adapters_and_nothing_else(tiny_distilbert):
+    model, new, config = base(tiny_distilbert, use_peft=True)
+    wrapped = add_lora(model, config, new)
+    trained = {name for name, p in wrapped.named_parameters() if p.requires_grad}
+    assert any("pre_classifier.modules_to_save" in name for name in trained)
+    assert all("lora_" in name or "modules_to_save" in name for name in trained)
+
+
+def test_adapters_stay_fp32_and_activations_bf16(tiny_llama):
+    model, new, config = base(tiny_llama, dtype="bfloat16", use_peft=True)
+    wrapped = add_lora(model, config, new)
+    seen = []
+    layer = wrapped.get_base_model().model.layers[0].self_attn.q_proj.lora_A["default"]
+    layer.register_forward_hook(lambda _, inputs, output: seen.extend([inputs[0].dtype, output.dtype]))
+    with autocast(wrapped):
+        wrapped(input_ids=torch.tensor([[5, 6]]))
+    assert layer.weight.dtype == torch.float32
+    assert seen == [torch.bfloat16, torch.bfloat16]
+
+
+def test_target_modules_that_match_nothing_are_refused(tiny_llama):
+    model, new, config = base(tiny_llama, use_peft=True, lora_target_modules=["no_such_proj"])
+    with pytest.raises(RecipeError, match="LoRA cannot be added"):
+        add_lora(model, config, new)
+
+
+def test_a_quantised_base_keeps_its_head_in_fp32_and_its_rewards_after_a_forward(tiny_llama):
+    """bitsandbytes repacks 4-bit weights in place at the first forward without gradients."""
+    model, _, _ = base(tiny_llama, dtype="bfloat16", load_in_4bit=True)
+    assert type(model.score) is Float32Linear
+    projection = model.model.layers[0].self_attn.q_proj
+    assert type(projection).__name__ == "Linear4bit"
+    before = projection.weight.data.clone()
+    with torch.no_grad(), autocast(model):
+        model(input_ids=torch.tensor([[5, 6, 7, 8]]))
+    assert torch.equal(projection.weight.data, before)
+
+
+def test_a_model_with_two_labels_is_no_reward_model(tiny_llama, tmp_path):
+    model, _, _ = base(tiny_llama)
+    model.config.num_labels = 2
+    model.config.save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match="has 2 labels; a reward model has one"):
+        load_trained(str(tmp_path), load_tokenizer(str(tiny_llama)))
+
+
+def test_a_base_without_a_head_is_no_reward_model(tiny_llama, tmp_path):
+    model, _, _ = base(tiny_llama)
+    model.base_model.save_pretrained(tmp_path)
+    model.config.save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match="has no trained head .score missing"):
+        load_trained(str(tmp_path), load_tokenizer(str(tiny_llama)))
+
+
+def test_a_model_that_cannot_be_had_is_named():
+    with pytest.raises(RecipeError, match="'nobody/nothing' cannot be loaded"):
+        load_base(ModelConfig(model_name_or_path="nobody/nothing"), None, 0)

@@ -1,0 +1,123 @@
+"""Rewards do not depend on who asks, in what order, or with how many others."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from trl import ModelConfig
+
+from rm_recipe import RewardModel
+from rm_recipe.errors import DataError, RecipeError, TrainingError
+from rm_recipe.modeling import load_base
+from rm_recipe.scoring import read_items, score_file
+from rm_recipe.tokenization import load_tokenizer
+
+ITEMS = [
+    {"prompt": "hello", "response": "good cat"},
+    {"prompt": [{"role": "user", "content": "how are you"}], "response": "fine thanks"},
+    {"prompt": "hello", "response": "bad dog"},
+    {"prompt": "hello", "response": "good cat"},
+]
+
+
+@pytest.fixture(params=["tiny_llama", "tiny_distilbert"])
+def model(request) -> RewardModel:
+    folder = str(request.getfixturevalue(request.param))
+    tokenizer = load_tokenizer(folder)
+    return RewardModel(
+        load_base(ModelConfig(model_name_or_path=folder), tokenizer, seed=0)[0].eval(), tokenizer
+    )
+
+
+def test_rewards_are_those_of_plain_transformers(model):
+    rewards = model.score(ITEMS)
+    assert rewards.dtype == np.float32
+    assert rewards.shape == (4,)
+    for item, reward in zip(ITEMS, rewards, strict=True):
+        prompt = item["prompt"]
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        messages = [*messages, {"role": "assistant", "content": item["response"]}]
+        text = model.tokenizer.apply_chat_template(messages, tokenize=False)
+        ids = model.tokenizer(text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            assert model.model(input_ids=ids).logits.item() == pytest.approx(reward, abs=1e-6)
+
+
+def test_the_order_and_the_company_of_an_item_do_not_matter(model):
+    together = model.score(ITEMS)
+    assert np.allclose(model.score(ITEMS[::-1])[::-1], together, atol=1e-6)
+    assert np.allclose([model.score([item])[0] for item in ITEMS], together, atol=1e-6)
+    assert together[0] == together[3]
+
+
+def test_no_items_have_no_rewards(model):
+    assert model.score([]).shape == (0,)
+
+
+def test_a_decoder_shares_prompts_and_an_encoder_does_not(model):
+    assert model.sharing.used == (model.model.config.model_type == "llama")
+
+
+def test_rewards_that_are_no_numbers_are_refused(model):
+    with torch.no_grad():
+        getattr(model.model, "score", getattr(model.model, "classifier", None)).weight.fill_(float("nan"))
+    with pytest.raises(TrainingError, match="not finite"):
+        model.score(ITEMS)
+
+
+@pytest.mark.parametrize(
+    "item", [{}, {"prompt": "a"}, {"prompt": "", "response": "b"}, {"prompt": "a", "response": 3}]
+)
+def test_an_item_without_prompt_or_response_is_named(model, item):
+    with pytest.raises(DataError, match="item 2: expected a 'prompt' and a 'response'"):
+        model.score([ITEMS[0], item])
+
+
+def test_an_item_too_long_for_the_model_is_named(model):
+    model.max_length = 10
+    with pytest.raises(DataError, match="item 1: .* tokens; the model was trained on at most 10"):
+        model.score([{"prompt": "far away " * 20, "response": "yes"}])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the file is empty"),
+        (b'{"prompt": "a", "response": "b"}\n{"prompt"', "line 2: not JSON"),
+        (b'{"prompt": "a"}\n', "line 1: expected"),
+        (b'"text"\n', "line 1: expected"),
+        (b"\xff\xfe", "not UTF-8"),
+    ],
+)
+def test_a_bad_line_is_named_with_its_file(tmp_path, content, message):
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        read_items(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_line_separator_inside_a_text_ends_no_line(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_text(
+        json.dumps({"prompt": "a\u2028b", "response": "c"}, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    assert read_items(path)[0]["prompt"] == "a\u2028b"
+
+
+def test_a_failed_scoring_leaves_no_output(tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        score_file("whatever", tmp_path / "missing.jsonl", tmp_path / "out.jsonl")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", ["./no/such/model", "outputs/nothing"])
+def test_a_missing_model_is_named(path):
+    with pytest.raises(RecipeError, match=f"{path} does not exist"):
+        RewardModel.from_pretrained(path)
+
+
+def test_a_folder_without_a_model_says_what_is_missing(tmp_path):
+    with pytest.raises(RecipeError, match="holds no model"):
+        RewardModel.from_pretrained(tmp_path)

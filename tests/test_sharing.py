@@ -1,0 +1,96 @@
+"""Prefixes are shared where a small copy of the model proves it exact, and only there."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+)
+
+from rm_recipe.batching import padded_rows, shared_rows, split_at_common_prefix
+from rm_recipe.modeling import add_reward_positions
+from rm_recipe.sharing import decide_sharing, measure_sharing
+
+SMALL = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "pad_token_id": 0,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SMALL, intermediate_size=48, num_key_value_heads=2),
+    "qwen2": Qwen2Config(**SMALL, intermediate_size=48, num_key_value_heads=2),
+    "mistral": MistralConfig(**SMALL, intermediate_size=48, num_key_value_heads=2, sliding_window=4096),
+    "gemma3": Gemma3TextConfig(**SMALL, intermediate_size=48, num_key_value_heads=2, head_dim=8),
+    "gpt2": GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, pad_token_id=0),
+    "gpt_neox": GPTNeoXConfig(**SMALL, intermediate_size=48),
+}
+
+
+def classifier(name: str, attention: str = "sdpa"):
+    torch.manual_seed(0)
+    config = CONFIGS[name]
+    config.num_labels = 1
+    model = AutoModelForSequenceClassification.from_config(config, attn_implementation=attention).eval()
+    add_reward_positions(model)
+    return model
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_shared_rows_give_the_rewards_of_one_sequence_at_a_time(name, attention):
+    model = classifier(name, attention)
+    batch = [
+        split_at_common_prefix([[5, 6, 7, 8, 9], [5, 6, 7, 10]]),
+        split_at_common_prefix([[11, 12], [13, 14, 15], [13, 16]]),
+        split_at_common_prefix([[20, 21, 22, 23], [20, 21, 22, 24]]),
+    ]
+    conversations = [ids for comparison in batch for ids in comparison.conversations()]
+    with torch.no_grad():
+        shared = model(**shared_rows(batch, 0)).logits[:, 0]
+        padded = model(**padded_rows(batch, 0)).logits[:, 0]
+        alone = torch.stack([model(input_ids=torch.tensor([ids])).logits[0, 0] for ids in conversations])
+    assert (shared - alone).abs().max() <= 1e-5
+    assert (padded - alone).abs().max() <= 1e-5
+    assert alone.std() > 1e-3  # the rewards do differ
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_proof_holds_for_decoders_and_is_recorded(name):
+    sharing = decide_sharing(classifier(name), "auto", max_length=16)
+    assert sharing.used
+    assert sharing.max_abs_diff <= 1e-5
+
+
+def test_a_forward_that_ignores_positions_fails_the_proof(monkeypatch):
+    def without_positions(batch, pad_token_id):
+        rows = shared_rows(batch, pad_token_id)
+        rows["position_ids"] = torch.arange(rows["input_ids"].shape[1]).expand_as(rows["input_ids"])
+        return rows
+
+    monkeypatch.setattr("rm_recipe.sharing.shared_rows", without_positions)
+    assert measure_sharing(CONFIGS["llama"]) > 1e-4
+    assert not decide_sharing(classifier("llama"), "auto", 64).used
+
+
+def test_a_row_that_may_exceed_the_sliding_window_is_not_shared():
+    model = classifier("mistral")
+    assert decide_sharing(model, "auto", 2048).used
+    sharing = decide_sharing(model, "auto", 2049)
+    assert not sharing.used
+    assert "4096" in sharing.reason
+
+
+def test_an_encoder_never_shares(tiny_distilbert):
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_distilbert, num_labels=1)
+    assert decide_sharing(model, "auto", 64).reason == "distilbert has no causal classifier"
+
+
+def test_off_means_off():
+    assert decide_sharing(classifier("llama"), "off", 64).reason == "prefix_sharing is off"

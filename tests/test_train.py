@@ -1,0 +1,147 @@
+"""A run leaves what the contract says, moves what it should, and can be gone on with."""
+
+import json
+
+import pytest
+import torch
+from conftest import run_cli
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
+
+from rm_recipe.errors import RecipeError, TrainingError
+from rm_recipe.recipe import read_recipe
+from rm_recipe.train import check_saved_head, claim_run_folder, train
+
+
+def weights(run) -> dict[str, torch.Tensor]:
+    return load_file(run / "model" / "adapter_model.safetensors")
+
+
+@pytest.fixture
+def run(write_recipe, tmp_path):
+    train(read_recipe(write_recipe(save_strategy="steps", save_steps=4)))
+    return tmp_path / "run"
+
+
+def test_a_run_leaves_the_files_and_keys_of_the_contract(run):
+    record = json.loads((run / "run.json").read_text())
+    assert record.keys() >= {
+        "seed", "versions", "git_commit", "data_fingerprints", "prefix_sharing", "steps",
+        "comparisons_per_s", "tokens_per_s", "train_seconds", "peak_memory_bytes", "final_loss",
+    }  # fmt: skip
+    assert record["prefix_sharing"].keys() == {"used", "reason", "max_abs_diff"}
+    assert record["prefix_sharing"]["used"]
+    assert record["steps"] == 16
+    assert (run / "recipe.yaml").is_file()
+    assert (run / "checkpoint-16").is_dir()
+    names = {path.name for path in (run / "model").iterdir()}
+    assert names >= {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+    }
+    assert "training_args.bin" not in names
+
+
+def test_the_head_and_every_adapter_moved_and_the_base_did_not(run, tiny_llama):
+    saved = weights(run)
+    assert any(key.endswith("score.weight") for key in saved)
+    assert all(value.abs().max() > 0 for key, value in saved.items() if "lora_B" in key)
+    assert all("lora_" in key or "score" in key for key in saved)
+
+
+def test_the_loss_went_down(run):
+    log = [entry for entry in json.loads((run / "run.json").read_text())["log"] if "loss" in entry]
+    assert log[-1]["loss"] < 0.5 < 0.7
+
+
+def test_a_resumed_run_equals_one_that_was_never_interrupted(write_recipe, run, tmp_path):
+    whole = weights(run)
+    again = tmp_path / "again"
+    recipe = write_recipe(save_strategy="steps", save_steps=4, output_dir=str(again))
+    train(read_recipe(recipe))
+    for name in ("model", "checkpoint-16", "checkpoint-12"):
+        for path in sorted((again / name).rglob("*"), reverse=True):
+            path.unlink()
+        (again / name).rmdir()
+    train(read_recipe(recipe), resume=True)
+    resumed = weights(again)
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+
+
+def test_a_used_run_folder_is_refused_without_a_flag(run, write_recipe):
+    recipe = read_recipe(write_recipe())
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    with pytest.raises(RecipeError, match="add --resume to go on with it, --overwrite to start anew"):
+        train(recipe)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_resuming_with_another_recipe_names_the_keys_that_differ(run, write_recipe):
+    with pytest.raises(RecipeError, match="another recipe; resuming needs the same values of: learning_rate"):
+        train(read_recipe(write_recipe(learning_rate=1e-5, logging_steps=3)), resume=True)
+
+
+def test_overwriting_starts_anew_but_never_in_a_foreign_folder(write_recipe, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("kept")
+    with pytest.raises(RecipeError, match="is not a run folder; choose another one"):
+        claim_run_folder(read_recipe(write_recipe(output_dir=str(folder))), resume=False, overwrite=True)
+    assert (folder / "thesis.tex").read_text() == "kept"
+
+
+def test_there_is_nothing_to_resume_in_an_empty_place(write_recipe):
+    with pytest.raises(RecipeError, match="holds no run to resume"):
+        train(read_recipe(write_recipe()), resume=True)
+
+
+def test_a_saved_head_that_is_missing_or_did_not_move_is_noticed(tmp_path):
+    start = {"score.weight": torch.ones(1, 2)}
+    save_file({"base_model.model.other": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(TrainingError, match="score.weight is missing"):
+        check_saved_head(tmp_path, start)
+    save_file({"base_model.model.score.weight": torch.ones(1, 2)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(TrainingError, match="score.weight did not move"):
+        check_saved_head(tmp_path, start)
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_saved_adapter_gives_the_same_rewards_in_a_fresh_process(write_recipe, tmp_path, quantised):
+    """Also with the base in 4 bits, where the trained parameters stay fp32."""
+    keys = {"load_in_4bit": True} if quantised else {}
+    train(read_recipe(write_recipe(**keys)))
+    run = tmp_path / "run"
+    assert all(value.dtype == torch.float32 for value in weights(run).values())
+    scores = [
+        run_cli("score", str(run), "--prompt", "hello", "--response", r).stdout for r in ("good", "bad")
+    ]
+    assert float(scores[0]) > float(scores[1])
+
+
+def test_an_encoder_is_trained_in_full(write_recipe, tmp_path, tiny_distilbert):
+    recipe = write_recipe(
+        model_name_or_path=str(tiny_distilbert), use_peft=False, learning_rate=1e-3, max_length=64
+    )
+    before = AutoModelForSequenceClassification.from_pretrained(tiny_distilbert, num_labels=1)
+    train(read_recipe(recipe))
+    after = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
+    assert not isinstance(after, PeftModel)
+    moved = [
+        not torch.equal(a, b)
+        for (name, a), b in zip(after.named_parameters(), before.parameters(), strict=True)
+        if "position_embeddings" not in name and "word_embeddings" not in name
+    ]
+    # A key's bias shifts all attention scores of a query alike, so it has no gradient.
+    assert sum(moved) >= len(moved) - 2
+    assert not json.loads((tmp_path / "run" / "run.json").read_text())["prefix_sharing"]["used"]
+
+
+def test_max_length_above_the_models_positions_is_refused(write_recipe, tiny_distilbert):
+    recipe = read_recipe(write_recipe(model_name_or_path=str(tiny_distilbert), use_peft=False, max_length=65))
+    with pytest.raises(RecipeError, match="'max_length: 65': .* has 64 positions"):
+        train(recipe)
