@@ -142,8 +142,10 @@ def main() -> None:
         app(prog_name="rm-recipe")
     except RmRecipeError as error:
         fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        fail("interrupted", 130)
+    except SystemExit as end:
+        if end.code == 130:  # what typer makes of Ctrl-C
+            fail("interrupted", 130)
+        raise
     except ImportError as error:
         fail(f"a package is missing: {error}; `pip install -e .` installs what rm_recipe needs", 2)
     except OSError as error:

@@ -19,7 +19,8 @@ from rm_recipe import batching, preferences, tokenization
 from rm_recipe.batching import Encoded
 from rm_recipe.errors import DataError
 from rm_recipe.preferences import Comparison, Excluded, parse_row
-from rm_recipe.recipe import DataArguments, Recipe, looks_local
+from rm_recipe.recipe import Recipe
+from rm_recipe.recipe_keys import DataArguments, looks_local
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 

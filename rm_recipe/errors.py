@@ -27,5 +27,11 @@ class TrainingError(RmRecipeError):
     """Training started and could not go on."""
 
 
+class Interrupted(RmRecipeError):  # noqa: N818 - asked for by the user
+    """Ctrl-C, with what is kept and how to go on."""
+
+    exit_code = 130
+
+
 class ExportError(RmRecipeError):
     """A merged model could not be written, or is not equal to what was evaluated."""

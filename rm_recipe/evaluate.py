@@ -15,7 +15,8 @@ from rm_recipe.artifacts import whole_file, write_json
 from rm_recipe.batching import Encoded
 from rm_recipe.datasets import Split, load_held_out_split, load_split, tokenize
 from rm_recipe.errors import RecipeError
-from rm_recipe.recipe import DataArguments, Recipe, read_run_recipe
+from rm_recipe.recipe import Recipe, read_run_recipe
+from rm_recipe.recipe_keys import DataArguments
 from rm_recipe.scoring import RewardModel
 
 HELD_OUT = "held_out"

@@ -24,24 +24,13 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import logging
 
 from rm_recipe.errors import RecipeError
+from rm_recipe.heads import head_names, initialise, to_float32
 from rm_recipe.tokenization import load_config
 
 if TYPE_CHECKING:
     from trl import ModelConfig
 
 LABEL = "reward"
-
-
-class Float32Linear(nn.Linear):
-    """A linear layer that computes in its own precision, whatever the body's or autocast's is.
-
-    bf16 has 8 bits of mantissa: around a reward of 10 neighbouring values are 0.06 apart and pairs
-    tie. A plain fp32 layer would raise on bf16 input and give bf16 under autocast.
-    """
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            return nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
 
 
 def load_base(
@@ -80,7 +69,7 @@ def load_base(
     prepare_for_rewards(model, tokenizer)
     torch.manual_seed(seed)
     for module_name in new:
-        _initialise(model, module_name)
+        initialise(model, module_name)
     model.config.id2label, model.config.label2id = {0: LABEL}, {LABEL: 0}
     model.config.problem_type = "regression"  # keeps `pipeline` from applying a sigmoid
     return model, new
@@ -112,15 +101,6 @@ def _quietly() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
-def head_names(model: PreTrainedModel) -> list[str]:
-    """The modules beside the backbone that hold parameters: `score`, or an encoder's `classifier`."""
-    return [
-        name
-        for name, child in model.named_children()
-        if name != model.base_model_prefix and any(True for _ in child.parameters())
-    ]
-
-
 def prepare_for_rewards(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Pad token, fp32 head and the forward that reads rewards at given positions."""
     keep_quantised_layout(model)
@@ -128,29 +108,8 @@ def prepare_for_rewards(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
         model.resize_token_embeddings(len(tokenizer))
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     for name in head_names(model):
-        _to_float32(model, name)
+        to_float32(model, name)
     add_reward_positions(model)
-
-
-def _to_float32(model: PreTrainedModel, name: str) -> None:
-    """Replaces the linear layers of a head by fp32 ones with the same weights."""
-    for inner, module in list(model.get_submodule(name).named_modules()):
-        if type(module) is not nn.Linear:
-            continue
-        head = Float32Linear(module.in_features, module.out_features, module.bias is not None)
-        dtype = torch.promote_types(module.weight.dtype, torch.float32)
-        head.load_state_dict(module.state_dict())
-        model.set_submodule(f"{name}.{inner}".rstrip("."), head.to(module.weight.device, dtype))
-
-
-def _initialise(model: PreTrainedModel, name: str) -> None:
-    """Draws a fresh head's weights anew: in fp32, from the generator that the seed has set."""
-    for module in model.get_submodule(name).modules():
-        if isinstance(module, nn.Linear):
-            std = getattr(model.config.get_text_config(), "initializer_range", None) or 0.02
-            nn.init.normal_(module.weight, std=std)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
 
 
 def add_reward_positions(model: PreTrainedModel) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from rm_recipe.artifacts import whole_folder
 from rm_recipe.errors import DataError
-from rm_recipe.recipe import OFFLINE_DATA, OFFLINE_MODEL
+from rm_recipe.recipe_keys import OFFLINE_DATA, OFFLINE_MODEL
 
 MODEL_FOLDER, DATA_FOLDER = Path(OFFLINE_MODEL), Path(OFFLINE_DATA)
 
@@ -37,8 +37,9 @@ TRAIN_COMPARISONS = 8_000
 TEST_COMPARISONS = 1_000
 TEST_SHARE = 0.15  # of the conversations
 PER_CONVERSATION = 4  # so that no talkative pair dominates
-TURN_WORDS = range(6, 61)  # a shorter reply fits any context, a longer one is a speech
+REPLY_WORDS = range(8, 41)  # a shorter reply fits any context, a longer one is a speech
 CONTEXT_TURNS = 5
+CONTEXT_WORDS = 90  # older turns are left out past this, so that two cores can train on it
 
 Row = dict[str, Any]  # {"prompt": messages, "chosen": text, "rejected": text}
 
@@ -124,12 +125,15 @@ def make_comparisons(
     pool: dict[int, list[tuple[int, str]]] = defaultdict(list)
     places: list[tuple[int, int]] = []  # (conversation, turn) of the replies to use
     for number, turns in enumerate(conversations):
-        replies = [i for i in range(1, len(turns)) if len(turns[i].split()) in TURN_WORDS]
+        words = [len(turn.split()) for turn in turns]
+        replies = [
+            i for i in range(1, len(turns)) if words[i] in REPLY_WORDS and words[i - 1] <= CONTEXT_WORDS
+        ]
         for i in replies:
-            pool[len(turns[i].split())].append((number, turns[i]))
+            pool[words[i]].append((number, turns[i]))
         places += [(number, i) for i in rng.sample(replies, min(PER_CONVERSATION, len(replies)))]
-    for words in sorted(pool):
-        rng.shuffle(pool[words])
+    for length in sorted(pool):
+        rng.shuffle(pool[length])
     rng.shuffle(places)
 
     rows: list[Row] = []
@@ -152,6 +156,8 @@ def make_comparisons(
 def _prompt(turns: list[str]) -> list[dict[str, str]]:
     """The last turns as messages; the one before the reply is the user's, whoever spoke it."""
     turns = turns[-CONTEXT_TURNS:]
+    while sum(len(turn.split()) for turn in turns) > CONTEXT_WORDS:
+        turns = turns[1:]
     if len(turns) % 2 == 0:
         turns = turns[1:]
     roles = ["assistant" if i % 2 else "user" for i in range(len(turns))]

@@ -6,14 +6,18 @@ What `make train` calls. Training goes through `accelerate launch` with a config
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rm_recipe.errors import RecipeError, TrainingError
-from rm_recipe.recipe import DEVICE_KEYS, OFFLINE_DATA, OFFLINE_MODEL, Recipe, read_recipe
+import psutil
+
+from rm_recipe.errors import Interrupted, RecipeError, TrainingError
+from rm_recipe.recipe import Recipe, read_recipe
+from rm_recipe.recipe_keys import DEVICE_KEYS, OFFLINE_DATA, OFFLINE_MODEL
 
 CONFIGS = Path(__file__).parent.parent / "accelerate_configs"
 
@@ -92,9 +96,12 @@ def prepare(recipe: Recipe) -> None:
 def launch_training(recipe: Recipe, path: Path, overrides: Sequence[str], flag: str) -> None:
     """Trains in a process of its own, through `accelerate launch`.
 
+    It gets a session of its own, so that Ctrl-C reaches it through us alone: accelerate answers
+    every signal with a traceback.
+
     Raises:
         TrainingError: it failed.
-        KeyboardInterrupt: it was interrupted.
+        Interrupted: Ctrl-C, after the training process has ended.
     """
     command = [sys.executable, "-m", "rm_recipe", "train", str(path), *overrides, flag]
     config = CONFIGS / ("cpu.yaml" if recipe.training.use_cpu else "single_gpu.yaml")
@@ -104,11 +111,28 @@ def launch_training(recipe: Recipe, path: Path, overrides: Sequence[str], flag: 
         threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1))
         launcher += ["--num_cpu_threads_per_process", threads]
         command = [*launcher, "--config_file", str(config), *command[1:]]
-    result = subprocess.run(command, check=False)
-    if result.returncode in (130, -2):
-        raise KeyboardInterrupt
-    if result.returncode:
-        raise TrainingError(f"training stopped with exit code {result.returncode}; see above")
+    process = subprocess.Popen(command, start_new_session=True)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        interrupt(process)
+        raise Interrupted("the same command goes on from there") from None
+    except SystemExit:
+        interrupt(process)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if code:
+        raise TrainingError("training failed; its message stands above")
+
+
+def interrupt(launcher: subprocess.Popen[bytes]) -> None:
+    """Sends SIGINT to what the launcher started, or to itself if that is nothing, and waits."""
+    targets = psutil.Process(launcher.pid).children() or [psutil.Process(launcher.pid)]
+    for target in targets:
+        target.send_signal(signal.SIGINT)
+    launcher.wait()
 
 
 def print_export(checked: dict[str, Any]) -> None:
@@ -127,14 +151,19 @@ def print_summary(folder: Path) -> None:
     minutes, gigabytes = record["train_seconds"] / 60, record["peak_memory_bytes"] / 1e9
     print(
         f"Trained in {minutes:.1f} minutes, {record['comparisons_per_s']:.1f} comparisons/s, "
-        f"at most {gigabytes:.1f} GB.\n\n"
-        f"  {folder}/export            the reward model, merged: plain transformers loads it\n"
-        f"  {folder}/model             the trained adapter and head\n"
-        f"  {folder}/evaluation.json   every figure; predictions.jsonl has each comparison\n"
-        f"  {folder}/run.json          seed, versions, cost, training log\n\n"
-        "Try next:\n"
+        f"at most {gigabytes:.1f} GB.\n"
+    )
+    for name, what in (
+        ("export", "the reward model, merged: load it with transformers"),
+        ("model", "the trained adapter and head"),
+        ("evaluation.json", "every figure; predictions.jsonl: every comparison"),
+        ("run.json", "seed, versions, cost, training log"),
+    ):
+        print(f"  {folder / name}\n      {what}")
+    print(
+        "\nTry next:\n"
         f"  rm-recipe score {folder}/export \\\n"
-        '      --prompt "How was your weekend?" --response "Great, we went hiking. Yours?"\n'
+        '      --prompt "How was your weekend?" --response "Great, we went hiking!"\n'
         f"  rm-recipe evaluate {folder} --dataset YOUR_COMPARISONS.jsonl\n"
-        f"  rm-recipe run recipes/smollm2_offline.yaml --seed 1 --output_dir outputs/seed1\n"
+        "  rm-recipe run recipes/smollm2_offline.yaml --seed 1 --output_dir outputs/s1\n"
     )

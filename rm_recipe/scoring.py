@@ -17,7 +17,7 @@ from rm_recipe.batching import Encoded, padded_rows, shared_rows, split_at_commo
 from rm_recipe.errors import DataError, RecipeError, TrainingError
 from rm_recipe.modeling import autocast, load_trained
 from rm_recipe.preferences import conversation
-from rm_recipe.recipe import looks_local
+from rm_recipe.recipe_keys import looks_local
 from rm_recipe.sharing import decide_sharing
 from rm_recipe.tokenization import load_tokenizer, render
 

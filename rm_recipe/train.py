@@ -1,31 +1,23 @@
 """`rm-recipe train RECIPE`: a base model and comparisons in, a trained reward model out."""
 
-import importlib.metadata
-import json
-import platform
-import resource
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from rm_recipe import modeling, tokenization
 from rm_recipe.artifacts import whole_folder, write_json
 from rm_recipe.datasets import Split, load_splits, tokenize
-from rm_recipe.errors import RecipeError, TrainingError
+from rm_recipe.errors import Interrupted, RecipeError
+from rm_recipe.heads import check_saved_head, head_of
 from rm_recipe.recipe import Recipe, saved_values
 from rm_recipe.reward_trainer import SharedPrefixRewardTrainer
-from rm_recipe.sharing import Sharing, decide_sharing
-
-PACKAGES = ("torch", "trl", "transformers", "datasets", "peft", "accelerate", "bitsandbytes", "rm-recipe")
+from rm_recipe.run_record import run_record
+from rm_recipe.sharing import decide_sharing
 
 
 def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -40,9 +32,10 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> N
         DataError: the data cannot be used.
         TrainingError: the loss is not finite, or the saved head is not the trained one.
     """
-    checkpoint = claim_run_folder(recipe, resume=resume, overwrite=overwrite)
+    checkpoint = check_run_folder(recipe, resume=resume, overwrite=overwrite)
     tokenizer, model, new_modules = load_model(recipe)
     train_split, test_split = tokenised_splits(recipe, tokenizer)
+    claim_run_folder(recipe, overwrite=overwrite)  # not before: what fails above leaves nothing
     sharing = decide_sharing(model, recipe.data.prefix_sharing, recipe.training.max_length)
     say(f"prefix sharing: {'on' if sharing.used else 'off'} ({sharing.reason})")
     say(f"comparisons: {len(train_split.comparisons)} to train on, {len(test_split.comparisons)} held out")
@@ -59,13 +52,16 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> N
         share_prefixes=sharing.used,
     )
     began = time.monotonic()
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        kept = get_last_checkpoint(recipe.output_dir)
+        raise Interrupted(f"training interrupted; the newest checkpoint is {kept or 'none'}") from None
     seconds = time.monotonic() - began
     trainer.accelerator.wait_for_everyone()
     save_model(trainer, recipe, tokenizer, start)
     if trainer.is_world_process_zero():
         record = run_record(recipe, trainer, sharing, train_split, test_split, seconds)
-        record["final_loss"] = result.training_loss
         write_json(recipe.output_dir / "run.json", record)
     trainer.end()
 
@@ -81,8 +77,8 @@ def say(message: str) -> None:
 # --- before ----------------------------------------------------------------------------------
 
 
-def claim_run_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> str | None:
-    """Makes the run folder, or takes over a used one; returns the checkpoint to go on from.
+def check_run_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> str | None:
+    """Whether this run may use its folder; returns the checkpoint to go on from.
 
     Raises:
         RecipeError: it is used and neither flag is given, it is no run folder, it belongs to
@@ -101,7 +97,6 @@ def claim_run_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> str | 
             f"{folder} holds a run already; add --resume to go on with it, --overwrite to start "
             "anew, or give another --output_dir"
         )
-    checkpoint = None
     if resume:
         if not used:
             raise RecipeError(f"{folder} holds no run to resume")
@@ -111,17 +106,21 @@ def claim_run_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> str | 
                 f"{folder} was started with another recipe; resuming needs the same values of: "
                 f"{', '.join(changed)}"
             )
-        checkpoint = get_last_checkpoint(folder)
+        return get_last_checkpoint(folder)
+    return None
+
+
+def claim_run_folder(recipe: Recipe, *, overwrite: bool) -> None:
+    """Makes the run folder, after removing what is in it with `overwrite`; writes the recipe."""
     from accelerate import PartialState
 
-    state = PartialState()
+    folder, state = recipe.output_dir, PartialState()
     if state.is_main_process:
         if overwrite and folder.is_dir():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         recipe.save(folder / "recipe.yaml")
     state.wait_for_everyone()
-    return checkpoint
 
 
 # Keys that change what is printed or kept, never what is learnt.
@@ -175,18 +174,6 @@ def tokenised_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tupl
 # --- after -----------------------------------------------------------------------------------
 
 
-def head_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of the head's parameters."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    names = modeling.head_names(base)
-    return {
-        key: value.detach().cpu().clone()
-        for name in names
-        for key, value in base.get_submodule(name).named_parameters(prefix=name)
-        if value.requires_grad
-    }
-
-
 def save_model(
     trainer: SharedPrefixRewardTrainer,
     recipe: Recipe,
@@ -209,80 +196,3 @@ def save_model(
         # It pickles the training arguments, a Hub token among them if there is one.
         (folder / "training_args.bin").unlink(missing_ok=True)
         check_saved_head(folder, start)
-
-
-def check_saved_head(folder: Path, start: dict[str, torch.Tensor]) -> None:
-    """Reads the head's tensors back from disk: they are there and differ from `start`."""
-    saved: dict[str, torch.Tensor] = {}
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            saved |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
-    for name, before in start.items():
-        plain = name.replace("modules_to_save.default.", "").replace("original_module.", "")
-        found = [value for key, value in saved.items() if key.endswith(plain)]
-        if not found:
-            raise TrainingError(f"the head's {plain} is missing from what was saved in {folder}")
-        # A bias of the reward itself cancels in every comparison, so only weights have to move.
-        if name.endswith("weight") and torch.equal(found[0].float(), before.float()):
-            raise TrainingError(f"the head's {plain} did not move in training; is the learning_rate 0?")
-
-
-def run_record(
-    recipe: Recipe,
-    trainer: SharedPrefixRewardTrainer,
-    sharing: Sharing,
-    train_split: Split,
-    test_split: Split,
-    seconds: float,
-) -> dict[str, Any]:
-    """What `run.json` says of a run: enough to repeat it and to judge its cost."""
-    state, training = trainer.state, recipe.training
-    batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
-    seen = min(state.global_step * batch, round(len(train_split.comparisons) * (state.epoch or 0)))
-    return {
-        "seed": training.seed,
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in PACKAGES},
-        "git_commit": git_commit(),
-        "data_fingerprints": {
-            "train": train_split.comparisons._fingerprint,
-            "held_out": test_split.comparisons._fingerprint,
-        },
-        "comparisons": {
-            "train": len(train_split.comparisons),
-            "train_excluded": dict(train_split.excluded),
-            "held_out": len(test_split.comparisons),
-        },
-        "prefix_sharing": sharing.as_dict(),
-        "device": str(training.device),
-        "processes": training.world_size,
-        "steps": state.global_step,
-        "comparisons_per_s": seen / seconds,
-        "tokens_per_s": trainer._total_train_tokens / seconds,
-        "train_seconds": seconds,
-        "peak_memory_bytes": peak_memory(),
-        "log": state.log_history,
-    }
-
-
-def peak_memory() -> int:
-    """Peak memory of this process in bytes: CUDA's where there is a GPU, else resident memory."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def git_commit() -> str | None:
-    """The commit of the source that runs, None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def trained(recipe: Recipe) -> bool:
-    """Whether the run folder holds a finished training of this very recipe."""
-    record = recipe.output_dir / "run.json"
-    return record.is_file() and bool(json.loads(record.read_text(encoding="utf-8")).get("steps"))

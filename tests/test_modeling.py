@@ -8,7 +8,8 @@ from trl import ModelConfig
 
 from rm_recipe.batching import split_at_common_prefix
 from rm_recipe.errors import RecipeError
-from rm_recipe.modeling import Float32Linear, add_lora, autocast, load_base, load_trained
+from rm_recipe.heads import Float32Linear
+from rm_recipe.modeling import add_lora, autocast, load_base, load_trained
 from rm_recipe.tokenization import load_tokenizer
 
 BATCH = [split_at_common_prefix([[5, 6, 7, 8], [5, 6, 9]])]

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from rm_recipe import recipe as recipe_module
 from rm_recipe.errors import RecipeError
-from rm_recipe.recipe import DataArguments, looks_local, read_recipe, read_run_recipe
+from rm_recipe.recipe import read_recipe, read_run_recipe
+from rm_recipe.recipe_keys import DataArguments
 
 SHIPPED = sorted((REPOSITORY / "recipes").glob("*.yaml"))
 
@@ -161,17 +162,6 @@ def test_the_offline_recipe_says_how_its_inputs_are_made(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RecipeError, match="run `rm-recipe prepare offline`"):
         read_recipe(REPOSITORY / "recipes" / "smollm2_offline.yaml")
-
-
-@pytest.mark.parametrize(
-    ("name", "local"),
-    [
-        ("Anthropic/hh-rlhf", False), ("gpt2", False), ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", False),
-        ("./x", True), ("/x", True), ("a/b/c", True), ("data.jsonl.gz", True), ("d/x.parquet", True),
-    ],
-)  # fmt: skip
-def test_a_hub_id_is_told_from_a_path(name, local):
-    assert looks_local(name) is local
 
 
 @settings(max_examples=60, deadline=None)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from conftest import run_cli
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from rm_recipe.errors import RecipeError, TrainingError
+from rm_recipe.errors import RecipeError
 from rm_recipe.recipe import read_recipe
-from rm_recipe.train import check_saved_head, claim_run_folder, train
+from rm_recipe.train import train
 
 
 def weights(run) -> dict[str, torch.Tensor]:
@@ -91,23 +91,13 @@ def test_overwriting_starts_anew_but_never_in_a_foreign_folder(write_recipe, tmp
     folder.mkdir()
     (folder / "thesis.tex").write_text("kept")
     with pytest.raises(RecipeError, match="is not a run folder; choose another one"):
-        claim_run_folder(read_recipe(write_recipe(output_dir=str(folder))), resume=False, overwrite=True)
+        train(read_recipe(write_recipe(output_dir=str(folder))), overwrite=True)
     assert (folder / "thesis.tex").read_text() == "kept"
 
 
 def test_there_is_nothing_to_resume_in_an_empty_place(write_recipe):
     with pytest.raises(RecipeError, match="holds no run to resume"):
         train(read_recipe(write_recipe()), resume=True)
-
-
-def test_a_saved_head_that_is_missing_or_did_not_move_is_noticed(tmp_path):
-    start = {"score.weight": torch.ones(1, 2)}
-    save_file({"base_model.model.other": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(TrainingError, match="score.weight is missing"):
-        check_saved_head(tmp_path, start)
-    save_file({"base_model.model.score.weight": torch.ones(1, 2)}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(TrainingError, match="score.weight did not move"):
-        check_saved_head(tmp_path, start)
 
 
 @pytest.mark.parametrize("quantised", [False, True])

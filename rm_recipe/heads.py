@@ -1,0 +1,81 @@
+"""The reward head: found on any architecture, kept in fp32, drawn from the seed, proven saved."""
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+
+from rm_recipe.errors import TrainingError
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer that computes in its own precision, whatever the body's or autocast's is.
+
+    bf16 has 8 bits of mantissa: around a reward of 10 neighbouring values are 0.06 apart and pairs
+    tie. A plain fp32 layer would raise on bf16 input and give bf16 under autocast.
+    """
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+
+
+def head_names(model: PreTrainedModel) -> list[str]:
+    """The modules beside the backbone that hold parameters: `score`, or an encoder's `classifier`."""
+    return [
+        name
+        for name, child in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in child.parameters())
+    ]
+
+
+def to_float32(model: PreTrainedModel, name: str) -> None:
+    """Replaces the linear layers of a head by fp32 ones with the same weights."""
+    for inner, module in list(model.get_submodule(name).named_modules()):
+        if type(module) is not nn.Linear:
+            continue
+        head = Float32Linear(module.in_features, module.out_features, module.bias is not None)
+        dtype = torch.promote_types(module.weight.dtype, torch.float32)
+        head.load_state_dict(module.state_dict())
+        model.set_submodule(f"{name}.{inner}".rstrip("."), head.to(module.weight.device, dtype))
+
+
+def initialise(model: PreTrainedModel, name: str) -> None:
+    """Draws a fresh head's weights anew: in fp32, from the generator that the seed has set."""
+    for module in model.get_submodule(name).modules():
+        if isinstance(module, nn.Linear):
+            std = getattr(model.config.get_text_config(), "initializer_range", None) or 0.02
+            nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def head_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of the head's parameters."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    names = head_names(base)
+    return {
+        key: value.detach().cpu().clone()
+        for name in names
+        for key, value in base.get_submodule(name).named_parameters(prefix=name)
+        if value.requires_grad
+    }
+
+
+def check_saved_head(folder: Path, start: dict[str, torch.Tensor]) -> None:
+    """Reads the head's tensors back from disk: they are there and differ from `start`."""
+    saved: dict[str, torch.Tensor] = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            saved |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+    for name, before in start.items():
+        plain = name.replace("modules_to_save.default.", "").replace("original_module.", "")
+        found = [value for key, value in saved.items() if key.endswith(plain)]
+        if not found:
+            raise TrainingError(f"the head's {plain} is missing from what was saved in {folder}")
+        # A bias of the reward itself cancels in every comparison, so only weights have to move.
+        if name.endswith("weight") and torch.equal(found[0].float(), before.float()):
+            raise TrainingError(f"the head's {plain} did not move in training; is the learning_rate 0?")

@@ -1,0 +1,214 @@
+"""The keys of a recipe: what they are called, what values they take, and what goes together.
+
+Names and types are TRL's own (`RewardConfig`, `ModelConfig`) plus `DataArguments`. Every check
+returns its faults as text; `recipe.read_recipe` collects them.
+"""
+
+import dataclasses
+import difflib
+import enum
+import typing
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+# What `rm-recipe prepare offline` makes (offline.py); named here for the hint that says so.
+OFFLINE_MODEL = "models/smollm2-135m-instruct"
+OFFLINE_DATA = "data/offline"
+
+# Chosen anew on every machine unless the recipe says.
+DEVICE_KEYS = ("use_cpu", "bf16", "fp16", "dataloader_pin_memory")
+
+REFUSED_KEYS = {
+    "hub_token": "a token does not belong in a recipe; log in with `hf auth login` or set HF_TOKEN",
+    "push_to_hub": "training uploads nothing; upload the finished export with "
+    "`hf upload USER/NAME outputs/NAME/export`",
+    "hub_model_id": "training uploads nothing; name the repository in `hf upload`",
+    "lora_task_type": "always SEQ_CLS here, which trains and saves the head",
+    "resume_from_checkpoint": "use `train RECIPE --resume`",
+    "model_init_kwargs": "use the recipe keys dtype, attn_implementation and model_revision",
+    "remove_unused_columns": "the collator needs its columns",
+    "pad_token": "chosen by rm_recipe so that it is never EOS, and saved with the model",
+    "eos_token": "taken from the base model's tokenizer",
+    "label_names": "a comparison has no label column",
+    "parallelism_config": "set it in the file for `accelerate launch --config_file`",
+}
+
+
+@dataclass
+class DataArguments:
+    """The keys that TRL has no name for, and TRL's own for the data set."""
+
+    dataset_name: str | None = None
+    """A Hub id such as `Anthropic/hh-rlhf`, or a local folder, .jsonl, .json or .parquet (.gz too)."""
+
+    dataset_subsets: list[str] | None = None
+    """Folders of the data set (its `data_dir`), e.g. `[helpful-base, harmless-base]`."""
+
+    dataset_revision: str | None = None
+    """Branch, tag or commit of a Hub data set."""
+
+    dataset_train_split: str = "train"
+    dataset_test_split: str = "test"
+    """The held-out split; must differ from the train split."""
+
+    max_train_samples: int | None = None
+    max_eval_samples: int | None = None
+    """Comparisons to use: the first so many of a shuffle seeded with `seed`; all of them if empty."""
+
+    truncation: Literal["drop_oldest_turns", "keep_end", "exclude"] = "drop_oldest_turns"
+    """What happens to a conversation of more than `max_length` tokens. The reply is never cut."""
+
+    leakage: Literal["error", "drop", "allow"] = "error"
+    """Train prompts that are also held out: stop, remove them from train, or let them pass."""
+
+    prefix_sharing: Literal["auto", "off"] = "auto"
+    """Encode the prompt of a comparison once for all its responses, where that is exact."""
+
+    target_accuracy: float = 0.65
+    gate_statistic: Literal["ci_low", "accuracy"] = "ci_low"
+    """The gate: what held-out accuracy, or its interval's lower end, has to reach."""
+
+
+@cache
+def key_types() -> dict[str, tuple[Any, Any]]:
+    """Every accepted key: its type and its choices (None where any value of the type will do)."""
+    from trl import ModelConfig, RewardConfig
+
+    types: dict[str, tuple[Any, Any]] = {}
+    for part in (RewardConfig, ModelConfig, DataArguments):
+        hints = typing.get_type_hints(part)
+        for item in dataclasses.fields(part):
+            if item.init:
+                hint = hints[item.name]
+                choices = item.metadata.get("choices") or _choices(hint)
+                types[item.name] = (hint, list(choices) if choices else None)
+    return types
+
+
+def _choices(hint: Any) -> list[str] | None:
+    parts = typing.get_args(hint) if typing.get_origin(hint) is not Literal else (hint,)
+    for part in parts or (hint,):
+        if isinstance(part, type) and issubclass(part, enum.Enum):
+            return [str(member.value) for member in part]
+        if typing.get_origin(part) is Literal and hint is part:
+            return [str(choice) for choice in typing.get_args(part)]
+    return None
+
+
+def check_value(key: str, value: Any, from_text: bool) -> tuple[str | None, Any]:
+    """A fault or None, and the value in the key's type."""
+    types = key_types()
+    if key in REFUSED_KEYS:
+        return f"key '{key}' is not for a recipe: {REFUSED_KEYS[key]}", None
+    if key not in types:
+        close = difflib.get_close_matches(key, types.keys() - REFUSED_KEYS.keys(), n=1)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        return f"unknown key '{key}'.{hint}", None
+    hint, choices = types[key]
+    if from_text:
+        value = _from_text(value, hint)
+    if value is None:
+        if type(None) in typing.get_args(hint):
+            return None, None
+        return f"'{key}' has no value; leave the line out for the default", None
+    if choices and str(value) not in choices:
+        close = difflib.get_close_matches(str(value), choices, n=1)
+        nearest = f" Did you mean '{close[0]}'?" if close else ""
+        return f"'{key}: {value}' is not one of {', '.join(choices)}.{nearest}", None
+    if isinstance(value, str) and _takes_only_lists(hint):
+        value = [part.strip() for part in value.split(",")]  # `all-linear`, or `q_proj,v_proj`
+    if isinstance(value, bool) and bool not in (hint, *typing.get_args(hint)):
+        return f"'{key}: {value}' should be {_describe(hint)}", None
+    try:
+        return None, TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+    except ValidationError:
+        return f"'{key}: {value}' should be {_describe(hint)}", None
+
+
+def _from_text(text: str, hint: Any) -> Any:
+    """A command-line value: lists, mappings and null in YAML's notation, the rest as written."""
+    if text.strip().lower() in ("null", "none", "~"):
+        return None
+    if text.lstrip().startswith(("[", "{")):
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError:
+            return text
+    return text
+
+
+def _takes_only_lists(hint: Any) -> bool:
+    parts = typing.get_args(hint)
+    return hint == list[str] or (list[str] in parts and str not in parts)
+
+
+def _describe(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    parts = [p for p in (typing.get_args(hint) or (hint,)) if p is not type(None)]
+    if typing.get_origin(hint) in (list, dict):
+        parts = [hint]
+    described = [
+        names.get(part) or ("a list" if typing.get_origin(part) is list else "a mapping")
+        for part in parts
+        if not (isinstance(part, type) and issubclass(part, enum.Enum))
+    ]
+    return " or ".join(dict.fromkeys(described))
+
+
+POSITIVE = (
+    "learning_rate", "per_device_train_batch_size", "per_device_eval_batch_size",
+    "gradient_accumulation_steps", "max_length", "lora_r", "lora_alpha", "num_train_epochs",
+    "max_train_samples", "max_eval_samples", "max_grad_norm",
+)  # fmt: skip
+
+
+def cross_faults(values: dict[str, Any], given: dict[str, Any]) -> list[str]:
+    """What is missing, out of range or in contradiction; `given` has the faulty keys too."""
+    faults = [
+        f"'{key}: {values[key]}' must be above 0"
+        for key in POSITIVE
+        if values.get(key) is not None and not values[key] > 0
+    ]
+    if not given.get("model_name_or_path"):
+        faults.append("'model_name_or_path' is missing: the base model's folder or Hub id")
+    if not given.get("dataset_name"):
+        faults.append("'dataset_name' is missing: a file, a folder or a Hub id")
+    defaults = DataArguments()
+    train = values.get("dataset_train_split", defaults.dataset_train_split)
+    if train == values.get("dataset_test_split", defaults.dataset_test_split):
+        faults.append(f"'dataset_test_split: {train}' must differ from 'dataset_train_split'")
+    if values.get("load_in_4bit") and values.get("load_in_8bit"):
+        faults.append("'load_in_4bit' and 'load_in_8bit' cannot both be true")
+    quantised = values.get("load_in_4bit") or values.get("load_in_8bit")
+    if quantised and not values.get("use_peft"):
+        faults.append("a quantised base cannot be trained in full: set 'use_peft: true'")
+    if values.get("bf16") and values.get("fp16"):
+        faults.append("'bf16' and 'fp16' cannot both be true; leave both out to let the device choose")
+    if not 0.0 <= values.get("target_accuracy", 0.5) <= 1.0:
+        faults.append(f"'target_accuracy: {values['target_accuracy']}' must lie between 0 and 1")
+    return faults
+
+
+def input_faults(values: dict[str, Any]) -> list[str]:
+    """Local models and data sets that are named and not there."""
+    faults = []
+    for key in ("model_name_or_path", "dataset_name"):
+        name = values.get(key)
+        if not name or Path(name).exists():
+            continue
+        if name in (OFFLINE_MODEL, OFFLINE_DATA):
+            faults.append(f"'{key}: {name}' does not exist yet; run `rm-recipe prepare offline`")
+        elif looks_local(name):
+            faults.append(f"'{key}: {name}' does not exist")
+    return faults
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name that does not exist was meant as a path: a Hub id is NAME or USER/NAME."""
+    data_file = name.removesuffix(".gz").endswith((".jsonl", ".json", ".parquet"))
+    return data_file or name.startswith((".", "~", "/")) or name.count("/") > 1

@@ -1,0 +1,80 @@
+"""What `run.json` says of a run: enough to repeat it and to judge its cost."""
+
+import importlib.metadata
+import math
+import platform
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rm_recipe.datasets import Split
+from rm_recipe.recipe import Recipe
+from rm_recipe.reward_trainer import SharedPrefixRewardTrainer
+from rm_recipe.sharing import Sharing
+
+PACKAGES = ("torch", "trl", "transformers", "datasets", "peft", "accelerate", "bitsandbytes", "rm-recipe")
+
+
+def run_record(
+    recipe: Recipe,
+    trainer: SharedPrefixRewardTrainer,
+    sharing: Sharing,
+    train_split: Split,
+    test_split: Split,
+    seconds: float,
+) -> dict[str, Any]:
+    """What `run.json` says of a run: enough to repeat it and to judge its cost."""
+    state, training = trainer.state, recipe.training
+    # A gradient norm may overflow in fp16's first steps; JSON has no number for that.
+    log = [
+        {key: value if math.isfinite(value) else None for key, value in entry.items()}
+        for entry in state.log_history
+    ]
+    batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    seen = min(state.global_step * batch, round(len(train_split.comparisons) * (state.epoch or 0)))
+    return {
+        "seed": training.seed,
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "git_commit": git_commit(),
+        "data_fingerprints": {
+            "train": train_split.comparisons._fingerprint,
+            "held_out": test_split.comparisons._fingerprint,
+        },
+        "comparisons": {
+            "train": len(train_split.comparisons),
+            "train_excluded": dict(train_split.excluded),
+            "held_out": len(test_split.comparisons),
+        },
+        "prefix_sharing": sharing.as_dict(),
+        "device": str(training.device),
+        "processes": training.world_size,
+        "steps": state.global_step,
+        "comparisons_per_s": seen / seconds,
+        "tokens_per_s": trainer._total_train_tokens / seconds,
+        "train_seconds": seconds,
+        "peak_memory_bytes": peak_memory(),
+        "final_loss": next((entry["loss"] for entry in reversed(log) if "loss" in entry), None),
+        "log": log,
+    }
+
+
+def peak_memory() -> int:
+    """Peak memory of this process in bytes: CUDA's where there is a GPU, else resident memory."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def git_commit() -> str | None:
+    """The commit of the source that runs, None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,127 @@
+"""Arguments -> effect or one clear message with the contract's exit code."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import run_cli
+
+from rm_recipe import cli
+
+VERBS = ["run", "train", "check", "evaluate", "export", "score", "prepare"]
+
+
+def invoke(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
+    """The verb in this process: exit code, stdout, stderr."""
+    monkeypatch.setattr(sys, "argv", ["rm-recipe", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    captured = capsys.readouterr()
+    return int(caught.value.code or 0), captured.out, captured.err
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(monkeypatch, capsys, verb):
+    code, out, _ = invoke(monkeypatch, capsys, verb, "--help")
+    assert code == 0
+    assert "Usage: rm-recipe" in out
+
+
+def test_help_answers_without_importing_torch():
+    program = (
+        "import sys; sys.argv = ['rm-recipe', '--help']\n"
+        "from rm_recipe.cli import main\n"
+        "try: main()\n"
+        "finally: print('torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0
+    assert result.stdout.rstrip().endswith("False False")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "missing.yaml"], "missing.yaml: no such recipe"),
+        (["train", "{recipe}", "--lerning_rate", "1"], "Did you mean 'learning_rate'?"),
+        (["train", "{recipe}", "--resume", "--overwrite"], "exclude each other"),
+        (["train", "{recipe}", "--model_name_or_path", "./gone"], "_path: ./gone' does not exist"),
+        (["train", "{recipe}", "--dataset_name", "gone.jsonl"], "'dataset_name: gone.jsonl' does not exist"),
+        (["train", "{recipe}", "--model_name_or_path", "no/hub"], "_path: no/hub' cannot be loaded"),
+        (["train", "{recipe}", "--dataset_name", "no/hub"], "'no/hub' cannot be loaded from the Hub"),
+        (["run", "{recipe}", "--seed", "x"], "'seed: x' should be a whole number"),
+        (["check", "{recipe}", "stray"], "'stray' is not of the form --key value"),
+        (["evaluate", "outputs/gone"], "outputs/gone"),
+        (["export", "gone"], "gone is not a run folder"),
+        (["score", "./gone", "--prompt", "a", "--response", "b"], "./gone does not exist"),
+        (["score", "./gone", "--input", "a", "--output", "b"], "a: no such file"),
+        (["score", "./gone", "--prompt", "a"], "--prompt and --response"),
+        (["nonsense"], "No such command"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_message_and_exit_code_2(
+    monkeypatch, capsys, write_recipe, tmp_path, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    recipe = str(write_recipe())
+    before = set(tmp_path.rglob("*"))
+    code, _, err = invoke(monkeypatch, capsys, *(word.format(recipe=recipe) for word in arguments))
+    assert code == 2
+    assert message in " ".join(err.replace("│", " ").split())
+    assert "Traceback" not in err
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_check_says_what_would_be_trained_and_writes_nothing(monkeypatch, capsys, write_recipe, tmp_path):
+    recipe = write_recipe()
+    code, out, _ = invoke(monkeypatch, capsys, "check", str(recipe))
+    assert code == 0
+    assert f"{recipe}: fine; it would train" in out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (SystemExit(130), 130, "interrupted"),
+        (ImportError("No module named 'peft'"), 2, "a package is missing: No module named 'peft'; `pip"),
+        (OSError(28, "No space left on device", "model.bin"), 1, "No space left on device: model.bin"),
+    ],
+)  # fmt: skip
+def test_what_goes_wrong_outside_has_its_own_code_and_message(monkeypatch, capsys, error, code, message):
+    def raise_it(**_):
+        raise error
+
+    monkeypatch.setattr(cli, "app", raise_it)
+    found, _, err = invoke(monkeypatch, capsys)
+    assert found == code
+    assert err.startswith(f"rm-recipe: {message}")
+    assert err.count("\n") == 1
+
+
+def test_a_program_error_keeps_its_traceback(monkeypatch):
+    def raise_it(**_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "app", raise_it)
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+def test_only_one_of_several_processes_prints_the_message(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    code, _, err = invoke(monkeypatch, capsys, "train", "missing.yaml")
+    assert (code, err) == (2, "")
+
+
+def test_the_module_is_the_command(tmp_path):
+    result = run_cli("export", "gone", cwd=tmp_path)
+    assert result.returncode == 2
+    assert (
+        result.stderr.strip().splitlines()[-1] == "rm-recipe: gone is not a run folder: it has no recipe.yaml"
+    )
+
+
+def test_a_gpu_is_not_needed_for_any_of_this():
+    assert not torch.cuda.is_available()

@@ -1,0 +1,128 @@
+"""Everything the README shows is run: its commands, its Python and the trees that it draws."""
+
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, run_cli, write_jsonl
+
+from rm_recipe.evaluate import evaluate
+from rm_recipe.export import export
+from rm_recipe.recipe import read_recipe
+from rm_recipe.run import print_summary
+from rm_recipe.train import train
+
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
+SNIPPETS = [text for kind, text in BLOCKS if kind == "python"]
+TREES = {
+    text.splitlines()[0].split()[0]: text
+    for kind, text in BLOCKS
+    if kind == "text" and "/" in text.split()[0]
+}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory, tiny_llama, tiny_data):
+    """A folder as a reader has it after `make train`, the small model in place of the real ones."""
+    folder = tmp_path_factory.mktemp("reader")
+    for name in ("recipes", "accelerate_configs"):
+        (folder / name).symlink_to(REPOSITORY / name)
+    recipe = folder / "smollm2_offline.yaml"
+    recipe.write_text(
+        f"model_name_or_path: {tiny_llama}\ndataset_name: {tiny_data}\nuse_peft: true\nmax_length: 128\n"
+        "num_train_epochs: 1\nlearning_rate: 1e-2\ngradient_checkpointing: false\nuse_cpu: true\n"
+        f"save_steps: 4\ndisable_tqdm: true\noutput_dir: {folder / 'outputs/smollm2_offline'}\n"
+    )
+    run = folder / "outputs" / "smollm2_offline"
+    train(read_recipe(recipe))
+    shutil.copytree(run, folder / "outputs" / "tinyllama_hh_lora")
+    evaluate(str(run))
+    export(run)
+    write_jsonl(folder / "replies.jsonl", [{"prompt": "hello", "response": "good"}])
+    return folder
+
+
+def test_the_readme_has_the_commands_of_the_project():
+    assert {"make train", "make test"} <= set(COMMANDS)
+    assert any(command.startswith("accelerate launch") for command in COMMANDS)
+    assert README.index("make train") < README.index("make test") < README.index("accelerate launch")
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make")])
+def test_every_make_command_is_a_target(command):
+    result = subprocess.run(
+        ["make", "-n", *shlex.split(command)[1:]], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("accelerate")])
+def test_every_launch_names_a_configuration_and_a_recipe_that_parse(command):
+    words = shlex.split(command)
+    assert (REPOSITORY / words[words.index("--config_file") + 1]).is_file()
+    verb = words.index("rm_recipe")
+    assert words[verb + 1] == "train"
+    read_recipe(REPOSITORY / words[verb + 2], words[verb + 3 :], check_inputs=False)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("rm-recipe")])
+def test_every_command_works(command, workplace):
+    result = run_cli(*shlex.split(command)[1:], cwd=workplace)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_every_snippet_works(snippet, workplace, monkeypatch, capsys):
+    monkeypatch.chdir(workplace)
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert re.search(r"-?\d\.\d+", capsys.readouterr().out)
+
+
+def test_no_kind_of_command_goes_unchecked():
+    assert all(command.split()[0] in ("make", "accelerate", "rm-recipe") for command in COMMANDS)
+
+
+def test_a_run_leaves_what_the_readme_draws(workplace):
+    tree = TREES["outputs/smollm2_offline/"]
+    for line in tree.splitlines()[1:]:
+        assert list((workplace / "outputs/smollm2_offline").glob(line.split()[0])), line
+
+
+def test_the_tree_of_the_code_is_the_tree_on_disk():
+    drawn = TREES["rm_recipe/"]
+    modules = set(re.findall(r"\w+\.py", drawn))
+    assert modules == {path.name for path in (REPOSITORY / "rm_recipe").glob("*.py")} - {
+        "__init__.py", "__main__.py",
+    }  # fmt: skip
+    for line in drawn.splitlines():
+        if not line.startswith(" "):
+            assert (REPOSITORY / line.split()[0]).is_dir()
+
+
+def test_every_module_has_its_tests():
+    modules = {path.stem for path in (REPOSITORY / "rm_recipe").glob("*.py")} - {
+        "__init__",
+        "__main__",
+        "errors",
+    }
+    tests = {path.stem.removeprefix("test_") for path in Path(__file__).parent.glob("test_*.py")}
+    assert modules <= tests
+
+
+def test_the_summary_that_the_readme_shows_is_the_one_that_is_printed(workplace, monkeypatch, capsys):
+    """Line by line, figures apart."""
+    monkeypatch.chdir(workplace)
+    print_summary(Path("outputs/smollm2_offline"))
+    shown = {without_figures(line) for kind, text in BLOCKS if kind == "text" for line in text.splitlines()}
+    for line in capsys.readouterr().out.splitlines():
+        assert without_figures(line) in shown | {""}
+
+
+def without_figures(line: str) -> str:
+    return re.sub(r"\d+(\.\d+)?", "#", line.rstrip())

@@ -1,0 +1,138 @@
+"""The main job, through the real command line and `accelerate launch`, on the tiny model."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import REPOSITORY, run_cli, write_jsonl
+
+from rm_recipe import RewardModel
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_llama, tiny_data):
+    """`rm-recipe run` once; the folder it worked in and what it printed."""
+    folder = tmp_path_factory.mktemp("job")
+    (folder / "tiny.yaml").write_text(
+        f"model_name_or_path: {tiny_llama}\ndataset_name: {tiny_data}\nuse_peft: true\nlora_r: 4\n"
+        "max_length: 128\nnum_train_epochs: 2\nlearning_rate: 1e-2\ngradient_checkpointing: false\n"
+        "use_cpu: true\nsave_steps: 8\n"
+    )
+    result = run_cli("run", "tiny.yaml", "--seed", "1", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return folder, result
+
+
+def test_a_recipe_becomes_a_run_an_evaluation_and_an_export(finished):
+    run = finished[0] / "outputs" / "tiny"
+    present = {path.name for path in run.iterdir()}
+    assert present >= {
+        "recipe.yaml", "run.json", "model", "evaluation.json", "predictions.jsonl", "export", "checkpoint-16",
+    }  # fmt: skip
+    assert json.loads((run / "evaluation.json").read_text())["datasets"]["held_out"]["accuracy"] > 0.9
+    assert "seed: 1" in (run / "recipe.yaml").read_text()
+
+
+def test_it_ends_with_the_accuracy_its_interval_where_things_are_and_what_to_try(finished):
+    printed = finished[1].stdout
+    for stage in ("[train] tiny.yaml", "[evaluate]", "[export]"):
+        assert stage in printed
+    summary = printed[printed.index("Preference accuracy") :]
+    for part in (
+        "95 % interval", "Target 0.65 reached", "Trained in", "outputs/tiny/export", "outputs/tiny/model",
+        "outputs/tiny/evaluation.json", "rm-recipe score", "rm-recipe evaluate", "rm-recipe run",
+    ):  # fmt: skip
+        assert part in summary
+    assert max(map(len, summary.splitlines())) <= 80
+    assert "Traceback" not in finished[1].stderr
+
+
+def test_training_went_through_accelerate_with_a_configuration_of_ours():
+    from rm_recipe.run import CONFIGS
+
+    assert REPOSITORY / "accelerate_configs" == CONFIGS
+    assert {path.name for path in CONFIGS.glob("*.yaml")} >= {"cpu.yaml", "single_gpu.yaml"}
+
+
+def test_a_second_run_skips_what_is_finished_and_says_so(finished):
+    folder, _ = finished
+    before = (folder / "outputs/tiny/run.json").stat().st_mtime_ns
+    again = run_cli("run", "tiny.yaml", "--seed", "1", cwd=folder)
+    assert again.returncode == 0
+    assert again.stdout.count("finished already, skipped") == 3
+    assert (folder / "outputs/tiny/run.json").stat().st_mtime_ns == before
+
+
+def test_a_run_of_another_recipe_is_not_overwritten_unasked(finished):
+    result = run_cli("run", "tiny.yaml", "--seed", "2", cwd=finished[0])
+    assert result.returncode == 2
+    assert "holds a run of another recipe (seed differ)" in result.stderr
+
+
+def test_a_file_of_responses_is_scored(finished):
+    folder, _ = finished
+    items = [
+        {"prompt": "hello 3 cat", "response": text, "id": i}
+        for i, text in enumerate(("good good", "bad bad"))
+    ]
+    write_jsonl(folder / "in.jsonl", items)
+    result = run_cli(
+        "score", "outputs/tiny/export", "--input", "in.jsonl", "--output", "out.jsonl", cwd=folder
+    )
+    assert result.returncode == 0
+    scored = [json.loads(line) for line in (folder / "out.jsonl").open()]
+    assert [{k: v for k, v in row.items() if k != "reward"} for row in scored] == items
+    assert scored[0]["reward"] > scored[1]["reward"]
+    one = run_cli(
+        "score", "outputs/tiny/export", "--prompt", "hello 3 cat", "--response", "good good", cwd=folder
+    )
+    assert float(one.stdout) == pytest.approx(scored[0]["reward"], abs=1e-3)
+    assert RewardModel.from_pretrained(folder / "outputs/tiny/export").score(items)[0] == pytest.approx(
+        scored[0]["reward"], abs=1e-4
+    )
+
+
+def test_under_accelerate_launch_a_bad_recipe_prints_our_message_once(finished):
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(REPOSITORY / "accelerate_configs" / "cpu.yaml")]
+    command += ["-m", "rm_recipe", "train", "tiny.yaml", "--lerning_rate", "1"]
+    result = subprocess.run(command, cwd=finished[0], capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert result.stderr.count("unknown key 'lerning_rate'") == 1
+
+
+def test_ctrl_c_while_training_exits_with_130_and_can_be_gone_on_with(finished, tmp_path):
+    folder, _ = finished
+    arguments = [
+        "tiny.yaml",
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--num_train_epochs",
+        "500",
+        "--save_steps",
+        "4",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rm_recipe", "run", *arguments],
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run").is_dir() or not list((tmp_path / "run").glob("checkpoint-*")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    newest = max(int(path.name.split("-")[1]) for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert (
+        f"rm-recipe: training interrupted; the newest checkpoint is {tmp_path}/run/checkpoint-{newest}\n"
+        in err
+    )
+    assert err.endswith("rm-recipe: the same command goes on from there\n")
+    assert "Traceback" not in err
+    assert not (tmp_path / "run" / "export").exists()
+    assert not (tmp_path / "run" / "run.json").exists()
