@@ -1,0 +1,36 @@
+"""`run.json` can always be written, and says how fast and how large a run was."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from datasets import Dataset
+
+from rm_recipe.datasets import Split
+from rm_recipe.run_record import run_record
+from rm_recipe.sharing import Sharing
+
+
+def record(log: list[dict[str, float]]) -> dict:
+    split = Split(Dataset.from_dict({"prefix": [[1]] * 10}), 12, {"empty_response": 2})
+    training = SimpleNamespace(
+        seed=3, device="cpu", world_size=2, train_batch_size=2, gradient_accumulation_steps=2
+    )
+    state = SimpleNamespace(global_step=2, epoch=1.6, log_history=log)
+    trainer = SimpleNamespace(state=state, _total_train_tokens=500)
+    recipe = SimpleNamespace(training=training)
+    return run_record(recipe, trainer, Sharing(True, "equal", 1e-7), split, split, seconds=4.0)
+
+
+def test_speed_counts_comparisons_over_all_processes():
+    found = record([{"loss": 0.7}, {"loss": 0.5}, {"train_runtime": 4.0}])
+    assert found["comparisons_per_s"] == 16 / 4  # 2 steps of 2 x 2 on 2 processes
+    assert found["tokens_per_s"] == 500 / 4
+    assert found["final_loss"] == 0.5
+    assert found["peak_memory_bytes"] > 1e8
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_norm_that_overflowed_does_not_lose_the_record(value):
+    found = record([{"loss": 0.7, "grad_norm": value}])
+    assert json.loads(json.dumps(found, allow_nan=False))["log"] == [{"loss": 0.7, "grad_norm": None}]
