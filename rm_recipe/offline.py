@@ -37,9 +37,9 @@ TRAIN_COMPARISONS = 8_000
 TEST_COMPARISONS = 1_000
 TEST_SHARE = 0.15  # of the conversations
 PER_CONVERSATION = 4  # so that no talkative pair dominates
-REPLY_WORDS = range(8, 41)  # a shorter reply fits any context, a longer one is a speech
+REPLY_WORDS = range(12, 41)  # a shorter reply fits any context, a longer one is a speech
 CONTEXT_TURNS = 5
-CONTEXT_WORDS = 90  # older turns are left out past this, so that two cores can train on it
+CONTEXT_WORDS = range(15, 91)  # fewer say too little to reply to; older turns are left out past it
 
 Row = dict[str, Any]  # {"prompt": messages, "chosen": text, "rejected": text}
 
@@ -125,12 +125,9 @@ def make_comparisons(
     pool: dict[int, list[tuple[int, str]]] = defaultdict(list)
     places: list[tuple[int, int]] = []  # (conversation, turn) of the replies to use
     for number, turns in enumerate(conversations):
-        words = [len(turn.split()) for turn in turns]
-        replies = [
-            i for i in range(1, len(turns)) if words[i] in REPLY_WORDS and words[i - 1] <= CONTEXT_WORDS
-        ]
+        replies = [i for i in range(1, len(turns)) if len(turns[i].split()) in REPLY_WORDS]
         for i in replies:
-            pool[words[i]].append((number, turns[i]))
+            pool[len(turns[i].split())].append((number, turns[i]))
         places += [(number, i) for i in rng.sample(replies, min(PER_CONVERSATION, len(replies)))]
     for length in sorted(pool):
         rng.shuffle(pool[length])
@@ -146,9 +143,10 @@ def make_comparisons(
         fits = (k for k, (other, text) in enumerate(candidates) if other != number and text != chosen)
         k = next(fits, None)
         row: Row = {"prompt": prompt, "chosen": chosen, "rejected": ""}
-        if k is None or _prompt_text(row) in seen:
+        text = _prompt_text(row)
+        if k is None or text in seen or len(text.split()) not in CONTEXT_WORDS:
             continue
-        seen.add(_prompt_text(row))
+        seen.add(text)
         rows.append({**row, "rejected": candidates.pop(k)[1]})
     return rows
 
@@ -156,7 +154,7 @@ def make_comparisons(
 def _prompt(turns: list[str]) -> list[dict[str, str]]:
     """The last turns as messages; the one before the reply is the user's, whoever spoke it."""
     turns = turns[-CONTEXT_TURNS:]
-    while sum(len(turn.split()) for turn in turns) > CONTEXT_WORDS:
+    while len(turns) > 1 and len(" ".join(turns).split()) >= CONTEXT_WORDS.stop:
         turns = turns[1:]
     if len(turns) % 2 == 0:
         turns = turns[1:]

@@ -10,6 +10,7 @@ import enum
 import typing
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -163,7 +164,7 @@ def _describe(hint: Any) -> str:
 POSITIVE = (
     "learning_rate", "per_device_train_batch_size", "per_device_eval_batch_size",
     "gradient_accumulation_steps", "max_length", "lora_r", "lora_alpha", "num_train_epochs",
-    "max_train_samples", "max_eval_samples", "max_grad_norm",
+    "max_train_samples", "max_eval_samples",
 )  # fmt: skip
 
 
@@ -191,6 +192,10 @@ def cross_faults(values: dict[str, Any], given: dict[str, Any]) -> list[str]:
         faults.append("'bf16' and 'fp16' cannot both be true; leave both out to let the device choose")
     if not 0.0 <= values.get("target_accuracy", 0.5) <= 1.0:
         faults.append(f"'target_accuracy: {values['target_accuracy']}' must lie between 0 and 1")
+    trackers = values.get("report_to") or []
+    for tracker in [trackers] if isinstance(trackers, str) else trackers:
+        if tracker not in ("none", "all") and not (tracker.isidentifier() and find_spec(tracker)):
+            faults.append(f"'report_to: {tracker}' needs a package: `pip install {tracker}`")
     return faults
 
 

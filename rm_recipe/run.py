@@ -70,7 +70,7 @@ def run(recipe_path: Path, overrides: Sequence[str], *, overwrite: bool = False)
         print_export(export(folder))
     print()
     print_evaluation(evaluation, ["held_out"])
-    print_summary(folder)
+    print_summary(folder, recipe_path)
 
 
 def stage(name: str, what: str) -> None:
@@ -145,7 +145,7 @@ def print_export(checked: dict[str, Any]) -> None:
     )
 
 
-def print_summary(folder: Path) -> None:
+def print_summary(folder: Path, recipe_path: Path) -> None:
     """Where everything is, and what to try next."""
     record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     minutes, gigabytes = record["train_seconds"] / 60, record["peak_memory_bytes"] / 1e9
@@ -165,5 +165,5 @@ def print_summary(folder: Path) -> None:
         f"  rm-recipe score {folder}/export \\\n"
         '      --prompt "How was your weekend?" --response "Great, we went hiking!"\n'
         f"  rm-recipe evaluate {folder} --dataset YOUR_COMPARISONS.jsonl\n"
-        "  rm-recipe run recipes/smollm2_offline.yaml --seed 1 --output_dir outputs/s1\n"
+        f"  rm-recipe run {recipe_path} --seed 1 --output_dir outputs/s1\n"
     )

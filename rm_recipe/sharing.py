@@ -33,7 +33,8 @@ def decide_sharing(model: PreTrainedModel, wanted: str, max_length: int | None) 
     Args:
         model: the classifier that will be trained or scored with.
         wanted: the recipe's `prefix_sharing`.
-        max_length: the longest conversation; a row holds at most K = 2 of them.
+        max_length: the longest conversation. It must fit the sliding window, if there is one: a row
+            may be longer, because the mask that comes with it is used in place of the window's.
     """
     config = model.config
     if wanted == "off":
@@ -43,8 +44,8 @@ def decide_sharing(model: PreTrainedModel, wanted: str, max_length: int | None) 
     if config._attn_implementation not in ("sdpa", "eager"):
         return Sharing(False, f"{config._attn_implementation} attention takes no such mask")
     window = getattr(config.get_text_config(), "sliding_window", None)
-    if window and (max_length is None or 2 * max_length > window):
-        return Sharing(False, f"rows could be longer than the sliding window of {window} tokens")
+    if window and (max_length is None or max_length > window):
+        return Sharing(False, f"conversations may be longer than the sliding window of {window} tokens")
     try:
         difference = measure_sharing(config)
     except Exception as error:  # whatever a foreign architecture raises: it is not proven

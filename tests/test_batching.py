@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rm_recipe.batching import Encoded, pack, padded_rows, shared_rows, split_at_common_prefix
+from rm_recipe.batching import Encoded, choose_rows, pack, padded_rows, shared_rows, split_at_common_prefix
 
 PAD = 0
 tokens = st.lists(st.integers(1, 9), min_size=1, max_size=6)
@@ -33,6 +33,17 @@ def test_packing_places_every_comparison_once_and_overfills_no_row(lengths, capa
     rows = pack(lengths, capacity)
     assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
     assert all(sum(lengths[index] for index in row) <= capacity for row in rows)
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=12))
+def test_the_chosen_rows_hold_every_comparison_and_cost_no_more_than_the_shortest(lengths):
+    def cost(rows):
+        length = max(sum(lengths[index] for index in row) for row in rows)
+        return len(rows) * length * (1 + length / 2000)
+
+    rows = choose_rows(lengths)
+    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
+    assert cost(rows) <= cost(pack(lengths, max(lengths)))
 
 
 def test_a_comparison_is_never_split():

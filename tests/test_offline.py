@@ -16,7 +16,7 @@ from rm_recipe.preferences import parse_row
 def conversations(n: int, seed: int = 0) -> list[list[str]]:
     rng = random.Random(seed)
     return [
-        [" ".join([f"c{number}t{turn}", *rng.choices(WORDS, k=rng.randrange(5, 14))]) for turn in range(8)]
+        [" ".join([f"c{number}t{turn}", *rng.choices(WORDS, k=rng.randrange(9, 18))]) for turn in range(8)]
         for number in range(n)
     ]
 
@@ -39,6 +39,7 @@ def test_chosen_is_what_followed_and_rejected_comes_from_elsewhere_with_as_many_
         roles = [message["role"] for message in comparison.prompt]
         assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
         assert len(roles) <= offline.CONTEXT_TURNS
+        assert sum(len(m["content"].split()) for m in comparison.prompt) in offline.CONTEXT_WORDS
 
 
 def test_no_prompt_and_no_rejected_reply_comes_twice_and_no_conversation_dominates():

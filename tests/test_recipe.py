@@ -47,6 +47,7 @@ def test_all_faults_come_in_one_message_each_with_its_place_and_fix(write_recipe
     path = write_recipe(
         lerning_rate=1e-4, lora_r=True, lr_scheduler_type="cosin", max_length=-3, load_in_4bit=True,
         load_in_8bit=True, hub_token="secret", dataset_test_split="train", truncation="cut",
+        report_to="no_such_tracker",
     )  # fmt: skip
     with path.open("a") as file:
         file.write("seed: 1\n")
@@ -63,6 +64,7 @@ def test_all_faults_come_in_one_message_each_with_its_place_and_fix(write_recipe
         "key 'hub_token' is not for a recipe",
         "'dataset_test_split: train' must differ from 'dataset_train_split'",
         "'truncation: cut' is not one of drop_oldest_turns, keep_end, exclude.",
+        "'report_to: no_such_tracker' needs a package: `pip install no_such_tracker`",
         "key 'seed' is given twice",
         "command line: 'num_train_epochs: many' should be a number",
         "command line: --foo has no value",

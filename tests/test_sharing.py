@@ -1,5 +1,7 @@
 """Prefixes are shared where a small copy of the model proves it exact, and only there."""
 
+import copy
+
 import pytest
 import torch
 from transformers import (
@@ -79,12 +81,33 @@ def test_a_forward_that_ignores_positions_fails_the_proof(monkeypatch):
     assert not decide_sharing(classifier("llama"), "auto", 64).used
 
 
-def test_a_row_that_may_exceed_the_sliding_window_is_not_shared():
+def test_a_conversation_that_may_exceed_the_sliding_window_is_not_shared():
     model = classifier("mistral")
-    assert decide_sharing(model, "auto", 2048).used
-    sharing = decide_sharing(model, "auto", 2049)
+    assert decide_sharing(model, "auto", 4096).used
+    sharing = decide_sharing(model, "auto", 4097)
     assert not sharing.used
     assert "4096" in sharing.reason
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+def test_a_row_may_exceed_the_sliding_window_where_no_conversation_does(name, attention):
+    config = copy.deepcopy(CONFIGS[name])
+    config.sliding_window = 8
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config, attn_implementation=attention).eval()
+    add_reward_positions(model)
+    batch = [
+        split_at_common_prefix([[t, 6, 7, 8, 9, 10, 11, 12], [t, 6, 7, 8, 13, 14, 15, 16]])
+        for t in range(4, 9)
+    ]
+    rows = shared_rows(batch, 0)
+    assert rows["input_ids"].shape[1] > 2 * 8
+    conversations = [ids for comparison in batch for ids in comparison.conversations()]
+    with torch.no_grad():
+        shared = model(**rows).logits[:, 0]
+        alone = torch.stack([model(input_ids=torch.tensor([ids])).logits[0, 0] for ids in conversations])
+    assert (shared - alone).abs().max() <= 1e-5
 
 
 def test_an_encoder_never_shares(tiny_distilbert):
