@@ -15,6 +15,8 @@ help: ## List the targets
 setup: $(STAMP) ## Make .venv and install the tested set of packages
 
 $(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "TRL 1.16 needs Python 3.11 or newer; try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) (a few minutes the first time) ..."
 	@# torch first and alone, pinned: a looser range would fetch gigabytes of CUDA where a CPU build will do.

@@ -56,16 +56,11 @@ def load_splits(recipe: Recipe) -> tuple[Split, Split]:
         DataError: a source cannot be read, a split is missing or holds no comparison, or prompts
             are shared between the two and `leakage` is `error`.
     """
-    train = load_train_split(recipe)
-    test = load_held_out_split(recipe)
-    return _without_leakage(recipe.data, train, test), test
-
-
-def load_train_split(recipe: Recipe) -> Split:
-    """The recipe's train comparisons, before a look at what is held out."""
-    data = recipe.data
-    split = load_split(data, data.dataset_train_split)
-    return sample(split, data.max_train_samples, recipe.training.seed)
+    data, seed = recipe.data, recipe.training.seed
+    train = load_split(data, data.dataset_train_split)
+    # Against all that is held out, so that no other sample of it meets what was trained on.
+    train = _without_leakage(data, train, load_split(data, data.dataset_test_split))
+    return sample(train, data.max_train_samples, seed), load_held_out_split(recipe)
 
 
 def load_held_out_split(recipe: Recipe) -> Split:
@@ -89,7 +84,7 @@ def load_split(data: DataArguments, split: str) -> Split:
     parsed = hf_datasets.concatenate_datasets(parts)
     result = _keep(Split(parsed, len(parsed), Counter()))
     if not len(result.comparisons):
-        counts = ", ".join(f"{n} {reason}" for reason, n in result.excluded.items()) or "no rows"
+        counts = _counts(result.excluded)
         raise DataError(f"{data.dataset_name}, split '{split}': no comparison in it ({counts})")
     return result
 
@@ -113,6 +108,9 @@ def tokenize(
     """Adds the columns `prefix` (token ids) and `rests` (a list of token ids for each response).
 
     What does not fit `max_length` is truncated or counted as `tokenization.encode` says.
+
+    Raises:
+        DataError: nothing is left.
     """
     fingerprint = Hasher.hash(
         [
@@ -146,7 +144,10 @@ def tokenize(
             }
         ),
     )
-    return _keep(Split(encoded, split.rows, split.excluded))
+    result = _keep(Split(encoded, split.rows, split.excluded))
+    if not len(result.comparisons):
+        raise DataError(f"no comparison is left after tokenising: {_counts(result.excluded)}")
+    return result
 
 
 # --- loading ---------------------------------------------------------------------------------
@@ -231,6 +232,10 @@ def _parse(rows: hf_datasets.Dataset, subset: str | None) -> hf_datasets.Dataset
             }
         ),
     )
+
+
+def _counts(excluded: Counter[str]) -> str:
+    return ", ".join(f"{n} {reason}" for reason, n in excluded.items()) or "no rows"
 
 
 def _keep(split: Split) -> Split:

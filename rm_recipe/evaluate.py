@@ -40,6 +40,10 @@ def evaluate(target: str, datasets: list[str] | None = None, output: Path | None
     recipe = recipe_of(Path(target))
     if not datasets and recipe is None:
         raise RecipeError(f"{target} is no run folder, so it has no held-out split; name one with --dataset")
+    if recipe is None and HELD_OUT in (datasets or []):
+        raise RecipeError(f"{target} has no recipe, so it has no held-out split")
+    if output is not None and output.is_file():
+        raise RecipeError(f"{output} is a file; --output names a folder")
     if output is None:
         if not Path(target).is_dir():
             raise RecipeError(f"{target} is not a local folder; say with --output where the result goes")
@@ -158,6 +162,12 @@ def _spearman(rewards: Any, lengths: Any) -> float | None:
     return float(spearmanr(rewards, lengths).statistic)
 
 
+def read_evaluation(folder: Path) -> dict[str, Any]:
+    """The content of a folder's `evaluation.json`; empty if there is none."""
+    path = folder / "evaluation.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
 def gate(figures: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     """Whether held-out accuracy (its interval's lower end by default) reaches the target."""
     statistic = recipe.data.gate_statistic
@@ -168,8 +178,7 @@ def gate(figures: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
 
 def _merge(output: Path, target: str, recipe: Recipe | None, results: dict[str, Any]) -> dict[str, Any]:
     """The earlier evaluation with the new data sets in it; `held_out` is never lost."""
-    path = output / "evaluation.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    before = read_evaluation(output)
     datasets = {**before.get("datasets", {}), **results}
     passed = gate(datasets[HELD_OUT], recipe) if recipe and HELD_OUT in datasets else before.get("gate")
     name = recipe.model.model_name_or_path if recipe else target

@@ -32,6 +32,15 @@ def head_names(model: PreTrainedModel) -> list[str]:
     ]
 
 
+def outermost(names: list[str]) -> list[str]:
+    """The names that are not inside another one: `pooler` of `pooler` and `pooler.dense`.
+
+    PEFT wraps every name that it is given, and an inner wrapper would hang beside the copy that the
+    outer one trains.
+    """
+    return sorted(n for n in set(names) if not any(n.startswith(f"{other}.") for other in names))
+
+
 def to_float32(model: PreTrainedModel, name: str) -> None:
     """Replaces the linear layers of a head by fp32 ones with the same weights."""
     for inner, module in list(model.get_submodule(name).named_modules()):
@@ -73,7 +82,7 @@ def check_saved_head(folder: Path, start: dict[str, torch.Tensor]) -> None:
             saved |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
     for name, before in start.items():
         plain = name.replace("modules_to_save.default.", "").replace("original_module.", "")
-        found = [value for key, value in saved.items() if key.endswith(plain)]
+        found = [value for key, value in saved.items() if f".{key}".endswith(f".{plain}")]
         if not found:
             raise TrainingError(f"the head's {plain} is missing from what was saved in {folder}")
         # A bias of the reward itself cancels in every comparison, so only weights have to move.

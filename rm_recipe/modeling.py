@@ -24,7 +24,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import logging
 
 from rm_recipe.errors import RecipeError
-from rm_recipe.heads import head_names, initialise, to_float32
+from rm_recipe.heads import head_names, initialise, outermost, to_float32
 from rm_recipe.tokenization import load_config
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ def load_base(
         seed: of the head's initial weights.
 
     Returns:
-        the model, and the names of the modules that the base checkpoint did not hold.
+        the model, and the names of the modules to be trained in full: the head, and whatever else
+        the base checkpoint did not hold.
 
     Raises:
         RecipeError: the model cannot be loaded.
@@ -65,14 +66,11 @@ def load_base(
     model, new = _load(
         name, **kwargs, dtype=getattr(torch, str(config.dtype), "auto"), quantization_config=quantisation
     )
-    new = new or head_names(model)
     prepare_for_rewards(model, tokenizer)
     torch.manual_seed(seed)
-    for module_name in new:
+    for module_name in outermost(new):  # a head that is there, as in a reward model, is kept
         initialise(model, module_name)
-    model.config.id2label, model.config.label2id = {0: LABEL}, {LABEL: 0}
-    model.config.problem_type = "regression"  # keeps `pipeline` from applying a sigmoid
-    return model, new
+    return model, outermost([*new, *head_names(model)])
 
 
 def _load(name: str, **kwargs: Any) -> tuple[PreTrainedModel, list[str]]:
@@ -102,7 +100,9 @@ def _quietly() -> Iterator[None]:
 
 
 def prepare_for_rewards(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Pad token, fp32 head and the forward that reads rewards at given positions."""
+    """Pad token, label, fp32 head and the forward that reads rewards at given positions."""
+    model.config.id2label, model.config.label2id = {0: LABEL}, {LABEL: 0}
+    model.config.problem_type = "regression"  # keeps `pipeline` from applying a sigmoid
     keep_quantised_layout(model)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
@@ -153,8 +153,13 @@ def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.where(mask, zeros, torch.finfo(dtype).min)
 
 
-def add_lora(model: PreTrainedModel, config: "ModelConfig", new_modules: list[str]) -> PeftModel:
-    """Wraps the model for LoRA by TRL's keys; `new_modules` are trained in full and saved.
+def add_lora(
+    model: PreTrainedModel, config: "ModelConfig", new_modules: list[str], autocast: bool
+) -> PeftModel:
+    """Wraps the model for LoRA by TRL's keys; `new_modules` are trained in full.
+
+    Args:
+        autocast: whether training computes in half precision (`bf16` or `fp16`).
 
     Raises:
         RecipeError: the target modules match nothing.
@@ -166,15 +171,16 @@ def add_lora(model: PreTrainedModel, config: "ModelConfig", new_modules: list[st
         lora_dropout=config.lora_dropout,
         target_modules=config.lora_target_modules or "all-linear",
         target_parameters=config.lora_target_parameters,
-        modules_to_save=sorted({*new_modules, *head_names(model), *(config.lora_modules_to_save or [])}),
+        modules_to_save=outermost([*new_modules, *(config.lora_modules_to_save or [])]),
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
     )
     try:
-        wrapped = get_peft_model(model, lora)
+        wrapped = get_peft_model(model, lora, revision=config.model_revision)
     except ValueError as error:
         raise RecipeError(f"LoRA cannot be added: {' '.join(str(error).split())[:300]}") from None
-    keep_activations_in_half(wrapped)
+    if autocast:
+        keep_activations_in_half(wrapped)
     return wrapped
 
 
@@ -207,7 +213,7 @@ def quantization_config(config: "ModelConfig", skip: list[str]) -> BitsAndBytesC
         load_in_8bit=config.load_in_8bit,
         bnb_4bit_quant_type=config.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=config.use_bnb_nested_quant,
-        bnb_4bit_compute_dtype=getattr(torch, str(config.dtype)),
+        bnb_4bit_compute_dtype=getattr(torch, str(config.dtype), torch.float32),
         bnb_4bit_quant_storage=config.bnb_4bit_quant_storage,
         llm_int8_skip_modules=skip,
     )
@@ -248,15 +254,16 @@ def _load_adapter(
 ) -> PeftModel:
     from peft import PeftConfig
 
-    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    kwargs: dict[str, Any] = {}
+    adapter = PeftConfig.from_pretrained(str(folder))
+    # By the base's own config: the saved one may have a pad token more than the base's checkpoint,
+    # and names a quantisation that the checkpoint does not have.
+    kwargs: dict[str, Any] = {"num_labels": 1, "revision": adapter.revision or "main"}
     quantisation = config.to_dict().get("quantization_config")
     if quantisation:
-        # Left in the config, it would say that the base's checkpoint is quantised already.
-        del config.quantization_config
         kwargs["quantization_config"] = BitsAndBytesConfig.from_dict(quantisation)
         kwargs["device_map"] = {"": _current_device()}
-    model, _ = _load(base, config=config, dtype=config.dtype or "auto", **kwargs)
+    model, _ = _load(adapter.base_model_name_or_path, dtype=config.dtype or "auto", **kwargs)
+    model.config.rm_recipe = getattr(config, "rm_recipe", None)
     if quantisation and dequantize:
         model.dequantize()
     prepare_for_rewards(model, tokenizer)

@@ -42,10 +42,8 @@ class Comparison:
         return [conversation(self.prompt, response) for response in self.responses]
 
 
-def conversation(prompt: str | list[Message], response: str) -> list[Message]:
-    """A prompt (a text means one user message) and its response as one list of messages."""
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
+def conversation(prompt: list[Message], response: str) -> list[Message]:
+    """A prompt and its response as one list of messages."""
     return [*prompt, {"role": "assistant", "content": response}]
 
 
@@ -71,8 +69,8 @@ def parse_row(row: Mapping[str, Any]) -> Comparison:
     """A comparison from a row with `chosen`, `rejected` and perhaps `prompt` and `subset`.
 
     Without a prompt, `chosen` and `rejected` are hh-rlhf transcripts or whole lists of messages.
-    With one, the prompt is a text (one user message) or messages, and the responses are texts or
-    lists of one assistant message.
+    With one, the prompt is a text (one user message) or messages, and the responses are texts, one
+    assistant message, or the whole conversation (UltraFeedback). Texts are taken as they stand.
 
     Raises:
         Excluded: with the reason.
@@ -86,37 +84,46 @@ def parse_row(row: Mapping[str, Any]) -> Comparison:
         if prompt != other_prompt:
             raise Excluded("differing_prompts")
     else:
-        prompt = _messages(row["prompt"])
-        best, worst = _reply(chosen), _reply(rejected)
-    if not prompt:
+        prompt = as_messages(row["prompt"])
+        best, worst = _reply(prompt, chosen), _reply(prompt, rejected)
+    if not any(message["content"].strip() for message in prompt):
         raise Excluded("empty_prompt")
-    if not best or not worst:
+    if not best.strip() or not worst.strip():
         raise Excluded("empty_response")
-    if best == worst:
+    if best.strip() == worst.strip():
         raise Excluded("identical_responses")
     return Comparison(prompt, [best, worst], str(row.get("subset") or ""))
 
 
 def _split_reply(value: Any) -> tuple[list[Message], str]:
-    messages = parse_transcript(value) if isinstance(value, str) else _messages(value)
+    messages = parse_transcript(value) if isinstance(value, str) else as_messages(value)
     if not messages or messages[-1]["role"] != "assistant":
         raise Excluded("ends_without_reply")
-    return messages[:-1], messages[-1]["content"].strip()
+    return messages[:-1], messages[-1]["content"]
 
 
-def _messages(value: Any) -> list[Message]:
+def as_messages(value: Any) -> list[Message]:
+    """A prompt's messages; a text means one user message.
+
+    Raises:
+        Excluded: `not_messages`.
+    """
     if isinstance(value, str):
-        return [{"role": "user", "content": value.strip()}] if value.strip() else []
+        return [{"role": "user", "content": value}]
     try:
-        return [{"role": str(m["role"]), "content": str(m["content"])} for m in value]
+        messages = [{"role": m["role"], "content": m["content"]} for m in value]
     except (TypeError, KeyError):
         raise Excluded("not_messages") from None
+    if not all(isinstance(text, str) for message in messages for text in message.values()):
+        raise Excluded("not_messages")
+    return messages
 
 
-def _reply(value: Any) -> str:
+def _reply(prompt: list[Message], value: Any) -> str:
+    """The reply of a text, of one assistant message, or of the prompt's messages and one more."""
     if isinstance(value, str):
-        return value.strip()
-    messages = _messages(value)
-    if len(messages) != 1 or messages[0]["role"] != "assistant":
-        raise Excluded("not_one_reply")
-    return messages[0]["content"].strip()
+        return value
+    before, reply = _split_reply(value)
+    if before not in ([], prompt):
+        raise Excluded("differing_prompts")
+    return reply

@@ -30,6 +30,9 @@ if typing.TYPE_CHECKING:
     from trl import ModelConfig, RewardConfig
 
 
+RUN_HEADER = ", every key with the value it had"  # what tells a run's recipe.yaml from a user's
+
+
 @dataclass
 class Recipe:
     """A parsed recipe; `values` holds every key that it or the device resolution gave a value."""
@@ -56,7 +59,7 @@ class Recipe:
 
     def save(self, path: Path) -> None:
         """Writes the resolved recipe as YAML that `read_recipe` takes back."""
-        header = f"# {self.path.name}, every key with the value it had\n"
+        header = f"# {self.path.name}{RUN_HEADER}\n"
         text = yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
         path.write_text(header + text, encoding="utf-8")
 
@@ -94,16 +97,24 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = (), *, check_inputs
     return _build(path, values)
 
 
+def is_run_folder(folder: Path) -> bool:
+    """Whether a run was started in this folder: its recipe.yaml is one that `Recipe.save` wrote."""
+    path = folder / "recipe.yaml"
+    if not path.is_file():
+        return False
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return file.readline().rstrip().endswith(RUN_HEADER)
+
+
 def saved_values(run: Path) -> dict[str, Any]:
     """The resolved recipe that a run folder was made with.
 
     Raises:
         RecipeError: `run` is not a run folder.
     """
-    path = run / "recipe.yaml"
-    if not path.is_file():
-        raise RecipeError(f"{run} is not a run folder: it has no recipe.yaml")
-    values, faults = _read_yaml(path)
+    if not is_run_folder(run):
+        raise RecipeError(f"{run} is not a run folder: it has no recipe.yaml of a run")
+    values, faults = _read_yaml(run / "recipe.yaml")
     if faults:
         raise RecipeError("\n".join(faults))
     return values
@@ -208,7 +219,7 @@ def _build(path: Path, values: dict[str, Any]) -> Recipe:
         names = {item.name for item in dataclasses.fields(part) if item.init}
         try:
             parts.append(part(**{key: value for key, value in values.items() if key in names}))
-        except (ValueError, TypeError, ImportError) as error:
+        except (ValueError, TypeError, ImportError, OSError) as error:
             raise RecipeError(f"{path}: {' '.join(str(error).split())}") from None
     training, model, data = parts[0], parts[1], parts[2]
     # Several visible GPUs without a launcher would mean nn.DataParallel, which TRL refuses;
@@ -226,15 +237,16 @@ def _device_values(values: dict[str, Any]) -> dict[str, Any]:
     base that is trained in full keeps its weights in fp32.
     """
     import torch
-    from transformers.utils import is_torch_bf16_gpu_available
 
     accelerator = torch.cuda.is_available() or torch.backends.mps.is_available()
     use_cpu = values.get("use_cpu", not accelerator)
     bf16, fp16 = values.get("bf16"), values.get("fp16", False)
     if bf16 is None and not fp16:
-        bf16 = _cpu_has_bf16() if use_cpu else is_torch_bf16_gpu_available()
+        bf16 = _cpu_has_bf16() if use_cpu else _gpu_has_bf16()
         fp16 = not bf16 and not use_cpu and torch.cuda.is_available()
-    elif bf16 and not use_cpu and not is_torch_bf16_gpu_available():
+    elif fp16 and use_cpu:
+        raise RecipeError("'fp16: true': a CPU computes in bf16 or fp32; leave 'fp16' out")
+    elif bf16 and not use_cpu and not _gpu_has_bf16():
         raise RecipeError("'bf16: true': this GPU has no bfloat16; leave 'bf16' out and fp16 is used")
     resolved = {"use_cpu": use_cpu, "bf16": bool(bf16), "fp16": bool(fp16)}
     if "dtype" not in values:
@@ -247,6 +259,16 @@ def _device_values(values: dict[str, Any]) -> dict[str, Any]:
     if "disable_tqdm" not in values:
         resolved["disable_tqdm"] = False
     return resolved
+
+
+def _gpu_has_bf16() -> bool:
+    """Whether bf16 is native on the GPU; torch also says yes where it is emulated, as on a T4."""
+    import torch
+    from transformers.utils import is_torch_bf16_gpu_available
+
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(is_torch_bf16_gpu_available())
 
 
 def _cpu_has_bf16() -> bool:

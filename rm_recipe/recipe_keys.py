@@ -22,7 +22,7 @@ OFFLINE_MODEL = "models/smollm2-135m-instruct"
 OFFLINE_DATA = "data/offline"
 
 # Chosen anew on every machine unless the recipe says.
-DEVICE_KEYS = ("use_cpu", "bf16", "fp16", "dataloader_pin_memory")
+DEVICE_KEYS = ("use_cpu", "bf16", "fp16", "dtype", "dataloader_pin_memory")
 
 REFUSED_KEYS = {
     "hub_token": "a token does not belong in a recipe; log in with `hf auth login` or set HF_TOKEN",

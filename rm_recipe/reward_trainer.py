@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch.nn.functional import logsigmoid
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import RewardTrainer
@@ -78,7 +79,7 @@ class SharedPrefixRewardTrainer(RewardTrainer):
             self.add_callback(LogLines)
         # TRL casts what is trained on a quantised base to bf16, where AdamW's small steps on
         # weights near 0.02 round to nothing.
-        for parameter in self.model.parameters():
+        for parameter in self.model.parameters() if isinstance(self.model, PeftModel) else ():
             if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = parameter.data.float()
 
@@ -106,11 +107,6 @@ class SharedPrefixRewardTrainer(RewardTrainer):
         if self.args.center_rewards_coefficient is not None:
             losses = losses + self.args.center_rewards_coefficient * (chosen + rejected) ** 2
         loss = losses.mean()
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {loss.item()} in step {self.state.global_step + 1}; the usual cures "
-                "are a lower learning_rate and bf16 or fp32 instead of fp16"
-            )
         self._count(num_tokens, losses.detach(), chosen.detach(), rejected.detach())
         return (loss, {"rewards": rewards}) if return_outputs else loss
 
@@ -119,11 +115,17 @@ class SharedPrefixRewardTrainer(RewardTrainer):
     ) -> None:
         """Remembers one value per comparison; TRL's `log` takes their mean.
 
-        `gather_for_metrics` drops what a distributed sampler repeats to fill its last batch.
+        `gather_for_metrics` drops what a distributed sampler repeats to fill its last batch. The
+        check that the losses are finite is made on all of them, so that all processes stop.
         """
         mode = "train" if self.model.training else "eval"
         metrics = self._metrics[mode]
         losses, chosen, rejected = self.accelerator.gather_for_metrics((losses, chosen, rejected))
+        if not torch.isfinite(losses).all():
+            raise TrainingError(
+                f"the loss is {losses.mean().item()} in step {self.state.global_step + 1}; the usual "
+                "cures are a lower learning_rate and bf16 or fp32 instead of fp16"
+            )
         if mode == "train":
             self._total_train_tokens += int(self.accelerator.gather(num_tokens).sum())
         else:

@@ -6,6 +6,7 @@ What `make train` calls. Training goes through `accelerate launch` with a config
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 import psutil
 
 from rm_recipe.errors import Interrupted, RecipeError, TrainingError
-from rm_recipe.recipe import Recipe, read_recipe
+from rm_recipe.recipe import Recipe, is_run_folder, read_recipe
 from rm_recipe.recipe_keys import DEVICE_KEYS, OFFLINE_DATA, OFFLINE_MODEL
 
 CONFIGS = Path(__file__).parent.parent / "accelerate_configs"
@@ -33,16 +34,16 @@ def run(recipe_path: Path, overrides: Sequence[str], *, overwrite: bool = False)
         RecipeError: the recipe is wrong, or the run folder holds a run of another recipe.
         TrainingError: training failed; what it printed says why.
     """
-    from rm_recipe.evaluate import evaluate, print_evaluation
+    from rm_recipe.evaluate import HELD_OUT, evaluate, print_evaluation, read_evaluation
     from rm_recipe.export import export
-    from rm_recipe.train import changed_keys
+    from rm_recipe.train import changed_keys, load_data
 
     recipe = read_recipe(recipe_path, overrides, check_inputs=False)
     prepare(recipe)
     recipe = read_recipe(recipe_path, overrides)
     folder = recipe.output_dir
 
-    before = (folder / "recipe.yaml").is_file() and not overwrite
+    before = is_run_folder(folder) and not overwrite
     if before:
         finished = (folder / "run.json").is_file()
         changed = [key for key in changed_keys(recipe, folder) if not (finished and key in DEVICE_KEYS)]
@@ -55,11 +56,12 @@ def run(recipe_path: Path, overrides: Sequence[str], *, overwrite: bool = False)
         skip("train", folder / "model")
     else:
         stage("train", "resuming" if before else str(recipe_path))
+        load_data(recipe)  # what is wrong with it is said here, with its own exit code
         launch_training(recipe, recipe_path, overrides, "--resume" if before else "--overwrite")
 
-    if (folder / "evaluation.json").is_file():
+    evaluation = read_evaluation(folder)
+    if HELD_OUT in evaluation.get("datasets", {}):
         skip("evaluate", folder / "evaluation.json")
-        evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     else:
         stage("evaluate", "held-out comparisons")
         evaluation = evaluate(str(folder))
@@ -69,7 +71,7 @@ def run(recipe_path: Path, overrides: Sequence[str], *, overwrite: bool = False)
         stage("export", str(folder / "export"))
         print_export(export(folder))
     print()
-    print_evaluation(evaluation, ["held_out"])
+    print_evaluation(evaluation, [HELD_OUT])
     print_summary(folder, recipe_path)
 
 
@@ -108,7 +110,7 @@ def launch_training(recipe: Recipe, path: Path, overrides: Sequence[str], flag: 
     if config.is_file():  # not there when the package is installed without its repository
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
         # As many threads as accelerate would choose anyway, which it otherwise warns about.
-        threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+        threads = os.environ.get("OMP_NUM_THREADS", str(psutil.cpu_count(logical=False) or 1))
         launcher += ["--num_cpu_threads_per_process", threads]
         command = [*launcher, "--config_file", str(config), *command[1:]]
     process = subprocess.Popen(command, start_new_session=True)
@@ -140,8 +142,8 @@ def print_export(checked: dict[str, Any]) -> None:
     difference = checked["max_abs_diff"]
     print(
         f"{checked['n_sequences']} held-out replies scored again from the exported files: the same "
-        f"rewards (largest difference {difference['merged_to_files']:.0e});\n"
-        f"merging moved rewards by at most {difference['adapter_to_merged']:.3f}."
+        f"rewards (largest difference {difference['files']:.0e});\n"
+        f"merging moved rewards by at most {difference['merged']:.3f}."
     )
 
 
@@ -161,7 +163,7 @@ def print_summary(folder: Path, recipe_path: Path) -> None:
     ):
         print(f"  {folder / name}\n      {what}")
     print(
-        "\nTry next:\n"
+        f"\nTry next{'' if shutil.which('rm-recipe') else ' (`source .venv/bin/activate` first)'}:\n"
         f"  rm-recipe score {folder}/export \\\n"
         '      --prompt "How was your weekend?" --response "Great, we went hiking!"\n'
         f"  rm-recipe evaluate {folder} --dataset YOUR_COMPARISONS.jsonl\n"

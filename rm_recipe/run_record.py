@@ -26,8 +26,14 @@ def run_record(
     train_split: Split,
     test_split: Split,
     seconds: float,
+    first_step: int = 0,
 ) -> dict[str, Any]:
-    """What `run.json` says of a run: enough to repeat it and to judge its cost."""
+    """The content of `run.json`.
+
+    Args:
+        seconds: that training took since it was started or resumed.
+        first_step: the step that it was resumed from; speeds count from there.
+    """
     state, training = trainer.state, recipe.training
     # A gradient norm may overflow in fp16's first steps; JSON has no number for that.
     log = [
@@ -35,11 +41,11 @@ def run_record(
         for entry in state.log_history
     ]
     batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
-    seen = min(state.global_step * batch, round(len(train_split.comparisons) * (state.epoch or 0)))
+    epochs = (state.epoch or 0) * (1 - first_step / max(state.global_step, 1))
+    seen = min((state.global_step - first_step) * batch, round(len(train_split.comparisons) * epochs))
     return {
         "seed": training.seed,
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "git_commit": git_commit(),
         "data_fingerprints": {
             "train": train_split.comparisons._fingerprint,
@@ -54,6 +60,7 @@ def run_record(
         "device": str(training.device),
         "processes": training.world_size,
         "steps": state.global_step,
+        "resumed_from_step": first_step,
         "comparisons_per_s": seen / seconds,
         "tokens_per_s": trainer._total_train_tokens / seconds,
         "train_seconds": seconds,
@@ -61,6 +68,13 @@ def run_record(
         "final_loss": next((entry["loss"] for entry in reversed(log) if "loss" in entry), None),
         "log": log,
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return None
 
 
 def peak_memory() -> int:

@@ -16,10 +16,10 @@ from rm_recipe.artifacts import whole_file
 from rm_recipe.batching import Encoded, padded_rows, shared_rows, split_at_common_prefix
 from rm_recipe.errors import DataError, RecipeError, TrainingError
 from rm_recipe.modeling import autocast, load_trained
-from rm_recipe.preferences import conversation
+from rm_recipe.preferences import Comparison, Excluded, as_messages
 from rm_recipe.recipe_keys import looks_local
 from rm_recipe.sharing import decide_sharing
-from rm_recipe.tokenization import load_tokenizer, render
+from rm_recipe.tokenization import encode, load_tokenizer
 
 TOKENS_PER_BATCH = 4096  # enough to fill two cores or a small GPU, little enough for 8 GB
 
@@ -67,10 +67,11 @@ class RewardModel:
     def score(self, items: Sequence[dict[str, Any]], progress: bool = False) -> NDArray[np.float32]:
         """Rewards of `{"prompt": str or messages, "response": str}` items; `(n,)` float32.
 
-        Items with the same prompt share its encoding.
+        Items with the same prompt share its encoding. A conversation that is too long loses its
+        oldest turns, as in training.
 
         Raises:
-            DataError: an item has no prompt or response, or is too long for the model; the message
+            DataError: an item has no prompt or response, or does not fit the model; the message
                 counts items from 1.
         """
         groups: dict[str, list[int]] = {}
@@ -78,9 +79,14 @@ class RewardModel:
         for number, item in enumerate(items):
             conversations.append(self._encode(number, item))
             groups.setdefault(json.dumps(item["prompt"]), []).append(number)
-        encoded = [split_at_common_prefix([conversations[i] for i in group]) for group in groups.values()]
+        members, encoded = [], []
+        for group in groups.values():
+            whole = split_at_common_prefix([conversations[i] for i in group])
+            for part in _parts(whole, self.sharing.used):
+                members.append([group[k] for k in part])
+                encoded.append(Encoded(whole.prefix, [whole.rests[k] for k in part]))
         rewards = np.empty(len(items), np.float32)
-        for group, values in zip(groups.values(), self.score_encoded(encoded, progress), strict=True):
+        for group, values in zip(members, self.score_encoded(encoded, progress), strict=True):
             rewards[group] = values
         return rewards
 
@@ -89,16 +95,12 @@ class RewardModel:
         if not prompt or not isinstance(response, str):
             raise DataError(f"item {number + 1}: expected a 'prompt' and a 'response' text")
         try:
-            text = render(self.tokenizer, conversation(prompt, response))
-        except Exception as error:  # templates raise what they like on messages they do not know
-            reason = " ".join(str(error).split())[:200]
-            raise DataError(f"item {number + 1}: the chat template refuses its messages: {reason}") from None
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if self.max_length is not None and len(ids) > self.max_length:
-            raise DataError(
-                f"item {number + 1}: {len(ids)} tokens; the model was trained on at most {self.max_length}"
-            )
-        return ids
+            comparison = Comparison(as_messages(prompt), [response])
+            encoded = encode(self.tokenizer, comparison, self.max_length, self.truncation)
+        except Excluded as excluded:
+            limit = f" (at most {self.max_length} tokens)" if "long" in excluded.reason else ""
+            raise DataError(f"item {number + 1}: {excluded.reason.replace('_', ' ')}{limit}") from None
+        return encoded.conversations()[0]
 
     def score_encoded(
         self, comparisons: Sequence[Encoded], progress: bool = False
@@ -110,10 +112,11 @@ class RewardModel:
         """
         device = next(self.model.parameters()).device
         results: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(comparisons)
-        order = sorted(range(len(comparisons)), key=lambda i: -comparisons[i].length)
+        sizes = [_size(comparison, self.sharing.used) for comparison in comparisons]
+        order = sorted(range(len(comparisons)), key=lambda i: -sizes[i])
         make_rows = shared_rows if self.sharing.used else padded_rows
         with tqdm(total=len(order), desc="Scoring", unit="prompt", disable=not progress) as bar:
-            for members in _batches(order, comparisons):
+            for members in _batches(order, sizes):
                 batch = [comparisons[i] for i in members]
                 rows = make_rows(batch, self.tokenizer.pad_token_id)
                 rows = {key: value.to(device) for key, value in rows.items()}
@@ -122,22 +125,37 @@ class RewardModel:
                 rewards = logits.float().squeeze(-1).cpu().numpy()
                 if not np.isfinite(rewards).all():
                     raise TrainingError("the model gives rewards that are not finite numbers")
-                sizes = np.cumsum([len(comparison.rests) for comparison in batch])[:-1]
-                for i, values in zip(members, np.split(rewards, sizes), strict=True):
+                ends = np.cumsum([len(comparison.rests) for comparison in batch])[:-1]
+                for i, values in zip(members, np.split(rewards, ends), strict=True):
                     results[i] = values
                 bar.update(len(members))
         return results
 
 
-def _batches(order: Sequence[int], comparisons: Sequence[Encoded]) -> Iterable[list[int]]:
+def _size(comparison: Encoded, shared: bool) -> int:
+    """Tokens that the model computes for a comparison."""
+    return comparison.length if shared else sum(map(len, comparison.conversations()))
+
+
+def _parts(comparison: Encoded, shared: bool) -> Iterable[list[int]]:
+    """The responses in groups that fit a batch, by number: best-of-n may bring hundreds."""
+    part: list[int] = []
+    for number in range(len(comparison.rests)):
+        larger = Encoded(comparison.prefix, [comparison.rests[k] for k in [*part, number]])
+        if part and _size(larger, shared) > TOKENS_PER_BATCH:
+            yield part
+            part = []
+        part.append(number)
+    yield part
+
+
+def _batches(order: Sequence[int], sizes: Sequence[int]) -> Iterable[list[int]]:
     batch: list[int] = []
-    tokens = 0
     for index in order:
-        if batch and tokens + comparisons[index].length > TOKENS_PER_BATCH:
+        if batch and sum(sizes[i] for i in batch) + sizes[index] > TOKENS_PER_BATCH:
             yield batch
-            batch, tokens = [], 0
+            batch = []
         batch.append(index)
-        tokens += comparisons[index].length
     if batch:
         yield batch
 
@@ -169,6 +187,8 @@ def score_file(model_path: str, source: Path, target: Path) -> int:
     Raises:
         DataError: a line is not such an item; nothing is written.
     """
+    if target.is_dir():
+        raise DataError(f"{target} is a folder; --output names a file")
     items = read_items(source)
     rewards = RewardModel.from_pretrained(model_path).score(items, progress=True)
     with whole_file(target) as partial, partial.open("w", encoding="utf-8") as file:

@@ -65,8 +65,9 @@ def measure_sharing(config: Any) -> float:
     small = copy.deepcopy(config)
     text = small.get_text_config()
     text.num_hidden_layers = 2
-    if getattr(text, "layer_types", None):
-        text.layer_types = sorted(set(text.layer_types))[:2] * (2 // len(set(text.layer_types[:2])) or 1)
+    if getattr(text, "layer_types", None):  # one layer of each kind, two where there is one kind
+        kinds = list(dict.fromkeys(text.layer_types))
+        text.layer_types = kinds if len(kinds) > 1 else kinds * 2
         text.num_hidden_layers = len(text.layer_types)
     text.vocab_size = VOCABULARY
     text.pad_token_id, text.bos_token_id, text.eos_token_id = 0, 1, 2

@@ -9,6 +9,7 @@ reward at the last token that is not padding.
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rm_recipe.batching import Encoded, split_at_common_prefix
@@ -29,6 +30,10 @@ ENCODER_TEMPLATE = (
 )
 
 
+# Their first position is the one after the pad token's id.
+POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "camembert", "roberta-prelayernorm"}
+
+
 def load_tokenizer(
     name: str, revision: str = "main", trust_remote_code: bool = False, template: str | None = None
 ) -> PreTrainedTokenizerBase:
@@ -39,9 +44,15 @@ def load_tokenizer(
     that is not EOS, or a new `<|pad|>`.
 
     Raises:
-        RecipeError: the base has no fast tokenizer.
+        RecipeError: it cannot be loaded, or the base has no fast tokenizer.
     """
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise RecipeError(f"the tokenizer of '{name}' cannot be loaded: {reason}") from None
     if not tokenizer.is_fast:
         raise RecipeError(f"{name}: its tokenizer has no fast version, which rm_recipe needs")
     if template is not None:
@@ -57,10 +68,9 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
     own, eos = tokenizer.pad_token, tokenizer.eos_token
     if own is not None and own not in (eos, tokenizer.sep_token):
         return str(own)
-    vocabulary = tokenizer.get_vocab()
-    reserved = [token for token in sorted(vocabulary, key=vocabulary.__getitem__) if _reserved(token)]
-    for token in [tokenizer.unk_token, "<|endoftext|>", *reserved]:
-        if token in vocabulary and token not in (eos, tokenizer.bos_token, tokenizer.sep_token):
+    special = [str(token) for _, token in sorted(tokenizer.added_tokens_decoder.items())]
+    for token in [tokenizer.unk_token, "<|endoftext|>", *filter(_reserved, special)]:
+        if token in special and token not in (eos, tokenizer.bos_token, tokenizer.sep_token):
             return str(token)
     return "<|pad|>"
 
@@ -118,19 +128,24 @@ def encode(
     Raises:
         Excluded: `response_too_long` where a reply alone exceeds `max_length`, `too_long` where
             the last question and the reply do (or anything does, under `exclude`),
-            `identical_after_tokenization`.
+            `identical_after_tokenization`, `refused_by_template`.
     """
     prompt = comparison.prompt
     while True:
-        conversations = [
-            tokenizer(render(tokenizer, messages), add_special_tokens=False)["input_ids"]
-            for messages in Comparison(prompt, comparison.responses).conversations()
-        ]
+        try:
+            texts = [
+                render(tokenizer, messages)
+                for messages in Comparison(prompt, comparison.responses).conversations()
+            ]
+        except TemplateError:  # such as one that wants user and assistant to alternate
+            raise Excluded("refused_by_template") from None
+        conversations = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         if max_length is None or max(map(len, conversations)) <= max_length:
             break
         shorter = _drop_oldest_turn(prompt) if truncation == "drop_oldest_turns" else None
         if shorter is None:
-            conversations = _cut_front(conversations, max_length, truncation)
+            special = set(tokenizer.all_special_ids)
+            conversations = _cut_front(conversations, max_length, truncation, special)
             break
         prompt = shorter
     if len({tuple(ids) for ids in conversations}) < len(conversations):
@@ -146,14 +161,21 @@ def _drop_oldest_turn(prompt: list[Message]) -> list[Message] | None:
     return [*system, *turns[starts[0] :]] if starts else None
 
 
-def _cut_front(conversations: list[list[int]], max_length: int, truncation: str) -> list[list[int]]:
+def _cut_front(
+    conversations: list[list[int]], max_length: int, truncation: str, special: set[int]
+) -> list[list[int]]:
+    """Cuts what is too much off the shared prefix, behind a special token that it starts with.
+
+    An encoder reads its reward at that token.
+    """
     over = max(map(len, conversations)) - max_length
     encoded = split_at_common_prefix(conversations)
     if max(map(len, encoded.rests)) > max_length:
         raise Excluded("response_too_long")
-    if truncation != "keep_end" or over >= len(encoded.prefix):
+    kept = 1 if encoded.prefix and encoded.prefix[0] in special else 0
+    if truncation != "keep_end" or kept + over >= len(encoded.prefix):
         raise Excluded("too_long")
-    return [ids[over:] for ids in conversations]
+    return [ids[:kept] + ids[kept + over :] for ids in conversations]
 
 
 def check_lengths(config: Any, max_length: int | None, name: str) -> None:
@@ -163,6 +185,8 @@ def check_lengths(config: Any, max_length: int | None, name: str) -> None:
         RecipeError: naming both numbers.
     """
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions and config.model_type in POSITIONS_AFTER_PADDING:
+        positions -= config.pad_token_id + 1
     if positions and (max_length is None or max_length > positions):
         raise RecipeError(
             f"'max_length: {max_length}': {name} has {positions} positions; set {positions} or less"

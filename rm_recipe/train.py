@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -14,7 +15,7 @@ from rm_recipe.artifacts import whole_folder, write_json
 from rm_recipe.datasets import Split, load_splits, tokenize
 from rm_recipe.errors import Interrupted, RecipeError
 from rm_recipe.heads import check_saved_head, head_of
-from rm_recipe.recipe import Recipe, saved_values
+from rm_recipe.recipe import Recipe, is_run_folder, saved_values
 from rm_recipe.reward_trainer import SharedPrefixRewardTrainer
 from rm_recipe.run_record import run_record
 from rm_recipe.sharing import decide_sharing
@@ -33,15 +34,15 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> N
         TrainingError: the loss is not finite, or the saved head is not the trained one.
     """
     checkpoint = check_run_folder(recipe, resume=resume, overwrite=overwrite)
-    tokenizer, model, new_modules = load_model(recipe)
-    train_split, test_split = tokenised_splits(recipe, tokenizer)
+    tokenizer, train_split, test_split = load_data(recipe)
+    model, new_modules = load_model(recipe, tokenizer)
     claim_run_folder(recipe, overwrite=overwrite)  # not before: what fails above leaves nothing
     sharing = decide_sharing(model, recipe.data.prefix_sharing, recipe.training.max_length)
     say(f"prefix sharing: {'on' if sharing.used else 'off'} ({sharing.reason})")
     say(f"comparisons: {len(train_split.comparisons)} to train on, {len(test_split.comparisons)} held out")
     if recipe.model.use_peft:
-        model = modeling.add_lora(model, recipe.model, new_modules)
-    start = head_of(model)
+        half = recipe.training.bf16 or recipe.training.fp16
+        model = modeling.add_lora(model, recipe.model, new_modules, autocast=half)
 
     trainer = SharedPrefixRewardTrainer(
         model=model,
@@ -51,6 +52,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> N
         processing_class=tokenizer,
         share_prefixes=sharing.used,
     )
+    start = head_of(model)
     began = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -61,15 +63,14 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> N
     trainer.accelerator.wait_for_everyone()
     save_model(trainer, recipe, tokenizer, start)
     if trainer.is_world_process_zero():
-        record = run_record(recipe, trainer, sharing, train_split, test_split, seconds)
+        first_step = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
+        record = run_record(recipe, trainer, sharing, train_split, test_split, seconds, first_step)
         write_json(recipe.output_dir / "run.json", record)
     trainer.end()
 
 
 def say(message: str) -> None:
     """Prints a line, once however many processes there are."""
-    from accelerate import PartialState
-
     if PartialState().is_main_process:
         print(message, flush=True)
 
@@ -89,9 +90,9 @@ def check_run_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> str | 
         raise RecipeError("--resume and --overwrite exclude each other")
     if folder.is_file():
         raise RecipeError(f"'output_dir: {folder}' is a file")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "recipe.yaml").is_file():
+    used = is_run_folder(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not used:
         raise RecipeError(f"'output_dir: {folder}' is not empty and is not a run folder; choose another one")
-    used = (folder / "recipe.yaml").is_file()
     if used and not (resume or overwrite):
         raise RecipeError(
             f"{folder} holds a run already; add --resume to go on with it, --overwrite to start "
@@ -100,6 +101,8 @@ def check_run_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> str | 
     if resume:
         if not used:
             raise RecipeError(f"{folder} holds no run to resume")
+        if (folder / "run.json").is_file():
+            raise RecipeError(f"{folder} is finished; there is nothing to resume")
         changed = changed_keys(recipe, folder)
         if changed:
             raise RecipeError(
@@ -112,8 +115,6 @@ def check_run_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> str | 
 
 def claim_run_folder(recipe: Recipe, *, overwrite: bool) -> None:
     """Makes the run folder, after removing what is in it with `overwrite`; writes the recipe."""
-    from accelerate import PartialState
-
     folder, state = recipe.output_dir, PartialState()
     if state.is_main_process:
         if overwrite and folder.is_dir():
@@ -127,7 +128,7 @@ def claim_run_folder(recipe: Recipe, *, overwrite: bool) -> None:
 WITHOUT_EFFECT = {
     "output_dir", "save_strategy", "save_steps", "save_total_limit", "logging_steps", "logging_strategy",
     "logging_first_step", "report_to", "run_name", "project", "disable_tqdm", "eval_strategy", "eval_steps",
-    "per_device_eval_batch_size", "target_accuracy", "gate_statistic", "max_eval_samples",
+    "per_device_eval_batch_size",
     "dataset_num_proc", "log_level", "log_level_replica", "dataloader_pin_memory",
 }  # fmt: skip
 
@@ -138,37 +139,39 @@ def changed_keys(recipe: Recipe, run: Path) -> list[str]:
     return [key for key in now if key not in WITHOUT_EFFECT and now[key] != then.get(key)]
 
 
-def load_model(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Any, list[str]]:
-    """The tokenizer, the base as a one-label classifier, and the modules that are new in it."""
-    name, revision = recipe.model.model_name_or_path, recipe.model.model_revision
-    remote, max_length = recipe.training.trust_remote_code, recipe.training.max_length
-    assert name is not None
-    config = tokenization.load_config(name, revision, remote)
-    tokenization.check_lengths(config, max_length, name)
-    tokenizer = tokenization.load_tokenizer(name, revision, remote, recipe.training.chat_template_path)
-    set_seed(recipe.training.seed)
-    model, new_modules = modeling.load_base(recipe.model, tokenizer, recipe.training.seed, remote)
+def load_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Split, Split]:
+    """The tokenizer, and train and held-out comparisons with their token ids, cached.
+
+    Raises:
+        RecipeError: the base is unknown, or has fewer positions than `max_length`.
+        DataError: the data cannot be used, or nothing is left of it.
+    """
+    training, data = recipe.training, recipe.data
+    name, revision = str(recipe.model.model_name_or_path), recipe.model.model_revision
+    config = tokenization.load_config(name, revision, training.trust_remote_code)
+    tokenization.check_lengths(config, training.max_length, name)
+    tokenizer = tokenization.load_tokenizer(
+        name, revision, training.trust_remote_code, training.chat_template_path
+    )
+    settings = (tokenizer, training.max_length, data.truncation, training.dataset_num_proc)
+    with PartialState().main_process_first():
+        train_split, test_split = (tokenize(split, *settings) for split in load_splits(recipe))
+    return tokenizer, train_split, test_split
+
+
+def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, list[str]]:
+    """The base as a one-label classifier, and the modules that are new in it."""
+    training = recipe.training
+    set_seed(training.seed)
+    model, new_modules = modeling.load_base(
+        recipe.model, tokenizer, training.seed, training.trust_remote_code
+    )
     model.config.rm_recipe = {
-        "max_length": max_length,
+        "max_length": training.max_length,
         "truncation": recipe.data.truncation,
         "prefix_sharing": recipe.data.prefix_sharing,
     }
-    return tokenizer, model, new_modules
-
-
-def tokenised_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Split, Split]:
-    """Train and held-out comparisons with their token ids; the main process makes the cache."""
-    from accelerate import PartialState
-
-    training = recipe.training
-    settings = (tokenizer, training.max_length, recipe.data.truncation, training.dataset_num_proc)
-    with PartialState().main_process_first():
-        train_split, test_split = load_splits(recipe)
-        train_split, test_split = tokenize(train_split, *settings), tokenize(test_split, *settings)
-    for split, name in ((train_split, "train"), (test_split, "held-out")):
-        if not len(split.comparisons):
-            raise RecipeError(f"no {name} comparison is left after tokenising: {dict(split.excluded)}")
-    return train_split, test_split
+    return model, new_modules
 
 
 # --- after -----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from peft import LoraModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
@@ -35,8 +36,8 @@ def run(write_recipe, tmp_path, request):
 def test_plain_transformers_gives_the_rewards_of_the_run(run, drift):
     checked = export(run)
     assert checked["n_sequences"] == 64
-    assert checked["max_abs_diff"]["merged_to_files"] <= 1e-5
-    assert checked["max_abs_diff"]["adapter_to_merged"] <= drift
+    assert checked["max_abs_diff"]["files"] <= 1e-5
+    assert checked["max_abs_diff"]["merged"] <= drift
     folder = run / "export"
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -78,8 +79,10 @@ def test_a_pipeline_gives_the_raw_reward(run):
 def test_an_export_that_scores_otherwise_is_not_put_in_place(run, monkeypatch):
     export(run)
     before = (run / "export" / "model.safetensors").read_bytes()
-    monkeypatch.setattr(export_module, "plain_rewards", lambda folder, conversations: torch.zeros(64).numpy())
-    with pytest.raises(ExportError, match="does not give the merged model's rewards"):
+    monkeypatch.setattr(
+        export_module, "plain_rewards", lambda folder, conversations: torch.full((64,), 99.0).numpy()
+    )
+    with pytest.raises(ExportError, match=r"the files do not give .* comparison \d+, \w+ reply, went from"):
         export(run, overwrite=True)
     assert (run / "export" / "model.safetensors").read_bytes() == before
     assert not [path for path in run.iterdir() if path.name.startswith(".export")]
@@ -100,7 +103,33 @@ def test_an_export_is_replaced_only_when_asked(run):
     with pytest.raises(RecipeError, match="add --overwrite to replace it"):
         export(run)
     export(run, overwrite=True)
+    assert json.loads((run / "export" / "proof.json").read_text())["passed"]
     assert json.loads((run / "export" / "config.json").read_text())["problem_type"] == "regression"
+
+
+def test_a_merge_that_moves_the_rewards_is_refused(run, monkeypatch):
+    """peft#1836: 0.965 before the merge, 0.496 after."""
+    merge = LoraModel.merge_and_unload
+
+    def lose_head(model, **kwargs):
+        merged = merge(model, **kwargs)
+        torch.nn.init.normal_(merged.score.weight)
+        return merged
+
+    monkeypatch.setattr(LoraModel, "merge_and_unload", lose_head)
+    with pytest.raises(ExportError, match="merging changed the rewards: held-out comparison"):
+        export(run)
+    assert not (run / "export").exists()
+
+
+@pytest.mark.parametrize("name", [".", "other"])
+def test_overwriting_never_removes_what_is_no_export(run, tmp_path, name):
+    target = run if name == "." else tmp_path / name
+    target.mkdir(exist_ok=True)
+    (target / "thesis.tex").write_text("kept")
+    with pytest.raises(RecipeError, match="is not an export; choose another --output"):
+        export(run, target, overwrite=True)
+    assert (target / "thesis.tex").read_text() == "kept"
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path):

@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rm_recipe.preferences import Comparison, Excluded, conversation, parse_row, parse_transcript
+from rm_recipe.preferences import Comparison, Excluded, as_messages, conversation, parse_row, parse_transcript
 
 USER = {"role": "user", "content": "Hi"}
+REPLY = {"role": "assistant", "content": "good"}
 
 
 def test_a_transcript_becomes_alternating_messages():
@@ -36,6 +37,7 @@ def test_implicit_and_explicit_prompts_give_the_same_comparison():
     assert parse_row(transcript) == expected
     assert parse_row({"prompt": "Hi", "chosen": "good", "rejected": "bad"}) == expected
     assert parse_row({"prompt": [USER], "chosen": reply, "rejected": "bad"}) == expected
+    assert parse_row({"prompt": "Hi", "chosen": [USER, *reply], "rejected": "bad"}) == expected
     assert (
         parse_row({"chosen": [USER, *reply], "rejected": [USER, {"role": "assistant", "content": "bad"}]})
         == expected
@@ -55,7 +57,15 @@ def test_implicit_and_explicit_prompts_give_the_same_comparison():
             "differing_prompts",
         ),
         ({"chosen": [{"text": "a"}], "rejected": "b", "prompt": "p"}, "not_messages"),
-        ({"chosen": [USER], "rejected": "b", "prompt": "p"}, "not_one_reply"),
+        ({"chosen": [USER], "rejected": "b", "prompt": "p"}, "ends_without_reply"),
+        (
+            {"chosen": [{**REPLY, "content": None}], "rejected": "b", "prompt": "p"},
+            "not_messages",
+        ),
+        (
+            {"chosen": [USER, REPLY], "rejected": "b", "prompt": "p"},
+            "differing_prompts",
+        ),
     ],
 )
 def test_a_row_that_is_no_comparison_says_why(row, reason):
@@ -75,4 +85,11 @@ def test_any_two_texts_are_a_comparison_or_a_reason(chosen, rejected):
 
 
 def test_a_text_prompt_means_one_user_message():
-    assert conversation("Hi", "Hello") == [USER, {"role": "assistant", "content": "Hello"}]
+    assert conversation(as_messages("Hi"), "good") == [USER, REPLY]
+
+
+def test_texts_of_an_explicit_prompt_are_taken_as_they_stand():
+    """As `score` takes them, and as a policy writes them."""
+    assert parse_row({"prompt": " Hi", "chosen": "a ", "rejected": "b"}) == Comparison(
+        [{"role": "user", "content": " Hi"}], ["a ", "b"]
+    )

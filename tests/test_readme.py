@@ -118,6 +118,7 @@ def test_every_module_has_its_tests():
 def test_the_summary_that_the_readme_shows_is_the_one_that_is_printed(workplace, monkeypatch, capsys):
     """Line by line, figures apart."""
     monkeypatch.chdir(workplace)
+    monkeypatch.setenv("PATH", "")
     print_summary(Path("outputs/smollm2_offline"), Path("recipes/smollm2_offline.yaml"))
     shown = {without_figures(line) for kind, text in BLOCKS if kind == "text" for line in text.splitlines()}
     for line in capsys.readouterr().out.splitlines():

@@ -117,7 +117,9 @@ def test_on_a_cpu_precision_follows_what_the_cpu_can_do(write_recipe, monkeypatc
 @pytest.mark.parametrize("has_bf16", [True, False])
 def test_a_gpu_is_used_in_bf16_where_it_has_that_and_in_fp16_elsewhere(monkeypatch, has_bf16):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("transformers.utils.is_torch_bf16_gpu_available", lambda: has_bf16)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16 or including_emulation
+    )
     values = recipe_module._device_values({"use_peft": True})
     assert not values["use_cpu"]
     assert (values["bf16"], values["fp16"]) == (has_bf16, not has_bf16)
@@ -126,9 +128,14 @@ def test_a_gpu_is_used_in_bf16_where_it_has_that_and_in_fp16_elsewhere(monkeypat
 
 def test_bf16_asked_of_a_gpu_without_it_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("transformers.utils.is_torch_bf16_gpu_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     with pytest.raises(RecipeError, match="this GPU has no bfloat16"):
         recipe_module._device_values({"bf16": True})
+
+
+def test_fp16_asked_of_a_cpu_is_refused():
+    with pytest.raises(RecipeError, match="leave 'fp16' out"):
+        recipe_module._device_values({"fp16": True, "use_cpu": True})
 
 
 @pytest.mark.parametrize(

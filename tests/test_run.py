@@ -1,15 +1,18 @@
 """The main job, through the real command line and `accelerate launch`, on the tiny model."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import REPOSITORY, run_cli, write_jsonl
 
-from rm_recipe import RewardModel
+from rm_recipe import RewardModel, run
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +30,13 @@ def finished(tmp_path_factory, tiny_llama, tiny_data):
 
 
 def test_a_recipe_becomes_a_run_an_evaluation_and_an_export(finished):
-    run = finished[0] / "outputs" / "tiny"
-    present = {path.name for path in run.iterdir()}
+    folder = finished[0] / "outputs" / "tiny"
+    present = {path.name for path in folder.iterdir()}
     assert present >= {
         "recipe.yaml", "run.json", "model", "evaluation.json", "predictions.jsonl", "export", "checkpoint-16",
     }  # fmt: skip
-    assert json.loads((run / "evaluation.json").read_text())["datasets"]["held_out"]["accuracy"] > 0.9
-    assert "seed: 1" in (run / "recipe.yaml").read_text()
+    assert json.loads((folder / "evaluation.json").read_text())["datasets"]["held_out"]["accuracy"] > 0.9
+    assert "seed: 1" in (folder / "recipe.yaml").read_text()
 
 
 def test_it_ends_with_the_accuracy_its_interval_where_things_are_and_what_to_try(finished):
@@ -50,11 +53,46 @@ def test_it_ends_with_the_accuracy_its_interval_where_things_are_and_what_to_try
     assert "Traceback" not in finished[1].stderr
 
 
-def test_training_went_through_accelerate_with_a_configuration_of_ours():
-    from rm_recipe.run import CONFIGS
+@pytest.mark.parametrize(("use_cpu", "config"), [(True, "cpu.yaml"), (False, "single_gpu.yaml")])
+def test_training_goes_through_accelerate_with_a_configuration_of_ours(monkeypatch, use_cpu, config):
+    commands = []
 
-    assert REPOSITORY / "accelerate_configs" == CONFIGS
-    assert {path.name for path in CONFIGS.glob("*.yaml")} >= {"cpu.yaml", "single_gpu.yaml"}
+    class Process:
+        def __init__(self, command, **_):
+            commands.append(command)
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr(run.subprocess, "Popen", Process)
+    recipe = SimpleNamespace(training=SimpleNamespace(use_cpu=use_cpu))
+    run.launch_training(recipe, Path("r.yaml"), ["--seed", "1"], "--resume")
+    path = REPOSITORY / "accelerate_configs" / config
+    assert path.is_file()
+    assert commands[0][1:3] == ["-m", "accelerate.commands.launch"]
+    assert commands[0][commands[0].index("--config_file") + 1] == str(path)
+    assert commands[0][-7:] == ["-m", "rm_recipe", "train", "r.yaml", "--seed", "1", "--resume"]
+
+
+def test_data_that_cannot_be_used_ends_a_run_with_exit_code_2(finished, tmp_path):
+    result = run_cli(
+        "run", "tiny.yaml", "--max_length", "300", "--output_dir", str(tmp_path / "r"), cwd=finished[0]
+    )
+    assert result.returncode == 2
+    assert "has 256 positions" in result.stderr
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_run_that_was_evaluated_elsewhere_first_is_still_evaluated(finished, tmp_path):
+    folder, _ = finished
+    shutil.copytree(folder / "outputs" / "tiny", tmp_path / "copy")
+    evaluation = json.loads((tmp_path / "copy" / "evaluation.json").read_text())
+    evaluation["datasets"] = {"other": evaluation["datasets"]["held_out"]}
+    (tmp_path / "copy" / "evaluation.json").write_text(json.dumps(evaluation))
+    result = run_cli("run", "tiny.yaml", "--seed", "1", "--output_dir", str(tmp_path / "copy"), cwd=folder)
+    assert result.returncode == 0, result.stderr
+    after = json.loads((tmp_path / "copy" / "evaluation.json").read_text())
+    assert set(after["datasets"]) == {"other", "held_out"}
 
 
 def test_a_second_run_skips_what_is_finished_and_says_so(finished):

@@ -48,7 +48,34 @@ def test_the_order_and_the_company_of_an_item_do_not_matter(model):
     together = model.score(ITEMS)
     assert np.allclose(model.score(ITEMS[::-1])[::-1], together, atol=1e-6)
     assert np.allclose([model.score([item])[0] for item in ITEMS], together, atol=1e-6)
-    assert together[0] == together[3]
+    assert together[0] == pytest.approx(together[3], abs=1e-6)
+
+
+def test_many_responses_to_one_prompt_are_split_and_score_the_same(model, monkeypatch):
+    items = [{"prompt": "hello", "response": f"good cat {n}"} for n in range(30)]
+    sizes = []
+    monkeypatch.setattr(model.model, "forward", recording(model.model.forward, sizes))
+    together = model.score(items)
+    (in_one,) = sizes
+    monkeypatch.setattr("rm_recipe.scoring.TOKENS_PER_BATCH", 30)
+    assert np.allclose(model.score(items), together, atol=1e-6)
+    assert max(sizes[1:]) < in_one / 2
+
+
+def recording(forward, sizes):
+    def recorded(**kwargs):
+        sizes.append(kwargs["input_ids"].numel())
+        return forward(**kwargs)
+
+    return recorded
+
+
+def test_a_conversation_too_long_loses_its_oldest_turns_as_in_training(model):
+    old = [{"role": "user", "content": "far away " * 20}, {"role": "assistant", "content": "yes"}]
+    question = [{"role": "user", "content": "hello"}]
+    model.max_length = 40
+    long = model.score([{"prompt": old + question, "response": "good"}])
+    assert long[0] == model.score([{"prompt": question, "response": "good"}])[0]
 
 
 def test_no_items_have_no_rewards(model):
@@ -76,7 +103,7 @@ def test_an_item_without_prompt_or_response_is_named(model, item):
 
 def test_an_item_too_long_for_the_model_is_named(model):
     model.max_length = 10
-    with pytest.raises(DataError, match="item 1: .* tokens; the model was trained on at most 10"):
+    with pytest.raises(DataError, match="item 1: too long .at most 10 tokens."):
         model.score([{"prompt": "far away " * 20, "response": "yes"}])
 
 

@@ -102,7 +102,7 @@ def test_a_row_may_exceed_the_sliding_window_where_no_conversation_does(name, at
         for t in range(4, 9)
     ]
     rows = shared_rows(batch, 0)
-    assert rows["input_ids"].shape[1] > 2 * 8
+    assert rows["input_ids"].shape[1] > config.sliding_window
     conversations = [ids for comparison in batch for ids in comparison.conversations()]
     with torch.no_grad():
         shared = model(**rows).logits[:, 0]

@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import make_tokenizer
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, RobertaConfig
 
 from rm_recipe.errors import RecipeError
 from rm_recipe.preferences import Comparison, Excluded
@@ -83,6 +83,30 @@ def test_keep_end_cuts_the_front_of_the_shared_prefix(tiny_llama):
     assert whole.prefix[-len(cut.prefix) :] == cut.prefix
 
 
+def test_keep_end_keeps_the_token_at_which_an_encoder_reads_its_reward(tiny_distilbert):
+    tokenizer = load_tokenizer(str(tiny_distilbert))
+    cut = encode(tokenizer, Comparison(turns("far " * 30), ["good", "bad cat"]), 20, "keep_end")
+    assert cut.prefix[0] == tokenizer.cls_token_id
+    assert max(map(len, cut.conversations())) == 20
+
+
+def test_messages_that_the_template_refuses_are_excluded_by_name(tiny_llama):
+    tokenizer = load_tokenizer(str(tiny_llama))
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(Excluded, match="refused_by_template"):
+        encode(tokenizer, Comparison(turns("hi"), ["good", "bad"]), None)
+
+
+def test_an_ordinary_word_is_no_pad_token():
+    tokenizer = make_tokenizer()
+    tokenizer.unk_token = None
+    vocabulary = {**tokenizer.get_vocab(), "Ġreserved": 999}
+    tokenizer.get_vocab = lambda: vocabulary
+    assert pad_token(tokenizer) == "<|pad|>"
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|reserved_7|>"]})
+    assert pad_token(tokenizer) == "<|reserved_7|>"
+
+
 @pytest.mark.parametrize(
     ("truncation", "comparison", "reason"),
     [
@@ -96,6 +120,13 @@ def test_what_does_not_fit_is_excluded_by_name(tiny_llama, truncation, compariso
     with pytest.raises(Excluded) as caught:
         encode(tokenizer, comparison, 40, truncation)
     assert caught.value.reason == reason
+
+
+def test_positions_that_start_after_the_pad_token_are_not_counted():
+    config = RobertaConfig(max_position_embeddings=514, pad_token_id=1)
+    check_lengths(config, 512, "m")
+    with pytest.raises(RecipeError, match="m has 512 positions"):
+        check_lengths(config, 513, "m")
 
 
 def test_more_length_than_positions_is_refused_with_both_numbers(tiny_distilbert):

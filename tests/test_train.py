@@ -4,14 +4,15 @@ import json
 
 import pytest
 import torch
-from conftest import run_cli
+from conftest import make_tokenizer, run_cli
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
 
+from rm_recipe import RewardModel
 from rm_recipe.errors import RecipeError
 from rm_recipe.recipe import read_recipe
-from rm_recipe.train import train
+from rm_recipe.train import load_data, load_model, train
 
 
 def weights(run) -> dict[str, torch.Tensor]:
@@ -46,16 +47,18 @@ def test_a_run_leaves_the_files_and_keys_of_the_contract(run):
     assert "training_args.bin" not in names
 
 
-def test_the_head_and_every_adapter_moved_and_the_base_did_not(run, tiny_llama):
+def test_the_head_and_every_adapter_moved_and_nothing_else_is_saved(run, write_recipe):
     saved = weights(run)
-    assert any(key.endswith("score.weight") for key in saved)
+    recipe = read_recipe(write_recipe())
+    start = load_model(recipe, load_data(recipe)[0])[0].score.weight
+    assert not torch.equal(saved["base_model.model.score.weight"], start)
     assert all(value.abs().max() > 0 for key, value in saved.items() if "lora_B" in key)
     assert all("lora_" in key or "score" in key for key in saved)
 
 
 def test_the_loss_went_down(run):
     log = [entry for entry in json.loads((run / "run.json").read_text())["log"] if "loss" in entry]
-    assert log[-1]["loss"] < 0.5 < 0.7
+    assert log[-1]["loss"] < 0.5 * 0.69  # half of ln 2, where an untrained model starts
 
 
 def test_a_resumed_run_equals_one_that_was_never_interrupted(write_recipe, run, tmp_path):
@@ -63,6 +66,7 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(write_recipe, run, 
     again = tmp_path / "again"
     recipe = write_recipe(save_strategy="steps", save_steps=4, output_dir=str(again))
     train(read_recipe(recipe))
+    (again / "run.json").unlink()
     for name in ("model", "checkpoint-16", "checkpoint-12"):
         for path in sorted((again / name).rglob("*"), reverse=True):
             path.unlink()
@@ -82,6 +86,7 @@ def test_a_used_run_folder_is_refused_without_a_flag(run, write_recipe):
 
 
 def test_resuming_with_another_recipe_names_the_keys_that_differ(run, write_recipe):
+    (run / "run.json").unlink()
     with pytest.raises(RecipeError, match="another recipe; resuming needs the same values of: learning_rate"):
         train(read_recipe(write_recipe(learning_rate=1e-5, logging_steps=3)), resume=True)
 
@@ -95,9 +100,51 @@ def test_overwriting_starts_anew_but_never_in_a_foreign_folder(write_recipe, tmp
     assert (folder / "thesis.tex").read_text() == "kept"
 
 
+def test_a_finished_run_is_not_resumed(run, write_recipe):
+    before = (run / "run.json").read_bytes()
+    with pytest.raises(RecipeError, match="is finished; there is nothing to resume"):
+        train(read_recipe(write_recipe()), resume=True)
+    assert (run / "run.json").read_bytes() == before
+
+
+def test_a_folder_with_a_recipe_of_the_users_own_is_no_run_folder(write_recipe, tmp_path):
+    recipe = write_recipe(output_dir=str(tmp_path))
+    with pytest.raises(RecipeError, match="is not a run folder; choose another one"):
+        train(read_recipe(recipe), overwrite=True)
+    assert recipe.is_file()
+
+
 def test_there_is_nothing_to_resume_in_an_empty_place(write_recipe):
     with pytest.raises(RecipeError, match="holds no run to resume"):
         train(read_recipe(write_recipe()), resume=True)
+
+
+def test_a_base_without_a_token_to_pad_with_gets_one_and_is_read_back(write_recipe, tmp_path, tiny_llama):
+    tokenizer = make_tokenizer()
+    tokenizer.unk_token = None
+    base = tmp_path / "base"
+    LlamaForCausalLM.from_pretrained(tiny_llama).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    train(read_recipe(write_recipe(model_name_or_path=str(base))))
+    judge = RewardModel.from_pretrained(tmp_path / "run")
+    assert judge.tokenizer.pad_token == "<|pad|>"
+    scores = judge.score([{"prompt": "hello 3 cat", "response": r} for r in ("good good", "bad bad")])
+    assert scores[0] > scores[1]
+
+
+def test_gradient_checkpointing_gives_the_same_adapter(write_recipe, tmp_path):
+    """Every TinyLlama recipe uses it; trl#694 lost the gradients."""
+    for name in ("with", "without"):
+        keys = {"gradient_checkpointing": name == "with", "output_dir": str(tmp_path / name)}
+        train(read_recipe(write_recipe(num_train_epochs=1, **keys)))
+    a, b = weights(tmp_path / "with"), weights(tmp_path / "without")
+    assert all(torch.allclose(a[key], b[key], atol=1e-6) for key in a)
+
+
+def test_the_base_of_an_adapter_is_read_at_its_revision(write_recipe, tmp_path):
+    train(read_recipe(write_recipe(model_revision="v2", num_train_epochs=1)))
+    config = json.loads((tmp_path / "run" / "model" / "adapter_config.json").read_text())
+    assert config["revision"] == "v2"
 
 
 @pytest.mark.parametrize("quantised", [False, True])
