@@ -223,7 +223,7 @@ def _current_device() -> str | int:
     import accelerate
 
     device = accelerate.PartialState().device
-    return device.index or 0 if device.type == "cuda" else str(device)
+    return (device.index or 0) if device.type == "cuda" else str(device)
 
 
 def load_trained(path: str, tokenizer: PreTrainedTokenizerBase, *, dequantize: bool = False) -> nn.Module:

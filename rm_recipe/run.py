@@ -131,19 +131,20 @@ def launch_training(recipe: Recipe, path: Path, overrides: Sequence[str], flag: 
 
 def interrupt(launcher: subprocess.Popen[bytes]) -> None:
     """Sends SIGINT to what the launcher started, or to itself if that is nothing, and waits."""
-    targets = psutil.Process(launcher.pid).children() or [psutil.Process(launcher.pid)]
-    for target in targets:
-        target.send_signal(signal.SIGINT)
-    launcher.wait()
+    if launcher.poll() is None:
+        process = psutil.Process(launcher.pid)
+        for target in process.children() or [process]:
+            target.send_signal(signal.SIGINT)
+        launcher.wait()
 
 
 def print_export(checked: dict[str, Any]) -> None:
     """One line on how the export was checked."""
     difference = checked["max_abs_diff"]
     print(
-        f"{checked['n_sequences']} held-out replies scored again from the exported files: the same "
-        f"rewards (largest difference {difference['files']:.0e});\n"
-        f"merging moved rewards by at most {difference['merged']:.3f}."
+        f"{checked['n_sequences']} held-out replies scored again from the exported files: equal to "
+        f"{difference['files']:.0e}.\n"
+        f"Merging and rounding moved rewards by at most {difference['merged']:.3f}."
     )
 
 

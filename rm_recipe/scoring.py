@@ -139,13 +139,15 @@ def _size(comparison: Encoded, shared: bool) -> int:
 
 def _parts(comparison: Encoded, shared: bool) -> Iterable[list[int]]:
     """The responses in groups that fit a batch, by number: best-of-n may bring hundreds."""
+    once, each = (len(comparison.prefix), 0) if shared else (0, len(comparison.prefix))
     part: list[int] = []
-    for number in range(len(comparison.rests)):
-        larger = Encoded(comparison.prefix, [comparison.rests[k] for k in [*part, number]])
-        if part and _size(larger, shared) > TOKENS_PER_BATCH:
+    tokens = once
+    for number, rest in enumerate(comparison.rests):
+        if part and tokens + each + len(rest) > TOKENS_PER_BATCH:
             yield part
-            part = []
+            part, tokens = [], once
         part.append(number)
+        tokens += each + len(rest)
     yield part
 
 

@@ -1,20 +1,27 @@
 """Tiny random models, a tiny tokenizer and small preference files; no test needs the network."""
 
+import atexit
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Caches of tiny data sets that no later run meets again do not belong into the user's.
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="rm-recipe-tests-")
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     BertTokenizer,
@@ -24,6 +31,9 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+settings.register_profile("deterministic", derandomize=True, deadline=None)
+settings.load_profile("deterministic")
 
 REPOSITORY = Path(__file__).parent.parent
 WORDS = "the a good bad cat dog sat ran on mat far away yes no maybe hello how are you fine thanks".split()

@@ -173,7 +173,7 @@ def test_the_offline_recipe_says_how_its_inputs_are_made(tmp_path, monkeypatch):
         read_recipe(REPOSITORY / "recipes" / "smollm2_offline.yaml")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.dictionaries(
         st.sampled_from(["seed", "learning_rate", "bf16", "optim", "lora_r", "debug", "x", "fsdp_config"]),
