@@ -18,9 +18,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "TRL 1.16 needs Python 3.11 or newer; try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "Installing into $(VENV) (a few minutes the first time) ..."
+	@echo "[setup] $(VENV): installing PyTorch (1 of 2) ..."
 	@# torch first and alone, pinned: a looser range would fetch gigabytes of CUDA where a CPU build will do.
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	@echo "[setup] $(VENV): installing TRL and the rest (2 of 2; a minute or two) ..."
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
