@@ -4,7 +4,7 @@ import gzip
 import json
 
 import pytest
-from conftest import make_rows, write_jsonl
+from conftest import REPOSITORY, make_rows, write_jsonl
 
 from rm_recipe.datasets import load_split, load_splits, sample, tokenize
 from rm_recipe.errors import DataError
@@ -106,3 +106,25 @@ def test_a_missing_split_or_subset_is_named(tmp_path, tiny_data):
         load_split(data(tiny_data), "validation")
     with pytest.raises(DataError, match="check 'dataset_subsets'"):
         load_split(data(tiny_data, dataset_subsets=["helpfull"]), "test")
+
+
+HH_RLHF = REPOSITORY.parent / "shared" / "data" / "hh-rlhf"
+
+
+@pytest.mark.skipif(
+    not HH_RLHF.is_dir(), reason="the development copy of hh-rlhf is not beside the repository"
+)
+@pytest.mark.parametrize(
+    ("subset", "split", "rows", "excluded"),
+    [
+        ("harmless-base", "train", 1479, {"empty_response": 2, "differing_prompts": 2}),
+        ("harmless-base", "test", 350, {"empty_response": 1, "differing_prompts": 2}),
+        ("helpful-base", "train", 1552, {"empty_response": 4, "differing_prompts": 5}),
+        ("helpful-base", "test", 350, {"differing_prompts": 1}),
+    ],
+)
+def test_genuine_hh_rlhf_rows_are_comparisons_but_for_these(subset, split, rows, excluded):
+    found = load_split(data(HH_RLHF, dataset_subsets=[subset]), split)
+    assert (found.rows, found.excluded) == (rows, excluded)
+    assert len(found.comparisons) == rows - sum(excluded.values())
+    assert all(prompt[0]["role"] == "user" for prompt in found.comparisons["prompt"])
