@@ -206,6 +206,7 @@ def _parse(rows: hf_datasets.Dataset, subset: str | None) -> hf_datasets.Dataset
     fingerprint = Hasher.hash([rows._fingerprint, subset, inspect.getsource(preferences)])
 
     def parse(row: dict[str, Any]) -> dict[str, Any]:
+        """The comparison's columns, or empty ones and the reason."""
         try:
             comparison = parse_row({**row, "subset": row.get("subset") or subset})
         except Excluded as excluded:

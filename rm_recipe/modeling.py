@@ -132,6 +132,7 @@ def add_reward_positions(model: PreTrainedModel) -> None:
         ends: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
+        """Rewards (responses, 1) at `ends` as `logits`, or what the model gives without them."""
         if position_ids is not None:
             kwargs["position_ids"] = position_ids
         if ends is None:
