@@ -58,9 +58,10 @@ def load_splits(recipe: Recipe) -> tuple[Split, Split]:
     """
     data, seed = recipe.data, recipe.training.seed
     train = load_split(data, data.dataset_train_split)
+    test = load_split(data, data.dataset_test_split)
     # Against all that is held out, so that no other sample of it meets what was trained on.
-    train = _without_leakage(data, train, load_split(data, data.dataset_test_split))
-    return sample(train, data.max_train_samples, seed), load_held_out_split(recipe)
+    train = _without_leakage(data, train, test)
+    return sample(train, data.max_train_samples, seed), sample(test, data.max_eval_samples, seed)
 
 
 def load_held_out_split(recipe: Recipe) -> Split:
