@@ -55,11 +55,21 @@ def train(
 
 
 @app.command(context_settings=WITH_OVERRIDES)
-def check(context: typer.Context, recipe: RecipePath) -> None:
-    """Check a recipe: its keys, values, model and data paths; nothing is loaded."""
+def check(
+    context: typer.Context,
+    recipe: RecipePath,
+    data: Annotated[
+        bool, typer.Option("--data", help="Also examine the data: duplicates, leakage, lengths, losses.")
+    ] = False,
+) -> None:
+    """Check a recipe: its keys, values, model and data paths; with --data every comparison."""
     from rm_recipe.recipe import read_recipe
 
     parsed = read_recipe(recipe, context.args)
+    if data:
+        from rm_recipe.train import check_data
+
+        print(f"report: {check_data(parsed)}")
     print(f"{recipe}: fine; it would train {parsed.model.model_name_or_path} into {parsed.output_dir}")
 
 

@@ -13,11 +13,13 @@ from scipy.stats import spearmanr
 from rm_recipe import metrics
 from rm_recipe.artifacts import whole_file, write_json
 from rm_recipe.batching import Encoded
-from rm_recipe.datasets import Split, load_held_out_split, load_split, tokenize
+from rm_recipe.datasets import load_held_out_split, load_split
+from rm_recipe.encoding import tokenize
 from rm_recipe.errors import RecipeError
 from rm_recipe.recipe import Recipe, read_run_recipe
 from rm_recipe.recipe_keys import DataArguments
 from rm_recipe.scoring import RewardModel
+from rm_recipe.split import Split
 
 HELD_OUT = "held_out"
 
@@ -84,58 +86,64 @@ def evaluate_split(model: RewardModel, split: Split) -> tuple[dict[str, Any], li
     """The figures of one data set, and one prediction for each comparison."""
     encoded = split.encoded()
     rewards = model.score_encoded(encoded, progress=True)
-    subsets = split.comparisons["subset"][:]
-    figures = summarise(rewards, encoded, subsets)
+    subsets, ranks = split.comparisons["subset"][:], split.comparisons["ranks"][:]
+    figures = summarise(rewards, encoded, subsets, ranks)
     figures = {
         "n_comparisons": split.rows,
         "n_scored": len(rewards),
         "excluded": dict(split.excluded),
         **figures,
     }
+    flat = np.concatenate(rewards).astype(float)
+    better, worse, owner = metrics.pair_indices(ranks)
+    margins = metrics.mean_by_comparison(flat[better] - flat[worse], owner)
+    right = metrics.pairwise_agreement(flat, ranks)
     predictions = [
         {
             "index": index,
-            "rewards": [float(r) for r in values],
-            "margin": float(values[0] - values[1]),
-            "correct": float(metrics.agreement(values[0], values[1])),
-            "subset": subset,
-            "tokens": [len(ids) for ids in comparison.conversations()],
+            "rewards": rewards[index].tolist(),
+            "ranks": ranks[index],
+            "margin": float(margins[index]),
+            "correct": float(right[index]),
+            "subset": subsets[index],
+            "tokens": [len(ids) for ids in encoded[index].conversations()],
         }
-        for index, (values, comparison, subset) in enumerate(zip(rewards, encoded, subsets, strict=True))
+        for index in range(len(encoded))
     ]
     return figures, predictions
 
 
-def summarise(rewards: list[Any], encoded: list[Encoded], subsets: list[str]) -> dict[str, Any]:
-    """The figures of `evaluation.json` for the rewards (chosen first) of each comparison.
+def summarise(
+    rewards: list[Any], encoded: list[Encoded], subsets: list[str], ranks: list[list[int]]
+) -> dict[str, Any]:
+    """The figures of `evaluation.json` for the rewards (best first) of each comparison.
 
-    Lengths are token counts of the responses; both responses share their prompt.
+    Each comparison weighs 1. Lengths are token counts of the responses, which share their prompt.
     """
-    chosen, rejected = np.array(rewards, float).T
-    lengths = np.array([[len(rest) for rest in comparison.rests] for comparison in encoded])
-    longer = lengths[:, 0] > lengths[:, 1]
-    shorter = lengths[:, 0] < lengths[:, 1]
-    right = metrics.agreement(chosen, rejected)
-    result = metrics.PreferenceAccuracy().compute(chosen=chosen, rejected=rejected)
+    flat = np.concatenate(rewards).astype(float)
+    lengths = np.array([len(rest) for comparison in encoded for rest in comparison.rests])
+    better, worse, owner = metrics.pair_indices(ranks)
+    chosen, rejected = flat[better], flat[worse]
+    longer, shorter = lengths[better] > lengths[worse], lengths[better] < lengths[worse]
+    right_pairs = metrics.agreement(chosen, rejected)
+    right = metrics.mean_by_comparison(right_pairs, owner)
+    result = metrics.PreferenceAccuracy().compute(chosen=chosen, rejected=rejected, comparison=owner)
     ece, bins = metrics.expected_calibration_error(chosen, rejected)
     names = np.array(subsets)
     return {
         "accuracy": result["accuracy"],
         "accuracy_ci95": result["accuracy_ci95"],
         "ties": result["ties"],
-        "loss": metrics.bradley_terry_loss(chosen, rejected),
-        "mean_margin": float(np.mean(chosen - rejected)),
-        "mean_reward": float(np.mean([chosen, rejected])),
-        "std_reward": float(np.std([chosen, rejected])),
-        "baselines": {
-            "longer_wins": float(metrics.agreement(lengths[:, 0], lengths[:, 1]).mean()),
-            "shorter_wins": float(metrics.agreement(lengths[:, 1], lengths[:, 0]).mean()),
-        },
+        "loss": metrics.bradley_terry_loss(chosen, rejected, owner),
+        "mean_margin": float(metrics.mean_by_comparison(chosen - rejected, owner).mean()),
+        "mean_reward": float(flat.mean()),
+        "std_reward": float(flat.std()),
+        "baselines": metrics.length_baselines(lengths, ranks),
         "calibration": {"ece": ece, "bins": bins},
         "length": {
-            "spearman": _spearman(np.concatenate([chosen, rejected]), lengths.T.ravel()),
-            "accuracy_chosen_longer": _mean(right[longer]),
-            "accuracy_chosen_shorter": _mean(right[shorter]),
+            "spearman": _spearman(flat, lengths),
+            "accuracy_chosen_longer": _mean(right_pairs[longer]),
+            "accuracy_chosen_shorter": _mean(right_pairs[shorter]),
         },
         "subsets": {
             str(name): {

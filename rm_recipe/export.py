@@ -18,9 +18,10 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rm_recipe.artifacts import whole_folder, write_json
-from rm_recipe.datasets import load_held_out_split, tokenize
+from rm_recipe.datasets import load_held_out_split
+from rm_recipe.encoding import tokenize
 from rm_recipe.errors import ExportError, RecipeError
-from rm_recipe.metrics import agreement
+from rm_recipe.metrics import pairwise_agreement
 from rm_recipe.modeling import load_trained
 from rm_recipe.recipe import is_run_folder, read_run_recipe
 from rm_recipe.scoring import RewardModel, find_model
@@ -62,9 +63,13 @@ def export(run: Path, output: Path | None = None, *, overwrite: bool = False) ->
         by_merged = judge.score_encoded(comparisons)
         read_back = plain_rewards(folder, conversations)
         before, merged = np.concatenate(by_adapter), np.concatenate(by_merged)
+        names = [
+            f"comparison {n + 1}, response {k + 1}" for n, r in enumerate(by_adapter) for k in range(len(r))
+        ]
+        ranks = split.comparisons["ranks"][:N_COMPARISONS]
         allowed = max(TOLERANCE, DRIFT * float(before.std()))
-        _compare("merging changed the rewards", before, merged, allowed)
-        _compare("the files do not give the merged model's rewards", merged, read_back, TOLERANCE)
+        _compare("merging changed the rewards", names, before, merged, allowed)
+        _compare("the files do not give the merged model's rewards", names, merged, read_back, TOLERANCE)
         proof = {
             "n_sequences": len(conversations),
             "tolerance": {"merged": allowed, "files": TOLERANCE},
@@ -72,7 +77,10 @@ def export(run: Path, output: Path | None = None, *, overwrite: bool = False) ->
                 "merged": float(np.abs(before - merged).max()),
                 "files": float(np.abs(merged - read_back).max()),
             },
-            "accuracy": {"adapter": _accuracy(by_adapter), "merged": _accuracy(by_merged)},
+            "accuracy": {
+                "adapter": float(pairwise_agreement(before, ranks).mean()),
+                "merged": float(pairwise_agreement(merged, ranks).mean()),
+            },
             "passed": True,
         }
         write_json(folder / "proof.json", proof)
@@ -93,13 +101,15 @@ def check_replaceable(output: Path, overwrite: bool) -> None:
         raise RecipeError(f"{output} is there already; add --overwrite to replace it")
 
 
-def _compare(claim: str, before: NDArray[np.float32], after: NDArray[np.float32], allowed: float) -> None:
+def _compare(
+    claim: str, names: list[str], before: NDArray[np.float32], after: NDArray[np.float32], allowed: float
+) -> None:
     difference = np.abs(before - after)
     worst = int(difference.argmax())
     if not difference[worst] <= allowed:
         raise ExportError(
-            f"{claim}: held-out comparison {worst // 2 + 1}, {'rejected' if worst % 2 else 'chosen'} "
-            f"reply, went from {before[worst]:.4f} to {after[worst]:.4f}, and {allowed:.1g} is allowed; "
+            f"{claim}: held-out {names[worst]} (best first), went from {before[worst]:.4f} to "
+            f"{after[worst]:.4f}, and {allowed:.1g} is allowed; "
             "nothing was exported"
         )
 
@@ -134,8 +144,3 @@ def plain_rewards(folder: Path, conversations: list[list[int]]) -> NDArray[np.fl
             for ids in tqdm(conversations, desc="Checking the export", unit="sequence")
         ]
     return np.array(rewards, np.float32)
-
-
-def _accuracy(rewards: list[NDArray[np.float32]]) -> float:
-    chosen, rejected = np.array(rewards).T
-    return float(agreement(chosen, rejected).mean())

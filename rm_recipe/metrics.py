@@ -1,9 +1,11 @@
 """How well rewards agree with preferences: pure functions, and `PreferenceAccuracy` on top.
 
-Everywhere `chosen` and `rejected` are the rewards of the two responses of each comparison,
-arrays of shape `(comparisons,)`, and the margin is `chosen - rejected`.
+Everywhere `chosen` and `rejected` are the rewards of the two responses of each pair, arrays of
+shape `(pairs,)`, and the margin is `chosen - rejected`. A comparison of two responses is one pair,
+one of K gives up to K choose 2 (`pair_indices`).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -12,7 +14,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from statsmodels.stats.proportion import proportion_confint
 
+from rm_recipe.preferences import untied_pairs
+
 Array = NDArray[np.float64]
+Indices = NDArray[np.int64]
 
 
 def agreement(chosen: ArrayLike, rejected: ArrayLike) -> Array:
@@ -25,6 +30,50 @@ def agreement(chosen: ArrayLike, rejected: ArrayLike) -> Array:
     return np.asarray((np.sign(margin) + 1) / 2)
 
 
+def pair_indices(ranks: Sequence[Sequence[int]]) -> tuple[Indices, Indices, Indices]:
+    """The untied pairs of comparisons whose responses are laid end to end, best first.
+
+    Args:
+        ranks: for each comparison the ranks of its K responses.
+
+    Returns:
+        better, worse, comparison: `(pairs,)` each; the first two count responses, the last
+        comparisons.
+    """
+    better, worse, comparison = [], [], []
+    start = 0
+    for number, own in enumerate(ranks):
+        for i, j in untied_pairs(own):
+            better.append(start + i)
+            worse.append(start + j)
+            comparison.append(number)
+        start += len(own)
+    return np.array(better, np.int64), np.array(worse, np.int64), np.array(comparison, np.int64)
+
+
+def mean_by_comparison(values: ArrayLike, comparison: Indices) -> Array:
+    """The mean over each comparison's pairs, so that each comparison weighs 1; `(comparisons,)`.
+
+    InstructGPT (arXiv 2203.02155, equation 1) divides by K choose 2 for the same reason.
+    """
+    return np.asarray(np.bincount(comparison, np.asarray(values, float)) / np.bincount(comparison))
+
+
+def pairwise_agreement(values: ArrayLike, ranks: Sequence[Sequence[int]]) -> Array:
+    """For each comparison the share of its untied pairs that `values` order as its ranks do.
+
+    Args:
+        values: of all responses end to end, `(responses,)`: rewards, or lengths for a baseline.
+            Equal ones count 1/2.
+
+    Returns:
+        `(comparisons,)`
+    """
+    values = np.asarray(values, float)
+    better, worse, comparison = pair_indices(ranks)
+    return mean_by_comparison(agreement(values[better], values[worse]), comparison)
+
+
 def accuracy_interval(accuracy: float, n: int) -> list[float]:
     """The 95 % Wilson interval of an accuracy over `n` comparisons; `[low, high]`.
 
@@ -34,10 +83,24 @@ def accuracy_interval(accuracy: float, n: int) -> list[float]:
     return [float(low), float(high)]
 
 
-def bradley_terry_loss(chosen: ArrayLike, rejected: ArrayLike) -> float:
-    """Mean of -log sigmoid(margin) (InstructGPT, arXiv 2203.02155, equation 1, K = 2)."""
-    margin = np.asarray(chosen, float) - np.asarray(rejected, float)
-    return float(np.mean(np.logaddexp(0.0, -margin)))
+def bradley_terry_loss(chosen: ArrayLike, rejected: ArrayLike, comparison: Indices | None = None) -> float:
+    """Mean of -log sigmoid(margin) (InstructGPT, arXiv 2203.02155, equation 1).
+
+    Args:
+        comparison: for rankings the comparison that each pair belongs to, `(pairs,)`.
+    """
+    losses = np.logaddexp(0.0, np.asarray(rejected, float) - np.asarray(chosen, float))
+    return float(np.mean(losses if comparison is None else mean_by_comparison(losses, comparison)))
+
+
+def length_baselines(lengths: ArrayLike, ranks: Sequence[Sequence[int]]) -> dict[str, float]:
+    """The accuracy of two rules that do not read: the longer response wins, the shorter one wins.
+
+    Args:
+        lengths: of all responses end to end, `(responses,)`.
+    """
+    longer = float(pairwise_agreement(lengths, ranks).mean())
+    return {"longer_wins": longer, "shorter_wins": 1 - longer}
 
 
 def expected_calibration_error(
@@ -71,9 +134,9 @@ def expected_calibration_error(
 class PreferenceAccuracy(evaluate.Metric):
     """Share of comparisons whose chosen response has the higher reward.
 
-    Each comparison weighs 1 and a tie counts 1/2. Nothing is excluded: a reward that is not finite
-    raises. Use it like any `evaluate` metric, offline, since it comes from this package and not
-    from the Hub::
+    Each comparison weighs 1, of a ranking each untied pair the same part of it, and a tie counts
+    1/2. Nothing is excluded: a reward that is not finite raises. Use it like any `evaluate` metric,
+    offline, since it comes from this package and not from the Hub::
 
         PreferenceAccuracy().compute(chosen=[1.0, 0.5], rejected=[0.0, 0.5])
         # accuracy 0.75, accuracy_ci95, ties 1, n 2
@@ -84,12 +147,17 @@ class PreferenceAccuracy(evaluate.Metric):
         return evaluate.MetricInfo(
             description="Held-out preference accuracy, ties one half, with a Wilson interval.",
             citation="",
-            inputs_description="chosen, rejected: rewards, one each for every comparison",
+            inputs_description="chosen, rejected: rewards, one each for every pair; comparison: its number",
             features=datasets.Features({"chosen": number, "rejected": number}),
         )
 
-    def _compute(self, chosen: ArrayLike, rejected: ArrayLike) -> dict[str, Any]:
+    def _compute(
+        self, chosen: ArrayLike, rejected: ArrayLike, comparison: Indices | None = None
+    ) -> dict[str, Any]:
         """`{"accuracy", "accuracy_ci95", "ties", "n"}`.
+
+        Args:
+            comparison: for rankings the comparison that each pair belongs to, `(pairs,)`.
 
         Raises:
             ValueError: no comparison, unequal lengths, or a reward that is not finite.
@@ -101,10 +169,13 @@ class PreferenceAccuracy(evaluate.Metric):
             )
         if not np.isfinite([chosen, rejected]).all():
             raise ValueError("a reward is not finite")
-        accuracy = float(agreement(chosen, rejected).mean())
+        right = agreement(chosen, rejected)
+        if comparison is not None:
+            right = mean_by_comparison(right, comparison)
+        accuracy = float(right.mean())
         return {
             "accuracy": accuracy,
-            "accuracy_ci95": accuracy_interval(accuracy, chosen.size),
+            "accuracy_ci95": accuracy_interval(accuracy, right.size),
             "ties": int((chosen == rejected).sum()),
-            "n": int(chosen.size),
+            "n": int(right.size),
         }

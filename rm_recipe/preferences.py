@@ -1,18 +1,27 @@
 """What a comparison is, and the shapes in which data sets write one.
 
 A row of a data set becomes a `Comparison` or raises `Excluded` with the reason under which it is
-counted; nothing is skipped in silence.
+counted; nothing is skipped in silence. A value that is not of the shape at all raises `Malformed`:
+that is a fault of the file, not of the row.
 """
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
+
+from rm_recipe.transcripts import before_last_reply, parse_transcript
 
 Message = dict[str, str]  # {"role": "user" | "assistant" | "system", "content": text}
 
-_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
-_TURN = re.compile(r"\n\n(Human|Assistant):")
+# The columns that a row is recognised by, the first that fits; then what is missing, in words.
+SHAPES: tuple[set[str], ...] = (
+    {"chosen", "rejected"},
+    {"prompt", "responses", "ranks"},
+    {"prompt", "responses", "scores"},
+    {"instruction", "completions"},  # UltraFeedback as published
+)
+SHAPES_IN_WORDS = "chosen and rejected (and perhaps prompt), or prompt, responses and ranks or scores"
 
 
 class Excluded(Exception):  # noqa: N818 - a verdict on a row, no error of the program
@@ -23,6 +32,10 @@ class Excluded(Exception):  # noqa: N818 - a verdict on a row, no error of the p
         return str(self.args[0])
 
 
+class Malformed(Exception):  # noqa: N818 - becomes a DataError with file and row
+    """A value of the wrong type; the arguments are its column, what was expected, and the value."""
+
+
 @dataclass(frozen=True)
 class Comparison:
     """One prompt and its responses, best first (InstructGPT, arXiv 2203.02155, section 3.5).
@@ -30,16 +43,32 @@ class Comparison:
     Attributes:
         prompt: the messages before the response, the last one not the assistant's.
         responses: texts of the assistant's reply, K >= 2, best first.
+        ranks: K ranks, 0 for the best, not decreasing; equal ones are ties. Strictly increasing
+            unless given.
+        margins: how much better the first of each of `pairs()` is (Llama 2, arXiv 2307.09288,
+            section 3.2.2); empty where nothing is known.
         subset: the part of the data set that the row comes from.
     """
 
     prompt: list[Message]
     responses: list[str]
+    ranks: list[int] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)
     subset: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.ranks:
+            self.ranks.extend(range(len(self.responses)))
 
     def conversations(self) -> list[list[Message]]:
         """The K whole conversations, each ending in its response."""
         return [conversation(self.prompt, response) for response in self.responses]
+
+
+def untied_pairs(ranks: Sequence[int]) -> list[tuple[int, int]]:
+    """The pairs (better, worse) that K ranks, best first, give: K choose 2 of them without ties."""
+    k = len(ranks)
+    return [(i, j) for i in range(k) for j in range(i + 1, k) if ranks[i] < ranks[j]]
 
 
 def conversation(prompt: list[Message], response: str) -> list[Message]:
@@ -47,83 +76,195 @@ def conversation(prompt: list[Message], response: str) -> list[Message]:
     return [*prompt, {"role": "assistant", "content": response}]
 
 
-def parse_transcript(text: str) -> list[Message]:
-    """An hh-rlhf transcript (`\\n\\nHuman: ...\\n\\nAssistant: ...`) as messages.
-
-    Only a speaker's name after a blank line starts a turn, so `Human:` inside a message stays
-    there. Each message loses the white space around it.
-
-    Raises:
-        Excluded: `not_a_transcript`, where text stands before the first turn.
-    """
-    before, *parts = _TURN.split("\n\n" + text.lstrip("\n"))
-    if before.strip() or not parts:
-        raise Excluded("not_a_transcript")
-    return [
-        {"role": _SPEAKERS[speaker], "content": content.strip()}
-        for speaker, content in zip(parts[::2], parts[1::2], strict=True)
-    ]
+# --- rows ------------------------------------------------------------------------------------
 
 
-def parse_row(row: Mapping[str, Any]) -> Comparison:
-    """A comparison from a row with `chosen`, `rejected` and perhaps `prompt` and `subset`.
+def is_comparison_shape(columns: Collection[str]) -> bool:
+    """Whether rows with these columns can be comparisons."""
+    return any(shape <= set(columns) for shape in SHAPES)
 
-    Without a prompt, `chosen` and `rejected` are hh-rlhf transcripts or whole lists of messages.
-    With one, the prompt is a text (one user message) or messages, and the responses are texts, one
-    assistant message, or the whole conversation (UltraFeedback). Texts are taken as they stand.
+
+def parse_row(
+    row: Mapping[str, Any],
+    margin_column: str | None = None,
+    margin_map: Mapping[Any, float] | None = None,
+) -> Comparison:
+    """A comparison from a row of one of the `SHAPES`.
+
+    Pairs: without a prompt, `chosen` and `rejected` are hh-rlhf transcripts or whole lists of
+    messages. With one, the prompt is a text (one user message) or messages, and the responses are
+    texts, one assistant message, or the whole conversation. Texts are taken as they stand.
+
+    Rankings: `responses` of one prompt with `ranks` (1 is best) or `scores` (the highest is best);
+    equal ones are ties and give no pair.
+
+    Args:
+        margin_column: where the margins stand: a number, a category of `margin_map`, or for
+            rankings also a number for each response, whose differences are the margins.
 
     Raises:
         Excluded: with the reason.
+        Malformed: a value has the wrong type.
     """
-    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if {"chosen", "rejected"} <= row.keys():
+        prompt, responses, levels = _pair(row)
+    else:
+        prompt, responses, levels = _ranking(row)
+    if not any(message["content"].strip() for message in prompt):
+        raise Excluded("empty_prompt")
+    if not all(response.strip() for response in responses):
+        raise Excluded("empty_response")
+    order = sorted(range(len(responses)), key=lambda i: levels[i])
+    distinct = sorted(set(levels))
+    ranks = [distinct.index(levels[i]) for i in order]
+    responses = [responses[i] for i in order]
+    ranks_of_text: dict[str, int] = {}
+    for response, rank in zip(responses, ranks, strict=True):
+        if ranks_of_text.setdefault(response.strip(), rank) != rank:
+            raise Excluded("identical_responses")
+    if len(distinct) == 1:
+        raise Excluded("all_tied")
+    margins = []
+    if margin_column is not None:
+        margins = _margins(margin_column, row.get(margin_column), margin_map, order, ranks)
+    return Comparison(prompt, responses, ranks, margins, str(row.get("subset") or ""))
+
+
+def _pair(row: Mapping[str, Any]) -> tuple[list[Message], list[str], list[float]]:
+    chosen, rejected = row["chosen"], row["rejected"]
     if chosen is None or rejected is None:
         raise Excluded("missing_response")
     if row.get("prompt") is None:
-        prompt, best = _split_reply(chosen)
-        other_prompt, worst = _split_reply(rejected)
+        prompt, best = _split_reply("chosen", chosen)
+        other_prompt, worst = _split_reply("rejected", rejected)
         if prompt != other_prompt:
             raise Excluded("differing_prompts")
     else:
         prompt = as_messages(row["prompt"])
-        best, worst = _reply(prompt, chosen), _reply(prompt, rejected)
-    if not any(message["content"].strip() for message in prompt):
+        best, worst = _reply("chosen", prompt, chosen), _reply("rejected", prompt, rejected)
+    return prompt, [best, worst], [0.0, 1.0]
+
+
+def _ranking(row: Mapping[str, Any]) -> tuple[list[Message], list[str], list[float]]:
+    """Prompt, responses and for each a level: the lower, the better."""
+    if "completions" in row:
+        completions = _list("completions", row["completions"])
+        if not all(isinstance(completion, Mapping) for completion in completions):
+            raise Malformed("completions", "mappings with response and overall_score", completions)
+        row = {
+            "prompt": row["instruction"],
+            "responses": [completion.get("response") for completion in completions],
+            "scores": [completion.get("overall_score") for completion in completions],
+        }
+    if row["prompt"] is None:
         raise Excluded("empty_prompt")
-    if not best.strip() or not worst.strip():
-        raise Excluded("empty_response")
-    if best.strip() == worst.strip():
-        raise Excluded("identical_responses")
-    return Comparison(prompt, [best, worst], str(row.get("subset") or ""))
+    prompt = as_messages(row["prompt"])
+    replies = _list("responses", row["responses"])
+    if any(reply is None for reply in replies):
+        raise Excluded("missing_response")
+    if len(replies) < 2:
+        raise Excluded("single_response")
+    column, sign = ("ranks", 1) if row.get("ranks") is not None else ("scores", -1)
+    levels = _list(column, row.get(column))
+    if any(level is None for level in levels) or not levels:
+        raise Excluded("missing_ranks")
+    if not all(_is_number(level) for level in levels):
+        raise Malformed(column, "a list of numbers", levels)
+    if len(levels) != len(replies):
+        raise Excluded("ranks_do_not_match")
+    if not all(math.isfinite(level) for level in levels):
+        raise Excluded("missing_ranks")
+    return prompt, [_reply("responses", prompt, reply) for reply in replies], [sign * x for x in levels]
 
 
-def _split_reply(value: Any) -> tuple[list[Message], str]:
-    messages = parse_transcript(value) if isinstance(value, str) else as_messages(value)
-    if not messages or messages[-1]["role"] != "assistant":
-        raise Excluded("ends_without_reply")
-    return messages[:-1], messages[-1]["content"]
+def _margins(
+    column: str,
+    value: Any,
+    categories: Mapping[Any, float] | None,
+    order: Sequence[int],
+    ranks: Sequence[int],
+) -> list[float]:
+    pairs = untied_pairs(ranks)
+    if value is None:
+        raise Excluded("missing_margin")
+    if categories is not None:
+        known = {str(name): margin for name, margin in categories.items()}
+        if str(value) not in known:
+            raise Malformed(column, f"one of margin_map's {', '.join(known)}", value)
+        value = known[str(value)]
+    if isinstance(value, list) and len(value) == len(order) > 2 and all(map(_is_number, value)):
+        margins = [float(value[order[i]] - value[order[j]]) for i, j in pairs]
+    elif _is_number(value):
+        margins = [float(value)] * len(pairs)
+    else:
+        raise Malformed(column, "a number, or a category and 'margin_map' in the recipe", value)
+    if not all(map(math.isfinite, margins)):
+        raise Excluded("missing_margin")
+    return margins
 
 
-def as_messages(value: Any) -> list[Message]:
+def prompts_differ(row: Mapping[str, Any]) -> bool:
+    """Whether two transcripts differ before the last `Assistant:` of either.
+
+    Such a row is a comparison all the same where the name stands inside a reply (`transcripts`).
+    """
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if row.get("prompt") is not None or not (isinstance(chosen, str) and isinstance(rejected, str)):
+        return False
+    return before_last_reply(chosen) != before_last_reply(rejected)
+
+
+# --- values ----------------------------------------------------------------------------------
+
+
+def as_messages(value: Any, column: str = "prompt") -> list[Message]:
     """A prompt's messages; a text means one user message.
 
     Raises:
-        Excluded: `not_messages`.
+        Excluded: `not_messages`, where a message has no role or no content.
+        Malformed: neither a text nor a list of messages.
     """
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
-    try:
-        messages = [{"role": m["role"], "content": m["content"]} for m in value]
-    except (TypeError, KeyError):
-        raise Excluded("not_messages") from None
+    if not isinstance(value, list) or not all(isinstance(m, Mapping) for m in value):
+        raise Malformed(column, "a text or a list of messages", value)
+    messages = [{"role": m.get("role"), "content": m.get("content")} for m in value]
     if not all(isinstance(text, str) for message in messages for text in message.values()):
         raise Excluded("not_messages")
     return messages
 
 
-def _reply(prompt: list[Message], value: Any) -> str:
+def _split_reply(column: str, value: Any) -> tuple[list[Message], str]:
+    messages = _transcript(value) if isinstance(value, str) else as_messages(value, column)
+    if not messages or messages[-1]["role"] != "assistant":
+        raise Excluded("ends_without_reply")
+    return messages[:-1], messages[-1]["content"]
+
+
+def _transcript(text: str) -> list[Message]:
+    try:
+        return parse_transcript(text)
+    except ValueError:
+        raise Excluded("not_a_transcript") from None
+
+
+def _reply(column: str, prompt: list[Message], value: Any) -> str:
     """The reply of a text, of one assistant message, or of the prompt's messages and one more."""
     if isinstance(value, str):
         return value
-    before, reply = _split_reply(value)
+    before, reply = _split_reply(column, value)
     if before not in ([], prompt):
         raise Excluded("differing_prompts")
     return reply
+
+
+def _list(column: str, value: Any) -> list[Any]:
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise Malformed(column, "a list", value)
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -17,14 +17,8 @@ from typing import Any
 import yaml
 
 from rm_recipe.errors import RecipeError
-from rm_recipe.recipe_keys import (
-    DEVICE_KEYS,
-    REFUSED_KEYS,
-    DataArguments,
-    check_value,
-    cross_faults,
-    input_faults,
-)
+from rm_recipe.recipe_faults import cross_faults, input_faults
+from rm_recipe.recipe_keys import DEVICE_KEYS, REFUSED_KEYS, DataArguments, check_value
 
 if typing.TYPE_CHECKING:
     from trl import ModelConfig, RewardConfig

@@ -1,7 +1,6 @@
-"""The keys of a recipe: what they are called, what values they take, and what goes together.
+"""The keys of a recipe: what they are called and what values they take.
 
-Names and types are TRL's own (`RewardConfig`, `ModelConfig`) plus `DataArguments`. Every check
-returns its faults as text; `recipe.read_recipe` collects them.
+Names and types are TRL's own (`RewardConfig`, `ModelConfig`) plus `DataArguments`.
 """
 
 import dataclasses
@@ -10,8 +9,6 @@ import enum
 import typing
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -20,6 +17,9 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 # What `rm-recipe prepare offline` makes (offline.py); named here for the hint that says so.
 OFFLINE_MODEL = "models/smollm2-135m-instruct"
 OFFLINE_DATA = "data/offline"
+
+# The data files that can be read (each also with .gz), and what `datasets` calls their format.
+DATA_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 # Chosen anew on every machine unless the recipe says.
 DEVICE_KEYS = ("use_cpu", "bf16", "fp16", "dtype", "dataloader_pin_memory")
@@ -36,6 +36,7 @@ REFUSED_KEYS = {
     "pad_token": "chosen by rm_recipe so that it is never EOS, and saved with the model",
     "eos_token": "taken from the base model's tokenizer",
     "label_names": "a comparison has no label column",
+    "streaming": "data sets are memory-mapped, which takes no memory either and can be shuffled",
     "parallelism_config": "set it in the file for `accelerate launch --config_file`",
 }
 
@@ -56,6 +57,22 @@ class DataArguments:
     dataset_train_split: str = "train"
     dataset_test_split: str = "test"
     """The held-out split; must differ from the train split."""
+
+    datasets: list[dict[str, Any]] | None = None
+    """A mixture instead of `dataset_name`, as TRL's `DatasetMixtureConfig` has it: a list of `path`,
+    `name`, `data_dir`, `data_files`, `split`, `columns`, `fraction`."""
+
+    test_split_size: float | None = None
+    """Share of the prompts to hold out of the train split, all comparisons of a prompt together;
+    0.1 where a set has a train split only."""
+
+    margin_column: str | None = None
+    """How much better the chosen response is: a number to subtract from the reward difference in
+    the loss (Llama 2, arXiv 2307.09288, section 3.2.2), or a category of `margin_map`. Rankings may
+    have a number for each response: `scores`, say."""
+
+    margin_map: dict[str | int, float] | None = None
+    """Categories and their margins, e.g. `{significantly better: 1, better: 0.67, slightly better: 0.33}`."""
 
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
@@ -108,8 +125,7 @@ def check_value(key: str, value: Any, from_text: bool) -> tuple[str | None, Any]
         return f"key '{key}' is not for a recipe: {REFUSED_KEYS[key]}", None
     if key not in types:
         close = difflib.get_close_matches(key, types.keys() - REFUSED_KEYS.keys(), n=1)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
-        return f"unknown key '{key}'.{hint}", None
+        return f"unknown key '{key}'.{did_you_mean(close)}", None
     hint, choices = types[key]
     if from_text:
         value = _from_text(value, hint)
@@ -119,16 +135,30 @@ def check_value(key: str, value: Any, from_text: bool) -> tuple[str | None, Any]
         return f"'{key}' has no value; leave the line out for the default", None
     if choices and str(value) not in choices:
         close = difflib.get_close_matches(str(value), choices, n=1)
-        nearest = f" Did you mean '{close[0]}'?" if close else ""
-        return f"'{key}: {value}' is not one of {', '.join(choices)}.{nearest}", None
+        return f"'{key}: {value}' is not one of {', '.join(choices)}.{did_you_mean(close)}", None
     if isinstance(value, str) and _takes_only_lists(hint):
         value = [part.strip() for part in value.split(",")]  # `all-linear`, or `q_proj,v_proj`
-    if isinstance(value, bool) and bool not in (hint, *typing.get_args(hint)):
-        return f"'{key}: {value}' should be {_describe(hint)}", None
+    if not fits(value, hint):
+        return f"'{key}: {value}' should be {describe(hint)}", None
+    return None, _adapter(hint).validate_python(value)
+
+
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value has a type; `true` and `false` are no numbers."""
     try:
-        return None, TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+        _adapter(hint).validate_python(value)
     except ValidationError:
-        return f"'{key}: {value}' should be {_describe(hint)}", None
+        return False
+    return not isinstance(value, bool) or bool in (hint, *typing.get_args(hint))
+
+
+def did_you_mean(close: list[str]) -> str:
+    """The nearest name as a question, nothing if none is near."""
+    return f" Did you mean '{close[0]}'?" if close else ""
 
 
 def _from_text(text: str, hint: Any) -> Any:
@@ -148,7 +178,8 @@ def _takes_only_lists(hint: Any) -> bool:
     return hint == list[str] or (list[str] in parts and str not in parts)
 
 
-def _describe(hint: Any) -> str:
+def describe(hint: Any) -> str:
+    """A type in words."""
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     parts = [p for p in (typing.get_args(hint) or (hint,)) if p is not type(None)]
     if typing.get_origin(hint) in (list, dict):
@@ -159,58 +190,6 @@ def _describe(hint: Any) -> str:
         if not (isinstance(part, type) and issubclass(part, enum.Enum))
     ]
     return " or ".join(dict.fromkeys(described))
-
-
-POSITIVE = (
-    "learning_rate", "per_device_train_batch_size", "per_device_eval_batch_size",
-    "gradient_accumulation_steps", "max_length", "lora_r", "lora_alpha", "num_train_epochs",
-    "max_train_samples", "max_eval_samples",
-)  # fmt: skip
-
-
-def cross_faults(values: dict[str, Any], given: dict[str, Any]) -> list[str]:
-    """What is missing, out of range or in contradiction; `given` has the faulty keys too."""
-    faults = [
-        f"'{key}: {values[key]}' must be above 0"
-        for key in POSITIVE
-        if values.get(key) is not None and not values[key] > 0
-    ]
-    if not given.get("model_name_or_path"):
-        faults.append("'model_name_or_path' is missing: the base model's folder or Hub id")
-    if not given.get("dataset_name"):
-        faults.append("'dataset_name' is missing: a file, a folder or a Hub id")
-    defaults = DataArguments()
-    train = values.get("dataset_train_split", defaults.dataset_train_split)
-    if train == values.get("dataset_test_split", defaults.dataset_test_split):
-        faults.append(f"'dataset_test_split: {train}' must differ from 'dataset_train_split'")
-    if values.get("load_in_4bit") and values.get("load_in_8bit"):
-        faults.append("'load_in_4bit' and 'load_in_8bit' cannot both be true")
-    quantised = values.get("load_in_4bit") or values.get("load_in_8bit")
-    if quantised and not values.get("use_peft"):
-        faults.append("a quantised base cannot be trained in full: set 'use_peft: true'")
-    if values.get("bf16") and values.get("fp16"):
-        faults.append("'bf16' and 'fp16' cannot both be true; leave both out to let the device choose")
-    if not 0.0 <= values.get("target_accuracy", 0.5) <= 1.0:
-        faults.append(f"'target_accuracy: {values['target_accuracy']}' must lie between 0 and 1")
-    trackers = values.get("report_to") or []
-    for tracker in [trackers] if isinstance(trackers, str) else trackers:
-        if tracker not in ("none", "all") and not (tracker.isidentifier() and find_spec(tracker)):
-            faults.append(f"'report_to: {tracker}' needs a package: `pip install {tracker}`")
-    return faults
-
-
-def input_faults(values: dict[str, Any]) -> list[str]:
-    """Local models and data sets that are named and not there."""
-    faults = []
-    for key in ("model_name_or_path", "dataset_name"):
-        name = values.get(key)
-        if not name or Path(name).exists():
-            continue
-        if name in (OFFLINE_MODEL, OFFLINE_DATA):
-            faults.append(f"'{key}: {name}' does not exist yet; run `rm-recipe prepare offline`")
-        elif looks_local(name):
-            faults.append(f"'{key}: {name}' does not exist")
-    return faults
 
 
 def looks_local(name: str) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch.nn.functional import logsigmoid
@@ -17,6 +18,9 @@ from trl import RewardTrainer
 
 from rm_recipe.batching import Encoded, padded_rows, shared_rows
 from rm_recipe.errors import TrainingError
+from rm_recipe.metrics import pair_indices
+
+COLUMNS = ["prefix", "rests", "ranks", "margins"]
 
 
 @dataclass
@@ -31,12 +35,31 @@ class RowCollator:
     share: bool
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """The rows, and `num_tokens` (), the real tokens in them."""
+        """The rows of a batch and what `compute_loss` takes out of it again.
+
+        That is `pairs` (pairs, 2) int64, numbers of the better and the worse response of each untied
+        pair; `margins` (pairs,); `pairs_each` (comparisons,) int64; `num_tokens` (), the real tokens.
+        """
         batch = [Encoded(example["prefix"], example["rests"]) for example in examples]
         make_rows = shared_rows if self.share else padded_rows
         rows = make_rows(batch, self.pad_token_id)
         rows["num_tokens"] = (rows["input_ids"] != self.pad_token_id).sum()
+        better, worse, owner = pair_indices([example["ranks"] for example in examples])
+        rows["pairs"] = torch.from_numpy(np.stack([better, worse], axis=1))
+        rows["pairs_each"] = torch.from_numpy(np.bincount(owner))
+        margins = [
+            example["margins"] or [0.0] * n for example, n in zip(examples, rows["pairs_each"], strict=True)
+        ]
+        rows["margins"] = torch.tensor([margin for own in margins for margin in own])
         return rows
+
+
+def mean_by_comparison(values: torch.Tensor, pairs_each: torch.Tensor) -> torch.Tensor:
+    """The mean of (pairs,) values over the pairs of each comparison; (comparisons,)."""
+    n = len(pairs_each)
+    numbers = torch.arange(n, device=values.device)
+    owner = numbers.repeat_interleave(pairs_each, output_size=len(values))
+    return values.new_zeros(n).index_add(0, owner, values) / pairs_each
 
 
 class LogLines(ProgressCallback):
@@ -61,10 +84,11 @@ class LogLines(ProgressCallback):
 
 
 class SharedPrefixRewardTrainer(RewardTrainer):
-    """`trl.RewardTrainer` for datasets with the columns `prefix` and `rests` (`Split`).
+    """`trl.RewardTrainer` for datasets with the columns of `COLUMNS` (`split.Split`).
 
-    The loss is -log sigmoid(r_chosen - r_rejected), the mean over comparisons, with TRL's
-    `center_rewards_coefficient` (arXiv 2312.09244, equation 2).
+    The loss is -log sigmoid(r_chosen - r_rejected - margin), its mean over the untied pairs of each
+    comparison (InstructGPT, arXiv 2203.02155, equation 1; the margin: Llama 2, 2307.09288, equation 2)
+    and then over comparisons, with TRL's `center_rewards_coefficient` (arXiv 2312.09244, equation 2).
 
     Raises:
         TrainingError: the loss is not finite (Trainer's own filter would hide it).
@@ -87,7 +111,7 @@ class SharedPrefixRewardTrainer(RewardTrainer):
         return dataset  # tokenised by `datasets.tokenize`
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["prefix", "rests"]
+        self._signature_columns = COLUMNS
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """No card in the run folder; the export gets one."""
@@ -100,18 +124,25 @@ class SharedPrefixRewardTrainer(RewardTrainer):
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
         """The mean loss () of a batch of comparisons; with `return_outputs` also the rewards."""
-        num_tokens = inputs.pop("num_tokens")
+        num_tokens, pairs = inputs.pop("num_tokens"), inputs.pop("pairs")
+        margins, pairs_each = inputs.pop("margins"), inputs.pop("pairs_each")
         rewards = model(**inputs).logits.squeeze(-1)
-        chosen, rejected = rewards.view(-1, 2).unbind(1)
-        losses = -logsigmoid(chosen - rejected)
+        chosen, rejected = rewards[pairs[:, 0]], rewards[pairs[:, 1]]
+        of_pairs = -logsigmoid(chosen - rejected - margins)
         if self.args.center_rewards_coefficient is not None:
-            losses = losses + self.args.center_rewards_coefficient * (chosen + rejected) ** 2
+            of_pairs = of_pairs + self.args.center_rewards_coefficient * (chosen + rejected) ** 2
+        losses = mean_by_comparison(of_pairs, pairs_each)
         loss = losses.mean()
-        self._count(num_tokens, losses.detach(), chosen.detach(), rejected.detach())
+        self._count(num_tokens, losses.detach(), pairs_each, chosen.detach(), rejected.detach())
         return (loss, {"rewards": rewards}) if return_outputs else loss
 
     def _count(
-        self, num_tokens: torch.Tensor, losses: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor
+        self,
+        num_tokens: torch.Tensor,
+        losses: torch.Tensor,
+        pairs_each: torch.Tensor,
+        chosen: torch.Tensor,
+        rejected: torch.Tensor,
     ) -> None:
         """Remembers one value per comparison; TRL's `log` takes their mean.
 
@@ -120,7 +151,14 @@ class SharedPrefixRewardTrainer(RewardTrainer):
         """
         mode = "train" if self.model.training else "eval"
         metrics = self._metrics[mode]
-        losses, chosen, rejected = self.accelerator.gather_for_metrics((losses, chosen, rejected))
+        margin = chosen - rejected
+        values = (
+            (margin.sign() + 1) / 2,  # a tie counts 1/2
+            margin,
+            (chosen + rejected) / 2,
+        )
+        means = tuple(mean_by_comparison(value, pairs_each) for value in values)
+        losses, *means = self.accelerator.gather_for_metrics((losses, *means))
         if not torch.isfinite(losses).all():
             raise TrainingError(
                 f"the loss is {losses.mean().item()} in step {self.state.global_step + 1}; the usual "
@@ -131,7 +169,5 @@ class SharedPrefixRewardTrainer(RewardTrainer):
         else:
             metrics["loss"] += losses.tolist()  # exact, where Trainer weighs batches by their rows
         metrics["num_tokens"] = [self._total_train_tokens]
-        margin = chosen - rejected
-        metrics["accuracy"] += ((margin.sign() + 1) / 2).tolist()  # a tie counts 1/2
-        metrics["margin"] += margin.tolist()
-        metrics["mean_reward"] += ((chosen + rejected) / 2).tolist()
+        for name, mean in zip(("accuracy", "margin", "mean_reward"), means, strict=True):
+            metrics[name] += mean.tolist()

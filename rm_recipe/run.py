@@ -34,6 +34,7 @@ def run(recipe_path: Path, overrides: Sequence[str], *, overwrite: bool = False)
         RecipeError: the recipe is wrong, or the run folder holds a run of another recipe.
         TrainingError: training failed; what it printed says why.
     """
+    from rm_recipe.datasets import refuse_leakage
     from rm_recipe.evaluate import HELD_OUT, evaluate, print_evaluation, read_evaluation
     from rm_recipe.export import export
     from rm_recipe.train import changed_keys, load_data
@@ -56,7 +57,9 @@ def run(recipe_path: Path, overrides: Sequence[str], *, overwrite: bool = False)
         skip("train", folder / "model")
     else:
         stage("train", "resuming" if before else str(recipe_path))
-        load_data(recipe)  # what is wrong with it is said here, with its own exit code
+        # What is wrong with the data is said here, with its own exit code.
+        _, train_split, _, leakage = load_data(recipe)
+        refuse_leakage(recipe, train_split, leakage)
         launch_training(recipe, recipe_path, overrides, "--resume" if before else "--overwrite")
 
     evaluation = read_evaluation(folder)

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from rm_recipe.datasets import Split
 from rm_recipe.recipe import Recipe
 from rm_recipe.reward_trainer import SharedPrefixRewardTrainer
 from rm_recipe.sharing import Sharing
+from rm_recipe.split import Split
 
 PACKAGES = ("torch", "trl", "transformers", "datasets", "peft", "accelerate", "bitsandbytes", "rm-recipe")
 

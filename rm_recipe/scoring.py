@@ -14,12 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from rm_recipe.artifacts import whole_file
 from rm_recipe.batching import Encoded, padded_rows, shared_rows, split_at_common_prefix
+from rm_recipe.encoding import encode
 from rm_recipe.errors import DataError, RecipeError, TrainingError
 from rm_recipe.modeling import autocast, load_trained
-from rm_recipe.preferences import Comparison, Excluded, as_messages
+from rm_recipe.preferences import Comparison, Excluded, Malformed, as_messages
 from rm_recipe.recipe_keys import looks_local
 from rm_recipe.sharing import decide_sharing
-from rm_recipe.tokenization import encode, load_tokenizer
+from rm_recipe.tokenization import load_tokenizer
 
 TOKENS_PER_BATCH = 4096  # enough to fill two cores or a small GPU, little enough for 8 GB
 
@@ -64,20 +65,24 @@ class RewardModel:
             model = model.to(device)
         return cls(model, tokenizer)
 
-    def score(self, items: Sequence[dict[str, Any]], progress: bool = False) -> NDArray[np.float32]:
+    def score(
+        self, items: Sequence[dict[str, Any]], progress: bool = False, named: str = "item"
+    ) -> NDArray[np.float32]:
         """Rewards of `{"prompt": str or messages, "response": str}` items; `(n,)` float32.
 
         Items with the same prompt share its encoding. A conversation that is too long loses its
         oldest turns, as in training.
 
+        Args:
+            named: what an error calls an item, before its number, which counts from 1.
+
         Raises:
-            DataError: an item has no prompt or response, or does not fit the model; the message
-                counts items from 1.
+            DataError: an item has no prompt or response, or does not fit the model.
         """
         groups: dict[str, list[int]] = {}
         conversations = []
         for number, item in enumerate(items):
-            conversations.append(self._encode(number, item))
+            conversations.append(self._encode(item, f"{named} {number + 1}"))
             groups.setdefault(json.dumps(item["prompt"]), []).append(number)
         members, encoded = [], []
         for group in groups.values():
@@ -90,16 +95,18 @@ class RewardModel:
             rewards[group] = values
         return rewards
 
-    def _encode(self, number: int, item: dict[str, Any]) -> list[int]:
+    def _encode(self, item: dict[str, Any], name: str) -> list[int]:
         prompt, response = item.get("prompt"), item.get("response")
         if not prompt or not isinstance(response, str):
-            raise DataError(f"item {number + 1}: expected a 'prompt' and a 'response' text")
+            raise DataError(f"{name}: expected a 'prompt' and a 'response' text")
         try:
             comparison = Comparison(as_messages(prompt), [response])
             encoded = encode(self.tokenizer, comparison, self.max_length, self.truncation)
         except Excluded as excluded:
             limit = f" (at most {self.max_length} tokens)" if "long" in excluded.reason else ""
-            raise DataError(f"item {number + 1}: {excluded.reason.replace('_', ' ')}{limit}") from None
+            raise DataError(f"{name}: {excluded.reason.replace('_', ' ')}{limit}") from None
+        except Malformed as fault:
+            raise DataError(f"{name}: 'prompt' should be {fault.args[1]}") from None
         return encoded.conversations()[0]
 
     def score_encoded(
@@ -192,7 +199,8 @@ def score_file(model_path: str, source: Path, target: Path) -> int:
     if target.is_dir():
         raise DataError(f"{target} is a folder; --output names a file")
     items = read_items(source)
-    rewards = RewardModel.from_pretrained(model_path).score(items, progress=True)
+    judge = RewardModel.from_pretrained(model_path)
+    rewards = judge.score(items, progress=True, named=f"{source}, line")
     with whole_file(target) as partial, partial.open("w", encoding="utf-8") as file:
         for item, reward in zip(items, rewards, strict=True):
             file.write(json.dumps({**item, "reward": float(reward)}, ensure_ascii=False) + "\n")

@@ -9,12 +9,10 @@ reward at the last token that is not padding.
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rm_recipe.batching import Encoded, split_at_common_prefix
 from rm_recipe.errors import RecipeError
-from rm_recipe.preferences import Comparison, Excluded, Message
+from rm_recipe.preferences import Message
 
 # For models without a template: a name and a colon before each message, as in hh-rlhf, and EOS at
 # the end, where a decoder's reward is read.
@@ -111,71 +109,6 @@ def _without_added_specials(tokenizer: PreTrainedTokenizerBase, padding: str) ->
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
     """The text that is scored: the conversation through the chat template."""
     return str(tokenizer.apply_chat_template(messages, tokenize=False))
-
-
-def encode(
-    tokenizer: PreTrainedTokenizerBase,
-    comparison: Comparison,
-    max_length: int | None,
-    truncation: str = "drop_oldest_turns",
-) -> Encoded:
-    """The token ids of a comparison's K conversations, none longer than `max_length`.
-
-    Every conversation is tokenised whole, so that no tokenizer can merge across the end of the
-    prompt. `drop_oldest_turns` leaves out the same oldest turns for all K, up to the last
-    question; `keep_end` cuts the same number of tokens off the front of the shared prefix.
-
-    Raises:
-        Excluded: `response_too_long` where a reply alone exceeds `max_length`, `too_long` where
-            the last question and the reply do (or anything does, under `exclude`),
-            `identical_after_tokenization`, `refused_by_template`.
-    """
-    prompt = comparison.prompt
-    while True:
-        try:
-            texts = [
-                render(tokenizer, messages)
-                for messages in Comparison(prompt, comparison.responses).conversations()
-            ]
-        except TemplateError:  # such as one that wants user and assistant to alternate
-            raise Excluded("refused_by_template") from None
-        conversations = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        if max_length is None or max(map(len, conversations)) <= max_length:
-            break
-        shorter = _drop_oldest_turn(prompt) if truncation == "drop_oldest_turns" else None
-        if shorter is None:
-            special = set(tokenizer.all_special_ids)
-            conversations = _cut_front(conversations, max_length, truncation, special)
-            break
-        prompt = shorter
-    if len({tuple(ids) for ids in conversations}) < len(conversations):
-        raise Excluded("identical_after_tokenization")
-    return split_at_common_prefix(conversations)
-
-
-def _drop_oldest_turn(prompt: list[Message]) -> list[Message] | None:
-    """The prompt without its oldest exchange, a system message kept; None at the last question."""
-    system = prompt[:1] if prompt[0]["role"] == "system" else []
-    turns = prompt[len(system) :]
-    starts = [i for i, message in enumerate(turns) if message["role"] == "user" and i > 0]
-    return [*system, *turns[starts[0] :]] if starts else None
-
-
-def _cut_front(
-    conversations: list[list[int]], max_length: int, truncation: str, special: set[int]
-) -> list[list[int]]:
-    """Cuts what is too much off the shared prefix, behind a special token that it starts with.
-
-    An encoder reads its reward at that token.
-    """
-    over = max(map(len, conversations)) - max_length
-    encoded = split_at_common_prefix(conversations)
-    if max(map(len, encoded.rests)) > max_length:
-        raise Excluded("response_too_long")
-    kept = 1 if encoded.prefix and encoded.prefix[0] in special else 0
-    if truncation != "keep_end" or kept + over >= len(encoded.prefix):
-        raise Excluded("too_long")
-    return [ids[:kept] + ids[kept + over :] for ids in conversations]
 
 
 def check_lengths(config: Any, max_length: int | None, name: str) -> None:

@@ -12,17 +12,22 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from rm_recipe import modeling, tokenization
 from rm_recipe.artifacts import whole_folder, write_json
-from rm_recipe.datasets import Split, load_splits, tokenize
+from rm_recipe.datasets import Leakage, load_splits, refuse_leakage
+from rm_recipe.doctor import examine, print_report
+from rm_recipe.encoding import tokenize
 from rm_recipe.errors import Interrupted, RecipeError
 from rm_recipe.heads import check_saved_head, head_of
 from rm_recipe.recipe import Recipe, is_run_folder, saved_values
-from rm_recipe.reward_trainer import SharedPrefixRewardTrainer
+from rm_recipe.reward_trainer import COLUMNS, SharedPrefixRewardTrainer
 from rm_recipe.run_record import run_record
 from rm_recipe.sharing import decide_sharing
+from rm_recipe.split import Split
+
+DATA_REPORT = "data_report.json"
 
 
 def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> None:
-    """Trains a reward model by a recipe and leaves `model/` and `run.json` in its run folder.
+    """Trains a reward model by a recipe: `model/`, `run.json`, `data_report.json` in its run folder.
 
     Args:
         resume: go on from the newest checkpoint in the run folder.
@@ -34,12 +39,15 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> N
         TrainingError: the loss is not finite, or the saved head is not the trained one.
     """
     checkpoint = check_run_folder(recipe, resume=resume, overwrite=overwrite)
-    tokenizer, train_split, test_split = load_data(recipe)
+    tokenizer, train_split, test_split, leakage = load_data(recipe)
+    report = report_data(recipe, train_split, test_split, leakage)
+    refuse_leakage(recipe, train_split, leakage)
     model, new_modules = load_model(recipe, tokenizer)
     claim_run_folder(recipe, overwrite=overwrite)  # not before: what fails above leaves nothing
+    if report is not None:
+        write_json(recipe.output_dir / DATA_REPORT, report)
     sharing = decide_sharing(model, recipe.data.prefix_sharing, recipe.training.max_length)
     say(f"prefix sharing: {'on' if sharing.used else 'off'} ({sharing.reason})")
-    say(f"comparisons: {len(train_split.comparisons)} to train on, {len(test_split.comparisons)} held out")
     if recipe.model.use_peft:
         half = recipe.training.bf16 or recipe.training.fp16
         model = modeling.add_lora(model, recipe.model, new_modules, autocast=half)
@@ -47,8 +55,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> N
     trainer = SharedPrefixRewardTrainer(
         model=model,
         args=recipe.training,
-        train_dataset=train_split.comparisons,
-        eval_dataset=test_split.comparisons,
+        train_dataset=train_split.comparisons.select_columns(COLUMNS),
+        eval_dataset=test_split.comparisons.select_columns(COLUMNS),
         processing_class=tokenizer,
         share_prefixes=sharing.used,
     )
@@ -91,7 +99,7 @@ def check_run_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> str | 
     if folder.is_file():
         raise RecipeError(f"'output_dir: {folder}' is a file")
     used = is_run_folder(folder)
-    if folder.is_dir() and any(folder.iterdir()) and not used:
+    if folder.is_dir() and not used and any(path.name != DATA_REPORT for path in folder.iterdir()):
         raise RecipeError(f"'output_dir: {folder}' is not empty and is not a run folder; choose another one")
     if used and not (resume or overwrite):
         raise RecipeError(
@@ -139,8 +147,8 @@ def changed_keys(recipe: Recipe, run: Path) -> list[str]:
     return [key for key in now if key not in WITHOUT_EFFECT and now[key] != then.get(key)]
 
 
-def load_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Split, Split]:
-    """The tokenizer, and train and held-out comparisons with their token ids, cached.
+def load_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Split, Split, Leakage]:
+    """The tokenizer, train and held-out comparisons with their token ids, cached, and the leakage.
 
     Raises:
         RecipeError: the base is unknown, or has fewer positions than `max_length`.
@@ -155,8 +163,31 @@ def load_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Split, Split]:
     )
     settings = (tokenizer, training.max_length, data.truncation, training.dataset_num_proc)
     with PartialState().main_process_first():
-        train_split, test_split = (tokenize(split, *settings) for split in load_splits(recipe))
-    return tokenizer, train_split, test_split
+        train_split, test_split, leakage = load_splits(recipe)
+        return tokenizer, tokenize(train_split, *settings), tokenize(test_split, *settings), leakage
+
+
+def report_data(recipe: Recipe, train: Split, test: Split, leakage: Leakage) -> dict[str, Any] | None:
+    """Prints the doctor's table and returns its report; None but on the main process."""
+    if not PartialState().is_main_process:
+        return None
+    report = examine(recipe, train, test, leakage)
+    print_report(report)
+    return report
+
+
+def check_data(recipe: Recipe) -> Path:
+    """`rm-recipe check RECIPE --data`: prints the report and writes it under `output_dir`.
+
+    Raises:
+        RecipeError, DataError: whatever would stop training, leakage among it; the report is
+            written all the same where there is one.
+    """
+    _, train_split, test_split, leakage = load_data(recipe)
+    target = recipe.output_dir / DATA_REPORT
+    write_json(target, report_data(recipe, train_split, test_split, leakage))
+    refuse_leakage(recipe, train_split, leakage)
+    return target
 
 
 def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, list[str]]:

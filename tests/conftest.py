@@ -8,7 +8,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="rm-recipe-tests-")
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
+import datasets
 import pytest
 import torch
 from hypothesis import settings
@@ -36,6 +38,10 @@ settings.register_profile("deterministic", derandomize=True, deadline=None)
 settings.load_profile("deterministic")
 
 REPOSITORY = Path(__file__).parent.parent
+HH_RLHF = REPOSITORY.parent / "shared" / "data" / "hh-rlhf"
+needs_hh_rlhf = pytest.mark.skipif(
+    not HH_RLHF.is_dir(), reason="the development copy of hh-rlhf is not beside the repository"
+)
 WORDS = "the a good bad cat dog sat ran on mat far away yes no maybe hello how are you fine thanks".split()
 
 # TinyLlama's template, in our words: a speaker's tag, the text, EOS.
@@ -81,7 +87,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=256,
+        max_position_embeddings=512,
         bos_token_id=1,
         eos_token_id=2,
     )
@@ -178,3 +184,13 @@ def run_cli(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPro
         check=False,
         env={**os.environ, "COLUMNS": "80"},
     )
+
+
+@contextmanager
+def hf_datasets_without_cache() -> Iterator[None]:
+    """Within it, nothing that `datasets` computed before is used again."""
+    datasets.disable_caching()
+    try:
+        yield
+    finally:
+        datasets.enable_caching()

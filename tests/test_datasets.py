@@ -1,19 +1,32 @@
-"""Every row of a source is a comparison or is counted, and samples are the seed's."""
+"""What is trained on and what is held out: by prompt, by the seed alone, and without leakage."""
 
 import gzip
 import json
 
+import numpy as np
 import pytest
-from conftest import REPOSITORY, make_rows, write_jsonl
+from conftest import make_rows, write_jsonl
 
-from rm_recipe.datasets import load_split, load_splits, sample, tokenize
+from rm_recipe.datasets import (
+    hold_out_share,
+    load_held_out,
+    load_held_out_split,
+    load_split,
+    load_splits,
+    refuse_leakage,
+    sample,
+)
 from rm_recipe.errors import DataError
+from rm_recipe.parsing import normalise
 from rm_recipe.recipe import DataArguments, read_recipe
-from rm_recipe.tokenization import load_tokenizer
 
 
 def data(path, **keys) -> DataArguments:
     return DataArguments(dataset_name=str(path), **keys)
+
+
+def prompts(split) -> set[str]:
+    return {prompt[-1]["content"] for prompt in split.comparisons["prompt"]}
 
 
 def test_every_row_is_a_comparison_or_is_counted(tmp_path):
@@ -23,7 +36,8 @@ def test_every_row_is_a_comparison_or_is_counted(tmp_path):
     split = load_split(data(write_jsonl(tmp_path / "x.jsonl", rows)), "test")
     assert split.rows == 5
     assert split.excluded == {"empty_response": 1, "identical_responses": 1}
-    assert split.rows == len(split.comparisons) + sum(split.excluded.values())
+    assert split.first_rows == {"empty_response": ["2"], "identical_responses": ["3"]}
+    assert split.rows == len(split.comparisons) + split.excluded.total()
     assert split[0].responses == [rows[0]["chosen"], rows[0]["rejected"]]
 
 
@@ -47,84 +61,172 @@ def test_a_sample_is_a_prefix_of_the_seeds_shuffle(tmp_path):
     assert small.comparisons["prompt"][:] == large.comparisons["prompt"][:5]
     assert small.excluded == {"not_sampled": 25}
     assert sample(split, 5, seed=4).comparisons["prompt"][:] != small.comparisons["prompt"][:]
+    by_two = load_split(data(tmp_path / "x.jsonl"), "test", 2)
+    assert sample(by_two, 5, seed=3).comparisons["prompt"][:] == small.comparisons["prompt"][:]
 
 
-def test_what_does_not_fit_is_counted_by_the_tokenising(tmp_path, tiny_llama):
-    rows = make_rows(3, seed=1)
-    rows[1]["chosen"] = "far away " * 50
-    split = load_split(data(write_jsonl(tmp_path / "x.jsonl", rows)), "test")
-    encoded = tokenize(split, load_tokenizer(str(tiny_llama)), 60, "drop_oldest_turns")
-    assert encoded.excluded == {"response_too_long": 1}
-    assert len(encoded.encoded()) == 2
-    assert encoded.rows == 3
-
-
-@pytest.mark.parametrize(("leakage", "left"), [("drop", 7), ("allow", 8)])
-def test_a_train_prompt_that_is_also_held_out_is_dropped_or_let_pass(write_recipe, tmp_path, leakage, left):
-    folder = leaky(tmp_path)
-    train, test = load_splits(read_recipe(write_recipe(dataset_name=str(folder), leakage=leakage)))
-    assert (len(train.comparisons), len(test.comparisons)) == (left, 4)
-    assert train.excluded["leaked_prompt"] == 8 - left
-
-
-def test_leakage_stops_training_by_default(write_recipe, tmp_path):
-    with pytest.raises(DataError, match="1 of 8 train comparisons have a prompt that is also held out"):
-        load_splits(read_recipe(write_recipe(dataset_name=str(leaky(tmp_path)))))
-
-
-def leaky(tmp_path):
-    rows = make_rows(8, seed=1)
-    shared = {
-        **rows[3],
-        "prompt": [{"role": "user", "content": f" {rows[3]['prompt'][0]['content'].upper()}"}],
-    }
-    write_jsonl(tmp_path / "leaky" / "train.jsonl", rows)
-    write_jsonl(tmp_path / "leaky" / "test.jsonl", [*make_rows(3, seed=2), shared])
-    return tmp_path / "leaky"
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", b'{"chosen": "a", "rej', "cannot be read as .jsonl"),
-        ("b.jsonl.gz", b"not gzip", "cannot be read as .jsonl"),
-        ("c.jsonl", b'{"text": "a"}\n', "no column chosen or rejected; it has text"),
-        ("d.jsonl", b"", "cannot be read|no comparison"),
-        ("e.txt", b"x", "is no data file"),
-        ("f.jsonl", b'{"chosen": "a", "rejected": "b"}\n', "no comparison in it .1 not_a_transcript"),
-    ],
-)
-def test_a_file_that_is_not_what_it_says_is_named(tmp_path, name, content, message):
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=message):
+def test_no_comparison_at_all_is_told_with_the_reasons_and_the_shapes(tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", [{"chosen": "a", "rejected": "b"}] * 2)
+    with pytest.raises(DataError, match="no comparison in it .2 not_a_transcript.; a row has chosen and"):
         load_split(data(path), "test")
 
 
-def test_a_missing_split_or_subset_is_named(tmp_path, tiny_data):
-    with pytest.raises(DataError, match="has no file for the split 'validation'"):
-        load_split(data(tiny_data), "validation")
-    with pytest.raises(DataError, match="check 'dataset_subsets'"):
-        load_split(data(tiny_data, dataset_subsets=["helpfull"]), "test")
+# --- leakage ---------------------------------------------------------------------------------
 
 
-HH_RLHF = REPOSITORY.parent / "shared" / "data" / "hh-rlhf"
+@pytest.fixture
+def leaky(tmp_path):
+    """Eight train rows, one of which is held out too, in capitals and with white space."""
+    rows = make_rows(8, seed=1)
+    prompt = [{"role": "user", "content": f" {rows[3]['prompt'][0]['content'].upper()}"}]
+    write_jsonl(tmp_path / "leaky" / "train.jsonl", rows)
+    write_jsonl(tmp_path / "leaky" / "test.jsonl", [*make_rows(3, seed=2), {**rows[3], "prompt": prompt}])
+    return str(tmp_path / "leaky")
 
 
-@pytest.mark.skipif(
-    not HH_RLHF.is_dir(), reason="the development copy of hh-rlhf is not beside the repository"
-)
-@pytest.mark.parametrize(
-    ("subset", "split", "rows", "excluded"),
-    [
-        ("harmless-base", "train", 1479, {"empty_response": 2, "differing_prompts": 2}),
-        ("harmless-base", "test", 350, {"empty_response": 1, "differing_prompts": 2}),
-        ("helpful-base", "train", 1552, {"empty_response": 4, "differing_prompts": 5}),
-        ("helpful-base", "test", 350, {"differing_prompts": 1}),
-    ],
-)
-def test_genuine_hh_rlhf_rows_are_comparisons_but_for_these(subset, split, rows, excluded):
-    found = load_split(data(HH_RLHF, dataset_subsets=[subset]), split)
-    assert (found.rows, found.excluded) == (rows, excluded)
-    assert len(found.comparisons) == rows - sum(excluded.values())
-    assert all(prompt[0]["role"] == "user" for prompt in found.comparisons["prompt"])
+@pytest.mark.parametrize(("leakage", "left"), [("drop", 7), ("allow", 8)])
+def test_a_train_prompt_that_is_also_held_out_is_dropped_or_let_pass(write_recipe, leaky, leakage, left):
+    recipe = read_recipe(write_recipe(dataset_name=leaky, leakage=leakage))
+    train, test, found = load_splits(recipe)
+    assert (len(train.comparisons), len(test.comparisons)) == (left, 4)
+    assert train.excluded["leaked_prompt"] == 8 - left
+    assert (found.prompts, found.comparisons) == (1, 1)
+    refuse_leakage(recipe, train, found)
+
+
+def test_leakage_is_refused_by_default(write_recipe, leaky):
+    recipe = read_recipe(write_recipe(dataset_name=leaky))
+    train, _, found = load_splits(recipe)
+    with pytest.raises(DataError, match="1 of 8 train comparisons have a prompt that is also held out"):
+        refuse_leakage(recipe, train, found)
+
+
+def test_what_is_held_out_and_not_sampled_is_leakage_all_the_same(write_recipe, leaky):
+    recipe = read_recipe(write_recipe(dataset_name=leaky, leakage="drop", max_eval_samples=1))
+    train, test, found = load_splits(recipe)
+    assert (len(train.comparisons), len(test.comparisons), found.comparisons) == (7, 1, 1)
+
+
+def test_data_that_all_leaks_is_refused_with_the_counts(write_recipe, tmp_path):
+    for name in ("train", "test"):
+        write_jsonl(tmp_path / "same" / f"{name}.jsonl", make_rows(4, seed=1))
+    recipe = read_recipe(write_recipe(dataset_name=str(tmp_path / "same"), leakage="drop"))
+    with pytest.raises(DataError, match="no comparison is left to train on: 4 leaked_prompt"):
+        load_splits(recipe)
+
+
+# --- held out by prompt ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def repeated(tmp_path):
+    """One file: 200 prompts with three comparisons each, some prompts in capitals; one bad row."""
+    rows = []
+    for number, row in enumerate(make_rows(200, seed=1)):
+        for version in range(3):
+            text = row["prompt"][0]["content"]
+            prompt = text.upper() if version == number % 3 else text
+            rows.append({"prompt": prompt, "chosen": f"good {version}", "rejected": f"bad {number}"})
+    rows.append({"prompt": "p", "chosen": "", "rejected": "bad"})
+    return write_jsonl(tmp_path / "repeated.jsonl", rows)
+
+
+def test_a_set_without_a_test_split_is_split_by_prompt_and_never_by_row(write_recipe, repeated):
+    recipe = read_recipe(write_recipe(dataset_name=str(repeated)))
+    train, test, leakage = load_splits(recipe)
+    of_train, of_test = ({normalise(p) for p in prompts(split)} for split in (train, test))
+    assert not of_train & of_test
+    assert len(of_train | of_test) == 200
+    assert len(test.comparisons) == 3 * len(of_test)
+    assert 8 <= len(of_test) <= 32  # a tenth, by chance: 20 and four standard deviations
+    assert leakage.comparisons == 0
+    assert train.rows == 601
+    assert train.excluded == {"empty_response": 1, "held_out": len(test.comparisons)}
+    assert train.rows == len(train.comparisons) + train.excluded.total()
+    assert test.rows == len(test.comparisons)
+    again = load_held_out_split(recipe)
+    assert again.comparisons["prompt"][:] == test.comparisons["prompt"][:]
+
+
+def test_a_prompt_stays_on_its_side_whatever_the_seed_and_the_other_prompts(write_recipe, repeated, tmp_path):
+    held = prompts(load_held_out(data(repeated)))
+    lines = repeated.read_text().splitlines(keepends=True)
+    half = tmp_path / "half.jsonl"
+    half.write_text("".join(reversed(lines[:300])))
+    assert prompts(load_held_out(data(half))) == held & prompts(load_split(data(half), None))
+    _, test, _ = load_splits(read_recipe(write_recipe(dataset_name=str(repeated), seed=5)))
+    assert prompts(test) == held
+
+
+def test_test_split_size_is_the_share_of_the_prompts(repeated):
+    sizes = [len(load_held_out(data(repeated, test_split_size=s)).comparisons) for s in (0.2, 0.5, 0.9)]
+    assert sizes == sorted(sizes)
+    assert np.allclose(np.array(sizes) / 600, [0.2, 0.5, 0.9], atol=0.12)
+    smaller = prompts(load_held_out(data(repeated, test_split_size=0.2)))
+    assert smaller < prompts(load_held_out(data(repeated, test_split_size=0.5)))
+
+
+def test_a_test_split_that_is_there_is_used_unless_a_share_is_asked_for(tiny_data):
+    assert hold_out_share(data(tiny_data)) is None
+    assert hold_out_share(data(tiny_data, test_split_size=0.3)) == 0.3
+    with pytest.raises(DataError, match="no file for the split 'validation'"):
+        hold_out_share(data(tiny_data, dataset_test_split="validation"))
+
+
+# --- mixtures --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mixture(tmp_path, tiny_data):
+    """Two sets of different shapes: pairs with a test split, and rankings with a test split."""
+    rankings = [
+        {"prompt": f"rank {n}", "responses": ["a", "b", "c"], "scores": [n, n + 1, n]} for n in range(20)
+    ]
+    write_jsonl(tmp_path / "rankings" / "train.jsonl", rankings[:16])
+    write_jsonl(tmp_path / "rankings" / "test.jsonl", rankings[16:])
+    return [{"path": str(tiny_data)}, {"path": str(tmp_path / "rankings")}]
+
+
+def test_a_mixture_of_pairs_and_rankings_is_one_train_and_one_test_split(write_recipe, mixture):
+    recipe = read_recipe(write_recipe(dataset_name="omit", datasets=mixture))
+    train, test, _ = load_splits(recipe)
+    assert (train.rows, test.rows) == (64 + 16, 40 + 4)
+    assert set(train.comparisons["subset"]) == {"preferences", "rankings"}
+    assert train[64 + 3].responses == ["b", "a", "c"]
+    assert train[64 + 3].ranks == [0, 1, 1]
+
+
+def test_fractions_keep_the_first_of_each_as_trl_does(write_recipe, mixture):
+    mixture[0]["fraction"], mixture[1]["fraction"] = 0.5, 0.5
+    train, test, _ = load_splits(read_recipe(write_recipe(dataset_name="omit", datasets=mixture)))
+    assert len(train.comparisons) == 32  # 16 rankings, and as many pairs
+    assert train.excluded == {"not_in_fraction": 48}
+    assert len(test.comparisons) == 44  # all that is held out
+    assert train.comparisons["row"][:] == [*range(1, 17), *range(1, 17)]
+
+
+def test_a_mixture_names_its_own_train_splits(write_recipe, tmp_path, mixture):
+    write_jsonl(
+        tmp_path / "rankings" / "more.jsonl", [{"prompt": "q", "responses": ["a", "b"], "ranks": [2, 1]}]
+    )
+    mixture[1]["split"] = "more"
+    train, _, _ = load_splits(read_recipe(write_recipe(dataset_name="omit", datasets=mixture)))
+    assert train.rows == 65
+
+
+def test_a_test_split_for_some_of_a_mixture_is_refused(write_recipe, mixture, tmp_path):
+    (tmp_path / "rankings" / "test.jsonl").unlink()
+    values = {"dataset_name": "omit", "datasets": mixture}
+    with pytest.raises(DataError, match="rankings' has no split 'test' and others have"):
+        load_splits(read_recipe(write_recipe(**values)))
+    train, test, _ = load_splits(read_recipe(write_recipe(**values, test_split_size=0.3)))
+    assert len(train.comparisons) + len(test.comparisons) == 80
+
+
+def test_margins_are_read_for_training_and_not_needed_to_be_held_out(write_recipe, tmp_path):
+    write_jsonl(tmp_path / "m" / "train.jsonl", [{**row, "m": 0.5} for row in make_rows(3, seed=1)])
+    write_jsonl(tmp_path / "m" / "test.jsonl", make_rows(3, seed=2))
+    recipe = read_recipe(write_recipe(dataset_name=str(tmp_path / "m"), margin_column="m"))
+    train, test, _ = load_splits(recipe)
+    assert train.comparisons["margins"][:] == [[0.5]] * 3
+    assert test.comparisons["margins"][:] == [[]] * 3

@@ -95,7 +95,7 @@ def encoded(*lengths: tuple[int, int]) -> list[Encoded]:
 
 def test_length_figures_by_hand():
     rewards = [np.array([1.0, 0.0]), np.array([0.0, 1.0]), np.array([2.0, 1.0])]
-    figures = summarise(rewards, encoded((5, 2), (1, 4), (3, 3)), ["a", "b", "a"])
+    figures = summarise(rewards, encoded((5, 2), (1, 4), (3, 3)), ["a", "b", "a"], [[0, 1]] * 3)
     assert figures["baselines"] == {"longer_wins": 0.5, "shorter_wins": 0.5}
     assert figures["length"]["accuracy_chosen_longer"] == 1
     assert figures["length"]["accuracy_chosen_shorter"] == 0
@@ -104,10 +104,39 @@ def test_length_figures_by_hand():
 
 
 def test_all_ties_are_half_right_and_have_no_rank_correlation():
-    figures = summarise([np.zeros(2)] * 3, encoded((1, 2), (2, 1), (1, 1)), ["", "", ""])
+    figures = summarise([np.zeros(2)] * 3, encoded((1, 2), (2, 1), (1, 1)), ["", "", ""], [[0, 1]] * 3)
     assert (figures["accuracy"], figures["ties"]) == (0.5, 3)
     assert figures["length"]["spearman"] is None
     json.dumps(figures, allow_nan=False)
+
+
+def test_in_a_ranking_each_untied_pair_weighs_the_same_and_each_comparison_one():
+    """Three pairs, two of them right, beside one pair that is wrong: 1/3, not 2/4."""
+    rewards = [np.array([3.0, 1.0, 2.0]), np.array([0.0, 1.0])]
+    comparisons = [Encoded([1], [[2] * 5, [3] * 2, [4]]), Encoded([1], [[2], [3] * 4])]
+    figures = summarise(rewards, comparisons, ["", ""], [[0, 1, 2], [0, 1]])
+    assert figures["accuracy"] == pytest.approx((2 / 3 + 0) / 2)
+    assert figures["mean_margin"] == pytest.approx(((2 + 1 - 1) / 3 - 1) / 2)
+    assert figures["baselines"]["longer_wins"] == pytest.approx((1 + 0) / 2)
+    tied = summarise([np.array([3.0, 1.0, 2.0])], comparisons[:1], [""], [[0, 1, 1]])
+    assert tied["accuracy"] == 1  # the two last are tied and give no pair
+
+
+def test_rankings_are_evaluated_and_told_in_the_predictions(run, tmp_path):
+    rows = [
+        {"prompt": f"hello {n}", "responses": ["bad bad", "good good", "bad bad cat"], "ranks": [2, 1, 2]}
+        for n in range(4)
+    ]
+    path = str(write_jsonl(tmp_path / "rankings.jsonl", rows))
+    figures = evaluate(str(run), [path])["datasets"][path]
+    assert figures["n_scored"] == 4
+    lines = [json.loads(line) for line in (run / "predictions.jsonl").open()]
+    assert [line["ranks"] for line in lines] == [[0, 1, 1]] * 4
+    for line in lines:
+        best, *others = line["rewards"]
+        assert line["correct"] == np.mean([best > other for other in others])
+        assert line["margin"] == pytest.approx(best - np.mean(others), abs=1e-6)
+    assert figures["accuracy"] == pytest.approx(np.mean([line["correct"] for line in lines]))
 
 
 @pytest.mark.parametrize(("statistic", "passed"), [("accuracy", True), ("ci_low", False)])

@@ -82,7 +82,9 @@ def test_an_export_that_scores_otherwise_is_not_put_in_place(run, monkeypatch):
     monkeypatch.setattr(
         export_module, "plain_rewards", lambda folder, conversations: torch.full((64,), 99.0).numpy()
     )
-    with pytest.raises(ExportError, match=r"the files do not give .* comparison \d+, \w+ reply, went from"):
+    with pytest.raises(
+        ExportError, match=r"the files do not give .* comparison \d+, response \d .best first., went from"
+    ):
         export(run, overwrite=True)
     assert (run / "export" / "model.safetensors").read_bytes() == before
     assert not [path for path in run.iterdir() if path.name.startswith(".export")]

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import kendalltau
 
 from rm_recipe.metrics import (
     PreferenceAccuracy,
@@ -11,6 +12,9 @@ from rm_recipe.metrics import (
     agreement,
     bradley_terry_loss,
     expected_calibration_error,
+    length_baselines,
+    pair_indices,
+    pairwise_agreement,
 )
 
 
@@ -50,6 +54,39 @@ def test_calibration_error_by_hand():
     error, bins = expected_calibration_error([margin, 0], [0, margin])
     assert error == pytest.approx(0.4)
     assert bins == [{"confidence": pytest.approx(0.9), "accuracy": 0.5, "n": 2}]
+
+
+def test_the_pairs_of_rankings_are_numbered_through_and_leave_ties_out():
+    better, worse, comparison = pair_indices([[0, 1, 1], [0, 1], [0, 0, 2]])
+    assert better.tolist() == [0, 0, 3, 5, 6]
+    assert worse.tolist() == [1, 2, 4, 7, 7]
+    assert comparison.tolist() == [0, 0, 1, 2, 2]
+
+
+def test_agreement_with_a_ranking_is_kendalls_tau_on_another_scale():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        values = rng.integers(0, 4, 5)
+        tau_a = (2 * pairwise_agreement(values, [[0, 1, 2, 3, 4]])[0]) - 1
+        concordance = [np.sign(values[i] - values[j]) for i in range(5) for j in range(i + 1, 5)]
+        assert tau_a == pytest.approx(np.mean(concordance))
+        if len(set(values)) == 5:
+            assert tau_a == pytest.approx(kendalltau(values, [4, 3, 2, 1, 0]).statistic)
+
+
+def test_each_comparison_weighs_one_however_many_responses_it_has():
+    """Six pairs, all right, and one, wrong: 1/2 and not 6/7."""
+    ranks = [[0, 1, 2, 3], [0, 1]]
+    rewards = np.array([4.0, 3, 2, 1, 0, 1])
+    better, worse, comparison = pair_indices(ranks)
+    result = PreferenceAccuracy().compute(
+        chosen=rewards[better], rejected=rewards[worse], comparison=comparison
+    )
+    assert (result["accuracy"], result["n"]) == (0.5, 2)
+    assert length_baselines([1, 2, 3, 4, 9, 1], ranks) == {"longer_wins": 0.5, "shorter_wins": 0.5}
+    losses = np.logaddexp(0, rewards[worse] - rewards[better])
+    expected = (losses[:6].mean() + losses[6]) / 2
+    assert bradley_terry_loss(rewards[better], rewards[worse], comparison) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("bad", [[float("nan")], [float("inf")]])

@@ -4,44 +4,35 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rm_recipe.preferences import Comparison, Excluded, as_messages, conversation, parse_row, parse_transcript
+from rm_recipe.preferences import (
+    Comparison,
+    Excluded,
+    Malformed,
+    as_messages,
+    conversation,
+    is_comparison_shape,
+    parse_row,
+    prompts_differ,
+    untied_pairs,
+)
 
 USER = {"role": "user", "content": "Hi"}
 REPLY = {"role": "assistant", "content": "good"}
 
 
-def test_a_transcript_becomes_alternating_messages():
-    text = "\n\nHuman: Hello\n\nAssistant: Hi. Yes?\n\nHuman: A\n\nB\n\nAssistant: ok "
-    assert parse_transcript(text) == [
-        {"role": "user", "content": "Hello"},
-        {"role": "assistant", "content": "Hi. Yes?"},
-        {"role": "user", "content": "A\n\nB"},
-        {"role": "assistant", "content": "ok"},
-    ]
-
-
-def test_a_speakers_name_inside_a_message_starts_no_turn():
-    text = "\n\nHuman: Write a dialogue. Human: hi\nAssistant: hey\n\nAssistant: done"
-    assert [m["role"] for m in parse_transcript(text)] == ["user", "assistant"]
-
-
-def test_text_that_is_no_transcript_is_excluded_by_name():
-    with pytest.raises(Excluded, match="not_a_transcript"):
-        parse_transcript("just some text")
+def transcript(*texts: str) -> str:
+    return "".join(f"\n\n{'Assistant' if n % 2 else 'Human'}: {text}" for n, text in enumerate(texts))
 
 
 def test_implicit_and_explicit_prompts_give_the_same_comparison():
     expected = Comparison([USER], ["good", "bad"])
-    transcript = {"chosen": "\n\nHuman: Hi\n\nAssistant: good", "rejected": "\n\nHuman: Hi\n\nAssistant: bad"}
     reply = [{"role": "assistant", "content": "good"}]
-    assert parse_row(transcript) == expected
+    bad = {"role": "assistant", "content": "bad"}
+    assert parse_row({"chosen": transcript("Hi", "good"), "rejected": transcript("Hi", "bad")}) == expected
     assert parse_row({"prompt": "Hi", "chosen": "good", "rejected": "bad"}) == expected
     assert parse_row({"prompt": [USER], "chosen": reply, "rejected": "bad"}) == expected
     assert parse_row({"prompt": "Hi", "chosen": [USER, *reply], "rejected": "bad"}) == expected
-    assert (
-        parse_row({"chosen": [USER, *reply], "rejected": [USER, {"role": "assistant", "content": "bad"}]})
-        == expected
-    )
+    assert parse_row({"chosen": [USER, *reply], "rejected": [USER, bad]}) == expected
 
 
 @pytest.mark.parametrize(
@@ -51,21 +42,30 @@ def test_implicit_and_explicit_prompts_give_the_same_comparison():
         ({"chosen": " ", "rejected": "b", "prompt": "p"}, "empty_response"),
         ({"chosen": "a", "rejected": "a ", "prompt": "p"}, "identical_responses"),
         ({"chosen": "a", "rejected": "b", "prompt": " "}, "empty_prompt"),
+        ({"chosen": "a", "rejected": "b"}, "not_a_transcript"),
         ({"chosen": "\n\nHuman: x", "rejected": "\n\nHuman: x"}, "ends_without_reply"),
+        ({"chosen": "\n\nAssistant: x", "rejected": "\n\nAssistant: y"}, "empty_prompt"),
+        ({"chosen": transcript("x", "a"), "rejected": transcript("y", "b")}, "differing_prompts"),
         (
-            {"chosen": "\n\nHuman: x\n\nAssistant: a", "rejected": "\n\nHuman: y\n\nAssistant: b"},
+            {"chosen": transcript("x", "a", "b", "c"), "rejected": transcript("x", "a", "d", "e")},
             "differing_prompts",
         ),
+        ({"chosen": transcript("x", "a", "b", "c"), "rejected": transcript("x", "d")}, "differing_prompts"),
         ({"chosen": [{"text": "a"}], "rejected": "b", "prompt": "p"}, "not_messages"),
         ({"chosen": [USER], "rejected": "b", "prompt": "p"}, "ends_without_reply"),
-        (
-            {"chosen": [{**REPLY, "content": None}], "rejected": "b", "prompt": "p"},
-            "not_messages",
-        ),
-        (
-            {"chosen": [USER, REPLY], "rejected": "b", "prompt": "p"},
-            "differing_prompts",
-        ),
+        ({"chosen": [], "rejected": "b", "prompt": "p"}, "ends_without_reply"),
+        ({"chosen": [{**REPLY, "content": None}], "rejected": "b", "prompt": "p"}, "not_messages"),
+        ({"chosen": [USER, REPLY], "rejected": "b", "prompt": "p"}, "differing_prompts"),
+        ({"prompt": "p", "responses": ["a"], "ranks": [1]}, "single_response"),
+        ({"prompt": "p", "responses": None, "ranks": [1]}, "single_response"),
+        ({"prompt": "p", "responses": ["a", None], "ranks": [1, 2]}, "missing_response"),
+        ({"prompt": "p", "responses": ["a", "b"], "ranks": [1]}, "ranks_do_not_match"),
+        ({"prompt": "p", "responses": ["a", "b"], "ranks": None}, "missing_ranks"),
+        ({"prompt": "p", "responses": ["a", "b"], "scores": [1, None]}, "missing_ranks"),
+        ({"prompt": "p", "responses": ["a", "b"], "scores": [1, float("nan")]}, "missing_ranks"),
+        ({"prompt": "p", "responses": ["a", "b", "c"], "ranks": [2, 2, 2]}, "all_tied"),
+        ({"prompt": "p", "responses": ["a", "b", "a "], "ranks": [1, 2, 3]}, "identical_responses"),
+        ({"prompt": None, "responses": ["a", "b"], "ranks": [1, 2]}, "empty_prompt"),
     ],
 )
 def test_a_row_that_is_no_comparison_says_why(row, reason):
@@ -74,14 +74,48 @@ def test_a_row_that_is_no_comparison_says_why(row, reason):
     assert caught.value.reason == reason
 
 
-@given(st.text(), st.text())
-def test_any_two_texts_are_a_comparison_or_a_reason(chosen, rejected):
+@pytest.mark.parametrize(
+    ("row", "column"),
+    [
+        ({"prompt": "p", "chosen": 5, "rejected": "b"}, "chosen"),
+        ({"prompt": "p", "chosen": "a", "rejected": ["b"]}, "rejected"),
+        ({"prompt": 5, "chosen": "a", "rejected": "b"}, "prompt"),
+        ({"prompt": {"role": "user"}, "chosen": "a", "rejected": "b"}, "prompt"),
+        ({"prompt": "p", "responses": "ab", "ranks": [1, 2]}, "responses"),
+        ({"prompt": "p", "responses": ["a", "b"], "ranks": ["1", "2"]}, "ranks"),
+        ({"prompt": "p", "responses": ["a", "b"], "scores": [True, False]}, "scores"),
+        ({"instruction": "p", "completions": ["a", "b"]}, "completions"),
+    ],
+)
+def test_a_value_of_the_wrong_type_names_its_column(row, column):
+    with pytest.raises(Malformed) as caught:
+        parse_row(row)
+    assert caught.value.args[0] == column
+
+
+VALUES = st.one_of(st.none(), st.text(), st.integers(), st.lists(st.sampled_from([USER, REPLY, {}])))
+ROWS = st.one_of(
+    st.fixed_dictionaries({"chosen": VALUES, "rejected": VALUES}, optional={"prompt": VALUES}),
+    st.fixed_dictionaries(
+        {"prompt": VALUES, "responses": st.lists(VALUES)},
+        optional={"ranks": VALUES, "scores": st.lists(st.floats())},
+    ),
+)
+
+
+@given(ROWS)
+def test_any_row_is_a_comparison_or_has_a_reason(row):
     try:
-        comparison = parse_row({"chosen": chosen, "rejected": rejected})
+        comparison = parse_row(row)
     except Excluded as excluded:
         assert excluded.reason.isidentifier()
+    except Malformed as fault:
+        assert fault.args[0] in row
     else:
-        assert len(set(comparison.responses)) == 2
+        assert comparison.ranks == sorted(comparison.ranks)
+        assert untied_pairs(comparison.ranks)
+        for i, j in untied_pairs(comparison.ranks):
+            assert comparison.responses[i].strip() != comparison.responses[j].strip()
 
 
 def test_a_text_prompt_means_one_user_message():
@@ -93,3 +127,102 @@ def test_texts_of_an_explicit_prompt_are_taken_as_they_stand():
     assert parse_row({"prompt": " Hi", "chosen": "a ", "rejected": "b"}) == Comparison(
         [{"role": "user", "content": " Hi"}], ["a ", "b"]
     )
+
+
+def test_a_reply_that_writes_a_turn_of_its_own_is_a_comparison_all_the_same():
+    row = {
+        "chosen": transcript("q", "one") + "\n\nAssistant: two",
+        "rejected": transcript("q", "three"),
+    }
+    assert prompts_differ(row)
+    assert parse_row(row) == Comparison(
+        [{"role": "user", "content": "q"}], ["one\n\nAssistant: two", "three"]
+    )
+    assert not prompts_differ({"chosen": transcript("q", "a"), "rejected": transcript("q", "b")})
+
+
+# --- rankings --------------------------------------------------------------------------------
+
+
+def test_a_ranking_is_one_comparison_best_first_whichever_way_it_is_written():
+    expected = Comparison([USER], ["x", "y", "z"], [0, 1, 2])
+    assert parse_row({"prompt": "Hi", "responses": ["y", "z", "x"], "ranks": [2, 3, 1]}) == expected
+    assert parse_row({"prompt": "Hi", "responses": ["y", "z", "x"], "scores": [0.5, -1, 7]}) == expected
+    ultrafeedback = {
+        "instruction": "Hi",
+        "completions": [
+            {"response": text, "overall_score": score, "model": "m"}
+            for text, score in (("z", 1.0), ("x", 9.0), ("y", 5.0))
+        ],
+    }
+    assert parse_row(ultrafeedback) == expected
+
+
+def test_ties_stay_in_the_comparison_and_give_no_pair():
+    comparison = parse_row({"prompt": "Hi", "responses": ["a", "b", "c", "b"], "scores": [1, 5, 1, 5]})
+    assert comparison.responses == ["b", "b", "a", "c"]
+    assert comparison.ranks == [0, 0, 1, 1]
+    assert untied_pairs(comparison.ranks) == [(0, 2), (0, 3), (1, 2), (1, 3)]
+
+
+@given(st.lists(st.integers(1, 5), min_size=2, max_size=9))
+def test_k_responses_give_k_choose_2_pairs_less_the_ties(scores):
+    row = {"prompt": "p", "responses": [f"r{n}" for n in range(len(scores))], "scores": scores}
+    k = len(scores)
+    ties = sum(scores[i] == scores[j] for i in range(k) for j in range(i))
+    try:
+        comparison = parse_row(row)
+    except Excluded:
+        assert ties == k * (k - 1) / 2
+    else:
+        assert len(untied_pairs(comparison.ranks)) == k * (k - 1) / 2 - ties
+        by_text = dict(zip(row["responses"], scores, strict=True))
+        for i, j in untied_pairs(comparison.ranks):
+            assert by_text[comparison.responses[i]] > by_text[comparison.responses[j]]
+
+
+# --- margins ---------------------------------------------------------------------------------
+
+PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
+
+
+def test_a_margin_is_a_number_or_a_category():
+    assert parse_row({**PAIR, "m": 0.5}, "m").margins == [0.5]
+    levels = {"significantly better": 1, 3: 0.7}
+    assert parse_row({**PAIR, "m": "significantly better"}, "m", levels).margins == [1]
+    assert parse_row({**PAIR, "m": 3}, "m", levels).margins == [0.7]
+    assert parse_row({**PAIR, "m": 3}).margins == []
+
+
+def test_a_rankings_margins_are_one_number_or_the_differences_of_its_numbers():
+    row = {"prompt": "p", "responses": ["a", "b", "c"], "scores": [1, 4, 2]}
+    assert parse_row(row, "scores").margins == [2, 3, 1]  # b-c, b-a, c-a
+    assert parse_row({**row, "m": 0.5}, "m").margins == [0.5] * 3
+
+
+@pytest.mark.parametrize("value", ["so so", [1, 2], True])
+def test_a_margin_that_is_neither_names_its_column(value):
+    for categories in (None, {"better": 1}):
+        with pytest.raises(Malformed) as caught:
+            parse_row({**PAIR, "m": value}, "m", categories)
+        assert caught.value.args[0] == "m"
+
+
+@pytest.mark.parametrize("value", [None, float("nan")])
+def test_a_row_without_its_margin_is_excluded(value):
+    with pytest.raises(Excluded, match="missing_margin"):
+        parse_row({**PAIR, "m": value}, "m")
+
+
+@pytest.mark.parametrize(
+    ("columns", "known"),
+    [
+        (["chosen", "rejected", "x"], True),
+        (["prompt", "responses", "scores"], True),
+        (["instruction", "completions"], True),
+        (["prompt", "responses"], False),
+        (["chosen"], False),
+    ],
+)
+def test_a_data_set_is_recognised_by_its_columns(columns, known):
+    assert is_comparison_shape(columns) is known

@@ -32,6 +32,9 @@ def workplace(tmp_path_factory, tiny_llama, tiny_data):
     folder = tmp_path_factory.mktemp("reader")
     for name in ("recipes", "accelerate_configs"):
         (folder / name).symlink_to(REPOSITORY / name)
+    for link, there in (("models/smollm2-135m-instruct", tiny_llama), ("data/offline", tiny_data)):
+        (folder / link).parent.mkdir()
+        (folder / link).symlink_to(there)
     recipe = folder / "smollm2_offline.yaml"
     recipe.write_text(
         f"model_name_or_path: {tiny_llama}\ndataset_name: {tiny_data}\nuse_peft: true\nmax_length: 128\n"
@@ -125,5 +128,16 @@ def test_the_summary_that_the_readme_shows_is_the_one_that_is_printed(workplace,
         assert without_figures(line) in shown | {""}
 
 
+def test_the_table_that_the_readme_shows_is_the_doctors(workplace, monkeypatch):
+    """Line by line, figures and their columns apart."""
+    monkeypatch.setenv("COLUMNS", "80")
+    command = ["check", "recipes/smollm2_offline.yaml", "--data", "--max_train_samples", "20"]
+    printed = run_cli(*command, cwd=workplace).stdout.partition("report:")[0]
+    [shown] = [text for kind, text in BLOCKS if kind == "text" and text.startswith("Data\n")]
+    assert [without_figures(line) for line in printed.strip().splitlines()] == [
+        without_figures(line) for line in shown.strip().splitlines()
+    ]
+
+
 def without_figures(line: str) -> str:
-    return re.sub(r"\d+(\.\d+)?", "#", line.rstrip())
+    return re.sub(r"\s*\d+(\.\d+)?", " #", line.rstrip(" \u2500"))

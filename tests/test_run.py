@@ -33,7 +33,8 @@ def test_a_recipe_becomes_a_run_an_evaluation_and_an_export(finished):
     folder = finished[0] / "outputs" / "tiny"
     present = {path.name for path in folder.iterdir()}
     assert present >= {
-        "recipe.yaml", "run.json", "model", "evaluation.json", "predictions.jsonl", "export", "checkpoint-16",
+        "recipe.yaml", "run.json", "data_report.json", "model", "evaluation.json", "predictions.jsonl",
+        "export", "checkpoint-16",
     }  # fmt: skip
     assert json.loads((folder / "evaluation.json").read_text())["datasets"]["held_out"]["accuracy"] > 0.9
     assert "seed: 1" in (folder / "recipe.yaml").read_text()
@@ -74,12 +75,59 @@ def test_training_goes_through_accelerate_with_a_configuration_of_ours(monkeypat
     assert commands[0][-7:] == ["-m", "rm_recipe", "train", "r.yaml", "--seed", "1", "--resume"]
 
 
+def test_a_mixture_of_pairs_and_rankings_with_margins_goes_all_the_way(finished, tmp_path, tiny_data):
+    """One file of rankings and one of pairs, no test split: held out by prompt."""
+    pairs = [
+        {**json.loads(line), "strength": ("better", "much better")[n % 2]}
+        for n, line in enumerate((tiny_data / "train.jsonl").open())
+    ]
+    rankings = [
+        {
+            "prompt": f"hello {n}",
+            "responses": ["cat good good", "dog bad bad", "no bad bad"],
+            "ranks": [1, 2, 2],
+            "strength": "better",
+        }
+        for n in range(40)
+    ]
+    entries = [
+        {"path": str(write_jsonl(tmp_path / f"{name}.jsonl", rows))}
+        for name, rows in (("pairs", pairs), ("rankings", rankings))
+    ]
+    result = run_cli(
+        "run", "tiny.yaml", "--output_dir", str(tmp_path / "r"), "--dataset_name", "null",
+        "--datasets", json.dumps(entries), "--test_split_size", "0.3",
+        "--margin_column", "strength", "--margin_map", "{better: 0.5, much better: 1}", cwd=finished[0],
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "r" / "data_report.json").read_text())
+    train, test = report["splits"]["train"], report["splits"]["test"]
+    assert train["rows"] == 104
+    assert train["pairs"] > train["comparisons"]
+    figures = json.loads((tmp_path / "r" / "evaluation.json").read_text())["datasets"]["held_out"]
+    assert figures["n_scored"] == test["comparisons"] == 104 - train["comparisons"]
+    assert figures["accuracy"] > 0.9
+    assert set(figures["subsets"]) == {"pairs.jsonl", "rankings.jsonl"}
+
+
+def test_leakage_ends_a_run_with_exit_code_2_and_nothing_started(finished, tmp_path, tiny_data):
+    for name in ("train", "test"):
+        shutil.copy(tiny_data / "train.jsonl", tmp_path / f"{name}.jsonl")
+    result = run_cli(
+        "run", "tiny.yaml", "--dataset_name", str(tmp_path), "--output_dir", str(tmp_path / "r"),
+        cwd=finished[0],
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "64 of 64 train comparisons have a prompt that is also held out" in result.stderr
+    assert not (tmp_path / "r").exists()
+
+
 def test_data_that_cannot_be_used_ends_a_run_with_exit_code_2(finished, tmp_path):
     result = run_cli(
-        "run", "tiny.yaml", "--max_length", "300", "--output_dir", str(tmp_path / "r"), cwd=finished[0]
+        "run", "tiny.yaml", "--max_length", "600", "--output_dir", str(tmp_path / "r"), cwd=finished[0]
     )
     assert result.returncode == 2
-    assert "has 256 positions" in result.stderr
+    assert "has 512 positions" in result.stderr
     assert not (tmp_path / "r").exists()
 
 

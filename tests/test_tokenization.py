@@ -5,14 +5,9 @@ from conftest import make_tokenizer
 from transformers import AutoConfig, AutoTokenizer, RobertaConfig
 
 from rm_recipe.errors import RecipeError
-from rm_recipe.preferences import Comparison, Excluded
-from rm_recipe.tokenization import check_lengths, encode, load_tokenizer, pad_token, render
+from rm_recipe.tokenization import check_lengths, load_tokenizer, pad_token, render
 
 MESSAGES = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good cat"}]
-
-
-def turns(*texts: str) -> list[dict[str, str]]:
-    return [{"role": "assistant" if i % 2 else "user", "content": t} for i, t in enumerate(texts)]
 
 
 @pytest.mark.parametrize("fixture", ["tiny_llama", "tiny_distilbert"])
@@ -56,47 +51,6 @@ def test_a_model_without_a_template_gets_a_plain_one(tiny_llama, tmp_path):
     assert text == "<s>User: hello\n\nAssistant: good cat</s>"
 
 
-def test_both_conversations_are_tokenised_whole_and_split_where_they_differ(tiny_llama):
-    tokenizer = load_tokenizer(str(tiny_llama))
-    comparison = Comparison(turns("hello"), ["good", "goodness"])
-    encoded = encode(tokenizer, comparison, max_length=None)
-    for ids, messages in zip(encoded.conversations(), comparison.conversations(), strict=True):
-        assert ids == tokenizer(render(tokenizer, messages))["input_ids"]
-
-
-def test_truncation_drops_the_oldest_exchange_for_both_and_keeps_question_and_reply(tiny_llama):
-    tokenizer = load_tokenizer(str(tiny_llama))
-    long = Comparison(turns("far " * 30, "yes", "hello"), ["good", "bad"])
-    short = Comparison(turns("hello"), ["good", "bad"])
-    full = max(map(len, encode(tokenizer, long, None).conversations()))
-    assert encode(tokenizer, long, full) == encode(tokenizer, long, None)
-    assert encode(tokenizer, long, full - 1) == encode(tokenizer, short, None)
-
-
-def test_keep_end_cuts_the_front_of_the_shared_prefix(tiny_llama):
-    tokenizer = load_tokenizer(str(tiny_llama))
-    comparison = Comparison(turns("far " * 30), ["good", "bad cat"])
-    whole = encode(tokenizer, comparison, None)
-    cut = encode(tokenizer, comparison, 20, "keep_end")
-    assert max(map(len, cut.conversations())) == 20
-    assert cut.rests == whole.rests
-    assert whole.prefix[-len(cut.prefix) :] == cut.prefix
-
-
-def test_keep_end_keeps_the_token_at_which_an_encoder_reads_its_reward(tiny_distilbert):
-    tokenizer = load_tokenizer(str(tiny_distilbert))
-    cut = encode(tokenizer, Comparison(turns("far " * 30), ["good", "bad cat"]), 20, "keep_end")
-    assert cut.prefix[0] == tokenizer.cls_token_id
-    assert max(map(len, cut.conversations())) == 20
-
-
-def test_messages_that_the_template_refuses_are_excluded_by_name(tiny_llama):
-    tokenizer = load_tokenizer(str(tiny_llama))
-    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(Excluded, match="refused_by_template"):
-        encode(tokenizer, Comparison(turns("hi"), ["good", "bad"]), None)
-
-
 def test_an_ordinary_word_is_no_pad_token():
     tokenizer = make_tokenizer()
     tokenizer.unk_token = None
@@ -105,21 +59,6 @@ def test_an_ordinary_word_is_no_pad_token():
     assert pad_token(tokenizer) == "<|pad|>"
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|reserved_7|>"]})
     assert pad_token(tokenizer) == "<|reserved_7|>"
-
-
-@pytest.mark.parametrize(
-    ("truncation", "comparison", "reason"),
-    [
-        ("drop_oldest_turns", Comparison(turns("hi"), ["far " * 40, "bad"]), "response_too_long"),
-        ("drop_oldest_turns", Comparison(turns("far " * 40), ["good", "bad"]), "too_long"),
-        ("exclude", Comparison(turns("far " * 20, "yes", "hi"), ["good", "bad"]), "too_long"),
-    ],
-)
-def test_what_does_not_fit_is_excluded_by_name(tiny_llama, truncation, comparison, reason):
-    tokenizer = load_tokenizer(str(tiny_llama))
-    with pytest.raises(Excluded) as caught:
-        encode(tokenizer, comparison, 40, truncation)
-    assert caught.value.reason == reason
 
 
 def test_positions_that_start_after_the_pad_token_are_not_counted():

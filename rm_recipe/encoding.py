@@ -1,0 +1,230 @@
+"""Comparisons to token ids: whole conversations, truncated alike, split at their common prefix.
+
+`tokenize` is the second of two cached passes over a data set; the first is `parsing`.
+"""
+
+import inspect
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import datasets as hf_datasets
+from datasets.fingerprint import Hasher
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from rm_recipe import batching, preferences, tokenization
+from rm_recipe.batching import Encoded, split_at_common_prefix
+from rm_recipe.errors import DataError
+from rm_recipe.preferences import Comparison, Excluded, Message
+from rm_recipe.split import Split, describe_counts, processes, set_excluded_apart
+from rm_recipe.tokenization import render
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """What became of a comparison.
+
+    Attributes:
+        encoded: its token ids, None where it is left out.
+        reason: why it is left out, else empty.
+        lengths: tokens of the K whole conversations.
+        fates: where one of them exceeds `max_length`, for each of `FATES` what becomes of the
+            comparison: `truncated`, or the reason why it is left out.
+    """
+
+    encoded: Encoded | None
+    reason: str
+    lengths: list[int]
+    fates: dict[str, str]
+
+
+TRUNCATIONS = ("drop_oldest_turns", "keep_end", "exclude")
+# What other trainers do, for the doctor's report only: it can cut away all that tells replies apart.
+CUT_END = "cut_end"
+FATES = (*TRUNCATIONS, CUT_END)
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    comparison: Comparison,
+    max_length: int | None,
+    truncation: str = "drop_oldest_turns",
+) -> Encoded:
+    """The token ids of a comparison's K conversations, none longer than `max_length`.
+
+    Every conversation is tokenised whole, so that no tokenizer can merge across the end of the
+    prompt. `drop_oldest_turns` leaves out the same oldest turns for all K, up to the last
+    question; `keep_end` cuts the same number of tokens off the front of the shared prefix.
+
+    Raises:
+        Excluded: `response_too_long` where a reply alone exceeds `max_length`, `too_long` where
+            the last question and the reply do (or anything does, under `exclude`),
+            `identical_after_tokenization`, `refused_by_template`.
+    """
+    conversations = _tokenize(tokenizer, [comparison])[0]
+    if conversations is None:
+        raise Excluded("refused_by_template")
+    return _fit(tokenizer, comparison, conversations, max_length, truncation)
+
+
+def encode_all(
+    tokenizer: PreTrainedTokenizerBase,
+    comparisons: Sequence[Comparison],
+    max_length: int | None,
+    truncation: str,
+) -> list[Tokenized]:
+    """`encode` for many comparisons, in one call of the tokenizer, with what the doctor reports."""
+    results = []
+    for comparison, conversations in zip(comparisons, _tokenize(tokenizer, comparisons), strict=True):
+        if conversations is None:
+            results.append(Tokenized(None, "refused_by_template", [], {}))
+            continue
+        lengths = [len(ids) for ids in conversations]
+        fits = max_length is None or max(lengths) <= max_length
+        outcomes: dict[str, Encoded | str] = {}
+        for choice in (truncation,) if fits else TRUNCATIONS:
+            try:
+                outcomes[choice] = _fit(tokenizer, comparison, conversations, max_length, choice)
+            except Excluded as excluded:
+                outcomes[choice] = excluded.reason
+        fates: dict[str, str] = {}
+        if not fits:
+            fates = {key: got if isinstance(got, str) else "truncated" for key, got in outcomes.items()}
+            cut = [ids[:max_length] for ids in conversations]
+            fates[CUT_END] = "identical" if _identical(cut, comparison.ranks) else "truncated"
+        chosen = outcomes[truncation]
+        if isinstance(chosen, str):
+            results.append(Tokenized(None, chosen, lengths, fates))
+        else:
+            results.append(Tokenized(chosen, "", lengths, fates))
+    return results
+
+
+def tokenize(
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    truncation: str,
+    num_proc: int | None = None,
+) -> Split:
+    """Adds the columns `prefix` (token ids), `rests` (ids for each response), `lengths`, `fates`.
+
+    What does not fit `max_length` is truncated or counted as `encode` says.
+
+    Raises:
+        DataError: nothing is left.
+    """
+    ours = (sys.modules[__name__], tokenization, batching, preferences)
+    modules = [inspect.getsource(module) for module in ours]
+    backend = tokenizer.backend_tokenizer.to_str()
+    settings = [tokenizer.chat_template, max_length, truncation]
+    text = hf_datasets.Value("string")
+    ids = hf_datasets.List(hf_datasets.Value("int32"))
+    added = {
+        "prefix": ids,
+        "rests": hf_datasets.List(ids),
+        "lengths": ids,
+        "fates": dict.fromkeys(FATES, text),
+        "excluded": text,
+    }
+
+    def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        comparisons = [
+            Comparison(*row) for row in zip(batch["prompt"], batch["responses"], batch["ranks"], strict=True)
+        ]
+        results = encode_all(tokenizer, comparisons, max_length, truncation)
+        return {
+            "prefix": [r.encoded.prefix if r.encoded else [] for r in results],
+            "rests": [r.encoded.rests if r.encoded else [] for r in results],
+            "lengths": [r.lengths for r in results],
+            "fates": [{choice: r.fates.get(choice, "") for choice in FATES} for r in results],
+            "excluded": [r.reason for r in results],
+        }
+
+    encoded = split.comparisons.map(
+        encode,
+        batched=True,
+        num_proc=processes(len(split.comparisons), num_proc),
+        new_fingerprint=Hasher.hash([split.comparisons._fingerprint, backend, settings, modules]),
+        desc="Tokenising",
+        features=hf_datasets.Features({**split.comparisons.features, **added}),
+    )
+    result = set_excluded_apart(replace(split, comparisons=encoded, tokenized=encoded))
+    if not len(result.comparisons):
+        raise DataError(f"no comparison is left after tokenising: {describe_counts(result.excluded)}")
+    return result
+
+
+def _tokenize(
+    tokenizer: PreTrainedTokenizerBase, comparisons: Sequence[Comparison]
+) -> list[list[list[int]] | None]:
+    """The ids of each comparison's K whole conversations; None where the template refuses one."""
+    texts: list[list[str] | None] = []
+    for comparison in comparisons:
+        try:
+            texts.append([render(tokenizer, messages) for messages in comparison.conversations()])
+        except TemplateError:  # such as one that wants user and assistant to alternate
+            texts.append(None)
+    # Past the wrapper, whose own work for each text takes as long again as the tokenizer's.
+    flat = [text for group in texts for text in group or ()]
+    encodings = iter(tokenizer.backend_tokenizer.encode_batch_fast(flat, add_special_tokens=False))
+    return [None if group is None else [next(encodings).ids for _ in group] for group in texts]
+
+
+def _fit(
+    tokenizer: PreTrainedTokenizerBase,
+    comparison: Comparison,
+    conversations: list[list[int]],
+    max_length: int | None,
+    truncation: str,
+) -> Encoded:
+    prompt = comparison.prompt
+    while max_length is not None and max(map(len, conversations)) > max_length:
+        shorter = _drop_oldest_turn(prompt) if truncation == "drop_oldest_turns" else None
+        if shorter is None:
+            special = set(tokenizer.all_special_ids)
+            conversations = _cut_front(conversations, max_length, truncation, special)
+            break
+        prompt = shorter
+        again = _tokenize(tokenizer, [replace(comparison, prompt=prompt)])[0]
+        if again is None:
+            raise Excluded("refused_by_template")
+        conversations = again
+    if _identical(conversations, comparison.ranks):
+        raise Excluded("identical_after_tokenization")
+    return split_at_common_prefix(conversations)
+
+
+def _identical(conversations: list[list[int]], ranks: list[int]) -> bool:
+    """Whether two conversations that are not tied read the same."""
+    seen: dict[tuple[int, ...], int] = {}
+    return any(
+        seen.setdefault(tuple(ids), rank) != rank for ids, rank in zip(conversations, ranks, strict=True)
+    )
+
+
+def _drop_oldest_turn(prompt: list[Message]) -> list[Message] | None:
+    """The prompt without its oldest exchange, a system message kept; None at the last question."""
+    system = prompt[:1] if prompt[0]["role"] == "system" else []
+    turns = prompt[len(system) :]
+    starts = [i for i, message in enumerate(turns) if message["role"] == "user" and i > 0]
+    return [*system, *turns[starts[0] :]] if starts else None
+
+
+def _cut_front(
+    conversations: list[list[int]], max_length: int, truncation: str, special: set[int]
+) -> list[list[int]]:
+    """Cuts what is too much off the shared prefix, behind a special token that it starts with.
+
+    An encoder reads its reward at that token.
+    """
+    over = max(map(len, conversations)) - max_length
+    encoded = split_at_common_prefix(conversations)
+    if max(map(len, encoded.rests)) > max_length:
+        raise Excluded("response_too_long")
+    kept = 1 if encoded.prefix and encoded.prefix[0] in special else 0
+    if truncation != "keep_end" or kept + over >= len(encoded.prefix):
+        raise Excluded("too_long")
+    return [ids[:kept] + ids[kept + over :] for ids in conversations]

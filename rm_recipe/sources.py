@@ -1,0 +1,167 @@
+"""Where rows come from: files, folders, the Hub and mixtures, all through the `datasets` library."""
+
+import errno
+import gzip
+import shutil
+from pathlib import Path
+from typing import Any
+
+import datasets as hf_datasets
+from datasets.exceptions import DatasetGenerationError
+from datasets.fingerprint import Hasher
+from trl.scripts.utils import DatasetConfig
+
+from rm_recipe.artifacts import whole_file
+from rm_recipe.errors import DataError
+from rm_recipe.file_faults import explain_fault
+from rm_recipe.recipe_keys import DATA_FORMATS, DataArguments, looks_local
+
+
+class MissingSplitError(DataError):
+    """A data set has no such split; `others` are the splits that it has."""
+
+    def __init__(self, message: str, others: list[str]) -> None:
+        super().__init__(message)
+        self.others = others
+
+
+def sources_of(data: DataArguments) -> list[DatasetConfig]:
+    """What `dataset_name` and `dataset_subsets`, or TRL's `datasets`, name; `split` is the train split."""
+    if data.datasets:
+        return [DatasetConfig(**entry) for entry in data.datasets]
+    assert data.dataset_name is not None
+    subsets: list[str | None] = list(data.dataset_subsets or []) or [None]
+    return [
+        DatasetConfig(path=data.dataset_name, data_dir=subset, split=data.dataset_train_split)
+        for subset in subsets
+    ]
+
+
+def label(source: DatasetConfig, of_mixture: bool) -> str:
+    """The subset's name in reports: the folder or configuration, in a mixture also the set itself."""
+    part = source.data_dir or source.name or ""
+    if not of_mixture:
+        return str(part)
+    return "/".join(filter(None, [Path(source.path).name, part]))
+
+
+def load_rows(source: DatasetConfig, split: str, revision: str | None = None) -> hf_datasets.Dataset:
+    """The rows of one split, memory-mapped.
+
+    Raises:
+        MissingSplitError: the set has others.
+        DataError: it cannot be read; for a local file with the line.
+    """
+    file = find_file(source, split)
+    if file is not None:
+        kind = DATA_FORMATS[Path(file.name.removesuffix(".gz")).suffix]
+        arguments: dict[str, Any] = {"path": kind, "split": split}
+    else:
+        arguments = {
+            "path": source.path, "name": source.name, "data_dir": source.data_dir,
+            "data_files": source.data_files, "revision": revision, "split": split,
+        }  # fmt: skip
+    try:
+        if file is not None:
+            arguments["data_files"] = {split: str(_unpacked(file))}
+        rows = hf_datasets.load_dataset(**arguments)
+    except Exception as error:
+        raise _as_data_error(error, source, file, split) from None
+    if source.columns is not None:
+        missing = set(source.columns) - set(rows.column_names)
+        if missing:
+            raise DataError(f"'{source.path}' has no column {', '.join(sorted(missing))} (its 'columns')")
+        rows = rows.select_columns(source.columns)
+    return rows
+
+
+def has_split(source: DatasetConfig, split: str, revision: str | None = None) -> bool:
+    """Whether the set has that split; False where it has one split only, another one.
+
+    Raises:
+        DataError: it has several, and not this one, or it cannot be read.
+    """
+    if Path(source.path).is_file():
+        return False  # a file is one split, whatever it is called
+    try:
+        load_rows(source, split, revision)
+    except MissingSplitError as missing:
+        if len(missing.others) > 1:
+            raise
+        return False
+    return True
+
+
+def find_file(source: DatasetConfig, split: str) -> Path | None:
+    """The local file that holds a split; None for a set on the Hub.
+
+    Raises:
+        DataError: the path was meant to be local and holds no such file.
+    """
+    path = Path(source.path)
+    if path.is_dir():
+        path = path / (source.data_dir or "")
+        if not path.is_dir():
+            raise DataError(f"'{path}' does not exist; check 'dataset_subsets'")
+        if source.data_files is None:
+            return _split_file(path, split)
+        if not isinstance(source.data_files, str):
+            raise DataError(f"'{path}': 'data_files' of a local folder is one file's name")
+        path = path / source.data_files
+    if not path.is_file():
+        if looks_local(source.path) or Path(source.path).exists():
+            raise DataError(f"'{path}' does not exist")
+        return None
+    if Path(path.name.removesuffix(".gz")).suffix not in DATA_FORMATS:
+        raise DataError(f"'{path}' is no data file; expected .jsonl, .json or .parquet (.gz too)")
+    return path
+
+
+def _split_file(folder: Path, split: str) -> Path:
+    """The one file of a local folder that holds the split, named as on the Hub: train.jsonl.gz."""
+    endings = [f"{suffix}{gz}" for suffix in DATA_FORMATS for gz in ("", ".gz")]
+    found = [folder / f"{split}{ending}" for ending in endings if (folder / f"{split}{ending}").is_file()]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise DataError(f"'{folder}' has {len(found)} files for the split '{split}'")
+    files = [path.name for path in sorted(folder.iterdir()) if path.is_file()]
+    others = [name.removesuffix(end) for name in files for end in endings if name.endswith(end)]
+    raise MissingSplitError(
+        f"'{folder}' has no file for the split '{split}' "
+        f"({', '.join(split + ending for ending in endings)}); it has {', '.join(files) or 'no files'}",
+        others,
+    )
+
+
+def _unpacked(file: Path) -> Path:
+    """The file, or of a .parquet.gz a copy without gzip: `datasets` unpacks JSON by itself only."""
+    if not file.name.endswith(".parquet.gz"):
+        return file
+    state = file.stat()
+    name = Hasher.hash([str(file.resolve()), state.st_mtime_ns, state.st_size])
+    copy = Path(hf_datasets.config.EXTRACTED_DATASETS_PATH) / f"{name}.parquet"
+    if not copy.is_file():
+        with whole_file(copy) as partial, gzip.open(file) as packed, partial.open("wb") as target:
+            shutil.copyfileobj(packed, target)
+    return copy
+
+
+def explain(error: Exception, file: Path | None) -> str:
+    """The fault found in a file, else what the library says."""
+    fault = explain_fault(file) if file is not None else None
+    cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None
+    return fault or " ".join(str(cause or error).split())[:300] or type(error).__name__
+
+
+def _as_data_error(error: Exception, source: DatasetConfig, file: Path | None, split: str) -> Exception:
+    cause = error.__cause__ or error
+    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+        return cause  # the disk's fault, not the data's
+    if file is not None:
+        return DataError(f"'{file}' cannot be read: {explain(error, file)}")
+    if isinstance(error, ValueError) and str(error).startswith("Unknown split"):
+        others = str(error).partition("[")[2].rpartition("]")[0]
+        message = f"data set '{source.path}' has no split '{split}'; it has {others}"
+        return MissingSplitError(message, [name.strip(" '\"") for name in others.split(",")])
+    return DataError(f"data set '{source.path}' cannot be loaded from the Hub: {explain(error, None)}")

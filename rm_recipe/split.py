@@ -1,0 +1,106 @@
+"""A split: its comparisons, memory-mapped, and the count of everything that is not among them."""
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import datasets as hf_datasets
+import numpy as np
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from rm_recipe.batching import Encoded
+from rm_recipe.preferences import Comparison
+
+FIRST_ROWS = 5  # that a report names for each reason
+
+
+@dataclass
+class Split:
+    """Comparisons of one split, and what became of the rows that are not among them.
+
+    Attributes:
+        comparisons: columns `prompt`, `responses`, `ranks`, `margins`, `subset`, `row` (counted
+            from 1 in its source), `prompt_key`, and after tokenising `prefix`, `rests`, `lengths`,
+            `fates` (`encoding.Tokenized`).
+        rows: rows of the source; `rows == len(comparisons) + sum(excluded.values())`.
+        excluded: number of rows by reason.
+        first_rows: for each reason the first rows that it was found in, `SUBSET:ROW`.
+        differing_prompts: rows whose transcripts differ before their last `Assistant:`.
+        tokenized: after tokenising, all that went into it, also what was left out.
+    """
+
+    comparisons: hf_datasets.Dataset
+    rows: int
+    excluded: Counter[str] = field(default_factory=Counter)
+    first_rows: dict[str, list[str]] = field(default_factory=dict)
+    differing_prompts: int = 0
+    tokenized: hf_datasets.Dataset | None = None
+
+    def __getitem__(self, index: int) -> Comparison:
+        row = self.comparisons[index]
+        return Comparison(**{key: row[key] for key in ("prompt", "responses", "ranks", "margins", "subset")})
+
+    def encoded(self) -> list[Encoded]:
+        """The tokenised comparisons, in order."""
+        columns = (self.comparisons["prefix"][:], self.comparisons["rests"][:])
+        return [Encoded(prefix, rests) for prefix, rests in zip(*columns, strict=True)]
+
+    def column(self, name: str) -> NDArray[Any]:
+        """A column of numbers as an array."""
+        return np.asarray(arrow_column(self.comparisons, name).to_numpy())
+
+    def select(self, kept: NDArray[np.bool_], reason: str) -> "Split":
+        """The comparisons that `kept` marks; the others count under `reason`."""
+        return self.take(np.flatnonzero(kept), reason)
+
+    def take(self, indices: NDArray[np.int64], reason: str) -> "Split":
+        """The comparisons with these numbers; the others count under `reason`."""
+        left_out = len(self.comparisons) - len(indices)
+        if not left_out:
+            return self
+        return replace(
+            self,
+            comparisons=self.comparisons.select(indices),
+            excluded=self.excluded + Counter({reason: left_out}),
+        )
+
+
+def set_excluded_apart(split: Split) -> Split:
+    """Moves the rows that carry a reason out of the comparisons and into the counts."""
+    reasons = arrow_column(split.comparisons, "excluded")
+    found = Counter({v["values"]: v["counts"] for v in pc.value_counts(reasons).to_pylist() if v["values"]})
+    first_rows = dict(split.first_rows)
+    for reason in found:
+        numbers = np.flatnonzero(pc.equal(reasons, reason).to_numpy())[:FIRST_ROWS]
+        rows = split.comparisons.select(numbers)
+        names = [f"{s}:{r}" if s else str(r) for s, r in zip(rows["subset"], rows["row"], strict=True)]
+        first_rows[reason] = names
+    comparisons = split.comparisons
+    if found:
+        comparisons = comparisons.select(np.flatnonzero(pc.equal(reasons, "").to_numpy()))
+    return replace(
+        split,
+        comparisons=comparisons.remove_columns("excluded"),
+        excluded=split.excluded + found,
+        first_rows=first_rows,
+    )
+
+
+def arrow_column(rows: hf_datasets.Dataset, name: str) -> Any:
+    """A column as pyarrow has it, without a Python object for each row."""
+    # A format's own `columns` would select after reading: rows out of order are copied as a whole.
+    return rows.select_columns(name).with_format("arrow")[:][name]
+
+
+def describe_counts(excluded: Counter[str]) -> str:
+    """Reasons with their numbers, on one line."""
+    return ", ".join(f"{n} {reason}" for reason, n in excluded.items()) or "no rows"
+
+
+def processes(rows: int, wanted: int | None) -> int | None:
+    """How many processes work on so many rows: `dataset_num_proc`, or the cores for a large set."""
+    if wanted is not None or rows < 20_000:
+        return wanted
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)

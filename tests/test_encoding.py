@@ -1,0 +1,207 @@
+"""Token ids as they are served; truncation that keeps question and reply, or says what it leaves out."""
+
+import pytest
+from conftest import HH_RLHF, hf_datasets_without_cache, make_rows, needs_hh_rlhf, write_jsonl
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rm_recipe import encoding
+from rm_recipe.datasets import load_split
+from rm_recipe.encoding import TRUNCATIONS, encode, encode_all, tokenize
+from rm_recipe.errors import DataError
+from rm_recipe.preferences import Comparison, Excluded
+from rm_recipe.recipe_keys import DataArguments
+from rm_recipe.tokenization import load_tokenizer, render
+
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    return [{"role": "assistant" if i % 2 else "user", "content": t} for i, t in enumerate(texts)]
+
+
+def test_both_conversations_are_tokenised_whole_and_split_where_they_differ(tiny_llama):
+    tokenizer = load_tokenizer(str(tiny_llama))
+    comparison = Comparison(turns("hello"), ["good", "goodness"])
+    encoded = encode(tokenizer, comparison, max_length=None)
+    for ids, messages in zip(encoded.conversations(), comparison.conversations(), strict=True):
+        assert ids == tokenizer(render(tokenizer, messages))["input_ids"]
+
+
+def test_truncation_drops_the_oldest_exchange_for_both_and_keeps_question_and_reply(tiny_llama):
+    tokenizer = load_tokenizer(str(tiny_llama))
+    long = Comparison(turns("far " * 30, "yes", "hello"), ["good", "bad"])
+    short = Comparison(turns("hello"), ["good", "bad"])
+    full = max(map(len, encode(tokenizer, long, None).conversations()))
+    assert encode(tokenizer, long, full) == encode(tokenizer, long, None)
+    assert encode(tokenizer, long, full - 1) == encode(tokenizer, short, None)
+
+
+def test_keep_end_cuts_the_front_of_the_shared_prefix(tiny_llama):
+    tokenizer = load_tokenizer(str(tiny_llama))
+    comparison = Comparison(turns("far " * 30), ["good", "bad cat"])
+    whole = encode(tokenizer, comparison, None)
+    cut = encode(tokenizer, comparison, 20, "keep_end")
+    assert max(map(len, cut.conversations())) == 20
+    assert cut.rests == whole.rests
+    assert whole.prefix[-len(cut.prefix) :] == cut.prefix
+
+
+def test_keep_end_keeps_the_token_at_which_an_encoder_reads_its_reward(tiny_distilbert):
+    tokenizer = load_tokenizer(str(tiny_distilbert))
+    cut = encode(tokenizer, Comparison(turns("far " * 30), ["good", "bad cat"]), 20, "keep_end")
+    assert cut.prefix[0] == tokenizer.cls_token_id
+    assert max(map(len, cut.conversations())) == 20
+
+
+def test_messages_that_the_template_refuses_are_excluded_by_name(tiny_llama):
+    tokenizer = load_tokenizer(str(tiny_llama))
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(Excluded, match="refused_by_template"):
+        encode(tokenizer, Comparison(turns("hi"), ["good", "bad"]), None)
+
+
+@pytest.mark.parametrize(
+    ("truncation", "comparison", "reason"),
+    [
+        ("drop_oldest_turns", Comparison(turns("hi"), ["far " * 40, "bad"]), "response_too_long"),
+        ("drop_oldest_turns", Comparison(turns("far " * 40), ["good", "bad"]), "too_long"),
+        ("exclude", Comparison(turns("far " * 20, "yes", "hi"), ["good", "bad"]), "too_long"),
+    ],
+)
+def test_what_does_not_fit_is_excluded_by_name(tiny_llama, truncation, comparison, reason):
+    tokenizer = load_tokenizer(str(tiny_llama))
+    with pytest.raises(Excluded) as caught:
+        encode(tokenizer, comparison, 40, truncation)
+    assert caught.value.reason == reason
+
+
+def test_ties_may_read_the_same_and_others_may_not(tiny_distilbert):
+    tokenizer = load_tokenizer(str(tiny_distilbert))  # knows no case
+    tied = Comparison(turns("hi"), ["good", "good", "bad"], [0, 0, 1])
+    assert len(encode(tokenizer, tied, None).rests) == 3
+    with pytest.raises(Excluded, match="identical_after_tokenization"):
+        encode(tokenizer, Comparison(turns("hi"), ["good", "Good"]), None)
+
+
+def test_k_conversations_lose_the_same_turns(tiny_llama):
+    tokenizer = load_tokenizer(str(tiny_llama))
+    replies = ["good", "bad " * 10, "far"]
+    long = Comparison(turns("far " * 30, "yes", "hello"), replies)
+    short = Comparison(turns("hello"), replies)
+    limit = max(map(len, encode(tokenizer, short, None).conversations()))
+    assert encode(tokenizer, long, limit) == encode(tokenizer, short, None)
+
+
+WORDS = st.lists(st.sampled_from(["far", "good", "cat", "\u4f60\u597d", "\n"]), min_size=1, max_size=12).map(
+    " ".join
+)
+COMPARISONS = st.builds(
+    lambda prompt, replies: Comparison(turns(*prompt), sorted(replies)),
+    st.sampled_from([1, 3, 5]).flatmap(lambda n: st.lists(WORDS, min_size=n, max_size=n)),
+    st.sets(WORDS, min_size=2, max_size=4),
+)
+
+
+@given(st.lists(COMPARISONS, min_size=1, max_size=3), st.integers(10, 60), st.sampled_from(TRUNCATIONS))
+def test_what_is_encoded_fits_and_ends_as_the_whole_conversation_does(tiny_llama, batch, limit, truncation):
+    tokenizer = load_tokenizer(str(tiny_llama))
+    for comparison, result in zip(batch, encode_all(tokenizer, batch, limit, truncation), strict=True):
+        whole = [
+            tokenizer(render(tokenizer, messages))["input_ids"] for messages in comparison.conversations()
+        ]
+        assert result.lengths == [len(ids) for ids in whole]
+        assert (result.fates != {}) == (max(result.lengths) > limit)
+        if result.encoded is None:
+            assert result.reason
+            continue
+        assert all(result.encoded.rests)
+        dropped = {len(a) - len(b) for a, b in zip(whole, result.encoded.conversations(), strict=True)}
+        assert len(dropped) == 1  # the same for all K
+        for ids, reply in zip(result.encoded.conversations(), comparison.responses, strict=True):
+            assert len(ids) <= limit
+            assert tokenizer.decode(ids).rstrip().endswith(f"{reply}</s>".rstrip())
+
+
+def test_each_way_to_truncate_has_its_fate_counted_whichever_is_chosen(tiny_llama):
+    tokenizer = load_tokenizer(str(tiny_llama))
+    fits = Comparison(turns("hi"), ["good", "bad"])
+    turns_help = Comparison(turns("far " * 20, "yes", "hi"), ["good", "bad"])
+    nothing_helps = Comparison(turns("hi"), ["far " * 40, "bad"])
+    batch = [fits, turns_help, nothing_helps]
+    for choice in TRUNCATIONS:
+        fates = [result.fates for result in encode_all(tokenizer, batch, 40, choice)]
+        assert fates == [
+            {},
+            {
+                "drop_oldest_turns": "truncated", "keep_end": "truncated",
+                "exclude": "too_long", "cut_end": "identical",
+            },
+            {
+                "drop_oldest_turns": "response_too_long", "keep_end": "response_too_long",
+                "exclude": "response_too_long", "cut_end": "truncated",
+            },
+        ]  # fmt: skip
+
+
+def split_of(path, **keys):
+    return load_split(DataArguments(dataset_name=str(path), **keys), "test")
+
+
+def test_what_does_not_fit_is_counted_with_its_row(tmp_path, tiny_llama):
+    rows = make_rows(3, seed=1)
+    rows[1]["chosen"] = "far away " * 50
+    split = split_of(write_jsonl(tmp_path / "x.jsonl", rows))
+    encoded = tokenize(split, load_tokenizer(str(tiny_llama)), 60, "drop_oldest_turns")
+    assert encoded.excluded == {"response_too_long": 1}
+    assert encoded.first_rows == {"response_too_long": ["2"]}
+    assert len(encoded.encoded()) == 2
+    assert encoded.rows == 3
+    assert len(encoded.tokenized) == 3  # the doctor counts what was left out, too
+    with pytest.raises(DataError, match="no comparison is left after tokenising: 3 response_too_long"):
+        tokenize(split, load_tokenizer(str(tiny_llama)), 2, "drop_oldest_turns")
+
+
+def test_a_second_start_tokenises_nothing_and_other_settings_do(tmp_path, tiny_llama, monkeypatch):
+    split = split_of(write_jsonl(tmp_path / "x.jsonl", make_rows(5, seed=3)))
+    tokenizer = load_tokenizer(str(tiny_llama))
+    first = tokenize(split, tokenizer, 60, "drop_oldest_turns")
+
+    def refuse(*_):
+        raise AssertionError("tokenised again")
+
+    monkeypatch.setattr(encoding, "encode_all", refuse)
+    again = tokenize(split_of(tmp_path / "x.jsonl"), load_tokenizer(str(tiny_llama)), 60, "drop_oldest_turns")
+    assert again.encoded() == first.encoded()
+    for settings in ((59, "drop_oldest_turns"), (60, "exclude")):
+        with pytest.raises(AssertionError, match="tokenised again"):
+            tokenize(split, tokenizer, *settings)
+    tokenizer.chat_template = tokenizer.chat_template + " "
+    with pytest.raises(AssertionError, match="tokenised again"):
+        tokenize(split, tokenizer, 60, "drop_oldest_turns")
+
+
+def test_the_number_of_processes_changes_nothing(tmp_path, tiny_llama):
+    path = write_jsonl(
+        tmp_path / "x.jsonl", [*make_rows(40, seed=4), {"chosen": "", "rejected": "", "prompt": "p"}]
+    )
+    tokenizer = load_tokenizer(str(tiny_llama))
+    results = []
+    for processes in (None, 2):
+        with hf_datasets_without_cache():
+            split = load_split(DataArguments(dataset_name=str(path)), "test", processes)
+            results.append(tokenize(split, tokenizer, 60, "drop_oldest_turns", processes))
+    one, two = results
+    assert one.encoded() == two.encoded()
+    assert (one.excluded, one.first_rows) == (two.excluded, two.first_rows)
+
+
+@needs_hh_rlhf
+def test_genuine_conversations_are_never_cut_in_their_reply(tiny_llama):
+    split = load_split(DataArguments(dataset_name=str(HH_RLHF), dataset_subsets=["harmless-base"]), "test")
+    tokenizer = load_tokenizer(str(tiny_llama))
+    for truncation in TRUNCATIONS:
+        encoded = tokenize(split, tokenizer, 800, truncation)
+        assert encoded.rows == len(encoded.comparisons) + encoded.excluded.total() == 350
+        for number, comparison in enumerate(encoded.encoded()):
+            for ids, reply in zip(comparison.conversations(), encoded[number].responses, strict=True):
+                assert len(ids) <= 800
+                assert tokenizer.decode(ids).endswith(f"{reply}</s>\n")

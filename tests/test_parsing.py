@@ -1,0 +1,145 @@
+"""Every row of a source is a comparison or is counted; a row of the wrong type is named."""
+
+import json
+
+import pytest
+from conftest import HH_RLHF, make_rows, needs_hh_rlhf, write_jsonl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from trl.scripts.utils import DatasetConfig
+
+from rm_recipe import parsing
+from rm_recipe.errors import DataError
+from rm_recipe.parsing import parse_rows, text_key
+from rm_recipe.preferences import Comparison
+from rm_recipe.sources import load_rows
+from rm_recipe.split import Split
+
+
+def parsed(path, subset="", margin_column=None, margin_map=None, num_proc=None) -> Split:
+    source = DatasetConfig(path=str(path))
+    return parse_rows(
+        load_rows(source, "train"), source, "train", subset, margin_column, margin_map, num_proc
+    )
+
+
+TEXTS = st.sampled_from(
+    ["", " ", "a", "b", "\n\nHuman: q\n\nAssistant: a", "\n\nHuman: q\n\nAssistant: b", None]
+)
+PAIRS = st.fixed_dictionaries(
+    {"prompt": st.sampled_from([None, "p", " "]), "chosen": TEXTS, "rejected": TEXTS}
+)
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(PAIRS, min_size=1, max_size=12))
+def test_the_sum_of_comparisons_and_reasons_is_exact(tmp_path, rows):
+    rows.append({"prompt": "p", "chosen": "x", "rejected": "y"})  # gives every column its type
+    split = parsed(write_jsonl(tmp_path / "x.jsonl", rows))
+    assert split.rows == len(rows) == len(split.comparisons) + split.excluded.total()
+    assert len(split.comparisons) >= 1
+
+
+def test_a_comparison_knows_its_row_subset_ranks_and_margins(tmp_path):
+    rows = [
+        {"prompt": "p", "responses": ["a"], "scores": [1.0], "model": "x"},
+        {"prompt": "p", "responses": ["a", "b", "c"], "scores": [1, 3, 1], "model": "y"},
+    ]
+    split = parsed(write_jsonl(tmp_path / "x.jsonl", rows), "mine", margin_column="scores")
+    assert split[0] == Comparison(
+        [{"role": "user", "content": "p"}], ["b", "a", "c"], [0, 1, 1], [2.0, 2.0], "mine"
+    )
+    assert split.column("row").tolist() == [2]
+    assert split.first_rows == {"single_response": ["mine:1"]}
+
+
+def test_one_type_for_some_rows_and_another_for_others_is_read_as_it_stands(tmp_path):
+    reply = [{"role": "assistant", "content": "a"}]
+    rows = [
+        {"prompt": "p", "chosen": "a", "rejected": "b"},
+        {"prompt": "p", "chosen": reply, "rejected": "b"},
+    ]
+    split = parsed(write_jsonl(tmp_path / "x.jsonl", rows))
+    assert split[0] == split[1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": "p", "chosen": 5, "rejected": "b"}], "row 1: column 'chosen' should be a text"),
+        (
+            [*make_rows(2, seed=1), {"prompt": "p", "chosen": 5, "rejected": "b"}],
+            "row 3: column 'chosen' should be a text or a list of messages, not int '5'",
+        ),
+        (
+            [{"prompt": "p", "responses": ["a", "b"], "ranks": "1, 2"}],
+            "row 1: column 'ranks' should be a list",
+        ),
+        ([{"text": "a"}], "its columns are text; rm_recipe needs chosen and rejected"),
+        ([{"chosen": "a", "prompt": "p"}], "its columns are chosen, prompt"),
+    ],
+)
+def test_a_column_that_is_missing_or_of_the_wrong_type_is_named_with_its_row(tmp_path, rows, message):
+    path = write_jsonl(tmp_path / "x.jsonl", rows)
+    with pytest.raises(DataError, match=message) as caught:
+        parsed(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_margin_column_that_is_missing_or_unmapped_is_named(tmp_path):
+    rows = [{**row, "strength": "slightly"} for row in make_rows(2, seed=1)]
+    path = write_jsonl(tmp_path / "x.jsonl", rows)
+    with pytest.raises(DataError, match="has no column 'margin'"):
+        parsed(path, margin_column="margin")
+    with pytest.raises(DataError, match="row 1: column 'strength' should be one of margin_map's much"):
+        parsed(path, margin_column="strength", margin_map={"much": 1})
+    assert parsed(path, margin_column="strength", margin_map={"slightly": 0.3})[1].margins == [0.3]
+
+
+@pytest.mark.parametrize("processes", [None, 2])
+def test_text_that_is_not_utf_8_is_named_with_its_line(tmp_path, processes):
+    """`datasets` loads such a file; the bytes only fail when they are read as text."""
+    line = json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"}).encode() + b"\n"
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(line * 3 + line.replace(b'"a"', b'"\xff"') + line)
+    with pytest.raises(DataError, match="line 4: not UTF-8 text"):
+        parsed(path, num_proc=processes)
+
+
+def test_a_second_start_parses_nothing_and_other_settings_do(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "x.jsonl", [{**row, "m": 1} for row in make_rows(5, seed=3)])
+    first = parsed(path, "a")
+
+    def refuse(*_):
+        raise AssertionError("parsed again")
+
+    monkeypatch.setattr(parsing, "_parsed_row", refuse)
+    again = parsed(path, "a")
+    assert [again[n] for n in range(5)] == [first[n] for n in range(5)]
+    for settings_ in ({"subset": "b"}, {"subset": "a", "margin_column": "m"}):
+        with pytest.raises(AssertionError, match="parsed again"):
+            parsed(path, **settings_)
+
+
+def test_a_key_stands_for_its_texts_and_their_boundaries():
+    assert text_key(["a", "b"]) == text_key(["a", "b"])
+    assert len({text_key(texts) for texts in (["a", "b"], ["ab"], ["b", "a"], ["\ud800"], [])}) == 5
+
+
+@needs_hh_rlhf
+@pytest.mark.parametrize(
+    ("subset", "split", "rows", "differing", "empty"),
+    [
+        ("harmless-base", "train", 1479, 2, 2),
+        ("harmless-base", "test", 350, 2, 1),
+        ("helpful-base", "train", 1552, 5, 4),
+        ("helpful-base", "test", 350, 1, 0),
+    ],
+)
+def test_genuine_hh_rlhf_rows_are_comparisons_but_for_empty_replies(subset, split, rows, differing, empty):
+    """Those whose prompts differ all hold a reply that wrote its own `Assistant:`."""
+    source = DatasetConfig(path=str(HH_RLHF), data_dir=subset)
+    found = parse_rows(load_rows(source, split), source, split, subset, None, None, None)
+    assert (found.rows, found.differing_prompts) == (rows, differing)
+    assert found.excluded == ({"empty_response": empty} if empty else {})
+    assert all(prompt[0]["role"] == "user" for prompt in found.comparisons["prompt"])

@@ -1,0 +1,164 @@
+"""Rows come from files, folders, the Hub and mixtures; what cannot be read is named with its line."""
+
+import errno
+import gzip
+import json
+
+import datasets as hf_datasets
+import pytest
+from conftest import make_rows, write_jsonl
+from trl.scripts.utils import DatasetConfig
+
+from rm_recipe import sources
+from rm_recipe.errors import DataError
+from rm_recipe.recipe_keys import DataArguments
+from rm_recipe.sources import MissingSplitError, has_split, load_rows, sources_of
+
+ROWS = make_rows(3, seed=1)
+
+
+def source(path, **keys) -> DatasetConfig:
+    return DatasetConfig(path=str(path), **keys)
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz", ".parquet.gz"])
+def test_every_file_format_gives_the_same_rows(tmp_path, ending):
+    path = tmp_path / f"data{ending.removesuffix('.gz')}"
+    if ".jsonl" in ending:
+        write_jsonl(path, ROWS)
+    elif ".json" in ending:
+        path.write_text(json.dumps(ROWS))
+    else:
+        hf_datasets.Dataset.from_list(ROWS).to_parquet(path)
+    if ending.endswith(".gz"):
+        packed = tmp_path / f"data{ending}"
+        packed.write_bytes(gzip.compress(path.read_bytes()))
+        path = packed
+    assert load_rows(source(path), "train").to_list() == ROWS
+
+
+def test_a_folder_gives_the_split_of_the_subset(tmp_path):
+    for subset in ("helpful-base", "harmless-base"):
+        write_jsonl(tmp_path / subset / "train.jsonl", [{"chosen": subset}])
+    data = DataArguments(dataset_name=str(tmp_path), dataset_subsets=["helpful-base", "harmless-base"])
+    assert [load_rows(s, "train")["chosen"][:] for s in sources_of(data)] == [
+        ["helpful-base"],
+        ["harmless-base"],
+    ]
+
+
+def test_a_mixtures_entries_are_trls(tmp_path):
+    path = write_jsonl(tmp_path / "x" / "mine.jsonl", [{**row, "noise": 1} for row in ROWS])
+    entry = {"path": str(path.parent), "data_files": "mine.jsonl", "columns": ["prompt", "chosen"]}
+    [found] = sources_of(DataArguments(datasets=[entry]))
+    assert isinstance(found, DatasetConfig)
+    assert load_rows(found, "train").column_names == ["prompt", "chosen"]
+    with pytest.raises(DataError, match="has no column other"):
+        load_rows(source(path, columns=["other"]), "train")
+
+
+def test_a_missing_split_is_named_with_those_that_are_there(tmp_path, tiny_data):
+    with pytest.raises(MissingSplitError, match="no file for the split 'validation'") as caught:
+        load_rows(source(tiny_data), "validation")
+    assert caught.value.others == ["test", "train"]
+    assert has_split(source(tiny_data), "test")
+    with pytest.raises(MissingSplitError):  # two others: nobody can say which was meant
+        has_split(source(tiny_data), "validation")
+    only = write_jsonl(tmp_path / "only" / "train.jsonl", ROWS)
+    assert not has_split(source(only.parent), "test")
+    assert not has_split(source(only), "test")  # a file is one split
+
+
+def test_a_missing_folder_subset_or_file_is_named(tmp_path, tiny_data):
+    with pytest.raises(DataError, match="check 'dataset_subsets'"):
+        load_rows(source(tiny_data, data_dir="helpfull"), "train")
+    with pytest.raises(DataError, match="does not exist"):
+        load_rows(source(tmp_path / "none.jsonl"), "train")
+    (tmp_path / "e.txt").write_text("x")
+    with pytest.raises(DataError, match="is no data file"):
+        load_rows(source(tmp_path / "e.txt"), "train")
+    for name in ("train.jsonl", "train.json"):
+        write_jsonl(tmp_path / "two" / name, ROWS)
+    with pytest.raises(DataError, match="has 2 files for the split 'train'"):
+        load_rows(source(tmp_path / "two"), "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"chosen": "a", "rej', "line 1: not JSON"),
+        ("b.jsonl.gz", b"not gzip", "not gzip-compressed"),
+        ("c.parquet", b"not parquet", "not a Parquet file"),
+        ("d.jsonl", b"", "the file is empty"),
+    ],
+)
+def test_a_file_that_is_not_what_it_says_is_named_with_its_fault(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        load_rows(source(path), "train")
+    assert str(path) in str(caught.value)
+
+
+def test_an_edited_file_is_read_anew(tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", ROWS)
+    load_rows(source(path), "train")
+    write_jsonl(path, ROWS[:2])
+    assert load_rows(source(path), "train").to_list() == ROWS[:2]
+
+
+# --- the Hub, which is not here ----------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Stands in for `datasets.load_dataset`; remembers what it was asked for."""
+    asked = []
+
+    def load_dataset(**arguments):
+        asked.append(arguments)
+        if arguments["split"] not in ("train", "test"):
+            raise ValueError(f"Unknown split \"{arguments['split']}\". Should be one of ['train', 'test'].")
+        return hf_datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(sources.hf_datasets, "load_dataset", load_dataset)
+    return asked
+
+
+def test_the_four_tranches_of_hh_rlhf_are_asked_for_by_data_dir(hub):
+    tranches = ["helpful-base", "helpful-online", "helpful-rejection-sampled", "harmless-base"]
+    data = DataArguments(
+        dataset_name="Anthropic/hh-rlhf", dataset_subsets=tranches, dataset_revision="09be8c5"
+    )
+    for found in sources_of(data):
+        load_rows(found, "train", data.dataset_revision)
+    assert [call["data_dir"] for call in hub] == tranches
+    assert {(call["path"], call["revision"], call["split"]) for call in hub} == {
+        ("Anthropic/hh-rlhf", "09be8c5", "train")
+    }
+
+
+def test_a_split_that_the_hub_does_not_have_is_named(hub):
+    with pytest.raises(
+        MissingSplitError, match="has no split 'validation'; it has 'train', 'test'"
+    ) as caught:
+        load_rows(source("someone/preferences"), "validation")
+    assert caught.value.others == ["train", "test"]
+
+
+def test_a_set_that_the_hub_does_not_give_is_one_message(monkeypatch):
+    def fail(**_):
+        raise ConnectionError("Couldn't reach\nthe Hub")
+
+    monkeypatch.setattr(sources.hf_datasets, "load_dataset", fail)
+    with pytest.raises(DataError, match="'a/b' cannot be loaded from the Hub: Couldn't reach the Hub"):
+        load_rows(source("a/b"), "train")
+
+
+def test_a_full_disk_is_not_blamed_on_the_data(monkeypatch, tmp_path):
+    def fail(**_):
+        raise hf_datasets.exceptions.DatasetGenerationError("x") from OSError(errno.ENOSPC, "No space")
+
+    monkeypatch.setattr(sources.hf_datasets, "load_dataset", fail)
+    with pytest.raises(OSError, match="No space"):
+        load_rows(source(write_jsonl(tmp_path / "x.jsonl", ROWS)), "train")

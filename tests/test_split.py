@@ -1,0 +1,49 @@
+"""What is not among a split's comparisons is counted, and the sum is exact."""
+
+from collections import Counter
+
+import datasets as hf_datasets
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rm_recipe.split import Split, describe_counts, processes, set_excluded_apart
+
+REASONS = st.sampled_from(["", "", "empty_response", "too_long"])
+
+
+def split_of(reasons: list[str]) -> Split:
+    n = len(reasons)
+    columns = {"row": list(range(1, n + 1)), "subset": ["s"] * n, "excluded": reasons}
+    return Split(hf_datasets.Dataset.from_dict(columns), n)
+
+
+@given(st.lists(REASONS, min_size=1, max_size=30))
+def test_rows_are_comparisons_and_counted_reasons_and_nothing_else(reasons):
+    split = set_excluded_apart(split_of(reasons))
+    assert split.rows == len(split.comparisons) + split.excluded.total() == len(reasons)
+    assert split.excluded == Counter(filter(None, reasons))
+    assert split.comparisons["row"][:] == [n for n, reason in enumerate(reasons, 1) if not reason]
+    for reason, names in split.first_rows.items():
+        assert names == [f"s:{n}" for n, r in enumerate(reasons, 1) if r == reason][:5]
+
+
+def test_a_selection_counts_what_it_leaves_out():
+    split = set_excluded_apart(split_of(["", "too_long", "", ""]))
+    some = split.select(np.array([True, False, True]), "leaked_prompt")
+    assert some.column("row").tolist() == [1, 4]
+    assert some.excluded == {"too_long": 1, "leaked_prompt": 1}
+    assert some.rows == len(some.comparisons) + some.excluded.total()
+    assert split.excluded == {"too_long": 1}  # the whole is not changed
+    assert split.select(np.array([True] * 3), "leaked_prompt") is split
+
+
+def test_small_sets_take_one_process_and_large_ones_the_cores():
+    assert processes(1_000, None) is None
+    assert processes(1_000_000, None) >= 1
+    assert processes(10, 3) == 3
+
+
+def test_counts_are_told_on_one_line():
+    assert describe_counts(Counter(a=2, b=1)) == "2 a, 1 b"
+    assert describe_counts(Counter()) == "no rows"
