@@ -59,7 +59,7 @@ def check(
     context: typer.Context,
     recipe: RecipePath,
     data: Annotated[
-        bool, typer.Option("--data", help="Also examine the data: duplicates, leakage, lengths, losses.")
+        bool, typer.Option("--data", help="Also examine the data: duplicates, leakage, exclusions, lengths.")
     ] = False,
 ) -> None:
     """Check a recipe: its keys, values, model and data paths; with --data every comparison."""

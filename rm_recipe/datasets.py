@@ -24,10 +24,18 @@ HELD_OUT_SHARE = 0.1  # of the prompts, where a set has a train split only
 
 @dataclass(frozen=True)
 class Leakage:
-    """Train comparisons whose prompt is also held out: how many prompts and comparisons."""
+    """Train comparisons whose prompt is also held out.
+
+    Attributes:
+        prompts: how many different prompts.
+        comparisons: how many comparisons, of `of_comparisons` before sampling.
+        first_rows: the first of them, `SUBSET:ROW`.
+    """
 
     prompts: int
     comparisons: int
+    of_comparisons: int
+    first_rows: list[str]
 
 
 # --- splits ----------------------------------------------------------------------------------
@@ -51,7 +59,8 @@ def load_splits(recipe: Recipe) -> tuple[Split, Split, Leakage]:
     # Against all that is held out, so that no other sample of it meets what was trained on.
     keys = train.column("prompt_key")
     leaked = np.isin(keys, test.column("prompt_key"))
-    leakage = Leakage(len(np.unique(keys[leaked])), int(leaked.sum()))
+    first_rows = train.names(np.flatnonzero(leaked)[:FIRST_ROWS])
+    leakage = Leakage(len(np.unique(keys[leaked])), int(leaked.sum()), len(keys), first_rows)
     if data.leakage == "drop":
         train = train.select(~leaked, "leaked_prompt")
     if not len(train.comparisons):
@@ -61,13 +70,14 @@ def load_splits(recipe: Recipe) -> tuple[Split, Split, Leakage]:
     return sample(train, data.max_train_samples, seed), sample(test, data.max_eval_samples, seed), leakage
 
 
-def refuse_leakage(recipe: Recipe, train: Split, leakage: Leakage) -> None:
+def refuse_leakage(recipe: Recipe, leakage: Leakage) -> None:
     """Raises DataError where train prompts are also held out and `leakage` is `error`."""
     if leakage.comparisons and recipe.data.leakage == "error":
         raise DataError(
-            f"{leakage.comparisons} of {len(train.comparisons)} train comparisons have a prompt that is "
-            "also held out, so held-out accuracy would be too high; set 'leakage: drop' to leave them "
-            "out of training, or 'leakage: allow'"
+            f"{leakage.comparisons} of {leakage.of_comparisons} train comparisons (row "
+            f"{', '.join(leakage.first_rows)}{' ...' if leakage.comparisons > FIRST_ROWS else ''}) have a "
+            "prompt that is also held out, so held-out accuracy would be too high; set 'leakage: drop' to "
+            "leave them out of training, or 'leakage: allow'"
         )
 
 

@@ -37,6 +37,7 @@ def examine(recipe: Recipe, train: Split, test: Split, leakage: Leakage) -> dict
         "leakage": {
             "prompts": leakage.prompts,
             "comparisons": leakage.comparisons,
+            "first_rows": leakage.first_rows,
             "policy": data.leakage,
         },
     }
@@ -128,9 +129,10 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
     leakage = report["leakage"]
     if leakage["comparisons"]:
         what = {"drop": "left out of train", "allow": "trained on all the same", "error": "not allowed"}
+        more = " ..." if leakage["comparisons"] > len(leakage["first_rows"]) else ""
         console.print(
             f"Leakage: {leakage['comparisons']} train comparisons on {leakage['prompts']} held-out prompts, "
-            f"{what[leakage['policy']]}.",
+            f"{what[leakage['policy']]} (row {', '.join(leakage['first_rows'])}{more}).",
             highlight=False,
         )
 

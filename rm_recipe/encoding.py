@@ -56,7 +56,7 @@ def encode(
 
     Every conversation is tokenised whole, so that no tokenizer can merge across the end of the
     prompt. `drop_oldest_turns` leaves out the same oldest turns for all K, up to the last
-    question; `keep_end` cuts the same number of tokens off the front of the shared prefix.
+    question; `keep_end` cuts the same number of tokens off the front, and never into the replies.
 
     Raises:
         Excluded: `response_too_long` where a reply alone exceeds `max_length`, `too_long` where
@@ -184,8 +184,9 @@ def _fit(
     while max_length is not None and max(map(len, conversations)) > max_length:
         shorter = _drop_oldest_turn(prompt) if truncation == "drop_oldest_turns" else None
         if shorter is None:
+            question = _question_length(tokenizer, prompt, conversations)
             special = set(tokenizer.all_special_ids)
-            conversations = _cut_front(conversations, max_length, truncation, special)
+            conversations = _cut_front(conversations, question, max_length, truncation, special)
             break
         prompt = shorter
         again = _tokenize(tokenizer, [replace(comparison, prompt=prompt)])[0]
@@ -213,18 +214,27 @@ def _drop_oldest_turn(prompt: list[Message]) -> list[Message] | None:
     return [*system, *turns[starts[0] :]] if starts else None
 
 
-def _cut_front(
-    conversations: list[list[int]], max_length: int, truncation: str, special: set[int]
-) -> list[list[int]]:
-    """Cuts what is too much off the shared prefix, behind a special token that it starts with.
+def _question_length(
+    tokenizer: PreTrainedTokenizerBase, prompt: list[Message], conversations: list[list[int]]
+) -> int:
+    """Tokens before the replies, which the K replies' own common start is not among."""
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    alone = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return len(split_at_common_prefix([[*alone, -1], *conversations]).prefix)
 
-    An encoder reads its reward at that token.
+
+def _cut_front(
+    conversations: list[list[int]], question: int, max_length: int, truncation: str, special: set[int]
+) -> list[list[int]]:
+    """Cuts what is too much off the front, behind a special token that it starts with.
+
+    An encoder reads its reward at that token. The first `question` tokens may be cut, the replies
+    behind them never.
     """
-    over = max(map(len, conversations)) - max_length
-    encoded = split_at_common_prefix(conversations)
-    if max(map(len, encoded.rests)) > max_length:
+    longest = max(map(len, conversations))
+    if longest - question > max_length:
         raise Excluded("response_too_long")
-    kept = 1 if encoded.prefix and encoded.prefix[0] in special else 0
-    if truncation != "keep_end" or kept + over >= len(encoded.prefix):
+    over, kept = longest - max_length, 1 if conversations[0][0] in special else 0
+    if truncation != "keep_end" or kept + over >= question:
         raise Excluded("too_long")
     return [ids[:kept] + ids[kept + over :] for ids in conversations]

@@ -58,8 +58,7 @@ def run(recipe_path: Path, overrides: Sequence[str], *, overwrite: bool = False)
     else:
         stage("train", "resuming" if before else str(recipe_path))
         # What is wrong with the data is said here, with its own exit code.
-        _, train_split, _, leakage = load_data(recipe)
-        refuse_leakage(recipe, train_split, leakage)
+        refuse_leakage(recipe, load_data(recipe)[-1])
         launch_training(recipe, recipe_path, overrides, "--resume" if before else "--overwrite")
 
     evaluation = read_evaluation(folder)

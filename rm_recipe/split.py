@@ -51,6 +51,11 @@ class Split:
         """A column of numbers as an array."""
         return np.asarray(arrow_column(self.comparisons, name).to_numpy())
 
+    def names(self, indices: NDArray[np.int64]) -> list[str]:
+        """`SUBSET:ROW` of the comparisons with these numbers."""
+        rows = self.comparisons.select_columns(["subset", "row"]).select(indices)
+        return [f"{row['subset']}:{row['row']}" if row["subset"] else str(row["row"]) for row in rows]
+
     def select(self, kept: NDArray[np.bool_], reason: str) -> "Split":
         """The comparisons that `kept` marks; the others count under `reason`."""
         return self.take(np.flatnonzero(kept), reason)
@@ -73,10 +78,7 @@ def set_excluded_apart(split: Split) -> Split:
     found = Counter({v["values"]: v["counts"] for v in pc.value_counts(reasons).to_pylist() if v["values"]})
     first_rows = dict(split.first_rows)
     for reason in found:
-        numbers = np.flatnonzero(pc.equal(reasons, reason).to_numpy())[:FIRST_ROWS]
-        rows = split.comparisons.select(numbers)
-        names = [f"{s}:{r}" if s else str(r) for s, r in zip(rows["subset"], rows["row"], strict=True)]
-        first_rows[reason] = names
+        first_rows[reason] = split.names(np.flatnonzero(pc.equal(reasons, reason).to_numpy())[:FIRST_ROWS])
     comparisons = split.comparisons
     if found:
         comparisons = comparisons.select(np.flatnonzero(pc.equal(reasons, "").to_numpy()))

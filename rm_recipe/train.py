@@ -41,7 +41,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> N
     checkpoint = check_run_folder(recipe, resume=resume, overwrite=overwrite)
     tokenizer, train_split, test_split, leakage = load_data(recipe)
     report = report_data(recipe, train_split, test_split, leakage)
-    refuse_leakage(recipe, train_split, leakage)
+    refuse_leakage(recipe, leakage)
     model, new_modules = load_model(recipe, tokenizer)
     claim_run_folder(recipe, overwrite=overwrite)  # not before: what fails above leaves nothing
     if report is not None:
@@ -186,7 +186,7 @@ def check_data(recipe: Recipe) -> Path:
     _, train_split, test_split, leakage = load_data(recipe)
     target = recipe.output_dir / DATA_REPORT
     write_json(target, report_data(recipe, train_split, test_split, leakage))
-    refuse_leakage(recipe, train_split, leakage)
+    refuse_leakage(recipe, leakage)
     return target
 
 

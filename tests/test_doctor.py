@@ -66,7 +66,7 @@ def test_every_flaw_is_counted_with_its_row(write_recipe, flawed):
         "exclude": {"truncated": 0, "excluded": 3},
         "cut_end": {"truncated": 3, "identical": 2},
     }
-    assert report["leakage"] == {"prompts": 1, "comparisons": 1, "policy": "allow"}
+    assert report["leakage"] == {"prompts": 1, "comparisons": 1, "first_rows": ["6"], "policy": "allow"}
 
 
 def test_the_report_has_the_contracts_keys_and_its_sums(write_recipe, flawed):
@@ -117,7 +117,7 @@ def test_the_table_fits_80_columns_and_tells_what_was_found(write_recipe, flawed
     printed = console.export_text()
     assert max(map(len, printed.splitlines())) <= 80
     assert "train, response_too_long: row 9" in printed
-    assert "Leakage: 1 train comparisons on 1 held-out prompts, left out of train." in printed
+    assert "Leakage: 1 train comparisons on 1 held-out prompts, left out of train (row 6)." in printed
     assert "drop_oldest_turns (this recipe)" in printed
     assert "pairs in them" not in printed
     path = write_jsonl(write_recipe().parent / "r.jsonl", rows)
@@ -139,10 +139,12 @@ def test_check_writes_the_report_and_training_may_follow_in_the_same_folder(writ
 
 def test_check_writes_the_report_although_leakage_stops_training(write_recipe, flawed, tmp_path):
     recipe = read_recipe(write_recipe(**flawed))
-    with pytest.raises(DataError, match="1 of 9 train comparisons have a prompt that is also held out"):
+    with pytest.raises(
+        DataError, match="1 of 11 train comparisons .row 6. have a prompt that is also held out"
+    ):
         check_data(recipe)
     report = json.loads((tmp_path / "run" / "data_report.json").read_text())
-    assert report["leakage"] == {"prompts": 1, "comparisons": 1, "policy": "error"}
+    assert report["leakage"] == {"prompts": 1, "comparisons": 1, "first_rows": ["6"], "policy": "error"}
     with pytest.raises(DataError, match="also held out"):
         train(recipe)
     assert not (tmp_path / "run" / "recipe.yaml").exists()  # nothing was started

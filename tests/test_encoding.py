@@ -82,6 +82,15 @@ def test_ties_may_read_the_same_and_others_may_not(tiny_distilbert):
         encode(tokenizer, Comparison(turns("hi"), ["good", "Good"]), None)
 
 
+@pytest.mark.parametrize("replies", [["far " * 40 + "good", "far " * 40 + "bad"], ["far " * 40]])
+@pytest.mark.parametrize("truncation", TRUNCATIONS)
+def test_what_replies_have_in_common_is_not_cut_as_if_it_were_the_question(tiny_llama, replies, truncation):
+    """Also for one reply alone, as `score` encodes it: all of it is common to all there are."""
+    tokenizer = load_tokenizer(str(tiny_llama))
+    with pytest.raises(Excluded, match="response_too_long"):
+        encode(tokenizer, Comparison(turns("hello"), replies), 40, truncation)
+
+
 def test_k_conversations_lose_the_same_turns(tiny_llama):
     tokenizer = load_tokenizer(str(tiny_llama))
     replies = ["good", "bad " * 10, "far"]

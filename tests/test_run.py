@@ -118,7 +118,7 @@ def test_leakage_ends_a_run_with_exit_code_2_and_nothing_started(finished, tmp_p
         cwd=finished[0],
     )  # fmt: skip
     assert result.returncode == 2
-    assert "64 of 64 train comparisons have a prompt that is also held out" in result.stderr
+    assert "64 of 64 train comparisons (row 1, 2, 3, 4, 5 ...) have a prompt that is also" in result.stderr
     assert not (tmp_path / "r").exists()
 
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import write_jsonl
 from trl import ModelConfig
 
 from rm_recipe import RewardModel
@@ -105,6 +106,15 @@ def test_an_item_too_long_for_the_model_is_named(model):
     model.max_length = 10
     with pytest.raises(DataError, match="item 1: too long .at most 10 tokens."):
         model.score([{"prompt": "far away " * 20, "response": "yes"}])
+
+
+def test_a_line_too_long_for_the_model_is_named_with_its_file(model, tmp_path, monkeypatch):
+    model.max_length = 60
+    monkeypatch.setattr(RewardModel, "from_pretrained", lambda _: model)
+    source = write_jsonl(tmp_path / "in.jsonl", [*ITEMS, {"prompt": "hello", "response": "far " * 200}])
+    with pytest.raises(DataError, match=rf"in.jsonl, line {len(ITEMS) + 1}: response too long .at most 60"):
+        score_file("m", source, tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 @pytest.mark.parametrize(
