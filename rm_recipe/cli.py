@@ -69,7 +69,7 @@ def check(
     if data:
         from rm_recipe.train import check_data
 
-        print(f"report: {check_data(parsed)}")
+        check_data(parsed)
     print(f"{recipe}: fine; it would train {parsed.model.model_name_or_path} into {parsed.output_dir}")
 
 

@@ -56,6 +56,9 @@ def load_splits(recipe: Recipe) -> tuple[Split, Split, Leakage]:
     test = load_held_out(data, recipe.training.dataset_num_proc)
     if share is not None:
         train = train.select(~held_out(train, share), "held_out")
+    faults = np.array(train.comparisons["margin_fault"][:])
+    for reason in sorted(set(faults) - {""}):
+        train = train.select(np.array(train.comparisons["margin_fault"][:]) != reason, reason, named=True)
     # Against all that is held out, so that no other sample of it meets what was trained on.
     keys = train.column("prompt_key")
     leaked = np.isin(keys, test.column("prompt_key"))
@@ -105,17 +108,18 @@ def hold_out_share(data: DataArguments) -> float | None:
     """
     if data.test_split_size is not None:
         return data.test_split_size
-    there = {
-        source.path: sources.has_split(source, data.dataset_test_split, data.dataset_revision)
-        for source in sources.sources_of(data)
-    }
-    if len(set(there.values())) > 1:
-        without = next(path for path, has in there.items() if not has)
+    found = sources.sources_of(data)
+    there = [sources.has_split(source, data.dataset_test_split, data.dataset_revision) for source in found]
+    if all(there):
+        return None
+    if any(there):
+        without = found[there.index(False)]
+        name = "/".join(filter(None, [without.path, without.data_dir]))
         raise DataError(
-            f"'{without}' has no split '{data.dataset_test_split}' and others have; set 'test_split_size' "
+            f"'{name}' has no split '{data.dataset_test_split}' and others have; set 'test_split_size' "
             "to hold out that share of all prompts"
         )
-    return None if all(there.values()) else HELD_OUT_SHARE
+    return HELD_OUT_SHARE
 
 
 def held_out(split: Split, share: float) -> NDArray[np.bool_]:
@@ -164,7 +168,6 @@ def load_split(
         sum(part.rows for part in parts),
         sum((part.excluded for part in parts), Counter()),
         {reason: names[:FIRST_ROWS] for reason, names in first_rows.items()},
-        sum(part.differing_prompts for part in parts),
     )
     if not len(result.comparisons):
         name = " and ".join(dict.fromkeys(source.path for source in found))

@@ -4,12 +4,12 @@
 the comparisons that the recipe would use: after sampling, with the model's own tokenizer.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -53,13 +53,11 @@ def examine_split(split: Split, truncation: str, num_proc: int | None = None) ->
         `shared_prefix_share` is the part of all tokens that encoding prompts once saves.
     """
     fates = _count_fates(split)
-    prefixes, each, lengths = _token_counts(split)
-    ranks = split.comparisons["ranks"][:]
-    plain = int((prefixes * each).sum() + lengths.sum())
+    counts = _count_tokens(split)
     return {
         "rows": split.rows,
         "comparisons": len(split.comparisons),
-        "pairs": len(metrics.pair_indices(ranks)[0]),
+        "pairs": int(counts["pairs"]),
         "excluded": dict(split.excluded),
         "first_rows": split.first_rows,
         "differing_prompts": split.differing_prompts,
@@ -72,8 +70,11 @@ def examine_split(split: Split, truncation: str, num_proc: int | None = None) ->
         }
         | {CUT_END: {"truncated": fates[CUT_END].total(), "identical": fates[CUT_END]["identical"]}},
         "identical_after_truncation": split.excluded["identical_after_tokenization"],
-        "baselines": metrics.length_baselines(lengths, ranks),
-        "shared_prefix_share": 1 - int(prefixes.sum() + lengths.sum()) / plain,
+        "baselines": {
+            "longer_wins": counts["longer_wins"] / len(split.comparisons),
+            "shorter_wins": 1 - counts["longer_wins"] / len(split.comparisons),
+        },
+        "shared_prefix_share": 1 - counts["shared"] / counts["plain"],
         "tokens": _percentiles(split),
     }
 
@@ -88,15 +89,19 @@ def _count_fates(split: Split) -> dict[str, Counter[str]]:
     }
 
 
-def _token_counts(split: Split) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Tokens of each prefix and responses of each comparison, `(n,)`; tokens of each response."""
-    parts = []
-    for rows in split.comparisons.select_columns(["prefix", "rests"]).with_format("arrow").iter(10_000):
-        rests = rows["rests"]
-        counts = (pc.list_value_length(column) for column in (rows["prefix"], rests, pc.list_flatten(rests)))
-        parts.append([column.to_numpy().astype(np.int64) for column in counts])
-    prefixes, each, lengths = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-    return prefixes, each, lengths
+def _count_tokens(split: Split) -> dict[str, float]:
+    """Tokens with prompts encoded once and for each response; pairs; comparisons that the longer wins."""
+    counts: dict[str, float] = defaultdict(float)
+    columns = split.comparisons.select_columns(["prefix", "rests", "ranks"]).with_format("arrow")
+    for rows in columns.iter(10_000):  # as many at a time, so that memory stays flat
+        prefixes, each = (pc.list_value_length(rows[name]).to_numpy() for name in ("prefix", "rests"))
+        lengths = pc.list_value_length(pc.list_flatten(rows["rests"])).to_numpy()
+        ranks = rows["ranks"].to_pylist()
+        counts["shared"] += int(prefixes.sum() + lengths.sum())
+        counts["plain"] += int((prefixes.astype(np.int64) * each).sum() + lengths.sum())
+        counts["pairs"] += len(metrics.pair_indices(ranks)[0])
+        counts["longer_wins"] += float(metrics.pairwise_agreement(lengths, ranks).sum())
+    return counts
 
 
 def _percentiles(split: Split) -> dict[str, int]:
@@ -111,6 +116,7 @@ def _percentiles(split: Split) -> dict[str, int]:
 def print_report(report: dict[str, Any], console: Console | None = None) -> None:
     """The report as a table of 80 columns at most, and what it says of leakage, in words."""
     console = console or Console()
+    say = partial(console.print, soft_wrap=True, highlight=False, markup=False)
     splits = report["splits"]
     table = Table(title="Data", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("")
@@ -122,18 +128,17 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
     for name, figures in splits.items():
         for reason, rows in figures["first_rows"].items():
             more = " ..." if figures["excluded"][reason] > len(rows) else ""
-            console.print(f"{name}, {reason}: row {', '.join(rows)}{more}", soft_wrap=True, highlight=False)
+            say(f"{name}, {reason}: row {', '.join(rows)}{more}")
     if report["held_out_by_prompt"] is not None:
         share = report["held_out_by_prompt"]
-        console.print(f"Held out: {share:.0%} of the prompts, with all their comparisons.", highlight=False)
+        say(f"Held out: {share:.0%} of the prompts, with all their comparisons.")
     leakage = report["leakage"]
     if leakage["comparisons"]:
         what = {"drop": "left out of train", "allow": "trained on all the same", "error": "not allowed"}
         more = " ..." if leakage["comparisons"] > len(leakage["first_rows"]) else ""
-        console.print(
+        say(
             f"Leakage: {leakage['comparisons']} train comparisons on {leakage['prompts']} held-out prompts, "
-            f"{what[leakage['policy']]} (row {', '.join(leakage['first_rows'])}{more}).",
-            highlight=False,
+            f"{what[leakage['policy']]} (row {', '.join(leakage['first_rows'])}{more})."
         )
 
 

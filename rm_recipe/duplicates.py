@@ -5,20 +5,21 @@ sets of three-word sequences overlap by `SIMILAR` or more (Jaccard). Sketches li
 and are compared band by band, so memory stays flat where a hash table of a million would not.
 """
 
-import inspect
 import re
 import sys
 from typing import Any
 from zlib import crc32
 
 import datasets as hf_datasets
+import datasketch
 import numpy as np
-from datasets.fingerprint import Hasher
 from datasketch import MinHash
 from numpy.typing import NDArray
 
+from rm_recipe import parsing
 from rm_recipe.parsing import normalise, normalised_prompt, text_key
-from rm_recipe.split import Split, processes
+from rm_recipe.passes import run_pass
+from rm_recipe.split import Split
 
 SIMILAR = 0.8
 SKETCH = 64  # numbers a sketch: Jaccard to within 0.05 (one standard error) at 0.8
@@ -42,20 +43,21 @@ def count_duplicates(split: Split, num_proc: int | None = None) -> dict[str, int
         those, a text like an earlier one's; `contradictory`: exact ones that prefer another
         response; `repeated_prompts`: any that has an earlier one's prompt.
     """
-    columns = split.comparisons.select_columns(["prompt", "responses"])
-    marked = columns.map(
+    columns = split.comparisons.select_columns(["prompt", "responses", "ranks"])
+    features = {
+        "key": hf_datasets.Value("int64"),
+        "verdict": hf_datasets.Value("int64"),
+        "sketch": hf_datasets.List(hf_datasets.Value("uint32"), length=SKETCH),
+    }
+    depends_on = [sys.modules[__name__], parsing, datasketch.__version__]
+    marked = run_pass(
+        columns,
         _mark,
+        "Looking for duplicates",
+        features,
+        depends_on,
+        num_proc,
         remove_columns=columns.column_names,
-        num_proc=processes(len(columns), num_proc),
-        new_fingerprint=Hasher.hash([columns._fingerprint, inspect.getsource(sys.modules[__name__])]),
-        desc="Looking for duplicates",
-        features=hf_datasets.Features(
-            {
-                "key": hf_datasets.Value("int64"),
-                "verdict": hf_datasets.Value("int64"),
-                "sketch": hf_datasets.List(hf_datasets.Value("uint32"), length=SKETCH),
-            }
-        ),
     )
     n = len(marked)
     marks = Split(marked, n)
@@ -75,9 +77,10 @@ def _mark(row: dict[str, Any]) -> dict[str, Any]:
     responses = [normalise(response) for response in row["responses"]]
     minhash = _EMPTY.copy()
     minhash.update_batch(list(shingles(" ".join([*prompt, *sorted(responses)]))))
+    ranked = [f"{rank} {response}" for rank, response in zip(row["ranks"], responses, strict=True)]
     return {
         "key": text_key([*prompt, *sorted(responses)]),
-        "verdict": text_key([*prompt, *responses]),
+        "verdict": text_key([*prompt, *sorted(ranked)]),
         "sketch": minhash.hashvalues,
     }
 

@@ -3,22 +3,24 @@
 `tokenize` is the second of two cached passes over a data set; the first is `parsing`.
 """
 
-import inspect
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets as hf_datasets
-from datasets.fingerprint import Hasher
+import jinja2
+import tokenizers
+import transformers
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from rm_recipe import batching, preferences, tokenization
 from rm_recipe.batching import Encoded, split_at_common_prefix
 from rm_recipe.errors import DataError
+from rm_recipe.passes import run_pass
 from rm_recipe.preferences import Comparison, Excluded, Message
-from rm_recipe.split import Split, describe_counts, processes, set_excluded_apart
+from rm_recipe.split import Split, describe_counts, set_excluded_apart
 from rm_recipe.tokenization import render
 
 
@@ -116,10 +118,10 @@ def tokenize(
     Raises:
         DataError: nothing is left.
     """
-    ours = (sys.modules[__name__], tokenization, batching, preferences)
-    modules = [inspect.getsource(module) for module in ours]
     backend = tokenizer.backend_tokenizer.to_str()
-    settings = [tokenizer.chat_template, max_length, truncation]
+    versions = [tokenizers.__version__, transformers.__version__, jinja2.__version__]
+    named = {key: str(token) for key, token in tokenizer.special_tokens_map.items()}  # templates read them
+    settings = [backend, tokenizer.chat_template, named, max_length, truncation, versions]
     text = hf_datasets.Value("string")
     ids = hf_datasets.List(hf_datasets.Value("int32"))
     added = {
@@ -143,13 +145,14 @@ def tokenize(
             "excluded": [r.reason for r in results],
         }
 
-    encoded = split.comparisons.map(
+    encoded = run_pass(
+        split.comparisons,
         encode,
+        "Tokenising",
+        {**split.comparisons.features, **added},
+        [*settings, sys.modules[__name__], tokenization, batching, preferences],
+        num_proc,
         batched=True,
-        num_proc=processes(len(split.comparisons), num_proc),
-        new_fingerprint=Hasher.hash([split.comparisons._fingerprint, backend, settings, modules]),
-        desc="Tokenising",
-        features=hf_datasets.Features({**split.comparisons.features, **added}),
     )
     result = set_excluded_apart(replace(split, comparisons=encoded, tokenized=encoded))
     if not len(result.comparisons):
@@ -165,7 +168,7 @@ def _tokenize(
     for comparison in comparisons:
         try:
             texts.append([render(tokenizer, messages) for messages in comparison.conversations()])
-        except TemplateError:  # such as one that wants user and assistant to alternate
+        except (TemplateError, TypeError):  # such as one that wants user and assistant to alternate
             texts.append(None)
     # Past the wrapper, whose own work for each text takes as long again as the tokenizer's.
     flat = [text for group in texts for text in group or ()]

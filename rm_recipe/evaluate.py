@@ -118,7 +118,8 @@ def summarise(
 ) -> dict[str, Any]:
     """The figures of `evaluation.json` for the rewards (best first) of each comparison.
 
-    Each comparison weighs 1. Lengths are token counts of the responses, which share their prompt.
+    In accuracy, loss, margin and baselines each comparison weighs 1; ties, calibration and the length
+    figures count pairs. Lengths are token counts of the responses, which share their prompt.
     """
     flat = np.concatenate(rewards).astype(float)
     lengths = np.array([len(rest) for comparison in encoded for rest in comparison.rests])

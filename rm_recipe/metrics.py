@@ -108,8 +108,8 @@ def expected_calibration_error(
 ) -> tuple[float, list[dict[str, float]]]:
     """How far sigmoid(|margin|), the model's confidence, is from how often it is right.
 
-    Comparisons are put into `n_bins` equal bins of confidence between 0.5 and 1; the error is the
-    mean over comparisons of |mean confidence - accuracy| of their bin (Guo et al. 2017,
+    Pairs are put into `n_bins` equal bins of confidence between 0.5 and 1; the error is the
+    mean over pairs of |mean confidence - accuracy| of their bin (Guo et al. 2017,
     arXiv 1706.04599, equation 3).
 
     Returns:

@@ -1,37 +1,36 @@
 """Rows of a source to comparisons: the first of two cached passes over a data set."""
 
 import hashlib
-import inspect
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import datasets as hf_datasets
-import pyarrow.compute as pc
-from datasets.fingerprint import Hasher
 from trl.scripts.utils import DatasetConfig
 
 from rm_recipe import preferences, sources, transcripts
 from rm_recipe.errors import DataError
+from rm_recipe.json_files import JSON, NUMBER, decode
+from rm_recipe.passes import run_pass
 from rm_recipe.preferences import Excluded, Malformed, Message
-from rm_recipe.split import Split, arrow_column, processes, set_excluded_apart
+from rm_recipe.split import Split, set_excluded_apart
 
-MALFORMED = "malformed: "
+PEEK = 1000  # rows of a JSON file that say which columns it has
+_WANTED = set().union(*preferences.SHAPES) | {"subset"}
 
 _TEXT = hf_datasets.Value("string")
-_PARSED = hf_datasets.Features(
-    {
-        "prompt": hf_datasets.List({"role": _TEXT, "content": _TEXT}),
-        "responses": hf_datasets.List(_TEXT),
-        "ranks": hf_datasets.List(hf_datasets.Value("int32")),
-        "margins": hf_datasets.List(hf_datasets.Value("float64")),
-        "subset": _TEXT,
-        "row": hf_datasets.Value("int64"),
-        "prompt_key": hf_datasets.Value("int64"),
-        "prompts_differ": hf_datasets.Value("bool"),
-        "excluded": _TEXT,
-    }
-)
+_PARSED = {
+    "prompt": hf_datasets.List({"role": _TEXT, "content": _TEXT}),
+    "responses": hf_datasets.List(_TEXT),
+    "ranks": hf_datasets.List(hf_datasets.Value("int32")),
+    "margins": hf_datasets.List(hf_datasets.Value("float64")),
+    "subset": _TEXT,
+    "margin_fault": _TEXT,
+    "row": hf_datasets.Value("int64"),
+    "prompt_key": hf_datasets.Value("int64"),
+    "prompts_differ": hf_datasets.Value("bool"),
+    "excluded": _TEXT,
+}
 
 
 def parse_rows(
@@ -43,70 +42,93 @@ def parse_rows(
     margin_map: dict[str | int, float] | None,
     num_proc: int | None,
 ) -> Split:
-    """The comparisons of one source; its own columns give way to `_PARSED`."""
-    columns = set(rows.column_names)
+    """The comparisons of one source; its own columns give way to `_PARSED`.
+
+    Raises:
+        DataError: the columns are not those of comparisons, or a row is malformed.
+    """
+    file = sources.find_file(source, split)
+    place, unit = f"'{file or source.path}'", "line" if file and ".jsonl" in file.suffixes else "row"
+    place = place if file else f"{place}, split '{split}'"
+    columns = _columns(rows, place, unit)
+    if source.columns is not None:
+        missing = set(source.columns) - set(columns)
+        if missing:
+            raise DataError(f"{place} has no column {', '.join(sorted(missing))} ('columns')")
+        columns = list(source.columns)
     if not preferences.is_comparison_shape(columns):
-        has = ", ".join(rows.column_names) or "none"
-        raise DataError(
-            f"'{source.path}', split '{split}': its columns are {has}; rm_recipe needs "
-            f"{preferences.SHAPES_IN_WORDS}"
-        )
+        has = ", ".join(columns) or "none"
+        raise DataError(f"{place}: its columns are {has}; rm_recipe needs {preferences.SHAPES_IN_WORDS}")
     if margin_column is not None and margin_column not in columns:
-        raise DataError(f"'{source.path}', split '{split}' has no column '{margin_column}' (margin_column)")
-    wanted = set().union(*preferences.SHAPES) | {"subset", margin_column}
-    rows = rows.select_columns([column for column in rows.column_names if column in wanted])
+        raise DataError(f"{place} has no column '{margin_column}' (margin_column)")
+    empty = dict.fromkeys(column for column in columns if column in _WANTED | {margin_column})
+    if JSON not in rows.column_names:
+        rows = rows.select_columns(list(empty))
 
     def parse(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         parsed = []
         for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
             row = dict(zip(batch, values, strict=True))
-            row["subset"] = row.get("subset") or subset
-            parsed.append(_parsed_row(row, index, margin_column, margin_map))
+            number = row.get(NUMBER, index + 1) if JSON in row else index + 1
+            try:
+                row = decode(row[JSON]) if JSON in row else row
+                row = empty | {key: value for key, value in row.items() if key in empty}
+                row["subset"] = row.get("subset") or subset
+                parsed.append(_parsed_row(row, number, margin_column, margin_map))
+            except (Malformed, ValueError) as fault:
+                raise DataError(f"{place}, {unit} {number}: {fault}") from None
         return {name: [row[name] for row in parsed] for name in _PARSED}
 
-    modules = [inspect.getsource(m) for m in (sys.modules[__name__], preferences, transcripts)]
+    ours = [sys.modules[__name__], preferences, transcripts]
     try:
-        parsed = rows.map(
+        parsed = run_pass(
+            rows,
             parse,
+            "Parsing",
+            _PARSED,
+            [subset, margin_column, margin_map, source.columns, *ours],
+            num_proc,
             batched=True,
             with_indices=True,
             remove_columns=rows.column_names,
-            new_fingerprint=Hasher.hash([rows._fingerprint, subset, margin_column, margin_map, modules]),
-            num_proc=processes(len(rows), num_proc),
-            desc="Parsing",
-            features=_PARSED,
         )
-    except UnicodeDecodeError as error:  # the reader lets it through, Python's text does not
-        file = sources.find_file(source, split)
-        raise DataError(f"'{file or source.path}' cannot be read: {sources.explain(error, file)}") from None
-    differing = int(pc.sum(arrow_column(parsed, "prompts_differ")).as_py() or 0)
-    result = set_excluded_apart(
-        Split(parsed.remove_columns("prompts_differ"), len(parsed), differing_prompts=differing)
-    )
-    for reason, names in result.first_rows.items():
-        if reason.startswith(MALFORMED):
-            row = names[0].rpartition(":")[2]
-            file = sources.find_file(source, split) or source.path
-            raise DataError(f"'{file}', row {row}: {reason.removeprefix(MALFORMED)}")
-    return result
+    except UnicodeDecodeError:  # its reader lets it through, Python's text does not
+        raise DataError(f"{place}: not UTF-8 text") from None
+    return set_excluded_apart(Split(parsed, len(parsed)))
+
+
+def _columns(rows: hf_datasets.Dataset, place: str, unit: str) -> list[str]:
+    """The names of the columns: of JSON, those of its first rows."""
+    if JSON not in rows.column_names:
+        return list(rows.column_names)
+    names: dict[str, None] = {}
+    for row in rows.select(range(min(PEEK, len(rows)))):
+        try:
+            names |= dict.fromkeys(decode(row[JSON]))
+        except ValueError as fault:
+            raise DataError(f"{place}, {unit} {row[NUMBER]}: {fault}") from None
+    return list(names)
 
 
 def _parsed_row(
-    row: dict[str, Any], index: int, margin_column: str | None, margin_map: dict[str | int, float] | None
+    row: dict[str, Any], number: int, margin_column: str | None, margin_map: dict[str | int, float] | None
 ) -> dict[str, Any]:
     """The comparison's columns, or empty ones and the reason."""
     result = {
-        "prompt": [], "responses": [], "ranks": [], "margins": [], "subset": str(row["subset"]),
-        "row": index + 1, "prompt_key": 0, "prompts_differ": preferences.prompts_differ(row), "excluded": "",
+        "prompt": [], "responses": [], "ranks": [], "margins": [], "margin_fault": "",
+        "subset": str(row["subset"]), "row": number, "prompt_key": 0,
+        "prompts_differ": preferences.prompts_differ(row), "excluded": "",
     }  # fmt: skip
     try:
-        comparison = preferences.parse_row(row, margin_column, margin_map)
+        try:
+            comparison = preferences.parse_row(row, margin_column, margin_map)
+        except Excluded as excluded:  # without its margin it may be held out, not trained on
+            if excluded.reason not in preferences.MARGIN_REASONS:
+                raise
+            result["margin_fault"] = excluded.reason
+            comparison = preferences.parse_row(row)
     except Excluded as excluded:
         return {**result, "excluded": excluded.reason}
-    except Malformed as fault:
-        column, expected, value = fault.args
-        found = f"{type(value).__name__} {str(value)[:60]!r}"
-        return {**result, "excluded": f"{MALFORMED}column '{column}' should be {expected}, not {found}"}
     for name in ("prompt", "responses", "ranks", "margins"):
         result[name] = getattr(comparison, name)
     return {**result, "prompt_key": text_key(normalised_prompt(comparison.prompt))}

@@ -21,6 +21,9 @@ SHAPES: tuple[set[str], ...] = (
     {"prompt", "responses", "scores"},
     {"instruction", "completions"},  # UltraFeedback as published
 )
+MARGIN_REASONS = ("missing_margin", "negative_margin")  # why a comparison cannot be trained on
+ROLES = ("system", "user", "assistant", "tool")
+
 SHAPES_IN_WORDS = "chosen and rejected (and perhaps prompt), or prompt, responses and ranks or scores"
 
 
@@ -34,6 +37,10 @@ class Excluded(Exception):  # noqa: N818 - a verdict on a row, no error of the p
 
 class Malformed(Exception):  # noqa: N818 - becomes a DataError with file and row
     """A value of the wrong type; the arguments are its column, what was expected, and the value."""
+
+    def __str__(self) -> str:
+        column, expected, value = self.args
+        return f"column '{column}' should be {expected}, not {type(value).__name__} {str(value)[:60]!r}"
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,8 @@ def parse_row(
 
     Args:
         margin_column: where the margins stand: a number, a category of `margin_map`, or for
-            rankings also a number for each response, whose differences are the margins.
+            rankings also a number for each response, whose differences are the margins. A margin
+            below 0 would reward being wrong.
 
     Raises:
         Excluded: with the reason.
@@ -110,8 +118,8 @@ def parse_row(
         prompt, responses, levels = _pair(row)
     else:
         prompt, responses, levels = _ranking(row)
-    if not any(message["content"].strip() for message in prompt):
-        raise Excluded("empty_prompt")
+    check_prompt(prompt)
+    check_unicode([*(message["content"] for message in prompt), *responses])
     if not all(response.strip() for response in responses):
         raise Excluded("empty_response")
     order = sorted(range(len(responses)), key=lambda i: levels[i])
@@ -188,18 +196,23 @@ def _margins(
     if value is None:
         raise Excluded("missing_margin")
     if categories is not None:
-        known = {str(name): margin for name, margin in categories.items()}
-        if str(value) not in known:
-            raise Malformed(column, f"one of margin_map's {', '.join(known)}", value)
-        value = known[str(value)]
-    if isinstance(value, list) and len(value) == len(order) > 2 and all(map(_is_number, value)):
-        margins = [float(value[order[i]] - value[order[j]]) for i, j in pairs]
+        found = [m for name, m in categories.items() if name == value or str(name) == str(value)]
+        if not found:
+            raise Malformed(column, f"one of margin_map's {', '.join(map(str, categories))}", value)
+        value = found[0]
+    if isinstance(value, list) and all(_is_number(number) or number is None for number in value):
+        if len(value) != len(order) or None in value:
+            raise Excluded("missing_margin")
+        sign = -1 if column == "ranks" else 1  # where the lowest is best
+        margins = [float(sign * (value[order[i]] - value[order[j]])) for i, j in pairs]
     elif _is_number(value):
         margins = [float(value)] * len(pairs)
     else:
         raise Malformed(column, "a number, or a category and 'margin_map' in the recipe", value)
     if not all(map(math.isfinite, margins)):
         raise Excluded("missing_margin")
+    if min(margins) < 0:
+        raise Excluded("negative_margin")
     return margins
 
 
@@ -214,6 +227,22 @@ def prompts_differ(row: Mapping[str, Any]) -> bool:
     return before_last_reply(chosen) != before_last_reply(rejected)
 
 
+def check_prompt(prompt: list[Message]) -> None:
+    """Raises Excluded for a prompt that asks nothing, or that has been answered already."""
+    if not any(message["content"].strip() for message in prompt if message["role"] == "user"):
+        raise Excluded("empty_prompt")
+    if prompt[-1]["role"] == "assistant":
+        raise Excluded("prompt_ends_with_reply")
+
+
+def check_unicode(texts: Sequence[str]) -> None:
+    """Raises Excluded for half a surrogate pair, which JSON can hold and no tokenizer can read."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        raise Excluded("invalid_text") from None
+
+
 # --- values ----------------------------------------------------------------------------------
 
 
@@ -221,7 +250,7 @@ def as_messages(value: Any, column: str = "prompt") -> list[Message]:
     """A prompt's messages; a text means one user message.
 
     Raises:
-        Excluded: `not_messages`, where a message has no role or no content.
+        Excluded: `not_messages` where a message has no role or no content, `unknown_role`.
         Malformed: neither a text nor a list of messages.
     """
     if isinstance(value, str):
@@ -231,6 +260,8 @@ def as_messages(value: Any, column: str = "prompt") -> list[Message]:
     messages = [{"role": m.get("role"), "content": m.get("content")} for m in value]
     if not all(isinstance(text, str) for message in messages for text in message.values()):
         raise Excluded("not_messages")
+    if any(message["role"] not in ROLES for message in messages):
+        raise Excluded("unknown_role")  # a template may pass over it and its text
     return messages
 
 
@@ -243,7 +274,7 @@ def _split_reply(column: str, value: Any) -> tuple[list[Message], str]:
 
 def _transcript(text: str) -> list[Message]:
     try:
-        return parse_transcript(text)
+        return parse_transcript(text.replace("\r\n", "\n"))
     except ValueError:
         raise Excluded("not_a_transcript") from None
 

@@ -4,6 +4,7 @@ Every check returns its faults as text; `recipe.read_recipe` collects them all.
 """
 
 import difflib
+import math
 import typing
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +23,7 @@ from rm_recipe.recipe_keys import (
 POSITIVE = (
     "learning_rate", "per_device_train_batch_size", "per_device_eval_batch_size",
     "gradient_accumulation_steps", "max_length", "lora_r", "lora_alpha", "num_train_epochs",
-    "max_train_samples", "max_eval_samples",
+    "max_train_samples", "max_eval_samples", "dataset_num_proc",
 )  # fmt: skip
 
 
@@ -38,6 +39,8 @@ def cross_faults(values: dict[str, Any], given: dict[str, Any]) -> list[str]:
     if not given.get("dataset_name") and not given.get("datasets"):
         faults.append("'dataset_name' is missing: a file, a folder or a Hub id")
     faults += mixture_faults(values)
+    if any(margin < 0 for margin in (values.get("margin_map") or {}).values()):
+        faults.append("'margin_map': a margin below 0 would reward being wrong")
     if values.get("margin_map") and not values.get("margin_column"):
         faults.append("'margin_map' needs a 'margin_column' that holds its categories")
     size = values.get("test_split_size")
@@ -87,8 +90,12 @@ def mixture_faults(values: dict[str, Any]) -> list[str]:
             elif not fits(value, hints[key]):
                 faults.append(f"{where}: '{key}: {value}' should be {describe(hints[key])}")
     fractions = [entry.get("fraction") for entry in entries]
-    if any(fractions) and not all(isinstance(f, int | float) and f > 0 for f in fractions):
-        faults.append("'datasets': 'fraction' must be above 0 in every entry, or in none")
+    if any(fractions) and not all(isinstance(f, int | float) and 0 < f < math.inf for f in fractions):
+        faults.append("'datasets': 'fraction' must be a number above 0 in every entry, or in none")
+    test = values.get("dataset_test_split", DataArguments().dataset_test_split)
+    held_out = values.get("test_split_size") is None and test in {e.get("split", "train") for e in entries}
+    if held_out:
+        faults.append(f"'datasets': 'split: {test}' is what is held out ('dataset_test_split')")
     return faults
 
 
@@ -99,6 +106,8 @@ def input_faults(values: dict[str, Any]) -> list[str]:
     names += [("path", entry.get("path")) for entry in values.get("datasets") or []]
     for key, name in names:
         if not name or Path(name).exists():
+            if name and Path(name).is_file() and (values.get("dataset_subsets") and key == "dataset_name"):
+                faults.append(f"'dataset_subsets' are folders, and '{name}' is a file")
             continue
         if name in (OFFLINE_MODEL, OFFLINE_DATA):
             faults.append(f"'{key}: {name}' does not exist yet; run `rm-recipe prepare offline`")

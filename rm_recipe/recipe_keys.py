@@ -18,8 +18,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 OFFLINE_MODEL = "models/smollm2-135m-instruct"
 OFFLINE_DATA = "data/offline"
 
-# The data files that can be read (each also with .gz), and what `datasets` calls their format.
-DATA_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+DATA_FORMATS = (".jsonl", ".json", ".parquet")  # of data files that can be read; each also with .gz
 
 # Chosen anew on every machine unless the recipe says.
 DEVICE_KEYS = ("use_cpu", "bf16", "fp16", "dtype", "dataloader_pin_memory")
@@ -194,5 +193,5 @@ def describe(hint: Any) -> str:
 
 def looks_local(name: str) -> bool:
     """Whether a name that does not exist was meant as a path: a Hub id is NAME or USER/NAME."""
-    data_file = name.removesuffix(".gz").endswith((".jsonl", ".json", ".parquet"))
+    data_file = name.removesuffix(".gz").endswith(DATA_FORMATS)
     return data_file or name.startswith((".", "~", "/")) or name.count("/") > 1

@@ -17,7 +17,7 @@ from rm_recipe.batching import Encoded, padded_rows, shared_rows, split_at_commo
 from rm_recipe.encoding import encode
 from rm_recipe.errors import DataError, RecipeError, TrainingError
 from rm_recipe.modeling import autocast, load_trained
-from rm_recipe.preferences import Comparison, Excluded, Malformed, as_messages
+from rm_recipe.preferences import Comparison, Excluded, Malformed, as_messages, check_unicode
 from rm_recipe.recipe_keys import looks_local
 from rm_recipe.sharing import decide_sharing
 from rm_recipe.tokenization import load_tokenizer
@@ -101,6 +101,7 @@ class RewardModel:
             raise DataError(f"{name}: expected a 'prompt' and a 'response' text")
         try:
             comparison = Comparison(as_messages(prompt), [response])
+            check_unicode([*(message["content"] for message in comparison.prompt), response])
             encoded = encode(self.tokenizer, comparison, self.max_length, self.truncation)
         except Excluded as excluded:
             limit = f" (at most {self.max_length} tokens)" if "long" in excluded.reason else ""
@@ -228,8 +229,8 @@ def read_items(source: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             item = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{source}, line {number}: not JSON: {error.msg}") from None
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataError(f"{source}, line {number}: not JSON: {error}") from None
         if not isinstance(item, dict) or not item.get("prompt") or not isinstance(item.get("response"), str):
             raise DataError(f'{source}, line {number}: expected {{"prompt": ..., "response": "..."}}')
         items.append(item)

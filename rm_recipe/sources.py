@@ -1,19 +1,17 @@
 """Where rows come from: files, folders, the Hub and mixtures, all through the `datasets` library."""
 
 import errno
+import glob
 import gzip
 import shutil
 from pathlib import Path
-from typing import Any
 
 import datasets as hf_datasets
-from datasets.exceptions import DatasetGenerationError
-from datasets.fingerprint import Hasher
 from trl.scripts.utils import DatasetConfig
 
 from rm_recipe.artifacts import whole_file
 from rm_recipe.errors import DataError
-from rm_recipe.file_faults import explain_fault
+from rm_recipe.json_files import content_hash, load_json_rows
 from rm_recipe.recipe_keys import DATA_FORMATS, DataArguments, looks_local
 
 
@@ -39,39 +37,49 @@ def sources_of(data: DataArguments) -> list[DatasetConfig]:
 
 def label(source: DatasetConfig, of_mixture: bool) -> str:
     """The subset's name in reports: the folder or configuration, in a mixture also the set itself."""
-    part = source.data_dir or source.name or ""
+    part = str(source.data_dir or source.name or "")
     if not of_mixture:
-        return str(part)
-    return "/".join(filter(None, [Path(source.path).name, part]))
+        return part
+    path = Path(source.path)
+    name = f"{path.parent.name}/{path.name}" if path.is_file() else path.name
+    return "/".join(filter(None, [name, part]))
 
 
 def load_rows(source: DatasetConfig, split: str, revision: str | None = None) -> hf_datasets.Dataset:
-    """The rows of one split, memory-mapped.
+    """The rows of one split, memory-mapped: their own columns, or `json_files`' two.
 
     Raises:
         MissingSplitError: the set has others.
         DataError: it cannot be read; for a local file with the line.
     """
     file = find_file(source, split)
-    if file is not None:
-        kind = DATA_FORMATS[Path(file.name.removesuffix(".gz")).suffix]
-        arguments: dict[str, Any] = {"path": kind, "split": split}
-    else:
-        arguments = {
-            "path": source.path, "name": source.name, "data_dir": source.data_dir,
-            "data_files": source.data_files, "revision": revision, "split": split,
-        }  # fmt: skip
     try:
-        if file is not None:
-            arguments["data_files"] = {split: str(_unpacked(file))}
-        rows = hf_datasets.load_dataset(**arguments)
+        if file is None:
+            return hf_datasets.load_dataset(
+                path=source.path,
+                name=source.name,
+                data_dir=source.data_dir,
+                data_files=source.data_files,
+                revision=revision,
+                split=split,
+            )
+        if ".parquet" not in file.suffixes:
+            return load_json_rows(file)
+        return _load_parquet(file)
+    except DataError:
+        raise
     except Exception as error:
         raise _as_data_error(error, source, file, split) from None
-    if source.columns is not None:
-        missing = set(source.columns) - set(rows.column_names)
-        if missing:
-            raise DataError(f"'{source.path}' has no column {', '.join(sorted(missing))} (its 'columns')")
-        rows = rows.select_columns(source.columns)
+
+
+def _load_parquet(file: Path) -> hf_datasets.Dataset:
+    content = content_hash(file)
+    unpacked = _unpacked(file, content)
+    # As the configuration's name, the content decides what the cache holds, not the time of change.
+    name, files = f"content-{content[:32]}", {"train": glob.escape(str(unpacked))}
+    rows = hf_datasets.load_dataset("parquet", name=name, data_files=files, split="train")
+    if not len(rows):
+        raise DataError(f"'{file}' is empty: it holds no rows")
     return rows
 
 
@@ -134,34 +142,26 @@ def _split_file(folder: Path, split: str) -> Path:
     )
 
 
-def _unpacked(file: Path) -> Path:
-    """The file, or of a .parquet.gz a copy without gzip: `datasets` unpacks JSON by itself only."""
-    if not file.name.endswith(".parquet.gz"):
+def _unpacked(file: Path, content: str) -> Path:
+    """The file, or of a .parquet.gz a copy without gzip."""
+    if file.suffix != ".gz":
         return file
-    state = file.stat()
-    name = Hasher.hash([str(file.resolve()), state.st_mtime_ns, state.st_size])
-    copy = Path(hf_datasets.config.EXTRACTED_DATASETS_PATH) / f"{name}.parquet"
+    copy = Path(hf_datasets.config.EXTRACTED_DATASETS_PATH) / f"{content}.parquet"
     if not copy.is_file():
         with whole_file(copy) as partial, gzip.open(file) as packed, partial.open("wb") as target:
             shutil.copyfileobj(packed, target)
     return copy
 
 
-def explain(error: Exception, file: Path | None) -> str:
-    """The fault found in a file, else what the library says."""
-    fault = explain_fault(file) if file is not None else None
-    cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None
-    return fault or " ".join(str(cause or error).split())[:300] or type(error).__name__
-
-
 def _as_data_error(error: Exception, source: DatasetConfig, file: Path | None, split: str) -> Exception:
     cause = error.__cause__ or error
     if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
         return cause  # the disk's fault, not the data's
+    reason = " ".join(str(cause).split())[:300] or type(cause).__name__
     if file is not None:
-        return DataError(f"'{file}' cannot be read: {explain(error, file)}")
+        return DataError(f"'{file}' cannot be read: {reason}")
     if isinstance(error, ValueError) and str(error).startswith("Unknown split"):
         others = str(error).partition("[")[2].rpartition("]")[0]
         message = f"data set '{source.path}' has no split '{split}'; it has {others}"
         return MissingSplitError(message, [name.strip(" '\"") for name in others.split(",")])
-    return DataError(f"data set '{source.path}' cannot be loaded from the Hub: {explain(error, None)}")
+    return DataError(f"data set '{source.path}' cannot be loaded from the Hub: {reason}")

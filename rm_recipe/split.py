@@ -1,6 +1,5 @@
 """A split: its comparisons, memory-mapped, and the count of everything that is not among them."""
 
-import os
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,13 +20,13 @@ class Split:
     """Comparisons of one split, and what became of the rows that are not among them.
 
     Attributes:
-        comparisons: columns `prompt`, `responses`, `ranks`, `margins`, `subset`, `row` (counted
-            from 1 in its source), `prompt_key`, and after tokenising `prefix`, `rests`, `lengths`,
+        comparisons: columns `prompt`, `responses`, `ranks`, `margins`, `margin_fault`, `subset`,
+            `row` (counted from 1 in its source; of a .jsonl the line), `prompt_key`,
+            `prompts_differ`, and after tokenising `prefix`, `rests`, `lengths`,
             `fates` (`encoding.Tokenized`).
         rows: rows of the source; `rows == len(comparisons) + sum(excluded.values())`.
         excluded: number of rows by reason.
         first_rows: for each reason the first rows that it was found in, `SUBSET:ROW`.
-        differing_prompts: rows whose transcripts differ before their last `Assistant:`.
         tokenized: after tokenising, all that went into it, also what was left out.
     """
 
@@ -35,7 +34,6 @@ class Split:
     rows: int
     excluded: Counter[str] = field(default_factory=Counter)
     first_rows: dict[str, list[str]] = field(default_factory=dict)
-    differing_prompts: int = 0
     tokenized: hf_datasets.Dataset | None = None
 
     def __getitem__(self, index: int) -> Comparison:
@@ -51,14 +49,23 @@ class Split:
         """A column of numbers as an array."""
         return np.asarray(arrow_column(self.comparisons, name).to_numpy())
 
+    @property
+    def differing_prompts(self) -> int:
+        """Rows whose prompts differ, those among them that are comparisons all the same."""
+        differing = pc.sum(arrow_column(self.comparisons, "prompts_differ")).as_py() or 0
+        return int(differing) + self.excluded["differing_prompts"]
+
     def names(self, indices: NDArray[np.int64]) -> list[str]:
         """`SUBSET:ROW` of the comparisons with these numbers."""
         rows = self.comparisons.select_columns(["subset", "row"]).select(indices)
         return [f"{row['subset']}:{row['row']}" if row["subset"] else str(row["row"]) for row in rows]
 
-    def select(self, kept: NDArray[np.bool_], reason: str) -> "Split":
-        """The comparisons that `kept` marks; the others count under `reason`."""
-        return self.take(np.flatnonzero(kept), reason)
+    def select(self, kept: NDArray[np.bool_], reason: str, named: bool = False) -> "Split":
+        """The comparisons that `kept` marks; the others count under `reason`, the first of them named."""
+        result = self.take(np.flatnonzero(kept), reason)
+        if result is not self and named:
+            result.first_rows = self.first_rows | {reason: self.names(np.flatnonzero(~kept)[:FIRST_ROWS])}
+        return result
 
     def take(self, indices: NDArray[np.int64], reason: str) -> "Split":
         """The comparisons with these numbers; the others count under `reason`."""
@@ -99,10 +106,3 @@ def arrow_column(rows: hf_datasets.Dataset, name: str) -> Any:
 def describe_counts(excluded: Counter[str]) -> str:
     """Reasons with their numbers, on one line."""
     return ", ".join(f"{n} {reason}" for reason, n in excluded.items()) or "no rows"
-
-
-def processes(rows: int, wanted: int | None) -> int | None:
-    """How many processes work on so many rows: `dataset_num_proc`, or the cores for a large set."""
-    if wanted is not None or rows < 20_000:
-        return wanted
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)

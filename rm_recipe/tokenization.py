@@ -9,6 +9,7 @@ reward at the last token that is not padding.
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rm_recipe.errors import RecipeError
@@ -42,7 +43,7 @@ def load_tokenizer(
     that is not EOS, or a new `<|pad|>`.
 
     Raises:
-        RecipeError: it cannot be loaded, or the base has no fast tokenizer.
+        RecipeError: it cannot be loaded, has no fast version, or its chat template is broken.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -58,7 +59,12 @@ def load_tokenizer(
     if tokenizer.chat_template is None:
         encoder = tokenizer.cls_token is not None and tokenizer.sep_token is not None
         tokenizer.chat_template = ENCODER_TEMPLATE if encoder else DECODER_TEMPLATE
-    return _without_added_specials(tokenizer, pad_token(tokenizer))
+    safe = _without_added_specials(tokenizer, pad_token(tokenizer))
+    try:
+        render(safe, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    except (TemplateError, TypeError) as error:
+        raise RecipeError(f"{name}: its chat template fails on a question and an answer: {error}") from None
+    return safe
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -2,6 +2,8 @@
 
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ from rm_recipe.artifacts import whole_folder, write_json
 from rm_recipe.datasets import Leakage, load_splits, refuse_leakage
 from rm_recipe.doctor import examine, print_report
 from rm_recipe.encoding import tokenize
-from rm_recipe.errors import Interrupted, RecipeError
+from rm_recipe.errors import Interrupted, RecipeError, TrainingError
 from rm_recipe.heads import check_saved_head, head_of
 from rm_recipe.recipe import Recipe, is_run_folder, saved_values
+from rm_recipe.recipe_keys import DEVICE_KEYS
 from rm_recipe.reward_trainer import COLUMNS, SharedPrefixRewardTrainer
 from rm_recipe.run_record import run_record
 from rm_recipe.sharing import decide_sharing
@@ -41,6 +44,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> N
     checkpoint = check_run_folder(recipe, resume=resume, overwrite=overwrite)
     tokenizer, train_split, test_split, leakage = load_data(recipe)
     report = report_data(recipe, train_split, test_split, leakage)
+    PartialState().wait_for_everyone()  # or another process would end the one that has the message
     refuse_leakage(recipe, leakage)
     model, new_modules = load_model(recipe, tokenizer)
     claim_run_folder(recipe, overwrite=overwrite)  # not before: what fails above leaves nothing
@@ -162,9 +166,22 @@ def load_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Split, Split, Le
         name, revision, training.trust_remote_code, training.chat_template_path
     )
     settings = (tokenizer, training.max_length, data.truncation, training.dataset_num_proc)
-    with PartialState().main_process_first():
+    with main_process_first():
         train_split, test_split, leakage = load_splits(recipe)
         return tokenizer, tokenize(train_split, *settings), tokenize(test_split, *settings), leakage
+
+
+@contextmanager
+def main_process_first() -> Iterator[None]:
+    """Accelerate's own; where the main process has failed, the others leave the message to it."""
+    state = PartialState()
+    try:
+        state.wait_for_everyone() if not state.is_main_process else None
+    except RuntimeError:
+        raise TrainingError("the main process has failed") from None
+    yield
+    if state.is_main_process:
+        state.wait_for_everyone()
 
 
 def report_data(recipe: Recipe, train: Split, test: Split, leakage: Leakage) -> dict[str, Any] | None:
@@ -176,18 +193,28 @@ def report_data(recipe: Recipe, train: Split, test: Split, leakage: Leakage) -> 
     return report
 
 
-def check_data(recipe: Recipe) -> Path:
+def check_data(recipe: Recipe) -> None:
     """`rm-recipe check RECIPE --data`: prints the report and writes it under `output_dir`.
 
     Raises:
         RecipeError, DataError: whatever would stop training, leakage among it; the report is
             written all the same where there is one.
     """
+    folder = recipe.output_dir
+    used = is_run_folder(folder)
+    check_run_folder(recipe, resume=False, overwrite=used)
     _, train_split, test_split, leakage = load_data(recipe)
-    target = recipe.output_dir / DATA_REPORT
-    write_json(target, report_data(recipe, train_split, test_split, leakage))
+    report = report_data(recipe, train_split, test_split, leakage)
+    changed = [key for key in changed_keys(recipe, folder) if key not in DEVICE_KEYS] if used else []
+    if changed:
+        say(
+            f"report: not written; {folder} holds a run of another recipe ({', '.join(changed)} differ) "
+            "and its report. --output_dir takes another folder."
+        )
+    else:
+        write_json(folder / DATA_REPORT, report)
+        say(f"report: {folder / DATA_REPORT}")
     refuse_leakage(recipe, leakage)
-    return target
 
 
 def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, list[str]]:

@@ -193,7 +193,7 @@ def test_a_mixture_of_pairs_and_rankings_is_one_train_and_one_test_split(write_r
     recipe = read_recipe(write_recipe(dataset_name="omit", datasets=mixture))
     train, test, _ = load_splits(recipe)
     assert (train.rows, test.rows) == (64 + 16, 40 + 4)
-    assert set(train.comparisons["subset"]) == {"preferences", "rankings"}
+    assert set(train.comparisons["subset"][:]) == {"preferences", "rankings"}
     assert train[64 + 3].responses == ["b", "a", "c"]
     assert train[64 + 3].ranks == [0, 1, 1]
 
@@ -223,6 +223,29 @@ def test_a_test_split_for_some_of_a_mixture_is_refused(write_recipe, mixture, tm
         load_splits(read_recipe(write_recipe(**values)))
     train, test, _ = load_splits(read_recipe(write_recipe(**values, test_split_size=0.3)))
     assert len(train.comparisons) + len(test.comparisons) == 80
+
+
+@pytest.mark.parametrize("order", [["one", "two"], ["two", "one"]])
+def test_a_test_split_of_some_subsets_is_never_passed_over(tmp_path, order):
+    write_jsonl(tmp_path / "one" / "train.jsonl", make_rows(3, seed=1))
+    write_jsonl(tmp_path / "one" / "test.jsonl", make_rows(3, seed=2))
+    write_jsonl(tmp_path / "two" / "train.jsonl", make_rows(3, seed=3))
+    with pytest.raises(DataError, match="two' has no split 'test' and others have"):
+        hold_out_share(data(tmp_path, dataset_subsets=order))
+
+
+def test_a_comparison_without_its_margin_may_be_held_out_and_is_counted_once(write_recipe, tmp_path):
+    rows = [{**row, "m": None if n % 2 else 1} for n, row in enumerate(make_rows(60, seed=1))]
+    path = write_jsonl(tmp_path / "m.jsonl", rows)
+    recipe = read_recipe(write_recipe(dataset_name=str(path), margin_column="m", test_split_size=0.5))
+    train, test, _ = load_splits(recipe)
+    assert train.rows == 60 == len(train.comparisons) + train.excluded.total()
+    assert train.excluded["held_out"] == len(test.comparisons)
+    assert train.excluded["missing_margin"] + train.excluded["held_out"] + len(train.comparisons) == 60
+    assert set(train.comparisons["row"][:]).isdisjoint(test.comparisons["row"][:])
+    assert all(row % 2 for row in train.comparisons["row"][:])
+    assert any(row % 2 == 0 for row in test.comparisons["row"][:])
+    assert train.first_rows["missing_margin"][0] in {"2", "4", "6", "8", "10", "12"}
 
 
 def test_margins_are_read_for_training_and_not_needed_to_be_held_out(write_recipe, tmp_path):

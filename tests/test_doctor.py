@@ -11,7 +11,7 @@ from rich.console import Console
 from rm_recipe.datasets import load_splits
 from rm_recipe.doctor import examine, examine_split, print_report
 from rm_recipe.encoding import tokenize
-from rm_recipe.errors import DataError
+from rm_recipe.errors import DataError, RecipeError
 from rm_recipe.preferences import Comparison
 from rm_recipe.recipe import read_recipe
 from rm_recipe.tokenization import load_tokenizer, render
@@ -130,8 +130,8 @@ def test_the_table_fits_80_columns_and_tells_what_was_found(write_recipe, flawed
 
 def test_check_writes_the_report_and_training_may_follow_in_the_same_folder(write_recipe, tmp_path):
     recipe = read_recipe(write_recipe(num_train_epochs=1))
-    target = check_data(recipe)
-    assert target == tmp_path / "run" / "data_report.json"
+    check_data(recipe)
+    target = tmp_path / "run" / "data_report.json"
     checked = json.loads(target.read_text())
     train(recipe)
     assert json.loads(target.read_text()) == checked
@@ -150,13 +150,36 @@ def test_check_writes_the_report_although_leakage_stops_training(write_recipe, f
     assert not (tmp_path / "run" / "recipe.yaml").exists()  # nothing was started
 
 
+def test_check_leaves_another_recipes_report_alone(write_recipe, tmp_path, capsys):
+    train(read_recipe(write_recipe(num_train_epochs=1)))
+    before = (tmp_path / "run" / "data_report.json").read_bytes()
+    check_data(read_recipe(write_recipe(num_train_epochs=1, max_length=100)))
+    assert "above max_length 100" in (printed := capsys.readouterr().out)
+    assert "not written; " in printed
+    assert "holds a run of another recipe (max_length differ)" in printed
+    assert (tmp_path / "run" / "data_report.json").read_bytes() == before
+    check_data(read_recipe(write_recipe(num_train_epochs=1)))
+    (tmp_path / "file").touch()
+    with pytest.raises(RecipeError, match="is a file"):
+        check_data(read_recipe(write_recipe(output_dir=str(tmp_path / "file"))))
+
+
+def test_names_in_brackets_are_printed_as_they_are(write_recipe, tmp_path):
+    rows = [{**row, "subset": "[/INST] [red]"} for row in make_rows(30, seed=1)]
+    rows[0]["chosen"] = ""
+    path = write_jsonl(tmp_path / "x.jsonl", rows)
+    console = Console(width=80, record=True)
+    print_report(report_of(write_recipe(dataset_name=str(path), test_split_size=0.5)), console)
+    assert "train, empty_response: row [/INST] [red]:1" in console.export_text()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b'{"prompt": "p", "chosen": "a", "rejected": "b"}\n{"prompt"\n', "line 2: not JSON"),
         (b'{"prompt": "p", "chosen": "a"}\n', "its columns are prompt, chosen"),
-        (b'{"prompt": "p", "chosen": 1, "rejected": "b"}\n', "row 1: column 'chosen'"),
-        (b"", "the file is empty"),
+        (b'{"prompt": "p", "chosen": 1, "rejected": "b"}\n', "line 1: column 'chosen'"),
+        (b"", "is empty"),
     ],
 )
 def test_a_bad_file_ends_with_one_message_and_exit_code_2(write_recipe, tmp_path, content, message):

@@ -31,6 +31,13 @@ def test_each_kind_of_repetition_is_counted_once(tmp_path):
     }  # fmt: skip
 
 
+def test_ties_in_another_order_are_no_other_verdict(tmp_path):
+    rankings = (("abc", [5, 5, 1]), ("bac", [5, 5, 1]), ("abc", [5, 4, 1]))
+    rows = [{"prompt": "p", "responses": list(texts), "scores": scores} for texts, scores in rankings]
+    found = count_duplicates(split_of(tmp_path / "x.jsonl", rows))
+    assert (found["exact"], found["contradictory"]) == (2, 1)
+
+
 def jaccard(a: set[bytes], b: set[bytes]) -> float:
     return len(a & b) / len(a | b)
 

@@ -120,7 +120,8 @@ def test_what_is_encoded_fits_and_ends_as_the_whole_conversation_does(tiny_llama
         assert result.lengths == [len(ids) for ids in whole]
         assert (result.fates != {}) == (max(result.lengths) > limit)
         if result.encoded is None:
-            assert result.reason
+            assert max(result.lengths) > limit
+            assert result.reason in {"too_long", "response_too_long"}
             continue
         assert all(result.encoded.rests)
         dropped = {len(a) - len(b) for a, b in zip(whole, result.encoded.conversations(), strict=True)}
@@ -183,6 +184,10 @@ def test_a_second_start_tokenises_nothing_and_other_settings_do(tmp_path, tiny_l
     for settings in ((59, "drop_oldest_turns"), (60, "exclude")):
         with pytest.raises(AssertionError, match="tokenised again"):
             tokenize(split, tokenizer, *settings)
+    other_eos = load_tokenizer(str(tiny_llama))
+    other_eos.eos_token = "<s>"  # templates read it, and the vocabulary is the same
+    with pytest.raises(AssertionError, match="tokenised again"):
+        tokenize(split, other_eos, 60, "drop_oldest_turns")
     tokenizer.chat_template = tokenizer.chat_template + " "
     with pytest.raises(AssertionError, match="tokenised again"):
         tokenize(split, tokenizer, 60, "drop_oldest_turns")

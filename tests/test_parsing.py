@@ -1,7 +1,6 @@
 """Every row of a source is a comparison or is counted; a row of the wrong type is named."""
 
-import json
-
+import datasets as hf_datasets
 import pytest
 from conftest import HH_RLHF, make_rows, needs_hh_rlhf, write_jsonl
 from hypothesis import HealthCheck, given, settings
@@ -53,28 +52,45 @@ def test_a_comparison_knows_its_row_subset_ranks_and_margins(tmp_path):
     assert split.first_rows == {"single_response": ["mine:1"]}
 
 
-def test_one_type_for_some_rows_and_another_for_others_is_read_as_it_stands(tmp_path):
-    reply = [{"role": "assistant", "content": "a"}]
-    rows = [
-        {"prompt": "p", "chosen": "a", "rejected": "b"},
-        {"prompt": "p", "chosen": reply, "rejected": "b"},
-    ]
+def padded(rows: list[dict]) -> list[dict]:
+    """The rows behind 11 MB of others: readers that decide by a file's beginning have decided."""
+    return [{**row, "chosen": "word " * 500} for row in make_rows(4_000, seed=5)] + rows
+
+
+@pytest.mark.parametrize("place", [list, padded])
+def test_a_rows_type_is_its_own_however_far_down_it_stands(tmp_path, place):
+    reply = [{"role": "assistant", "content": "a", "name": "x"}]
+    rows = place([{"prompt": "p", "chosen": chosen, "rejected": "b"} for chosen in ("a", reply)])
     split = parsed(write_jsonl(tmp_path / "x.jsonl", rows))
-    assert split[0] == split[1]
+    assert split.excluded == {}
+    assert split[len(rows) - 1] == split[len(rows) - 2]
+    rows = place([{"prompt": "p", "chosen": 5, "rejected": "b"}])
+    with pytest.raises(DataError, match=f"line {len(rows)}: column 'chosen' should be a text or a list"):
+        parsed(write_jsonl(tmp_path / "y.jsonl", rows))
+
+
+@pytest.mark.parametrize("place", [list, padded])
+def test_a_column_may_be_empty_first_and_appear_or_change_later(tmp_path, place):
+    rows = [{**row, "m": None} for row in place(make_rows(2, seed=1))]
+    rows += [{**row, "m": m, "later": 1} for row, m in zip(make_rows(2, seed=2), (1, 0.5), strict=True)]
+    split = parsed(write_jsonl(tmp_path / "x.jsonl", rows), margin_column="m")
+    assert split.comparisons["margins"][-2:] == [[1.0], [0.5]]
+    assert split.comparisons["margin_fault"][:2] == ["missing_margin"] * 2
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"prompt": "p", "chosen": 5, "rejected": "b"}], "row 1: column 'chosen' should be a text"),
+        ([{"prompt": "p", "chosen": 5, "rejected": "b"}], "line 1: column 'chosen' should be a text"),
         (
             [*make_rows(2, seed=1), {"prompt": "p", "chosen": 5, "rejected": "b"}],
-            "row 3: column 'chosen' should be a text or a list of messages, not int '5'",
+            "line 3: column 'chosen' should be a text or a list of messages, not int '5'",
         ),
         (
             [{"prompt": "p", "responses": ["a", "b"], "ranks": "1, 2"}],
-            "row 1: column 'ranks' should be a list",
+            "line 1: column 'ranks' should be a list",
         ),
+        ([*make_rows(2, seed=1), ["p"]], "line 3: a row is a JSON object, this is a list"),
         ([{"text": "a"}], "its columns are text; rm_recipe needs chosen and rejected"),
         ([{"chosen": "a", "prompt": "p"}], "its columns are chosen, prompt"),
     ],
@@ -91,18 +107,59 @@ def test_a_margin_column_that_is_missing_or_unmapped_is_named(tmp_path):
     path = write_jsonl(tmp_path / "x.jsonl", rows)
     with pytest.raises(DataError, match="has no column 'margin'"):
         parsed(path, margin_column="margin")
-    with pytest.raises(DataError, match="row 1: column 'strength' should be one of margin_map's much"):
+    with pytest.raises(DataError, match="line 1: column 'strength' should be one of margin_map's much"):
         parsed(path, margin_column="strength", margin_map={"much": 1})
     assert parsed(path, margin_column="strength", margin_map={"slightly": 0.3})[1].margins == [0.3]
 
 
+def test_the_columns_that_a_mixture_names_are_all_that_is_read(tmp_path):
+    rows = [{**row, "subset": "theirs"} for row in make_rows(2, seed=1)]
+    path = write_jsonl(tmp_path / "x.jsonl", rows)
+
+    def subsets(columns):
+        source = DatasetConfig(path=str(path), columns=columns)
+        split = parse_rows(load_rows(source, "train"), source, "train", "mine", None, None, None)
+        return split.comparisons["subset"][:]
+
+    assert subsets(None) == ["theirs"] * 2
+    assert subsets(["prompt", "chosen", "rejected"]) == ["mine"] * 2
+    with pytest.raises(DataError, match="has no column other"):
+        subsets(["prompt", "chosen", "rejected", "other"])
+    with pytest.raises(DataError, match="its columns are prompt, chosen"):
+        subsets(["prompt", "chosen"])
+
+
+def test_a_parquet_files_rows_are_counted_as_rows(tmp_path):
+    rows = [*make_rows(2, seed=1), {**make_rows(1, seed=2)[0], "chosen": ""}]
+    path = tmp_path / "x.parquet"
+    hf_datasets.Dataset.from_list(rows).to_parquet(path)
+    split = parsed(path)
+    assert split.first_rows == {"empty_response": ["3"]}
+    hf_datasets.Dataset.from_list([{**row, "chosen": 5} for row in rows]).to_parquet(path)
+    with pytest.raises(DataError, match="row 1: column 'chosen' should be a text"):
+        parsed(path)
+
+
+def test_prompts_that_differ_are_counted_whatever_became_of_them(tmp_path):
+    question = "\n\nHuman: q\n\nAssistant:"
+    user, reply = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    rows = [
+        {"chosen": f"{question} a\n\nAssistant: b", "rejected": f"{question} c"},
+        {"chosen": f"{question} a", "rejected": "\n\nHuman: p\n\nAssistant: c"},
+        {"chosen": [user, reply], "rejected": [reply, reply]},
+        {"chosen": f"{question} a", "rejected": f"{question} c"},
+    ]
+    split = parsed(write_jsonl(tmp_path / "x.jsonl", rows))
+    assert (len(split.comparisons), split.excluded) == (2, {"differing_prompts": 2})
+    assert split.differing_prompts == 3
+
+
 @pytest.mark.parametrize("processes", [None, 2])
-def test_text_that_is_not_utf_8_is_named_with_its_line(tmp_path, processes):
-    """`datasets` loads such a file; the bytes only fail when they are read as text."""
-    line = json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"}).encode() + b"\n"
-    path = tmp_path / "x.jsonl"
-    path.write_bytes(line * 3 + line.replace(b'"a"', b'"\xff"') + line)
-    with pytest.raises(DataError, match="line 4: not UTF-8 text"):
+def test_a_bad_line_is_named_however_many_processes_read(tmp_path, processes):
+    path = write_jsonl(tmp_path / "x.jsonl", [{**row, "chosen": "a"} for row in make_rows(1_500, seed=1)])
+    with path.open("a") as file:
+        file.write('{"prompt": \n')
+    with pytest.raises(DataError, match="line 1501: not JSON: Expecting value"):
         parsed(path, num_proc=processes)
 
 

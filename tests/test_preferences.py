@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rm_recipe.preferences import (
+    MARGIN_REASONS,
     Comparison,
     Excluded,
     Malformed,
@@ -66,6 +67,11 @@ def test_implicit_and_explicit_prompts_give_the_same_comparison():
         ({"prompt": "p", "responses": ["a", "b", "c"], "ranks": [2, 2, 2]}, "all_tied"),
         ({"prompt": "p", "responses": ["a", "b", "a "], "ranks": [1, 2, 3]}, "identical_responses"),
         ({"prompt": None, "responses": ["a", "b"], "ranks": [1, 2]}, "empty_prompt"),
+        ({"prompt": [{"role": "system", "content": "s"}], "chosen": "a", "rejected": "b"}, "empty_prompt"),
+        ({"prompt": [USER, REPLY], "chosen": "a", "rejected": "b"}, "prompt_ends_with_reply"),
+        ({"prompt": [{"role": "human", "content": "q"}], "chosen": "a", "rejected": "b"}, "unknown_role"),
+        ({"prompt": "p", "chosen": "a\ud800", "rejected": "b"}, "invalid_text"),
+        ({"prompt": "\ud800p", "chosen": "a", "rejected": "b"}, "invalid_text"),
     ],
 )
 def test_a_row_that_is_no_comparison_says_why(row, reason):
@@ -127,6 +133,12 @@ def test_texts_of_an_explicit_prompt_are_taken_as_they_stand():
     assert parse_row({"prompt": " Hi", "chosen": "a ", "rejected": "b"}) == Comparison(
         [{"role": "user", "content": " Hi"}], ["a ", "b"]
     )
+
+
+def test_windows_line_breaks_are_no_other_transcript():
+    row = {"chosen": transcript("Hi", "good"), "rejected": transcript("Hi", "bad")}
+    windows = {side: text.replace("\n", "\r\n") for side, text in row.items()}
+    assert parse_row(windows) == parse_row(row)
 
 
 def test_a_reply_that_writes_a_turn_of_its_own_is_a_comparison_all_the_same():
@@ -197,10 +209,14 @@ def test_a_margin_is_a_number_or_a_category():
 def test_a_rankings_margins_are_one_number_or_the_differences_of_its_numbers():
     row = {"prompt": "p", "responses": ["a", "b", "c"], "scores": [1, 4, 2]}
     assert parse_row(row, "scores").margins == [2, 3, 1]  # b-c, b-a, c-a
+    ranks = {"prompt": "p", "responses": ["a", "b", "c"], "ranks": [3, 1, 2]}
+    assert parse_row(ranks, "ranks").margins == [1, 2, 1]  # 1 is best
+    pair = {"prompt": "p", "responses": ["a", "b"], "scores": [1, 4]}
+    assert parse_row(pair, "scores").margins == [3]
     assert parse_row({**row, "m": 0.5}, "m").margins == [0.5] * 3
 
 
-@pytest.mark.parametrize("value", ["so so", [1, 2], True])
+@pytest.mark.parametrize("value", ["so so", ["a", "b"], True])
 def test_a_margin_that_is_neither_names_its_column(value):
     for categories in (None, {"better": 1}):
         with pytest.raises(Malformed) as caught:
@@ -208,10 +224,23 @@ def test_a_margin_that_is_neither_names_its_column(value):
         assert caught.value.args[0] == "m"
 
 
-@pytest.mark.parametrize("value", [None, float("nan")])
-def test_a_row_without_its_margin_is_excluded(value):
-    with pytest.raises(Excluded, match="missing_margin"):
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (None, "missing_margin"), (float("nan"), "missing_margin"), ([1, None], "missing_margin"),
+        ([1], "missing_margin"), (-0.1, "negative_margin"), ([1, 2], "negative_margin"),
+    ],
+)  # fmt: skip
+def test_a_row_without_a_margin_of_0_or_more_is_excluded(value, reason):
+    with pytest.raises(Excluded) as caught:
         parse_row({**PAIR, "m": value}, "m")
+    assert caught.value.reason == reason
+    assert reason in MARGIN_REASONS
+
+
+def test_a_category_that_is_a_number_is_found_as_whole_or_decimal():
+    assert parse_row({**PAIR, "m": 3.0}, "m", {3: 0.7}).margins == [0.7]
+    assert parse_row({**PAIR, "m": "3"}, "m", {3: 0.7}).margins == [0.7]
 
 
 @pytest.mark.parametrize(

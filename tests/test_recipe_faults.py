@@ -13,6 +13,8 @@ from rm_recipe.recipe import read_recipe
         ({"test_split_size": 0}, "'test_split_size: 0.0' must lie between 0 and 1"),
         ({"margin_map": {"better": 1}}, "'margin_map' needs a 'margin_column'"),
         ({"margin_column": "m", "margin_map": {"better": "much"}}, "should be a mapping"),
+        ({"margin_column": "m", "margin_map": {"worse": -1}}, "a margin below 0 would reward being wrong"),
+        ({"dataset_num_proc": 0}, "'dataset_num_proc: 0' must be above 0"),
         ({"streaming": True}, "key 'streaming' is not for a recipe: data sets are memory-mapped"),
         ({"datasets": [{"path": "x"}]}, "'datasets' and 'dataset_name' exclude each other"),
         ({"datasets": "x"}, "should be a list"),
@@ -24,6 +26,9 @@ def test_a_fault_is_named_with_its_key(write_recipe, keys, fault):
     assert fault in str(caught.value)
 
 
+ABOVE_0 = "'fraction' must be a number above 0 in every entry"
+
+
 @pytest.mark.parametrize(
     ("entries", "fault"),
     [
@@ -31,8 +36,16 @@ def test_a_fault_is_named_with_its_key(write_recipe, keys, fault):
         ([{"path": "a/b"}, {"name": "x"}], "entry 2 has no 'path'"),
         ([{"path": "a/b", "fraction": "half"}], "entry 1: 'fraction: half' should be a number"),
         ([{"path": "a/b", "fraction": True}], "entry 1: 'fraction: True' should be a number"),
-        ([{"path": "a/b", "fraction": 1}, {"path": "c/d"}], "'fraction' must be above 0 in every entry"),
-        ([{"path": "a/b", "fraction": 1}, {"path": "c/d", "fraction": 0}], "'fraction' must be above 0"),
+        (
+            [{"path": "a/b", "fraction": 1}, {"path": "c/d"}],
+            ABOVE_0,
+        ),
+        (
+            [{"path": "a/b", "fraction": 1}, {"path": "c/d", "fraction": 0}],
+            ABOVE_0,
+        ),
+        ([{"path": "a/b", "fraction": float("inf")}], ABOVE_0),
+        ([{"path": "a/b", "split": "test"}], "'split: test' is what is held out"),
         ([{"path": "./none"}], "'path: ./none' does not exist"),
     ],
 )
@@ -54,3 +67,16 @@ def test_margins_are_read_with_words_or_numbers_as_categories(write_recipe):
     assert read_recipe(write_recipe(**keys)).data.margin_map == keys["margin_map"]
     recipe = read_recipe(write_recipe(margin_column="m"), ["--margin_map", "{3: 1, 2: 0.5}"])
     assert recipe.data.margin_map == {3: 1.0, 2: 0.5}
+
+
+def test_a_files_subsets_are_refused(write_recipe, tiny_data):
+    keys = {"dataset_name": str(tiny_data / "train.jsonl"), "dataset_subsets": ["a", "b"]}
+    with pytest.raises(RecipeError, match="'dataset_subsets' are folders, and .* is a file"):
+        read_recipe(write_recipe(**keys))
+
+
+def test_a_mixture_may_train_on_a_split_called_test_where_another_share_is_held_out(write_recipe, tiny_data):
+    keys = {"dataset_name": "omit", "datasets": [{"path": str(tiny_data), "split": "test"}]}
+    with pytest.raises(RecipeError, match="is what is held out"):
+        read_recipe(write_recipe(**keys))
+    assert read_recipe(write_recipe(**keys, test_split_size=0.2)).data.test_split_size == 0.2

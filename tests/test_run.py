@@ -107,7 +107,7 @@ def test_a_mixture_of_pairs_and_rankings_with_margins_goes_all_the_way(finished,
     figures = json.loads((tmp_path / "r" / "evaluation.json").read_text())["datasets"]["held_out"]
     assert figures["n_scored"] == test["comparisons"] == 104 - train["comparisons"]
     assert figures["accuracy"] > 0.9
-    assert set(figures["subsets"]) == {"pairs.jsonl", "rankings.jsonl"}
+    assert set(figures["subsets"]) == {f"{tmp_path.name}/{name}.jsonl" for name in ("pairs", "rankings")}
 
 
 def test_leakage_ends_a_run_with_exit_code_2_and_nothing_started(finished, tmp_path, tiny_data):

@@ -102,6 +102,13 @@ def test_an_item_without_prompt_or_response_is_named(model, item):
         model.score([ITEMS[0], item])
 
 
+def test_text_that_no_tokenizer_can_read_is_named(model):
+    with pytest.raises(DataError, match="item 1: invalid text"):
+        model.score([{"prompt": "a\ud800", "response": "b"}])
+    with pytest.raises(DataError, match="item 1: 'prompt' should be a text or a list of messages"):
+        model.score([{"prompt": 5, "response": "b"}])
+
+
 def test_an_item_too_long_for_the_model_is_named(model):
     model.max_length = 10
     with pytest.raises(DataError, match="item 1: too long .at most 10 tokens."):
@@ -122,6 +129,7 @@ def test_a_line_too_long_for_the_model_is_named_with_its_file(model, tmp_path, m
     [
         (b"", "the file is empty"),
         (b'{"prompt": "a", "response": "b"}\n{"prompt"', "line 2: not JSON"),
+        (b"[" * 100_000, "line 1: not JSON"),
         (b'{"prompt": "a"}\n', "line 1: expected"),
         (b'"text"\n', "line 1: expected"),
         (b"\xff\xfe", "not UTF-8"),

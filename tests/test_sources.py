@@ -3,6 +3,7 @@
 import errno
 import gzip
 import json
+import os
 
 import datasets as hf_datasets
 import pytest
@@ -11,10 +12,17 @@ from trl.scripts.utils import DatasetConfig
 
 from rm_recipe import sources
 from rm_recipe.errors import DataError
+from rm_recipe.json_files import decode
 from rm_recipe.recipe_keys import DataArguments
-from rm_recipe.sources import MissingSplitError, has_split, load_rows, sources_of
+from rm_recipe.sources import MissingSplitError, has_split, label, load_rows, sources_of
 
 ROWS = make_rows(3, seed=1)
+
+
+def write_parquet(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    hf_datasets.Dataset.from_list(rows).to_parquet(path)
+    return path
 
 
 def source(path, **keys) -> DatasetConfig:
@@ -34,12 +42,13 @@ def test_every_file_format_gives_the_same_rows(tmp_path, ending):
         packed = tmp_path / f"data{ending}"
         packed.write_bytes(gzip.compress(path.read_bytes()))
         path = packed
-    assert load_rows(source(path), "train").to_list() == ROWS
+    rows = load_rows(source(path), "train").to_list()
+    assert [decode(row["json"]) if "json" in row else row for row in rows] == ROWS
 
 
 def test_a_folder_gives_the_split_of_the_subset(tmp_path):
     for subset in ("helpful-base", "harmless-base"):
-        write_jsonl(tmp_path / subset / "train.jsonl", [{"chosen": subset}])
+        write_parquet(tmp_path / subset / "train.parquet", [{"chosen": subset}])
     data = DataArguments(dataset_name=str(tmp_path), dataset_subsets=["helpful-base", "harmless-base"])
     assert [load_rows(s, "train")["chosen"][:] for s in sources_of(data)] == [
         ["helpful-base"],
@@ -48,13 +57,18 @@ def test_a_folder_gives_the_split_of_the_subset(tmp_path):
 
 
 def test_a_mixtures_entries_are_trls(tmp_path):
-    path = write_jsonl(tmp_path / "x" / "mine.jsonl", [{**row, "noise": 1} for row in ROWS])
-    entry = {"path": str(path.parent), "data_files": "mine.jsonl", "columns": ["prompt", "chosen"]}
+    path = write_parquet(tmp_path / "x" / "mine.parquet", ROWS)
+    entry = {"path": str(path.parent), "data_files": "mine.parquet", "fraction": 0.5}
     [found] = sources_of(DataArguments(datasets=[entry]))
     assert isinstance(found, DatasetConfig)
-    assert load_rows(found, "train").column_names == ["prompt", "chosen"]
-    with pytest.raises(DataError, match="has no column other"):
-        load_rows(source(path, columns=["other"]), "train")
+    assert load_rows(found, "train").to_list() == ROWS
+
+
+def test_a_set_is_labelled_by_its_subset_and_in_a_mixture_by_its_name_too(tmp_path, tiny_data):
+    assert label(source("Anthropic/hh-rlhf", data_dir="helpful-base"), False) == "helpful-base"
+    assert label(source("Anthropic/hh-rlhf", data_dir="helpful-base"), True) == "hh-rlhf/helpful-base"
+    assert label(source(tiny_data), False) == ""
+    assert label(source(tiny_data / "train.jsonl"), True) == "preferences/train.jsonl"
 
 
 def test_a_missing_split_is_named_with_those_that_are_there(tmp_path, tiny_data):
@@ -86,10 +100,9 @@ def test_a_missing_folder_subset_or_file_is_named(tmp_path, tiny_data):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"chosen": "a", "rej', "line 1: not JSON"),
-        ("b.jsonl.gz", b"not gzip", "not gzip-compressed"),
-        ("c.parquet", b"not parquet", "not a Parquet file"),
-        ("d.jsonl", b"", "the file is empty"),
+        ("b.jsonl.gz", b"not gzip", "is not gzip"),
+        ("c.parquet", b"not parquet", "cannot be read: Parquet"),
+        ("d.jsonl", b"", "is empty"),
     ],
 )
 def test_a_file_that_is_not_what_it_says_is_named_with_its_fault(tmp_path, name, content, message):
@@ -100,10 +113,24 @@ def test_a_file_that_is_not_what_it_says_is_named_with_its_fault(tmp_path, name,
     assert str(path) in str(caught.value)
 
 
-def test_an_edited_file_is_read_anew(tmp_path):
-    path = write_jsonl(tmp_path / "x.jsonl", ROWS)
+def test_a_parquet_file_without_rows_is_empty(tmp_path):
+    path = tmp_path / "x.parquet"
+    hf_datasets.Dataset.from_list(ROWS).select([]).to_parquet(path)
+    with pytest.raises(DataError, match="empty|cannot be read"):
+        load_rows(source(path), "train")
+
+
+def test_a_file_in_a_folder_whose_name_is_a_pattern_is_read(tmp_path):
+    path = write_parquet(tmp_path / "[a]*" / "x.parquet", ROWS)
+    assert load_rows(source(path), "train").to_list() == ROWS
+
+
+def test_an_edited_parquet_file_is_read_anew_whatever_its_time(tmp_path):
+    path = write_parquet(tmp_path / "x.parquet", ROWS)
     load_rows(source(path), "train")
-    write_jsonl(path, ROWS[:2])
+    state = path.stat()
+    write_parquet(path, ROWS[:2])
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
     assert load_rows(source(path), "train").to_list() == ROWS[:2]
 
 
@@ -156,9 +183,13 @@ def test_a_set_that_the_hub_does_not_give_is_one_message(monkeypatch):
 
 
 def test_a_full_disk_is_not_blamed_on_the_data(monkeypatch, tmp_path):
-    def fail(**_):
+    def fail(*_, **__):
         raise hf_datasets.exceptions.DatasetGenerationError("x") from OSError(errno.ENOSPC, "No space")
 
+    path = write_parquet(tmp_path / "x.parquet", ROWS)
     monkeypatch.setattr(sources.hf_datasets, "load_dataset", fail)
+    with pytest.raises(OSError, match="No space"):
+        load_rows(source(path), "train")
+    monkeypatch.setattr(hf_datasets.Dataset, "from_generator", fail)
     with pytest.raises(OSError, match="No space"):
         load_rows(source(write_jsonl(tmp_path / "x.jsonl", ROWS)), "train")

@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rm_recipe.split import Split, describe_counts, processes, set_excluded_apart
+from rm_recipe.split import Split, describe_counts, set_excluded_apart
 
 REASONS = st.sampled_from(["", "", "empty_response", "too_long"])
 
@@ -36,12 +36,6 @@ def test_a_selection_counts_what_it_leaves_out():
     assert some.rows == len(some.comparisons) + some.excluded.total()
     assert split.excluded == {"too_long": 1}  # the whole is not changed
     assert split.select(np.array([True] * 3), "leaked_prompt") is split
-
-
-def test_small_sets_take_one_process_and_large_ones_the_cores():
-    assert processes(1_000, None) is None
-    assert processes(1_000_000, None) >= 1
-    assert processes(10, 3) == 3
 
 
 def test_counts_are_told_on_one_line():

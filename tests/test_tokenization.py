@@ -73,3 +73,11 @@ def test_more_length_than_positions_is_refused_with_both_numbers(tiny_distilbert
     check_lengths(config, 64, "m")
     with pytest.raises(RecipeError, match="'max_length: 65': m has 64 positions"):
         check_lengths(config, 65, "m")
+
+
+def test_a_template_that_is_broken_is_refused_with_its_fault(tiny_llama, tmp_path):
+    template = tmp_path / "t.jinja"
+    for text in ("{% for message in messages %}", "{{ messages[0]['content'] + 1 }}"):
+        template.write_text(text)
+        with pytest.raises(RecipeError, match="its chat template fails on a question and an answer: "):
+            load_tokenizer(str(tiny_llama), template=str(template))
