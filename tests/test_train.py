@@ -1,10 +1,13 @@
 """A run leaves what the contract says, moves what it should, and can be gone on with."""
 
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import make_tokenizer, run_cli
+from conftest import REPOSITORY, make_tokenizer, run_cli
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
@@ -182,3 +185,32 @@ def test_max_length_above_the_models_positions_is_refused(write_recipe, tiny_dis
     recipe = read_recipe(write_recipe(model_name_or_path=str(tiny_distilbert), use_peft=False, max_length=65))
     with pytest.raises(RecipeError, match="'max_length: 65': .* has 64 positions"):
         train(recipe)
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_tells_that_train_prompts_are_held_out(write_recipe, tmp_path, tiny_data):
+    """The other would have ended it before it had finished its report."""
+    (tmp_path / "two.yaml").write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nuse_cpu: true\n"
+        "num_processes: 2\nnum_machines: 1\nmixed_precision: 'no'\n"
+    )
+    for name in ("train", "test"):
+        shutil.copy(tiny_data / "train.jsonl", tmp_path / f"{name}.jsonl")
+    recipe = write_recipe(dataset_name=str(tmp_path))
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "two.yaml")]
+    result = subprocess.run(
+        [sys.executable, *launch, "-m", "rm_recipe", "train", str(recipe)],
+        capture_output=True, text=True, check=False, cwd=REPOSITORY,
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert result.stderr.count("rm-recipe: 64 of 64 train comparisons") == 1
+    assert result.stdout.count("Leakage: 64 train comparisons on 64 held-out prompts, not allowed") == 1
+    assert not (tmp_path / "run" / "recipe.yaml").exists()
+    (tmp_path / "train.jsonl").write_text("{")
+    result = subprocess.run(
+        [sys.executable, *launch, "-m", "rm_recipe", "train", str(recipe)],
+        capture_output=True, text=True, check=False, cwd=REPOSITORY,
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert result.stderr.count("line 1: not JSON") == 1
+    assert "Connection closed" not in result.stderr
