@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import datasets as hf_datasets
 import numpy as np
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from trl.scripts.utils import DatasetConfig
 
@@ -17,7 +18,7 @@ from rm_recipe.errors import DataError
 from rm_recipe.parsing import parse_rows
 from rm_recipe.recipe import Recipe
 from rm_recipe.recipe_keys import DataArguments
-from rm_recipe.split import FIRST_ROWS, Split, describe_counts
+from rm_recipe.split import FIRST_ROWS, Split, arrow_column, describe_counts
 
 HELD_OUT_SHARE = 0.1  # of the prompts, where a set has a train split only
 
@@ -56,9 +57,9 @@ def load_splits(recipe: Recipe) -> tuple[Split, Split, Leakage]:
     test = load_held_out(data, recipe.training.dataset_num_proc)
     if share is not None:
         train = train.select(~held_out(train, share), "held_out")
-    faults = np.array(train.comparisons["margin_fault"][:])
-    for reason in sorted(set(faults) - {""}):
-        train = train.select(np.array(train.comparisons["margin_fault"][:]) != reason, reason, named=True)
+    for reason in preferences.MARGIN_REASONS if data.margin_column is not None else ():
+        faults = arrow_column(train.comparisons, "margin_fault")
+        train = train.select(pc.not_equal(faults, reason).to_numpy(), reason, named=True)
     # Against all that is held out, so that no other sample of it meets what was trained on.
     keys = train.column("prompt_key")
     leaked = np.isin(keys, test.column("prompt_key"))
@@ -68,8 +69,6 @@ def load_splits(recipe: Recipe) -> tuple[Split, Split, Leakage]:
         train = train.select(~leaked, "leaked_prompt")
     if not len(train.comparisons):
         raise DataError(f"no comparison is left to train on: {describe_counts(train.excluded)}")
-    if not len(test.comparisons):
-        raise DataError("no comparison is held out; set a larger 'test_split_size'")
     return sample(train, data.max_train_samples, seed), sample(test, data.max_eval_samples, seed), leakage
 
 
@@ -97,6 +96,8 @@ def load_held_out(data: DataArguments, num_proc: int | None = None) -> Split:
         return load_split(data, data.dataset_test_split, num_proc)
     split = load_split(data, None, num_proc)
     comparisons = split.comparisons.select(np.flatnonzero(held_out(split, share)))
+    if not len(comparisons):
+        raise DataError("no comparison is held out; set a larger 'test_split_size'")
     return Split(comparisons, len(comparisons))  # the train side counts what cannot be parsed
 
 
@@ -168,6 +169,7 @@ def load_split(
         sum(part.rows for part in parts),
         sum((part.excluded for part in parts), Counter()),
         {reason: names[:FIRST_ROWS] for reason, names in first_rows.items()},
+        sum(part.differing_prompts for part in parts),
     )
     if not len(result.comparisons):
         name = " and ".join(dict.fromkeys(source.path for source in found))

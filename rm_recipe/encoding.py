@@ -172,7 +172,10 @@ def _tokenize(
             texts.append(None)
     # Past the wrapper, whose own work for each text takes as long again as the tokenizer's.
     flat = [text for group in texts for text in group or ()]
-    encodings = iter(tokenizer.backend_tokenizer.encode_batch_fast(flat, add_special_tokens=False))
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # which the wrapper leaves behind when somebody asked it for either
+    backend.no_padding()
+    encodings = iter(backend.encode_batch_fast(flat, add_special_tokens=False))
     return [None if group is None else [next(encodings).ids for _ in group] for group in texts]
 
 
@@ -221,7 +224,10 @@ def _question_length(
     tokenizer: PreTrainedTokenizerBase, prompt: list[Message], conversations: list[list[int]]
 ) -> int:
     """Tokens before the replies, which the K replies' own common start is not among."""
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    except (TemplateError, TypeError):  # one that takes no prompt without its reply
+        return len(split_at_common_prefix(conversations).prefix)
     alone = tokenizer(text, add_special_tokens=False)["input_ids"]
     return len(split_at_common_prefix([[*alone, -1], *conversations]).prefix)
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from inspect import getsource
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,7 +20,8 @@ from datasets.fingerprint import Hasher
 
 from rm_recipe.errors import DataError
 
-NUMBER, JSON = "number", "json"  # the columns; numbers count lines, of a list its elements, from 1
+# The columns, by names that no data set has; numbers count lines, of a list its elements, from 1.
+NUMBER, JSON = "rm_recipe_number", "rm_recipe_json"
 _FEATURES = {NUMBER: hf_datasets.Value("int64"), JSON: hf_datasets.Value("string")}
 
 
@@ -30,15 +31,21 @@ def load_json_rows(file: Path) -> hf_datasets.Dataset:
     Raises:
         DataError: the file is empty, not UTF-8, or not what its name says.
     """
+    source = getsource(sys.modules[__name__])
     try:
         return hf_datasets.Dataset.from_generator(
             _rows,
             features=hf_datasets.Features(_FEATURES),
             gen_kwargs={"file": file},
-            fingerprint=Hasher.hash([content_hash(file), file.suffixes, getsource(sys.modules[__name__])]),
+            fingerprint=Hasher.hash([content_hash(file), is_document(file), source]),
         )
     except DatasetGenerationError as error:
         raise (error.__cause__ or error) from None
+
+
+def is_document(file: Path) -> bool:
+    """Whether a file may hold one list of rows: a .json, where a .jsonl has one a line."""
+    return file.name.removesuffix(".gz").endswith(".json")
 
 
 def content_hash(file: Path) -> str:
@@ -57,8 +64,8 @@ def decode(text: str) -> dict[str, Any]:
         row = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} (column {error.colno})") from None
-    except RecursionError:
-        raise ValueError("not JSON that can be read: nested too deeply") from None
+    except (RecursionError, ValueError) as error:  # too deep, or a number of thousands of digits
+        raise ValueError(f"not JSON that can be read: {error}") from None
     if not isinstance(row, dict):
         raise ValueError(f"a row is a JSON object, this is a {type(row).__name__}")
     return row
@@ -67,7 +74,7 @@ def decode(text: str) -> dict[str, Any]:
 def _rows(file: Path) -> Iterator[dict[str, Any]]:
     found = False
     try:
-        rows = _elements(file) if ".json" in file.suffixes else None
+        rows = _elements(file) if is_document(file) else None
         for number, text in _lines(file) if rows is None else rows:
             found = True
             yield {NUMBER: number, JSON: text}
@@ -93,8 +100,8 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
                 yield number, text
 
 
-def _elements(file: Path) -> list[tuple[int, str]] | None:
-    """The elements of a list; None where the file holds an object a line."""
+def _elements(file: Path) -> Iterable[tuple[int, str]] | None:
+    """The elements of a list, all read at once; None where the file holds an object a line."""
     with _open(file) as stream:
         if not stream.read(4096).lstrip(b"\xef\xbb\xbf").lstrip().startswith(b"["):
             return None
@@ -108,7 +115,7 @@ def _elements(file: Path) -> list[tuple[int, str]] | None:
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise DataError(f"'{file}', {where}: not JSON: {error.msg}") from None
-    return [(number, json.dumps(row)) for number, row in enumerate(rows, 1)]
+    return ((number, json.dumps(row)) for number, row in enumerate(rows, 1))
 
 
 def _open(file: Path) -> gzip.GzipFile | BinaryIO:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import datasets as hf_datasets
+import pyarrow.compute as pc
 from trl.scripts.utils import DatasetConfig
 
 from rm_recipe import preferences, sources, transcripts
@@ -13,9 +14,9 @@ from rm_recipe.errors import DataError
 from rm_recipe.json_files import JSON, NUMBER, decode
 from rm_recipe.passes import run_pass
 from rm_recipe.preferences import Excluded, Malformed, Message
-from rm_recipe.split import Split, set_excluded_apart
+from rm_recipe.split import Split, arrow_column, set_excluded_apart
 
-PEEK = 1000  # rows of a JSON file that say which columns it has
+PEEK = 1000  # rows of a JSON file in which its columns have to be found
 _WANTED = set().union(*preferences.SHAPES) | {"subset"}
 
 _TEXT = hf_datasets.Value("string")
@@ -48,33 +49,24 @@ def parse_rows(
         DataError: the columns are not those of comparisons, or a row is malformed.
     """
     file = sources.find_file(source, split)
-    place, unit = f"'{file or source.path}'", "line" if file and ".jsonl" in file.suffixes else "row"
-    place = place if file else f"{place}, split '{split}'"
-    columns = _columns(rows, place, unit)
+    place = f"'{file}'" if file else f"'{source.path}', split '{split}'"
+    unit = "line" if file and sources.data_format(file) == ".jsonl" else "row"
+    _check_columns(rows, source, place, unit, margin_column)
+    wanted = _WANTED | {margin_column}
     if source.columns is not None:
-        missing = set(source.columns) - set(columns)
-        if missing:
-            raise DataError(f"{place} has no column {', '.join(sorted(missing))} ('columns')")
-        columns = list(source.columns)
-    if not preferences.is_comparison_shape(columns):
-        has = ", ".join(columns) or "none"
-        raise DataError(f"{place}: its columns are {has}; rm_recipe needs {preferences.SHAPES_IN_WORDS}")
-    if margin_column is not None and margin_column not in columns:
-        raise DataError(f"{place} has no column '{margin_column}' (margin_column)")
-    empty = dict.fromkeys(column for column in columns if column in _WANTED | {margin_column})
+        wanted &= set(source.columns)
     if JSON not in rows.column_names:
-        rows = rows.select_columns(list(empty))
+        rows = rows.select_columns([column for column in rows.column_names if column in wanted])
 
     def parse(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         parsed = []
         for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
             row = dict(zip(batch, values, strict=True))
-            number = row.get(NUMBER, index + 1) if JSON in row else index + 1
+            number = row.get(NUMBER, index + 1)
             try:
                 row = decode(row[JSON]) if JSON in row else row
-                row = empty | {key: value for key, value in row.items() if key in empty}
-                row["subset"] = row.get("subset") or subset
-                parsed.append(_parsed_row(row, number, margin_column, margin_map))
+                row = {key: value for key, value in row.items() if key in wanted}
+                parsed.append(_parsed_row(row, number, subset, margin_column, margin_map))
             except (Malformed, ValueError) as fault:
                 raise DataError(f"{place}, {unit} {number}: {fault}") from None
         return {name: [row[name] for row in parsed] for name in _PARSED}
@@ -92,31 +84,49 @@ def parse_rows(
             with_indices=True,
             remove_columns=rows.column_names,
         )
-    except UnicodeDecodeError:  # its reader lets it through, Python's text does not
+    except UnicodeDecodeError:  # Parquet's reader lets it through, Python's text does not
         raise DataError(f"{place}: not UTF-8 text") from None
-    return set_excluded_apart(Split(parsed, len(parsed)))
+    differing = int(pc.sum(arrow_column(parsed, "prompts_differ")).as_py() or 0)
+    parsed = parsed.remove_columns("prompts_differ")
+    return set_excluded_apart(Split(parsed, len(parsed), differing_prompts=differing))
 
 
-def _columns(rows: hf_datasets.Dataset, place: str, unit: str) -> list[str]:
-    """The names of the columns: of JSON, those of its first rows."""
-    if JSON not in rows.column_names:
-        return list(rows.column_names)
-    names: dict[str, None] = {}
-    for row in rows.select(range(min(PEEK, len(rows)))):
-        try:
-            names |= dict.fromkeys(decode(row[JSON]))
-        except ValueError as fault:
-            raise DataError(f"{place}, {unit} {row[NUMBER]}: {fault}") from None
-    return list(names)
+def _check_columns(
+    rows: hf_datasets.Dataset, source: DatasetConfig, place: str, unit: str, margin_column: str | None
+) -> None:
+    """Raises DataError where the columns, of JSON those of its first rows, cannot be comparisons."""
+    columns = dict.fromkeys(rows.column_names)
+    if JSON in columns:
+        columns = {}
+        for row in rows.select(range(min(PEEK, len(rows)))):
+            try:
+                columns |= dict.fromkeys(decode(row[JSON]))
+            except ValueError as fault:
+                raise DataError(f"{place}, {unit} {row[NUMBER]}: {fault}") from None
+    missing = set(source.columns or ()) - set(columns)
+    if missing:
+        raise DataError(f"{place} has no column {', '.join(sorted(missing))} ('columns')")
+    read = source.columns or list(columns)
+    if not preferences.is_comparison_shape(read):
+        has = ", ".join(read) or "none"
+        raise DataError(f"{place}: its columns are {has}; rm_recipe needs {preferences.SHAPES_IN_WORDS}")
+    if margin_column is not None and margin_column not in read:
+        raise DataError(f"{place} has no column '{margin_column}' (margin_column)")
 
 
 def _parsed_row(
-    row: dict[str, Any], number: int, margin_column: str | None, margin_map: dict[str | int, float] | None
+    row: dict[str, Any],
+    number: int,
+    subset: str,
+    margin_column: str | None,
+    margin_map: dict[str | int, float] | None,
 ) -> dict[str, Any]:
     """The comparison's columns, or empty ones and the reason."""
-    result = {
+    own = row.get("subset")
+    name = subset if own is None or own == "" else str(own).encode(errors="replace").decode()
+    result: dict[str, Any] = {
         "prompt": [], "responses": [], "ranks": [], "margins": [], "margin_fault": "",
-        "subset": str(row["subset"]), "row": number, "prompt_key": 0,
+        "subset": name, "row": number, "prompt_key": 0,
         "prompts_differ": preferences.prompts_differ(row), "excluded": "",
     }  # fmt: skip
     try:
@@ -128,6 +138,7 @@ def _parsed_row(
             result["margin_fault"] = excluded.reason
             comparison = preferences.parse_row(row)
     except Excluded as excluded:
+        result["prompts_differ"] |= excluded.reason == "differing_prompts"
         return {**result, "excluded": excluded.reason}
     for name in ("prompt", "responses", "ranks", "margins"):
         result[name] = getattr(comparison, name)

@@ -35,6 +35,8 @@ def run_pass(
     Raises:
         TrainingError: a process was killed.
     """
+    if not len(rows):  # which `map` would leave without their new columns
+        return hf_datasets.Dataset.from_dict({name: [] for name in features}, hf_datasets.Features(features))
     parts = [inspect.getsource(part) if isinstance(part, ModuleType) else part for part in depends_on]
     try:
         return rows.map(

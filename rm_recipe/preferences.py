@@ -114,10 +114,9 @@ def parse_row(
         Excluded: with the reason.
         Malformed: a value has the wrong type.
     """
-    if {"chosen", "rejected"} <= row.keys():
-        prompt, responses, levels = _pair(row)
-    else:
-        prompt, responses, levels = _ranking(row)
+    pair = row.get("chosen") is not None or row.get("rejected") is not None
+    ranking = row.get("responses") is not None or row.get("completions") is not None
+    prompt, responses, levels = _ranking(row) if ranking and not pair else _pair(row)
     check_prompt(prompt)
     check_unicode([*(message["content"] for message in prompt), *responses])
     if not all(response.strip() for response in responses):
@@ -139,7 +138,7 @@ def parse_row(
 
 
 def _pair(row: Mapping[str, Any]) -> tuple[list[Message], list[str], list[float]]:
-    chosen, rejected = row["chosen"], row["rejected"]
+    chosen, rejected = row.get("chosen"), row.get("rejected")
     if chosen is None or rejected is None:
         raise Excluded("missing_response")
     if row.get("prompt") is None:
@@ -155,16 +154,16 @@ def _pair(row: Mapping[str, Any]) -> tuple[list[Message], list[str], list[float]
 
 def _ranking(row: Mapping[str, Any]) -> tuple[list[Message], list[str], list[float]]:
     """Prompt, responses and for each a level: the lower, the better."""
-    if "completions" in row:
+    if row.get("responses") is None:
         completions = _list("completions", row["completions"])
         if not all(isinstance(completion, Mapping) for completion in completions):
             raise Malformed("completions", "mappings with response and overall_score", completions)
         row = {
-            "prompt": row["instruction"],
+            "prompt": row.get("instruction"),
             "responses": [completion.get("response") for completion in completions],
             "scores": [completion.get("overall_score") for completion in completions],
         }
-    if row["prompt"] is None:
+    if row.get("prompt") is None:
         raise Excluded("empty_prompt")
     prompt = as_messages(row["prompt"])
     replies = _list("responses", row["responses"])
@@ -180,7 +179,7 @@ def _ranking(row: Mapping[str, Any]) -> tuple[list[Message], list[str], list[flo
         raise Malformed(column, "a list of numbers", levels)
     if len(levels) != len(replies):
         raise Excluded("ranks_do_not_match")
-    if not all(math.isfinite(level) for level in levels):
+    if not all(map(_is_finite, levels)):
         raise Excluded("missing_ranks")
     return prompt, [_reply("responses", prompt, reply) for reply in replies], [sign * x for x in levels]
 
@@ -204,16 +203,16 @@ def _margins(
         if len(value) != len(order) or None in value:
             raise Excluded("missing_margin")
         sign = -1 if column == "ranks" else 1  # where the lowest is best
-        margins = [float(sign * (value[order[i]] - value[order[j]])) for i, j in pairs]
+        margins = [sign * (value[order[i]] - value[order[j]]) for i, j in pairs]
     elif _is_number(value):
-        margins = [float(value)] * len(pairs)
+        margins = [value] * len(pairs)
     else:
         raise Malformed(column, "a number, or a category and 'margin_map' in the recipe", value)
-    if not all(map(math.isfinite, margins)):
+    if not all(map(_is_finite, margins)):
         raise Excluded("missing_margin")
     if min(margins) < 0:
         raise Excluded("negative_margin")
-    return margins
+    return [float(margin) for margin in margins]
 
 
 def prompts_differ(row: Mapping[str, Any]) -> bool:
@@ -299,3 +298,10 @@ def _list(column: str, value: Any) -> list[Any]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_finite(number: float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # a whole number of hundreds of digits
+        return False

@@ -108,7 +108,7 @@ class SharedPrefixRewardTrainer(RewardTrainer):
                 parameter.data = parameter.data.float()
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-        return dataset  # tokenised by `datasets.tokenize`
+        return dataset  # tokenised by `encoding.tokenize`
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = COLUMNS

@@ -229,7 +229,7 @@ def read_items(source: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             item = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{source}, line {number}: not JSON: {error}") from None
         if not isinstance(item, dict) or not item.get("prompt") or not isinstance(item.get("response"), str):
             raise DataError(f'{source}, line {number}: expected {{"prompt": ..., "response": "..."}}')

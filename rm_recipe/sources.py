@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import datasets as hf_datasets
+import pyarrow.parquet as pq
 from trl.scripts.utils import DatasetConfig
 
 from rm_recipe.artifacts import whole_file
@@ -63,9 +64,7 @@ def load_rows(source: DatasetConfig, split: str, revision: str | None = None) ->
                 revision=revision,
                 split=split,
             )
-        if ".parquet" not in file.suffixes:
-            return load_json_rows(file)
-        return _load_parquet(file)
+        return _load_parquet(file) if data_format(file) == ".parquet" else load_json_rows(file)
     except DataError:
         raise
     except Exception as error:
@@ -75,12 +74,11 @@ def load_rows(source: DatasetConfig, split: str, revision: str | None = None) ->
 def _load_parquet(file: Path) -> hf_datasets.Dataset:
     content = content_hash(file)
     unpacked = _unpacked(file, content)
+    if not pq.read_metadata(unpacked).num_rows:
+        raise DataError(f"'{file}' is empty: it holds no rows")
     # As the configuration's name, the content decides what the cache holds, not the time of change.
     name, files = f"content-{content[:32]}", {"train": glob.escape(str(unpacked))}
-    rows = hf_datasets.load_dataset("parquet", name=name, data_files=files, split="train")
-    if not len(rows):
-        raise DataError(f"'{file}' is empty: it holds no rows")
-    return rows
+    return hf_datasets.load_dataset("parquet", name=name, data_files=files, split="train")
 
 
 def has_split(source: DatasetConfig, split: str, revision: str | None = None) -> bool:
@@ -89,7 +87,8 @@ def has_split(source: DatasetConfig, split: str, revision: str | None = None) ->
     Raises:
         DataError: it has several, and not this one, or it cannot be read.
     """
-    if Path(source.path).is_file():
+    path = Path(source.path)
+    if path.is_file() or (path.is_dir() and source.data_files is not None):
         return False  # a file is one split, whatever it is called
     try:
         load_rows(source, split, revision)
@@ -120,9 +119,14 @@ def find_file(source: DatasetConfig, split: str) -> Path | None:
         if looks_local(source.path) or Path(source.path).exists():
             raise DataError(f"'{path}' does not exist")
         return None
-    if Path(path.name.removesuffix(".gz")).suffix not in DATA_FORMATS:
+    if data_format(path) not in DATA_FORMATS:
         raise DataError(f"'{path}' is no data file; expected .jsonl, .json or .parquet (.gz too)")
     return path
+
+
+def data_format(file: Path) -> str:
+    """`.jsonl`, `.json`, `.parquet` or another ending, `.gz` apart."""
+    return Path(file.name.removesuffix(".gz")).suffix
 
 
 def _split_file(folder: Path, split: str) -> Path:
@@ -155,8 +159,10 @@ def _unpacked(file: Path, content: str) -> Path:
 
 def _as_data_error(error: Exception, source: DatasetConfig, file: Path | None, split: str) -> Exception:
     cause = error.__cause__ or error
-    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-        return cause  # the disk's fault, not the data's
+    # The machine's faults, not the data's; that the file itself may not be read is a fault of input.
+    full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    if full or isinstance(cause, MemoryError):
+        return cause if isinstance(cause, Exception) else error
     reason = " ".join(str(cause).split())[:300] or type(cause).__name__
     if file is not None:
         return DataError(f"'{file}' cannot be read: {reason}")

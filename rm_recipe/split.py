@@ -21,12 +21,13 @@ class Split:
 
     Attributes:
         comparisons: columns `prompt`, `responses`, `ranks`, `margins`, `margin_fault`, `subset`,
-            `row` (counted from 1 in its source; of a .jsonl the line), `prompt_key`,
-            `prompts_differ`, and after tokenising `prefix`, `rests`, `lengths`,
-            `fates` (`encoding.Tokenized`).
+            `row` (counted from 1 in its source; of a .jsonl the line), `prompt_key`; after
+            tokenising `prefix`, `rests`, `lengths`, `fates` (`encoding.Tokenized`).
         rows: rows of the source; `rows == len(comparisons) + sum(excluded.values())`.
         excluded: number of rows by reason.
         first_rows: for each reason the first rows that it was found in, `SUBSET:ROW`.
+        differing_prompts: rows of the source whose transcripts or messages differ before the last
+            reply, whatever became of them.
         tokenized: after tokenising, all that went into it, also what was left out.
     """
 
@@ -34,6 +35,7 @@ class Split:
     rows: int
     excluded: Counter[str] = field(default_factory=Counter)
     first_rows: dict[str, list[str]] = field(default_factory=dict)
+    differing_prompts: int = 0
     tokenized: hf_datasets.Dataset | None = None
 
     def __getitem__(self, index: int) -> Comparison:
@@ -48,12 +50,6 @@ class Split:
     def column(self, name: str) -> NDArray[Any]:
         """A column of numbers as an array."""
         return np.asarray(arrow_column(self.comparisons, name).to_numpy())
-
-    @property
-    def differing_prompts(self) -> int:
-        """Rows whose prompts differ, those among them that are comparisons all the same."""
-        differing = pc.sum(arrow_column(self.comparisons, "prompts_differ")).as_py() or 0
-        return int(differing) + self.excluded["differing_prompts"]
 
     def names(self, indices: NDArray[np.int64]) -> list[str]:
         """`SUBSET:ROW` of the comparisons with these numbers."""

@@ -98,6 +98,8 @@ def _without_added_specials(tokenizer: PreTrainedTokenizerBase, padding: str) ->
     """
     backend = tokenizer.backend_tokenizer
     backend.post_processor = None
+    backend.no_truncation()  # tokenizer.json may hold settings of what it was used for before
+    backend.no_padding()
     named = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,

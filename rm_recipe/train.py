@@ -44,7 +44,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> N
     checkpoint = check_run_folder(recipe, resume=resume, overwrite=overwrite)
     tokenizer, train_split, test_split, leakage = load_data(recipe)
     report = report_data(recipe, train_split, test_split, leakage)
-    PartialState().wait_for_everyone()  # or another process would end the one that has the message
+    wait_for_main_process()  # or another would end it before it has said what is wrong
     refuse_leakage(recipe, leakage)
     model, new_modules = load_model(recipe, tokenizer)
     claim_run_folder(recipe, overwrite=overwrite)  # not before: what fails above leaves nothing
@@ -173,15 +173,24 @@ def load_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Split, Split, Le
 
 @contextmanager
 def main_process_first() -> Iterator[None]:
-    """Accelerate's own; where the main process has failed, the others leave the message to it."""
-    state = PartialState()
-    try:
-        state.wait_for_everyone() if not state.is_main_process else None
-    except RuntimeError:
-        raise TrainingError("the main process has failed") from None
+    """Accelerate's own, with `wait_for_main_process` in place of its barrier."""
+    if not PartialState().is_main_process:
+        wait_for_main_process()
     yield
-    if state.is_main_process:
-        state.wait_for_everyone()
+    if PartialState().is_main_process:
+        PartialState().wait_for_everyone()
+
+
+def wait_for_main_process() -> None:
+    """A barrier; where the main process has ended, its message is the one to read.
+
+    Raises:
+        TrainingError: it has.
+    """
+    try:
+        PartialState().wait_for_everyone()
+    except RuntimeError as error:
+        raise TrainingError(f"the main process has ended or takes too long: {error}") from None
 
 
 def report_data(recipe: Recipe, train: Split, test: Split, leakage: Leakage) -> dict[str, Any] | None:

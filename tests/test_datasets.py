@@ -198,6 +198,20 @@ def test_a_mixture_of_pairs_and_rankings_is_one_train_and_one_test_split(write_r
     assert train[64 + 3].ranks == [0, 1, 1]
 
 
+def test_a_mixture_of_single_files_is_held_out_by_prompt(write_recipe, tmp_path):
+    write_jsonl(tmp_path / "x" / "mine.jsonl", make_rows(60, seed=1))
+    entry = {"path": str(tmp_path / "x"), "data_files": "mine.jsonl"}
+    train, test, leakage = load_splits(read_recipe(write_recipe(dataset_name="omit", datasets=[entry])))
+    assert len(train.comparisons) + len(test.comparisons) == 60
+    assert (0 < len(test.comparisons) < 20, leakage.comparisons) == (True, 0)
+
+
+def test_nothing_held_out_is_one_message(tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", make_rows(1, seed=1))
+    with pytest.raises(DataError, match="no comparison is held out; set a larger 'test_split_size'"):
+        load_held_out(data(path, test_split_size=1e-9))
+
+
 def test_fractions_keep_the_first_of_each_as_trl_does(write_recipe, mixture):
     mixture[0]["fraction"], mixture[1]["fraction"] = 0.5, 0.5
     train, test, _ = load_splits(read_recipe(write_recipe(dataset_name="omit", datasets=mixture)))

@@ -74,6 +74,31 @@ def test_what_does_not_fit_is_excluded_by_name(tiny_llama, truncation, compariso
     assert caught.value.reason == reason
 
 
+def test_what_a_tokenizer_truncated_or_padded_to_before_is_forgotten(tiny_llama, tmp_path):
+    tokenizer = load_tokenizer(str(tiny_llama))
+    comparison = Comparison(turns("hello"), ["good", "bad cat"])
+    expected = encode(tokenizer, comparison, None)
+    tokenizer(["hello", "good bad"], padding=True, truncation=True, max_length=6)  # a user's own call
+    assert encode(tokenizer, comparison, None) == expected
+    tokenizer.backend_tokenizer.enable_truncation(8)
+    tokenizer.backend_tokenizer.enable_padding(length=50)
+    tokenizer.save_pretrained(tmp_path)  # as the files of many encoders hold it
+    again = load_tokenizer(str(tmp_path))
+    assert again.backend_tokenizer.truncation is None
+    assert again.backend_tokenizer.padding is None
+    assert encode(again, comparison, None) == expected
+
+
+def test_a_template_that_takes_no_prompt_alone_excludes_what_does_not_fit(tiny_llama):
+    tokenizer = load_tokenizer(str(tiny_llama))
+    tokenizer.chat_template = (
+        "{% if messages[-1]['role'] != 'assistant' %}{{ raise_exception('no reply') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    with pytest.raises(Excluded, match="too_long"):
+        encode(tokenizer, Comparison(turns("far " * 40), ["good", "bad"]), 40)
+
+
 def test_ties_may_read_the_same_and_others_may_not(tiny_distilbert):
     tokenizer = load_tokenizer(str(tiny_distilbert))  # knows no case
     tied = Comparison(turns("hi"), ["good", "good", "bad"], [0, 0, 1])

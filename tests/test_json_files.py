@@ -8,7 +8,7 @@ import pytest
 from conftest import make_rows, write_jsonl
 
 from rm_recipe.errors import DataError
-from rm_recipe.json_files import content_hash, decode, load_json_rows
+from rm_recipe.json_files import JSON, NUMBER, content_hash, decode, load_json_rows
 
 ROWS = make_rows(3, seed=1)
 ROW = json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"}).encode()
@@ -16,7 +16,7 @@ PACKED = gzip.compress(b"".join(ROW.replace(b"p", str(n).encode()) + b"\n" for n
 
 
 def loaded(path) -> list[tuple[int, dict]]:
-    return [(row["number"], decode(row["json"])) for row in load_json_rows(path)]
+    return [(row[NUMBER], decode(row[JSON])) for row in load_json_rows(path)]
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,8 @@ def test_a_broken_file_is_named_with_its_fault(tmp_path, name, content, fault):
     [
         ('{"a": ', "not JSON: Expecting value .column 7."),
         ("[1]", "a row is a JSON object, this is a list"),
-        ("[" * 100_000, "nested too deeply"),
+        ("[" * 100_000, "not JSON that can be read"),
+        ('{"a": ' + "9" * 5000 + "}", "not JSON that can be read"),
     ],
 )
 def test_a_line_that_is_no_row_says_why(text, fault):

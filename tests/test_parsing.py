@@ -73,8 +73,13 @@ def test_a_rows_type_is_its_own_however_far_down_it_stands(tmp_path, place):
 def test_a_column_may_be_empty_first_and_appear_or_change_later(tmp_path, place):
     rows = [{**row, "m": None} for row in place(make_rows(2, seed=1))]
     rows += [{**row, "m": m, "later": 1} for row, m in zip(make_rows(2, seed=2), (1, 0.5), strict=True)]
+    rows += [
+        {"prompt": "p", "responses": ["a", "b"], "scores": [1, 2], "m": 1, "subset": n} for n in range(2)
+    ]
     split = parsed(write_jsonl(tmp_path / "x.jsonl", rows), margin_column="m")
-    assert split.comparisons["margins"][-2:] == [[1.0], [0.5]]
+    assert split.excluded == {}
+    assert split.comparisons["subset"][-3:] == ["", "0", "1"]
+    assert split.comparisons["margins"][-4:-2] == [[1.0], [0.5]]
     assert split.comparisons["margin_fault"][:2] == ["missing_margin"] * 2
 
 
@@ -148,10 +153,27 @@ def test_prompts_that_differ_are_counted_whatever_became_of_them(tmp_path):
         {"chosen": f"{question} a", "rejected": "\n\nHuman: p\n\nAssistant: c"},
         {"chosen": [user, reply], "rejected": [reply, reply]},
         {"chosen": f"{question} a", "rejected": f"{question} c"},
+        {"chosen": f"{question} a\n\nAssistant: b", "rejected": f"{question} "},
     ]
     split = parsed(write_jsonl(tmp_path / "x.jsonl", rows))
-    assert (len(split.comparisons), split.excluded) == (2, {"differing_prompts": 2})
-    assert split.differing_prompts == 3
+    assert len(split.comparisons) == 2
+    assert split.excluded == {"differing_prompts": 2, "empty_response": 1}
+    assert split.differing_prompts == 4
+
+
+def test_a_column_called_json_is_a_column_like_any_other(tmp_path):
+    rows = [{**row, "json": "{}", "number": 7} for row in make_rows(2, seed=1)]
+    path = tmp_path / "x.parquet"
+    hf_datasets.Dataset.from_list(rows).to_parquet(path)
+    assert parsed(path).column("row").tolist() == [1, 2]
+
+
+def test_half_a_surrogate_pair_is_counted_in_a_text_and_replaced_in_a_name(tmp_path):
+    row = make_rows(1, seed=1)[0]
+    rows = [{**row, "subset": "\ud800"}, {**row, "chosen": "\ud800"}]
+    split = parsed(write_jsonl(tmp_path / "x.jsonl", rows))
+    assert split.comparisons["subset"][:] == ["?"]
+    assert split.excluded == {"invalid_text": 1}
 
 
 @pytest.mark.parametrize("processes", [None, 2])

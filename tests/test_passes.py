@@ -64,6 +64,13 @@ def test_a_process_that_is_killed_is_one_message():
         run_pass(numbers(), die, "Dying", NUMBERS, ["die"], 2)
 
 
+def test_no_rows_have_the_new_columns_all_the_same():
+    empty = numbers().select([])
+    assert run_pass(empty, lambda row: row, "Nothing", {"other": NUMBERS["number"]}, []).column_names == [
+        "other"
+    ]
+
+
 def test_small_sets_take_one_process_and_large_ones_the_cores():
     assert processes(1_000, None) is None
     assert processes(1_000_000, None) == min(8, len(os.sched_getaffinity(0)))

@@ -58,7 +58,9 @@ def test_implicit_and_explicit_prompts_give_the_same_comparison():
         ({"chosen": [{**REPLY, "content": None}], "rejected": "b", "prompt": "p"}, "not_messages"),
         ({"chosen": [USER, REPLY], "rejected": "b", "prompt": "p"}, "differing_prompts"),
         ({"prompt": "p", "responses": ["a"], "ranks": [1]}, "single_response"),
-        ({"prompt": "p", "responses": None, "ranks": [1]}, "single_response"),
+        ({"prompt": "p", "responses": None, "ranks": [1]}, "missing_response"),
+        ({"prompt": "p", "responses": [], "ranks": []}, "single_response"),
+        ({"prompt": "p", "responses": ["a", "b"], "scores": [10**400, 1]}, "missing_ranks"),
         ({"prompt": "p", "responses": ["a", None], "ranks": [1, 2]}, "missing_response"),
         ({"prompt": "p", "responses": ["a", "b"], "ranks": [1]}, "ranks_do_not_match"),
         ({"prompt": "p", "responses": ["a", "b"], "ranks": None}, "missing_ranks"),
@@ -104,7 +106,11 @@ ROWS = st.one_of(
     st.fixed_dictionaries({"chosen": VALUES, "rejected": VALUES}, optional={"prompt": VALUES}),
     st.fixed_dictionaries(
         {"prompt": VALUES, "responses": st.lists(VALUES)},
-        optional={"ranks": VALUES, "scores": st.lists(st.floats())},
+        optional={
+            "ranks": st.lists(st.integers(0, 3)),
+            "scores": st.lists(st.floats()),
+            "completions": VALUES,
+        },
     ),
 )
 
@@ -170,6 +176,19 @@ def test_a_ranking_is_one_comparison_best_first_whichever_way_it_is_written():
     assert parse_row(ultrafeedback) == expected
 
 
+def test_a_row_is_read_in_the_shape_that_it_has_values_for():
+    """As the rows of a file of several shapes come: every column, most of them empty."""
+    empty = dict.fromkeys(("prompt", "chosen", "rejected", "responses", "ranks", "scores", "completions"))
+    ranking = {"prompt": "Hi", "responses": ["a", "b"], "scores": [1, 2]}
+    pair = {"chosen": transcript("Hi", "b"), "rejected": transcript("Hi", "a")}
+    assert parse_row({**empty, **ranking}) == parse_row({**empty, **pair}) == parse_row(ranking)
+    both = {**ranking, "chosen": "c", "rejected": "d"}
+    assert parse_row(both).responses == ["c", "d"]  # TRL's columns come first
+    with pytest.raises(Excluded, match="missing_response"):
+        parse_row(empty)
+    assert parse_row({**ranking, "completions": [{"response": "x"}]}) == parse_row(ranking)
+
+
 def test_ties_stay_in_the_comparison_and_give_no_pair():
     comparison = parse_row({"prompt": "Hi", "responses": ["a", "b", "c", "b"], "scores": [1, 5, 1, 5]})
     assert comparison.responses == ["b", "b", "a", "c"]
@@ -227,8 +246,9 @@ def test_a_margin_that_is_neither_names_its_column(value):
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        (None, "missing_margin"), (float("nan"), "missing_margin"), ([1, None], "missing_margin"),
-        ([1], "missing_margin"), (-0.1, "negative_margin"), ([1, 2], "negative_margin"),
+        (None, "missing_margin"), (10**400, "missing_margin"), (float("nan"), "missing_margin"),
+        ([1, None], "missing_margin"), ([1], "missing_margin"), (-0.1, "negative_margin"),
+        ([1, 2], "negative_margin"),
     ],
 )  # fmt: skip
 def test_a_row_without_a_margin_of_0_or_more_is_excluded(value, reason):

@@ -12,7 +12,7 @@ from trl.scripts.utils import DatasetConfig
 
 from rm_recipe import sources
 from rm_recipe.errors import DataError
-from rm_recipe.json_files import decode
+from rm_recipe.json_files import JSON, decode
 from rm_recipe.recipe_keys import DataArguments
 from rm_recipe.sources import MissingSplitError, has_split, label, load_rows, sources_of
 
@@ -43,7 +43,7 @@ def test_every_file_format_gives_the_same_rows(tmp_path, ending):
         packed.write_bytes(gzip.compress(path.read_bytes()))
         path = packed
     rows = load_rows(source(path), "train").to_list()
-    assert [decode(row["json"]) if "json" in row else row for row in rows] == ROWS
+    assert [decode(row[JSON]) if JSON in row else row for row in rows] == ROWS
 
 
 def test_a_folder_gives_the_split_of_the_subset(tmp_path):
@@ -62,6 +62,12 @@ def test_a_mixtures_entries_are_trls(tmp_path):
     [found] = sources_of(DataArguments(datasets=[entry]))
     assert isinstance(found, DatasetConfig)
     assert load_rows(found, "train").to_list() == ROWS
+    assert not has_split(found, "test")  # one file: it is not held out against itself
+
+
+def test_the_last_ending_says_what_a_file_is(tmp_path):
+    path = write_jsonl(tmp_path / "x.parquet.jsonl", ROWS)
+    assert [decode(row[JSON]) for row in load_rows(source(path), "train")] == ROWS
 
 
 def test_a_set_is_labelled_by_its_subset_and_in_a_mixture_by_its_name_too(tmp_path, tiny_data):
@@ -116,7 +122,7 @@ def test_a_file_that_is_not_what_it_says_is_named_with_its_fault(tmp_path, name,
 def test_a_parquet_file_without_rows_is_empty(tmp_path):
     path = tmp_path / "x.parquet"
     hf_datasets.Dataset.from_list(ROWS).select([]).to_parquet(path)
-    with pytest.raises(DataError, match="empty|cannot be read"):
+    with pytest.raises(DataError, match="x.parquet' is empty"):
         load_rows(source(path), "train")
 
 
