@@ -67,7 +67,7 @@ def check(
 
     parsed = read_recipe(recipe, context.args)
     if data:
-        from rm_recipe.train import check_data
+        from rm_recipe.check import check_data
 
         check_data(parsed)
     print(f"{recipe}: fine; it would train {parsed.model.model_name_or_path} into {parsed.output_dir}")

@@ -46,10 +46,10 @@ class RowCollator:
         rows["num_tokens"] = (rows["input_ids"] != self.pad_token_id).sum()
         better, worse, owner = pair_indices([example["ranks"] for example in examples])
         rows["pairs"] = torch.from_numpy(np.stack([better, worse], axis=1))
-        rows["pairs_each"] = torch.from_numpy(np.bincount(owner))
-        margins = [
-            example["margins"] or [0.0] * n for example, n in zip(examples, rows["pairs_each"], strict=True)
-        ]
+        pairs_each = np.bincount(owner)
+        rows["pairs_each"] = torch.from_numpy(pairs_each)
+        known = [example["margins"] for example in examples]
+        margins = [own or [0.0] * n for own, n in zip(known, pairs_each.tolist(), strict=True)]
         rows["margins"] = torch.tensor([margin for own in margins for margin in own])
         return rows
 

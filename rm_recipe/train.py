@@ -20,7 +20,6 @@ from rm_recipe.encoding import tokenize
 from rm_recipe.errors import Interrupted, RecipeError, TrainingError
 from rm_recipe.heads import check_saved_head, head_of
 from rm_recipe.recipe import Recipe, is_run_folder, saved_values
-from rm_recipe.recipe_keys import DEVICE_KEYS
 from rm_recipe.reward_trainer import COLUMNS, SharedPrefixRewardTrainer
 from rm_recipe.run_record import run_record
 from rm_recipe.sharing import decide_sharing
@@ -200,30 +199,6 @@ def report_data(recipe: Recipe, train: Split, test: Split, leakage: Leakage) -> 
     report = examine(recipe, train, test, leakage)
     print_report(report)
     return report
-
-
-def check_data(recipe: Recipe) -> None:
-    """`rm-recipe check RECIPE --data`: prints the report and writes it under `output_dir`.
-
-    Raises:
-        RecipeError, DataError: whatever would stop training, leakage among it; the report is
-            written all the same where there is one.
-    """
-    folder = recipe.output_dir
-    used = is_run_folder(folder)
-    check_run_folder(recipe, resume=False, overwrite=used)
-    _, train_split, test_split, leakage = load_data(recipe)
-    report = report_data(recipe, train_split, test_split, leakage)
-    changed = [key for key in changed_keys(recipe, folder) if key not in DEVICE_KEYS] if used else []
-    if changed:
-        say(
-            f"report: not written; {folder} holds a run of another recipe ({', '.join(changed)} differ) "
-            "and its report. --output_dir takes another folder."
-        )
-    else:
-        write_json(folder / DATA_REPORT, report)
-        say(f"report: {folder / DATA_REPORT}")
-    refuse_leakage(recipe, leakage)
 
 
 def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, list[str]]:

@@ -174,6 +174,30 @@ def write_recipe(tmp_path: Path, tiny_llama: Path, tiny_data: Path) -> Callable[
     return write
 
 
+@pytest.fixture
+def flawed(tmp_path):
+    """A folder of comparisons with one of each flaw."""
+    rng = random.Random(0)
+
+    def words(n: int) -> str:
+        return " ".join(rng.choice(WORDS) for _ in range(n))
+
+    turns = [{"role": role, "content": words(20)} for role in ("user", "assistant") * 3][:5]
+    rows = [
+        *make_rows(6, seed=1),
+        {"prompt": "hello", "chosen": "", "rejected": "bad"},  # 7
+        {"prompt": "hello", "chosen": "same", "rejected": "same "},  # 8
+        {"prompt": "thanks", "chosen": words(90), "rejected": "bad"},  # 9: no truncation helps
+        {"prompt": turns, "chosen": "good", "rejected": "bad"},  # 10: dropping turns helps
+        {"prompt": words(90), "chosen": "good", "rejected": "bad"},  # 11: only cutting tokens would
+        *make_rows(2, seed=1),  # the first two again
+    ]
+    test = [*make_rows(4, seed=2), make_rows(6, seed=1)[5]]
+    write_jsonl(tmp_path / "flawed" / "train.jsonl", rows)
+    write_jsonl(tmp_path / "flawed" / "test.jsonl", test)
+    return {"dataset_name": str(tmp_path / "flawed"), "max_length": 80}
+
+
 def run_cli(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """`rm-recipe ARGUMENTS` in a process of its own."""
     return subprocess.run(

@@ -1,51 +1,25 @@
 """The report's figures are those counted by hand, and it stands where the contract says."""
 
 import json
-import random
 
 import numpy as np
 import pytest
-from conftest import HH_RLHF, WORDS, make_rows, needs_hh_rlhf, run_cli, write_jsonl
+from conftest import HH_RLHF, make_rows, needs_hh_rlhf, write_jsonl
 from rich.console import Console
 
 from rm_recipe.datasets import load_splits
 from rm_recipe.doctor import examine, examine_split, print_report
 from rm_recipe.encoding import tokenize
-from rm_recipe.errors import DataError, RecipeError
 from rm_recipe.preferences import Comparison
 from rm_recipe.recipe import read_recipe
 from rm_recipe.tokenization import load_tokenizer, render
-from rm_recipe.train import check_data, load_data, train
+from rm_recipe.train import load_data
 
 
 def report_of(recipe_path):
     recipe = read_recipe(recipe_path)
     _, train_split, test_split, leakage = load_data(recipe)
     return examine(recipe, train_split, test_split, leakage)
-
-
-@pytest.fixture
-def flawed(tmp_path):
-    """A folder of comparisons with one of each flaw."""
-    rng = random.Random(0)
-
-    def words(n: int) -> str:
-        return " ".join(rng.choice(WORDS) for _ in range(n))
-
-    turns = [{"role": role, "content": words(20)} for role in ("user", "assistant") * 3][:5]
-    rows = [
-        *make_rows(6, seed=1),
-        {"prompt": "hello", "chosen": "", "rejected": "bad"},  # 7
-        {"prompt": "hello", "chosen": "same", "rejected": "same "},  # 8
-        {"prompt": "thanks", "chosen": words(90), "rejected": "bad"},  # 9: no truncation helps
-        {"prompt": turns, "chosen": "good", "rejected": "bad"},  # 10: dropping turns helps
-        {"prompt": words(90), "chosen": "good", "rejected": "bad"},  # 11: only cutting tokens would
-        *make_rows(2, seed=1),  # the first two again
-    ]
-    test = [*make_rows(4, seed=2), make_rows(6, seed=1)[5]]
-    write_jsonl(tmp_path / "flawed" / "train.jsonl", rows)
-    write_jsonl(tmp_path / "flawed" / "test.jsonl", test)
-    return {"dataset_name": str(tmp_path / "flawed"), "max_length": 80}
 
 
 def test_every_flaw_is_counted_with_its_row(write_recipe, flawed):
@@ -128,42 +102,6 @@ def test_the_table_fits_80_columns_and_tells_what_was_found(write_recipe, flawed
     assert "Held out: 50% of the prompts" in printed
 
 
-def test_check_writes_the_report_and_training_may_follow_in_the_same_folder(write_recipe, tmp_path):
-    recipe = read_recipe(write_recipe(num_train_epochs=1))
-    check_data(recipe)
-    target = tmp_path / "run" / "data_report.json"
-    checked = json.loads(target.read_text())
-    train(recipe)
-    assert json.loads(target.read_text()) == checked
-
-
-def test_check_writes_the_report_although_leakage_stops_training(write_recipe, flawed, tmp_path):
-    recipe = read_recipe(write_recipe(**flawed))
-    with pytest.raises(
-        DataError, match="1 of 11 train comparisons .row 6. have a prompt that is also held out"
-    ):
-        check_data(recipe)
-    report = json.loads((tmp_path / "run" / "data_report.json").read_text())
-    assert report["leakage"] == {"prompts": 1, "comparisons": 1, "first_rows": ["6"], "policy": "error"}
-    with pytest.raises(DataError, match="also held out"):
-        train(recipe)
-    assert not (tmp_path / "run" / "recipe.yaml").exists()  # nothing was started
-
-
-def test_check_leaves_another_recipes_report_alone(write_recipe, tmp_path, capsys):
-    train(read_recipe(write_recipe(num_train_epochs=1)))
-    before = (tmp_path / "run" / "data_report.json").read_bytes()
-    check_data(read_recipe(write_recipe(num_train_epochs=1, max_length=100)))
-    assert "above max_length 100" in (printed := capsys.readouterr().out)
-    assert "not written; " in printed
-    assert "holds a run of another recipe (max_length differ)" in printed
-    assert (tmp_path / "run" / "data_report.json").read_bytes() == before
-    check_data(read_recipe(write_recipe(num_train_epochs=1)))
-    (tmp_path / "file").touch()
-    with pytest.raises(RecipeError, match="is a file"):
-        check_data(read_recipe(write_recipe(output_dir=str(tmp_path / "file"))))
-
-
 def test_names_in_brackets_are_printed_as_they_are(write_recipe, tmp_path):
     rows = [{**row, "subset": "[/INST] [red]"} for row in make_rows(30, seed=1)]
     rows[0]["chosen"] = ""
@@ -171,26 +109,6 @@ def test_names_in_brackets_are_printed_as_they_are(write_recipe, tmp_path):
     console = Console(width=80, record=True)
     print_report(report_of(write_recipe(dataset_name=str(path), test_split_size=0.5)), console)
     assert "train, empty_response: row [/INST] [red]:1" in console.export_text()
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b'{"prompt": "p", "chosen": "a", "rejected": "b"}\n{"prompt"\n', "line 2: not JSON"),
-        (b'{"prompt": "p", "chosen": "a"}\n', "its columns are prompt, chosen"),
-        (b'{"prompt": "p", "chosen": 1, "rejected": "b"}\n', "line 1: column 'chosen'"),
-        (b"", "is empty"),
-    ],
-)
-def test_a_bad_file_ends_with_one_message_and_exit_code_2(write_recipe, tmp_path, content, message):
-    path = tmp_path / "bad.jsonl"
-    path.write_bytes(content)
-    recipe = write_recipe(dataset_name=str(path))
-    result = run_cli("check", str(recipe), "--data")
-    assert result.returncode == 2
-    assert message in result.stderr
-    assert str(path) in result.stderr
-    assert "Traceback" not in result.stderr
 
 
 @needs_hh_rlhf
