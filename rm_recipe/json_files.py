@@ -97,7 +97,7 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
                 where = f"line {number}, byte {error.start + 1} of it"
                 raise DataError(f"'{file}', {where}: not UTF-8 text") from None
             if text.strip():
-                yield number, text
+                yield number, text.rstrip()
 
 
 def _elements(file: Path) -> Iterable[tuple[int, str]] | None:

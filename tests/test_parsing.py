@@ -181,7 +181,7 @@ def test_a_bad_line_is_named_however_many_processes_read(tmp_path, processes):
     path = write_jsonl(tmp_path / "x.jsonl", [{**row, "chosen": "a"} for row in make_rows(1_500, seed=1)])
     with path.open("a") as file:
         file.write('{"prompt": \n')
-    with pytest.raises(DataError, match="line 1501: not JSON: Expecting value"):
+    with pytest.raises(DataError, match="line 1501: not JSON: Expecting value .column 11."):
         parsed(path, num_proc=processes)
 
 

@@ -11,6 +11,8 @@ from conftest import REPOSITORY, run_cli, write_jsonl
 
 from rm_recipe.evaluate import evaluate
 from rm_recipe.export import export
+from rm_recipe.json_files import decode
+from rm_recipe.preferences import parse_row
 from rm_recipe.recipe import read_recipe
 from rm_recipe.run import print_summary
 from rm_recipe.train import train
@@ -126,6 +128,14 @@ def test_the_summary_that_the_readme_shows_is_the_one_that_is_printed(workplace,
     shown = {without_figures(line) for kind, text in BLOCKS if kind == "text" for line in text.splitlines()}
     for line in capsys.readouterr().out.splitlines():
         assert without_figures(line) in shown | {""}
+
+
+def test_the_rows_that_the_readme_shows_are_comparisons():
+    [shown] = [text for kind, text in BLOCKS if kind == "json"]
+    comparisons = [parse_row(decode(line)) for line in shown.splitlines()]
+    assert {comparison.prompt[0]["content"] for comparison in comparisons} == {"How are you?"}
+    assert {comparison.responses[0] for comparison in comparisons} == {"Fine, and you?"}
+    assert [len(comparison.responses) for comparison in comparisons] == [2, 3, 2]
 
 
 def test_the_table_that_the_readme_shows_is_the_doctors(workplace, monkeypatch):
