@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from rm_recipe import batching, preferences, tokenization
 from rm_recipe.batching import Encoded, split_at_common_prefix
 from rm_recipe.errors import DataError
+from rm_recipe.messages import Excluded, Message
 from rm_recipe.passes import run_pass
-from rm_recipe.preferences import Comparison, Excluded, Message
+from rm_recipe.preferences import Comparison
 from rm_recipe.split import Split, describe_counts, set_excluded_apart
 from rm_recipe.tokenization import render
 
@@ -133,6 +134,7 @@ def tokenize(
     }
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """The new columns of a batch."""
         comparisons = [
             Comparison(*row) for row in zip(batch["prompt"], batch["responses"], batch["ranks"], strict=True)
         ]

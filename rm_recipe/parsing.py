@@ -9,11 +9,11 @@ import datasets as hf_datasets
 import pyarrow.compute as pc
 from trl.scripts.utils import DatasetConfig
 
-from rm_recipe import preferences, sources, transcripts
+from rm_recipe import messages, preferences, sources, transcripts
 from rm_recipe.errors import DataError
 from rm_recipe.json_files import JSON, NUMBER, decode
+from rm_recipe.messages import Excluded, Malformed, Message
 from rm_recipe.passes import run_pass
-from rm_recipe.preferences import Excluded, Malformed, Message
 from rm_recipe.split import Split, arrow_column, set_excluded_apart
 
 PEEK = 1000  # rows of a JSON file in which its columns have to be found
@@ -59,6 +59,7 @@ def parse_rows(
         rows = rows.select_columns([column for column in rows.column_names if column in wanted])
 
     def parse(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        """The columns of `_PARSED` for a batch."""
         parsed = []
         for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
             row = dict(zip(batch, values, strict=True))
@@ -71,7 +72,7 @@ def parse_rows(
                 raise DataError(f"{place}, {unit} {number}: {fault}") from None
         return {name: [row[name] for row in parsed] for name in _PARSED}
 
-    ours = [sys.modules[__name__], preferences, transcripts]
+    ours = [sys.modules[__name__], messages, preferences, transcripts]
     try:
         parsed = run_pass(
             rows,

@@ -10,9 +10,16 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rm_recipe.messages import (
+    Excluded,
+    Malformed,
+    Message,
+    as_messages,
+    check_prompt,
+    check_unicode,
+    conversation,
+)
 from rm_recipe.transcripts import before_last_reply, parse_transcript
-
-Message = dict[str, str]  # {"role": "user" | "assistant" | "system", "content": text}
 
 # The columns that a row is recognised by, the first that fits; then what is missing, in words.
 SHAPES: tuple[set[str], ...] = (
@@ -22,25 +29,8 @@ SHAPES: tuple[set[str], ...] = (
     {"instruction", "completions"},  # UltraFeedback as published
 )
 MARGIN_REASONS = ("missing_margin", "negative_margin")  # why a comparison cannot be trained on
-ROLES = ("system", "user", "assistant", "tool")
 
 SHAPES_IN_WORDS = "chosen and rejected (and perhaps prompt), or prompt, responses and ranks or scores"
-
-
-class Excluded(Exception):  # noqa: N818 - a verdict on a row, no error of the program
-    """A row that is no comparison; the argument is the reason, a short name that is counted."""
-
-    @property
-    def reason(self) -> str:
-        return str(self.args[0])
-
-
-class Malformed(Exception):  # noqa: N818 - becomes a DataError with file and row
-    """A value of the wrong type; the arguments are its column, what was expected, and the value."""
-
-    def __str__(self) -> str:
-        column, expected, value = self.args
-        return f"column '{column}' should be {expected}, not {type(value).__name__} {str(value)[:60]!r}"
 
 
 @dataclass(frozen=True)
@@ -52,7 +42,7 @@ class Comparison:
         responses: texts of the assistant's reply, K >= 2, best first.
         ranks: K ranks, 0 for the best, not decreasing; equal ones are ties. Strictly increasing
             unless given.
-        margins: how much better the first of each of `pairs()` is (Llama 2, arXiv 2307.09288,
+        margins: how much better the first of each of `untied_pairs(ranks)` is (Llama 2, arXiv 2307.09288,
             section 3.2.2); empty where nothing is known.
         subset: the part of the data set that the row comes from.
     """
@@ -76,11 +66,6 @@ def untied_pairs(ranks: Sequence[int]) -> list[tuple[int, int]]:
     """The pairs (better, worse) that K ranks, best first, give: K choose 2 of them without ties."""
     k = len(ranks)
     return [(i, j) for i in range(k) for j in range(i + 1, k) if ranks[i] < ranks[j]]
-
-
-def conversation(prompt: list[Message], response: str) -> list[Message]:
-    """A prompt and its response as one list of messages."""
-    return [*prompt, {"role": "assistant", "content": response}]
 
 
 # --- rows ------------------------------------------------------------------------------------
@@ -226,42 +211,7 @@ def prompts_differ(row: Mapping[str, Any]) -> bool:
     return before_last_reply(chosen) != before_last_reply(rejected)
 
 
-def check_prompt(prompt: list[Message]) -> None:
-    """Raises Excluded for a prompt that asks nothing, or that has been answered already."""
-    if not any(message["content"].strip() for message in prompt if message["role"] == "user"):
-        raise Excluded("empty_prompt")
-    if prompt[-1]["role"] == "assistant":
-        raise Excluded("prompt_ends_with_reply")
-
-
-def check_unicode(texts: Sequence[str]) -> None:
-    """Raises Excluded for half a surrogate pair, which JSON can hold and no tokenizer can read."""
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError:
-        raise Excluded("invalid_text") from None
-
-
 # --- values ----------------------------------------------------------------------------------
-
-
-def as_messages(value: Any, column: str = "prompt") -> list[Message]:
-    """A prompt's messages; a text means one user message.
-
-    Raises:
-        Excluded: `not_messages` where a message has no role or no content, `unknown_role`.
-        Malformed: neither a text nor a list of messages.
-    """
-    if isinstance(value, str):
-        return [{"role": "user", "content": value}]
-    if not isinstance(value, list) or not all(isinstance(m, Mapping) for m in value):
-        raise Malformed(column, "a text or a list of messages", value)
-    messages = [{"role": m.get("role"), "content": m.get("content")} for m in value]
-    if not all(isinstance(text, str) for message in messages for text in message.values()):
-        raise Excluded("not_messages")
-    if any(message["role"] not in ROLES for message in messages):
-        raise Excluded("unknown_role")  # a template may pass over it and its text
-    return messages
 
 
 def _split_reply(column: str, value: Any) -> tuple[list[Message], str]:

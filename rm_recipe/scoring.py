@@ -16,8 +16,9 @@ from rm_recipe.artifacts import whole_file
 from rm_recipe.batching import Encoded, padded_rows, shared_rows, split_at_common_prefix
 from rm_recipe.encoding import encode
 from rm_recipe.errors import DataError, RecipeError, TrainingError
+from rm_recipe.messages import Excluded, Malformed, as_messages, check_unicode
 from rm_recipe.modeling import autocast, load_trained
-from rm_recipe.preferences import Comparison, Excluded, Malformed, as_messages, check_unicode
+from rm_recipe.preferences import Comparison
 from rm_recipe.recipe_keys import looks_local
 from rm_recipe.sharing import decide_sharing
 from rm_recipe.tokenization import load_tokenizer

@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rm_recipe.errors import RecipeError
-from rm_recipe.preferences import Message
+from rm_recipe.messages import Message
 
 # For models without a template: a name and a colon before each message, as in hh-rlhf, and EOS at
 # the end, where a decoder's reward is read.

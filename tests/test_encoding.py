@@ -9,7 +9,8 @@ from rm_recipe import encoding
 from rm_recipe.datasets import load_split
 from rm_recipe.encoding import TRUNCATIONS, encode, encode_all, tokenize
 from rm_recipe.errors import DataError
-from rm_recipe.preferences import Comparison, Excluded
+from rm_recipe.messages import Excluded
+from rm_recipe.preferences import Comparison
 from rm_recipe.recipe_keys import DataArguments
 from rm_recipe.tokenization import load_tokenizer, render
 

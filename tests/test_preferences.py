@@ -4,13 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rm_recipe.messages import Excluded, Malformed
 from rm_recipe.preferences import (
     MARGIN_REASONS,
     Comparison,
-    Excluded,
-    Malformed,
-    as_messages,
-    conversation,
     is_comparison_shape,
     parse_row,
     prompts_differ,
@@ -128,10 +125,6 @@ def test_any_row_is_a_comparison_or_has_a_reason(row):
         assert untied_pairs(comparison.ranks)
         for i, j in untied_pairs(comparison.ranks):
             assert comparison.responses[i].strip() != comparison.responses[j].strip()
-
-
-def test_a_text_prompt_means_one_user_message():
-    assert conversation(as_messages("Hi"), "good") == [USER, REPLY]
 
 
 def test_texts_of_an_explicit_prompt_are_taken_as_they_stand():

@@ -12,8 +12,9 @@ from trl import RewardConfig, RewardTrainer
 
 from rm_recipe.batching import split_at_common_prefix
 from rm_recipe.errors import TrainingError
+from rm_recipe.messages import conversation
 from rm_recipe.modeling import add_reward_positions
-from rm_recipe.preferences import conversation, untied_pairs
+from rm_recipe.preferences import untied_pairs
 from rm_recipe.reward_trainer import SharedPrefixRewardTrainer
 
 STEPS = 50

@@ -198,19 +198,18 @@ def test_of_two_processes_one_tells_that_train_prompts_are_held_out(write_recipe
         shutil.copy(tiny_data / "train.jsonl", tmp_path / f"{name}.jsonl")
     recipe = write_recipe(dataset_name=str(tmp_path))
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "two.yaml")]
-    result = subprocess.run(
-        [sys.executable, *launch, "-m", "rm_recipe", "train", str(recipe)],
-        capture_output=True, text=True, check=False, cwd=REPOSITORY,
-    )  # fmt: skip
-    assert result.returncode != 0
-    assert result.stderr.count("rm-recipe: 64 of 64 train comparisons") == 1
-    assert result.stdout.count("Leakage: 64 train comparisons on 64 held-out prompts, not allowed") == 1
+    command = [sys.executable, *launch, "-m", "rm_recipe", "train", str(recipe)]
+
+    def fail() -> subprocess.CompletedProcess[str]:
+        result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY)
+        assert result.returncode != 0
+        return result
+
+    leaky = fail()
+    assert leaky.stderr.count("rm-recipe: 64 of 64 train comparisons") == 1
+    assert leaky.stdout.count("Leakage: 64 train comparisons on 64 held-out prompts, not allowed") == 1
     assert not (tmp_path / "run" / "recipe.yaml").exists()
     (tmp_path / "train.jsonl").write_text("{")
-    result = subprocess.run(
-        [sys.executable, *launch, "-m", "rm_recipe", "train", str(recipe)],
-        capture_output=True, text=True, check=False, cwd=REPOSITORY,
-    )  # fmt: skip
-    assert result.returncode != 0
-    assert result.stderr.count("line 1: not JSON") == 1
-    assert "Connection closed" not in result.stderr
+    broken = fail()
+    assert broken.stderr.count("line 1: not JSON") == 1
+    assert "Connection closed" not in broken.stderr
