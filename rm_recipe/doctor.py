@@ -53,11 +53,11 @@ def examine_split(split: Split, truncation: str, num_proc: int | None = None) ->
         `shared_prefix_share` is the part of all tokens that encoding prompts once saves.
     """
     fates = _count_fates(split)
-    counts = _count_tokens(split)
+    tokens = _count_tokens(split)
     return {
         "rows": split.rows,
         "comparisons": len(split.comparisons),
-        "pairs": int(counts["pairs"]),
+        "pairs": int(tokens["pairs"]),
         "excluded": dict(split.excluded),
         "first_rows": split.first_rows,
         "differing_prompts": split.differing_prompts,
@@ -71,10 +71,10 @@ def examine_split(split: Split, truncation: str, num_proc: int | None = None) ->
         | {CUT_END: {"truncated": fates[CUT_END].total(), "identical": fates[CUT_END]["identical"]}},
         "identical_after_truncation": split.excluded["identical_after_tokenization"],
         "baselines": {
-            "longer_wins": counts["longer_wins"] / len(split.comparisons),
-            "shorter_wins": 1 - counts["longer_wins"] / len(split.comparisons),
+            "longer_wins": tokens["longer_wins"] / len(split.comparisons),
+            "shorter_wins": 1 - tokens["longer_wins"] / len(split.comparisons),
         },
-        "shared_prefix_share": 1 - counts["shared"] / counts["plain"],
+        "shared_prefix_share": 1 - tokens["shared"] / tokens["plain"],
         "tokens": _percentiles(split),
     }
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rm_recipe import parsing
 from rm_recipe.parsing import normalise, normalised_prompt, text_key
 from rm_recipe.passes import run_pass
-from rm_recipe.split import Split
+from rm_recipe.split import Split, arrow_column
 
 SIMILAR = 0.8
 SKETCH = 64  # numbers a sketch: Jaccard to within 0.05 (one standard error) at 0.8
@@ -59,10 +59,7 @@ def count_duplicates(split: Split, num_proc: int | None = None) -> dict[str, int
         num_proc,
         remove_columns=columns.column_names,
     )
-    n = len(marked)
-    marks = Split(marked, n)
-    exact = _repeats(marks.column("key"))
-    same_verdict = _repeats(marks.column("verdict"))
+    exact, same_verdict = (_repeats(arrow_column(marked, name).to_numpy()) for name in ("key", "verdict"))
     near = _near(marked) & ~exact
     return {
         "exact": int(exact.sum()),

@@ -119,7 +119,7 @@ def parse_row(
     margins = []
     if margin_column is not None:
         margins = _margins(margin_column, row.get(margin_column), margin_map, order, ranks)
-    return Comparison(prompt, responses, ranks, margins, str(row.get("subset") or ""))
+    return Comparison(prompt, responses, ranks, margins)
 
 
 def _pair(row: Mapping[str, Any]) -> tuple[list[Message], list[str], list[float]]:

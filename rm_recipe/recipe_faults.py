@@ -106,11 +106,12 @@ def input_faults(values: dict[str, Any]) -> list[str]:
     names += [("path", entry.get("path")) for entry in values.get("datasets") or []]
     for key, name in names:
         if not name or Path(name).exists():
-            if name and Path(name).is_file() and (values.get("dataset_subsets") and key == "dataset_name"):
-                faults.append(f"'dataset_subsets' are folders, and '{name}' is a file")
             continue
         if name in (OFFLINE_MODEL, OFFLINE_DATA):
             faults.append(f"'{key}: {name}' does not exist yet; run `rm-recipe prepare offline`")
         elif looks_local(name):
             faults.append(f"'{key}: {name}' does not exist")
+    file = values.get("dataset_name")
+    if file and values.get("dataset_subsets") and Path(file).is_file():
+        faults.append(f"'dataset_subsets' are folders, and '{file}' is a file")
     return faults

@@ -91,7 +91,8 @@ def has_split(source: DatasetConfig, split: str, revision: str | None = None) ->
     if path.is_file() or (path.is_dir() and source.data_files is not None):
         return False  # a file is one split, whatever it is called
     try:
-        load_rows(source, split, revision)
+        if find_file(source, split) is None:  # on the Hub, which says so only when it is asked for it
+            load_rows(source, split, revision)
     except MissingSplitError as missing:
         if len(missing.others) > 1:
             raise
