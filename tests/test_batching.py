@@ -12,6 +12,8 @@ tokens = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 comparisons = st.builds(
     Encoded, st.lists(st.integers(1, 9), max_size=6), st.lists(tokens, min_size=1, max_size=4)
 )
+# Up to four comparisons always fit one row without padding; more of them often take several rows.
+batches = st.lists(comparisons, min_size=1, max_size=4) | st.lists(comparisons, min_size=5, max_size=9)
 
 
 @given(st.lists(tokens, min_size=1, max_size=4))
@@ -51,7 +53,7 @@ def test_a_comparison_is_never_split():
         pack([3, 21], 20)
 
 
-@given(st.lists(comparisons, min_size=1, max_size=5))
+@given(batches)
 def test_every_token_stands_in_the_rows_exactly_once(batch):
     rows = shared_rows(batch, PAD)
     real = rows["input_ids"][rows["input_ids"] != PAD]
@@ -59,7 +61,7 @@ def test_every_token_stands_in_the_rows_exactly_once(batch):
     assert sorted(real.tolist()) == sorted(expected)
 
 
-@given(st.lists(comparisons, min_size=1, max_size=5))
+@given(batches)
 def test_each_response_reads_back_from_what_its_last_token_attends_to(batch):
     """The naive check: ids and positions that the end of a response sees are its conversation."""
     rows = shared_rows(batch, PAD)
@@ -73,7 +75,7 @@ def test_each_response_reads_back_from_what_its_last_token_attends_to(batch):
     assert next(ends, None) is None
 
 
-@given(st.lists(comparisons, min_size=1, max_size=4))
+@given(batches)
 def test_every_token_of_a_response_attends_to_what_came_before_it_and_nothing_else(batch):
     rows = shared_rows(batch, PAD)
     mask, ids, positions = rows["attention_mask"][:, 0], rows["input_ids"], rows["position_ids"]
@@ -83,8 +85,35 @@ def test_every_token_of_a_response_attends_to_what_came_before_it_and_nothing_el
         assert positions[row, seen].tolist() == list(range(int(positions[row, column]) + 1))
 
 
+@given(batches)
+def test_the_mask_is_the_one_that_its_definition_gives_pair_by_pair_of_tokens(batch):
+    """Also what padding attends to: padding before it and itself, never a token."""
+    rows = shared_rows(batch, PAD)
+    n_rows, length = rows["input_ids"].shape
+    whose = [[None] * length for _ in range(n_rows)]  # (comparison, response), of a prefix (comparison, 0)
+    ends = iter(rows["ends"].tolist())
+    for number, comparison in enumerate(batch):
+        for response, tokens_of_it in enumerate(comparison.rests, start=1):
+            row, end = next(ends)
+            start = end + 1 - len(tokens_of_it)
+            whose[row][start : end + 1] = [(number, response)] * len(tokens_of_it)
+            if response == 1:
+                whose[row][start - len(comparison.prefix) : start] = [(number, 0)] * len(comparison.prefix)
+    expected = torch.zeros(n_rows, 1, length, length, dtype=torch.bool)
+    for row in range(n_rows):
+        for query in range(length):
+            for key in range(query + 1):
+                mine, other = whose[row][query], whose[row][key]
+                if mine is None or other is None:
+                    expected[row, 0, query, key] = mine is other
+                else:
+                    expected[row, 0, query, key] = other in (mine, (mine[0], 0))
+    assert torch.equal(rows["attention_mask"], expected)
+
+
 def test_padding_attends_to_something_so_that_the_softmax_is_finite():
-    rows = shared_rows([Encoded([1, 2], [[3], [4]]), Encoded([], [[5], [6]])], PAD)
+    rows = shared_rows([Encoded([1, 2, 3], [[4], [5]]), *[Encoded([6, 7], [[8], [9]])] * 5], PAD)
+    assert (rows["input_ids"] == PAD).any()
     assert rows["attention_mask"].any(-1).all()
 
 

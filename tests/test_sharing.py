@@ -35,10 +35,11 @@ CONFIGS = {
 }
 
 
-def classifier(name: str, attention: str = "sdpa"):
+def classifier(name: str, attention: str = "sdpa", **keys):
     torch.manual_seed(0)
-    config = CONFIGS[name]
+    config = copy.deepcopy(CONFIGS[name])
     config.num_labels = 1
+    config.update(keys)
     model = AutoModelForSequenceClassification.from_config(config, attn_implementation=attention).eval()
     add_reward_positions(model)
     return model
@@ -92,22 +93,41 @@ def test_a_conversation_that_may_exceed_the_sliding_window_is_not_shared():
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ["mistral", "gemma3"])
 def test_a_row_may_exceed_the_sliding_window_where_no_conversation_does(name, attention):
-    config = copy.deepcopy(CONFIGS[name])
-    config.sliding_window = 8
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_config(config, attn_implementation=attention).eval()
-    add_reward_positions(model)
+    model = classifier(name, attention, sliding_window=8)
     batch = [
         split_at_common_prefix([[t, 6, 7, 8, 9, 10, 11, 12], [t, 6, 7, 8, 13, 14, 15, 16]])
         for t in range(4, 9)
     ]
     rows = shared_rows(batch, 0)
-    assert rows["input_ids"].shape[1] > config.sliding_window
+    assert rows["input_ids"].shape[1] > model.config.sliding_window
     conversations = [ids for comparison in batch for ids in comparison.conversations()]
     with torch.no_grad():
         shared = model(**rows).logits[:, 0]
         alone = torch.stack([model(input_ids=torch.tensor([ids])).logits[0, 0] for ids in conversations])
     assert (shared - alone).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+def test_past_the_sliding_window_rows_hold_one_conversation_because_shared_ones_would_be_wrong(
+    name, attention
+):
+    model = classifier(name, attention, sliding_window=8)
+    batch = [
+        split_at_common_prefix([[t, *range(6, 18)], [t, *range(6, 11), *range(18, 24)]])
+        for t in range(24, 29)
+    ]
+    conversations = [ids for comparison in batch for ids in comparison.conversations()]
+    assert {len(ids) for ids in conversations} == {12, 13}
+    sharing = decide_sharing(model, "auto", max_length=13)
+    assert not sharing.used
+    assert sharing.reason == "conversations may be longer than the sliding window of 8 tokens"
+    with torch.no_grad():
+        shared = model(**shared_rows(batch, 0)).logits[:, 0]
+        padded = model(**padded_rows(batch, 0)).logits[:, 0]
+        alone = torch.stack([model(input_ids=torch.tensor([ids])).logits[0, 0] for ids in conversations])
+    assert (padded - alone).abs().max() <= 1e-5
+    assert (shared - alone).abs().max() > 1e-4
 
 
 def test_an_encoder_never_shares(tiny_distilbert):
