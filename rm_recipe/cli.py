@@ -132,6 +132,25 @@ def score(
         print(f"{judge.score([{'prompt': prompt, 'response': response}])[0]:.4f}")
 
 
+@app.command(context_settings=WITH_OVERRIDES)
+def benchmark(
+    context: typer.Context,
+    recipe: RecipePath,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each training; the first warms up.")] = 4,
+    repeats: Annotated[int, typer.Option(help="How often each is measured, in turns.")] = 3,
+    output: Annotated[
+        Path | None, typer.Option(help="Where benchmark.json goes; by default into output_dir.")
+    ] = None,
+) -> None:
+    """Measure this trainer against stock TRL on the recipe; any recipe key as --key value."""
+    from rm_recipe.recipe import read_recipe
+
+    parsed = read_recipe(recipe, context.args)
+    from rm_recipe.benchmark import benchmark as run_benchmark
+
+    run_benchmark(parsed, steps=steps, repeats=repeats, output=output)
+
+
 @prepare_app.callback()
 def prepare() -> None:
     """Make what a recipe needs."""

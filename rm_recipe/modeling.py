@@ -1,4 +1,4 @@
-"""From a base model to a reward model: one label, a head that is safe, LoRA, 4 bits.
+"""From a base model to a reward model: one label, a head that is safe, 4 bits; and a trained one back.
 
 The reward head is what goes wrong most often (PEFT forgets it, quantisation rounds it, bf16 makes
 its rewards tie), so here it is every parameter that the base checkpoint did not hold, kept in
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import PeftModel
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -23,6 +23,8 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import logging
 
+from rm_recipe.adapters import keep_activations_in_half
+from rm_recipe.attention import announce_rows, use_row_attention
 from rm_recipe.errors import RecipeError
 from rm_recipe.heads import head_names, initialise, outermost, to_float32
 from rm_recipe.tokenization import load_config
@@ -141,59 +143,20 @@ def add_reward_positions(model: PreTrainedModel) -> None:
         kwargs["use_cache"] = False
         if attention_mask is not None and self.config._attn_implementation == "eager":
             attention_mask = _additive(attention_mask, self.dtype)
+        elif attention_mask is not None:
+            announce_rows(attention_mask)
         body = self.base_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         hidden = body.last_hidden_state[ends[:, 0], ends[:, 1]]
         return SequenceClassifierOutput(logits=self.score(hidden))
 
     model.forward = types.MethodType(forward, model)
+    use_row_attention(model)
 
 
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """0 where True, the dtype's lowest number elsewhere: eager attention adds what it is given."""
     zeros = torch.zeros((), dtype=dtype, device=mask.device)
     return torch.where(mask, zeros, torch.finfo(dtype).min)
-
-
-def add_lora(
-    model: PreTrainedModel, config: "ModelConfig", new_modules: list[str], autocast: bool
-) -> PeftModel:
-    """Wraps the model for LoRA by TRL's keys; `new_modules` are trained in full.
-
-    Args:
-        autocast: whether training computes in half precision (`bf16` or `fp16`).
-
-    Raises:
-        RecipeError: the target modules match nothing.
-    """
-    lora = LoraConfig(
-        task_type=TaskType.SEQ_CLS,
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=config.lora_target_modules or "all-linear",
-        target_parameters=config.lora_target_parameters,
-        modules_to_save=outermost([*new_modules, *(config.lora_modules_to_save or [])]),
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
-    )
-    try:
-        wrapped = get_peft_model(model, lora, revision=config.model_revision)
-    except ValueError as error:
-        raise RecipeError(f"LoRA cannot be added: {' '.join(str(error).split())[:300]}") from None
-    if autocast:
-        keep_activations_in_half(wrapped)
-    return wrapped
-
-
-def keep_activations_in_half(model: nn.Module) -> None:
-    """Stops PEFT from casting every activation to the adapters' fp32.
-
-    The adapters (and the optimizer's state) stay fp32; autocast casts the small weights instead of
-    the large activations, which makes a step about a sixth faster on CPU.
-    """
-    for module in model.modules():
-        if hasattr(module, "cast_input_dtype_enabled"):
-            setattr(module, "cast_input_dtype_enabled", False)  # noqa: B010 - Module types it a tensor
 
 
 def keep_quantised_layout(model: nn.Module) -> None:

@@ -45,7 +45,8 @@ def run_record(
     seen = min((state.global_step - first_step) * batch, round(len(train_split.comparisons) * epochs))
     return {
         "seed": training.seed,
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()}
+        | {name: package_version(name) for name in PACKAGES},
         "git_commit": git_commit(),
         "data_fingerprints": {
             "train": train_split.comparisons._fingerprint,
@@ -70,7 +71,8 @@ def run_record(
     }
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """The installed version, None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from rm_recipe.attention import NAME as ROW_ATTENTION
 from rm_recipe.batching import Encoded, shared_rows
 from rm_recipe.modeling import add_reward_positions
 
@@ -41,7 +42,7 @@ def decide_sharing(model: PreTrainedModel, wanted: str, max_length: int | None) 
         return Sharing(False, "prefix_sharing is off")
     if not isinstance(getattr(model, "score", None), torch.nn.Module):
         return Sharing(False, f"{config.model_type} has no causal classifier")
-    if config._attn_implementation not in ("sdpa", "eager"):
+    if config._attn_implementation not in ("sdpa", "eager", ROW_ATTENTION):
         return Sharing(False, f"{config._attn_implementation} attention takes no such mask")
     window = getattr(config.get_text_config(), "sliding_window", None)
     if window and (max_length is None or max_length > window):
@@ -73,6 +74,10 @@ def measure_sharing(config: Any) -> float:
         text.num_hidden_layers = len(text.layer_types)
     text.vocab_size = VOCABULARY
     text.pad_token_id, text.bos_token_id, text.eos_token_id = 0, 1, 2
+    batch = _random_comparisons()
+    conversations = [ids for comparison in batch for ids in comparison.conversations()]
+    if getattr(text, "sliding_window", None):  # rows may exceed it, conversations may not
+        text.sliding_window = max(map(len, conversations))
     if hasattr(small, "quantization_config"):
         del small.quantization_config
     with torch.random.fork_rng(devices=[]):
@@ -81,16 +86,13 @@ def measure_sharing(config: Any) -> float:
             small, attn_implementation=config._attn_implementation, dtype=torch.float32
         )
     model = model.double().eval()
-    batch = _random_comparisons()
     add_reward_positions(model)
+    rows = shared_rows(batch, pad_token_id=0)
+    trained = model(**rows).logits[:, 0].detach()  # with gradients attention takes another way
     with torch.no_grad():
-        shared = model(**shared_rows(batch, pad_token_id=0)).logits[:, 0]
-        alone = [
-            model(input_ids=torch.tensor([ids])).logits[0, 0]
-            for comparison in batch
-            for ids in comparison.conversations()
-        ]
-    return float((shared - torch.stack(alone)).abs().max())
+        scored = model(**rows).logits[:, 0]
+        alone = torch.stack([model(input_ids=torch.tensor([ids])).logits[0, 0] for ids in conversations])
+    return max(float((shared - alone).abs().max()) for shared in (trained, scored))
 
 
 def _random_comparisons() -> list[Encoded]:

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from rm_recipe import modeling, tokenization
+from rm_recipe import adapters, modeling, tokenization
 from rm_recipe.artifacts import whole_folder, write_json
 from rm_recipe.datasets import Leakage, load_splits, refuse_leakage
 from rm_recipe.doctor import examine, print_report
@@ -22,7 +22,7 @@ from rm_recipe.heads import check_saved_head, head_of
 from rm_recipe.recipe import Recipe, is_run_folder, saved_values
 from rm_recipe.reward_trainer import COLUMNS, SharedPrefixRewardTrainer
 from rm_recipe.run_record import run_record
-from rm_recipe.sharing import decide_sharing
+from rm_recipe.sharing import Sharing, decide_sharing
 from rm_recipe.split import Split
 
 DATA_REPORT = "data_report.json"
@@ -49,24 +49,13 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> N
     claim_run_folder(recipe, overwrite=overwrite)  # not before: what fails above leaves nothing
     if report is not None:
         write_json(recipe.output_dir / DATA_REPORT, report)
-    sharing = decide_sharing(model, recipe.data.prefix_sharing, recipe.training.max_length)
+    trainer, sharing = make_trainer(recipe, tokenizer, model, new_modules, train_split, test_split)
     say(f"prefix sharing: {'on' if sharing.used else 'off'} ({sharing.reason})")
-    if recipe.model.use_peft:
-        half = recipe.training.bf16 or recipe.training.fp16
-        model = modeling.add_lora(model, recipe.model, new_modules, autocast=half)
-
-    trainer = SharedPrefixRewardTrainer(
-        model=model,
-        args=recipe.training,
-        train_dataset=train_split.comparisons.select_columns(COLUMNS),
-        eval_dataset=test_split.comparisons.select_columns(COLUMNS),
-        processing_class=tokenizer,
-        share_prefixes=sharing.used,
-    )
-    start = head_of(model)
+    start = head_of(trainer.model)
     began = time.monotonic()
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with adapters.in_one_product(trainer.model):
+            trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
         kept = get_last_checkpoint(recipe.output_dir)
         raise Interrupted(f"training interrupted; the newest checkpoint is {kept or 'none'}") from None
@@ -214,6 +203,30 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Any,
         "prefix_sharing": recipe.data.prefix_sharing,
     }
     return model, new_modules
+
+
+def make_trainer(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    model: Any,
+    new_modules: list[str],
+    train_split: Split,
+    test_split: Split,
+) -> tuple[SharedPrefixRewardTrainer, Sharing]:
+    """The trainer of what `load_model` gave, with LoRA if the recipe says so, and whether it shares."""
+    sharing = decide_sharing(model, recipe.data.prefix_sharing, recipe.training.max_length)
+    if recipe.model.use_peft:
+        half = recipe.training.bf16 or recipe.training.fp16
+        model = adapters.add_lora(model, recipe.model, new_modules, autocast=half)
+    trainer = SharedPrefixRewardTrainer(
+        model=model,
+        args=recipe.training,
+        train_dataset=train_split.comparisons.select_columns(COLUMNS),
+        eval_dataset=test_split.comparisons.select_columns(COLUMNS),
+        processing_class=tokenizer,
+        share_prefixes=sharing.used,
+    )
+    return trainer, sharing
 
 
 # --- after -----------------------------------------------------------------------------------

@@ -6,9 +6,10 @@ from safetensors.torch import save_file
 from transformers import AutoModel, BertConfig, DebertaV2Config, RobertaConfig
 from trl import ModelConfig
 
+from rm_recipe.adapters import add_lora
 from rm_recipe.errors import TrainingError
 from rm_recipe.heads import check_saved_head, outermost
-from rm_recipe.modeling import add_lora, load_base
+from rm_recipe.modeling import load_base
 from rm_recipe.tokenization import load_tokenizer
 
 

@@ -9,7 +9,7 @@ from trl import ModelConfig
 from rm_recipe.batching import split_at_common_prefix
 from rm_recipe.errors import RecipeError
 from rm_recipe.heads import Float32Linear
-from rm_recipe.modeling import add_lora, autocast, load_base, load_trained
+from rm_recipe.modeling import autocast, load_base, load_trained
 from rm_recipe.tokenization import load_tokenizer
 
 BATCH = [split_at_common_prefix([[5, 6, 7, 8], [5, 6, 9]])]
@@ -47,32 +47,6 @@ def test_rewards_are_fp32_under_bf16_autocast(tiny_llama):
         reward = model(input_ids=torch.tensor([[5, 6, 7]])).logits
     assert reward.dtype == torch.float32
     assert reward.item() != reward.bfloat16().item()
-
-
-def test_lora_trains_the_head_and_the_adapters_and_nothing_else(tiny_distilbert):
-    model, new, config = base(tiny_distilbert, use_peft=True)
-    wrapped = add_lora(model, config, new, autocast=False)
-    trained = {name for name, p in wrapped.named_parameters() if p.requires_grad}
-    assert any("pre_classifier.modules_to_save" in name for name in trained)
-    assert all("lora_" in name or "modules_to_save" in name for name in trained)
-
-
-def test_adapters_stay_fp32_and_activations_bf16(tiny_llama):
-    model, new, config = base(tiny_llama, dtype="bfloat16", use_peft=True)
-    wrapped = add_lora(model, config, new, autocast=True)
-    seen = []
-    layer = wrapped.get_base_model().model.layers[0].self_attn.q_proj.lora_A["default"]
-    layer.register_forward_hook(lambda _, inputs, output: seen.extend([inputs[0].dtype, output.dtype]))
-    with autocast(wrapped):
-        wrapped(input_ids=torch.tensor([[5, 6]]))
-    assert layer.weight.dtype == torch.float32
-    assert seen == [torch.bfloat16, torch.bfloat16]
-
-
-def test_target_modules_that_match_nothing_are_refused(tiny_llama):
-    model, new, config = base(tiny_llama, use_peft=True, lora_target_modules=["no_such_proj"])
-    with pytest.raises(RecipeError, match="LoRA cannot be added"):
-        add_lora(model, config, new, autocast=False)
 
 
 def test_a_quantised_base_keeps_its_head_in_fp32_and_its_rewards_after_a_forward(tiny_llama):

@@ -14,12 +14,13 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, GPT2Config, LlamaConfig, TrainerCallback
 from trl import ModelConfig, RewardConfig, RewardTrainer
 
+from rm_recipe.adapters import add_lora
 from rm_recipe.batching import split_at_common_prefix
 from rm_recipe.datasets import load_split
 from rm_recipe.encoding import TRUNCATIONS, tokenize
 from rm_recipe.errors import TrainingError
 from rm_recipe.messages import conversation
-from rm_recipe.modeling import add_lora, add_reward_positions, prepare_for_rewards
+from rm_recipe.modeling import add_reward_positions, prepare_for_rewards
 from rm_recipe.preferences import untied_pairs
 from rm_recipe.recipe_keys import DataArguments
 from rm_recipe.reward_trainer import COLUMNS, SharedPrefixRewardTrainer

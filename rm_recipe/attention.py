@@ -1,0 +1,145 @@
+"""Attention over shared-prefix rows on a CPU: one comparison after the other.
+
+A row's mask is block-diagonal, one block for each comparison, and a dense kernel computes the empty
+part too: for three comparisons of a length two thirds of it. On a GPU that costs less than many small
+kernels would; on a CPU it was a quarter of a training step, so there each block is computed by itself.
+Registered with transformers under `NAME`; for every other mask and device it is transformers' `sdpa`.
+"""
+
+from collections.abc import Iterator, MutableMapping
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "rm_recipe_rows"
+# Above this, the scores of one comparison (heads x length x length) outgrow everything else.
+LONGEST_BLOCK = 1024
+
+_blocks: MutableMapping[torch.Tensor, list[torch.Tensor]] = WeakTensorKeyDictionary()
+
+
+def use_row_attention(model: PreTrainedModel) -> None:
+    """Computes rows block by block where the model would have used `sdpa` on a CPU."""
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(NAME)
+
+
+def announce_rows(mask: torch.Tensor) -> None:
+    """Makes known that a mask (rows, 1, length, length) bool is that of `batching.shared_rows`.
+
+    A comparison starts at each token that attends to nothing before it.
+    """
+    if mask.device.type != "cpu" or mask in _blocks:
+        return
+    length = mask.shape[-1]
+    starts = ~mask[:, 0].tril(-1).any(-1)
+    lengths = starts.flatten().nonzero().flatten().diff(append=torch.tensor([starts.numel()])).tolist()
+    if max(lengths) > LONGEST_BLOCK:
+        return
+    blocks, start = [], 0
+    for size in lengths:
+        row, first = divmod(start, length)
+        block = mask[row, 0, first : first + size, first : first + size]
+        blocks.append(torch.zeros(size, size).masked_fill_(~block, float("-inf")))
+        start += size
+    _blocks[mask] = blocks
+
+
+def row_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls in every layer.
+
+    Args:
+        query: (rows, heads, length, head size); `key` and `value` may have fewer heads.
+        attention_mask: block by block if it was announced.
+
+    Returns:
+        (rows, length, heads, head size), and no attention weights.
+    """
+    blocks = None if attention_mask is None or dropout else _blocks.get(attention_mask)
+    if blocks is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    rows, heads, length, size = query.shape
+    # (heads, tokens of all rows, head size), in the precision in which autocast left the values.
+    flat = [
+        each.transpose(0, 1).reshape(each.shape[1], rows * length, -1).to(value.dtype)
+        for each in (query, key, value)
+    ]
+    output = _BlockAttention.apply(*flat, blocks, size**-0.5 if scaling is None else scaling)  # type: ignore[no-untyped-call]
+    return output.transpose(0, 1).reshape(rows, length, heads, -1), None
+
+
+def _by_block(blocks: list[torch.Tensor], *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    sizes = [len(block) for block in blocks]
+    split = (torch.split(each, sizes, dim=1) for each in tensors)
+    return zip(*split, blocks, strict=True)
+
+
+class _BlockAttention(torch.autograd.Function):
+    """Forwards torch's fused kernel; backwards plain products of scores that are computed again.
+
+    On a CPU the fused kernel's own backward takes four times as long in bf16, and scores kept from the
+    forward would be a sixth of all activations.
+    """
+
+    @staticmethod
+    def forward(
+        context: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        blocks: list[torch.Tensor],
+        scale: float,
+    ) -> torch.Tensor:
+        """All tensors (heads, tokens, head size); `blocks` their masks in order, 0 or -inf."""
+        context.save_for_backward(query, key, value)
+        context.blocks, context.scale = blocks, scale
+        grouped = len(query) != len(key)
+        parts = [
+            scaled_dot_product_attention(
+                q[None], k[None], v[None], attn_mask=block.to(q.dtype), scale=scale, enable_gqa=grouped
+            )[0]
+            for q, k, v, block in _by_block(blocks, query, key, value)
+        ]
+        return torch.cat(parts, dim=1)
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradients of query, key and value."""
+        query, key, value = context.saved_tensors
+        gradients = []
+        for q, k, v, g, block in _by_block(context.blocks, query * context.scale, key, value, gradient):
+            heads, length, size = k.shape
+            # The query heads of one key head are one product: (key heads, queries of them, head size).
+            q, g = q.reshape(heads, -1, size), g.reshape(heads, -1, g.shape[-1])
+            scores = torch.bmm(q, k.transpose(1, 2)).view(-1, length, length).add_(block.to(q.dtype))
+            p = scores.softmax(-1).view(heads, -1, length)
+            of_scores = torch._softmax_backward_data(torch.bmm(g, v.transpose(1, 2)), p, -1, p.dtype)
+            gradients.append(
+                (
+                    torch.bmm(of_scores, k).view(-1, length, size),
+                    torch.bmm(of_scores.transpose(1, 2), q),
+                    torch.bmm(p.transpose(1, 2), g),
+                )
+            )
+        of_query, of_key, of_value = (torch.cat(parts, dim=1) for parts in zip(*gradients, strict=True))
+        return of_query * context.scale, of_key, of_value, None, None
+
+
+AttentionInterface.register(NAME, row_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
