@@ -3,7 +3,7 @@
 A row's mask is block-diagonal, one block for each comparison, and a dense kernel computes the empty
 part too: for three comparisons of a length two thirds of it. On a GPU that costs less than many small
 kernels would; on a CPU it was a quarter of a training step, so there each block is computed by itself.
-Registered with transformers under `NAME`; for every other mask and device it is transformers' `sdpa`.
+Registered with transformers under `NAME`; for every other mask it is transformers' `sdpa`.
 """
 
 from collections.abc import Iterator, MutableMapping
@@ -12,21 +12,15 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "rm_recipe_rows"
-# Above this, the scores of one comparison (heads x length x length) outgrow everything else.
+# Above this, the scores of one comparison (heads x length x length) outgrow what a layer keeps.
 LONGEST_BLOCK = 1024
 
 _blocks: MutableMapping[torch.Tensor, list[torch.Tensor]] = WeakTensorKeyDictionary()
-
-
-def use_row_attention(model: PreTrainedModel) -> None:
-    """Computes rows block by block where the model would have used `sdpa` on a CPU."""
-    if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(NAME)
 
 
 def announce_rows(mask: torch.Tensor) -> None:
@@ -94,7 +88,8 @@ class _BlockAttention(torch.autograd.Function):
     """Forwards torch's fused kernel; backwards plain products of scores that are computed again.
 
     On a CPU the fused kernel's own backward takes four times as long in bf16, and scores kept from the
-    forward would be a sixth of all activations.
+    forward would be a sixth of all activations. In bf16 the scores of the backward are rounded to bf16,
+    as transformers' `eager` attention does in both directions.
     """
 
     @staticmethod
@@ -110,12 +105,13 @@ class _BlockAttention(torch.autograd.Function):
         context.save_for_backward(query, key, value)
         context.blocks, context.scale = blocks, scale
         grouped = len(query) != len(key)
-        parts = [
-            scaled_dot_product_attention(
-                q[None], k[None], v[None], attn_mask=block.to(q.dtype), scale=scale, enable_gqa=grouped
-            )[0]
-            for q, k, v, block in _by_block(blocks, query, key, value)
-        ]
+        with torch.autocast("cpu", enabled=False):  # the precision is chosen already
+            parts = [
+                scaled_dot_product_attention(
+                    q[None], k[None], v[None], attn_mask=block.to(q.dtype), scale=scale, enable_gqa=grouped
+                )[0]
+                for q, k, v, block in _by_block(blocks, query, key, value)
+            ]
         return torch.cat(parts, dim=1)
 
     @staticmethod

@@ -7,6 +7,8 @@ recipe's precision, each time in a fresh process and in turns, because a machine
 import json
 import os
 import platform
+import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -25,9 +27,8 @@ from rm_recipe.artifacts import write_json
 from rm_recipe.errors import RecipeError, TrainingError
 from rm_recipe.recipe import Recipe
 from rm_recipe.run_record import PACKAGES, package_version
-from rm_recipe.train import load_data
+from rm_recipe.train import BENCHMARK, check_run_folder, load_data
 
-BENCHMARK = "benchmark.json"
 # Dense bf16/fp16 peak in FLOP/s, from the makers' data sheets.
 PEAK_FLOPS = {
     "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12,
@@ -50,13 +51,19 @@ def benchmark(recipe: Recipe, *, steps: int, repeats: int, output: Path | None =
     """
     if steps < 2 or repeats < 1:
         raise RecipeError("benchmark needs --steps of at least 2 (the first warms up) and 1 --repeats")
+    target = output or recipe.output_dir
+    if output is None:
+        check_run_folder(recipe, resume=False, overwrite=True)
     training = recipe.training
     batch = training.train_batch_size * training.gradient_accumulation_steps
     train_split = load_data(recipe)[1]  # what is wrong with the data is said once, here
     if any(len(ranks) != 2 for ranks in train_split.comparisons["ranks"]):
         raise RecipeError("benchmark needs pairs: stock TRL has no loss for rankings of three and more")
-    if len(train_split.comparisons) < batch:
-        raise RecipeError(f"benchmark needs a batch of comparisons, {batch}; the data has fewer")
+    if len(train_split.comparisons) < batch * steps:
+        raise RecipeError(
+            f"benchmark needs {batch * steps} comparisons for {steps} steps; the data has fewer"
+        )
+    target.mkdir(parents=True, exist_ok=True)
 
     with tempfile.TemporaryDirectory(prefix="rm-recipe-benchmark-") as folder:
         measure = _measuring(recipe, Path(folder), steps)
@@ -65,16 +72,18 @@ def benchmark(recipe: Recipe, *, steps: int, repeats: int, output: Path | None =
         results: dict[str, list[dict[str, Any]]] = {name: [] for name in sizes}
         for repeat in range(repeats):
             for name, size in sizes.items():
-                result = measure("ours" if name == "ours" else "stock", size)
+                try:
+                    result = measure("ours" if name == "ours" else "stock", size)
+                except OutOfMemoryError:
+                    raise OutOfMemoryError(f"{name}: this batch needs more memory than there is") from None
                 results[name].append(result)
                 _say(f"{repeat + 1} of {repeats}: {name:11} {_speed(result):6.2f} comparisons/s")
         scoring = measure("scoring", repeats=repeats)
     content = summarise(results, scoring) | {"machine": machine(), "setting": setting(recipe, steps, repeats)}
     content["stock_tuned"] |= {"per_device_train_batch_size": tuned_size, "tried": tried}
     print_benchmark(content)
-    target = (output or recipe.output_dir) / BENCHMARK
-    write_json(target, content)
-    print(f"written: {target}")
+    write_json(target / BENCHMARK, content)
+    print(f"written: {target / BENCHMARK}")
     return content
 
 
@@ -93,6 +102,7 @@ def _measuring(recipe: Recipe, folder: Path, steps: int) -> Measure:
     quiet = {
         "output_dir": folder / "run", "save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no",
         "report_to": "[]", "disable_tqdm": "true", "load_best_model_at_end": "false",
+        "dataloader_num_workers": 0, "dataloader_persistent_workers": "false",
     }  # fmt: skip
 
     def measure(
@@ -123,6 +133,7 @@ def run_worker(command: list[str]) -> None:
     """
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not leaving it behind
         try:
             while process.poll() is None:
                 if psutil.virtual_memory().percent > 95:
@@ -131,6 +142,7 @@ def run_worker(command: list[str]) -> None:
         finally:
             process.kill()
             process.wait()
+            signal.signal(signal.SIGTERM, before)
         if process.returncode:
             log.seek(0)
             said = log.read()
@@ -151,7 +163,7 @@ def best_batch_size(batch: int, configured: int, measure: Measure) -> tuple[int,
     def speed(size: int) -> float:
         if size not in tried:
             try:
-                tried[size] = _speed(measure("stock", size, steps=1))
+                tried[size] = _speed(measure("stock", size, steps=2))
             except OutOfMemoryError:
                 tried[size] = None
             found = f"{tried[size]:.2f} comparisons/s" if tried[size] else "not enough memory"
@@ -184,11 +196,12 @@ def summarise(results: dict[str, list[dict[str, Any]]], scoring: dict[str, Any])
         return statistics.median(a / b for a, b in zip(top, bottom, strict=True))
 
     speeds = {name: [_speed(result) for result in repeats] for name, repeats in results.items()}
+    best = [max(pair) for pair in zip(speeds["stock"], speeds["stock_tuned"], strict=True)]
     memory = [[result["peak_memory_bytes"] for result in repeats] for repeats in (ours, stock)]
     content["ratio"] = {
         "comparisons_per_s": ratio(speeds["ours"], speeds["stock"]),
         "peak_memory": ratio(*memory),
-        "tuned_comparisons_per_s": ratio(speeds["ours"], speeds["stock_tuned"]),
+        "tuned_comparisons_per_s": ratio(speeds["ours"], best),
         "scoring": ratio(scoring["ours"], scoring["plain"]),
     }
     pairs = zip(stock[0]["losses"], ours[0]["losses"], strict=True)
@@ -213,22 +226,18 @@ def _median(repeats: list[dict[str, Any]]) -> dict[str, Any]:
         "tokens_per_s": tokens_per_s,
         "padding_share": first["padding"] / (first["padding"] + first["tokens"]),
         "peak_memory_bytes": round(statistics.median(result["peak_memory_bytes"] for result in repeats)),
-        "model_flop_utilisation": utilisation(tokens_per_s, first["parameters"]),
+        "model_flop_utilisation": utilisation(tokens_per_s * first["flop_per_token"]),
         "losses": first["losses"],
     }
 
 
-def utilisation(tokens_per_s: float, parameters: int) -> float | None:
-    """Model FLOPs of LoRA over the GPU's peak; None without a known GPU.
-
-    4 for each parameter and real token: 2 forwards and 2 for the gradient of the activations; the base
-    has no weight gradients, and recomputation does not count.
-    """
+def utilisation(flop_per_s: float) -> float | None:
+    """Model FLOP/s over the GPU's peak in half precision; None without a known GPU."""
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
-    peak = next((value for key, value in PEAK_FLOPS.items() if key in name), None)
-    return 4 * parameters * tokens_per_s / peak if peak else None
+    peak = next((value for key, value in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
+    return flop_per_s / peak if peak else None
 
 
 def machine() -> dict[str, Any]:
@@ -285,7 +294,7 @@ def print_benchmark(content: dict[str, Any], console: Console | None = None) -> 
         f"Losses differ by {content['first_loss_difference']:.1e} in the first step and by at most "
         f"{content['max_loss_difference']:.1e} in {len(content['ours']['losses'])}.\n"
         f"Scoring: {scoring['conversations_per_s']:.1f} conversations/s, {ratio['scoring']:.2f} times a "
-        f"plain padded loop ({scoring['plain_conversations_per_s']:.1f}); rewards differ by at most "
-        f"{scoring['max_reward_difference']:.1e}.",
+        f"loop over padded batches in the data's order ({scoring['plain_conversations_per_s']:.1f}); rewards "
+        f"differ by at most {scoring['max_reward_difference']:.1e}.",
         highlight=False,
     )

@@ -24,7 +24,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import logging
 
 from rm_recipe.adapters import keep_activations_in_half
-from rm_recipe.attention import announce_rows, use_row_attention
+from rm_recipe.attention import announce_rows
 from rm_recipe.errors import RecipeError
 from rm_recipe.heads import head_names, initialise, outermost, to_float32
 from rm_recipe.tokenization import load_config
@@ -150,7 +150,6 @@ def add_reward_positions(model: PreTrainedModel) -> None:
         return SequenceClassifierOutput(logits=self.score(hidden))
 
     model.forward = types.MethodType(forward, model)
-    use_row_attention(model)
 
 
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from peft import PeftModel
 from torch.nn.functional import logsigmoid
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
@@ -19,8 +20,10 @@ from trl import RewardTrainer
 from rm_recipe.batching import Encoded, padded_rows, shared_rows
 from rm_recipe.errors import TrainingError
 from rm_recipe.metrics import pair_indices
+from rm_recipe.split import row_name
 
-COLUMNS = ["prefix", "rests", "ranks", "margins"]
+FAULTY_NAMED = 5  # comparisons whose loss is not finite, in the message
+COLUMNS = ["prefix", "rests", "ranks", "margins", "subset", "row"]
 
 
 @dataclass
@@ -34,19 +37,21 @@ class RowCollator:
     pad_token_id: int
     share: bool
 
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The rows of a batch and what `compute_loss` takes out of it again.
 
         That is `pairs` (pairs, 2) int64, numbers of the better and the worse response of each untied
-        pair; `margins` (pairs,); `pairs_each` (comparisons,) int64; `num_tokens` (), the real tokens.
+        pair; `margins` (pairs,); `pairs_each` (comparisons,) int64; `num_tokens` (), the real tokens;
+        and `names`, a list of what to call each comparison.
         """
         batch = [Encoded(example["prefix"], example["rests"]) for example in examples]
         make_rows = shared_rows if self.share else padded_rows
-        rows = make_rows(batch, self.pad_token_id)
+        rows: dict[str, Any] = make_rows(batch, self.pad_token_id)
+        rows["names"] = [row_name(example) for example in examples]
         rows["num_tokens"] = (rows["input_ids"] != self.pad_token_id).sum()
         better, worse, owner = pair_indices([example["ranks"] for example in examples])
         rows["pairs"] = torch.from_numpy(np.stack([better, worse], axis=1))
-        pairs_each = np.bincount(owner)
+        pairs_each = np.bincount(owner, minlength=len(examples))
         rows["pairs_each"] = torch.from_numpy(pairs_each)
         known = [example["margins"] for example in examples]
         margins = [own or [0.0] * n for own, n in zip(known, pairs_each.tolist(), strict=True)]
@@ -119,12 +124,12 @@ class SharedPrefixRewardTrainer(RewardTrainer):
     def compute_loss(
         self,
         model: torch.nn.Module,
-        inputs: dict[str, torch.Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
         """The mean loss () of a batch of comparisons; with `return_outputs` also the rewards."""
-        num_tokens, pairs = inputs.pop("num_tokens"), inputs.pop("pairs")
+        num_tokens, names, pairs = inputs.pop("num_tokens"), inputs.pop("names"), inputs.pop("pairs")
         margins, pairs_each = inputs.pop("margins"), inputs.pop("pairs_each")
         rewards = model(**inputs).logits.squeeze(-1)
         chosen, rejected = rewards[pairs[:, 0]], rewards[pairs[:, 1]]
@@ -133,11 +138,12 @@ class SharedPrefixRewardTrainer(RewardTrainer):
             of_pairs = of_pairs + self.args.center_rewards_coefficient * (chosen + rejected) ** 2
         losses = mean_by_comparison(of_pairs, pairs_each)
         loss = losses.mean()
-        self._count(num_tokens, losses.detach(), pairs_each, chosen.detach(), rejected.detach())
+        self._count(names, num_tokens, losses.detach(), pairs_each, chosen.detach(), rejected.detach())
         return (loss, {"rewards": rewards}) if return_outputs else loss
 
     def _count(
         self,
+        names: Sequence[str],
         num_tokens: torch.Tensor,
         losses: torch.Tensor,
         pairs_each: torch.Tensor,
@@ -146,8 +152,7 @@ class SharedPrefixRewardTrainer(RewardTrainer):
     ) -> None:
         """Remembers one value per comparison; TRL's `log` takes their mean.
 
-        `gather_for_metrics` drops what a distributed sampler repeats to fill its last batch. The
-        check that the losses are finite is made on all of them, so that all processes stop.
+        `gather_for_metrics` drops what a distributed sampler repeats to fill its last batch.
         """
         mode = "train" if self.model.training else "eval"
         metrics = self._metrics[mode]
@@ -158,12 +163,11 @@ class SharedPrefixRewardTrainer(RewardTrainer):
             (chosen + rejected) / 2,
         )
         means = tuple(mean_by_comparison(value, pairs_each) for value in values)
+        own_losses = losses
         losses, *means = self.accelerator.gather_for_metrics((losses, *means))
-        if not torch.isfinite(losses).all():
-            raise TrainingError(
-                f"the loss is {losses.mean().item()} in step {self.state.global_step + 1}; the usual "
-                "cures are a lower learning_rate and bf16 or fp32 instead of fp16"
-            )
+        if not torch.isfinite(losses).all():  # on all processes, so they stop together
+            finite = torch.isfinite(own_losses).tolist()
+            self._stop(gather_object([name for name, good in zip(names, finite, strict=True) if not good]))
         if mode == "train":
             self._total_train_tokens += int(self.accelerator.gather(num_tokens).sum())
         else:
@@ -171,3 +175,11 @@ class SharedPrefixRewardTrainer(RewardTrainer):
         metrics["num_tokens"] = [self._total_train_tokens]
         for name, mean in zip(("accuracy", "margin", "mean_reward"), means, strict=True):
             metrics[name] += mean.tolist()
+
+    def _stop(self, faulty: list[str]) -> None:
+        more = f" and {len(faulty) - FAULTY_NAMED} more" if len(faulty) > FAULTY_NAMED else ""
+        raise TrainingError(
+            f"the loss is not a finite number in step {self.state.global_step + 1}, of row "
+            f"{', '.join(faulty[:FAULTY_NAMED])}{more}; the usual cures are a lower learning_rate and bf16 "
+            "or fp32 instead of fp16"
+        )

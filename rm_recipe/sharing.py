@@ -28,7 +28,9 @@ class Sharing:
         return asdict(self)
 
 
-def decide_sharing(model: PreTrainedModel, wanted: str, max_length: int | None) -> Sharing:
+def decide_sharing(
+    model: PreTrainedModel, wanted: str, max_length: int | None, device: torch.device | None = None
+) -> Sharing:
     """Shares prefixes where `wanted` is `auto` and a small copy of the model proves it exact.
 
     Args:
@@ -36,35 +38,46 @@ def decide_sharing(model: PreTrainedModel, wanted: str, max_length: int | None) 
         wanted: the recipe's `prefix_sharing`.
         max_length: the longest conversation. It must fit the sliding window, if there is one: a row
             may be longer, because the mask that comes with it is used in place of the window's.
+        device: where the model will compute, by default where it is. On a CPU a model that shares
+            prefixes and uses `sdpa` gets the attention of `attention.py`, as part of what is proven.
     """
     config = model.config
+    attention = config._attn_implementation
     if wanted == "off":
         return Sharing(False, "prefix_sharing is off")
     if not isinstance(getattr(model, "score", None), torch.nn.Module):
         return Sharing(False, f"{config.model_type} has no causal classifier")
-    if config._attn_implementation not in ("sdpa", "eager", ROW_ATTENTION):
-        return Sharing(False, f"{config._attn_implementation} attention takes no such mask")
+    if attention not in ("sdpa", "eager", ROW_ATTENTION):
+        return Sharing(False, f"{attention} attention takes no such mask")
     window = getattr(config.get_text_config(), "sliding_window", None)
     if window and (max_length is None or max_length > window):
         return Sharing(False, f"conversations may be longer than the sliding window of {window} tokens")
+    on_cpu = (device or model.device).type == "cpu"
+    simple = config.get_text_config() is config and model._can_set_attn_implementation()
+    if attention == "sdpa" and on_cpu and simple:
+        attention = ROW_ATTENTION
     try:
-        difference = measure_sharing(config)
+        difference = measure_sharing(config, attention)
     except Exception as error:  # whatever a foreign architecture raises: it is not proven
         return Sharing(
             False, f"the proof failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         )
     if not difference <= TOLERANCE:
         return Sharing(False, f"rewards differ by {difference:.1e} on a small copy", difference)
+    if attention != config._attn_implementation:
+        model.set_attn_implementation(attention)
     return Sharing(True, "equal on a small copy", difference)
 
 
-def measure_sharing(config: Any) -> float:
+def measure_sharing(config: Any, attention: str) -> float:
     """Largest reward difference between shared rows and one sequence at a time.
 
-    The model is a random copy of `config` with two layers and a small vocabulary, on the CPU. It
+    One sequence at a time is computed by transformers' own attention, rows by `attention`. The model is
+    a random copy of `config` with two layers and a small vocabulary, on the CPU. It
     computes in float64, where rounding cannot be taken for a difference: in float32 one start in some
     hundred was seen at 1.2e-5 instead of 6e-7, and trained without sharing.
     """
+    own_attention = "sdpa" if attention == ROW_ATTENTION else attention
     small = copy.deepcopy(config)
     text = small.get_text_config()
     text.num_hidden_layers = 2
@@ -83,15 +96,18 @@ def measure_sharing(config: Any) -> float:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForSequenceClassification.from_config(
-            small, attn_implementation=config._attn_implementation, dtype=torch.float32
+            small, attn_implementation=own_attention, dtype=torch.float32
         )
     model = model.double().eval()
     add_reward_positions(model)
+    with torch.no_grad():
+        alone = torch.stack([model(input_ids=torch.tensor([ids])).logits[0, 0] for ids in conversations])
+    if attention != own_attention:
+        model.set_attn_implementation(attention)
     rows = shared_rows(batch, pad_token_id=0)
     trained = model(**rows).logits[:, 0].detach()  # with gradients attention takes another way
     with torch.no_grad():
         scored = model(**rows).logits[:, 0]
-        alone = torch.stack([model(input_ids=torch.tensor([ids])).logits[0, 0] for ids in conversations])
     return max(float((shared - alone).abs().max()) for shared in (trained, scored))
 
 

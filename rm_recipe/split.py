@@ -15,6 +15,11 @@ from rm_recipe.preferences import Comparison
 FIRST_ROWS = 5  # that a report names for each reason
 
 
+def row_name(row: dict[str, Any]) -> str:
+    """`SUBSET:ROW` of a comparison, or its row alone where the source has no subsets."""
+    return f"{row['subset']}:{row['row']}" if row["subset"] else str(row["row"])
+
+
 @dataclass
 class Split:
     """Comparisons of one split, and what became of the rows that are not among them.
@@ -54,7 +59,7 @@ class Split:
     def names(self, indices: NDArray[np.int64]) -> list[str]:
         """`SUBSET:ROW` of the comparisons with these numbers."""
         rows = self.comparisons.select_columns(["subset", "row"]).select(indices)
-        return [f"{row['subset']}:{row['row']}" if row["subset"] else str(row["row"]) for row in rows]
+        return [row_name(row) for row in rows]
 
     def select(self, kept: NDArray[np.bool_], reason: str, named: bool = False) -> "Split":
         """The comparisons that `kept` marks; the others count under `reason`, the first of them named."""

@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from rm_recipe.sharing import Sharing, decide_sharing
 from rm_recipe.split import Split
 
 DATA_REPORT = "data_report.json"
+BENCHMARK = "benchmark.json"  # of the machine, not of a run: it may come first and it stays
 
 
 def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -54,7 +55,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> N
     start = head_of(trainer.model)
     began = time.monotonic()
     try:
-        with adapters.in_one_product(trainer.model):
+        with cheaper_adapters(trainer):
             trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
         kept = get_last_checkpoint(recipe.output_dir)
@@ -91,7 +92,7 @@ def check_run_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> str | 
     if folder.is_file():
         raise RecipeError(f"'output_dir: {folder}' is a file")
     used = is_run_folder(folder)
-    if folder.is_dir() and not used and any(path.name != DATA_REPORT for path in folder.iterdir()):
+    if not used and folder.is_dir() and {path.name for path in folder.iterdir()} - {DATA_REPORT, BENCHMARK}:
         raise RecipeError(f"'output_dir: {folder}' is not empty and is not a run folder; choose another one")
     if used and not (resume or overwrite):
         raise RecipeError(
@@ -118,10 +119,21 @@ def claim_run_folder(recipe: Recipe, *, overwrite: bool) -> None:
     folder, state = recipe.output_dir, PartialState()
     if state.is_main_process:
         if overwrite and folder.is_dir():
-            shutil.rmtree(folder)
+            empty(folder)
         folder.mkdir(parents=True, exist_ok=True)
         recipe.save(folder / "recipe.yaml")
     state.wait_for_everyone()
+
+
+def empty(folder: Path) -> None:
+    """Removes a run from its folder."""
+    for path in folder.iterdir():
+        if path.name == BENCHMARK:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 # Keys that change what is printed or kept, never what is learnt.
@@ -214,19 +226,27 @@ def make_trainer(
     test_split: Split,
 ) -> tuple[SharedPrefixRewardTrainer, Sharing]:
     """The trainer of what `load_model` gave, with LoRA if the recipe says so, and whether it shares."""
-    sharing = decide_sharing(model, recipe.data.prefix_sharing, recipe.training.max_length)
+    training = recipe.training
+    sharing = decide_sharing(model, recipe.data.prefix_sharing, training.max_length, training.device)
     if recipe.model.use_peft:
-        half = recipe.training.bf16 or recipe.training.fp16
+        half = training.bf16 or training.fp16
         model = adapters.add_lora(model, recipe.model, new_modules, autocast=half)
     trainer = SharedPrefixRewardTrainer(
         model=model,
-        args=recipe.training,
+        args=training,
         train_dataset=train_split.comparisons.select_columns(COLUMNS),
         eval_dataset=test_split.comparisons.select_columns(COLUMNS),
         processing_class=tokenizer,
         share_prefixes=sharing.used,
     )
     return trainer, sharing
+
+
+def cheaper_adapters(trainer: SharedPrefixRewardTrainer) -> AbstractContextManager[None]:
+    """`adapters.in_one_product`, except where the adapters' weights are sharded: it reads them whole."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return nullcontext()
+    return adapters.in_one_product(trainer.model)
 
 
 # --- after -----------------------------------------------------------------------------------

@@ -77,8 +77,11 @@ def rewards_and_gradients(model: PeftModel) -> tuple[torch.Tensor, torch.Tensor]
 def test_in_one_product_the_rewards_and_gradients_are_those_of_peft(tiny_llama, half, keys, tolerance):
     model = adapted(tiny_llama, half, **keys)
     expected, expected_gradients = rewards_and_gradients(model)
+    layers = [m for m in model.modules() if "default" in getattr(m, "lora_B", {})]
     with in_one_product(model):
         rewards, gradients = rewards_and_gradients(model)
+        ours = {isinstance(layer.lora_variant.get("default"), type) for layer in layers}
+    assert ours == {"use_dora" not in keys}  # DoRA keeps what it computes
     assert (rewards - expected).abs().max() <= tolerance * expected.abs().max()
     assert (gradients - expected_gradients).norm() <= tolerance * expected_gradients.norm()
     assert expected_gradients.norm() > 0

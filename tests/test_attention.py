@@ -7,6 +7,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig
 from rm_recipe.attention import LONGEST_BLOCK, NAME, announce_rows, row_attention
 from rm_recipe.batching import Encoded, padded_rows, shared_rows
 from rm_recipe.modeling import add_reward_positions
+from rm_recipe.sharing import decide_sharing
 
 BATCH = [
     Encoded([5, 6, 7], [[8, 9], [4]]),
@@ -69,19 +70,35 @@ def test_gradients_in_bf16_are_as_close_to_exact_as_those_of_sdpa():
     assert 0 < ours <= 2 * sdpa
 
 
+def test_under_autocast_full_precision_values_keep_theirs_backwards_too():
+    """A 4-bit layer gives back its input's precision, whatever autocast says."""
+    mask = shared_rows(BATCH, 0)["attention_mask"]
+    expected, expected_gradients = attention(mask.clone())
+    announce_rows(mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, gradients = attention(mask)
+    assert (output - expected).abs().max() <= 1e-12
+    assert max((a - b).abs().max() for a, b in zip(gradients, expected_gradients, strict=True)) <= 1e-12
+
+
 def test_nothing_is_computed_across_comparisons(monkeypatch):
     """A row's dense attention is what this is there to avoid."""
     import rm_recipe.attention as module
 
     mask = shared_rows(BATCH, 0)["attention_mask"]
     sizes = []
-    bmm = torch.bmm
+    bmm, fused = torch.bmm, module.scaled_dot_product_attention
 
     def recording(a, b):
         sizes.append(b.shape[-1])
         return bmm(a, b)
 
+    def recording_fused(query, *args, **kwargs):
+        sizes.append(query.shape[-2])
+        return fused(query, *args, **kwargs)
+
     monkeypatch.setattr(module.torch, "bmm", recording)
+    monkeypatch.setattr(module, "scaled_dot_product_attention", recording_fused)
     announce_rows(mask)
     attention(mask)
     assert sizes
@@ -109,6 +126,9 @@ def test_a_model_with_row_attention_still_scores_plain_batches(tmp_path):
     with torch.no_grad():
         expected = model(**padded).logits
         add_reward_positions(model)
+        assert decide_sharing(model, "auto", 64, torch.device("cuda")).used
+        assert model.config._attn_implementation == "sdpa"  # a GPU computes the whole mask
+        assert decide_sharing(model, "auto", 64).used
         assert model.config._attn_implementation == NAME
         assert torch.equal(model(**padded).logits, expected)
         shared = model(**shared_rows(BATCH, 0)).logits

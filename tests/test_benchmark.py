@@ -36,7 +36,7 @@ def test_both_trainers_see_the_same_losses_and_the_file_says_what_was_run(write_
     assert content["stock_tuned"]["per_device_train_batch_size"] in (1, 2, 4)
     assert content["machine"]["versions"]["trl"]
     assert "times stock TRL's speed" in result.stdout
-    assert max(map(len, result.stdout.splitlines())) <= 80 or str(tmp_path) in result.stdout
+    assert max(len(line) for line in result.stdout.splitlines() if "written:" not in line) <= 80
     assert not (tmp_path / "run").exists()  # nothing is left of the trainings
 
 
@@ -91,12 +91,12 @@ def test_ratios_are_taken_within_a_repeat_so_that_a_slow_spell_cancels():
     def run(seconds, losses=(1.0, 0.5)):
         return {
             "comparisons": 10, "seconds": seconds, "tokens": 100, "padding": 25, "losses": list(losses),
-            "peak_memory_bytes": 8, "parameters": 1,
+            "peak_memory_bytes": 8, "flop_per_token": 1,
         }  # fmt: skip
 
     results = {
         "stock": [run(4), run(40), run(4)],
-        "stock_tuned": [run(2), run(20), run(2)],
+        "stock_tuned": [run(2), run(20), run(8)],
         "ours": [run(1, (1.0, 0.25)), run(10), run(2)],
     }
     scoring = {"plain": [1, 2], "ours": [4, 10], "max_reward_difference": 0.0, "comparisons": 3}

@@ -70,6 +70,7 @@ def tokenised(n: int = 24) -> Dataset:
             {
                 "chosen_ids": both[0], "rejected_ids": both[1], "prefix": encoded.prefix,
                 "rests": encoded.rests, "ranks": [0, 1], "margins": [],
+                "subset": "made-up", "row": len(rows) + 1,
             }
         )  # fmt: skip
     return Dataset.from_list(rows)
@@ -88,7 +89,8 @@ def ranked(shapes) -> list[dict]:
         ]
         encoded = split_at_common_prefix(conversations)
         margins = [margin] * len(untied_pairs(ranks)) if margin else []
-        rows.append({"prefix": encoded.prefix, "rests": encoded.rests, "ranks": ranks, "margins": margins})
+        row = {"prefix": encoded.prefix, "rests": encoded.rests, "ranks": ranks, "margins": margins}
+        rows.append(row | {"subset": "", "row": number})
     return rows
 
 
@@ -206,19 +208,32 @@ def test_evaluation_counts_comparisons_whatever_the_batches(tmp_path):
     assert metrics["eval_loss"] == pytest.approx(-torch.nn.functional.logsigmoid(margins).mean().item())
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
-    def break_head(trainer_class):
-        class Breaking(trainer_class):
-            def compute_loss(self, model, inputs, *args, **kwargs):
-                if self.state.global_step == 2:
-                    with torch.no_grad():
-                        model.score.weight.fill_(float("nan"))
-                return super().compute_loss(model, inputs, *args, **kwargs)
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step_and_the_comparisons(tmp_path):
+    class Breaking(SharedPrefixRewardTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            """From the third step on one comparison's rewards are NaN."""
+            if self.state.global_step >= 2:
+                for number, name in enumerate(inputs["names"]):
+                    if name == "made-up:7":
+                        inputs["margins"] = inputs["margins"].index_fill(
+                            0, torch.tensor(number), float("nan")
+                        )
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
-        return Breaking
+    with pytest.raises(TrainingError, match=r"not a finite number in step [3-6], of row made-up:7;"):
+        trained(Breaking, "llama", tmp_path, share_prefixes=True)
 
-    with pytest.raises(TrainingError, match="the loss is nan in step 3"):
-        trained(break_head(SharedPrefixRewardTrainer), "llama", tmp_path, share_prefixes=True)
+
+def test_where_every_loss_is_nan_a_few_comparisons_are_named(tmp_path):
+    class Breaking(SharedPrefixRewardTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            with torch.no_grad():
+                model.score.weight.fill_(float("nan"))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    keys = {"per_device_train_batch_size": 8}
+    with pytest.raises(TrainingError, match=r"in step 1, of row (made-up:\d+, ){4}made-up:\d+ and 3 more;"):
+        trained(Breaking, "llama", tmp_path, share_prefixes=True, keys=keys)
 
 
 # --- how Trainer runs it ---------------------------------------------------------------------

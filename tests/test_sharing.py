@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from conftest import REPOSITORY
 from transformers import (
     AutoModelForSequenceClassification,
     Gemma3TextConfig,
@@ -13,10 +14,13 @@ from transformers import (
     MistralConfig,
     Qwen2Config,
 )
+from trl import ModelConfig
 
 from rm_recipe.batching import padded_rows, shared_rows, split_at_common_prefix
-from rm_recipe.modeling import add_reward_positions
+from rm_recipe.messages import conversation
+from rm_recipe.modeling import add_reward_positions, load_base
 from rm_recipe.sharing import decide_sharing, measure_sharing
+from rm_recipe.tokenization import load_tokenizer
 
 SMALL = {
     "vocab_size": 50,
@@ -78,7 +82,7 @@ def test_a_forward_that_ignores_positions_fails_the_proof(monkeypatch):
         return rows
 
     monkeypatch.setattr("rm_recipe.sharing.shared_rows", without_positions)
-    assert measure_sharing(CONFIGS["llama"]) > 1e-4
+    assert measure_sharing(CONFIGS["llama"], "sdpa") > 1e-4
     assert not decide_sharing(classifier("llama"), "auto", 64).used
 
 
@@ -137,3 +141,32 @@ def test_an_encoder_never_shares(tiny_distilbert):
 
 def test_off_means_off():
     assert decide_sharing(classifier("llama"), "off", 64).reason == "prefix_sharing is off"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_pretrained_model_gives_the_rewards_of_one_sequence_at_a_time(attention):
+    """SmolLM2-135M-Instruct, as `rm-recipe prepare offline` makes it."""
+    folder = REPOSITORY / "models" / "smollm2-135m-instruct"
+    if not folder.is_dir():
+        pytest.skip("rm-recipe prepare offline has not been run")
+    tokenizer = load_tokenizer(str(folder))
+    config = ModelConfig(model_name_or_path=str(folder), dtype="float32", attn_implementation=attention)
+    model = load_base(config, tokenizer, seed=0)[0].eval()
+    prompt = [{"role": "user", "content": "What do I do about the mice in my kitchen? " * 4}]
+    replies = ["Set a trap near the wall.", "No idea, sorry.", "A cat would help. " * 8]
+    batch = [
+        split_at_common_prefix(
+            [
+                tokenizer.apply_chat_template(conversation(prompt[:], reply + end), return_dict=False)
+                for reply in replies
+            ]
+        )
+        for end in ("", " Good luck!")
+    ]
+    conversations = [ids for comparison in batch for ids in comparison.conversations()]
+    with torch.no_grad():
+        shared = model(**shared_rows(batch, tokenizer.pad_token_id)).logits[:, 0]
+        alone = torch.stack([model(input_ids=torch.tensor([ids])).logits[0, 0] for ids in conversations])
+    assert (shared - alone).abs().max() <= 1e-5
+    assert alone.std() > 1e-2

@@ -213,3 +213,16 @@ def test_of_two_processes_one_tells_that_train_prompts_are_held_out(write_recipe
     broken = fail()
     assert broken.stderr.count("line 1: not JSON") == 1
     assert "Connection closed" not in broken.stderr
+
+
+def test_a_benchmark_may_come_before_a_run_and_outlasts_it(write_recipe, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "benchmark.json").write_text("{}")
+    recipe = read_recipe(write_recipe(max_steps=1))
+    train(recipe)
+    (run / "checkpoint-9").mkdir()
+    train(recipe, overwrite=True)
+    assert (run / "benchmark.json").read_text() == "{}"
+    assert (run / "run.json").is_file()
+    assert not (run / "checkpoint-9").exists()
