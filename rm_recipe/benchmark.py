@@ -37,12 +37,15 @@ PEAK_FLOPS = {
 Measure = Callable[..., dict[str, Any]]
 
 
-def benchmark(recipe: Recipe, *, steps: int, repeats: int, output: Path | None = None) -> dict[str, Any]:
+def benchmark(
+    recipe: Recipe, *, steps: int, repeats: int, stock_batch: int | None = None, output: Path | None = None
+) -> dict[str, Any]:
     """Measures, prints a table and writes `benchmark.json`.
 
     Args:
         steps: optimizer steps of each training; the first warms up and is not timed.
         repeats: how often each is measured, in turns; medians count.
+        stock_batch: stock's best per-device batch where it is known; else it is looked for.
         output: the folder of `benchmark.json`, by default the recipe's `output_dir`.
 
     Raises:
@@ -59,6 +62,8 @@ def benchmark(recipe: Recipe, *, steps: int, repeats: int, output: Path | None =
     train_split = load_data(recipe)[1]  # what is wrong with the data is said once, here
     if any(len(ranks) != 2 for ranks in train_split.comparisons["ranks"]):
         raise RecipeError("benchmark needs pairs: stock TRL has no loss for rankings of three and more")
+    if stock_batch is not None and (stock_batch < 1 or batch % stock_batch):
+        raise RecipeError(f"--stock-batch has to divide the effective batch of {batch}")
     if len(train_split.comparisons) < batch * steps:
         raise RecipeError(
             f"benchmark needs {batch * steps} comparisons for {steps} steps; the data has fewer"
@@ -67,8 +72,10 @@ def benchmark(recipe: Recipe, *, steps: int, repeats: int, output: Path | None =
 
     with tempfile.TemporaryDirectory(prefix="rm-recipe-benchmark-") as folder:
         measure = _measuring(recipe, Path(folder), steps)
-        tuned_size, tried = best_batch_size(batch, training.train_batch_size, measure)
-        sizes = {"stock": None, "stock_tuned": tuned_size, "ours": None}
+        tried: dict[int, float | None] = {}
+        if stock_batch is None:
+            stock_batch, tried = best_batch_size(batch, training.train_batch_size, measure)
+        sizes = {"stock": None, "stock_tuned": stock_batch, "ours": None}
         results: dict[str, list[dict[str, Any]]] = {name: [] for name in sizes}
         for repeat in range(repeats):
             for name, size in sizes.items():
@@ -80,7 +87,7 @@ def benchmark(recipe: Recipe, *, steps: int, repeats: int, output: Path | None =
                 _say(f"{repeat + 1} of {repeats}: {name:11} {_speed(result):6.2f} comparisons/s")
         scoring = measure("scoring", repeats=repeats)
     content = summarise(results, scoring) | {"machine": machine(), "setting": setting(recipe, steps, repeats)}
-    content["stock_tuned"] |= {"per_device_train_batch_size": tuned_size, "tried": tried}
+    content["stock_tuned"] |= {"per_device_train_batch_size": stock_batch, "tried": tried}
     print_benchmark(content)
     write_json(target / BENCHMARK, content)
     print(f"written: {target / BENCHMARK}")

@@ -138,6 +138,9 @@ def benchmark(
     recipe: RecipePath,
     steps: Annotated[int, typer.Option(help="Optimizer steps of each training; the first warms up.")] = 4,
     repeats: Annotated[int, typer.Option(help="How often each is measured, in turns.")] = 3,
+    stock_batch: Annotated[
+        int | None, typer.Option(help="Stock's best per-device batch, if known; else it is looked for.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Where benchmark.json goes; by default into output_dir.")
     ] = None,
@@ -148,7 +151,7 @@ def benchmark(
     parsed = read_recipe(recipe, context.args)
     from rm_recipe.benchmark import benchmark as run_benchmark
 
-    run_benchmark(parsed, steps=steps, repeats=repeats, output=output)
+    run_benchmark(parsed, steps=steps, repeats=repeats, stock_batch=stock_batch, output=output)
 
 
 @prepare_app.callback()

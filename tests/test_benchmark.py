@@ -46,6 +46,7 @@ def test_both_trainers_see_the_same_losses_and_the_file_says_what_was_run(write_
         (["--steps", "1"], "--steps of at least 2"),
         (["--repeats", "0"], "1 --repeats"),
         (["--per_device_train_batch_size", "65"], "the data has fewer"),
+        (["--stock-batch", "3"], "has to divide the effective batch of 8"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(write_recipe, arguments, message):
