@@ -23,6 +23,11 @@ LONGEST_BLOCK = 1024
 _blocks: MutableMapping[torch.Tensor, list[torch.Tensor]] = WeakTensorKeyDictionary()
 
 
+def by_block(model: Any) -> bool:
+    """Whether a model computes rows block by block, so that a batch may be one long row."""
+    return bool(model.config._attn_implementation == NAME)
+
+
 def announce_rows(mask: torch.Tensor) -> None:
     """Makes known that a mask (rows, 1, length, length) bool is that of `batching.shared_rows`.
 

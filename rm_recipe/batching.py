@@ -91,8 +91,13 @@ def choose_rows(lengths: Sequence[int]) -> list[list[int]]:
     return best[1]
 
 
-def shared_rows(batch: Sequence[Encoded], pad_token_id: int) -> dict[str, torch.Tensor]:
+def shared_rows(
+    batch: Sequence[Encoded], pad_token_id: int, one_row: bool = False
+) -> dict[str, torch.Tensor]:
     """The rows of one batch of comparisons.
+
+    Args:
+        one_row: all in one row, without padding: where attention costs no more for it.
 
     Returns:
         input_ids, position_ids: (rows, length) int64.
@@ -101,7 +106,7 @@ def shared_rows(batch: Sequence[Encoded], pad_token_id: int) -> dict[str, torch.
             order of the batch.
     """
     lengths = [comparison.length for comparison in batch]
-    rows = choose_rows(lengths)
+    rows = [list(range(len(batch)))] if one_row else choose_rows(lengths)
     shape = (len(rows), max(sum(lengths[member] for member in row) for row in rows))
     input_ids = torch.full(shape, pad_token_id)
     position_ids = torch.zeros(shape, dtype=torch.long)

@@ -17,6 +17,7 @@ from torch.nn.functional import logsigmoid
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import RewardTrainer
 
+from rm_recipe.attention import by_block
 from rm_recipe.batching import Encoded, padded_rows, shared_rows
 from rm_recipe.errors import TrainingError
 from rm_recipe.metrics import pair_indices
@@ -32,10 +33,12 @@ class RowCollator:
 
     Attributes:
         share: shared-prefix rows where True, one conversation a row otherwise.
+        one_row: the whole batch in one row, if prefixes are shared.
     """
 
     pad_token_id: int
     share: bool
+    one_row: bool = False
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The rows of a batch and what `compute_loss` takes out of it again.
@@ -45,8 +48,11 @@ class RowCollator:
         and `names`, a list of what to call each comparison.
         """
         batch = [Encoded(example["prefix"], example["rests"]) for example in examples]
-        make_rows = shared_rows if self.share else padded_rows
-        rows: dict[str, Any] = make_rows(batch, self.pad_token_id)
+        rows: dict[str, Any] = (
+            shared_rows(batch, self.pad_token_id, self.one_row)
+            if self.share
+            else padded_rows(batch, self.pad_token_id)
+        )
         rows["names"] = [row_name(example) for example in examples]
         rows["num_tokens"] = (rows["input_ids"] != self.pad_token_id).sum()
         better, worse, owner = pair_indices([example["ranks"] for example in examples])
@@ -101,7 +107,9 @@ class SharedPrefixRewardTrainer(RewardTrainer):
 
     def __init__(self, *args: Any, share_prefixes: bool, **kwargs: Any) -> None:
         tokenizer = kwargs["processing_class"]
-        kwargs["data_collator"] = RowCollator(tokenizer.pad_token_id, share_prefixes)
+        kwargs["data_collator"] = RowCollator(
+            tokenizer.pad_token_id, share_prefixes, one_row=by_block(kwargs["model"])
+        )
         super().__init__(*args, **kwargs)
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from rm_recipe.artifacts import whole_file
+from rm_recipe.attention import by_block
 from rm_recipe.batching import Encoded, padded_rows, shared_rows, split_at_common_prefix
 from rm_recipe.encoding import encode
 from rm_recipe.errors import DataError, RecipeError, TrainingError
@@ -123,11 +124,15 @@ class RewardModel:
         results: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(comparisons)
         sizes = [_size(comparison, self.sharing.used) for comparison in comparisons]
         order = sorted(range(len(comparisons)), key=lambda i: -sizes[i])
-        make_rows = shared_rows if self.sharing.used else padded_rows
         with tqdm(total=len(order), desc="Scoring", unit="prompt", disable=not progress) as bar:
             for members in _batches(order, sizes):
                 batch = [comparisons[i] for i in members]
-                rows = make_rows(batch, self.tokenizer.pad_token_id)
+                pad = self.tokenizer.pad_token_id
+                rows = (
+                    shared_rows(batch, pad, by_block(self.model))
+                    if self.sharing.used
+                    else padded_rows(batch, pad)
+                )
                 rows = {key: value.to(device) for key, value in rows.items()}
                 with torch.inference_mode(), autocast(self.model):
                     logits = self.model(**rows).logits

@@ -104,7 +104,7 @@ def measure_sharing(config: Any, attention: str) -> float:
         alone = torch.stack([model(input_ids=torch.tensor([ids])).logits[0, 0] for ids in conversations])
     if attention != own_attention:
         model.set_attn_implementation(attention)
-    rows = shared_rows(batch, pad_token_id=0)
+    rows = shared_rows(batch, 0, one_row=attention == ROW_ATTENTION)
     trained = model(**rows).logits[:, 0].detach()  # with gradients attention takes another way
     with torch.no_grad():
         scored = model(**rows).logits[:, 0]

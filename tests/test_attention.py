@@ -32,10 +32,11 @@ def attention(mask: torch.Tensor, **keys):
     return output, [tensor.grad for tensor in tensors]
 
 
+@pytest.mark.parametrize("one_row", [False, True])
 @pytest.mark.parametrize("scaling", [None, 0.3])
-def test_block_by_block_the_output_and_the_gradients_are_those_of_the_whole_mask(scaling):
-    mask = shared_rows(BATCH, 0)["attention_mask"]
-    assert mask.shape[0] > 1
+def test_block_by_block_the_output_and_the_gradients_are_those_of_the_whole_mask(scaling, one_row):
+    mask = shared_rows(BATCH, 0, one_row)["attention_mask"]
+    assert (mask.shape[0] == 1) == one_row
     expected, expected_gradients = attention(mask.clone(), scaling=scaling)
     announce_rows(mask)
     output, gradients = attention(mask, scaling=scaling)

@@ -121,3 +121,15 @@ def test_padded_rows_hold_one_conversation_each_padded_right():
     rows = padded_rows([Encoded([1, 2], [[3], [4, 5]])], PAD)
     assert rows["input_ids"].tolist() == [[1, 2, 3, 0], [1, 2, 4, 5]]
     assert torch.equal(rows["attention_mask"], (rows["input_ids"] != PAD).long())
+
+
+@given(batches)
+def test_one_row_holds_the_whole_batch_without_padding_and_each_response_reads_back(batch):
+    rows = shared_rows(batch, PAD, one_row=True)
+    assert rows["input_ids"].shape == (1, sum(comparison.length for comparison in batch))
+    ends = rows["ends"].tolist()
+    conversations = [ids for comparison in batch for ids in comparison.conversations()]
+    for (row, column), conversation in zip(ends, conversations, strict=True):
+        seen = rows["attention_mask"][row, 0, column]
+        assert rows["input_ids"][row, seen].tolist() == conversation
+        assert rows["position_ids"][row, seen].tolist() == list(range(len(conversation)))

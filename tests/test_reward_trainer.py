@@ -11,10 +11,12 @@ import pytest
 import torch
 from conftest import WORDS, make_rows, make_tokenizer, write_jsonl
 from datasets import Dataset
+from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, GPT2Config, LlamaConfig, TrainerCallback
 from trl import ModelConfig, RewardConfig, RewardTrainer
 
 from rm_recipe.adapters import add_lora
+from rm_recipe.attention import NAME as ROW_ATTENTION
 from rm_recipe.batching import split_at_common_prefix
 from rm_recipe.datasets import load_split
 from rm_recipe.encoding import TRUNCATIONS, tokenize
@@ -24,6 +26,7 @@ from rm_recipe.modeling import add_reward_positions, prepare_for_rewards
 from rm_recipe.preferences import untied_pairs
 from rm_recipe.recipe_keys import DataArguments
 from rm_recipe.reward_trainer import COLUMNS, SharedPrefixRewardTrainer
+from rm_recipe.sharing import decide_sharing
 from rm_recipe.tokenization import load_tokenizer
 
 STEPS = 50
@@ -117,6 +120,10 @@ def trained(trainer_class, name, folder, data=None, keys=None, model=None, **kwa
     if model is None:
         model = make_model(name)
         add_reward_positions(model)
+    if kwargs.get("share_prefixes"):  # it chooses the attention, too
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        assert decide_sharing(base, "auto", max_length=None).used
+        assert base.config._attn_implementation == ROW_ATTENTION
     tokenizer = make_tokenizer()
     tokenizer.pad_token = "<unk>"
     trainer = Capturing(
