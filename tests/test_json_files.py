@@ -12,7 +12,7 @@ from rm_recipe.json_files import JSON, NUMBER, content_hash, decode, load_json_r
 
 ROWS = make_rows(3, seed=1)
 ROW = json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"}).encode()
-PACKED = gzip.compress(b"".join(ROW.replace(b"p", str(n).encode()) + b"\n" for n in range(500)))
+PACKED = gzip.compress(b"".join(ROW.replace(b"p", str(n).encode()) + b"\n" for n in range(500)), mtime=0)
 
 
 def loaded(path) -> list[tuple[int, dict]]:
@@ -48,7 +48,7 @@ def test_rows_come_with_the_number_of_their_line_or_element(tmp_path, name, cont
         ("a.jsonl", ROW + b'\n{"chosen": "\xff"}\n', "line 2, byte 13 of it: not UTF-8 text"),
         ("a.jsonl", b"", "is empty"),
         ("a.jsonl", b"\n \n", "is empty"),
-        ("a.jsonl.gz", gzip.compress(b""), "is empty"),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0), "is empty"),
         ("a.jsonl.gz", b"not gzip at all", "is not gzip, though its name says so"),
         ("a.jsonl.gz", PACKED[: len(PACKED) // 2], "is damaged: the compressed data ends early"),
         ("a.jsonl.gz", PACKED[:100] + b"\x00" * 50 + PACKED[150:], "is damaged"),
