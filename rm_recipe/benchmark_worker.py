@@ -27,7 +27,7 @@ from rm_recipe.scoring import RewardModel
 from rm_recipe.split import Split
 from rm_recipe.train import cheaper_adapters, load_data, load_model, make_trainer
 
-SCORED = 64  # comparisons; more change no ratio
+SCORED = 256  # comparisons: enough that their lengths are the data's
 
 
 def measure_training(recipe: Recipe, what: str) -> dict[str, Any]:
