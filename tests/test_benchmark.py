@@ -2,12 +2,13 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import run_cli, write_jsonl
 
 from rm_recipe import benchmark
-from rm_recipe.benchmark import OutOfMemoryError, best_batch_size, run_worker, summarise
+from rm_recipe.benchmark import OutOfMemoryError, best_batch_size, in_turns, run_worker
 from rm_recipe.errors import TrainingError
 
 FIGURES = {"comparisons_per_s", "tokens_per_s", "padding_share", "peak_memory_bytes", "losses"}
@@ -33,7 +34,7 @@ def test_both_trainers_see_the_same_losses_and_the_file_says_what_was_run(write_
     # The same real tokens give fewer of them here: the prompt stands there once.
     assert content["ours"]["padding_share"] < content["stock"]["padding_share"]
     assert content["setting"]["recipe"]["per_device_train_batch_size"] == 2
-    assert content["stock_tuned"]["per_device_train_batch_size"] in (1, 2, 4)
+    assert content["setting"]["stock_batch"] in (1, 2, 4)
     assert content["machine"]["versions"]["trl"]
     assert "times stock TRL's speed" in result.stdout
     assert max(len(line) for line in result.stdout.splitlines() if "written:" not in line) <= 80
@@ -65,13 +66,17 @@ def test_rankings_are_refused_because_stock_takes_pairs(write_recipe, tmp_path):
     assert "benchmark needs pairs" in result.stderr
 
 
-def speeds(table):
-    def measure(what, size, steps):
-        if table[size] is None:
-            raise OutOfMemoryError("not enough memory")
-        return {"comparisons": table[size], "seconds": 1.0}
+class Speeds:
+    """Measurements that take a batch size's comparisons a second from a table; None: out of memory."""
 
-    return measure
+    def __init__(self, table):
+        self.table = table
+
+    def training(self, what, batch=None, steps=None):
+        found = self.table["ours" if what == "ours" else batch]
+        if found is None:
+            raise OutOfMemoryError("not enough memory")
+        return {"comparisons": found, "seconds": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -80,34 +85,22 @@ def speeds(table):
         ({1: 2, 2: 5, 4: 4, 8: 3, 16: 9, 32: 9}, 2, {4, 8, 2, 1}),
         ({1: 1, 2: 1, 4: 1, 8: 3, 16: 4, 32: None}, 16, {4, 8, 16, 32}),
         ({1: 1, 2: 1, 4: 1, 8: 3, 16: None, 32: 9}, 8, {4, 8, 16}),
+        ({1: 2, 2: 1, 4: None, 8: None, 16: None, 32: None}, 1, {8, 4, 2, 1}),
     ],
 )
 def test_stocks_best_batch_is_found_without_trying_everything(table, best, tried):
-    found, seen = best_batch_size(32, 8, speeds(table))
+    training = SimpleNamespace(train_batch_size=8, gradient_accumulation_steps=4)
+    found, seen = best_batch_size(SimpleNamespace(training=training), Speeds(table))
     assert found == best
     assert set(seen) == tried
 
 
-def test_ratios_are_taken_within_a_repeat_so_that_a_slow_spell_cancels():
-    def run(seconds, losses=(1.0, 0.5)):
-        return {
-            "comparisons": 10, "seconds": seconds, "tokens": 100, "padding": 25, "losses": list(losses),
-            "peak_memory_bytes": 8, "flop_per_token": 1,
-        }  # fmt: skip
-
-    results = {
-        "stock": [run(4), run(40), run(4)],
-        "stock_tuned": [run(2), run(20), run(8)],
-        "ours": [run(1, (1.0, 0.25)), run(10), run(2)],
-    }
-    scoring = {"plain": [1, 2], "ours": [4, 10], "max_reward_difference": 0.0, "comparisons": 3}
-    content = summarise(results, scoring)
-    assert content["ratio"] == {
-        "comparisons_per_s": 4, "peak_memory": 1, "tuned_comparisons_per_s": 2, "scoring": 4.5
-    }  # fmt: skip
-    assert content["max_loss_difference"] == 0.25
-    assert content["first_loss_difference"] == 0
-    assert content["ours"]["padding_share"] == 0.2
+def test_stock_without_enough_memory_is_left_out_and_ours_is_not(capsys):
+    found = in_turns(Speeds({None: None, 2: 5, "ours": 9}), 2, repeats=3)
+    assert [len(found[name]) for name in ("stock", "stock_tuned", "ours")] == [0, 3, 3]
+    assert capsys.readouterr().out.count("not enough memory") == 1  # not tried three times
+    with pytest.raises(OutOfMemoryError, match="ours"):
+        in_turns(Speeds({None: 1, 2: 5, "ours": None}), 2, repeats=3)
 
 
 def test_a_measurement_that_fails_says_why_and_one_that_fills_the_memory_is_ended(monkeypatch):
