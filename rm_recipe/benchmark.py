@@ -38,9 +38,10 @@ def benchmark(
         output: the folder of `benchmark.json`, by default the recipe's `output_dir`.
 
     Raises:
-        RecipeError: there is nothing to compare, as stock TRL takes pairs only.
-        TrainingError: a measurement failed; the message has the end of what it printed. Stock TRL
-            running out of memory is a result, not a failure.
+        RecipeError: there is nothing to compare, as stock TRL takes pairs only; or too few comparisons,
+            steps or repeats.
+        TrainingError: a measurement failed; the message has the end of what it printed. Stock TRL or
+            the padded scoring loop running out of memory is a result, not a failure.
     """
     if steps < 2 or repeats < 1:
         raise RecipeError("benchmark needs --steps of at least 2 (the first warms up) and 1 --repeats")
@@ -56,14 +57,18 @@ def benchmark(
         if stock_batch is None:
             stock_batch, tried = best_batch_size(recipe, measurements)
         results = in_turns(measurements, stock_batch, repeats)
-        scoring = measurements.scoring(repeats)
-    setting = {
-        "steps": steps, "repeats": repeats, "stock_batch": stock_batch, "tried": tried,
-        "recipe": recipe.resolved(),
+        try:
+            scoring = measurements.scoring(repeats)
+        except OutOfMemoryError:
+            scoring = None
+    content = summarise(results, scoring)
+    content["machine"] = machine()
+    content["setting"] = {
+        "steps": steps, "repeats": repeats, "stock_batch": stock_batch, "recipe": recipe.resolved()
     }  # fmt: skip
-    content = summarise(results, scoring) | {"machine": machine(), "setting": setting}
-    print_benchmark(content)
+    content["stock_batches_tried"] = {str(size): found for size, found in tried.items()}
     write_json(target / BENCHMARK, content)
+    print_benchmark(content)
     print(f"written: {target / BENCHMARK}")
     return content
 
@@ -71,11 +76,11 @@ def benchmark(
 def check_comparable(recipe: Recipe, steps: int, stock_batch: int | None) -> None:
     """Raises RecipeError where stock TRL cannot train on the same samples; reads the data."""
     batch = recipe.training.train_batch_size * recipe.training.gradient_accumulation_steps
+    if stock_batch is not None and (stock_batch < 1 or batch % stock_batch):
+        raise RecipeError(f"--stock-batch has to divide the effective batch of {batch}")
     comparisons = load_data(recipe)[1].comparisons  # what is wrong with the data is said once, here
     if any(len(ranks) != 2 for ranks in comparisons["ranks"]):
         raise RecipeError("benchmark needs pairs: stock TRL has no loss for rankings of three and more")
-    if stock_batch is not None and (stock_batch < 1 or batch % stock_batch):
-        raise RecipeError(f"--stock-batch has to divide the effective batch of {batch}")
     if len(comparisons) < batch * steps:
         raise RecipeError(
             f"benchmark needs {batch * steps} comparisons for {steps} steps; the data has fewer"
@@ -90,7 +95,7 @@ class Measurements:
     """Runs `benchmark_worker`, each time in a fresh process."""
 
     def __init__(self, recipe: Recipe, folder: Path, steps: int) -> None:
-        """Writes the recipe into `folder`, which takes each result, too."""
+        """Writes the recipe into `folder`, which takes each result, too; `steps` are each training's."""
         self.path, self.result = folder / "recipe.yaml", folder / "result.json"
         self.steps = steps
         self.batch = recipe.training.train_batch_size
@@ -111,7 +116,7 @@ class Measurements:
         """
         batch = batch or self.batch
         return self._run(
-            [what],
+            what,
             max_steps=steps or self.steps,
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=self.effective_batch // batch,
@@ -119,14 +124,21 @@ class Measurements:
 
     def scoring(self, repeats: int) -> dict[str, Any]:
         """What `benchmark_worker.measure_scoring` says."""
-        return self._run(["scoring"], repeats)
+        return self._run("scoring", repeats)
 
-    def _run(self, what: list[str], *arguments: int, **overrides: int) -> dict[str, Any]:
+    def _run(self, what: str, *arguments: int, **overrides: int) -> dict[str, Any]:
         keys = [part for key, value in (self.overrides | overrides).items() for part in (f"--{key}", value)]
         self.result.unlink(missing_ok=True)
-        worker = [sys.executable, "-m", "rm_recipe.benchmark_worker", *what, self.path, self.result]
+        worker = [sys.executable, "-m", "rm_recipe.benchmark_worker", what, self.path, self.result]
         run_worker([str(part) for part in (*worker, *arguments, *keys)])
         return dict(json.loads(self.result.read_text(encoding="utf-8")))
+
+
+# How a process says that it found no memory: CUDA's, torch's on a CPU, Python's, C++'s.
+NO_MEMORY = ("OutOfMemoryError", "out of memory", "ALLOC_FAILED", "can't allocate memory", "MemoryError",
+             "bad_alloc")  # fmt: skip
+FULL = 95  # percent of the machine's memory at which a measurement is ended, before the system swaps
+BUSY = 80  # percent that others may have taken; what ran out of the rest would not be the trainer's fault
 
 
 def run_worker(command: list[str]) -> None:
@@ -134,14 +146,17 @@ def run_worker(command: list[str]) -> None:
 
     Raises:
         OutOfMemoryError: it has, or CUDA's.
-        TrainingError: it failed otherwise.
+        TrainingError: it failed otherwise, or others already use most of the memory.
     """
+    used = psutil.virtual_memory().percent
+    if used > BUSY:
+        raise TrainingError(f"{used:.0f} % of the memory is in use already; a benchmark needs it for itself")
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not leaving it behind
         try:
             while process.poll() is None:
-                if psutil.virtual_memory().percent > 95:
+                if psutil.virtual_memory().percent > FULL:
                     raise OutOfMemoryError("not enough memory")
                 time.sleep(0.1)
         finally:
@@ -151,7 +166,7 @@ def run_worker(command: list[str]) -> None:
         if process.returncode:
             log.seek(0)
             said = log.read()
-            if "OutOfMemoryError" in said or process.returncode == -9:
+            if process.returncode == -signal.SIGKILL or any(words in said for words in NO_MEMORY):
                 raise OutOfMemoryError("not enough memory")
             raise TrainingError("a measurement failed:\n" + "\n".join(said.splitlines()[-12:]))
 
@@ -159,8 +174,9 @@ def run_worker(command: list[str]) -> None:
 def best_batch_size(recipe: Recipe, measurements: Measurements) -> tuple[int, dict[int, float | None]]:
     """Stock's fastest per-device batch of the recipe's effective batch, and the speeds that were tried.
 
-    Goes from the recipe's size to smaller and to larger divisors of the effective batch, as long as that
-    helps. Large batches pay for padding, small ones for idle arithmetic.
+    Goes from the recipe's size to smaller divisors of the effective batch until one fits in memory, then on
+    to smaller, else to larger ones, as long as that helps. Large batches pay for padding, small ones for
+    idle arithmetic. The speed is None where memory was not enough.
     """
     configured = recipe.training.train_batch_size
     batch = configured * recipe.training.gradient_accumulation_steps
@@ -177,29 +193,34 @@ def best_batch_size(recipe: Recipe, measurements: Measurements) -> tuple[int, di
             _say(f"stock TRL, per-device batch {size}", tried[size])
         return tried[size] or 0.0
 
-    best = configured
+    first = sizes.index(configured)
+    while first > 0 and not tried_speed(sizes[first]):
+        first -= 1
+    best = first
     for direction in (-1, 1):
-        at = sizes.index(best) + direction
-        while 0 <= at < len(sizes) and (
-            tried_speed(sizes[at]) > tried_speed(best) or (direction < 0 and not tried_speed(best))
+        while 0 <= best + direction < len(sizes) and (
+            tried_speed(sizes[best + direction]) > tried_speed(sizes[best])
         ):
-            best, at = sizes[at], at + direction
-        if best != configured:
+            best += direction
+        if best != first:
             break
-    return best, tried
+    return sizes[best], tried
 
 
 def in_turns(measurements: Measurements, stock_batch: int, repeats: int) -> dict[str, list[dict[str, Any]]]:
-    """Each repeat's measurement of the three trainers; none of a stock trainer that runs out of memory.
+    """Each repeat's measurement of the three trainers; none of a stock trainer that ran out of memory once.
 
     Raises:
         OutOfMemoryError: this project's own does.
     """
     batches = {"stock": None, "stock_tuned": stock_batch, "ours": None}
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in batches}
+    out_of_memory: set[str] = set()
     for repeat in range(repeats):
-        for name, batch in list(batches.items()):
-            line = f"{repeat + 1} of {repeats}: {name:11}"
+        for name, batch in batches.items():
+            if name in out_of_memory:
+                continue
+            line = f"{repeat + 1} of {repeats}, {name}"
             try:
                 results[name].append(measurements.training("ours" if name == "ours" else "stock", batch))
                 _say(line, speed(results[name][-1]))
@@ -210,12 +231,12 @@ def in_turns(measurements: Measurements, stock_batch: int, repeats: int) -> dict
                     ) from None
                 _say(line, None)
                 results[name] = []
-                del batches[name]
+                out_of_memory.add(name)
     return results
 
 
 def _say(what: str, found: float | None) -> None:
-    figure = "not enough memory" if found is None else f"{found:6.2f} comparisons/s"
+    figure = "not enough memory" if found is None else f"{found:.2f} comparisons/s"
     print(f"{what}: {figure}", flush=True)
 
 

@@ -15,23 +15,29 @@ PEAK_FLOPS = {
 }  # fmt: skip
 
 
-def summarise(results: dict[str, list[dict[str, Any]]], scoring: dict[str, Any]) -> dict[str, Any]:
+def summarise(results: dict[str, list[dict[str, Any]]], scoring: dict[str, Any] | None) -> dict[str, Any]:
     """Medians over repeats, and ratios as medians of each repeat's ratio, so that slow spells cancel.
 
     Args:
-        results: of `stock`, `stock_tuned` and `ours` each repeat's measurement by `benchmark_worker`;
-            an empty list for a trainer that ran out of memory, whose figures and ratios are then None.
-        scoring: of both ways of scoring the conversations a second of each repeat.
+        results: of `stock`, `stock_tuned` and `ours` each repeat's `benchmark_worker.measure_training`; an
+            empty list for a stock trainer that ran out of memory.
+        scoring: `benchmark_worker.measure_scoring`, None if that ran out of memory.
+
+    Returns:
+        the figures of `benchmark.json`. What has no measurement, and every ratio to it, is None. The
+        tuned ratio is to the better of stock's two batches.
     """
     content: dict[str, Any] = {name: _medians(repeats) for name, repeats in results.items()}
     speeds = {name: [speed(result) for result in repeats] for name, repeats in results.items()}
     memory = {name: [result["peak_memory_bytes"] for result in repeats] for name, repeats in results.items()}
     stocks = [each for each in (speeds["stock"], speeds["stock_tuned"]) if each]
+    best = [max(each) for each in zip(*stocks, strict=True)] if speeds["stock_tuned"] else []
     content["ratio"] = {
         "comparisons_per_s": _ratio(speeds["ours"], speeds["stock"]),
         "peak_memory": _ratio(memory["ours"], memory["stock"]),
-        "tuned_comparisons_per_s": _ratio(speeds["ours"], [max(each) for each in zip(*stocks, strict=True)]),
-        "scoring": _ratio(scoring["ours"], scoring["plain"]),
+        "tuned_comparisons_per_s": _ratio(speeds["ours"], best),
+        "tuned_peak_memory": _ratio(memory["ours"], memory["stock_tuned"]),
+        "scoring": _ratio(scoring["ours"], scoring["plain"]) if scoring else None,
     }
     differences = []
     if stocks:
@@ -39,7 +45,7 @@ def summarise(results: dict[str, list[dict[str, Any]]], scoring: dict[str, Any])
         differences = [abs(a - b) for a, b in zip(stock["losses"], results["ours"][0]["losses"], strict=True)]
     content["max_loss_difference"] = max(differences, default=None)
     content["first_loss_difference"] = differences[0] if differences else None
-    content["scoring"] = {
+    content["scoring"] = scoring and {
         "plain_conversations_per_s": statistics.median(scoring["plain"]),
         "conversations_per_s": statistics.median(scoring["ours"]),
         "max_reward_difference": scoring["max_reward_difference"],
@@ -100,7 +106,6 @@ def print_benchmark(content: dict[str, Any], console: Console | None = None) -> 
         table.add_row(name, *_cells(content[key]))
     console = console or Console()
     console.print(table)
-    console.print("tokens/s without padding; rm_recipe needs fewer tokens, as a prompt counts once.")
     for sentence in _sentences(content):
         console.print(sentence, highlight=False)
 
@@ -119,7 +124,12 @@ def _cells(figures: dict[str, Any] | None) -> list[str]:
 
 
 def _sentences(content: dict[str, Any]) -> list[str]:
-    ratio, scoring, sentences = content["ratio"], content["scoring"], []
+    ratio, scoring, ours = content["ratio"], content["scoring"], content["ours"]
+    sentences = ["Tokens without padding."]
+    stock = content["stock"] or content["stock_tuned"]
+    if stock:
+        fewer = _tokens_per_comparison(ours) / _tokens_per_comparison(stock)
+        sentences = [f"Tokens without padding; rm_recipe computes {fewer:.2f} of stock TRL's."]
     if ratio["comparisons_per_s"]:
         sentences.append(
             f"{ratio['comparisons_per_s']:.2f} times stock TRL's speed at {ratio['peak_memory']:.2f} of its "
@@ -127,13 +137,23 @@ def _sentences(content: dict[str, Any]) -> list[str]:
         )
     if ratio["tuned_comparisons_per_s"]:
         sentences += [
-            f"{ratio['tuned_comparisons_per_s']:.2f} times stock TRL at its best batch.",
-            f"Losses differ by {content['first_loss_difference']:.1e} in the first step and by at most "
-            f"{content['max_loss_difference']:.1e} in {len(content['ours']['losses'])}.",
+            f"{ratio['tuned_comparisons_per_s']:.2f} times stock TRL at its best batch, at "
+            f"{ratio['tuned_peak_memory']:.2f} of the memory of batch {content['setting']['stock_batch']}.",
         ]
+    if stock:
+        sentences.append(
+            f"Losses differ by {content['first_loss_difference']:.1e} in the first step and by at most "
+            f"{content['max_loss_difference']:.1e} in {len(ours['losses'])}."
+        )
+    if scoring is None:
+        return [*sentences, "Scoring: the padded loop ran out of memory."]
     sentences.append(
         f"Scoring: {scoring['conversations_per_s']:.1f} conversations/s, {ratio['scoring']:.2f} times a "
         f"loop over padded batches in the data's order ({scoring['plain_conversations_per_s']:.1f}); rewards "
         f"differ by at most {scoring['max_reward_difference']:.1e}."
     )
     return sentences
+
+
+def _tokens_per_comparison(figures: dict[str, Any]) -> float:
+    return float(figures["tokens_per_s"] / figures["comparisons_per_s"])

@@ -1,8 +1,8 @@
 """One measurement of `rm-recipe benchmark`, in a process of its own, so that peak memory is its own.
 
-    python -m rm_recipe.benchmark_worker WHAT RECIPE RESULT.json [--key value ...]
+    python -m rm_recipe.benchmark_worker WHAT RECIPE RESULT.json [REPEATS] [--key value ...]
 
-WHAT is `stock` (`trl.RewardTrainer`), `ours` (`SharedPrefixRewardTrainer`) or `scoring`.
+WHAT is `stock` (`trl.RewardTrainer`), `ours` (`SharedPrefixRewardTrainer`) or `scoring`, which takes REPEATS.
 """
 
 import math

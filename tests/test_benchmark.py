@@ -29,7 +29,7 @@ def test_both_trainers_see_the_same_losses_and_the_file_says_what_was_run(write_
     assert content["stock"]["losses"][0] != content["stock"]["losses"][2]
     assert content["scoring"]["max_reward_difference"] <= 1e-5
     assert content["ratio"].keys() == {
-        "comparisons_per_s", "peak_memory", "tuned_comparisons_per_s", "scoring"
+        "comparisons_per_s", "peak_memory", "tuned_comparisons_per_s", "tuned_peak_memory", "scoring"
     }  # fmt: skip
     # The same real tokens give fewer of them here: the prompt stands there once.
     assert content["ours"]["padding_share"] < content["stock"]["padding_share"]
@@ -37,6 +37,7 @@ def test_both_trainers_see_the_same_losses_and_the_file_says_what_was_run(write_
     assert content["setting"]["stock_batch"] in (1, 2, 4)
     assert content["machine"]["versions"]["trl"]
     assert "times stock TRL's speed" in result.stdout
+    assert "rm_recipe computes 0." in result.stdout
     assert max(len(line) for line in result.stdout.splitlines() if "written:" not in line) <= 80
     assert not (tmp_path / "run").exists()  # nothing is left of the trainings
 
@@ -86,6 +87,7 @@ class Speeds:
         ({1: 1, 2: 1, 4: 1, 8: 3, 16: 4, 32: None}, 16, {4, 8, 16, 32}),
         ({1: 1, 2: 1, 4: 1, 8: 3, 16: None, 32: 9}, 8, {4, 8, 16}),
         ({1: 2, 2: 1, 4: None, 8: None, 16: None, 32: None}, 1, {8, 4, 2, 1}),
+        ({1: 1, 2: 2, 4: None, 8: None, 16: None, 32: None}, 2, {8, 4, 2, 1}),
     ],
 )
 def test_stocks_best_batch_is_found_without_trying_everything(table, best, tried):
@@ -99,19 +101,35 @@ def test_stock_without_enough_memory_is_left_out_and_ours_is_not(capsys):
     found = in_turns(Speeds({None: None, 2: 5, "ours": 9}), 2, repeats=3)
     assert [len(found[name]) for name in ("stock", "stock_tuned", "ours")] == [0, 3, 3]
     assert capsys.readouterr().out.count("not enough memory") == 1  # not tried three times
+    assert [one["comparisons"] for one in found["stock_tuned"] + found["ours"]] == [5] * 3 + [9] * 3
     with pytest.raises(OutOfMemoryError, match="ours"):
         in_turns(Speeds({None: 1, 2: 5, "ours": None}), 2, repeats=3)
 
 
-def test_a_measurement_that_fails_says_why_and_one_that_fills_the_memory_is_ended(monkeypatch):
+def test_a_measurement_that_fails_says_why():
     with pytest.raises(TrainingError, match="no such thing"):
         run_worker([sys.executable, "-c", "raise SystemExit('no such thing')"])
-    with pytest.raises(OutOfMemoryError):
-        run_worker([sys.executable, "-c", "raise SystemExit('torch.OutOfMemoryError')"])
 
-    class Full:
-        percent = 96.0
 
-    monkeypatch.setattr(benchmark.psutil, "virtual_memory", Full)
+@pytest.mark.parametrize(
+    "said",
+    [
+        "torch.OutOfMemoryError: CUDA out of memory.",
+        "RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 8 bytes",
+        "terminate called after throwing an instance of 'std::bad_alloc'",
+        "RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED",
+    ],
+)
+def test_every_way_to_run_out_of_memory_is_known_as_such(said):
     with pytest.raises(OutOfMemoryError):
-        run_worker([sys.executable, "-c", "import time; time.sleep(60)"])
+        run_worker([sys.executable, "-c", f"raise SystemExit({said!r})"])
+
+
+def test_a_measurement_that_fills_the_memory_is_ended_and_a_full_machine_measures_nothing(monkeypatch):
+    percents = iter([30.0, 96.0, 96.0])
+    monkeypatch.setattr(benchmark.psutil, "virtual_memory", lambda: SimpleNamespace(percent=next(percents)))
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with pytest.raises(OutOfMemoryError):
+        run_worker(command)
+    with pytest.raises(TrainingError, match="96 % of the memory is in use already"):
+        run_worker(command)
