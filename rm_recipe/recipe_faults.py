@@ -12,6 +12,7 @@ from typing import Any
 
 from rm_recipe.recipe_keys import (
     OFFLINE_DATA,
+    OFFLINE_ENCODER,
     OFFLINE_MODEL,
     DataArguments,
     describe,
@@ -107,7 +108,7 @@ def input_faults(values: dict[str, Any]) -> list[str]:
     for key, name in names:
         if not name or Path(name).exists():
             continue
-        if name in (OFFLINE_MODEL, OFFLINE_DATA):
+        if name in (OFFLINE_MODEL, OFFLINE_ENCODER, OFFLINE_DATA):
             faults.append(f"'{key}: {name}' does not exist yet; run `rm-recipe prepare offline`")
         elif looks_local(name):
             faults.append(f"'{key}: {name}' does not exist")

@@ -16,6 +16,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 # What `rm-recipe prepare offline` makes (offline.py); named here for the hint that says so.
 OFFLINE_MODEL = "models/smollm2-135m-instruct"
+OFFLINE_ENCODER = "models/all-minilm-l6-v2"
 OFFLINE_DATA = "data/offline"
 
 DATA_FORMATS = (".jsonl", ".json", ".parquet")  # of data files that can be read; each also with .gz

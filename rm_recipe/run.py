@@ -18,7 +18,7 @@ import psutil
 
 from rm_recipe.errors import Interrupted, RecipeError, TrainingError
 from rm_recipe.recipe import Recipe, is_run_folder, read_recipe
-from rm_recipe.recipe_keys import DEVICE_KEYS, OFFLINE_DATA, OFFLINE_MODEL
+from rm_recipe.recipe_keys import DEVICE_KEYS
 
 CONFIGS = Path(__file__).parent.parent / "accelerate_configs"
 
@@ -89,12 +89,11 @@ def skip(name: str, what: Path) -> None:
 
 def prepare(recipe: Recipe) -> None:
     """Makes the offline base model and data where the recipe names them."""
-    wanted = {recipe.values.get("model_name_or_path"), recipe.values.get("dataset_name")}
-    if wanted & {OFFLINE_MODEL, OFFLINE_DATA}:
-        from rm_recipe.offline import prepare_offline
+    from rm_recipe.offline import FOLDERS, prepare_offline
 
-        for line in prepare_offline():
-            print(f"[prepare] {line}", flush=True)
+    named = {recipe.values.get("model_name_or_path"), recipe.values.get("dataset_name")}
+    for line in prepare_offline([path for path in FOLDERS if str(path) in named]):
+        print(f"[prepare] {line}", flush=True)
 
 
 def launch_training(recipe: Recipe, path: Path, overrides: Sequence[str], flag: str) -> None:

