@@ -31,8 +31,8 @@ def test_every_shipped_recipe_is_accepted_and_says_what_it_is_for(path):
 def test_the_recipes_of_the_mission_are_there():
     names = {path.stem for path in SHIPPED}
     assert names >= {
-        "smollm2_offline", "minilm_offline", "tinyllama_hh_lora", "tinyllama_hh_qlora", "tinyllama_hh_helpful",
-        "tinyllama_hh_harmless", "distilbert_hh",
+        "smollm2_offline", "minilm_offline", "tinyllama_hh_lora", "tinyllama_hh_qlora",
+        "tinyllama_hh_helpful", "tinyllama_hh_harmless", "distilbert_hh",
     }  # fmt: skip
     for name in names - {"smollm2_offline", "minilm_offline"}:
         values = read_recipe(REPOSITORY / f"recipes/{name}.yaml", check_inputs=False).values
