@@ -136,10 +136,10 @@ def _sentences(content: dict[str, Any]) -> list[str]:
             "memory."
         )
     if ratio["tuned_comparisons_per_s"]:
-        sentences += [
+        sentences.append(
             f"{ratio['tuned_comparisons_per_s']:.2f} times stock TRL at its best batch, at "
-            f"{ratio['tuned_peak_memory']:.2f} of the memory of batch {content['setting']['stock_batch']}.",
-        ]
+            f"{ratio['tuned_peak_memory']:.2f} of the memory of batch {content['setting']['stock_batch']}."
+        )
     if stock:
         sentences.append(
             f"Losses differ by {content['first_loss_difference']:.1e} in the first step and by at most "
