@@ -1,7 +1,9 @@
 """LoRA by TRL's keys, and two ways in which its layers cost less than PEFT's own."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,12 +11,16 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from rm_recipe.errors import RecipeError
-from rm_recipe.heads import outermost
+from rm_recipe.errors import RecipeError, TrainingError, one_line
+from rm_recipe.heads import outermost, saved_tensors
 
 if TYPE_CHECKING:
     from trl import ModelConfig
+
+
+ALL_LINEAR = "all-linear"
 
 
 def add_lora(
@@ -31,10 +37,44 @@ def add_lora(
     try:
         wrapped = get_peft_model(model, lora_config(config, new_modules), revision=config.model_revision)
     except ValueError as error:
-        raise RecipeError(f"LoRA cannot be added: {' '.join(str(error).split())[:300]}") from None
+        raise RecipeError(f"LoRA cannot be added: {one_line(error)}") from None
     if autocast:
         keep_activations_in_half(wrapped)
     return wrapped
+
+
+def check_target_modules(model: PreTrainedModel, config: "ModelConfig") -> None:
+    """Refuses `lora_target_modules` that match nothing; PEFT minds only if all of them do.
+
+    Args:
+        model: with or without weights.
+
+    Raises:
+        RecipeError: naming those, and the nearest that there are.
+    """
+    wanted, names = target_modules(config), [name for name, _ in model.named_modules()]
+    if isinstance(wanted, str):
+        unmatched = [] if wanted == ALL_LINEAR or any(re.fullmatch(wanted, n) for n in names) else [wanted]
+    else:
+        unmatched = [part for part in wanted if not any(f".{name}".endswith(f".{part}") for name in names)]
+    if unmatched:
+        layers = (nn.Linear, Conv1D)
+        linear = [name for name, module in model.base_model.named_modules() if isinstance(module, layers)]
+        there = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+        raise RecipeError(
+            f"'lora_target_modules': no layer is called {', '.join(unmatched)}; this model's are {there}"
+        )
+
+
+def target_modules(config: "ModelConfig") -> str | list[str]:
+    """The layers that get adapters: all linear ones by default, else names, or a regular expression.
+
+    TRL makes a text of a list with one name, which PEFT takes for a regular expression of the whole path.
+    """
+    wanted = config.lora_target_modules or ALL_LINEAR
+    if isinstance(wanted, str) and wanted != ALL_LINEAR and re.fullmatch(r"[\w.]+", wanted):
+        return [wanted]
+    return wanted
 
 
 def lora_config(config: "ModelConfig", new_modules: list[str]) -> LoraConfig:
@@ -44,12 +84,27 @@ def lora_config(config: "ModelConfig", new_modules: list[str]) -> LoraConfig:
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=config.lora_target_modules or "all-linear",
+        target_modules=target_modules(config),
         target_parameters=config.lora_target_parameters,
         modules_to_save=outermost([*new_modules, *(config.lora_modules_to_save or [])]),
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
     )
+
+
+def untrained_layers(folder: Path) -> list[str]:
+    """The layers whose saved adapters add nothing: B is still 0, where LoRA starts, or empty.
+
+    No gradient reaches some layers of some models, such as an expert that no token was sent to.
+
+    Raises:
+        TrainingError: there are adapters, and all are like that; sharded training saved such (trl#939).
+    """
+    saved = saved_tensors(folder, containing=".lora_B.")
+    untrained = [name for name, up in saved.items() if not up.any()]
+    if untrained and len(untrained) == len(saved):
+        raise TrainingError(f"every LoRA adapter saved in {folder} is zero or empty: nothing was learnt")
+    return [name.partition(".lora_B.")[0].removeprefix("base_model.model.") for name in untrained]
 
 
 def keep_activations_in_half(model: nn.Module) -> None:

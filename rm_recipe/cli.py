@@ -192,6 +192,8 @@ def set_environment() -> None:
 
     # TRL 1.16 sets `gradient_checkpointing`, which transformers 5.23 is about to rename.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")
+    # PEFT looks for the config of an SFT adapter's base beside the adapter.
+    warnings.filterwarnings("ignore", message="Could not find a config file in .* will assume that")
     # bitsandbytes 0.50 looks for an optional CPU kernel at import and logs that it is not there.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -5,6 +5,11 @@ wrong, 1 where the run itself failed.
 """
 
 
+def one_line(error: BaseException) -> str:
+    """A library's message, shortened to what fits into one of ours: its first sentence."""
+    return " ".join(str(error).split()).split(". ")[0].rstrip(".")[:300]
+
+
 class RmRecipeError(Exception):
     """Base of every error whose text is meant for the user; `exit_code` is the process's."""
 

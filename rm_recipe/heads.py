@@ -74,12 +74,23 @@ def head_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def check_saved_head(folder: Path, start: dict[str, torch.Tensor]) -> None:
-    """Reads the head's tensors back from disk: they are there and differ from `start`."""
+def saved_tensors(folder: Path, containing: str = "") -> dict[str, torch.Tensor]:
+    """What a model's or adapter's folder holds on disk, of the names that contain a text."""
     saved: dict[str, torch.Tensor] = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
-            saved |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+            names = (name for name in file.keys() if containing in name)  # noqa: SIM118 - no mapping
+            saved |= {name: file.get_tensor(name) for name in names}
+    return saved
+
+
+def check_saved_head(folder: Path, start: dict[str, torch.Tensor]) -> None:
+    """Reads the head's tensors back from disk: they are there and differ from `start`.
+
+    Raises:
+        TrainingError: naming one that is not, or does not.
+    """
+    saved = saved_tensors(folder)
     for name, before in start.items():
         plain = name.replace("modules_to_save.default.", "").replace("original_module.", "")
         found = [value for key, value in saved.items() if f".{key}".endswith(f".{plain}")]

@@ -8,11 +8,10 @@ fp32, trained in full and saved with the adapter.
 import types
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, TaskType
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -23,9 +22,10 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import logging
 
-from rm_recipe.adapters import keep_activations_in_half
+from rm_recipe import quantisation, sft
+from rm_recipe.adapters import check_target_modules, keep_activations_in_half
 from rm_recipe.attention import announce_rows
-from rm_recipe.errors import RecipeError
+from rm_recipe.errors import RecipeError, one_line
 from rm_recipe.heads import head_names, initialise, outermost, to_float32
 from rm_recipe.tokenization import load_config
 
@@ -49,25 +49,32 @@ def load_base(
         the base checkpoint did not hold.
 
     Raises:
-        RecipeError: the model cannot be loaded.
+        RecipeError: the model cannot be loaded, its head is quantised, or LoRA's target modules are not
+            in it.
     """
-    name, quantisation = config.model_name_or_path, None
-    assert name is not None
+    name, revision = str(config.model_name_or_path), config.model_revision
     kwargs: dict[str, Any] = {
-        "revision": config.model_revision,
+        "revision": revision,
         "trust_remote_code": trust_remote_code,
         "num_labels": 1,
     }
     if config.attn_implementation:
         kwargs["attn_implementation"] = config.attn_implementation
-    if config.load_in_4bit or config.load_in_8bit:
-        # Which modules are new has to be known before quantising, or the head is quantised too.
-        new = _load(name, **kwargs, device_map="meta")[1]
-        quantisation = quantization_config(config, skip=new)
-        kwargs["device_map"] = {"": _current_device()}
-    model, new = _load(
-        name, **kwargs, dtype=getattr(torch, str(config.dtype), "auto"), quantization_config=quantisation
-    )
+    dtype = getattr(torch, str(config.dtype), "auto")
+    with sft.as_one_model(name, revision, trust_remote_code) as folder:
+        if hasattr(load_config(folder, revision, trust_remote_code), "quantization_config"):
+            model, new = _load_quantised(folder, name, config, dtype=dtype, **kwargs)
+        else:
+            # Without weights first: which modules are new has to be known before quantising, or the head
+            # is quantised too; and what is refused is refused before gigabytes are read.
+            outline, new = _load(folder, **kwargs, device_map="meta")
+            if config.use_peft:
+                check_target_modules(outline, config)
+            if config.load_in_4bit or config.load_in_8bit:
+                kwargs["quantization_config"] = quantisation.settings(config, skip=new)
+                kwargs["device_map"] = quantisation.on_this_device()
+            model, new = _load(folder, dtype=dtype, **kwargs)
+    model.name_or_path = model.config._name_or_path = name  # where the adapter will look for its base
     prepare_for_rewards(model, tokenizer)
     torch.manual_seed(seed)
     for module_name in outermost(new):  # a head that is there, as in a reward model, is kept
@@ -76,16 +83,41 @@ def load_base(
 
 
 def _load(name: str, **kwargs: Any) -> tuple[PreTrainedModel, list[str]]:
-    """The classifier and the modules with parameters that its checkpoint lacks."""
+    """The classifier and the modules with parameters that its checkpoint lacks.
+
+    The head of a classifier with more labels is one of these.
+    """
     try:
         with _quietly():
             model, info = AutoModelForSequenceClassification.from_pretrained(
-                name, output_loading_info=True, **kwargs
+                name, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
-    except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise RecipeError(f"'{name}' cannot be loaded as a classifier: {reason}") from None
-    return model, sorted({key.rpartition(".")[0] for key in info["missing_keys"]})
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise RecipeError(f"'{name}' cannot be loaded as a classifier: {one_line(error)}") from None
+    heads = tuple(f"{head}." for head in head_names(model))
+    mismatched = [key for key, *_ in info["mismatched_keys"]]
+    other = [key for key in mismatched if not key.startswith(heads)]
+    if other:
+        raise RecipeError(f"'{name}': its weights do not fit its config.json ({', '.join(other[:3])})")
+    return model, sorted({key.rpartition(".")[0] for key in [*info["missing_keys"], *mismatched]})
+
+
+def _load_quantised(
+    folder: str, name: str, config: "ModelConfig", **kwargs: Any
+) -> tuple[PreTrainedModel, list[str]]:
+    """`_load` of a base that comes quantised, which transformers 5.23 cannot outline without weights."""
+    if not config.use_peft:
+        raise RecipeError(
+            f"'model_name_or_path: {name}' comes quantised and cannot be trained in full: set "
+            "'use_peft: true'"
+        )
+    try:
+        model, new = _load(folder, device_map=quantisation.on_this_device(), **kwargs)
+    except RecipeError as error:  # transformers fails to draw weights for a head that is quantised, too
+        raise RecipeError(f"{error}; it {quantisation.ADVICE}") from None
+    quantisation.check_head_is_whole(model, new, name)
+    check_target_modules(model, config)
+    return model, new
 
 
 @contextmanager
@@ -105,7 +137,7 @@ def prepare_for_rewards(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     """Pad token, label, fp32 head and the forward that reads rewards at given positions."""
     model.config.id2label, model.config.label2id = {0: LABEL}, {LABEL: 0}
     model.config.problem_type = "regression"  # keeps `pipeline` from applying a sigmoid
-    keep_quantised_layout(model)
+    quantisation.keep_layout(model)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
@@ -158,37 +190,6 @@ def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.where(mask, zeros, torch.finfo(dtype).min)
 
 
-def keep_quantised_layout(model: nn.Module) -> None:
-    """Stops bitsandbytes 0.50 from repacking 4-bit weights on a CPU with AVX512-BF16.
-
-    Its first forward without gradients repacks them in place; what follows (gradients through the
-    adapters, `dequantize()`) is then wrong without an error.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
-
-
-def quantization_config(config: "ModelConfig", skip: list[str]) -> BitsAndBytesConfig:
-    """bitsandbytes' settings by TRL's keys, the modules in `skip` left as they are."""
-    return BitsAndBytesConfig(
-        load_in_4bit=config.load_in_4bit,
-        load_in_8bit=config.load_in_8bit,
-        bnb_4bit_quant_type=config.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=config.use_bnb_nested_quant,
-        bnb_4bit_compute_dtype=getattr(torch, str(config.dtype), torch.float32),
-        bnb_4bit_quant_storage=config.bnb_4bit_quant_storage,
-        llm_int8_skip_modules=skip,
-    )
-
-
-def _current_device() -> str | int:
-    import accelerate
-
-    device = accelerate.PartialState().device
-    return (device.index or 0) if device.type == "cuda" else str(device)
-
-
 def load_trained(path: str, tokenizer: PreTrainedTokenizerBase, *, dequantize: bool = False) -> nn.Module:
     """A trained reward model for scoring: a run's `model/`, a merged export, or any one-label model.
 
@@ -200,9 +201,9 @@ def load_trained(path: str, tokenizer: PreTrainedTokenizerBase, *, dequantize: b
         RecipeError: it cannot be loaded, has not exactly one label, or lacks a trained head.
     """
     config = load_config(path)
-    folder = Path(path)
-    if (folder / "adapter_config.json").is_file():
-        return _load_adapter(folder, config, tokenizer, dequantize)
+    adapter = sft.adapter_config(path)
+    if adapter is not None:
+        return _load_adapter(path, adapter, config, tokenizer, dequantize)
     if config.num_labels != 1:
         raise RecipeError(f"{path} has {config.num_labels} labels; a reward model has one")
     model, new = _load(path, dtype="auto")
@@ -213,24 +214,29 @@ def load_trained(path: str, tokenizer: PreTrainedTokenizerBase, *, dequantize: b
 
 
 def _load_adapter(
-    folder: Path, config: Any, tokenizer: PreTrainedTokenizerBase, dequantize: bool
+    path: str, adapter: PeftConfig, config: Any, tokenizer: PreTrainedTokenizerBase, dequantize: bool
 ) -> PeftModel:
-    from peft import PeftConfig
-
-    adapter = PeftConfig.from_pretrained(str(folder))
+    if adapter.task_type != TaskType.SEQ_CLS:
+        raise RecipeError(f"{path} is the adapter of a language model, not of a reward model")
     # By the base's own config: the saved one may have a pad token more than the base's checkpoint,
     # and names a quantisation that the checkpoint does not have.
-    kwargs: dict[str, Any] = {"num_labels": 1, "revision": adapter.revision or "main"}
-    quantisation = config.to_dict().get("quantization_config")
-    if quantisation:
-        kwargs["quantization_config"] = BitsAndBytesConfig.from_dict(quantisation)
-        kwargs["device_map"] = {"": _current_device()}
-    model, _ = _load(adapter.base_model_name_or_path, dtype=config.dtype or "auto", **kwargs)
+    name, revision = str(adapter.base_model_name_or_path), adapter.revision or "main"
+    kwargs: dict[str, Any] = {"num_labels": 1, "revision": revision}
+    quantised = config.to_dict().get("quantization_config")
+    if quantised:
+        kwargs["device_map"] = quantisation.on_this_device()
+    with sft.as_one_model(name, revision) as base:
+        if quantised and not hasattr(load_config(base, revision), "quantization_config"):
+            kwargs["quantization_config"] = BitsAndBytesConfig.from_dict(quantised)
+        model, new = _load(base, dtype=config.dtype or "auto", **kwargs)
+    untrained = [part for part in outermost(new) if part not in (adapter.modules_to_save or [])]
+    if untrained:
+        raise RecipeError(f"{path} has no trained {', '.join(untrained)}: its rewards would be random")
     model.config.rm_recipe = getattr(config, "rm_recipe", None)
-    if quantisation and dequantize:
+    if quantised and dequantize:
         model.dequantize()
     prepare_for_rewards(model, tokenizer)
-    wrapped = PeftModel.from_pretrained(model, folder)
+    wrapped = PeftModel.from_pretrained(model, path)
     keep_activations_in_half(wrapped)
     return wrapped.eval()
 

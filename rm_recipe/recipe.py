@@ -244,7 +244,8 @@ def _device_values(values: dict[str, Any]) -> dict[str, Any]:
     elif bf16 and not use_cpu and not _gpu_has_bf16():
         raise RecipeError("'bf16: true': this GPU has no bfloat16; leave 'bf16' out and fp16 is used")
     resolved = {"use_cpu": use_cpu, "bf16": bool(bf16), "fp16": bool(fp16)}
-    if "dtype" not in values:
+    quantised = values.get("load_in_4bit") or values.get("load_in_8bit")
+    if "dtype" not in values or (quantised and values["dtype"] == "auto"):  # it computes in this one
         half = "bfloat16" if bf16 else "float16" if fp16 else "float32"
         resolved["dtype"] = half if values.get("use_peft") else "float32"
     if use_cpu and "dataloader_pin_memory" not in values:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rm_recipe.recipe_keys import (
+    MODEL_FILES,
     OFFLINE_DATA,
     OFFLINE_ENCODER,
     OFFLINE_MODEL,
@@ -106,7 +107,11 @@ def input_faults(values: dict[str, Any]) -> list[str]:
     names = [(key, values.get(key)) for key in ("model_name_or_path", "dataset_name")]
     names += [("path", entry.get("path")) for entry in values.get("datasets") or []]
     for key, name in names:
-        if not name or Path(name).exists():
+        if not name:
+            continue
+        if Path(name).exists():
+            if key == "model_name_or_path" and not any((Path(name) / file).is_file() for file in MODEL_FILES):
+                faults.append(f"'{key}: {name}' holds no model: there is no {' or '.join(MODEL_FILES)} in it")
             continue
         if name in (OFFLINE_MODEL, OFFLINE_ENCODER, OFFLINE_DATA):
             faults.append(f"'{key}: {name}' does not exist yet; run `rm-recipe prepare offline`")

@@ -19,6 +19,7 @@ OFFLINE_MODEL = "models/smollm2-135m-instruct"
 OFFLINE_ENCODER = "models/all-minilm-l6-v2"
 OFFLINE_DATA = "data/offline"
 
+MODEL_FILES = ("config.json", "adapter_config.json")  # of which a model folder has one
 DATA_FORMATS = (".jsonl", ".json", ".parquet")  # of data files that can be read; each also with .gz
 
 # Chosen anew on every machine unless the recipe says.

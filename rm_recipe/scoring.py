@@ -20,7 +20,7 @@ from rm_recipe.errors import DataError, RecipeError, TrainingError
 from rm_recipe.messages import Excluded, Malformed, as_messages, check_unicode
 from rm_recipe.modeling import autocast, load_trained
 from rm_recipe.preferences import Comparison
-from rm_recipe.recipe_keys import looks_local
+from rm_recipe.recipe_keys import MODEL_FILES, looks_local
 from rm_recipe.sharing import decide_sharing
 from rm_recipe.tokenization import load_tokenizer
 
@@ -185,7 +185,7 @@ def find_model(path: str) -> str:
     folder = Path(path)
     if (folder / "model" / "config.json").is_file():
         return str(folder / "model")
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    if folder.is_dir() and not any((folder / file).is_file() for file in MODEL_FILES):
         unfinished = (folder / "recipe.yaml").is_file()
         raise RecipeError(
             f"{path} has no trained model yet; continue its training with `--resume`"

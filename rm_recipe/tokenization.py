@@ -11,8 +11,10 @@ from typing import Any
 
 from jinja2 import TemplateError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils.hub import has_file
 
-from rm_recipe.errors import RecipeError
+from rm_recipe import sft
+from rm_recipe.errors import RecipeError, one_line
 from rm_recipe.messages import Message
 
 # For models without a template: a name and a colon before each message, as in hh-rlhf, and EOS at
@@ -28,6 +30,9 @@ ENCODER_TEMPLATE = (
     "{% endfor %}"
 )
 
+
+# Of the model's embeddings, what its own tokenizer uses at least: DeepSeek's leaves 2 % in reserve.
+SMALLEST_VOCABULARY = 0.9
 
 # Their first position is the one after the pad token's id.
 POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "camembert", "roberta-prelayernorm"}
@@ -45,13 +50,15 @@ def load_tokenizer(
     Raises:
         RecipeError: it cannot be loaded, has no fast version, or its chat template is broken.
     """
+    adapter = sft.adapter_config(name, revision)
     try:
+        if adapter is not None and not has_file(name, "tokenizer_config.json", revision):
+            name, revision = adapter.base_model_name_or_path, adapter.revision or "main"
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise RecipeError(f"the tokenizer of '{name}' cannot be loaded: {reason}") from None
+        raise RecipeError(f"the tokenizer of '{name}' cannot be loaded: {one_line(error)}") from None
     if not tokenizer.is_fast:
         raise RecipeError(f"{name}: its tokenizer has no fast version, which rm_recipe needs")
     if template is not None:
@@ -134,14 +141,39 @@ def check_lengths(config: Any, max_length: int | None, name: str) -> None:
         )
 
 
+def check_vocabulary(config: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuses a tokenizer that was made for another model.
+
+    The model may hold a few embeddings more, to a multiple of 64 or in reserve; and what is missing may
+    be the pad token, which no reward depends on.
+
+    Raises:
+        RecipeError: naming both sizes.
+    """
+    size = config.get_text_config().vocab_size
+    beyond = [
+        token
+        for token, number in tokenizer.get_vocab().items()
+        if number >= size and token != tokenizer.pad_token
+    ]
+    if beyond or len(tokenizer) < SMALLEST_VOCABULARY * size:
+        example = f", none for '{beyond[0]}' among others" if beyond else ""
+        raise RecipeError(
+            f"{name}: its tokenizer has {len(tokenizer)} tokens and the model {size} embeddings{example}; "
+            "are they of different models?"
+        )
+
+
 def load_config(name: str, revision: str = "main", trust_remote_code: bool = False) -> Any:
-    """The model's configuration.
+    """The model's configuration, of an adapter without one its base's.
 
     Raises:
         RecipeError: nothing can be loaded under that name.
     """
+    adapter = sft.adapter_config(name, revision)
     try:
+        if adapter is not None and not has_file(name, "config.json", revision):
+            name, revision = adapter.base_model_name_or_path, adapter.revision or "main"
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise RecipeError(f"'model_name_or_path: {name}' cannot be loaded: {reason}") from None
+        raise RecipeError(f"'model_name_or_path: {name}' cannot be loaded: {one_line(error)}") from None

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from rm_recipe import adapters, modeling, tokenization
+from rm_recipe import adapters, modeling, sft, tokenization
 from rm_recipe.artifacts import whole_folder, write_json
 from rm_recipe.datasets import Leakage, load_splits, refuse_leakage
 from rm_recipe.doctor import examine, print_report
@@ -165,6 +165,8 @@ def load_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Split, Split, Le
     tokenizer = tokenization.load_tokenizer(
         name, revision, training.trust_remote_code, training.chat_template_path
     )
+    if sft.sft_adapter(name, revision) is None:  # merging one makes embeddings for its tokens
+        tokenization.check_vocabulary(config, tokenizer, name)
     settings = (tokenizer, training.max_length, data.truncation, training.dataset_num_proc)
     with main_process_first():
         train_split, test_split, leakage = load_splits(recipe)
@@ -258,10 +260,11 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase,
     start: dict[str, torch.Tensor],
 ) -> None:
-    """Writes `model/` (adapter or model, head, config, tokenizer) and reads the head back.
+    """Writes `model/` (adapter or model, head, config, tokenizer) and reads it back.
 
     Raises:
-        TrainingError: the head is missing from what was saved, or it has not moved from `start`.
+        TrainingError: the head is missing from what was saved, or has not moved from `start`; or no adapter
+            has learnt anything.
     """
     target = recipe.output_dir / "model"
     if not trainer.is_world_process_zero():
@@ -274,3 +277,6 @@ def save_model(
         # It pickles the training arguments, a Hub token among them if there is one.
         (folder / "training_args.bin").unlink(missing_ok=True)
         check_saved_head(folder, start)
+        untrained = adapters.untrained_layers(folder)
+    if untrained:
+        say(f"no gradient has reached the adapters of {', '.join(untrained)}")

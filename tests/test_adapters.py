@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import save_file
 from trl import ModelConfig
 
-from rm_recipe.adapters import add_lora, in_one_product
-from rm_recipe.errors import RecipeError
+from rm_recipe.adapters import add_lora, in_one_product, untrained_layers
+from rm_recipe.errors import RecipeError, TrainingError
 from rm_recipe.modeling import autocast, load_base
 from rm_recipe.tokenization import load_tokenizer
 
@@ -40,9 +41,42 @@ def test_adapters_stay_fp32_and_activations_bf16(tiny_llama):
 
 
 def test_target_modules_that_match_nothing_are_refused(tiny_llama):
-    model, new, config = base(tiny_llama, use_peft=True, lora_target_modules=["no_such_proj"])
-    with pytest.raises(RecipeError, match="LoRA cannot be added"):
-        add_lora(model, config, new, autocast=False)
+    """PEFT says nothing of one name among others; and no weights are read before."""
+    for wanted in (["no_such_proj"], ["q_proj", "no_such_proj"]):
+        with pytest.raises(
+            RecipeError, match="no layer is called no_such_proj; this model's are down_proj, "
+        ):
+            base(tiny_llama, use_peft=True, lora_target_modules=wanted)
+    with pytest.raises(RecipeError, match=r"no layer is called \.\*mlp\.query"):
+        base(tiny_llama, use_peft=True, lora_target_modules=[".*mlp.query"])
+
+
+def test_saved_adapters_that_add_nothing_are_named_and_refused_if_all_are_like_that(tmp_path):
+    """ZeRO-3 saved empty ones (trl#939)."""
+    names = [f"base_model.model.model.layers.{n}.q_proj.lora_B.weight" for n in range(2)]
+    saved = {names[0]: torch.ones(4, 2), names[1]: torch.zeros(4, 2)}
+    save_file(saved | {"score.weight": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    assert untrained_layers(tmp_path) == ["model.layers.1.q_proj"]
+    save_file({names[0]: torch.zeros(4, 2), names[1]: torch.empty(0)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(TrainingError, match="every LoRA adapter saved in .* is zero or empty"):
+        untrained_layers(tmp_path)
+    save_file({"score.weight": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    assert untrained_layers(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        (["q_proj"], {"q_proj"}),  # which TRL makes a text of, and PEFT would take for a whole path
+        (["q_proj", "mlp.up_proj"], {"q_proj", "up_proj"}),
+        ([r".*\.0\.self_attn\.[qk]_proj"], {"q_proj", "k_proj"}),
+    ],
+)
+def test_target_modules_are_names_or_one_regular_expression(tiny_llama, wanted, expected):
+    model, new, config = base(tiny_llama, use_peft=True, lora_target_modules=wanted)
+    wrapped = add_lora(model, config, new, autocast=False)
+    adapted = {name.rpartition(".")[2] for name, m in wrapped.named_modules() if hasattr(m, "lora_A")}
+    assert adapted == expected
 
 
 def adapted(folder, half: bool, **keys) -> PeftModel:

@@ -4,13 +4,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+)
 from trl import ModelConfig
 
+from rm_recipe import RewardModel
 from rm_recipe.batching import split_at_common_prefix
 from rm_recipe.errors import RecipeError
 from rm_recipe.heads import Float32Linear
 from rm_recipe.modeling import autocast, load_base, load_trained
+from rm_recipe.quantisation import check_head_is_whole
+from rm_recipe.recipe import read_recipe
 from rm_recipe.tokenization import load_tokenizer
+from rm_recipe.train import train
 
 BATCH = [split_at_common_prefix([[5, 6, 7, 8], [5, 6, 9]])]
 
@@ -78,5 +89,61 @@ def test_a_base_without_a_head_is_no_reward_model(tiny_llama, tmp_path):
 
 
 def test_a_model_that_cannot_be_had_is_named():
-    with pytest.raises(RecipeError, match="'nobody/nothing' cannot be loaded"):
+    with pytest.raises(RecipeError, match="'model_name_or_path: nobody/nothing' cannot be loaded"):
         load_base(ModelConfig(model_name_or_path="nobody/nothing"), None, 0)
+
+
+def test_a_base_that_comes_quantised_with_its_head_is_refused(tiny_distilbert, tmp_path):
+    model, _, _ = base(tiny_distilbert)
+    model.config.save_pretrained(tmp_path)
+    quantised = AutoModelForMaskedLM.from_pretrained(
+        tiny_distilbert, quantization_config=BitsAndBytesConfig(load_in_4bit=True)
+    )
+    quantised.save_pretrained(tmp_path)
+    load_tokenizer(str(tiny_distilbert)).save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match="it comes quantised: take the original"):
+        base(tmp_path, use_peft=True)
+
+
+def test_a_head_that_is_quantised_is_refused(tiny_distilbert):
+    model, _, _ = base(tiny_distilbert)
+    check_head_is_whole(model.base_model, [], "m")
+    model.classifier = Linear4bit(32, 1)
+    with pytest.raises(
+        RecipeError, match=r"m' has a quantised head \(classifier\); it comes quantised: take"
+    ):
+        check_head_is_whole(model, ["classifier"], "m")
+
+
+def test_a_base_that_comes_quantised_with_its_head_spared_is_trained(tiny_llama, tmp_path, write_recipe):
+    quantised = AutoModelForCausalLM.from_pretrained(
+        tiny_llama, quantization_config=BitsAndBytesConfig(load_in_4bit=True)
+    )
+    quantised.save_pretrained(tmp_path / "base")
+    load_tokenizer(str(tiny_llama)).save_pretrained(tmp_path / "base")
+    train(read_recipe(write_recipe(model_name_or_path=str(tmp_path / "base"))))
+    judge = RewardModel.from_pretrained(tmp_path / "run")
+    scores = judge.score([{"prompt": "hello 3 cat", "response": r} for r in ("good good", "bad bad")])
+    assert scores[0] > scores[1]
+
+
+def test_a_base_that_comes_quantised_is_not_trained_in_full(tiny_llama, tmp_path):
+    quantised = AutoModelForCausalLM.from_pretrained(
+        tiny_llama, quantization_config=BitsAndBytesConfig(load_in_4bit=True)
+    )
+    quantised.save_pretrained(tmp_path)
+    load_tokenizer(str(tiny_llama)).save_pretrained(tmp_path)
+    with pytest.raises(
+        RecipeError, match="comes quantised and cannot be trained in full: set 'use_peft: true'"
+    ):
+        base(tmp_path, use_peft=False)
+
+
+def test_a_classifier_of_two_labels_is_a_base_with_a_fresh_head(tiny_llama, tmp_path):
+    torch.manual_seed(0)
+    two = AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=2)
+    two.save_pretrained(tmp_path)
+    load_tokenizer(str(tiny_llama)).save_pretrained(tmp_path)
+    model, new, _ = base(tmp_path)
+    assert new == ["score"]
+    assert torch.equal(model.score.weight, base(tiny_llama)[0].score.weight)

@@ -5,7 +5,7 @@ from conftest import make_tokenizer
 from transformers import AutoConfig, AutoTokenizer, RobertaConfig
 
 from rm_recipe.errors import RecipeError
-from rm_recipe.tokenization import check_lengths, load_tokenizer, pad_token, render
+from rm_recipe.tokenization import check_lengths, check_vocabulary, load_tokenizer, pad_token, render
 
 MESSAGES = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good cat"}]
 
@@ -81,3 +81,25 @@ def test_a_template_that_is_broken_is_refused_with_its_fault(tiny_llama, tmp_pat
         template.write_text(text)
         with pytest.raises(RecipeError, match="its chat template fails on a question and an answer: "):
             load_tokenizer(str(tiny_llama), template=str(template))
+
+
+def test_a_tokenizer_of_another_model_is_refused_with_both_sizes(tiny_llama):
+    tokenizer, config = load_tokenizer(str(tiny_llama)), AutoConfig.from_pretrained(tiny_llama)
+    check_vocabulary(config, tokenizer, "m")
+    own = config.vocab_size
+    config.vocab_size = own + 20  # spare embeddings
+    check_vocabulary(config, tokenizer, "m")
+    for size in (own - 1, 2 * own):
+        config.vocab_size = size
+        with pytest.raises(RecipeError, match=f"m: its tokenizer has {own} tokens and the model {size} "):
+            check_vocabulary(config, tokenizer, "m")
+
+
+def test_a_pad_token_without_an_embedding_is_no_tokenizer_of_another_model(tiny_llama, tmp_path):
+    """Many a model was given one without anyone resizing its embeddings."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tiny_llama)
+    assert tokenizer.pad_token_id == config.vocab_size
+    check_vocabulary(config, load_tokenizer(str(tmp_path)), "m")

@@ -1,0 +1,81 @@
+"""Starting from an SFT model that is an adapter on a base: it is merged into its base first.
+
+InstructGPT initialises the reward model from the SFT model (arXiv 2203.02155, section 3.5), and what
+week 1 of a course leaves behind is often a LoRA adapter. A reward model needs its own adapter on a plain
+model, so the SFT adapter becomes part of the base, each time it is loaded.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from transformers.utils.hub import has_file
+
+from rm_recipe.errors import RecipeError, one_line
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+
+def adapter_config(name: str, revision: str = "main") -> "PeftConfig | None":
+    """What PEFT knows of an adapter, in a folder or on the Hub; None where `name` is no adapter.
+
+    Raises:
+        RecipeError: it cannot be read, or the Hub has nothing under that name.
+    """
+    try:
+        if not has_file(name, "adapter_config.json", revision):
+            return None
+        from peft import PeftConfig
+
+        return PeftConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise RecipeError(f"'model_name_or_path: {name}' cannot be loaded: {one_line(error)}") from None
+
+
+def sft_adapter(name: str, revision: str = "main") -> "PeftConfig | None":
+    """`adapter_config` of a language model's adapter.
+
+    Raises:
+        RecipeError: it is a classifier's.
+    """
+    adapter = adapter_config(name, revision)
+    if adapter is not None and adapter.task_type == "SEQ_CLS":
+        raise RecipeError(
+            f"'model_name_or_path: {name}' is the adapter of a classifier, perhaps of a reward model; to "
+            "train that further, start from its export"
+        )
+    return adapter
+
+
+@contextmanager
+def as_one_model(name: str, revision: str = "main", trust_remote_code: bool = False) -> Iterator[str]:
+    """Within it, a name under which transformers finds a whole model.
+
+    That is `name` itself, or for an SFT adapter a temporary folder with the merged model: on disk,
+    because a model can only be quantised while it is loaded.
+
+    Raises:
+        RecipeError: the adapter is not one of a language model, or its base cannot be loaded.
+    """
+    adapter = sft_adapter(name, revision)
+    if adapter is None:
+        yield name
+        return
+    from peft import AutoPeftModelForCausalLM, TaskType
+
+    adapter.task_type = TaskType.CAUSAL_LM  # SFT may have left it open
+    try:
+        model = AutoPeftModelForCausalLM.from_pretrained(
+            name, config=adapter, revision=revision, dtype="auto", trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise RecipeError(f"the SFT adapter '{name}' cannot be loaded: {one_line(error)}") from None
+    if not hasattr(model.base_model, "merge_and_unload"):
+        kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
+        raise RecipeError(f"the SFT adapter '{name}' is of type {kind}, which cannot be merged into its base")
+    with tempfile.TemporaryDirectory(prefix="rm-recipe-sft-") as folder:
+        model.merge_and_unload(progressbar=False).save_pretrained(folder)
+        del model
+        yield folder
