@@ -77,6 +77,12 @@ def target_modules(config: "ModelConfig") -> str | list[str]:
     return wanted
 
 
+def selects_layers(config: "ModelConfig") -> bool:
+    """Whether a regular expression says which of the layers get adapters."""
+    wanted = target_modules(config)
+    return bool(config.use_peft) and isinstance(wanted, str) and wanted != ALL_LINEAR
+
+
 def lora_config(config: "ModelConfig", new_modules: list[str]) -> LoraConfig:
     """PEFT's settings by TRL's keys."""
     return LoraConfig(

@@ -25,7 +25,14 @@ from rm_recipe.recipe import Recipe, read_recipe
 from rm_recipe.run_record import peak_memory
 from rm_recipe.scoring import RewardModel
 from rm_recipe.split import Split
-from rm_recipe.train import cheaper_adapters, load_data, load_model, make_trainer
+from rm_recipe.train import (
+    cheaper_adapters,
+    decide_checkpointing,
+    load_data,
+    load_model,
+    make_trainer,
+    settle_step,
+)
 
 SCORED = 256  # comparisons: enough that their lengths are the data's
 
@@ -42,8 +49,10 @@ def measure_training(recipe: Recipe, what: str) -> dict[str, Any]:
     tokenizer, train_split, test_split, _ = load_data(recipe)
     model, new_modules = load_model(recipe, tokenizer)
     parameters = model.num_parameters(exclude_embeddings=True)
+    decide_checkpointing(recipe, model, new_modules, train_split, shared=False)  # as stock needs it, for both
     if what == "ours":
-        trainer: Any = make_trainer(recipe, tokenizer, model, new_modules, train_split, test_split)[0]
+        sharing = settle_step(recipe, model, new_modules, train_split)
+        trainer: Any = make_trainer(recipe, tokenizer, model, new_modules, train_split, test_split, sharing)
     else:
         trainer = RewardTrainer(
             model=model,

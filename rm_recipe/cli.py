@@ -8,6 +8,7 @@ import errno
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,7 @@ app = typer.Typer(
 prepare_app = typer.Typer(help="Make what a recipe needs.", no_args_is_help=True)
 app.add_typer(prepare_app, name="prepare")
 
+SECONDS_TO_SPEAK = 10  # imports may take one process that much longer than another
 WITH_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already.")]
@@ -87,11 +89,13 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure preference accuracy on held-out comparisons."""
+    from rm_recipe.distribution import processes
     from rm_recipe.evaluate import HELD_OUT, print_evaluation
     from rm_recipe.evaluate import evaluate as evaluate_model
 
     content = evaluate_model(target, dataset, output)
-    print_evaluation(content, dataset or [HELD_OUT])
+    if processes().is_main_process:
+        print_evaluation(content, dataset or [HELD_OUT])
 
 
 @app.command()
@@ -203,7 +207,14 @@ def set_environment() -> None:
 
 
 def fail(message: str, code: int) -> None:
-    """Ends the process with a message, printed by one of however many processes there are."""
-    if int(os.environ.get("RANK", "0")) == 0:
+    """Ends the process with a message, printed by one of however many processes there are.
+
+    The main one speaks at once. Another would have the launcher end it before it had, so it waits to be
+    ended by the launcher; where the main process goes on, as the fault is not its own, it speaks instead.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    if rank and code != 130:  # Ctrl-C reaches all of them
+        time.sleep(SECONDS_TO_SPEAK + rank)
+    if rank == 0 or code != 130:
         print(f"rm-recipe: {message}", file=sys.stderr, flush=True)
     sys.exit(code)

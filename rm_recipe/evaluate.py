@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rm_recipe import metrics
 from rm_recipe.artifacts import whole_file, write_json
 from rm_recipe.batching import Encoded
 from rm_recipe.datasets import load_held_out_split, load_split
+from rm_recipe.distribution import each_once, main_process_first, processes
 from rm_recipe.encoding import tokenize
 from rm_recipe.errors import RecipeError
 from rm_recipe.recipe import Recipe, read_run_recipe
@@ -26,6 +28,8 @@ HELD_OUT = "held_out"
 
 def evaluate(target: str, datasets: list[str] | None = None, output: Path | None = None) -> dict[str, Any]:
     """Scores a model's held-out comparisons, or those of other data sets, and writes the result.
+
+    Several processes share the comparisons, each scored exactly once; the main one writes.
 
     Args:
         target: a run folder, an export or a one-label model.
@@ -54,11 +58,14 @@ def evaluate(target: str, datasets: list[str] | None = None, output: Path | None
     results: dict[str, Any] = {}
     lines: list[dict[str, Any]] = []
     for name in datasets or [HELD_OUT]:
-        split = _load(name, recipe)
-        split = tokenize(split, model.tokenizer, model.max_length, model.truncation)
+        with main_process_first():
+            split = _load(name, recipe)
+            split = tokenize(split, model.tokenizer, model.max_length, model.truncation)
         results[name], predictions = evaluate_split(model, split)
         lines += [{"dataset": name, **line} for line in predictions]
     content = _merge(output, target, recipe, results)
+    if not processes().is_main_process:
+        return content
     _write_predictions(output / "predictions.jsonl", lines)
     write_json(output / "evaluation.json", content)
     return content
@@ -85,7 +92,7 @@ def _load(name: str, recipe: Recipe | None) -> Split:
 def evaluate_split(model: RewardModel, split: Split) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The figures of one data set, and one prediction for each comparison."""
     encoded = split.encoded()
-    rewards = model.score_encoded(encoded, progress=True)
+    rewards = each_once(encoded, partial(model.score_encoded, progress=processes().is_main_process))
     subsets, ranks = split.comparisons["subset"][:], split.comparisons["ranks"][:]
     figures = summarise(rewards, encoded, subsets, ranks)
     figures = {

@@ -62,10 +62,9 @@ def initialise(model: PreTrainedModel, name: str) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def head_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of the head's parameters."""
+def head_of(model: torch.nn.Module, names: list[str]) -> dict[str, torch.Tensor]:
+    """A copy of the parameters of the modules that make up the head."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    names = head_names(base)
     return {
         key: value.detach().cpu().clone()
         for name in names

@@ -6,7 +6,7 @@ fp32, trained in full and saved with the adapter.
 """
 
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -71,11 +71,13 @@ def load_base(
             if config.use_peft:
                 check_target_modules(outline, config)
             if config.load_in_4bit or config.load_in_8bit:
-                kwargs["quantization_config"] = quantisation.settings(config, skip=new)
+                kwargs["quantization_config"] = quantisation.settings(
+                    config, skip=outermost([*new, *head_names(outline)])
+                )
                 kwargs["device_map"] = quantisation.on_this_device()
             model, new = _load(folder, dtype=dtype, **kwargs)
     model.name_or_path = model.config._name_or_path = name  # where the adapter will look for its base
-    prepare_for_rewards(model, tokenizer)
+    prepare_for_rewards(model, tokenizer, new)
     torch.manual_seed(seed)
     for module_name in outermost(new):  # a head that is there, as in a reward model, is kept
         initialise(model, module_name)
@@ -133,15 +135,21 @@ def _quietly() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
-def prepare_for_rewards(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Pad token, label, fp32 head and the forward that reads rewards at given positions."""
+def prepare_for_rewards(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new_modules: Sequence[str] = ()
+) -> None:
+    """Pad token, label, fp32 head and the forward that reads rewards at given positions.
+
+    Args:
+        new_modules: which belong to the head, too; BERT's new pooler lies inside its body.
+    """
     model.config.id2label, model.config.label2id = {0: LABEL}, {LABEL: 0}
     model.config.problem_type = "regression"  # keeps `pipeline` from applying a sigmoid
     quantisation.keep_layout(model)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    for name in head_names(model):
+    for name in outermost([*head_names(model), *new_modules]):
         to_float32(model, name)
     add_reward_positions(model)
 
@@ -229,13 +237,14 @@ def _load_adapter(
         if quantised and not hasattr(load_config(base, revision), "quantization_config"):
             kwargs["quantization_config"] = BitsAndBytesConfig.from_dict(quantised)
         model, new = _load(base, dtype=config.dtype or "auto", **kwargs)
-    untrained = [part for part in outermost(new) if part not in (adapter.modules_to_save or [])]
+    trained = tuple(f"{name}." for name in adapter.modules_to_save or [])
+    untrained = [name for name in new if not f"{name}.".startswith(trained)]
     if untrained:
         raise RecipeError(f"{path} has no trained {', '.join(untrained)}: its rewards would be random")
     model.config.rm_recipe = getattr(config, "rm_recipe", None)
     if quantised and dequantize:
-        model.dequantize()
-    prepare_for_rewards(model, tokenizer)
+        quantisation.dequantize(model)
+    prepare_for_rewards(model, tokenizer, new)
     wrapped = PeftModel.from_pretrained(model, path)
     keep_activations_in_half(wrapped)
     return wrapped.eval()

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import PartialState
 from torch import nn
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from rm_recipe.errors import RecipeError
 from rm_recipe.heads import Float32Linear
@@ -38,6 +39,20 @@ def keep_layout(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
+
+
+def dequantize(model: PreTrainedModel) -> None:
+    """`model.dequantize()`, with the layers of GPT-2 as `Conv1D` again: it leaves linear ones, transposed."""
+    model.dequantize()
+    with torch.device("meta"):
+        outline = type(model)(model.config)
+    for name, module in outline.named_modules():
+        if isinstance(module, Conv1D):
+            linear = model.get_submodule(name)
+            layer = Conv1D(linear.out_features, linear.in_features)
+            layer.weight = nn.Parameter(linear.weight.data.T.contiguous(), requires_grad=False)
+            layer.bias = linear.bias
+            model.set_submodule(name, layer)
 
 
 def check_head_is_whole(model: nn.Module, new_modules: list[str], name: str) -> None:

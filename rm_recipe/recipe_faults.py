@@ -57,6 +57,10 @@ def cross_faults(values: dict[str, Any], given: dict[str, Any]) -> list[str]:
     quantised = values.get("load_in_4bit") or values.get("load_in_8bit")
     if quantised and not values.get("use_peft"):
         faults.append("a quantised base cannot be trained in full: set 'use_peft: true'")
+    if values.get("load_in_8bit") and values.get("use_dora"):
+        faults.append(
+            "'use_dora' reads weights that bitsandbytes 0.50 does not give in 8 bits: 'load_in_4bit'"
+        )
     if values.get("bf16") and values.get("fp16"):
         faults.append("'bf16' and 'fp16' cannot both be true; leave both out to let the device choose")
     if not 0.0 <= values.get("target_accuracy", 0.5) <= 1.0:

@@ -6,6 +6,7 @@ metrics, which count comparisons instead of averaging batches.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from trl import RewardTrainer
 
 from rm_recipe.attention import by_block
 from rm_recipe.batching import Encoded, padded_rows, shared_rows
+from rm_recipe.distribution import autocast_of, keep_precision
 from rm_recipe.errors import TrainingError
 from rm_recipe.metrics import pair_indices
 from rm_recipe.split import row_name
@@ -111,6 +113,7 @@ class SharedPrefixRewardTrainer(RewardTrainer):
             tokenizer.pad_token_id, share_prefixes, one_row=by_block(kwargs["model"])
         )
         super().__init__(*args, **kwargs)
+        self._needs_autocast = keep_precision(self.accelerator, self.args)
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(LogLines)
@@ -125,6 +128,12 @@ class SharedPrefixRewardTrainer(RewardTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = COLUMNS
+
+    def autocast_smart_context_manager(self, *args: Any) -> AbstractContextManager[Any]:
+        """Trainer's, which leaves autocast to Accelerate, and ours where Accelerate gives none."""
+        if self._needs_autocast:
+            return autocast_of(self.args)
+        return super().autocast_smart_context_manager(*args)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """No card in the run folder; the export gets one."""

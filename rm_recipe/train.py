@@ -2,8 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,19 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from rm_recipe import adapters, modeling, sft, tokenization
+from rm_recipe import adapters, memory, modeling, sft, tokenization
 from rm_recipe.artifacts import whole_folder, write_json
 from rm_recipe.datasets import Leakage, load_splits, refuse_leakage
+from rm_recipe.distribution import (
+    check_sharding,
+    main_process_first,
+    say,
+    wait_for_main_process,
+    whole_weights,
+)
 from rm_recipe.doctor import examine, print_report
 from rm_recipe.encoding import tokenize
-from rm_recipe.errors import Interrupted, RecipeError, TrainingError
+from rm_recipe.errors import Interrupted, RecipeError
 from rm_recipe.heads import check_saved_head, head_of
 from rm_recipe.recipe import Recipe, is_run_folder, saved_values
 from rm_recipe.reward_trainer import COLUMNS, SharedPrefixRewardTrainer
@@ -37,22 +43,24 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> N
         overwrite: remove the run that is there and start anew.
 
     Raises:
-        RecipeError: the run folder is used and neither flag is given, or the model does not fit.
+        RecipeError: the run folder is used and neither flag is given, the model does not fit, or FSDP was
+            asked for and cannot be given.
         DataError: the data cannot be used.
         TrainingError: the loss is not finite, or the saved head is not the trained one.
     """
+    check_sharding(recipe.training)
     checkpoint = check_run_folder(recipe, resume=resume, overwrite=overwrite)
     tokenizer, train_split, test_split, leakage = load_data(recipe)
     report = report_data(recipe, train_split, test_split, leakage)
     wait_for_main_process()  # or another would end it before it has said what is wrong
     refuse_leakage(recipe, leakage)
     model, new_modules = load_model(recipe, tokenizer)
+    sharing = settle_step(recipe, model, new_modules, train_split)
     claim_run_folder(recipe, overwrite=overwrite)  # not before: what fails above leaves nothing
     if report is not None:
         write_json(recipe.output_dir / DATA_REPORT, report)
-    trainer, sharing = make_trainer(recipe, tokenizer, model, new_modules, train_split, test_split)
-    say(f"prefix sharing: {'on' if sharing.used else 'off'} ({sharing.reason})")
-    start = head_of(trainer.model)
+    trainer = make_trainer(recipe, tokenizer, model, new_modules, train_split, test_split, sharing)
+    start = head_of(trainer.model, new_modules)
     began = time.monotonic()
     try:
         with cheaper_adapters(trainer):
@@ -68,12 +76,6 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> N
         record = run_record(recipe, trainer, sharing, train_split, test_split, seconds, first_step)
         write_json(recipe.output_dir / "run.json", record)
     trainer.end()
-
-
-def say(message: str) -> None:
-    """Prints a line, once however many processes there are."""
-    if PartialState().is_main_process:
-        print(message, flush=True)
 
 
 # --- before ----------------------------------------------------------------------------------
@@ -140,7 +142,7 @@ def empty(folder: Path) -> None:
 WITHOUT_EFFECT = {
     "output_dir", "save_strategy", "save_steps", "save_total_limit", "logging_steps", "logging_strategy",
     "logging_first_step", "report_to", "run_name", "project", "disable_tqdm", "eval_strategy", "eval_steps",
-    "per_device_eval_batch_size",
+    "per_device_eval_batch_size", "gradient_checkpointing",
     "dataset_num_proc", "log_level", "log_level_replica", "dataloader_pin_memory",
 }  # fmt: skip
 
@@ -173,28 +175,6 @@ def load_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Split, Split, Le
         return tokenizer, tokenize(train_split, *settings), tokenize(test_split, *settings), leakage
 
 
-@contextmanager
-def main_process_first() -> Iterator[None]:
-    """Accelerate's own, with `wait_for_main_process` in place of its barrier."""
-    if not PartialState().is_main_process:
-        wait_for_main_process()
-    yield
-    if PartialState().is_main_process:
-        PartialState().wait_for_everyone()
-
-
-def wait_for_main_process() -> None:
-    """A barrier; where the main process has ended, its message is the one to read.
-
-    Raises:
-        TrainingError: it has.
-    """
-    try:
-        PartialState().wait_for_everyone()
-    except RuntimeError as error:
-        raise TrainingError(f"the main process has ended or takes too long: {error}") from None
-
-
 def report_data(recipe: Recipe, train: Split, test: Split, leakage: Leakage) -> dict[str, Any] | None:
     """Prints the doctor's table and returns its report; None but on the main process."""
     if not PartialState().is_main_process:
@@ -208,15 +188,44 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Any,
     """The base as a one-label classifier, and the modules that are new in it."""
     training = recipe.training
     set_seed(training.seed)
-    model, new_modules = modeling.load_base(
-        recipe.model, tokenizer, training.seed, training.trust_remote_code
-    )
+    with whole_weights():
+        model, new_modules = modeling.load_base(
+            recipe.model, tokenizer, training.seed, training.trust_remote_code
+        )
     model.config.rm_recipe = {
         "max_length": training.max_length,
         "truncation": recipe.data.truncation,
         "prefix_sharing": recipe.data.prefix_sharing,
     }
     return model, new_modules
+
+
+def settle_step(recipe: Recipe, model: Any, new_modules: list[str], train_split: Split) -> Sharing:
+    """What model and data decide of a step, and says so: whether prefixes are shared and, where the recipe
+    leaves it open, `gradient_checkpointing`.
+    """
+    with whole_weights():  # of the small copy
+        sharing = decide_sharing(
+            model, recipe.data.prefix_sharing, recipe.training.max_length, recipe.training.device
+        )
+    say(f"prefix sharing: {'on' if sharing.used else 'off'} ({sharing.reason})")
+    decide_checkpointing(recipe, model, new_modules, train_split, sharing.used)
+    return sharing
+
+
+def decide_checkpointing(
+    recipe: Recipe, model: Any, new_modules: list[str], train_split: Split, shared: bool
+) -> None:
+    """Settles `gradient_checkpointing` by the memory plan, unless the recipe does."""
+    if "gradient_checkpointing" in recipe.values:
+        return
+    training = recipe.training
+    batch = train_split.longest(training.per_device_train_batch_size, shared)
+    needed, reason = memory.needs_checkpointing(
+        model.config, recipe.model, training, new_modules, batch, shared=shared
+    )
+    training.gradient_checkpointing = recipe.values["gradient_checkpointing"] = needed
+    say(f"gradient checkpointing: {'on' if needed else 'off'} ({reason})")
 
 
 def make_trainer(
@@ -226,14 +235,14 @@ def make_trainer(
     new_modules: list[str],
     train_split: Split,
     test_split: Split,
-) -> tuple[SharedPrefixRewardTrainer, Sharing]:
-    """The trainer of what `load_model` gave, with LoRA if the recipe says so, and whether it shares."""
+    sharing: Sharing,
+) -> SharedPrefixRewardTrainer:
+    """The trainer of what `load_model` gave, with LoRA if the recipe says so."""
     training = recipe.training
-    sharing = decide_sharing(model, recipe.data.prefix_sharing, training.max_length, training.device)
     if recipe.model.use_peft:
         half = training.bf16 or training.fp16
         model = adapters.add_lora(model, recipe.model, new_modules, autocast=half)
-    trainer = SharedPrefixRewardTrainer(
+    return SharedPrefixRewardTrainer(
         model=model,
         args=training,
         train_dataset=train_split.comparisons.select_columns(COLUMNS),
@@ -241,7 +250,6 @@ def make_trainer(
         processing_class=tokenizer,
         share_prefixes=sharing.used,
     )
-    return trainer, sharing
 
 
 def cheaper_adapters(trainer: SharedPrefixRewardTrainer) -> AbstractContextManager[None]:

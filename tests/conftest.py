@@ -10,6 +10,8 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,22 @@ import torch
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BertConfig,
     BertTokenizer,
+    DebertaV2Config,
     DistilBertConfig,
     DistilBertForMaskedLM,
+    GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    PretrainedConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
 )
 
 settings.register_profile("deterministic", derandomize=True, deadline=None)
@@ -111,6 +123,143 @@ def tiny_distilbert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# Sizes of one layer of a tiny decoder or encoder.
+TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+TINY_DECODER = {**TINY, "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 1,
+                "eos_token_id": 2}  # fmt: skip
+TINY_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "bos_token_id": 1,
+             "eos_token_id": 2}  # fmt: skip
+TINY_ENCODER = {**TINY, "max_position_embeddings": 128}
+TINY_DISTILBERT = {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 128}
+TINY_DEBERTA = {**TINY_ENCODER, "pooler_hidden_size": 32, "relative_attention": True, "position_buckets": 16,
+                "pos_att_type": ["p2c", "c2p"], "share_att_key": True, "norm_rel_ebd": "layer_norm",
+                "position_biased_input": False, "type_vocab_size": 0}  # fmt: skip
+# What a base checkpoint of each kind is, without a classification head.
+TINY_BASES: dict[str, Callable[[int], tuple[type, PretrainedConfig]]] = {
+    "llama": lambda size: (AutoModelForCausalLM, LlamaConfig(vocab_size=size, **TINY_DECODER)),
+    "qwen2": lambda size: (
+        AutoModelForCausalLM,
+        Qwen2Config(vocab_size=size, tie_word_embeddings=True, **TINY_DECODER),
+    ),
+    "mistral": lambda size: (
+        AutoModelForCausalLM,
+        MistralConfig(vocab_size=size, sliding_window=128, **TINY_DECODER),
+    ),
+    "mistral-short": lambda size: (
+        AutoModelForCausalLM,
+        MistralConfig(vocab_size=size, sliding_window=16, **TINY_DECODER),
+    ),
+    "gpt2": lambda size: (AutoModelForCausalLM, GPT2Config(vocab_size=size, **TINY_GPT2)),
+    "bert": lambda size: (AutoModelForMaskedLM, BertConfig(vocab_size=size, **TINY_ENCODER)),
+    "distilbert": lambda size: (AutoModelForMaskedLM, DistilBertConfig(vocab_size=size, **TINY_DISTILBERT)),
+    "deberta": lambda size: (AutoModel, DebertaV2Config(vocab_size=size, **TINY_DEBERTA)),
+}
+TINY_ENCODERS = ("bert", "distilbert", "deberta")
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory, tiny_distilbert: Path) -> Callable[[str], Path]:
+    """The folder of a two-layer random model of a kind of `TINY_BASES`, with a fitting tokenizer."""
+    root = tmp_path_factory.mktemp("bases")
+
+    def folder(name: str) -> Path:
+        if not (root / name).is_dir():
+            tokenizer = (
+                AutoTokenizer.from_pretrained(tiny_distilbert) if name in TINY_ENCODERS else make_tokenizer()
+            )
+            kind, config = TINY_BASES[name](len(tokenizer))
+            torch.manual_seed(0)
+            kind.from_config(config).save_pretrained(root / name)
+            tokenizer.save_pretrained(root / name)
+        return root / name
+
+    return folder
+
+
+@dataclass
+class Trained:
+    """A finished run, its model still in memory, and the model's state dict as training met it."""
+
+    run: Path
+    model: Any
+    tokenizer: Any
+    start: dict[str, torch.Tensor]
+
+    def rewards(self, items: list[dict[str, Any]]) -> list[float]:
+        """Of the model in memory."""
+        from rm_recipe import RewardModel
+
+        return RewardModel(self.model.eval(), self.tokenizer).score(items).tolist()
+
+    def saved(self) -> dict[str, torch.Tensor]:
+        """What the run's file holds, by the names that the classifier itself gives."""
+        from rm_recipe.heads import saved_tensors
+
+        tensors = saved_tensors(self.run / "model")
+        return {key.removeprefix("base_model.model."): value for key, value in tensors.items()}
+
+    def started(self, name: str) -> torch.Tensor:
+        """The start of a parameter of `saved`."""
+        for key, value in self.start.items():
+            plain = key.removeprefix("base_model.model.").replace(".modules_to_save.default.", ".")
+            plain = plain.replace("lora_magnitude_vector.default.weight", "lora_magnitude_vector")
+            if plain.replace(".default.", ".") == name:
+                return value
+        raise KeyError(name)
+
+
+def train_watched(recipe: Path) -> Trained:
+    """`rm_recipe.train.train`, keeping what it trained."""
+    import rm_recipe.train
+    from rm_recipe.recipe import read_recipe
+
+    make_trainer, kept = rm_recipe.train.make_trainer, []
+
+    def watch(*args: Any, **kwargs: Any) -> Any:
+        trainer = make_trainer(*args, **kwargs)
+        start = {key: value.detach().clone() for key, value in trainer.model.state_dict().items()}
+        kept.append((trainer.model, trainer.processing_class, start))
+        return trainer
+
+    parsed = read_recipe(recipe)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rm_recipe.train, "make_trainer", watch)
+        rm_recipe.train.train(parsed)
+    return Trained(parsed.output_dir, *kept[0])
+
+
+FRESH_PROCESS = """
+import json, os, sys
+answers, sys.stdout = sys.stdout, sys.stderr
+from rm_recipe import RewardModel
+for line in sys.stdin:
+    folder, items = json.loads(line)
+    try:
+        answer = RewardModel.from_pretrained(folder).score(items).tolist()
+    except Exception as error:
+        answer = f"{type(error).__name__}: {error}"
+    print(json.dumps(answer), file=answers, flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def rewards_elsewhere() -> Iterator[Callable[[Path, list[dict[str, Any]]], list[float]]]:
+    """Rewards by the model in a folder, in another process, the same one for all folders."""
+    with subprocess.Popen(
+        [sys.executable, "-c", FRESH_PROCESS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+
+        def ask(folder: Path, items: list[dict[str, Any]]) -> list[float]:
+            print(json.dumps([str(folder), items]), file=process.stdin, flush=True)
+            answer = json.loads(process.stdout.readline())
+            if isinstance(answer, str):
+                pytest.fail(f"in a fresh process: {answer}", pytrace=False)
+            return answer
+
+        yield ask
+        process.stdin.close()
+
+
 def make_rows(n: int, seed: int) -> list[dict[str, Any]]:
     """Comparisons that can be learnt: the chosen reply says `good`, the rejected one `bad`."""
     rng = random.Random(seed)
@@ -143,35 +292,36 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def make_recipe(folder: Path, model: Path, data: Path, **keys: Any) -> Path:
+    """Writes a recipe for a tiny model into a folder; keyword arguments win."""
+    values = {
+        "model_name_or_path": str(model),
+        "dataset_name": str(data),
+        "output_dir": str(folder / "run"),
+        "use_peft": True,
+        "lora_r": 4,
+        "max_length": 128,
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "seed": 0,
+        **keys,
+    }
+    path = folder / "recipe.yaml"
+    lines = (f"{key}: {json.dumps(value)}\n" for key, value in values.items() if value != "omit")
+    path.write_text("".join(lines))
+    return path
+
+
 @pytest.fixture
 def write_recipe(tmp_path: Path, tiny_llama: Path, tiny_data: Path) -> Callable[..., Path]:
-    """Writes a recipe for the tiny Llama into the test's folder; keyword arguments win."""
-
-    def write(**keys: Any) -> Path:
-        values = {
-            "model_name_or_path": str(tiny_llama),
-            "dataset_name": str(tiny_data),
-            "output_dir": str(tmp_path / "run"),
-            "use_peft": True,
-            "lora_r": 4,
-            "max_length": 128,
-            "num_train_epochs": 2,
-            "per_device_train_batch_size": 8,
-            "learning_rate": 1e-2,
-            "gradient_checkpointing": False,
-            "save_strategy": "no",
-            "use_cpu": True,
-            "bf16": False,
-            "disable_tqdm": True,
-            "seed": 0,
-            **keys,
-        }
-        path = tmp_path / "recipe.yaml"
-        lines = (f"{key}: {json.dumps(value)}\n" for key, value in values.items() if value != "omit")
-        path.write_text("".join(lines))
-        return path
-
-    return write
+    """`make_recipe` for the tiny Llama, in the test's folder."""
+    return partial(make_recipe, tmp_path, tiny_llama, tiny_data)
 
 
 @pytest.fixture

@@ -118,10 +118,16 @@ def test_a_program_error_keeps_its_traceback(monkeypatch):
         cli.main()
 
 
-def test_only_one_of_several_processes_prints_the_message(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
-    code, _, err = invoke(monkeypatch, capsys, "train", "missing.yaml")
-    assert (code, err) == (2, "")
+def test_of_several_processes_the_main_one_speaks_and_the_others_only_if_it_does_not(monkeypatch, capsys):
+    """The launcher ends the others as soon as it has; ended before, it would say nothing."""
+    waited = []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit):
+            cli.fail("what is wrong", 2)
+        assert capsys.readouterr().err == "rm-recipe: what is wrong\n"
+        assert waited == [cli.SECONDS_TO_SPEAK + 1] * int(rank)
 
 
 def test_the_module_is_the_command(tmp_path):

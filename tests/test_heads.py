@@ -46,7 +46,7 @@ ENCODERS = {
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_under_lora_every_new_parameter_of_an_encoder_gets_a_gradient(name, tiny_distilbert, tmp_path):
-    """PITFALLS D: DeBERTa's new `pooler.dense` was neither trained nor saved."""
+    """DeBERTa's new `pooler.dense` was neither trained nor saved."""
     AutoModel.from_config(ENCODERS[name]).save_pretrained(tmp_path)
     config = ModelConfig(model_name_or_path=str(tmp_path), use_peft=True)
     model, new = load_base(config, load_tokenizer(str(tiny_distilbert)), seed=0)

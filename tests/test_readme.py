@@ -71,6 +71,9 @@ def test_every_launch_names_a_configuration_and_a_recipe_that_parse(command):
     words = shlex.split(command)
     assert (REPOSITORY / words[words.index("--config_file") + 1]).is_file()
     verb = words.index("rm_recipe")
+    if words[verb + 1] == "evaluate":
+        assert f"rm-recipe {shlex.join(words[verb + 1 :])}" in COMMANDS  # which is run below
+        return
     assert words[verb + 1] == "train"
     read_recipe(REPOSITORY / words[verb + 2], words[verb + 3 :], check_inputs=False)
 

@@ -7,6 +7,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rm_recipe.batching import Encoded
 from rm_recipe.split import Split, describe_counts, set_excluded_apart
 
 REASONS = st.sampled_from(["", "", "empty_response", "too_long"])
@@ -41,3 +42,13 @@ def test_a_selection_counts_what_it_leaves_out():
 def test_counts_are_told_on_one_line():
     assert describe_counts(Counter(a=2, b=1)) == "2 a, 1 b"
     assert describe_counts(Counter()) == "no rows"
+
+
+def test_the_longest_comparisons_are_found_with_their_prefix_once_or_for_each_response():
+    shapes = [(5, (1, 1)), (1, (9, 3)), (6, (1, 1, 1)), (2, (2, 2)), (5, (2, 1))]
+    rows = [{"prefix": [1] * n, "rests": [[2] * each for each in rests]} for n, rests in shapes]
+    split = Split(hf_datasets.Dataset.from_list(rows).select([4, 3, 2, 1, 0]), len(rows))  # out of order
+    encoded = [Encoded(row["prefix"], row["rests"]) for row in rows]
+    assert split.longest(2, shared=True) == [encoded[1], encoded[2]]  # 13 and 9 tokens
+    assert split.longest(2, shared=False) == [encoded[2], encoded[1]]  # 21 and 14
+    assert len(split.longest(99, shared=True)) == 5

@@ -1,0 +1,154 @@
+"""Several processes: who speaks, who waits for whom, and how the work of scoring is shared.
+
+The engine is Accelerate's: DDP, FSDP2 or DeepSpeed, by the file in `accelerate_configs/`. What is here
+keeps its silent choices from becoming ours.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType, gather_object
+
+from rm_recipe.errors import RecipeError, TrainingError
+
+if TYPE_CHECKING:
+    from trl import RewardConfig
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def processes() -> Any:
+    """Accelerate's `PartialState`: this process's device, and its place among those that were launched.
+
+    Made anew without `cpu`, it would take each of several processes on a CPU for the only one.
+    """
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def say(message: str) -> None:
+    """Prints a line, once however many processes there are."""
+    if PartialState().is_main_process:
+        print(message, flush=True)
+
+
+@contextmanager
+def main_process_first() -> Iterator[None]:
+    """Accelerate's own, with `wait_for_main_process` in place of its barrier."""
+    if not PartialState().is_main_process:
+        wait_for_main_process()
+    yield
+    if PartialState().is_main_process:
+        PartialState().wait_for_everyone()
+
+
+def wait_for_main_process() -> None:
+    """A barrier; where the main process has ended, its message is the one to read.
+
+    Raises:
+        TrainingError: it has.
+    """
+    try:
+        PartialState().wait_for_everyone()
+    except RuntimeError as error:
+        raise TrainingError(f"the main process has ended or takes too long: {error}") from None
+
+
+def each_once(items: Sequence[T], function: Callable[[Sequence[T]], Sequence[R]]) -> list[R]:
+    """What `function` makes of the items, in their order, each item given to one of the processes.
+
+    Every process gets all results. With one process this is `function(items)`.
+    """
+    state = PartialState()
+    own = range(state.process_index, len(items), state.num_processes)
+    made = zip(own, function([items[i] for i in own]), strict=True)
+    return [result for _, result in sorted(gather_object(list(made)), key=lambda numbered: numbered[0])]
+
+
+def check_sharding(training: "RewardConfig") -> None:
+    """Refuses FSDP or DeepSpeed that was asked for and would not be given.
+
+    On a CPU, Accelerate (1.15) turns both into DDP without a word, and every process holds the whole model.
+
+    Args:
+        training: parsed, which has settled the device and the process group.
+
+    Raises:
+        RecipeError: naming what there is instead.
+    """
+    state = PartialState()
+    on_gpus = state.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU)
+    given = {
+        "FSDP": on_gpus and state.num_processes > 1,
+        "DeepSpeed": state.distributed_type == DistributedType.DEEPSPEED,
+    }
+    for name, key in (("FSDP", training.fsdp), ("DeepSpeed", training.deepspeed)):
+        asked = key or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true"
+        if asked and not given[name]:
+            number = state.num_processes
+            raise RecipeError(
+                f"{name} was asked for and would not be given: it shards a model over several GPUs, and here "
+                f"{'is 1 process' if number == 1 else f'are {number} processes'} on {state.device.type}; "
+                "choose another of accelerate_configs/"
+            )
+
+
+def keep_precision(accelerator: Any, training: "RewardConfig") -> bool:
+    """Makes FSDP2 and DeepSpeed leave every parameter in its own precision: base in bf16, head in fp32.
+
+    Under a recipe's `bf16` Accelerate (1.15) has FSDP2 gather all parameters in bf16 and round what the model
+    returns, and has DeepSpeed make the whole model bf16, the saved one too. Rewards would be bf16: around
+    10, neighbours are 0.06 apart. Autocast then chooses the precision of the computation, as under DDP.
+
+    Returns:
+        whether the caller has to give that autocast (`autocast_of`), because Accelerate does not.
+    """
+    sharded = getattr(accelerator.state, "fsdp_plugin", None)
+    if sharded is not None and sharded.fsdp_version == 2:
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        sharded.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+        return True
+    deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
+    if deepspeed is not None and (training.bf16 or training.fp16):
+        # No "safe" modules: those would be sent in bf16, and their gradients summed in it.
+        autocast = {"enabled": True, "dtype": "bfloat16" if training.bf16 else "float16"}
+        deepspeed.deepspeed_config.update(
+            bf16={"enabled": False},
+            fp16={"enabled": False},
+            torch_autocast={**autocast, "lower_precision_safe_modules": []},
+        )
+        return True
+    return False
+
+
+def autocast_of(training: "RewardConfig") -> torch.autocast:
+    """The recipe's `bf16` or `fp16` as a context.
+
+    Without a cache: that would keep copies of all trained weights, whole, until the step's end.
+    """
+    dtype = torch.float16 if training.fp16 else torch.bfloat16
+    enabled = bool(training.bf16 or training.fp16)
+    return torch.autocast(training.device.type, dtype, enabled=enabled, cache_enabled=False)
+
+
+@contextmanager
+def whole_weights() -> Iterator[None]:
+    """Within it, each process loads a model whole, also under DeepSpeed's ZeRO-3, which shards it later.
+
+    transformers would shard it while loading: then it takes no `device_map`, and a head that is put in
+    or drawn would be an empty tensor.
+    """
+    from transformers.integrations import deepspeed
+
+    config = deepspeed._hf_deepspeed_config_weak_ref and deepspeed._hf_deepspeed_config_weak_ref()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            deepspeed.set_hf_deepspeed_config(config)

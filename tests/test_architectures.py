@@ -1,0 +1,176 @@
+"""Of every architecture: the new parameters are trained and saved, and what is read back is what was trained.
+
+Every base is random and comes without a classification head, as a language model or a bare encoder.
+"""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import TINY_BASES, TINY_ENCODERS, Trained, train_watched
+from peft.tuners.lora import LoraLayer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from rm_recipe import RewardModel
+from rm_recipe.export import export
+
+DECODERS = ("llama", "qwen2", "mistral", "gpt2")
+ARCHITECTURES = (*DECODERS, *TINY_ENCODERS)
+ITEMS = [{"prompt": "hello 3 cat", "response": r} for r in ("good good", "bad bad", "the dog sat far away")]
+LEARNING_RATE = 1e-2
+
+# What a classifier has and the base has not, by name.
+NEW = {
+    **{name: {"score.weight"} for name in (*DECODERS, "mistral-short")},
+    "bert": {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"},
+    "distilbert": {"pre_classifier.weight", "pre_classifier.bias", "classifier.weight", "classifier.bias"},
+    "deberta": {"pooler.dense.weight", "pooler.dense.bias", "classifier.weight", "classifier.bias"},
+}
+# Of the body's two layers.
+LINEAR_LAYERS = {
+    "llama": 14,
+    "qwen2": 14,
+    "mistral": 14,
+    "gpt2": 8,
+    "bert": 12,
+    "distilbert": 12,
+    "deberta": 12,
+}
+
+SET_UPS = {
+    **{name: (name, {}) for name in TINY_BASES},
+    **{f"{name} in full": (name, {"use_peft": False}) for name in TINY_ENCODERS},
+    "rslora": ("llama", {"use_rslora": True, "lora_alpha": 16}),
+    "dora": ("llama", {"use_dora": True}),
+    "dora of gpt2": ("gpt2", {"use_dora": True}),
+}
+IN_FULL = [name for name in SET_UPS if name.endswith("in full")]
+VARIANTS = ["rslora", "dora", "dora of gpt2"]
+
+
+@pytest.fixture(scope="module")
+def finished() -> dict[str, Trained]:
+    return {}
+
+
+@pytest.fixture
+def trained(finished, write_recipe, tiny_base, tmp_path_factory):
+    """Trains by one of `SET_UPS`, in fp32, once for all tests."""
+
+    def get(name: str) -> Trained:
+        if name not in finished:
+            base, keys = SET_UPS[name]
+            common = {"max_steps": 2, "learning_rate": LEARNING_RATE, "lora_target_modules": "all-linear"}
+            run = tmp_path_factory.mktemp("trained") / "run"
+            recipe = write_recipe(
+                model_name_or_path=str(tiny_base(base)), output_dir=str(run), **common, **keys
+            )
+            finished[name] = train_watched(recipe)
+        return finished[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *IN_FULL])
+def test_every_new_parameter_is_saved_and_moved(trained, name):
+    result, new = trained(name), NEW[SET_UPS[name][0]]
+    saved = result.saved()
+    assert saved.keys() >= new
+    for key in new:
+        if key.endswith("weight"):  # a bias may cancel in every comparison
+            moved = (saved[key] - result.started(key)).abs()
+            assert moved.mean() > LEARNING_RATE / 10, key
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_linear_layer_of_the_body_has_learnt_an_adapter_and_the_rest_is_not_saved(trained, name):
+    saved = trained(name).saved()
+    up = [value for key, value in saved.items() if key.endswith("lora_B.weight")]
+    assert len(up) == LINEAR_LAYERS[name]
+    assert all(value.abs().max() > LEARNING_RATE / 10 for value in up)
+    assert {key for key in saved if "lora_" not in key} == NEW[name]
+
+
+@pytest.mark.parametrize("name", IN_FULL)
+def test_an_encoder_trained_in_full_has_its_body_saved_as_it_was_trained(trained, name):
+    result = trained(name)
+    saved = result.saved()
+    assert saved.keys() == result.start.keys()
+    assert all(torch.equal(saved[key], value) for key, value in result.model.state_dict().items())
+    layer = [key for key in saved if "layer.0." in key and key.endswith("weight")]
+    assert layer
+    assert all(not torch.equal(saved[key], result.started(key)) for key in layer)
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *IN_FULL, *VARIANTS, "mistral-short"])
+def test_a_fresh_process_gives_the_rewards_that_were_trained(trained, rewards_elsewhere, name):
+    result = trained(name)
+    rewards = result.rewards(ITEMS)
+    assert len(set(rewards)) == len(ITEMS)
+    assert rewards_elsewhere(result.run, ITEMS) == pytest.approx(rewards, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "shared"),
+    [(n, True) for n in DECODERS] + [(n, False) for n in (*TINY_ENCODERS, "mistral-short")],
+)
+def test_decoders_share_prefixes_and_encoders_and_short_windows_do_not(trained, name, shared):
+    sharing = json.loads((trained(name).run / "run.json").read_text())["prefix_sharing"]
+    assert sharing["used"] == shared, sharing["reason"]
+
+
+def test_a_sliding_window_is_obeyed_where_conversations_are_longer(trained):
+    result = trained("mistral-short")
+    rewards = result.rewards(ITEMS)
+    judge = RewardModel(result.model, result.tokenizer)
+    for item, reward in zip(ITEMS, rewards, strict=True):
+        ids = judge._encode(item, "item")
+        assert len(ids) > 16
+        with torch.no_grad():
+            assert result.model(input_ids=torch.tensor([ids])).logits.item() == pytest.approx(
+                reward, abs=1e-6
+            )
+            cut = result.model(input_ids=torch.tensor([ids[1 - 2 * 16 :]])).logits.item()
+        assert cut == pytest.approx(reward, abs=1e-6)  # two layers see no further than twice 15 tokens
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *VARIANTS])
+def test_the_export_gives_the_rewards_that_were_trained(trained, name, tmp_path):
+    result = trained(name)
+    export(result.run, tmp_path / "export")
+    rewards = RewardModel.from_pretrained(tmp_path / "export").score(ITEMS)
+    assert rewards == pytest.approx(result.rewards(ITEMS), abs=1e-5)
+
+
+def test_rsloras_scaling_is_alpha_over_the_root_of_r_in_training_and_read_back(trained):
+    result = trained("rslora")
+    for model in (result.model, RewardModel.from_pretrained(result.run).model):
+        layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        assert {layer.scaling["default"] for layer in layers} == {16 / math.sqrt(4)}
+
+
+@pytest.mark.parametrize("name", ["dora", "dora of gpt2"])
+def test_doras_magnitudes_are_trained_and_saved(trained, name):
+    result = trained(name)
+    magnitudes = {key: v for key, v in result.saved().items() if "lora_magnitude_vector" in key}
+    assert len(magnitudes) == LINEAR_LAYERS[SET_UPS[name][0]]
+    for key, value in magnitudes.items():
+        assert (value - result.started(key)).abs().mean() > LEARNING_RATE / 10, key
+
+
+@pytest.mark.parametrize("labels", [1, 2])
+@pytest.mark.parametrize("architecture", ["llama", *TINY_ENCODERS])
+def test_a_classifier_is_a_base_too(
+    tiny_base, write_recipe, tmp_path, rewards_elsewhere, architecture, labels
+):
+    """Of one label it is a reward model to go on with, of more its head is drawn anew."""
+    torch.manual_seed(1)
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_base(architecture), num_labels=labels)
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tiny_base(architecture)).save_pretrained(tmp_path / "base")
+    result = train_watched(write_recipe(model_name_or_path=str(tmp_path / "base"), max_steps=2))
+    head = "score.weight" if architecture == "llama" else "classifier.weight"
+    assert torch.equal(result.started(head), base.state_dict()[head]) == (labels == 1)
+    assert (result.saved()[head] - result.started(head)).abs().mean() > LEARNING_RATE / 10
+    assert rewards_elsewhere(result.run, ITEMS) == pytest.approx(result.rewards(ITEMS), abs=1e-6)
