@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
@@ -21,16 +22,18 @@ from rm_recipe.artifacts import whole_folder, write_json
 from rm_recipe.datasets import load_held_out_split
 from rm_recipe.encoding import tokenize
 from rm_recipe.errors import ExportError, RecipeError
+from rm_recipe.heads import Float32Linear
 from rm_recipe.metrics import pairwise_agreement
 from rm_recipe.modeling import load_trained
 from rm_recipe.recipe import is_run_folder, read_run_recipe
 from rm_recipe.scoring import RewardModel, find_model
 
-N_COMPARISONS = 32  # scored before and after the merge: 64 sequences
+N_COMPARISONS = 32  # scored at every stage: 64 sequences
 TOLERANCE = 1e-4  # between two fp32 computations of rewards of the order of 10
-# What the merge may move a reward by, in standard deviations of the rewards: rounding to bf16 moves
-# them by a few hundredths, a lost or misplaced head by one or more.
-DRIFT = 0.25
+# What rounding the merged weights to the body's precision may move a reward by: a part of the rewards'
+# standard deviation, or, where they hardly differ yet, a multiple of what the precision that they were
+# evaluated in moved them by.
+DRIFT, TIMES_EVALUATED = 0.25, 3.0
 
 
 def export(run: Path, output: Path | None = None, *, overwrite: bool = False) -> dict[str, Any]:
@@ -41,9 +44,11 @@ def export(run: Path, output: Path | None = None, *, overwrite: bool = False) ->
         overwrite: replace an export that is there, once the new one is whole.
 
     Returns:
-        the content of the export's `proof.json`, measured on the first held-out comparisons: the
-        largest reward differences between adapter and merged model (`merged`) and between merged
-        model and the files read back with plain transformers (`files`), and the accuracy of both.
+        the content of the export's `proof.json`, measured on the first held-out comparisons: the largest
+            reward differences between what was evaluated and what the files give (`merged`), of which the
+            evaluation's own precision (`evaluated`: against the adapter model in fp32), the merge in fp32
+            (`merge`) and the rounding of the merged body (`rounding`); between the merged model and the files
+            read back with plain transformers (`files`); and the accuracy before and after.
 
     Raises:
         RecipeError: `run` is no finished run, the export is there already, or what is there and
@@ -56,30 +61,47 @@ def export(run: Path, output: Path | None = None, *, overwrite: bool = False) ->
     judge = RewardModel.from_pretrained(run)
     split = tokenize(load_held_out_split(recipe), judge.tokenizer, judge.max_length, judge.truncation)
     comparisons = split.encoded()[:N_COMPARISONS]
-    conversations = [ids for comparison in comparisons for ids in comparison.conversations()]
-    by_adapter = judge.score_encoded(comparisons)
+    names = [
+        f"comparison {n}, response {k}"
+        for n, comparison in enumerate(comparisons, 1)
+        for k in range(1, len(comparison.rests) + 1)
+    ]
+
+    def rewards() -> NDArray[np.float32]:
+        """Of the judge as it is now."""
+        return np.concatenate(judge.score_encoded(comparisons))
+
     with whole_folder(output) as folder:
-        judge.model = save_merged(judge, find_model(str(run)), folder)
-        by_merged = judge.score_encoded(comparisons)
+        evaluated = rewards()
+        judge.model, precision = exact_model(judge, find_model(str(run)))
+        exact = rewards()
+        judge.model = merge(judge.model)
+        merged = rewards()
+        _compare("merging changed the rewards", names, exact, merged, TOLERANCE)
+        save(judge, precision, folder)
+        rounded = rewards()
+        allowed = max(
+            TOLERANCE, DRIFT * float(exact.std()), TIMES_EVALUATED * float(np.abs(evaluated - exact).max())
+        )
+        _compare("rounding the merged weights changed the rewards", names, merged, rounded, allowed)
+        conversations = [ids for comparison in comparisons for ids in comparison.conversations()]
         read_back = plain_rewards(folder, conversations)
-        before, merged = np.concatenate(by_adapter), np.concatenate(by_merged)
-        names = [
-            f"comparison {n + 1}, response {k + 1}" for n, r in enumerate(by_adapter) for k in range(len(r))
-        ]
+        _compare("the files do not give the merged model's rewards", names, rounded, read_back, TOLERANCE)
         ranks = split.comparisons["ranks"][:N_COMPARISONS]
-        allowed = max(TOLERANCE, DRIFT * float(before.std()))
-        _compare("merging changed the rewards", names, before, merged, allowed)
-        _compare("the files do not give the merged model's rewards", names, merged, read_back, TOLERANCE)
+        differences = {
+            "merged": evaluated - read_back,
+            "evaluated": evaluated - exact,
+            "merge": exact - merged,
+            "rounding": merged - rounded,
+            "files": rounded - read_back,
+        }
         proof = {
             "n_sequences": len(conversations),
-            "tolerance": {"merged": allowed, "files": TOLERANCE},
-            "max_abs_diff": {
-                "merged": float(np.abs(before - merged).max()),
-                "files": float(np.abs(merged - read_back).max()),
-            },
+            "tolerance": {"merge": TOLERANCE, "rounding": allowed, "files": TOLERANCE},
+            "max_abs_diff": {stage: float(np.abs(moved).max()) for stage, moved in differences.items()},
             "accuracy": {
-                "adapter": float(pairwise_agreement(before, ranks).mean()),
-                "merged": float(pairwise_agreement(merged, ranks).mean()),
+                "adapter": float(pairwise_agreement(evaluated, ranks).mean()),
+                "merged": float(pairwise_agreement(rounded, ranks).mean()),
             },
             "passed": True,
         }
@@ -114,25 +136,40 @@ def _compare(
         )
 
 
-def save_merged(judge: RewardModel, trained: str, folder: Path) -> PreTrainedModel:
-    """Merges, saves and returns the model as the files will be loaded: in fp32.
+def exact_model(judge: RewardModel, trained: str) -> tuple[nn.Module, torch.dtype]:
+    """The trained model computing in fp32, and the precision that its body was in.
 
-    A 4-bit base is de-quantised first, so that the adapter is merged into what it was trained on.
+    A 4-bit base is de-quantised, so that the adapter is merged into what it was trained on.
     """
     model = judge.model
     if getattr(model.config, "quantization_config", None):
         model = load_trained(trained, judge.tokenizer, dequantize=True)
+    precision = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return model.float(), precision
+
+
+def merge(model: nn.Module) -> PreTrainedModel:
+    """The plain classifier: with the adapter and the trained head in their places, if there is one."""
     if isinstance(model, PeftModel):
         model = model.merge_and_unload(progressbar=False)
     assert isinstance(model, PreTrainedModel)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.save_pretrained(folder)
+    return model
+
+
+def save(judge: RewardModel, precision: torch.dtype, folder: Path) -> None:
+    """Writes model and tokenizer, the body in `precision`; the model stays as it will be loaded, in fp32."""
+    for module in judge.model.modules():
+        if not isinstance(module, Float32Linear):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(precision)
+    judge.model.save_pretrained(folder)
+    judge.model.float()
     judge.tokenizer.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["dtype"] = "float32"
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return model.float()
 
 
 def plain_rewards(folder: Path, conversations: list[list[int]]) -> NDArray[np.float32]:

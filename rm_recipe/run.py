@@ -145,7 +145,8 @@ def print_export(checked: dict[str, Any]) -> None:
     print(
         f"{checked['n_sequences']} held-out replies scored again from the exported files: equal to "
         f"{difference['files']:.0e}.\n"
-        f"Merging and rounding moved rewards by at most {difference['merged']:.3f}."
+        f"Merging in fp32 moved rewards by at most {difference['merge']:.0e}; half precision, in the "
+        f"evaluation\nand in the merged weights, by {difference['merged']:.3f}."
     )
 
 

@@ -124,6 +124,32 @@ def test_a_merge_that_moves_the_rewards_is_refused(run, monkeypatch):
     assert not (run / "export").exists()
 
 
+@pytest.mark.parametrize("run", ["bf16", "4-bit"], indirect=True)
+def test_what_the_precision_does_is_told_from_what_the_merge_does(run):
+    """In fp32 the merge is exact, so that a misplaced head cannot pass for rounding."""
+    moved = export(run)["max_abs_diff"]
+    assert moved["merge"] <= 1e-5
+    assert moved["rounding"] > 10 * moved["merge"]
+    assert moved["evaluated"] > 10 * moved["merge"]
+    assert (
+        moved["merged"] <= sum(moved[stage] for stage in ("evaluated", "merge", "rounding", "files")) + 1e-6
+    )
+
+
+def test_weights_that_are_rounded_too_coarsely_are_refused(run, monkeypatch):
+    save = export_module.save
+
+    def coarsely(judge, precision, folder):
+        for parameter in judge.model.parameters():
+            parameter.data = (parameter.data * 16).round() / 16
+        save(judge, precision, folder)
+
+    monkeypatch.setattr(export_module, "save", coarsely)
+    with pytest.raises(ExportError, match="rounding the merged weights changed the rewards: held-out compar"):
+        export(run)
+    assert not (run / "export").exists()
+
+
 @pytest.mark.parametrize("name", [".", "other"])
 def test_overwriting_never_removes_what_is_no_export(run, tmp_path, name):
     target = run if name == "." else tmp_path / name
