@@ -10,7 +10,9 @@ import yaml
 from conftest import REPOSITORY
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trl import ModelConfig
 
+from rm_recipe import quantisation
 from rm_recipe import recipe as recipe_module
 from rm_recipe.errors import RecipeError
 from rm_recipe.recipe import read_recipe, read_run_recipe
@@ -124,6 +126,28 @@ def test_a_gpu_is_used_in_bf16_where_it_has_that_and_in_fp16_elsewhere(monkeypat
     assert not values["use_cpu"]
     assert (values["bf16"], values["fp16"]) == (has_bf16, not has_bf16)
     assert values["dtype"] == ("bfloat16" if has_bf16 else "float16")
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_on_apples_gpu_it_is_bf16_or_fp32(monkeypatch, has_bf16):
+    """fp16 would need a gradient scaler, which is CUDA's."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    monkeypatch.setattr("transformers.utils.is_torch_bf16_gpu_available", lambda: has_bf16)
+    values = recipe_module._device_values({"use_peft": True})
+    assert (values["use_cpu"], values["bf16"], values["fp16"]) == (False, has_bf16, False)
+    assert values["dtype"] == ("bfloat16" if has_bf16 else "float32")
+
+
+@pytest.mark.parametrize(("has_bf16", "half"), [(True, "bfloat16"), (False, "float16")])
+def test_a_quantised_base_computes_in_the_gpus_half_precision(monkeypatch, has_bf16, half):
+    """On a T4 that is fp16; `dtype: auto` would leave it to the checkpoint."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: has_bf16)
+    for asked in ({}, {"dtype": "auto"}):
+        values = recipe_module._device_values({"use_peft": True, "load_in_4bit": True, **asked})
+        config = ModelConfig(load_in_4bit=True, dtype=values["dtype"])
+        assert quantisation.settings(config, skip=[]).bnb_4bit_compute_dtype == getattr(torch, half)
 
 
 def test_bf16_asked_of_a_gpu_without_it_is_refused(monkeypatch):

@@ -14,6 +14,8 @@ from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
 
 from rm_recipe import RewardModel
 from rm_recipe.errors import RecipeError
+from rm_recipe.evaluate import evaluate
+from rm_recipe.export import export
 from rm_recipe.recipe import read_recipe
 from rm_recipe.train import load_data, load_model, train
 
@@ -226,3 +228,27 @@ def test_a_benchmark_may_come_before_a_run_and_outlasts_it(write_recipe, tmp_pat
     assert (run / "benchmark.json").read_text() == "{}"
     assert (run / "run.json").is_file()
     assert not (run / "checkpoint-9").exists()
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_trains_evaluates_and_exports_on_a_tiny_model_of_its_kind(
+    path, tiny_base, tiny_data, tmp_path
+):
+    """With its own keys, but for the model, the data and how long: what a recipe says works together."""
+    encoder = "distilbert" if "distilbert" in path.stem else "bert" if "minilm" in path.stem else None
+    overrides = {
+        "model_name_or_path": tiny_base(encoder or "llama"), "dataset_name": tiny_data,
+        "dataset_subsets": None, "max_length": 128, "max_train_samples": None,
+        "max_eval_samples": None, "max_steps": 2,
+        "output_dir": tmp_path / "run", "use_cpu": "true", "disable_tqdm": "true", "num_train_epochs": 1,
+    }  # fmt: skip
+    if path.stem == "smollm2_offline":
+        overrides["lora_target_modules"] = r".*layers\.1\..*_proj"  # its upper half
+    words = [word for key, value in overrides.items() for word in (f"--{key}", str(value or "null"))]
+    recipe = read_recipe(path, words)
+    train(recipe)
+    run = recipe.output_dir
+    assert json.loads((run / "run.json").read_text())["prefix_sharing"]["used"] is (encoder is None)
+    assert (run / "model" / "adapter_config.json").is_file() is bool(recipe.model.use_peft)
+    assert evaluate(str(run))["datasets"]["held_out"]["n_scored"] == 40
+    assert export(run)["passed"]
