@@ -8,8 +8,11 @@ model, so the SFT adapter becomes part of the base, each time it is loaded.
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from huggingface_hub.utils import httpx
 from transformers.utils.hub import has_file
 
 from rm_recipe.errors import RecipeError, one_line
@@ -25,13 +28,21 @@ def adapter_config(name: str, revision: str = "main") -> "PeftConfig | None":
         RecipeError: it cannot be read, or the Hub has nothing under that name.
     """
     try:
-        if not has_file(name, "adapter_config.json", revision):
+        if not holds(name, "adapter_config.json", revision):
             return None
         from peft import PeftConfig
 
         return PeftConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, httpx.HTTPError) as error:
         raise RecipeError(f"'model_name_or_path: {name}' cannot be loaded: {one_line(error)}") from None
+
+
+def holds(name: str, file: str, revision: str = "main") -> bool:
+    """Whether a folder or a Hub repository has a file; the Hub is asked once."""
+    return (Path(name) / file).is_file() if Path(name).is_dir() else _on_hub(name, file, revision)
+
+
+_on_hub = cache(has_file)
 
 
 def sft_adapter(name: str, revision: str = "main") -> "PeftConfig | None":

@@ -11,7 +11,6 @@ from typing import Any
 
 from jinja2 import TemplateError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.utils.hub import has_file
 
 from rm_recipe import sft
 from rm_recipe.errors import RecipeError, one_line
@@ -52,7 +51,7 @@ def load_tokenizer(
     """
     adapter = sft.adapter_config(name, revision)
     try:
-        if adapter is not None and not has_file(name, "tokenizer_config.json", revision):
+        if adapter is not None and not sft.holds(name, "tokenizer_config.json", revision):
             name, revision = adapter.base_model_name_or_path, adapter.revision or "main"
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=trust_remote_code
@@ -172,7 +171,7 @@ def load_config(name: str, revision: str = "main", trust_remote_code: bool = Fal
     """
     adapter = sft.adapter_config(name, revision)
     try:
-        if adapter is not None and not has_file(name, "config.json", revision):
+        if adapter is not None and not sft.holds(name, "config.json", revision):
             name, revision = adapter.base_model_name_or_path, adapter.revision or "main"
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:

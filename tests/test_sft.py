@@ -2,16 +2,19 @@
 
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE, make_tokenizer, run_cli
+from huggingface_hub.utils import httpx
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl import ModelConfig
 
 from rm_recipe import RewardModel
+from rm_recipe import sft as sft_module
 from rm_recipe.errors import RecipeError
 from rm_recipe.export import export
 from rm_recipe.modeling import load_base
@@ -145,3 +148,20 @@ def test_the_command_line_trains_from_an_sft_adapter(write_recipe, sft, tmp_path
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
     assert (tmp_path / "run" / "model" / "adapter_model.safetensors").is_file()
+
+
+def test_the_hub_is_asked_once_and_a_proxy_that_fails_is_named(monkeypatch):
+    asked = []
+
+    def answer(name, file, revision):
+        asked.append((name, file, revision))
+        if name == "user/behind-a-proxy":
+            raise httpx.ProxyError("407 Proxy Authentication Required")
+        return False
+
+    monkeypatch.setattr(sft_module, "_on_hub", cache(answer))
+    for _ in range(3):
+        assert sft_module.adapter_config("user/model", "v1") is None
+    assert asked == [("user/model", "adapter_config.json", "v1")]
+    with pytest.raises(RecipeError, match="'model_name_or_path: user/behind-a-proxy' cannot be loaded: 407"):
+        sft_module.adapter_config("user/behind-a-proxy")
