@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -138,11 +139,14 @@ def empty(folder: Path) -> None:
             path.unlink()
 
 
+# TRL's name and transformers' new one, of which its Trainer reads only the second.
+CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
+
 # Keys that change what is printed or kept, never what is learnt.
 WITHOUT_EFFECT = {
     "output_dir", "save_strategy", "save_steps", "save_total_limit", "logging_steps", "logging_strategy",
     "logging_first_step", "report_to", "run_name", "project", "disable_tqdm", "eval_strategy", "eval_steps",
-    "per_device_eval_batch_size", "gradient_checkpointing",
+    "per_device_eval_batch_size", *CHECKPOINTING,
     "dataset_num_proc", "log_level", "log_level_replica", "dataloader_pin_memory",
 }  # fmt: skip
 
@@ -217,14 +221,17 @@ def decide_checkpointing(
     recipe: Recipe, model: Any, new_modules: list[str], train_split: Split, shared: bool
 ) -> None:
     """Settles `gradient_checkpointing` by the memory plan, unless the recipe does."""
-    if "gradient_checkpointing" in recipe.values:
+    if any(key in recipe.values for key in CHECKPOINTING):
         return
     training = recipe.training
     batch = train_split.longest(training.per_device_train_batch_size, shared)
-    needed, reason = memory.needs_checkpointing(
+    decision = memory.needs_checkpointing(
         model.config, recipe.model, training, new_modules, batch, shared=shared
     )
-    training.gradient_checkpointing = recipe.values["gradient_checkpointing"] = needed
+    needed, reason = broadcast_object_list([decision])[0]  # unequal devices must not decide differently
+    for key in CHECKPOINTING:
+        setattr(training, key, needed)
+        recipe.values[key] = needed
     say(f"gradient checkpointing: {'on' if needed else 'off'} ({reason})")
 
 

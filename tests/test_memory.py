@@ -5,14 +5,13 @@ import copy
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, make_tokenizer
+from conftest import REPOSITORY, make_tokenizer, train_watched
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from rm_recipe import adapters, memory
 from rm_recipe.batching import Encoded, padded_rows, shared_rows
 from rm_recipe.memory import MemoryPlan, needs_checkpointing, plan
 from rm_recipe.recipe import read_recipe
-from rm_recipe.train import train
 
 BATCH = [Encoded([5] * 60, [[6] * 20, [7] * 24])] * 4
 GB = 1e9
@@ -153,8 +152,21 @@ def test_a_run_records_the_decision_and_learns_the_same(
     write_recipe, tmp_path, monkeypatch, capsys, room, expected
 ):
     monkeypatch.setattr(memory, "device_memory", lambda _: room)
-    train(read_recipe(write_recipe(gradient_checkpointing="omit", max_steps=2)))
+    decided = train_watched(write_recipe(gradient_checkpointing="omit", max_steps=2))
     said = "on" if expected else "off"
     assert f"gradient checkpointing: {said} (the largest batch needs about 0.7 of " in capsys.readouterr().out
+    assert decided.model.is_gradient_checkpointing is expected
     saved = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
-    assert saved["gradient_checkpointing"] is expected
+    assert saved["gradient_checkpointing"] is saved["activation_checkpointing"] is expected
+    told = train_watched(
+        write_recipe(gradient_checkpointing=not expected, max_steps=2, output_dir=str(tmp_path / "2"))
+    )
+    assert told.model.is_gradient_checkpointing is not expected
+    learnt, other = decided.saved(), told.saved()
+    assert all(torch.allclose(learnt[key], other[key], atol=1e-6) for key in learnt)
+
+
+def test_what_the_recipe_says_by_either_name_is_done(write_recipe, capsys):
+    keys = {"gradient_checkpointing": "omit", "activation_checkpointing": True, "max_steps": 1}
+    assert train_watched(write_recipe(**keys)).model.is_gradient_checkpointing
+    assert "gradient checkpointing" not in capsys.readouterr().out
