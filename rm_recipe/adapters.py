@@ -54,7 +54,13 @@ def check_target_modules(model: PreTrainedModel, config: "ModelConfig") -> None:
     """
     wanted, names = target_modules(config), [name for name, _ in model.named_modules()]
     if isinstance(wanted, str):
-        unmatched = [] if wanted == ALL_LINEAR or any(re.fullmatch(wanted, n) for n in names) else [wanted]
+        try:
+            found = wanted == ALL_LINEAR or any(re.fullmatch(wanted, name) for name in names)
+        except re.error as error:
+            raise RecipeError(
+                f"'lora_target_modules: {wanted}' is neither a layer's name nor a regular expression: {error}"
+            ) from None
+        unmatched = [] if found else [wanted]
     else:
         unmatched = [part for part in wanted if not any(f".{name}".endswith(f".{part}") for name in names)]
     if unmatched:
@@ -72,6 +78,8 @@ def target_modules(config: "ModelConfig") -> str | list[str]:
     TRL makes a text of a list with one name, which PEFT takes for a regular expression of the whole path.
     """
     wanted = config.lora_target_modules or ALL_LINEAR
+    if str(wanted).lower() == ALL_LINEAR:
+        return ALL_LINEAR
     if isinstance(wanted, str) and wanted != ALL_LINEAR and re.fullmatch(r"[\w.]+", wanted):
         return [wanted]
     return wanted

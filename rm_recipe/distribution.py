@@ -69,13 +69,14 @@ def each_once(items: Sequence[T], function: Callable[[Sequence[T]], Sequence[R]]
     return [result for _, result in sorted(gather_object(list(made)), key=lambda numbered: numbered[0])]
 
 
-def check_sharding(training: "RewardConfig") -> None:
+def check_sharding(training: "RewardConfig", quantised: bool = False) -> None:
     """Refuses FSDP or DeepSpeed that was asked for and would not be given.
 
     On a CPU, Accelerate (1.15) turns both into DDP without a word, and every process holds the whole model.
 
     Args:
         training: parsed, which has settled the device and the process group.
+        quantised: whether the base is to be in 4 or 8 bits.
 
     Raises:
         RecipeError: naming what there is instead.
@@ -94,6 +95,11 @@ def check_sharding(training: "RewardConfig") -> None:
                 f"{name} was asked for and would not be given: it shards a model over several GPUs, and here "
                 f"{'is 1 process' if number == 1 else f'are {number} processes'} on {state.device.type}; "
                 "choose another of accelerate_configs/"
+            )
+        if asked and quantised:
+            raise RecipeError(
+                f"{name} was asked for and would not be given: a base in 4 or 8 bits is not sharded; take "
+                "accelerate_configs/multi_gpu.yaml"
             )
 
 

@@ -54,7 +54,7 @@ def evaluate(target: str, datasets: list[str] | None = None, output: Path | None
         if not Path(target).is_dir():
             raise RecipeError(f"{target} is not a local folder; say with --output where the result goes")
         output = Path(target)
-    model = RewardModel.from_pretrained(target)
+    model = RewardModel.from_pretrained(target, device=str(processes().device))
     results: dict[str, Any] = {}
     lines: list[dict[str, Any]] = []
     for name in datasets or [HELD_OUT]:

@@ -7,6 +7,7 @@ says float32 so that a plain `from_pretrained` computes exactly what was checked
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,10 @@ from rm_recipe.scoring import RewardModel, find_model
 
 N_COMPARISONS = 32  # scored at every stage: 64 sequences
 TOLERANCE = 1e-4  # between two fp32 computations of rewards of the order of 10
-# What rounding the merged weights to the body's precision may move a reward by: a part of the rewards'
-# standard deviation, or, where they hardly differ yet, a multiple of what the precision that they were
-# evaluated in moved them by.
-DRIFT, TIMES_EVALUATED = 0.25, 3.0
+# What half precision, in the evaluation and in the merged weights, may move rewards by: root mean square, in
+# standard deviations of the rewards. Seen: 0.1 to 0.3 after a few steps of bf16, 4 or 8 bits, less later; of
+# rewards that have nothing to do with each other it is 1.4.
+DRIFT = 0.5
 
 
 def export(run: Path, output: Path | None = None, *, overwrite: bool = False) -> dict[str, Any]:
@@ -80,10 +81,9 @@ def export(run: Path, output: Path | None = None, *, overwrite: bool = False) ->
         _compare("merging changed the rewards", names, exact, merged, TOLERANCE)
         save(judge, precision, folder)
         rounded = rewards()
-        allowed = max(
-            TOLERANCE, DRIFT * float(exact.std()), TIMES_EVALUATED * float(np.abs(evaluated - exact).max())
-        )
-        _compare("rounding the merged weights changed the rewards", names, merged, rounded, allowed)
+        allowed = max(TOLERANCE, DRIFT * float(evaluated.std()))
+        _compare("the model in fp32 is not what was evaluated", names, evaluated, exact, allowed, rms)
+        _compare("rounding the merged weights changed the rewards", names, evaluated, rounded, allowed, rms)
         conversations = [ids for comparison in comparisons for ids in comparison.conversations()]
         read_back = plain_rewards(folder, conversations)
         _compare("the files do not give the merged model's rewards", names, rounded, read_back, TOLERANCE)
@@ -97,7 +97,7 @@ def export(run: Path, output: Path | None = None, *, overwrite: bool = False) ->
         }
         proof = {
             "n_sequences": len(conversations),
-            "tolerance": {"merge": TOLERANCE, "rounding": allowed, "files": TOLERANCE},
+            "tolerance": {"merge": TOLERANCE, "merged_rms": allowed, "files": TOLERANCE},
             "max_abs_diff": {stage: float(np.abs(moved).max()) for stage, moved in differences.items()},
             "accuracy": {
                 "adapter": float(pairwise_agreement(evaluated, ranks).mean()),
@@ -123,15 +123,25 @@ def check_replaceable(output: Path, overwrite: bool) -> None:
         raise RecipeError(f"{output} is there already; add --overwrite to replace it")
 
 
+def rms(differences: NDArray[np.float32]) -> float:
+    """Root mean square."""
+    return float(np.sqrt(np.mean(np.square(differences, dtype=float))))
+
+
 def _compare(
-    claim: str, names: list[str], before: NDArray[np.float32], after: NDArray[np.float32], allowed: float
+    claim: str,
+    names: list[str],
+    before: NDArray[np.float32],
+    after: NDArray[np.float32],
+    allowed: float,
+    measure: Callable[[NDArray[np.float32]], float] = lambda differences: float(differences.max()),
 ) -> None:
     difference = np.abs(before - after)
     worst = int(difference.argmax())
-    if not difference[worst] <= allowed:
+    if not measure(difference) <= allowed:
         raise ExportError(
             f"{claim}: held-out {names[worst]} (best first), went from {before[worst]:.4f} to "
-            f"{after[worst]:.4f}, and {allowed:.1g} is allowed; "
+            f"{after[worst]:.4f}, and {allowed:.1g} is allowed{' on average' if measure is rms else ''}; "
             "nothing was exported"
         )
 

@@ -150,6 +150,8 @@ def _outline(
     layers: int | None = None,
 ) -> nn.Module:
     """The model as it will be trained, with so many layers, without weights."""
+    # By transformers' own attention, not the one for rows on a CPU: this runs on no device.
+    attention = "eager" if config._attn_implementation == "eager" else None
     config = type(config).from_dict(config.to_dict())
     config.use_cache = False  # which checkpointing would warn about
     if hasattr(config, "quantization_config"):
@@ -161,7 +163,7 @@ def _outline(
             text.layer_types = text.layer_types[:layers]
     with torch.device("meta"):
         outline = AutoModelForSequenceClassification.from_config(
-            config, dtype=getattr(torch, str(model.dtype), None), attn_implementation=None
+            config, dtype=getattr(torch, str(model.dtype), config.dtype), attn_implementation=attention
         )
         if not model.use_peft:
             return outline.train()

@@ -5,6 +5,7 @@ its rewards tie), so here it is every parameter that the base checkpoint did not
 fp32, trained in full and saved with the adapter.
 """
 
+import errno
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftConfig, PeftModel, TaskType
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -23,7 +25,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import logging
 
 from rm_recipe import quantisation, sft
-from rm_recipe.adapters import check_target_modules, keep_activations_in_half
+from rm_recipe.adapters import add_lora, check_target_modules, keep_activations_in_half
 from rm_recipe.attention import announce_rows
 from rm_recipe.errors import RecipeError, one_line
 from rm_recipe.heads import head_names, initialise, outermost, to_float32
@@ -68,12 +70,12 @@ def load_base(
             # Without weights first: which modules are new has to be known before quantising, or the head
             # is quantised too; and what is refused is refused before gigabytes are read.
             outline, new = _load(folder, **kwargs, device_map="meta")
+            head = outermost([*new, *head_names(outline)])
             if config.use_peft:
                 check_target_modules(outline, config)
+                add_lora(outline, config, head, autocast=False)  # or PEFT refuses it
             if config.load_in_4bit or config.load_in_8bit:
-                kwargs["quantization_config"] = quantisation.settings(
-                    config, skip=outermost([*new, *head_names(outline)])
-                )
+                kwargs["quantization_config"] = quantisation.settings(config, skip=head)
                 kwargs["device_map"] = quantisation.on_this_device()
             model, new = _load(folder, dtype=dtype, **kwargs)
     model.name_or_path = model.config._name_or_path = name  # where the adapter will look for its base
@@ -94,7 +96,9 @@ def _load(name: str, **kwargs: Any) -> tuple[PreTrainedModel, list[str]]:
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 name, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or getattr(error, "errno", None) == errno.ENOSPC:
+            raise  # of the machine, not of what the user has named
         raise RecipeError(f"'{name}' cannot be loaded as a classifier: {one_line(error)}") from None
     heads = tuple(f"{head}." for head in head_names(model))
     mismatched = [key for key, *_ in info["mismatched_keys"]]

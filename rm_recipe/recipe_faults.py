@@ -57,6 +57,11 @@ def cross_faults(values: dict[str, Any], given: dict[str, Any]) -> list[str]:
     quantised = values.get("load_in_4bit") or values.get("load_in_8bit")
     if quantised and not values.get("use_peft"):
         faults.append("a quantised base cannot be trained in full: set 'use_peft: true'")
+    if values.get("trust_remote_code"):
+        faults.append(
+            "'trust_remote_code: true': the export has to load with plain transformers, so a model with code "
+            "of its own cannot be a base"
+        )
     if values.get("load_in_8bit") and values.get("use_dora"):
         faults.append(
             "'use_dora' reads weights that bitsandbytes 0.50 does not give in 8 bits: 'load_in_4bit'"

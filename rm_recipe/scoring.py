@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 from rm_recipe.artifacts import whole_file
 from rm_recipe.attention import by_block
 from rm_recipe.batching import Encoded, padded_rows, shared_rows, split_at_common_prefix
-from rm_recipe.distribution import processes
 from rm_recipe.encoding import encode
 from rm_recipe.errors import DataError, RecipeError, TrainingError
 from rm_recipe.messages import Excluded, Malformed, as_messages, check_unicode
@@ -54,15 +53,16 @@ class RewardModel:
         """Loads a run folder, its `model/`, a merged export or a one-label model from the Hub.
 
         Args:
-            device: where to put it; by default a GPU if there is one, of several processes each its own.
+            device: where to put it; by default a GPU if there is one.
 
         Raises:
             RecipeError: there is no such model, or it is not a reward model.
         """
         folder = find_model(str(path))
-        device = device or str(processes().device)
         tokenizer = load_tokenizer(folder)
         model = load_trained(folder, tokenizer)
+        if device is None:
+            device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
         if not getattr(model.config, "quantization_config", None):  # loaded where it is to stay
             model = model.to(device)
         return cls(model, tokenizer)

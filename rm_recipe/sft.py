@@ -5,6 +5,7 @@ week 1 of a course leaves behind is often a LoRA adapter. A reward model needs i
 model, so the SFT adapter becomes part of the base, each time it is loaded.
 """
 
+import errno
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.hub import has_file
 
+from rm_recipe import quantisation
 from rm_recipe.errors import RecipeError, one_line
 
 if TYPE_CHECKING:
@@ -74,19 +77,38 @@ def as_one_model(name: str, revision: str = "main", trust_remote_code: bool = Fa
     if adapter is None:
         yield name
         return
-    from peft import AutoPeftModelForCausalLM, TaskType
-
-    adapter.task_type = TaskType.CAUSAL_LM  # SFT may have left it open
-    try:
-        model = AutoPeftModelForCausalLM.from_pretrained(
-            name, config=adapter, revision=revision, dtype="auto", trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise RecipeError(f"the SFT adapter '{name}' cannot be loaded: {one_line(error)}") from None
-    if not hasattr(model.base_model, "merge_and_unload"):
+    if adapter.is_prompt_learning:
         kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
         raise RecipeError(f"the SFT adapter '{name}' is of type {kind}, which cannot be merged into its base")
-    with tempfile.TemporaryDirectory(prefix="rm-recipe-sft-") as folder:
-        model.merge_and_unload(progressbar=False).save_pretrained(folder)
-        del model
+    with tempfile.TemporaryDirectory(prefix="rm-recipe-sft-", ignore_cleanup_errors=True) as folder:
+        try:
+            merged = _merge(name, revision, adapter, trust_remote_code)
+            # Not in the format of a base that came quantised, which transformers cannot go back to.
+            merged.save_pretrained(folder, save_original_format=False)
+            del merged
+        except (OSError, ValueError, RuntimeError, ImportError) as error:
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise
+            raise RecipeError(f"the SFT adapter '{name}' cannot be loaded: {one_line(error)}") from None
         yield folder
+
+
+def _merge(name: str, revision: str, adapter: "PeftConfig", trust_remote_code: bool) -> PreTrainedModel:
+    from peft import PeftModel
+
+    base = AutoModelForCausalLM.from_pretrained(
+        adapter.base_model_name_or_path,
+        revision=adapter.revision or "main",
+        dtype="auto",
+        trust_remote_code=trust_remote_code,
+    )
+    if hasattr(base.config, "quantization_config"):  # SFT was QLoRA on a base that comes quantised
+        quantisation.dequantize(base)
+    if holds(name, "tokenizer_config.json", revision):
+        size = len(AutoTokenizer.from_pretrained(name, revision=revision))
+        if size > base.get_input_embeddings().num_embeddings:  # SFT has added tokens
+            base.resize_token_embeddings(size)
+    merged: PreTrainedModel = PeftModel.from_pretrained(base, name, revision=revision).merge_and_unload(
+        progressbar=False
+    )
+    return merged

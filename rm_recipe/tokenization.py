@@ -143,17 +143,16 @@ def check_lengths(config: Any, max_length: int | None, name: str) -> None:
 def check_vocabulary(config: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Refuses a tokenizer that was made for another model.
 
-    The model may hold a few embeddings more, to a multiple of 64 or in reserve; and what is missing may
-    be the pad token, which no reward depends on.
+    The model may hold a few embeddings more, to a multiple of 64 or in reserve. Added tokens may be missing
+    (a pad token, Gemma's image token): they get embeddings later.
 
     Raises:
         RecipeError: naming both sizes.
     """
     size = config.get_text_config().vocab_size
+    added = tokenizer.added_tokens_decoder
     beyond = [
-        token
-        for token, number in tokenizer.get_vocab().items()
-        if number >= size and token != tokenizer.pad_token
+        token for token, number in tokenizer.get_vocab().items() if number >= size and number not in added
     ]
     if beyond or len(tokenizer) < SMALLEST_VOCABULARY * size:
         example = f", none for '{beyond[0]}' among others" if beyond else ""

@@ -49,7 +49,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> N
         DataError: the data cannot be used.
         TrainingError: the loss is not finite, or the saved head is not the trained one.
     """
-    check_sharding(recipe.training)
+    check_sharding(recipe.training, bool(recipe.model.load_in_4bit or recipe.model.load_in_8bit))
     checkpoint = check_run_folder(recipe, resume=resume, overwrite=overwrite)
     tokenizer, train_split, test_split, leakage = load_data(recipe)
     report = report_data(recipe, train_split, test_split, leakage)

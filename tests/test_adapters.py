@@ -47,6 +47,10 @@ def test_target_modules_that_match_nothing_are_refused(tiny_llama):
             RecipeError, match="no layer is called no_such_proj; this model's are down_proj, "
         ):
             base(tiny_llama, use_peft=True, lora_target_modules=wanted)
+    with pytest.raises(
+        RecipeError, match=r"'lora_target_modules: \*q_proj' is neither a layer's name nor a reg"
+    ):
+        base(tiny_llama, use_peft=True, lora_target_modules=["*q_proj"])
     with pytest.raises(RecipeError, match=r"no layer is called \.\*mlp\.query"):
         base(tiny_llama, use_peft=True, lora_target_modules=[".*mlp.query"])
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from accelerate.utils.other import get_free_port
 from conftest import REPOSITORY, make_recipe, make_rows, write_jsonl
@@ -354,6 +354,19 @@ def test_sharding_with_one_process_is_refused(write_recipe, monkeypatch, name):
     monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
     with pytest.raises(RecipeError, match=f"{name} was asked for .* here is 1 process on cpu"):
         check_sharding(recipe.training)
+
+
+def test_a_4_bit_base_is_refused_under_sharding(write_recipe, monkeypatch):
+    """Accelerate leaves its weights whole, with a warning."""
+    state = SimpleNamespace(
+        distributed_type=DistributedType.MULTI_GPU, num_processes=2, device=torch.device("cuda")
+    )
+    monkeypatch.setattr("rm_recipe.distribution.PartialState", lambda: state)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    training = read_recipe(write_recipe()).training
+    check_sharding(training)
+    with pytest.raises(RecipeError, match="a base in 4 or 8 bits is not sharded; take .*multi_gpu.yaml"):
+        check_sharding(training, quantised=True)
 
 
 def test_fsdp_asked_for_by_the_recipe_is_refused_too(write_recipe):

@@ -1,5 +1,6 @@
 """The head is fp32, new, seeded, trained and saved; LoRA leaves the base alone."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import (
 )
 from trl import ModelConfig
 
-from rm_recipe import RewardModel
+from rm_recipe import RewardModel, modeling
 from rm_recipe.batching import split_at_common_prefix
 from rm_recipe.errors import RecipeError
 from rm_recipe.heads import Float32Linear
@@ -147,3 +148,20 @@ def test_a_classifier_of_two_labels_is_a_base_with_a_fresh_head(tiny_llama, tmp_
     model, new, _ = base(tmp_path)
     assert new == ["score"]
     assert torch.equal(model.score.weight, base(tiny_llama)[0].score.weight)
+
+
+def test_what_peft_refuses_is_refused_before_weights_are_read(tiny_llama, monkeypatch):
+    read = []
+    load = modeling._load
+    monkeypatch.setattr(modeling, "_load", lambda *a, **k: read.append(k.get("device_map")) or load(*a, **k))
+    with pytest.raises(RecipeError, match="LoRA cannot be added: Target module LlamaAttention"):
+        base(tiny_llama, use_peft=True, lora_target_modules=["self_attn"])
+    assert read == ["meta"]
+
+
+def test_a_weights_file_that_is_broken_is_named(tiny_llama, tmp_path):
+    """As half a download is, or a Git LFS pointer."""
+    shutil.copytree(tiny_llama, tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(RecipeError, match="/base' cannot be loaded as a classifier: "):
+        base(tmp_path / "base")

@@ -49,6 +49,7 @@ def test_all_faults_come_in_one_message_each_with_its_place_and_fix(write_recipe
     path = write_recipe(
         lerning_rate=1e-4, lora_r=True, lr_scheduler_type="cosin", max_length=-3, load_in_4bit=True,
         load_in_8bit=True, hub_token="secret", dataset_test_split="train", truncation="cut",
+        trust_remote_code=True, use_dora=True,
         report_to="no_such_tracker",
     )  # fmt: skip
     with path.open("a") as file:
@@ -63,6 +64,8 @@ def test_all_faults_come_in_one_message_each_with_its_place_and_fix(write_recipe
         "Did you mean 'cosine'?",
         "'max_length: -3' must be above 0",
         "'load_in_4bit' and 'load_in_8bit' cannot both be true",
+        "'trust_remote_code: true': the export has to load with plain transformers",
+        "'use_dora' reads weights that bitsandbytes 0.50 does not give in 8 bits",
         "key 'hub_token' is not for a recipe",
         "'dataset_test_split: train' must differ from 'dataset_train_split'",
         "'truncation: cut' is not one of drop_oldest_turns, keep_end, exclude.",

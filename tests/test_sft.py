@@ -10,10 +10,10 @@ import torch
 from conftest import CHAT_TEMPLATE, make_tokenizer, run_cli
 from huggingface_hub.utils import httpx
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 from trl import ModelConfig
 
-from rm_recipe import RewardModel
+from rm_recipe import RewardModel, quantisation
 from rm_recipe import sft as sft_module
 from rm_recipe.errors import RecipeError
 from rm_recipe.export import export
@@ -165,3 +165,20 @@ def test_the_hub_is_asked_once_and_a_proxy_that_fails_is_named(monkeypatch):
     assert asked == [("user/model", "adapter_config.json", "v1")]
     with pytest.raises(RecipeError, match="'model_name_or_path: user/behind-a-proxy' cannot be loaded: 407"):
         sft_module.adapter_config("user/behind-a-proxy")
+
+
+def test_an_adapter_on_a_base_that_comes_quantised_is_merged_into_what_it_was_trained_on(
+    tiny_llama, tmp_path
+):
+    """QLoRA on a 4-bit repository is how most train on one small GPU."""
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    quantised = AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=settings)
+    quantised.save_pretrained(tmp_path / "base")
+    load_tokenizer(str(tiny_llama)).save_pretrained(tmp_path / "base")
+    causal = save_adapter(tmp_path / "sft", tmp_path / "base").eval()
+    quantisation.keep_layout(causal)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        expected = causal(ids, output_hidden_states=True).hidden_states[-1]
+        found = load(tmp_path / "sft", dtype="float32").model(ids).last_hidden_state
+    assert torch.allclose(found, expected.float(), atol=0.02 * float(expected.abs().max()))
