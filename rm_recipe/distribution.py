@@ -4,6 +4,7 @@ The engine is Accelerate's: DDP, FSDP2 or DeepSpeed, by the file in `accelerate_
 keeps its silent choices from becoming ours.
 """
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -140,6 +141,19 @@ def autocast_of(training: "RewardConfig") -> torch.autocast:
     dtype = torch.float16 if training.fp16 else torch.bfloat16
     enabled = bool(training.bf16 or training.fp16)
     return torch.autocast(training.device.type, dtype, enabled=enabled, cache_enabled=False)
+
+
+def end(trainer: Any) -> None:
+    """Ends the process group, and before it all else that holds it.
+
+    DDP does. Freed as the last of its owners, it joins gloo's thread (torch 2.13) without giving up Python's
+    lock, which that thread may need to let go of its last tensor: a process that has done everything would
+    never end. `destroy_process_group` gives the lock up.
+    """
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    gc.collect()
+    trainer.end()
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from rm_recipe.artifacts import whole_folder, write_json
 from rm_recipe.datasets import Leakage, load_splits, refuse_leakage
 from rm_recipe.distribution import (
     check_sharding,
+    end,
     main_process_first,
     say,
     wait_for_main_process,
@@ -76,7 +77,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> N
         first_step = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
         record = run_record(recipe, trainer, sharing, train_split, test_split, seconds, first_step)
         write_json(recipe.output_dir / "run.json", record)
-    trainer.end()
+    end(trainer)
 
 
 # --- before ----------------------------------------------------------------------------------

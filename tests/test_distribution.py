@@ -26,13 +26,15 @@ from safetensors.torch import load_file
 
 from rm_recipe.distribution import check_sharding, each_once, keep_precision
 from rm_recipe.errors import RecipeError
-from rm_recipe.evaluate import HELD_OUT, evaluate
+from rm_recipe.evaluate import evaluate
 from rm_recipe.recipe import read_recipe
 from rm_recipe.scoring import RewardModel
 from rm_recipe.train import train
+from rm_recipe.verdict import HELD_OUT
 
 CONFIGS = {path.stem: path for path in (REPOSITORY / "accelerate_configs").glob("*.yaml")}
 SHARDED = Path(__file__).parent / "two_ranks_sharded.py"
+ENDING = Path(__file__).parent / "two_ranks_ending.py"
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
 )
@@ -41,10 +43,13 @@ needs_deepspeed = pytest.mark.skipif(
 def start(config: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """`accelerate launch` with one of the configurations; options of its own come first."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS[config])]
-    return subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, check=False, cwd=REPOSITORY, timeout=200,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-    )  # fmt: skip
+    try:
+        return subprocess.run(
+            [*command, *arguments], capture_output=True, text=True, check=False, cwd=REPOSITORY, timeout=200,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as expired:
+        pytest.fail(f"no end after 200 s; so far: {(expired.stderr or b'').decode()[-3000:]}", pytrace=False)
 
 
 def launch(config: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -235,6 +240,13 @@ def test_two_processes_learn_what_one_does_at_the_same_batch(one, two):
     assert len(logged(two, "loss")) == 8
     assert_same(two, one, ("loss", "accuracy", "margin", "num_tokens"), 1e-5)
     assert difference(two, one) <= 1e-5
+
+
+def test_nothing_but_torch_holds_the_process_group_when_it_is_destroyed(runs):
+    """DDP, freed later, would now and then wait for ever for a thread that waits for it."""
+    recipe = runs.recipe("ending", per_device_train_batch_size=4, max_steps=2)
+    launch("cpu_two_processes", str(ENDING), str(recipe))
+    assert [(recipe.parent / f"rank-{rank}.txt").read_text() for rank in (0, 1)] == ["0", "0"]
 
 
 def test_evaluation_in_training_counts_each_of_an_odd_number_once(one, two):
