@@ -87,15 +87,29 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option(help="Where the result goes; by default into RUN_OR_MODEL.")
     ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Another model, to be compared on the same comparisons.")
+    ] = None,
+    gate: Annotated[
+        bool, typer.Option("--gate", help="Exit with 1 where the recipe's target_accuracy is not reached.")
+    ] = False,
 ) -> None:
-    """Measure preference accuracy on held-out comparisons."""
+    """Measure preference accuracy on held-out comparisons; report.html has the pictures."""
     from rm_recipe.distribution import processes
-    from rm_recipe.evaluate import HELD_OUT, print_evaluation
+    from rm_recipe.evaluate import check_gate
     from rm_recipe.evaluate import evaluate as evaluate_model
+    from rm_recipe.evaluation_table import print_evaluation
+    from rm_recipe.verdict import HELD_OUT
 
-    content = evaluate_model(target, dataset, output)
+    names = dataset or [HELD_OUT]
+    if gate:
+        check_gate(target, names)
+    content = evaluate_model(target, dataset, output, against)
     if processes().is_main_process:
-        print_evaluation(content, dataset or [HELD_OUT])
+        print_evaluation(content, names)
+        print(f"report: {(output or Path(target)) / 'report.html'}")
+    if gate and not content["gate"]["passed"]:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -5,13 +5,14 @@ shape `(pairs,)`, and the margin is `chosen - rejected`. A comparison of two res
 one of K gives up to K choose 2 (`pair_indices`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import datasets
 import evaluate
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import kendalltau
 from statsmodels.stats.proportion import proportion_confint
 
 from rm_recipe.preferences import untied_pairs
@@ -59,6 +60,11 @@ def mean_by_comparison(values: ArrayLike, comparison: Indices) -> Array:
     return np.asarray(np.bincount(comparison, np.asarray(values, float)) / np.bincount(comparison))
 
 
+def pair_weights(comparison: Indices) -> Array:
+    """1 over the number of pairs of the comparison that each pair belongs to; `(pairs,)`."""
+    return np.asarray(1 / np.bincount(comparison)[comparison])
+
+
 def pairwise_agreement(values: ArrayLike, ranks: Sequence[Sequence[int]]) -> Array:
     """For each comparison the share of its untied pairs that `values` order as its ranks do.
 
@@ -93,42 +99,35 @@ def bradley_terry_loss(chosen: ArrayLike, rejected: ArrayLike, comparison: Indic
     return float(np.mean(losses if comparison is None else mean_by_comparison(losses, comparison)))
 
 
-def length_baselines(lengths: ArrayLike, ranks: Sequence[Sequence[int]]) -> dict[str, float]:
-    """The accuracy of two rules that do not read: the longer response wins, the shorter one wins.
+def best_of_k(rewards: ArrayLike, ranks: Sequence[Sequence[int]]) -> Array:
+    """For each comparison whether its highest reward is that of a best response; `(comparisons,)`.
+
+    What best-of-K sampling does with the reward model. Where several responses share the highest reward it
+    is the share of best ones among them: the chance of a draw.
 
     Args:
-        lengths: of all responses end to end, `(responses,)`.
+        rewards: of all responses end to end, `(responses,)`.
     """
-    longer = float(pairwise_agreement(lengths, ranks).mean())
-    return {"longer_wins": longer, "shorter_wins": 1 - longer}
+    return np.array(
+        [(own[values == values.max()] == own.min()).mean() for values, own in _each(rewards, ranks)]
+    )
 
 
-def expected_calibration_error(
-    chosen: ArrayLike, rejected: ArrayLike, n_bins: int = 10
-) -> tuple[float, list[dict[str, float]]]:
-    """How far sigmoid(|margin|), the model's confidence, is from how often it is right.
+def kendall_tau(rewards: ArrayLike, ranks: Sequence[Sequence[int]]) -> Array:
+    """Kendall's tau-b of rewards and ranks in each comparison, between -1 and 1; `(comparisons,)`.
 
-    Pairs are put into `n_bins` equal bins of confidence between 0.5 and 1; the error is the
-    mean over pairs of |mean confidence - accuracy| of their bin (Guo et al. 2017,
-    arXiv 1706.04599, equation 3).
-
-    Returns:
-        the error, and for each bin that is not empty its `confidence`, `accuracy` and `n`.
+    Pairs in agreement minus pairs in disagreement, over the geometric mean of the pairs that are untied on
+    either side (Kendall 1945; `scipy.stats.kendalltau`). 0 where all rewards are equal.
     """
-    margin = np.asarray(chosen, float) - np.asarray(rejected, float)
-    right = agreement(chosen, rejected)
-    confidence = 1 / (1 + np.exp(-np.abs(margin)))
-    index = np.minimum(((confidence - 0.5) * 2 * n_bins).astype(int), n_bins - 1)
-    bins = [
-        {
-            "confidence": float(confidence[index == b].mean()),
-            "accuracy": float(right[index == b].mean()),
-            "n": int((index == b).sum()),
-        }
-        for b in np.unique(index)
-    ]
-    error = sum(b["n"] * abs(b["confidence"] - b["accuracy"]) for b in bins) / len(margin)
-    return float(error), bins
+    taus = [kendalltau(values, -own).statistic for values, own in _each(rewards, ranks)]
+    return np.nan_to_num(taus)
+
+
+def _each(values: ArrayLike, ranks: Sequence[Sequence[int]]) -> Iterator[tuple[Array, Indices]]:
+    """The values and the ranks of each comparison, from values that are laid end to end."""
+    ends = np.cumsum([len(own) for own in ranks])[:-1]
+    for own_values, own_ranks in zip(np.split(np.asarray(values, float), ends), ranks, strict=True):
+        yield own_values, np.asarray(own_ranks)
 
 
 class PreferenceAccuracy(evaluate.Metric):
@@ -139,7 +138,7 @@ class PreferenceAccuracy(evaluate.Metric):
     offline, since it comes from this package and not from the Hub::
 
         PreferenceAccuracy().compute(chosen=[1.0, 0.5], rejected=[0.0, 0.5])
-        # accuracy 0.75, accuracy_ci95, ties 1, n 2
+        # accuracy 0.75, accuracy_ci95, ties 1, n 2, loss 0.503, mean_margin 0.5
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -154,7 +153,7 @@ class PreferenceAccuracy(evaluate.Metric):
     def _compute(
         self, chosen: ArrayLike, rejected: ArrayLike, comparison: Indices | None = None
     ) -> dict[str, Any]:
-        """`{"accuracy", "accuracy_ci95", "ties", "n"}`.
+        """`{"accuracy", "accuracy_ci95", "ties", "n", "loss", "mean_margin"}`; only ties count pairs.
 
         Args:
             comparison: for rankings the comparison that each pair belongs to, `(pairs,)`.
@@ -169,13 +168,61 @@ class PreferenceAccuracy(evaluate.Metric):
             )
         if not np.isfinite([chosen, rejected]).all():
             raise ValueError("a reward is not finite")
-        right = agreement(chosen, rejected)
-        if comparison is not None:
-            right = mean_by_comparison(right, comparison)
+        if comparison is None:
+            comparison = np.arange(chosen.size)
+        right = mean_by_comparison(agreement(chosen, rejected), comparison)
         accuracy = float(right.mean())
         return {
             "accuracy": accuracy,
             "accuracy_ci95": accuracy_interval(accuracy, right.size),
             "ties": int((chosen == rejected).sum()),
             "n": int(right.size),
+            "loss": bradley_terry_loss(chosen, rejected, comparison),
+            "mean_margin": float(mean_by_comparison(chosen - rejected, comparison).mean()),
+        }
+
+
+class RankingAgreement(evaluate.Metric):
+    """How well rewards order the K responses of each comparison.
+
+    Nothing is excluded; a reward that is not finite raises::
+
+        RankingAgreement().compute(rewards=[[3.0, 1.0, 2.0]], ranks=[[0, 1, 2]])
+        # pairs 3, pairwise_accuracy 0.667, best_of_k 1, kendall_tau 0.333, n 1
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Pairwise accuracy, best-of-K accuracy and Kendall's tau of rankings.",
+            citation="",
+            inputs_description="rewards: K for each comparison; ranks: of the same responses, 0 for the best",
+            features=datasets.Features(
+                {
+                    "rewards": datasets.Sequence(datasets.Value("float64")),
+                    "ranks": datasets.Sequence(datasets.Value("int64")),
+                }
+            ),
+        )
+
+    def _compute(self, rewards: Sequence[ArrayLike], ranks: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """`{"pairs", "pairwise_accuracy", "best_of_k", "kendall_tau", "n"}`.
+
+        In pairwise accuracy each untied pair weighs the same, so that long rankings weigh more (as in
+        InstructGPT's figures); in the others each comparison does.
+
+        Raises:
+            ValueError: no comparison, as many ranks as rewards are not there, or a reward is not finite.
+        """
+        if not len(ranks) or [np.size(values) for values in rewards] != [len(own) for own in ranks]:
+            raise ValueError("expected at least one comparison, and a rank for every reward")
+        flat = np.concatenate([np.asarray(values, float) for values in rewards])
+        if not np.isfinite(flat).all():
+            raise ValueError("a reward is not finite")
+        better, worse, _ = pair_indices(ranks)
+        return {
+            "pairs": len(better),
+            "pairwise_accuracy": float(agreement(flat[better], flat[worse]).mean()),
+            "best_of_k": float(best_of_k(flat, ranks).mean()),
+            "kendall_tau": float(kendall_tau(flat, ranks).mean()),
+            "n": len(ranks),
         }

@@ -217,7 +217,11 @@ def load_trained(path: str, tokenizer: PreTrainedTokenizerBase, *, dequantize: b
     if adapter is not None:
         return _load_adapter(path, adapter, config, tokenizer, dequantize)
     if config.num_labels != 1:
-        raise RecipeError(f"{path} has {config.num_labels} labels; a reward model has one")
+        kind = ", ".join(config.architectures or ["unknown architecture"])
+        raise RecipeError(
+            f"{path} ({kind}) has {config.num_labels} labels; a reward model is a sequence classifier "
+            "with one"
+        )
     model, new = _load(path, dtype="auto")
     if new:
         raise RecipeError(f"{path} has no trained head ({', '.join(new)} missing): not a reward model")

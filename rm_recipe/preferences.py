@@ -27,10 +27,14 @@ SHAPES: tuple[set[str], ...] = (
     {"prompt", "responses", "ranks"},
     {"prompt", "responses", "scores"},
     {"instruction", "completions"},  # UltraFeedback as published
+    {"input", "output_1", "output_2", "label"},  # LLMBar as published
 )
 MARGIN_REASONS = ("missing_margin", "negative_margin")  # why a comparison cannot be trained on
 
-SHAPES_IN_WORDS = "chosen and rejected (and perhaps prompt), or prompt, responses and ranks or scores"
+SHAPES_IN_WORDS = (
+    "chosen and rejected (and perhaps prompt), or prompt, responses and ranks or scores, or (LLMBar) input, "
+    "output_1, output_2 and label"
+)
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,9 @@ def parse_row(
     Rankings: `responses` of one prompt with `ranks` (1 is best) or `scores` (the highest is best);
     equal ones are ties and give no pair.
 
+    Benchmarks as published: RewardBench's pairs are of the first kind, with their own `subset`; LLMBar's have
+    two outputs and the number of the better one (`label`).
+
     Args:
         margin_column: where the margins stand: a number, a category of `margin_map`, or for
             rankings also a number for each response, whose differences are the margins. A margin
@@ -101,7 +108,10 @@ def parse_row(
     """
     pair = row.get("chosen") is not None or row.get("rejected") is not None
     ranking = row.get("responses") is not None or row.get("completions") is not None
-    prompt, responses, levels = _ranking(row) if ranking and not pair else _pair(row)
+    if row.get("output_1") is not None and not (pair or ranking):
+        prompt, responses, levels = _labelled(row)
+    else:
+        prompt, responses, levels = _ranking(row) if ranking and not pair else _pair(row)
     check_prompt(prompt)
     check_unicode([*(message["content"] for message in prompt), *responses])
     if not all(response.strip() for response in responses):
@@ -135,6 +145,21 @@ def _pair(row: Mapping[str, Any]) -> tuple[list[Message], list[str], list[float]
         prompt = as_messages(row["prompt"])
         best, worst = _reply("chosen", prompt, chosen), _reply("rejected", prompt, rejected)
     return prompt, [best, worst], [0.0, 1.0]
+
+
+def _labelled(row: Mapping[str, Any]) -> tuple[list[Message], list[str], list[float]]:
+    """Two outputs and the number, 1 or 2, of the better one."""
+    if row.get("input") is None:
+        raise Excluded("empty_prompt")
+    if row.get("output_2") is None:
+        raise Excluded("missing_response")
+    if row.get("label") is None:
+        raise Excluded("missing_label")
+    if row["label"] not in (1, 2):
+        raise Malformed("label", "1 or 2, the number of the better output", row["label"])
+    prompt = as_messages(row["input"])
+    outputs = [_reply(column, prompt, row[column]) for column in ("output_1", "output_2")]
+    return prompt, outputs, [0.0, 1.0] if row["label"] == 1 else [1.0, 0.0]
 
 
 def _ranking(row: Mapping[str, Any]) -> tuple[list[Message], list[str], list[float]]:

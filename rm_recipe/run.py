@@ -35,9 +35,11 @@ def run(recipe_path: Path, overrides: Sequence[str], *, overwrite: bool = False)
         TrainingError: training failed; what it printed says why.
     """
     from rm_recipe.datasets import refuse_leakage
-    from rm_recipe.evaluate import HELD_OUT, evaluate, print_evaluation, read_evaluation
+    from rm_recipe.evaluate import evaluate, read_evaluation
+    from rm_recipe.evaluation_table import print_evaluation
     from rm_recipe.export import export
     from rm_recipe.train import changed_keys, load_data
+    from rm_recipe.verdict import HELD_OUT
 
     recipe = read_recipe(recipe_path, overrides, check_inputs=False)
     prepare(recipe)
@@ -161,6 +163,7 @@ def print_summary(folder: Path, recipe_path: Path) -> None:
     for name, what in (
         ("export", "the reward model, merged: load it with transformers"),
         ("model", "the trained adapter and head"),
+        ("report.html", "what it learnt and where it errs, in pictures: open it in a browser"),
         ("evaluation.json", "every figure; predictions.jsonl: every comparison"),
         ("run.json", "seed, versions, cost, training log"),
     ):

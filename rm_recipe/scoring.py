@@ -22,7 +22,7 @@ from rm_recipe.modeling import autocast, load_trained
 from rm_recipe.preferences import Comparison
 from rm_recipe.recipe_keys import MODEL_FILES, looks_local
 from rm_recipe.sharing import decide_sharing
-from rm_recipe.tokenization import load_tokenizer
+from rm_recipe.tokenization import load_tokenizer, positions
 
 TOKENS_PER_BATCH = 4096  # enough to fill two cores or a small GPU, little enough for 8 GB
 
@@ -42,7 +42,7 @@ class RewardModel:
         self.model = model
         self.tokenizer = tokenizer
         settings = getattr(model.config, "rm_recipe", None) or {}  # what training truncated to
-        self.max_length: int | None = settings.get("max_length")
+        self.max_length: int | None = settings.get("max_length", positions(model.config))
         self.truncation: str = settings.get("truncation", "drop_oldest_turns")
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         wanted = settings.get("prefix_sharing", "auto")
@@ -93,7 +93,9 @@ class RewardModel:
                 members.append([group[k] for k in part])
                 encoded.append(Encoded(whole.prefix, [whole.rests[k] for k in part]))
         rewards = np.empty(len(items), np.float32)
-        for group, values in zip(members, self.score_encoded(encoded, progress), strict=True):
+        for group, values in zip(
+            members, self.score_encoded(encoded, "Scoring" if progress else ""), strict=True
+        ):
             rewards[group] = values
         return rewards
 
@@ -113,18 +115,21 @@ class RewardModel:
         return encoded.conversations()[0]
 
     def score_encoded(
-        self, comparisons: Sequence[Encoded], progress: bool = False
+        self, comparisons: Sequence[Encoded], progress: str = "", check: bool = True
     ) -> list[NDArray[np.float32]]:
         """Rewards of tokenised comparisons, in order: for each an array `(K,)` float32.
 
         Comparisons of similar length are scored together. Raises TrainingError if a reward is not
-        finite.
+        finite, unless `check` is False.
+
+        Args:
+            progress: what the progress bar says; empty for none.
         """
         device = next(self.model.parameters()).device
         results: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(comparisons)
         sizes = [_size(comparison, self.sharing.used) for comparison in comparisons]
         order = sorted(range(len(comparisons)), key=lambda i: -sizes[i])
-        with tqdm(total=len(order), desc="Scoring", unit="prompt", disable=not progress) as bar:
+        with tqdm(total=len(order), desc=progress, unit="prompt", disable=not progress) as bar:
             for members in _batches(order, sizes):
                 batch = [comparisons[i] for i in members]
                 pad = self.tokenizer.pad_token_id
@@ -137,7 +142,7 @@ class RewardModel:
                 with torch.inference_mode(), autocast(self.model):
                     logits = self.model(**rows).logits
                 rewards = logits.float().squeeze(-1).cpu().numpy()
-                if not np.isfinite(rewards).all():
+                if check and not np.isfinite(rewards).all():
                     raise TrainingError("the model gives rewards that are not finite numbers")
                 ends = np.cumsum([len(comparison.rests) for comparison in batch])[:-1]
                 for i, values in zip(members, np.split(rewards, ends), strict=True):

@@ -125,19 +125,23 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
     return str(tokenizer.apply_chat_template(messages, tokenize=False))
 
 
+def positions(config: Any) -> int | None:
+    """How many tokens a model has positions for; None where its config does not say."""
+    number = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if number and config.model_type in POSITIONS_AFTER_PADDING:
+        number -= config.pad_token_id + 1
+    return number
+
+
 def check_lengths(config: Any, max_length: int | None, name: str) -> None:
     """Refuses a `max_length` that the model has no positions for.
 
     Raises:
         RecipeError: naming both numbers.
     """
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions and config.model_type in POSITIONS_AFTER_PADDING:
-        positions -= config.pad_token_id + 1
-    if positions and (max_length is None or max_length > positions):
-        raise RecipeError(
-            f"'max_length: {max_length}': {name} has {positions} positions; set {positions} or less"
-        )
+    there = positions(config)
+    if there and (max_length is None or max_length > there):
+        raise RecipeError(f"'max_length: {max_length}': {name} has {there} positions; set {there} or less")
 
 
 def check_vocabulary(config: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> None:

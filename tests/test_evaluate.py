@@ -1,19 +1,26 @@
 """Accuracy that can be believed: every comparison counted, and reproduced by plain transformers."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_rows, write_jsonl
+from safetensors.torch import save_file
+from test_cli import invoke
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rm_recipe.batching import Encoded
-from rm_recipe.errors import RecipeError
-from rm_recipe.evaluate import HELD_OUT, evaluate, gate, print_evaluation, summarise
+from rm_recipe.errors import DataError, RecipeError, TrainingError
+from rm_recipe.evaluate import evaluate
+from rm_recipe.evaluation_table import print_evaluation
 from rm_recipe.export import export
+from rm_recipe.heads import saved_tensors
+from rm_recipe.predictions import read_predictions
 from rm_recipe.recipe import read_recipe
+from rm_recipe.scoring import RewardModel
 from rm_recipe.train import train
+from rm_recipe.verdict import HELD_OUT
 
 
 @pytest.fixture
@@ -30,6 +37,9 @@ def test_the_figures_have_the_contracts_keys(run):
         "n_comparisons", "n_scored", "excluded", "accuracy", "accuracy_ci95", "ties", "loss",
         "mean_margin", "baselines", "calibration", "length", "subsets",
     }  # fmt: skip
+    assert figures["baselines"].keys() == {"longer_wins", "shorter_wins", "bag_of_words"}
+    assert figures["consistency"]["thank_you"]["n"] == 80
+    assert figures["trained_prompts"] == 0
     assert figures["n_comparisons"] == figures["n_scored"] + sum(figures["excluded"].values()) == 40
     assert content["gate"] == {
         "target": 0.65, "statistic": "accuracy", "value": figures["accuracy"],
@@ -38,21 +48,28 @@ def test_the_figures_have_the_contracts_keys(run):
     assert json.loads((run / "evaluation.json").read_text()) == content
 
 
-def test_ten_lines_of_plain_transformers_give_the_same_accuracy(run, tiny_data):
+def test_ten_lines_of_plain_transformers_give_the_same_figures(run, tiny_data):
     figures = evaluate(str(run))["datasets"][HELD_OUT]
     export(run)
     model = AutoModelForSequenceClassification.from_pretrained(run / "export").eval()
     tokenizer = AutoTokenizer.from_pretrained(run / "export")
-    rewards = []
-    for row in map(json.loads, (tiny_data / "test.jsonl").open()):
-        for side in ("chosen", "rejected"):
-            messages = [*row["prompt"], {"role": "assistant", "content": row[side]}]
+    rewards, lengths = np.empty((40, 2)), np.empty((40, 2))
+    for number, row in enumerate(map(json.loads, (tiny_data / "test.jsonl").open())):
+        for side, reply in enumerate((row["chosen"], row["rejected"])):
+            messages = [*row["prompt"], {"role": "assistant", "content": reply}]
             ids = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)["input_ids"]
-            with torch.no_grad():
-                rewards.append(model(input_ids=ids).logits.item())
-    margins = np.subtract(*np.array(rewards).reshape(-1, 2).T)
+            rewards[number, side], lengths[number, side] = model(input_ids=ids).logits.item(), ids.shape[1]
+    margins, longer = rewards[:, 0] - rewards[:, 1], lengths[:, 0] - lengths[:, 1]
     assert figures["accuracy"] == np.mean((np.sign(margins) + 1) / 2)
+    assert figures["baselines"]["longer_wins"] == np.mean((np.sign(longer) + 1) / 2)
+    assert figures["length"]["accuracy_chosen_longer"] == np.mean(margins[longer > 0] > 0)
+    assert figures["loss"] == pytest.approx(np.mean(np.log1p(np.exp(-margins))), abs=1e-5)
     assert figures["mean_margin"] == pytest.approx(margins.mean(), abs=1e-5)
+    assert figures["std_reward"] == pytest.approx(rewards.std(), abs=1e-5)
+    confidence, right = 1 / (1 + np.exp(-np.abs(margins))), margins > 0
+    bins = np.minimum((confidence - 0.5) * 20, 9).astype(int)
+    gaps = [abs((confidence - right)[bins == b].sum()) for b in np.unique(bins)]
+    assert figures["calibration"]["ece"] == pytest.approx(sum(gaps) / 40, abs=1e-5)
 
 
 def test_another_data_set_is_added_and_the_held_out_figures_stay(run, tmp_path):
@@ -68,6 +85,150 @@ def test_another_data_set_is_added_and_the_held_out_figures_stay(run, tmp_path):
     for line in lines:
         assert line["margin"] == pytest.approx(line["rewards"][0] - line["rewards"][1])
         assert line["correct"] == (line["margin"] > 0)
+
+
+def test_a_bag_of_words_learns_from_what_the_recipe_trains_on(run):
+    """The tiny data's chosen replies say `good`: any judge of words gets them all."""
+    figures = evaluate(str(run))["datasets"][HELD_OUT]
+    assert figures["baselines"]["bag_of_words"] == 1
+    assert figures["beats_baselines"] is False
+
+
+def test_comparisons_that_were_trained_on_are_counted(run, tiny_data):
+    path = str(tiny_data / "train.jsonl")
+    assert evaluate(str(run), [path])["datasets"][path]["trained_prompts"] == 64
+
+
+def test_a_run_whose_training_data_are_gone_can_be_evaluated_elsewhere(
+    write_recipe, tiny_data, tmp_path, capsys
+):
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    train(read_recipe(write_recipe(dataset_name=str(data), num_train_epochs=1)))
+    shutil.rmtree(data)
+    path = str(write_jsonl(tmp_path / "other.jsonl", make_rows(4, seed=9)))
+    figures = evaluate(str(tmp_path / "run"), [path])["datasets"][path]
+    assert figures["n_scored"] == 4
+    assert "bag_of_words" not in figures["baselines"]
+    assert "no bag-of-words baseline" in capsys.readouterr().out
+
+
+@pytest.fixture
+def other_model(tiny_base, tmp_path):
+    """Another one-label model, which knows nothing and leaves out what has over 40 tokens."""
+    folder = tmp_path / "other"
+    torch.manual_seed(1)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_base("gpt2"), num_labels=1)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base("gpt2"))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.rm_recipe = {"max_length": 40, "truncation": "exclude"}
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_two_models_are_compared_on_the_comparisons_that_fit_both(run, other_model, tiny_data, tmp_path):
+    content = evaluate(str(run), against=str(other_model))["datasets"][HELD_OUT]
+    found = content["against"]
+    alone = evaluate(str(other_model), [str(tiny_data / "test.jsonl")], tmp_path / "alone")
+    (figures,) = alone["datasets"].values()
+    assert 0 < found["n"] == figures["n_scored"] < content["n_scored"] == 40
+    assert found["other_accuracy"] == figures["accuracy"]
+    mine = {line["row"]: line["correct"] for line in read_predictions(run)}
+    other = {line["row"]: line["correct"] for line in read_predictions(tmp_path / "alone")}
+    assert found["difference"] == pytest.approx(np.mean([mine[row] - other[row] for row in other]))
+    assert found["only_this"] == sum(mine[row] > other[row] for row in other)
+
+
+def test_a_model_does_not_differ_from_itself(run):
+    found = evaluate(str(run), against=str(run))["datasets"][HELD_OUT]["against"]
+    assert (found["difference"], found["ci95"], found["p_value"], found["n"]) == (0, [0, 0], 1, 40)
+
+
+def test_rewards_that_are_no_numbers_fail_the_evaluation_and_are_counted(run):
+    before = evaluate(str(run))
+    weights = saved_tensors(run / "model")
+    for name in weights:
+        if name.endswith("embed_tokens.weight") or "lora_B" in name:
+            weights[name][:] = float("nan")
+    save_file(weights, run / "model" / "adapter_model.safetensors")
+    with pytest.raises(TrainingError, match="the rewards of 40 of 40 comparisons are not finite numbers"):
+        evaluate(str(run))
+    assert json.loads((run / "evaluation.json").read_text()) == before
+
+
+def test_benchmarks_are_recognised_with_their_subsets(run, tmp_path):
+    """Made up, in the shapes of RewardBench and LLMBar."""
+    pairs = [
+        {"prompt": f"hello {n}", "chosen": "good good", "rejected": "bad bad", "subset": subset,
+         "chosen_model": "a", "rejected_model": "b", "id": n}
+        for n, subset in enumerate(["alpacaeval-easy", "donotanswer", "donotanswer"])
+    ]  # fmt: skip
+    labelled = [
+        {"input": f"how are you {n}", "output_1": "bad bad", "output_2": "good good", "label": 2}
+        for n in range(4)
+    ]
+    reward_bench = str(write_jsonl(tmp_path / "reward_bench.jsonl", pairs))
+    llmbar = tmp_path / "llmbar.json"
+    llmbar.write_text(json.dumps(labelled))
+    found = evaluate(str(run), [reward_bench, str(llmbar)])["datasets"]
+    subsets = found[reward_bench]["subsets"]
+    assert {name: part["n"] for name, part in subsets.items()} == {"alpacaeval-easy": 1, "donotanswer": 2}
+    assert found[str(llmbar)]["n_scored"] == 4
+    line = read_predictions(run)[-1]
+    rewards = RewardModel.from_pretrained(run).score(
+        [{"prompt": "how are you 3", "response": reply} for reply in ("good good", "bad bad")]
+    )
+    assert line["rewards"] == pytest.approx(rewards.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": "hi", "responses": ["a", "b"]}], "its columns are prompt, responses; rm_recipe needs"),
+        ([{"input": "hi", "output_1": "a", "output_2": "b"}], "rm_recipe needs"),
+        ([], "is empty"),
+        ([{"prompt": "hi", "chosen": "", "rejected": "b"}], "no comparison in it .1 empty_response."),
+    ],
+)
+def test_a_set_that_holds_no_comparison_is_refused_and_nothing_is_written(run, tmp_path, rows, message):
+    path = write_jsonl(tmp_path / "odd.jsonl", rows)
+    with pytest.raises(DataError, match=message):
+        evaluate(str(run), [str(path)])
+    assert not (run / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [(3, "LlamaForSequenceClassification. has 3 labels"), (None, "LlamaForCausalLM. has 2 labels")],
+)
+def test_a_model_with_another_head_is_refused(tiny_base, tiny_data, tmp_path, labels, message):
+    source = folder = tiny_base("llama")
+    if labels:
+        folder = tmp_path / "classifier"
+        AutoModelForSequenceClassification.from_pretrained(source, num_labels=labels).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    with pytest.raises(RecipeError, match=message):
+        evaluate(str(folder), [str(tiny_data / "test.jsonl")], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("target", "code"), [(0.01, 0), (1.0, 1)])
+def test_with_gate_the_exit_code_says_whether_the_target_is_reached(
+    write_recipe, tmp_path, monkeypatch, capsys, target, code
+):
+    train(read_recipe(write_recipe(num_train_epochs=1, target_accuracy=target)))
+    found, out, _ = invoke(monkeypatch, capsys, "evaluate", str(tmp_path / "run"), "--gate")
+    assert found == code
+    assert ("not reached" in out) == bool(code)
+    assert invoke(monkeypatch, capsys, "evaluate", str(tmp_path / "run"))[0] == 0
+
+
+def test_a_gate_without_a_held_out_split_is_refused(run, tiny_data, monkeypatch, capsys):
+    other = str(tiny_data / "train.jsonl")
+    code, _, err = invoke(monkeypatch, capsys, "evaluate", str(run), "--dataset", other, "--gate")
+    assert code == 2
+    assert "--gate judges the held-out split" in err
 
 
 def test_raw_hh_rlhf_transcripts_are_recognised(run, tmp_path):
@@ -89,39 +250,6 @@ def test_a_model_without_a_recipe_needs_a_data_set(tiny_llama):
         evaluate(str(tiny_llama))
 
 
-def encoded(*lengths: tuple[int, int]) -> list[Encoded]:
-    return [Encoded([1], [[2] * a, [3] * b]) for a, b in lengths]
-
-
-def test_length_figures_by_hand():
-    rewards = [np.array([1.0, 0.0]), np.array([0.0, 1.0]), np.array([2.0, 1.0])]
-    figures = summarise(rewards, encoded((5, 2), (1, 4), (3, 3)), ["a", "b", "a"], [[0, 1]] * 3)
-    assert figures["baselines"] == {"longer_wins": 0.5, "shorter_wins": 0.5}
-    assert figures["length"]["accuracy_chosen_longer"] == 1
-    assert figures["length"]["accuracy_chosen_shorter"] == 0
-    assert figures["subsets"]["a"]["accuracy"] == 1
-    assert figures["subsets"]["b"]["n"] == 1
-
-
-def test_all_ties_are_half_right_and_have_no_rank_correlation():
-    figures = summarise([np.zeros(2)] * 3, encoded((1, 2), (2, 1), (1, 1)), ["", "", ""], [[0, 1]] * 3)
-    assert (figures["accuracy"], figures["ties"]) == (0.5, 3)
-    assert figures["length"]["spearman"] is None
-    json.dumps(figures, allow_nan=False)
-
-
-def test_in_a_ranking_each_untied_pair_weighs_the_same_and_each_comparison_one():
-    """Three pairs, two of them right, beside one pair that is wrong: 1/3, not 2/4."""
-    rewards = [np.array([3.0, 1.0, 2.0]), np.array([0.0, 1.0])]
-    comparisons = [Encoded([1], [[2] * 5, [3] * 2, [4]]), Encoded([1], [[2], [3] * 4])]
-    figures = summarise(rewards, comparisons, ["", ""], [[0, 1, 2], [0, 1]])
-    assert figures["accuracy"] == pytest.approx((2 / 3 + 0) / 2)
-    assert figures["mean_margin"] == pytest.approx(((2 + 1 - 1) / 3 - 1) / 2)
-    assert figures["baselines"]["longer_wins"] == pytest.approx((1 + 0) / 2)
-    tied = summarise([np.array([3.0, 1.0, 2.0])], comparisons[:1], [""], [[0, 1, 1]])
-    assert tied["accuracy"] == 1  # the two last are tied and give no pair
-
-
 def test_rankings_are_evaluated_and_told_in_the_predictions(run, tmp_path):
     rows = [
         {"prompt": f"hello {n}", "responses": ["bad bad", "good good", "bad bad cat"], "ranks": [2, 1, 2]}
@@ -137,14 +265,6 @@ def test_rankings_are_evaluated_and_told_in_the_predictions(run, tmp_path):
         assert line["correct"] == np.mean([best > other for other in others])
         assert line["margin"] == pytest.approx(best - np.mean(others), abs=1e-6)
     assert figures["accuracy"] == pytest.approx(np.mean([line["correct"] for line in lines]))
-
-
-@pytest.mark.parametrize(("statistic", "passed"), [("accuracy", True), ("ci_low", False)])
-def test_the_gate_reads_the_intervals_lower_end_by_default(write_recipe, statistic, passed):
-    recipe = read_recipe(write_recipe(target_accuracy=0.7, gate_statistic=statistic))
-    figures = {"accuracy": 0.72, "accuracy_ci95": [0.66, 0.77]}
-    assert gate(figures, recipe)["passed"] is passed
-    assert read_recipe(write_recipe(gate_statistic="omit")).data.gate_statistic == "ci_low"
 
 
 def test_the_table_fits_a_terminal_of_80_columns(run, capsys, monkeypatch):

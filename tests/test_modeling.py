@@ -77,7 +77,7 @@ def test_a_model_with_two_labels_is_no_reward_model(tiny_llama, tmp_path):
     model, _, _ = base(tiny_llama)
     model.config.num_labels = 2
     model.config.save_pretrained(tmp_path)
-    with pytest.raises(RecipeError, match="has 2 labels; a reward model has one"):
+    with pytest.raises(RecipeError, match="has 2 labels; a reward model is a sequence"):
         load_trained(str(tmp_path), load_tokenizer(str(tiny_llama)))
 
 

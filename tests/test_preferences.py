@@ -33,6 +33,19 @@ def test_implicit_and_explicit_prompts_give_the_same_comparison():
     assert parse_row({"chosen": [USER, *reply], "rejected": [USER, bad]}) == expected
 
 
+@pytest.mark.parametrize(("label", "best"), [(1, ["good", "bad"]), (2, ["bad", "good"])])
+def test_llmbars_label_is_the_number_of_the_better_output(label, best):
+    row = {"input": "Hi", "output_1": "good", "output_2": "bad", "label": label}
+    assert is_comparison_shape(row)
+    assert parse_row(row) == Comparison([USER], best)
+
+
+@pytest.mark.parametrize("label", [0, 3, "1", "good", [1]])
+def test_a_label_that_names_no_output_is_a_fault_of_the_file(label):
+    with pytest.raises(Malformed, match="1 or 2, the number of the better output"):
+        parse_row({"input": "Hi", "output_1": "good", "output_2": "bad", "label": label})
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
@@ -66,6 +79,10 @@ def test_implicit_and_explicit_prompts_give_the_same_comparison():
         ({"prompt": "p", "responses": ["a", "b", "c"], "ranks": [2, 2, 2]}, "all_tied"),
         ({"prompt": "p", "responses": ["a", "b", "a "], "ranks": [1, 2, 3]}, "identical_responses"),
         ({"prompt": None, "responses": ["a", "b"], "ranks": [1, 2]}, "empty_prompt"),
+        ({"input": "p", "output_1": "a", "output_2": "b", "label": None}, "missing_label"),
+        ({"input": "p", "output_1": "a", "output_2": None, "label": 1}, "missing_response"),
+        ({"input": None, "output_1": "a", "output_2": "b", "label": 1}, "empty_prompt"),
+        ({"input": "p", "output_1": "a", "output_2": "a", "label": 1}, "identical_responses"),
         ({"prompt": [{"role": "system", "content": "s"}], "chosen": "a", "rejected": "b"}, "empty_prompt"),
         ({"prompt": [USER, REPLY], "chosen": "a", "rejected": "b"}, "prompt_ends_with_reply"),
         ({"prompt": [{"role": "human", "content": "q"}], "chosen": "a", "rejected": "b"}, "unknown_role"),

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, run_cli, write_jsonl
+from conftest import REPOSITORY, make_rows, run_cli, write_jsonl
 
 from rm_recipe.evaluate import evaluate
 from rm_recipe.export import export
@@ -49,6 +49,7 @@ def workplace(tmp_path_factory, tiny_llama, tiny_data):
     evaluate(str(run))
     export(run)
     write_jsonl(folder / "replies.jsonl", [{"prompt": "hello", "response": "good"}])
+    write_jsonl(folder / "comparisons.jsonl", make_rows(6, seed=3))
     return folder
 
 

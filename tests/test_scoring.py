@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_jsonl
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import ModelConfig
 
 from rm_recipe import RewardModel
@@ -166,3 +167,17 @@ def test_a_missing_model_is_named(path):
 def test_a_folder_without_a_model_says_what_is_missing(tmp_path):
     with pytest.raises(RecipeError, match="holds no model"):
         RewardModel.from_pretrained(tmp_path)
+
+
+def test_a_model_that_says_no_length_is_given_what_it_has_positions_for(tiny_distilbert, tmp_path):
+    """64 of them: of a longer conversation the oldest turns go, where the model would fail."""
+    folder = tmp_path / "plain"
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_distilbert, num_labels=1)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_distilbert).save_pretrained(folder)
+    judge = RewardModel.from_pretrained(folder)
+    turns = [{"role": role, "content": "good " * 12} for role in ("user", "assistant") * 3][:5]
+    long, short = judge.score([{"prompt": turns[start:], "response": "fine"} for start in (0, 4)])
+    assert judge.max_length == 64
+    assert long == pytest.approx(judge.score([{"prompt": turns[2:], "response": "fine"}])[0])
+    assert long != short

@@ -252,3 +252,21 @@ def test_every_recipe_trains_evaluates_and_exports_on_a_tiny_model_of_its_kind(
     assert (run / "model" / "adapter_config.json").is_file() is bool(recipe.model.use_peft)
     assert evaluate(str(run))["datasets"]["held_out"]["n_scored"] == 40
     assert export(run)["passed"]
+
+
+def test_the_best_checkpoint_is_chosen_by_exact_held_out_accuracy(write_recipe, tmp_path):
+    """40 held-out comparisons in batches of 7; a learning rate at which accuracy goes up and down again."""
+    steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_accuracy"}
+    recipe = write_recipe(
+        num_train_epochs=1, learning_rate=0.3, per_device_eval_batch_size=7, **steps, **best
+    )
+    train(read_recipe(recipe))
+    log = json.loads((tmp_path / "run" / "run.json").read_text())["log"]
+    accuracies = [entry["eval_accuracy"] for entry in log if "eval_accuracy" in entry]
+    assert len(accuracies) == 8
+    assert accuracies[-1] < max(accuracies)
+    assert evaluate(str(tmp_path / "run"))["datasets"]["held_out"]["accuracy"] == max(accuracies)
+    chosen = tmp_path / "run" / f"checkpoint-{1 + accuracies.index(max(accuracies))}"
+    kept = load_file(chosen / "adapter_model.safetensors")
+    assert all(torch.equal(value, kept[key]) for key, value in weights(tmp_path / "run").items())

@@ -1,4 +1,4 @@
-"""One of two ranks that `test_distribution` launches: what still holds the process group when it is destroyed."""
+"""One of two ranks that `test_distribution` launches: what holds the process group when it is destroyed."""
 
 import gc
 import os

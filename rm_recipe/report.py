@@ -1,0 +1,159 @@
+"""What a run came to, as one page to read and to pass on: `report.html`.
+
+The page is made of files that already stand in the folder; nothing is scored anew. It loads
+nothing, runs no script and says nothing of when or where it was made: the same files give the same
+bytes. A file or a figure that is absent leaves its part of the page out.
+"""
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from rm_recipe import report_run, report_tables
+from rm_recipe.artifacts import whole_file
+from rm_recipe.errors import RecipeError
+from rm_recipe.report_predictions import Predictions, examples, pictures, read_predictions
+from rm_recipe.report_text import (
+    as_text,
+    decimal,
+    interval,
+    limits,
+    mapping,
+    strip,
+    visible,
+    whole,
+)
+from rm_recipe.verdict import HELD_OUT, gate_words, readings
+
+TEMPLATE = "report.html.jinja"
+
+
+def write_report(folder: Path) -> Path:
+    """Writes `report.html` into a run folder, an export or wherever an evaluation was written.
+
+    Args:
+        folder: holds `evaluation.json`, and `predictions.jsonl`, `run.json`, `data_report.json` and
+            `recipe.yaml` as far as there are any.
+
+    Returns:
+        the path of the page.
+
+    Raises:
+        RecipeError: there is no evaluation, or one of the files cannot be read.
+    """
+    evaluation = _read_evaluation(folder / "evaluation.json")
+    page = render(
+        evaluation,
+        read_predictions(folder / "predictions.jsonl"),
+        _read_object(folder / "run.json") if (folder / "run.json").is_file() else {},
+        _read_object(folder / "data_report.json") if (folder / "data_report.json").is_file() else {},
+        _read_text(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else "",
+    )
+    target = folder / "report.html"
+    with whole_file(target) as partial:
+        partial.write_bytes(page.encode("utf-8", "replace"))
+    return target
+
+
+def _read_evaluation(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise RecipeError(f"{path} is missing; `rm-recipe evaluate {path.parent}` writes it")
+    evaluation = _read_object(path)
+    if not mapping(evaluation, "datasets"):
+        raise RecipeError(f"{path} holds no data set; `rm-recipe evaluate {path.parent}` adds one")
+    return evaluation
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{path} is not JSON that can be read: {error}") from None
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path} is not what its name says: it holds no JSON object")
+    return content
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}") from None
+
+
+def render(
+    evaluation: dict[str, Any],
+    predictions: dict[str, Predictions],
+    run: dict[str, Any],
+    data: dict[str, Any],
+    recipe: str,
+) -> str:
+    """The page. Everything but the first may be empty."""
+    found = {str(name): mapping(figures) for name, figures in mapping(evaluation, "datasets").items()}
+    evaluated = {name: found[name] for name in sorted(found, key=lambda name: name != HELD_OUT)}
+    parts = [
+        _data_set(f"set-{number}", name, figures, predictions.get(name, Predictions()))
+        for number, (name, figures) in enumerate(evaluated.items(), 1)
+    ]
+    source = resources.files("rm_recipe").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_finalize,
+    )
+    # Markup of our own passes as it is; all other text is escaped, and made visible before.
+    return environment.from_string(source).render(
+        model=as_text(evaluation.get("model")) or "unnamed model",
+        headline=_headline(evaluated[HELD_OUT], evaluation.get("gate")) if HELD_OUT in evaluated else None,
+        overview=report_tables.data_sets(evaluated),
+        data_sets=parts,
+        training=report_run.training_pictures(run),
+        data_tables=report_run.data_tables(data),
+        leakage=report_run.leakage_words(data),
+        run_tables=[table for table in (report_run.cost(run), report_run.versions(run)) if table],
+        recipe=recipe.strip(),
+    )
+
+
+def _finalize(value: Any) -> Any:
+    return visible(value) if type(value) is str else value
+
+
+def _headline(figures: dict[str, Any], gate: Any) -> dict[str, Any]:
+    accuracy, ends = figures.get("accuracy"), figures.get("accuracy_ci95")
+    return {
+        "accuracy": decimal(accuracy),
+        "interval": interval(ends) if limits(ends) else "",
+        "n": whole(figures.get("n_scored")),
+        "strip": strip(accuracy, ends),
+        "gate": gate_words(gate),
+    }
+
+
+def _data_set(ident: str, name: str, figures: dict[str, Any], own: Predictions) -> dict[str, Any]:
+    tables = [
+        report_tables.baselines(figures),
+        report_tables.other_model(figures),
+        report_tables.ranking(figures),
+        report_tables.subsets(figures),
+        *(report_tables.buckets(figures, key) for key in report_tables.BUCKETS),
+        report_tables.length(figures),
+        report_tables.consistency(figures),
+        report_tables.excluded(figures),
+    ]
+    return {
+        "id": ident,
+        "name": name,
+        "accuracy": decimal(figures.get("accuracy")),
+        "n": whole(figures.get("n_scored")),
+        "readings": readings(figures),
+        "pictures": pictures(figures, own, ident),
+        "tables": [table for table in tables if table],
+        "mistakes": examples(own.shown["mistake"], "mistake"),
+        "close": examples(own.shown["close"], "close"),
+    }
