@@ -101,7 +101,7 @@ def evaluate(
     from rm_recipe.evaluation_table import print_evaluation
     from rm_recipe.verdict import HELD_OUT
 
-    names = dataset or [HELD_OUT]
+    names = list(dict.fromkeys(dataset or [HELD_OUT]))
     if gate:
         check_gate(target, names)
     content = evaluate_model(target, dataset, output, against)

@@ -75,7 +75,7 @@ def evaluate(
         TrainingError: a reward is not a finite number; nothing is written.
     """
     recipe = recipe_of(Path(target))
-    names = datasets or [HELD_OUT]
+    names = list(dict.fromkeys(datasets or [HELD_OUT]))
     output = _check_arguments(target, recipe, datasets, output)
     splits = {}
     for name in names:

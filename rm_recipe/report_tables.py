@@ -187,7 +187,7 @@ def consistency(figures: Figures) -> Table | None:
             decimal(change, signed=True),
             relative,
             decimal(found.get("std_change")),
-            decimal(found.get("largest"), signed=True),
+            decimal(found.get("largest")),
             share(found.get("share_up")),
             share(found.get("wins")),
         ]
@@ -198,7 +198,7 @@ def consistency(figures: Figures) -> Table | None:
         "mean change",
         "in std of rewards",
         "std of change",
-        "largest",
+        "largest (either way)",
         "raised",
         "wins by it",
     ]

@@ -82,6 +82,8 @@ def test_another_data_set_is_added_and_the_held_out_figures_stay(run, tmp_path):
     assert content["datasets"][path]["excluded"] == {"empty_response": 1}
     lines = [json.loads(line) for line in (run / "predictions.jsonl").open()]
     assert [line["dataset"] for line in lines] == [HELD_OUT] * 40 + [path] * 3
+    evaluate(str(run), [path, path])
+    assert len((run / "predictions.jsonl").read_text().splitlines()) == 43
     for line in lines:
         assert line["margin"] == pytest.approx(line["rewards"][0] - line["rewards"][1])
         assert line["correct"] == (line["margin"] > 0)

@@ -33,7 +33,7 @@ def make_figures(generator, lines, subsets=3):
             "std_change": 0.1,
             "share_up": 0.4,
             "wins": 0.03,
-            "largest": -0.9,
+            "largest": 0.9,
         }
 
     spans = ("below -40", "-40 to -11", "-10 to 10", "11 to 40", "above 40")

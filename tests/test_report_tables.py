@@ -77,7 +77,7 @@ def test_the_largest_subsets_come_first():
 def test_an_edits_change_is_also_told_in_standard_deviations():
     found = {"n": 100, "mean_change": -0.5, "std_change": 0.1, "share_up": 0.4, "wins": 0.03, "largest": 0.9}
     table = consistency({"std_reward": 2.0, "consistency": {"thank_you": found, "something_new": found}})
-    expected = ["100", "\N{MINUS SIGN}0.500", "\N{MINUS SIGN}0.25", "0.100", "+0.900", "40.0 %", "3.0 %"]
+    expected = ["100", "\N{MINUS SIGN}0.500", "\N{MINUS SIGN}0.25", "0.100", "0.900", "40.0 %", "3.0 %"]
     assert cells(table) == [["a thank-you added", *expected], ["something new", *expected]]
     assert "in std of rewards" not in consistency({"std_reward": 0, "consistency": {"markdown": found}}).head
 
