@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rm_recipe.errors import RecipeError
+
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
@@ -48,3 +50,39 @@ def write_json(target: Path, content: Any) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with whole_file(target) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        RecipeError: naming the file.
+    """
+    return _object(_read(path), str(path))
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file with one a line; empty lines are left out.
+
+    Raises:
+        RecipeError: naming file and line.
+    """
+    lines = enumerate(_read(path).split("\n"), 1)
+    return [_object(line, f"{path}, line {number}") for number, line in lines if line.strip()]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}") from None
+
+
+def _object(text: str, where: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{where} is not JSON that can be read: {error}") from None
+    if not isinstance(content, dict):
+        raise RecipeError(f"{where} holds no JSON object")
+    return content

@@ -1,6 +1,6 @@
 """`rm-recipe evaluate RUN_OR_MODEL`: held-out preference accuracy that can be believed."""
 
-import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,7 +11,7 @@ import numpy as np
 from accelerate.utils import broadcast_object_list
 from numpy.typing import NDArray
 
-from rm_recipe.artifacts import write_json
+from rm_recipe.artifacts import read_json, write_json
 from rm_recipe.baselines import Scorer, bag_of_words
 from rm_recipe.batching import Encoded
 from rm_recipe.consistency import consistency
@@ -108,11 +108,15 @@ def _check_arguments(
         raise RecipeError(f"{target} is no run folder, so it has no held-out split; name one with --dataset")
     if recipe is None and HELD_OUT in (datasets or []):
         raise RecipeError(f"{target} has no recipe, so it has no held-out split")
-    if output is not None and output.is_file():
-        raise RecipeError(f"{output} is a file; --output names a folder")
     if output is None and not Path(target).is_dir():
         raise RecipeError(f"{target} is not a local folder; say with --output where the result goes")
-    return output or Path(target)
+    output = output or Path(target)
+    there = next(place for place in (output, *output.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise RecipeError(f"{there} is a file; --output names a folder")
+    if not os.access(there, os.W_OK):  # known before an hour of scoring
+        raise RecipeError(f"{there} cannot be written to; say with --output where the result goes")
+    return output
 
 
 def check_gate(target: str, names: Sequence[str]) -> None:
@@ -238,7 +242,7 @@ def _compare(one: Judged, other: Judged) -> dict[str, Any]:
 def read_evaluation(folder: Path) -> dict[str, Any]:
     """The content of a folder's `evaluation.json`; empty if there is none."""
     path = folder / "evaluation.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _merge(output: Path, target: str, recipe: Recipe | None, results: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rm_recipe.artifacts import whole_file
+from rm_recipe.artifacts import read_json_lines, whole_file
 from rm_recipe.figures import Scored
 from rm_recipe.metrics import Array, mean_by_comparison
 from rm_recipe.split import Split
@@ -62,10 +62,7 @@ def examples(margins: Array, right: Array) -> dict[str, list[int]]:
 def read_predictions(folder: Path) -> list[dict[str, Any]]:
     """The lines of a folder's `predictions.jsonl`; empty if there is none."""
     path = folder / PREDICTIONS
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    return read_json_lines(path) if path.is_file() else []
 
 
 def write_predictions(folder: Path, lines: Sequence[dict[str, Any]]) -> None:

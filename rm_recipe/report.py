@@ -5,7 +5,6 @@ nothing, runs no script and says nothing of when or where it was made: the same 
 bytes. A file or a figure that is absent leaves its part of the page out.
 """
 
-import json
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ from typing import Any
 import jinja2
 
 from rm_recipe import report_run, report_tables
-from rm_recipe.artifacts import whole_file
+from rm_recipe.artifacts import read_json, whole_file
 from rm_recipe.errors import RecipeError
-from rm_recipe.report_predictions import Predictions, examples, pictures, read_predictions
+from rm_recipe.predictions import read_predictions
+from rm_recipe.report_predictions import Predictions, by_data_set, examples, pictures
 from rm_recipe.report_text import (
     as_text,
     decimal,
@@ -44,13 +44,13 @@ def write_report(folder: Path) -> Path:
     Raises:
         RecipeError: there is no evaluation, or one of the files cannot be read.
     """
-    evaluation = _read_evaluation(folder / "evaluation.json")
+    evaluation, recipe = _read_evaluation(folder / "evaluation.json"), folder / "recipe.yaml"
     page = render(
         evaluation,
-        read_predictions(folder / "predictions.jsonl"),
-        _read_object(folder / "run.json") if (folder / "run.json").is_file() else {},
-        _read_object(folder / "data_report.json") if (folder / "data_report.json").is_file() else {},
-        _read_text(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else "",
+        by_data_set(read_predictions(folder)),
+        read_json(folder / "run.json") if (folder / "run.json").is_file() else {},
+        read_json(folder / "data_report.json") if (folder / "data_report.json").is_file() else {},
+        recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",
     )
     target = folder / "report.html"
     with whole_file(target) as partial:
@@ -61,27 +61,10 @@ def write_report(folder: Path) -> Path:
 def _read_evaluation(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise RecipeError(f"{path} is missing; `rm-recipe evaluate {path.parent}` writes it")
-    evaluation = _read_object(path)
+    evaluation = read_json(path)
     if not mapping(evaluation, "datasets"):
         raise RecipeError(f"{path} holds no data set; `rm-recipe evaluate {path.parent}` adds one")
     return evaluation
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise RecipeError(f"{path} is not JSON that can be read: {error}") from None
-    if not isinstance(content, dict):
-        raise RecipeError(f"{path} is not what its name says: it holds no JSON object")
-    return content
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} cannot be read: {error}") from None
 
 
 def render(

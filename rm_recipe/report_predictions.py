@@ -1,14 +1,12 @@
-"""`predictions.jsonl` as the report uses it: rewards and margins to draw, and comparisons to read."""
+"""What the report makes of `predictions.jsonl`: rewards and margins to draw, and comparisons to read."""
 
-import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
 from rm_recipe import plots
-from rm_recipe.errors import RecipeError
 from rm_recipe.report_text import as_text, decimal, is_number, limits, mapping, objects, shorten, whole
 
 LONGEST_TEXT = 20_000  # characters of one message that are shown
@@ -34,35 +32,12 @@ class Picture:
     note: str
 
 
-def read_predictions(path: Path) -> dict[str, Predictions]:
-    """The predictions of each data set; empty if there is no file. Lines without rewards count for nothing.
-
-    Raises:
-        RecipeError: a line is no JSON object, or the file is not UTF-8.
-    """
+def by_data_set(lines: Iterable[dict[str, Any]]) -> dict[str, Predictions]:
+    """The lines of `predictions.jsonl` by their data set. Lines without rewards count for nothing."""
     found: dict[str, Predictions] = {}
-    if not path.is_file():
-        return found
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, text in enumerate(file, 1):
-                if text.strip():
-                    _add(found, _line(text, f"{path}, line {number}"))
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} is not UTF-8 text: {error}; `rm-recipe evaluate` writes it anew") from None
+    for line in lines:
+        _add(found, line)
     return found
-
-
-def _line(text: str, where: str) -> dict[str, Any]:
-    try:
-        line = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RecipeError(
-            f"{where} is not JSON: {error}; `rm-recipe evaluate` writes the file anew"
-        ) from None
-    if not isinstance(line, dict):
-        raise RecipeError(f"{where} is no JSON object; `rm-recipe evaluate` writes the file anew")
-    return line
 
 
 def _add(found: dict[str, Predictions], line: dict[str, Any]) -> None:

@@ -247,6 +247,21 @@ def test_an_export_can_be_evaluated_where_it_lies(run, tiny_data, tmp_path):
     assert content["datasets"][str(tiny_data / "test.jsonl")]["accuracy"] == expected
 
 
+@pytest.mark.parametrize("below", ["", "folder/in/it"])
+def test_an_output_that_is_a_file_is_refused_before_anything_is_scored(run, tmp_path, below, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(RewardModel, "from_pretrained", None)
+    with pytest.raises(RecipeError, match="file is a file; --output names a folder"):
+        evaluate(str(run), output=tmp_path / "file" / below)
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_scored(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(RewardModel, "from_pretrained", None)
+    monkeypatch.setattr("os.access", lambda *_: False)  # as for everybody but the superuser
+    with pytest.raises(RecipeError, match="cannot be written to"):
+        evaluate(str(run), output=tmp_path / "elsewhere")
+
+
 def test_a_model_without_a_recipe_needs_a_data_set(tiny_llama):
     with pytest.raises(RecipeError, match="no held-out split; name one with --dataset"):
         evaluate(str(tiny_llama))

@@ -1,48 +1,30 @@
-"""Predictions are sorted into what is drawn and what is read, and a broken file is named by its line."""
+"""Predictions are sorted into what is drawn and what is read."""
 
-import json
 import re
 
-import pytest
-
-from rm_recipe.errors import RecipeError
-from rm_recipe.report_predictions import LONGEST_TEXT, Predictions, examples, pictures, read_predictions
+from rm_recipe.report_predictions import LONGEST_TEXT, Predictions, by_data_set, examples, pictures
 
 TEXT = {"prompt": [{"role": "user", "content": "Why?"}], "responses": ["Because.", "No."]}
 
 
-def write(path, *lines):
-    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    return path
-
-
-def test_rewards_go_to_chosen_or_rejected_by_rank(tmp_path):
-    path = write(
-        tmp_path / "predictions.jsonl",
+def test_rewards_go_to_chosen_or_rejected_by_rank():
+    lines = [
         {"dataset": "a", "rewards": [1.0, -1.0], "ranks": [0, 1], "margin": 2.0},
         {"dataset": "a", "rewards": [3.0, 2.0, 0.5], "ranks": [0, 0, 1], "margin": 2.0},
         {"dataset": "b", "rewards": [None, 0.5], "ranks": [0, 1], "margin": None},
-    )
-    found = read_predictions(path)
+    ]
+    found = by_data_set(lines)
     assert (found["a"].chosen, found["a"].rejected) == ([1.0, 3.0, 2.0], [-1.0, 0.5])
     assert found["a"].margins == [2.0, 2.0]
     assert (found["b"].chosen, found["b"].rejected, found["b"].margins) == ([], [0.5], [])
-    assert read_predictions(tmp_path / "none.jsonl") == {}
+    assert by_data_set([]) == {}
 
 
-def test_only_lines_with_text_are_read_and_ten_of_a_kind(tmp_path):
+def test_only_lines_with_text_are_read_and_ten_of_a_kind():
     lines = [{"dataset": "a", "shown": "mistake", "text": TEXT, "margin": -1.0}] * 12
     lines += [{"dataset": "a", "shown": "close"}, {"dataset": "a", "shown": "other", "text": TEXT}]
-    found = read_predictions(write(tmp_path / "predictions.jsonl", *lines))
+    found = by_data_set(lines)
     assert {kind: len(kept) for kind, kept in found["a"].shown.items()} == {"mistake": 10, "close": 0}
-
-
-@pytest.mark.parametrize("line", [b"{", b"[1]", b"[" * 100_000, b'"\xff"'])
-def test_a_line_that_cannot_be_read_is_named(tmp_path, line):
-    path = tmp_path / "predictions.jsonl"
-    path.write_bytes(b"{}\n\n" + line + b"\n")
-    with pytest.raises(RecipeError, match="line 3" if b"\xff" not in line else "not UTF-8"):
-        read_predictions(path)
 
 
 def test_the_surest_mistakes_and_the_closest_calls_come_first():
