@@ -231,4 +231,9 @@ def fail(message: str, code: int) -> None:
         time.sleep(SECONDS_TO_SPEAK + rank)
     if rank == 0 or code != 130:
         print(f"rm-recipe: {message}", file=sys.stderr, flush=True)
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        # Taken down in order, DDP may wait for ever for a thread of its group (`distribution.end`).
+        sys.stdout.flush()
+        os._exit(code)
     sys.exit(code)

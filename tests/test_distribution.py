@@ -249,6 +249,14 @@ def test_nothing_but_torch_holds_the_process_group_when_it_is_destroyed(runs):
     assert [(recipe.parent / f"rank-{rank}.txt").read_text() for rank in (0, 1)] == ["0", "0"]
 
 
+def test_two_processes_that_fail_in_training_end_with_one_message(runs):
+    """Both have the loss of both, so both stop; neither waits for the other."""
+    recipe = runs.recipe("failing", per_device_train_batch_size=4, learning_rate=1e30, max_grad_norm=0)
+    result = start("cpu_two_processes", "-m", "rm_recipe", "train", str(recipe))
+    assert result.returncode != 0
+    assert result.stderr.count("rm-recipe: the loss is not a finite number in step") == 1
+
+
 def test_evaluation_in_training_counts_each_of_an_odd_number_once(one, two):
     """Accelerate fills the last batch up with repeated ones: 39 comparisons are given out as 40."""
     assert_same(two, one, ("eval_loss", "eval_accuracy", "eval_margin"), 1e-5)
