@@ -28,6 +28,10 @@ class DataError(RmRecipeError):
     exit_code = 2
 
 
+class UnfitError(DataError):
+    """A conversation that the model cannot read: too long, or refused by its template."""
+
+
 class TrainingError(RmRecipeError):
     """Training started and could not go on."""
 

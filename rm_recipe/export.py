@@ -23,11 +23,13 @@ from rm_recipe.artifacts import whole_folder, write_json
 from rm_recipe.datasets import load_held_out_split
 from rm_recipe.encoding import tokenize
 from rm_recipe.errors import ExportError, RecipeError
+from rm_recipe.evaluate import read_evaluation
 from rm_recipe.heads import Float32Linear
 from rm_recipe.metrics import pairwise_agreement
 from rm_recipe.modeling import load_trained
 from rm_recipe.recipe import is_run_folder, read_run_recipe
 from rm_recipe.scoring import RewardModel, find_model
+from rm_recipe.verdict import HELD_OUT
 
 N_COMPARISONS = 32  # scored at every stage: 64 sequences
 TOLERANCE = 1e-4  # between two fp32 computations of rewards of the order of 10
@@ -79,7 +81,7 @@ def export(run: Path, output: Path | None = None, *, overwrite: bool = False) ->
         judge.model = merge(judge.model)
         merged = rewards()
         _compare("merging changed the rewards", names, exact, merged, TOLERANCE)
-        save(judge, precision, folder)
+        save(judge, precision, folder, reward_scale(run, evaluated))
         rounded = rewards()
         allowed = max(TOLERANCE, DRIFT * float(evaluated.std()))
         _compare("the model in fp32 is not what was evaluated", names, evaluated, exact, allowed, rms)
@@ -168,8 +170,22 @@ def merge(model: nn.Module) -> PreTrainedModel:
     return model
 
 
-def save(judge: RewardModel, precision: torch.dtype, folder: Path) -> None:
-    """Writes model and tokenizer, the body in `precision`; the model stays as it will be loaded, in fp32."""
+def reward_scale(run: Path, rewards: NDArray[np.float32]) -> dict[str, float]:
+    """Mean and standard deviation of held-out rewards: of the evaluation's if there is one, else of these."""
+    figures = read_evaluation(run).get("datasets", {}).get(HELD_OUT, {})
+    mean, std = (
+        figures.get("mean_reward", float(rewards.mean())),
+        figures.get("std_reward", float(rewards.std())),
+    )
+    return {"reward_mean": mean, "reward_std": std}
+
+
+def save(judge: RewardModel, precision: torch.dtype, folder: Path, scale: dict[str, float]) -> None:
+    """Writes model and tokenizer, the body in `precision`; the model stays as it will be loaded, in fp32.
+
+    Args:
+        scale: what config.json says of the rewards.
+    """
     for module in judge.model.modules():
         if not isinstance(module, Float32Linear):
             for parameter in module.parameters(recurse=False):
@@ -178,7 +194,7 @@ def save(judge: RewardModel, precision: torch.dtype, folder: Path) -> None:
     judge.model.float()
     judge.tokenizer.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["dtype"] = "float32"
+    config |= {"dtype": "float32", **scale}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

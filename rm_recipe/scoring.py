@@ -16,7 +16,7 @@ from rm_recipe.artifacts import whole_file
 from rm_recipe.attention import by_block
 from rm_recipe.batching import Encoded, padded_rows, shared_rows, split_at_common_prefix
 from rm_recipe.encoding import encode
-from rm_recipe.errors import DataError, RecipeError, TrainingError
+from rm_recipe.errors import DataError, RecipeError, TrainingError, UnfitError
 from rm_recipe.messages import Excluded, Malformed, as_messages, check_unicode
 from rm_recipe.modeling import autocast, load_trained
 from rm_recipe.preferences import Comparison
@@ -68,7 +68,11 @@ class RewardModel:
         return cls(model, tokenizer)
 
     def score(
-        self, items: Sequence[dict[str, Any]], progress: bool = False, named: str = "item"
+        self,
+        items: Sequence[dict[str, Any]],
+        progress: bool = False,
+        named: str = "item",
+        unfit: float | None = None,
     ) -> NDArray[np.float32]:
         """Rewards of `{"prompt": str or messages, "response": str}` items; `(n,)` float32.
 
@@ -77,14 +81,20 @@ class RewardModel:
 
         Args:
             named: what an error calls an item, before its number, which counts from 1.
+            unfit: the reward of an item that does not fit the model, which otherwise raises.
 
         Raises:
             DataError: an item has no prompt or response, or does not fit the model.
         """
         groups: dict[str, list[int]] = {}
-        conversations = []
+        conversations: dict[int, list[int]] = {}
         for number, item in enumerate(items):
-            conversations.append(self._encode(item, f"{named} {number + 1}"))
+            try:
+                conversations[number] = self._encode(item, f"{named} {number + 1}")
+            except UnfitError:
+                if unfit is None:
+                    raise
+                continue
             groups.setdefault(json.dumps(item["prompt"]), []).append(number)
         members, encoded = [], []
         for group in groups.values():
@@ -92,7 +102,7 @@ class RewardModel:
             for part in _parts(whole, self.sharing.used):
                 members.append([group[k] for k in part])
                 encoded.append(Encoded(whole.prefix, [whole.rests[k] for k in part]))
-        rewards = np.empty(len(items), np.float32)
+        rewards = np.full(len(items), unfit or 0.0, np.float32)
         for group, values in zip(
             members, self.score_encoded(encoded, "Scoring" if progress else ""), strict=True
         ):
@@ -109,7 +119,7 @@ class RewardModel:
             encoded = encode(self.tokenizer, comparison, self.max_length, self.truncation)
         except Excluded as excluded:
             limit = f" (at most {self.max_length} tokens)" if "long" in excluded.reason else ""
-            raise DataError(f"{name}: {excluded.reason.replace('_', ' ')}{limit}") from None
+            raise UnfitError(f"{name}: {excluded.reason.replace('_', ' ')}{limit}") from None
         except Malformed as fault:
             raise DataError(f"{name}: 'prompt' should be {fault.args[1]}") from None
         return encoded.conversations()[0]

@@ -155,10 +155,10 @@ def test_a_base_that_is_de_quantised_wrongly_is_refused(run, monkeypatch):
 def test_weights_that_are_rounded_too_coarsely_are_refused(run, monkeypatch):
     save = export_module.save
 
-    def coarsely(judge, precision, folder):
+    def coarsely(judge, precision, folder, scale):
         for parameter in judge.model.parameters():
             parameter.data = (parameter.data * 2).round() / 2
-        save(judge, precision, folder)
+        save(judge, precision, folder, scale)
 
     monkeypatch.setattr(export_module, "save", coarsely)
     with pytest.raises(ExportError, match="rounding the merged weights .* is allowed on average"):

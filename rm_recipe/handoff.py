@@ -1,0 +1,111 @@
+"""The reward model in the week of reinforcement learning: as a reward function for TRL's trainers.
+
+TRL (1.16) also takes an export's folder as it is: `reward_funcs="outputs/NAME/export"`. A function from here
+gives the same rewards to conversations, and more: it reads prompts that are plain texts as one user message,
+where TRL would apply no template to them, and it normalises, clips and combines.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rm_recipe.errors import RecipeError
+from rm_recipe.scoring import RewardModel
+
+# (prompts, completions, **columns) -> a reward for each; as `reward_funcs` of TRL's RLOO and GRPO trainers.
+RewardFunction = Callable[..., list[float]]
+Text = str | list[dict[str, str]]
+
+LEAST_STD = 1e-8  # a batch of equal rewards is whitened to zeros
+
+
+def reward_function(
+    path: str | Path, *, normalize: bool = False, clip: float | None = None, device: str | None = None
+) -> RewardFunction:
+    """A reward model as a reward function.
+
+    Completions of one prompt share its encoding. A reply that does not fit the model has no reward: NaN,
+    which TRL leaves out.
+
+    Args:
+        path: a run folder, an export or a one-label model.
+        normalize: give (reward - mean) / std, with the mean and standard deviation over held-out replies that
+            the export keeps in its config.json. So mean and scale are the same for every reward model
+            (InstructGPT, arXiv 2203.02155, section 3.5, shifts the reward to mean 0 before RL).
+        clip: the largest reward either way, after normalising.
+
+    Raises:
+        RecipeError: there is no such model, or `normalize` is asked of one without mean and std.
+    """
+    judge = RewardModel.from_pretrained(path, device)
+    scale: list[Any] = [getattr(judge.model.config, name, None) for name in ("reward_mean", "reward_std")]
+    if normalize and None in scale:
+        raise RecipeError(f"{path} has no reward_mean and reward_std in its config.json; export it anew")
+    mean, std = map(float, scale if normalize else (0, 1))
+    limit = np.inf if clip is None else clip
+
+    def reward(prompts: Sequence[Text], completions: Sequence[Text], **_: Any) -> list[float]:
+        """One reward for each prompt and its completion."""
+        items = [as_item(*pair) for pair in zip(prompts, completions, strict=True)]
+        rewards = (judge.score(items, unfit=np.nan).astype(float) - mean) / std
+        return np.clip(rewards, -limit, limit).tolist()
+
+    reward.__name__ = Path(path).name  # TRL logs rewards under it
+    return reward
+
+
+def as_item(prompt: Text, completion: Text) -> dict[str, Any]:
+    """What `RewardModel.score` takes, of a prompt and a completion as TRL has them: texts or messages."""
+    if isinstance(completion, str):
+        return {"prompt": prompt, "response": completion}
+    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return {"prompt": [*before, *completion[:-1]], "response": completion[-1]["content"]}
+
+
+def combine(
+    safety: str | Path | RewardFunction,
+    helpfulness: str | Path | RewardFunction,
+    *,
+    threshold: float = 0.15,
+    whiten: bool = True,
+) -> RewardFunction:
+    """Two reward models as one (Llama 2, arXiv 2307.09288, section 3.2.3).
+
+    The safety score counts where the prompt is marked as one that may bring an unsafe response, or where
+    that score, as a probability sigmoid(r), is below the threshold; elsewhere the helpfulness score does.
+    The chosen scores are then whitened: mean 0 and standard deviation 1 over the batch.
+
+    Args:
+        safety, helpfulness: models, or reward functions of the caller's own.
+        threshold: a probability; the paper's 0.15 found unsafe responses with precision 0.89 and recall 0.55.
+
+    Returns:
+        a reward function; the marks come from the data set's column `is_safety`, if it has one.
+    """
+    judges = [judge if callable(judge) else reward_function(judge) for judge in (safety, helpfulness)]
+
+    def combined(
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        is_safety: Sequence[bool] | None = None,
+        **columns: Any,
+    ) -> list[float]:
+        """One reward for each prompt and its completion."""
+        safe, helpful = (np.array(judge(prompts, completions, **columns), float) for judge in judges)
+        marked = np.zeros(len(safe), bool) if is_safety is None else np.array(is_safety, bool)
+        # The paper's logit of the sigmoid is the reward itself.
+        rewards = np.where(marked | (_sigmoid(safe) < threshold), safe, helpful)
+        return (_whitened(rewards) if whiten else rewards).tolist()
+
+    return combined
+
+
+def _sigmoid(rewards: NDArray[Any]) -> NDArray[Any]:
+    return np.exp(-np.logaddexp(0, -rewards))
+
+
+def _whitened(rewards: NDArray[Any]) -> NDArray[Any]:
+    return (rewards - np.nanmean(rewards)) / max(float(np.nanstd(rewards)), LEAST_STD)

@@ -1,0 +1,172 @@
+"""TRL's trainers, given an export or a function from it, see the very rewards that `score` gives."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_recipe, make_tokenizer
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+from rm_recipe.errors import RecipeError
+from rm_recipe.evaluate import evaluate
+from rm_recipe.export import export
+from rm_recipe.handoff import as_item, combine, reward_function
+from rm_recipe.recipe import read_recipe
+from rm_recipe.scoring import RewardModel
+from rm_recipe.train import train
+
+PROMPTS = ["hello", "how are you", "the cat sat on the mat", "good dog"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_llama, tiny_data):
+    """A finished run with its evaluation and export."""
+    folder = tmp_path_factory.mktemp("handoff")
+    train(read_recipe(make_recipe(folder, tiny_llama, tiny_data, num_train_epochs=1)))
+    evaluate(str(folder / "run"))
+    export(folder / "run")
+    return folder / "run"
+
+
+def as_messages(text, role="user"):
+    return [{"role": role, "content": text}]
+
+
+@pytest.mark.parametrize("kind", ["folder", "function"])
+@pytest.mark.parametrize(("trainer", "config"), [(RLOOTrainer, RLOOConfig), (GRPOTrainer, GRPOConfig)])
+def test_two_steps_of_trls_trainers_see_the_rewards_of_score(
+    run, tiny_llama, tmp_path, monkeypatch, trainer, config, kind
+):
+    seen = []
+    calculate = trainer._calculate_rewards
+
+    def watch(self, inputs, prompts, completions, *rest):
+        rewards = calculate(self, inputs, prompts, completions, *rest)
+        seen.append((prompts, completions, rewards[:, 0].tolist()))
+        return rewards
+
+    monkeypatch.setattr(trainer, "_calculate_rewards", watch)
+    torch.manual_seed(0)
+    policy = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    tokenizer = make_tokenizer()
+    settings = config(
+        str(tmp_path), per_device_train_batch_size=4, num_generations=2, max_completion_length=8, max_steps=2,
+        use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True, seed=0,
+    )  # fmt: skip
+    trainer(
+        model=policy,
+        reward_funcs=str(run / "export") if kind == "folder" else reward_function(run / "export"),
+        args=settings,
+        train_dataset=Dataset.from_list([{"prompt": as_messages(prompt)} for prompt in PROMPTS]),
+        processing_class=tokenizer,
+    ).train()
+    judge = RewardModel.from_pretrained(run / "export")
+    assert len(seen) == 2
+    for prompts, completions, rewards in seen:
+        expected = judge.score([as_item(*pair) for pair in zip(prompts, completions, strict=True)])
+        assert rewards == pytest.approx(expected.tolist(), abs=1e-5)
+        assert np.ptp(rewards) > 0
+
+
+def test_texts_and_messages_get_the_same_rewards(run):
+    """TRL would put no template around texts."""
+    reward = reward_function(run / "export")
+    replies = ["good", "bad bad", "", "fine"]
+    texts = reward(prompts=PROMPTS, completions=replies, trainer_state=None)
+    messages = reward(
+        prompts=[as_messages(prompt) for prompt in PROMPTS],
+        completions=[as_messages(reply, "assistant") for reply in replies],
+    )
+    items = [{"prompt": prompt, "response": reply} for prompt, reply in zip(PROMPTS, replies, strict=True)]
+    assert (
+        texts == messages == pytest.approx(RewardModel.from_pretrained(run).score(items).tolist(), abs=1e-5)
+    )
+    assert reward.__name__ == "export"
+
+
+def test_of_several_messages_the_last_one_is_judged_in_the_light_of_the_others():
+    turns = [*as_messages("a", "assistant"), *as_messages("b", "tool"), *as_messages("c", "assistant")]
+    assert as_item("q", turns) == {"prompt": [*as_messages("q"), *turns[:2]], "response": "c"}
+
+
+def test_normalised_rewards_have_held_out_mean_0_and_deviation_1(run, tiny_data):
+    rows = [json.loads(line) for line in (tiny_data / "test.jsonl").open()]
+    pairs = [(row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")]
+    rewards = reward_function(run / "export", normalize=True)(*zip(*pairs, strict=True))
+    assert np.mean(rewards) == pytest.approx(0, abs=1e-5)
+    assert np.std(rewards) == pytest.approx(1, abs=1e-5)
+    clipped = reward_function(run / "export", normalize=True, clip=0.5)(*zip(*pairs, strict=True))
+    assert clipped == np.clip(rewards, -0.5, 0.5).tolist()
+
+
+def test_a_model_without_mean_and_deviation_cannot_be_normalised(run):
+    with pytest.raises(RecipeError, match="has no reward_mean and reward_std"):
+        reward_function(run, normalize=True)
+
+
+def test_a_completion_that_does_not_fit_has_no_reward_and_the_others_keep_theirs(run):
+    reward = reward_function(run / "export")
+    alone = reward(["hello"], ["good"])
+    found = reward(["hello", "hello"], ["good", "good " * 200])
+    assert found[0] == pytest.approx(alone[0], abs=1e-6)
+    assert math.isnan(found[1])
+
+
+def scores(*values):
+    return lambda prompts, completions, **_: list(values)
+
+
+def test_two_models_are_combined_by_the_papers_rule():
+    """Llama 2, section 3.2.3, written down as it stands there."""
+    rng = np.random.default_rng(0)
+    safe, helpful, marked = rng.normal(0, 3, 50), rng.normal(0, 3, 50), rng.random(50) < 0.3
+    sigmoid = [1 / (1 + np.exp(-values)) for values in (safe, helpful)]
+    chosen = [s if mark or s < 0.15 else h for s, h, mark in zip(*sigmoid, marked, strict=True)]
+    logits = [math.log(p / (1 - p)) for p in chosen]
+    batch = (["q"] * 50, ["a"] * 50)
+    found = combine(scores(*safe), scores(*helpful), whiten=False)(*batch, is_safety=marked.tolist())
+    assert found == pytest.approx(logits)
+    whitened = combine(scores(*safe), scores(*helpful))(*batch, is_safety=marked.tolist())
+    assert whitened == pytest.approx((np.array(logits) - np.mean(logits)) / np.std(logits))
+    unmarked = combine(scores(*safe), scores(*helpful), threshold=0.0, whiten=False)(*batch)
+    assert unmarked == helpful.tolist()
+
+
+def test_extreme_scores_and_a_batch_of_one_stay_numbers():
+    found = combine(scores(-1e4, 1e4), scores(5.0, 6.0), whiten=False)(["q"] * 2, ["a"] * 2)
+    assert found == [-1e4, 6.0]
+    assert combine(scores(1.0), scores(2.0))(["q"], ["a"]) == [0.0]
+
+
+def test_models_are_combined_by_their_folders(run):
+    both = combine(safety=run / "export", helpfulness=run / "export", whiten=False)
+    assert both(PROMPTS, ["good"] * 4) == reward_function(run / "export")(PROMPTS, ["good"] * 4)
+
+
+def test_ppo_reads_the_reward_from_backbone_head_and_last_token(run):
+    """As OpenRLHF, verl and TRL's former PPOTrainer do: right-padded, not by the classifier's own forward."""
+    model = AutoModelForSequenceClassification.from_pretrained(run / "export").eval()
+    tokenizer = AutoTokenizer.from_pretrained(run / "export")
+    replies = ["good", "a bad cat ran far away"]
+    texts = [
+        tokenizer.apply_chat_template(
+            [*as_messages("hello"), *as_messages(reply, "assistant")], tokenize=False
+        )
+        for reply in replies
+    ]
+    batch = tokenizer(
+        texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False
+    )
+    backbone = getattr(model, model.base_model_prefix)
+    with torch.no_grad():
+        hidden = backbone(**batch).last_hidden_state
+        rewards = model.score(hidden).squeeze(-1)
+    last = (batch["input_ids"] != tokenizer.pad_token_id).sum(1) - 1
+    found = rewards[torch.arange(2), last].tolist()
+    items = [{"prompt": "hello", "response": reply} for reply in replies]
+    assert found == pytest.approx(RewardModel.from_pretrained(run / "export").score(items).tolist(), abs=1e-5)
+    assert abs(found[0] - found[1]) > 1e-3
