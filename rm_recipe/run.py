@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from rm_recipe.errors import Interrupted, RecipeError, TrainingError
 from rm_recipe.recipe import Recipe, is_run_folder, read_recipe
 from rm_recipe.recipe_keys import DEVICE_KEYS
 
+SECONDS_TO_END = 20  # for what is interrupted, before it is interrupted again
 CONFIGS = Path(__file__).parent.parent / "accelerate_configs"
 
 
@@ -133,12 +135,16 @@ def launch_training(recipe: Recipe, path: Path, overrides: Sequence[str], flag: 
 
 
 def interrupt(launcher: subprocess.Popen[bytes]) -> None:
-    """Sends SIGINT to what the launcher started, or to itself if that is nothing, and waits."""
-    if launcher.poll() is None:
+    """Sends SIGINT to what the launcher started, or to itself if that is nothing, until it ends.
+
+    Python prints and forgets an interrupt that it raises in a destructor or in a library's callback.
+    """
+    while launcher.poll() is None:
         process = psutil.Process(launcher.pid)
         for target in process.children() or [process]:
             target.send_signal(signal.SIGINT)
-        launcher.wait()
+        with suppress(subprocess.TimeoutExpired):
+            launcher.wait(SECONDS_TO_END)
 
 
 def print_export(checked: dict[str, Any]) -> None:
