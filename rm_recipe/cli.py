@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -117,12 +117,22 @@ def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.")],
     output: Annotated[Path | None, typer.Option(help="The new folder; by default RUN/export.")] = None,
     overwrite: Overwrite = False,
+    merge_base: Annotated[
+        Literal["dequantized", "original"],
+        typer.Option(
+            help="Of a run in 4 or 8 bits: the base it was trained on, or the one before quantising."
+        ),
+    ] = "dequantized",
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None,
+        typer.Option(help="Precision of all weights; by default the body's as trained, and an fp32 head."),
+    ] = None,
 ) -> None:
-    """Merge adapter and head into a plain classifier, and check what was written."""
+    """Merge adapter and head into a plain classifier, and prove that it scores the same."""
     from rm_recipe.export import export as export_run
     from rm_recipe.run import print_export
 
-    print_export(export_run(run, output, overwrite=overwrite))
+    print_export(export_run(run, output, overwrite=overwrite, merge_base=merge_base, dtype=dtype))
     print(f"exported to {output or run / 'export'}")
 
 

@@ -6,111 +6,96 @@ turns the pipeline's sigmoid off. The body keeps its precision, the head is fp32
 says float32 so that a plain `from_pretrained` computes exactly what was checked here.
 """
 
+import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
-from torch import nn
-from tqdm.auto import tqdm
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
+from rm_recipe import quantisation
 from rm_recipe.artifacts import whole_folder, write_json
 from rm_recipe.datasets import load_held_out_split
 from rm_recipe.encoding import tokenize
-from rm_recipe.errors import ExportError, RecipeError
+from rm_recipe.errors import ExportError, RecipeError, one_line
 from rm_recipe.evaluate import read_evaluation
 from rm_recipe.heads import Float32Linear
-from rm_recipe.metrics import pairwise_agreement
-from rm_recipe.modeling import load_trained
+from rm_recipe.modeling import Base, load_trained
+from rm_recipe.predictions import read_predictions
+from rm_recipe.proof import ROUNDINGS, HeldOut, Proof, largest
 from rm_recipe.recipe import is_run_folder, read_run_recipe
+from rm_recipe.rounding import rounded_inputs, to_eight_bits
 from rm_recipe.scoring import RewardModel, find_model
 from rm_recipe.verdict import HELD_OUT
 
-N_COMPARISONS = 32  # scored at every stage: 64 sequences
-TOLERANCE = 1e-4  # between two fp32 computations of rewards of the order of 10
-# What half precision, in the evaluation and in the merged weights, may move rewards by: root mean square, in
-# standard deviations of the rewards. Seen: 0.1 to 0.3 after a few steps of bf16, 4 or 8 bits, less later; of
-# rewards that have nothing to do with each other it is 1.4.
+MergeBase = Literal["dequantized", "original"]
+# An original base may move rewards by so many of their standard deviations, root mean square. Rewards that
+# have nothing to do with each other are 1.4 apart.
 DRIFT = 0.5
 
 
-def export(run: Path, output: Path | None = None, *, overwrite: bool = False) -> dict[str, Any]:
-    """Writes the merged model of a run and checks what was written against what was evaluated.
+def export(
+    run: Path,
+    output: Path | None = None,
+    *,
+    overwrite: bool = False,
+    merge_base: MergeBase = "dequantized",
+    dtype: str | None = None,
+) -> dict[str, Any]:
+    """Writes the merged model of a run and proves that it scores as what was evaluated.
 
     Args:
         output: the new folder, by default `export/` in the run.
         overwrite: replace an export that is there, once the new one is whole.
+        merge_base: what the adapter of a base in 4 or 8 bits is merged into: that base de-quantised, which it
+            was trained on, or the 16-bit base before quantising, which moves the rewards (peft#2321).
+        dtype: `float32` or `bfloat16` for all weights; by default the body keeps its precision, and the head,
+            in which rewards would tie otherwise, is fp32.
 
     Returns:
-        the content of the export's `proof.json`, measured on the first held-out comparisons: the largest
-            reward differences between what was evaluated and what the files give (`merged`), of which the
-            evaluation's own precision (`evaluated`: against the adapter model in fp32), the merge in fp32
-            (`merge`) and the rounding of the merged body (`rounding`); between the merged model and the files
-            read back with plain transformers (`files`); and the accuracy before and after.
+        the content of the export's `proof.json`.
 
     Raises:
         RecipeError: `run` is no finished run, the export is there already, or what is there and
             would be overwritten is no export.
-        ExportError: the merged model, or the one read back, gives other rewards.
+        ExportError: some step gives other rewards, or the files cannot be written. What was there is kept.
     """
     recipe = read_run_recipe(run)
     output = output or run / "export"
     check_replaceable(output, overwrite)
+    trained = find_model(str(run))
     judge = RewardModel.from_pretrained(run)
     split = tokenize(load_held_out_split(recipe), judge.tokenizer, judge.max_length, judge.truncation)
-    comparisons = split.encoded()[:N_COMPARISONS]
-    names = [
-        f"comparison {n}, response {k}"
-        for n, comparison in enumerate(comparisons, 1)
-        for k in range(1, len(comparison.rests) + 1)
-    ]
-
-    def rewards() -> NDArray[np.float32]:
-        """Of the judge as it is now."""
-        return np.concatenate(judge.score_encoded(comparisons))
-
+    lines = [line for line in read_predictions(run) if line["dataset"] == HELD_OUT]
+    proof = Proof(judge, HeldOut.of(split, judge.max_length, lines))
+    evaluation = read_evaluation(run)
     with whole_folder(output) as folder:
-        evaluated = rewards()
-        judge.model, precision = exact_model(judge, find_model(str(run)))
-        exact = rewards()
+        body = body_precision(judge.model)
+        base = compute_in_float32(proof, trained)
+        proof.check_recorded()
+        quantised = base is not None
+        if quantised and base != merge_base:
+            put_on_base(proof, trained, merge_base, body)
         judge.model = merge(judge.model)
-        merged = rewards()
-        _compare("merging changed the rewards", names, exact, merged, TOLERANCE)
-        save(judge, precision, folder, reward_scale(run, evaluated))
-        rounded = rewards()
-        allowed = max(TOLERANCE, DRIFT * float(evaluated.std()))
-        _compare("the model in fp32 is not what was evaluated", names, evaluated, exact, allowed, rms)
-        _compare("rounding the merged weights changed the rewards", names, evaluated, rounded, allowed, rms)
-        conversations = [ids for comparison in comparisons for ids in comparison.conversations()]
-        read_back = plain_rewards(folder, conversations)
-        _compare("the files do not give the merged model's rewards", names, rounded, read_back, TOLERANCE)
-        ranks = split.comparisons["ranks"][:N_COMPARISONS]
-        differences = {
-            "merged": evaluated - read_back,
-            "evaluated": evaluated - exact,
-            "merge": exact - merged,
-            "rounding": merged - rounded,
-            "files": rounded - read_back,
+        proof.step("merge", "merging changed the rewards", proof.rewards())
+        body, head = [getattr(torch, dtype)] * 2 if dtype else (body, torch.float32)
+        allowed = proof.rounding_to(body)
+        save(judge, folder, body, head, reward_scale(evaluation, proof.evaluated))
+        proof.step("rounding", "rounding the merged weights changed the rewards", proof.rewards(), allowed)
+        content = proof.read_back(folder) | {
+            "merge_base": merge_base if quantised else None,
+            "dtype": dtype,
+            "files": {path.name: sha256(path) for path in sorted(folder.iterdir())},
         }
-        proof = {
-            "n_sequences": len(conversations),
-            "tolerance": {"merge": TOLERANCE, "merged_rms": allowed, "files": TOLERANCE},
-            "max_abs_diff": {stage: float(np.abs(moved).max()) for stage, moved in differences.items()},
-            "accuracy": {
-                "adapter": float(pairwise_agreement(evaluated, ranks).mean()),
-                "merged": float(pairwise_agreement(rounded, ranks).mean()),
-            },
-            "passed": True,
-        }
-        write_json(folder / "proof.json", proof)
-        if (run / "evaluation.json").is_file():
-            (folder / "evaluation.json").write_bytes((run / "evaluation.json").read_bytes())
-    return proof
+        write_json(folder / "proof.json", content)
+        if evaluation:
+            write_json(folder / "evaluation.json", evaluation)
+    return content
 
 
 def check_replaceable(output: Path, overwrite: bool) -> None:
@@ -125,42 +110,59 @@ def check_replaceable(output: Path, overwrite: bool) -> None:
         raise RecipeError(f"{output} is there already; add --overwrite to replace it")
 
 
-def rms(differences: NDArray[np.float32]) -> float:
-    """Root mean square."""
-    return float(np.sqrt(np.mean(np.square(differences, dtype=float))))
+def body_precision(model: torch.nn.Module) -> torch.dtype:
+    """The precision of the weights before the head, of a quantised base that of what is not quantised."""
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
-def _compare(
-    claim: str,
-    names: list[str],
-    before: NDArray[np.float32],
-    after: NDArray[np.float32],
-    allowed: float,
-    measure: Callable[[NDArray[np.float32]], float] = lambda differences: float(differences.max()),
-) -> None:
-    difference = np.abs(before - after)
-    worst = int(difference.argmax())
-    if not measure(difference) <= allowed:
-        raise ExportError(
-            f"{claim}: held-out {names[worst]} (best first), went from {before[worst]:.4f} to "
-            f"{after[worst]:.4f}, and {allowed:.1g} is allowed{' on average' if measure is rms else ''}; "
-            "nothing was exported"
-        )
+def compute_in_float32(proof: Proof, trained: str) -> Base | None:
+    """Goes on to the evaluated model in fp32; returns the base that it is on, None if that is not quantised.
 
-
-def exact_model(judge: RewardModel, trained: str) -> tuple[nn.Module, torch.dtype]:
-    """The trained model computing in fp32, and the precision that its body was in.
-
-    A 4-bit base is de-quantised, so that the adapter is merged into what it was trained on.
+    Layers in 4 bits can multiply in fp32. Those in 8 bits cannot, so their base is de-quantised at once, and
+    what rounding to 8 bits does is measured on that.
     """
-    model = judge.model
-    if getattr(model.config, "quantization_config", None):
-        model = load_trained(trained, judge.tokenizer, dequantize=True)
-    precision = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    return model.float(), precision
+    judge = proof.judge
+    quantised = bool(getattr(judge.model.config, "quantization_config", None))
+    layers = quantisation.eight_bit_layers(judge.model)
+    if layers:
+        judge.model = load_trained(trained, judge.tokenizer, base="dequantized").float()
+        exact = proof.rewards()
+        with rounded_inputs(judge.model, layers, to_eight_bits):
+            noise = ROUNDINGS * largest(exact, proof.rewards())
+        proof.step("precision", "the de-quantised model is not what was evaluated", exact, noise)
+        proof.measure_float32()
+        return "dequantized"
+    quantisation.compute_in_float32(judge.model)
+    judge.model.float()
+    proof.measure_precision()
+    return "trained" if quantised else None
 
 
-def merge(model: nn.Module) -> PreTrainedModel:
+def put_on_base(proof: Proof, trained: str, merge_base: MergeBase, body: torch.dtype) -> None:
+    """Goes on to the adapter on weights that it can be merged into.
+
+    De-quantising rounds to the precision of the body, which 4-bit layers that multiply in fp32 do not.
+
+    Raises:
+        ExportError: they give other rewards; the original base may give somewhat other ones.
+    """
+    judge, allowed = proof.judge, proof.rounding_to(body)
+    judge.model = load_trained(trained, judge.tokenizer, base=merge_base).float()
+    rewards = proof.rewards()
+    if merge_base == "original":
+        moved = np.sqrt(np.mean(np.square(rewards - proof.now, dtype=float)))
+        most = DRIFT * float(proof.now.std())
+        if not moved <= most:
+            raise ExportError(
+                f"on the original base rewards move by {moved:.2g} on average, where half their standard "
+                f"deviation, {most:.2g}, is allowed; nothing was exported; --merge-base dequantized keeps "
+                "them"
+            )
+        allowed = largest(rewards, proof.now)
+    proof.step("base", "de-quantising the base changed the rewards", rewards, allowed)
+
+
+def merge(model: torch.nn.Module) -> PreTrainedModel:
     """The plain classifier: with the adapter and the trained head in their places, if there is one."""
     if isinstance(model, PeftModel):
         model = model.merge_and_unload(progressbar=False)
@@ -170,40 +172,41 @@ def merge(model: nn.Module) -> PreTrainedModel:
     return model
 
 
-def reward_scale(run: Path, rewards: NDArray[np.float32]) -> dict[str, float]:
+def reward_scale(evaluation: dict[str, Any], rewards: NDArray[np.float32]) -> dict[str, float]:
     """Mean and standard deviation of held-out rewards: of the evaluation's if there is one, else of these."""
-    figures = read_evaluation(run).get("datasets", {}).get(HELD_OUT, {})
-    mean, std = (
-        figures.get("mean_reward", float(rewards.mean())),
-        figures.get("std_reward", float(rewards.std())),
-    )
-    return {"reward_mean": mean, "reward_std": std}
+    figures = evaluation.get("datasets", {}).get(HELD_OUT, {})
+    mean, std = float(rewards.mean()), float(rewards.std())
+    return {
+        "reward_mean": figures.get("mean_reward", mean),
+        "reward_std": figures.get("std_reward", std),
+    }
 
 
-def save(judge: RewardModel, precision: torch.dtype, folder: Path, scale: dict[str, float]) -> None:
-    """Writes model and tokenizer, the body in `precision`; the model stays as it will be loaded, in fp32.
+def save(
+    judge: RewardModel, folder: Path, body: torch.dtype, head: torch.dtype, scale: dict[str, float]
+) -> None:
+    """Writes model and tokenizer in these precisions; the model stays as it will be loaded, but in fp32.
 
     Args:
+        head: also what config.json names: what plain transformers computes in.
         scale: what config.json says of the rewards.
     """
     for module in judge.model.modules():
-        if not isinstance(module, Float32Linear):
-            for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.to(precision)
-    judge.model.save_pretrained(folder)
+        precision = head if isinstance(module, Float32Linear) else body
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(precision)
+    try:
+        judge.model.save_pretrained(folder)
+    except SafetensorError as error:  # how it names a full disk, among others
+        raise ExportError(f"the export cannot be written: {one_line(error)}; nothing was exported") from None
     judge.model.float()
     judge.tokenizer.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config |= {"dtype": "float32", **scale}
+    config |= {"dtype": str(head).removeprefix("torch."), **scale}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def plain_rewards(folder: Path, conversations: list[list[int]]) -> NDArray[np.float32]:
-    """Rewards by plain transformers, one conversation at a time; `(n,)`."""
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    with torch.inference_mode():
-        rewards = [
-            model(input_ids=torch.tensor([ids])).logits.item()
-            for ids in tqdm(conversations, desc="Checking the export", unit="sequence")
-        ]
-    return np.array(rewards, np.float32)
+def sha256(path: Path) -> str:
+    """Of a file's bytes, as the Hub names large files."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,7 +9,7 @@ import errno
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from peft import PeftConfig, PeftModel, TaskType
@@ -92,7 +92,7 @@ def _load(name: str, **kwargs: Any) -> tuple[PreTrainedModel, list[str]]:
     The head of a classifier with more labels is one of these.
     """
     try:
-        with _quietly():
+        with quietly():
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 name, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
@@ -127,8 +127,8 @@ def _load_quantised(
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Without transformers' report that the head is new: that is wanted, or refused by us."""
+def quietly() -> Iterator[None]:
+    """Without transformers' bars and its report that a head is new: that is wanted, or refused by us."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -202,12 +202,15 @@ def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.where(mask, zeros, torch.finfo(dtype).min)
 
 
-def load_trained(path: str, tokenizer: PreTrainedTokenizerBase, *, dequantize: bool = False) -> nn.Module:
+Base = Literal["trained", "dequantized", "original"]
+
+
+def load_trained(path: str, tokenizer: PreTrainedTokenizerBase, *, base: Base = "trained") -> nn.Module:
     """A trained reward model for scoring: a run's `model/`, a merged export, or any one-label model.
 
     Args:
-        dequantize: put an adapter on the de-quantised 4-bit base instead of on the 4-bit base; what
-            it was trained on, in weights that it can be merged into.
+        base: what the adapter of a quantised base is put on: that base, the same de-quantised (the weights
+            that it was trained on, as numbers that it can be merged into), or the one before quantising.
 
     Raises:
         RecipeError: it cannot be loaded, has not exactly one label, or lacks a trained head.
@@ -215,7 +218,7 @@ def load_trained(path: str, tokenizer: PreTrainedTokenizerBase, *, dequantize: b
     config = load_config(path)
     adapter = sft.adapter_config(path)
     if adapter is not None:
-        return _load_adapter(path, adapter, config, tokenizer, dequantize)
+        return _load_adapter(path, adapter, config, tokenizer, base)
     if config.num_labels != 1:
         kind = ", ".join(config.architectures or ["unknown architecture"])
         raise RecipeError(
@@ -230,7 +233,7 @@ def load_trained(path: str, tokenizer: PreTrainedTokenizerBase, *, dequantize: b
 
 
 def _load_adapter(
-    path: str, adapter: PeftConfig, config: Any, tokenizer: PreTrainedTokenizerBase, dequantize: bool
+    path: str, adapter: PeftConfig, config: Any, tokenizer: PreTrainedTokenizerBase, base: Base
 ) -> PeftModel:
     if adapter.task_type != TaskType.SEQ_CLS:
         raise RecipeError(f"{path} is the adapter of a language model, not of a reward model")
@@ -241,18 +244,27 @@ def _load_adapter(
     quantised = config.to_dict().get("quantization_config")
     if quantised:
         kwargs["device_map"] = quantisation.on_this_device()
-    with sft.as_one_model(name, revision) as base:
-        if quantised and not hasattr(load_config(base, revision), "quantization_config"):
+    with sft.as_one_model(name, revision) as folder:
+        comes_quantised = hasattr(load_config(folder, revision), "quantization_config")
+        if base == "original" and comes_quantised:
+            raise RecipeError(f"'{name}' comes quantised: there is no original to merge into")
+        if quantised and base != "original" and not comes_quantised:
             kwargs["quantization_config"] = BitsAndBytesConfig.from_dict(quantised)
-        model, new = _load(base, dtype=config.dtype or "auto", **kwargs)
+        model, new = _load(folder, dtype=config.dtype or "auto", **kwargs)
     trained = tuple(f"{name}." for name in adapter.modules_to_save or [])
     untrained = [name for name in new if not f"{name}.".startswith(trained)]
     if untrained:
         raise RecipeError(f"{path} has no trained {', '.join(untrained)}: its rewards would be random")
     model.config.rm_recipe = getattr(config, "rm_recipe", None)
-    if quantised and dequantize:
+    if quantised and base == "dequantized":
         quantisation.dequantize(model)
     prepare_for_rewards(model, tokenizer, new)
+    embeddings = model.get_input_embeddings().num_embeddings
+    if embeddings != config.get_text_config().vocab_size:
+        raise RecipeError(
+            f"{path} was trained on a base with {config.get_text_config().vocab_size} embeddings, and "
+            f"'{name}' has {embeddings}: it is another model now"
+        )
     wrapped = PeftModel.from_pretrained(model, path)
     keep_activations_in_half(wrapped)
     return wrapped.eval()

@@ -147,14 +147,14 @@ def interrupt(launcher: subprocess.Popen[bytes]) -> None:
             launcher.wait(SECONDS_TO_END)
 
 
-def print_export(checked: dict[str, Any]) -> None:
-    """One line on how the export was checked."""
-    difference = checked["max_abs_diff"]
+def print_export(proof: dict[str, Any]) -> None:
+    """How the export was proven, in a few lines."""
+    moved, steps = proof["max_abs_diff"], proof["steps"]
     print(
-        f"{checked['n_sequences']} held-out replies scored again from the exported files: equal to "
-        f"{difference['files']:.0e}.\n"
-        f"Merging in fp32 moved rewards by at most {difference['merge']:.0e}; half precision, in the "
-        f"evaluation\nand in the merged weights, by {difference['merged']:.3f}."
+        f"{proof['n_sequences']} held-out replies scored again by plain transformers from the exported\n"
+        f"files: equal to {moved['fresh_process']:.0e}. Its pipeline and TRL's RLOOTrainer get the same.\n"
+        f"Merging in fp32 moved rewards by at most {steps['merge']:.0e}; half precision, in the "
+        f"evaluation\nand in the merged weights, by {moved['merged']:.3f}."
     )
 
 

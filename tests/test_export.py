@@ -1,16 +1,25 @@
 """What is exported scores like what was evaluated, in plain transformers; or there is no export."""
 
 import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import make_recipe
 from peft import LoraModel
-from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from rm_recipe import RewardModel, quantisation
 from rm_recipe import export as export_module
+from rm_recipe import proof as proof_module
 from rm_recipe.errors import ExportError, RecipeError
+from rm_recipe.evaluate import evaluate
 from rm_recipe.export import export
 from rm_recipe.recipe import read_recipe
 from rm_recipe.train import train
@@ -20,30 +29,73 @@ SET_UPS = {
     "fp32": {},
     "bf16": {"bf16": True},
     "4-bit": {"bf16": True, "load_in_4bit": True},
+    "8-bit": {"bf16": True, "load_in_8bit": True},
     "in full": {"use_peft": False, "learning_rate": 1e-3},
+    "encoder": {"use_peft": False, "learning_rate": 1e-3, "max_length": 64},
 }
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_llama, tiny_distilbert, tiny_data):
+    """A finished and evaluated run of each kind, made once."""
+    root = tmp_path_factory.mktemp("trained")
+
+    def run_of(kind):
+        folder = root / kind
+        if not folder.is_dir():
+            folder.mkdir()
+            base = tiny_distilbert if kind == "encoder" else tiny_llama
+            train(read_recipe(make_recipe(folder, base, tiny_data, num_train_epochs=1, **SET_UPS[kind])))
+            evaluate(str(folder / "run"))
+        return folder / "run"
+
+    return run_of
+
+
+@pytest.fixture(scope="module")
+def exported(trained):
+    """The proof of such a run's export and the run, exported once, to be looked at only."""
+    proofs = {}
+
+    def proof_of(kind):
+        if kind not in proofs:
+            proofs[kind] = export(trained(kind))
+        return proofs[kind], trained(kind)
+
+    return proof_of
+
+
 @pytest.fixture
-def run(write_recipe, tmp_path, request):
-    train(read_recipe(write_recipe(num_train_epochs=1, **SET_UPS[getattr(request, "param", "fp32")])))
-    return tmp_path / "run"
+def run(trained, tmp_path, request):
+    """A copy of one, of the kind that the test asks for."""
+    made, copy = trained(getattr(request, "param", "fp32")), tmp_path / "run"
+    shutil.copytree(made, copy, ignore=shutil.ignore_patterns("export"))
+    return copy
+
+
+def of_kind(*kinds):
+    return pytest.mark.parametrize("run", kinds, indirect=True)
+
+
+def saved(folder):
+    return load_file(folder / "model.safetensors")
 
 
 @pytest.mark.parametrize(
-    ("run", "drift"), [("fp32", 1e-5), ("bf16", 0.1), ("4-bit", 0.1), ("in full", 1e-5)], indirect=["run"]
+    ("kind", "drift"),
+    [("fp32", 1e-5), ("bf16", 0.1), ("4-bit", 0.1), ("8-bit", 0.1), ("in full", 1e-5), ("encoder", 1e-5)],
 )
-def test_plain_transformers_gives_the_rewards_of_the_run(run, drift):
-    checked = export(run)
-    assert checked["n_sequences"] == 64
-    assert checked["max_abs_diff"]["files"] <= 1e-5
-    assert checked["max_abs_diff"]["merged"] <= drift
+def test_plain_transformers_gives_the_rewards_of_the_run(exported, kind, drift):
+    _, run = exported(kind)
     folder = run / "export"
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert model.config.num_labels == 1
+    assert model.config.problem_type == "regression"
     assert model.dtype == torch.float32
+    judge = pipeline("text-classification", model=str(folder), device="cpu")
     trained = RewardModel.from_pretrained(run).score(ITEMS)
+    assert abs(trained[0] - trained[1]) > 1e-4
     for item, reward in zip(ITEMS, trained, strict=True):
         messages = [
             {"role": "user", "content": item["prompt"]},
@@ -51,50 +103,169 @@ def test_plain_transformers_gives_the_rewards_of_the_run(run, drift):
         ]
         text = tokenizer.apply_chat_template(messages, tokenize=False)
         with torch.no_grad():
-            assert model(**tokenizer(text, return_tensors="pt")).logits.item() == pytest.approx(
-                reward, abs=drift
-            )
+            plain = model(**tokenizer(text, return_tensors="pt")).logits.item()
+        assert plain == pytest.approx(reward, abs=drift)
+        piped = judge(text)[0]
+        assert piped["label"] == "reward"
+        assert piped["score"] == pytest.approx(plain, abs=1e-6)
     assert RewardModel.from_pretrained(folder).score(ITEMS) == pytest.approx(trained, abs=drift)
 
 
-@pytest.mark.parametrize("run", ["bf16"], indirect=True)
-def test_the_body_keeps_bf16_and_the_head_fp32(run):
-    export(run)
-    saved = load_file(run / "export" / "model.safetensors")
-    assert saved["score.weight"].dtype == torch.float32
-    assert saved["model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16
+@pytest.mark.parametrize("kind", SET_UPS)
+def test_every_kind_of_run_passes_the_whole_proof(exported, kind):
+    proof, run = exported(kind)
+    assert proof == json.loads((run / "export" / "proof.json").read_text())
+    assert proof["passed"] is True
+    assert proof["n_sequences"] == 64
+    assert proof["contracts"] == {"transformers": True, "pipeline": True, "trl_reward_funcs": True}
+    moved = proof["max_abs_diff"]
+    assert (moved["padding_side"] is None) == (kind == "encoder")
+    for name in ("fresh_process", "batch_size", "padding_side"):
+        assert moved[name] is None or moved[name] <= 1e-5
+    assert moved["merged"] <= proof["tolerance"]
+    assert proof["steps"]["recorded"] <= proof["tolerance"]
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert json.loads((run / "export" / "evaluation.json").read_text()) == evaluation
+    assert abs(proof["accuracy"]["adapter"] - proof["accuracy"]["merged"]) <= 1 / 32
 
 
-def test_a_pipeline_gives_the_raw_reward(run):
-    export(run)
-    judge = pipeline("text-classification", model=str(run / "export"), device="cpu")
-    text = judge.tokenizer.apply_chat_template(
-        [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good good"}], tokenize=False
+@pytest.mark.parametrize("kind", ["fp32", "in full", "encoder"])
+def test_without_half_precision_the_tolerance_is_fp32s(exported, kind):
+    assert exported(kind)[0]["tolerance"] == 1e-5
+
+
+def test_the_body_keeps_bf16_and_the_head_fp32(exported):
+    _, run = exported("bf16")
+    weights = saved(run / "export")
+    assert weights["score.weight"].dtype == torch.float32
+    assert weights["model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16
+
+
+@of_kind("fp32", "bf16", "in full")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dtype_is_that_of_all_weights_and_of_what_is_proven(run, dtype):
+    proof = export(run, dtype=dtype)
+    wanted = getattr(torch, dtype)
+    assert {weight.dtype for weight in saved(run / "export").values()} == {wanted}
+    model = AutoModelForSequenceClassification.from_pretrained(run / "export")
+    assert model.dtype == wanted
+    assert proof["dtype"] == dtype
+    assert proof["max_abs_diff"]["merged"] <= proof["tolerance"]
+    assert (proof["max_abs_diff"]["fresh_process"] > 1e-5) == (dtype == "bfloat16")
+    if dtype == "float32":
+        assert proof["steps"]["rounding"] == 0
+
+
+def test_rounding_is_measured_before_it_is_judged(exported):
+    """What inputs rounded to bf16 do to the rewards says what weights rounded to bf16 will do."""
+    proof, _ = exported("bf16")
+    bound = proof["tolerance"] - proof["tolerance_float32"] - proof["steps"]["precision"]
+    assert bound / 30 < proof["steps"]["rounding"] < bound
+    assert proof["max_abs_diff"]["merged"] > 10 * proof["steps"]["merge"]
+
+
+def test_the_two_bases_of_a_4_bit_run_are_told_apart_and_measured(exported, tiny_llama, tmp_path):
+    dequantized, run = exported("4-bit")
+    original = export(run, tmp_path / "original", merge_base="original")
+    assert (dequantized["merge_base"], original["merge_base"]) == ("dequantized", "original")
+    assert original["steps"]["base"] > 5 * dequantized["steps"]["base"]
+    assert original["max_abs_diff"]["merged"] > original["steps"]["base"] / 2
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama).state_dict()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    adapter = load_file(run / "model" / "adapter_model.safetensors")
+    up, down = (
+        adapter[f"base_model.model.model.layers.0.self_attn.q_proj.lora_{side}.weight"] for side in "BA"
     )
-    result = judge(text)[0]
-    assert result["label"] == "reward"
-    assert result["score"] == pytest.approx(RewardModel.from_pretrained(run).score(ITEMS[:1])[0], abs=1e-5)
+    scale = json.loads((run / "model" / "adapter_config.json").read_text())
+    update = up @ down * scale["lora_alpha"] / scale["r"]
+    merged = saved(tmp_path / "original")[name].float()
+    assert (merged - base[name] - update).abs().max() < 1e-3  # bf16
+    assert (saved(run / "export")[name].float() - base[name] - update).abs().max() > 2e-3  # 4 bits
+
+
+@of_kind("fp32")
+def test_a_run_that_is_not_quantised_has_one_base(run):
+    assert export(run, merge_base="original")["merge_base"] is None
+
+
+@of_kind("4-bit")
+def test_an_original_base_that_gives_other_rewards_is_refused(run, monkeypatch):
+    monkeypatch.setattr(export_module, "DRIFT", 1e-4)
+    with pytest.raises(ExportError, match="on the original base rewards move by .* --merge-base dequantized"):
+        export(run, merge_base="original")
+    assert not (run / "export").exists()
 
 
 def test_an_export_that_scores_otherwise_is_not_put_in_place(run, monkeypatch):
+    """The file itself is changed before it is read back."""
     export(run)
     before = (run / "export" / "model.safetensors").read_bytes()
-    monkeypatch.setattr(
-        export_module, "plain_rewards", lambda folder, conversations: torch.full((64,), 99.0).numpy()
+    save = export_module.save
+
+    def save_otherwise(judge, folder, *rest):
+        save(judge, folder, *rest)
+        weights = saved(folder)
+        weights["score.weight"] = weights["score.weight"] * 1.01
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+    monkeypatch.setattr(export_module, "save", save_otherwise)
+    claim = (
+        r"the files do not give .* comparison \d+, response \d .best first., went from .* by .* is allowed"
     )
-    with pytest.raises(
-        ExportError, match=r"the files do not give .* comparison \d+, response \d .best first., went from"
-    ):
+    with pytest.raises(ExportError, match=claim):
         export(run, overwrite=True)
     assert (run / "export" / "model.safetensors").read_bytes() == before
     assert not [path for path in run.iterdir() if path.name.startswith(".export")]
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "claim"),
+    [
+        ("config.json", lambda config: config.pop("problem_type"), "transformers' pipeline does not get"),
+        ("config.json", lambda config: config.update(pad_token_id=None), "plain transformers cannot use"),
+        ("config.json", lambda config: config.update(pad_token_id=2), "scores? otherwise|do not give"),
+        ("config.json", lambda config: config.update(id2label={"0": "LABEL_0"}), "calls the reward LABEL_0"),
+        (
+            "tokenizer.json",
+            lambda tokenizer: tokenizer.update(
+                post_processor={
+                    "type": "TemplateProcessing",
+                    "single": [
+                        {"SpecialToken": {"id": "<s>", "type_id": 0}},
+                        {"Sequence": {"id": "A", "type_id": 0}},
+                    ],
+                    "pair": [
+                        {"Sequence": {"id": "A", "type_id": 0}},
+                        {"Sequence": {"id": "B", "type_id": 1}},
+                    ],
+                    "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+                }
+            ),
+            "adds special tokens",
+        ),
+    ],
+    ids=["sigmoid", "no pad token", "pad is EOS", "label", "special tokens"],
+)
+def test_what_would_be_served_otherwise_is_refused(run, monkeypatch, file, change, claim):
+    save = export_module.save
+
+    def save_otherwise(judge, folder, *rest):
+        save(judge, folder, *rest)
+        content = json.loads((folder / file).read_text())
+        change(content)
+        (folder / file).write_text(json.dumps(content))
+
+    monkeypatch.setattr(export_module, "save", save_otherwise)
+    with pytest.raises(ExportError, match=claim):
+        export(run)
+    assert not (run / "export").exists()
 
 
 def test_ctrl_c_leaves_no_half_written_export(run, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(export_module, "plain_rewards", interrupt)
+    monkeypatch.setattr(proof_module, "_score_anew", interrupt)
     with pytest.raises(KeyboardInterrupt):
         export(run)
     assert not [path for path in run.iterdir() if "export" in path.name]
@@ -104,9 +275,30 @@ def test_an_export_is_replaced_only_when_asked(run):
     export(run)
     with pytest.raises(RecipeError, match="add --overwrite to replace it"):
         export(run)
+    (run / "export" / "model.safetensors").write_text("damaged")
     export(run, overwrite=True)
-    assert json.loads((run / "export" / "proof.json").read_text())["passed"]
-    assert json.loads((run / "export" / "config.json").read_text())["problem_type"] == "regression"
+    assert len(saved(run / "export")) > 1
+
+
+def test_a_full_disk_costs_the_new_export_and_not_the_old_one(run):
+    """Files may not grow beyond 40 kB: what a full disk does, without one."""
+    export(run)
+    before = (run / "export" / "model.safetensors").read_bytes()
+    assert len(before) > 40_000
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+    command = [sys.executable, "-m", "rm_recipe", "export", str(run), "--overwrite"]
+    result = subprocess.run(
+        command, capture_output=True, text=True, preexec_fn=limit, check=False, env={**os.environ}
+    )
+    assert result.returncode == 1
+    assert "the export cannot be written" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert (run / "export" / "model.safetensors").read_bytes() == before
+    assert not [path for path in run.iterdir() if path.name.startswith(".export")]
 
 
 def test_a_merge_that_moves_the_rewards_is_refused(run, monkeypatch):
@@ -124,19 +316,7 @@ def test_a_merge_that_moves_the_rewards_is_refused(run, monkeypatch):
     assert not (run / "export").exists()
 
 
-@pytest.mark.parametrize("run", ["bf16", "4-bit"], indirect=True)
-def test_what_the_precision_does_is_told_from_what_the_merge_does(run):
-    """In fp32 the merge is exact, so that a misplaced head cannot pass for rounding."""
-    moved = export(run)["max_abs_diff"]
-    assert moved["merge"] <= 1e-5
-    assert moved["rounding"] > 10 * moved["merge"]
-    assert moved["evaluated"] > 10 * moved["merge"]
-    assert (
-        moved["merged"] <= sum(moved[stage] for stage in ("evaluated", "merge", "rounding", "files")) + 1e-6
-    )
-
-
-@pytest.mark.parametrize("run", ["4-bit"], indirect=True)
+@of_kind("4-bit", "8-bit")
 def test_a_base_that_is_de_quantised_wrongly_is_refused(run, monkeypatch):
     """It is loaded anew, so the merge alone would be exact: peft#1836 again."""
     right = quantisation.dequantize
@@ -147,21 +327,22 @@ def test_a_base_that_is_de_quantised_wrongly_is_refused(run, monkeypatch):
             torch.nn.init.normal_(parameter, std=0.2)
 
     monkeypatch.setattr(quantisation, "dequantize", wrongly)
-    with pytest.raises(ExportError, match="the model in fp32 is not what was evaluated: held-out comparison"):
+    with pytest.raises(ExportError, match=r"de-quantis(ing|ed) .*: held-out comparison"):
         export(run)
     assert not (run / "export").exists()
 
 
+@of_kind("fp32", "bf16")
 def test_weights_that_are_rounded_too_coarsely_are_refused(run, monkeypatch):
     save = export_module.save
 
-    def coarsely(judge, precision, folder, scale):
+    def coarsely(judge, *rest):
         for parameter in judge.model.parameters():
-            parameter.data = (parameter.data * 2).round() / 2
-        save(judge, precision, folder, scale)
+            parameter.data = (parameter.data * 8).round() / 8
+        save(judge, *rest)
 
     monkeypatch.setattr(export_module, "save", coarsely)
-    with pytest.raises(ExportError, match="rounding the merged weights .* is allowed on average"):
+    with pytest.raises(ExportError, match="rounding the merged weights changed the rewards"):
         export(run)
     assert not (run / "export").exists()
 
@@ -179,3 +360,41 @@ def test_overwriting_never_removes_what_is_no_export(run, tmp_path, name):
 def test_a_folder_that_is_no_run_is_named(tmp_path):
     with pytest.raises(RecipeError, match="is not a run folder"):
         export(tmp_path)
+
+
+def test_a_run_without_its_head_is_named(run):
+    path = run / "model" / "adapter_model.safetensors"
+    save_file({key: value for key, value in load_file(path).items() if "score" not in key}, path)
+    config = json.loads((run / "model" / "adapter_config.json").read_text())
+    (run / "model" / "adapter_config.json").write_text(json.dumps(config | {"modules_to_save": None}))
+    with pytest.raises(RecipeError, match="has no trained score"):
+        export(run)
+
+
+def own_base(run, tiny_llama, tmp_path):
+    """Lets the run's adapter look for a copy of its base, which the test may change."""
+    shutil.copytree(tiny_llama, tmp_path / "base")
+    path = run / "model" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"base_model_name_or_path": str(tmp_path / "base")}))
+    return tmp_path / "base"
+
+
+def test_a_base_that_is_gone_is_named(run, tiny_llama, tmp_path):
+    shutil.rmtree(own_base(run, tiny_llama, tmp_path))
+    with pytest.raises(RecipeError, match="base' cannot be loaded"):
+        export(run)
+
+
+def test_a_base_that_has_become_another_one_is_refused(run, tiny_llama, tmp_path):
+    base = own_base(run, tiny_llama, tmp_path)
+    weights = load_file(base / "model.safetensors")
+    key = "model.layers.0.mlp.up_proj.weight"
+    save_file(weights | {key: weights[key].flip(0) * 5}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ExportError, match=r"no longer gives the rewards of its predictions.jsonl"):
+        export(run)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model.resize_token_embeddings(500)
+    model.save_pretrained(base)
+    with pytest.raises(RecipeError, match=r"was trained on a base with \d+ embeddings, and .* has 500"):
+        export(run)
