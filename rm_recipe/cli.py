@@ -137,6 +137,26 @@ def export(
 
 
 @app.command()
+def push(
+    export: Annotated[Path, typer.Argument(metavar="EXPORT", help="The export's folder, RUN/export.")],
+    repo_id: Annotated[str, typer.Option(help="Where to: USER/NAME.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository private; refuse one that is public.")
+    ] = False,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Upload the run's adapter instead of the merged model.")
+    ] = False,
+    allow_failed_gate: Annotated[
+        bool, typer.Option("--allow-failed-gate", help="Upload a model that missed its target accuracy.")
+    ] = False,
+) -> None:
+    """Upload a proven export to the Hugging Face Hub."""
+    from rm_recipe.hub import push as push_export
+
+    print(push_export(export, repo_id, private=private, adapter=adapter, allow_failed_gate=allow_failed_gate))
+
+
+@app.command()
 def score(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A run folder, an export or a one-label model.")

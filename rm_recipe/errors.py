@@ -44,3 +44,7 @@ class Interrupted(RmRecipeError):  # noqa: N818 - asked for by the user
 
 class ExportError(RmRecipeError):
     """A merged model could not be written, or is not equal to what was evaluated."""
+
+
+class PushError(RmRecipeError):
+    """A model could not be uploaded, or what arrived is not what was sent."""

@@ -9,7 +9,7 @@ from conftest import run_cli
 
 from rm_recipe import cli
 
-VERBS = ["run", "train", "check", "evaluate", "export", "score", "prepare"]
+VERBS = ["run", "train", "check", "evaluate", "export", "push", "score", "prepare"]
 
 
 def invoke(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:

@@ -1,0 +1,143 @@
+"""An export as `export` leaves it, with tiny files and nothing trained, and ways to spoil it."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from rm_recipe.recipe import RUN_HEADER
+
+MODEL_FILES = {
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+}
+
+
+def write(path: Path, content: str | dict[str, Any]) -> None:
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+
+
+def prove(export: Path, **keys: Any) -> None:
+    """A proof of the model's files as they are."""
+    files = {
+        name: hashlib.sha256((export / name).read_bytes()).hexdigest()
+        for name in sorted(MODEL_FILES | {path.name for path in export.glob("model*")})
+        if (export / name).is_file()
+    }
+    write(export / "proof.json", {"passed": True, "files": files, **keys})
+
+
+def evaluation(passed: bool = True) -> dict[str, Any]:
+    gate = {"target": 0.65, "statistic": "ci_low", "value": 0.7 if passed else 0.6123, "passed": passed}
+    return {"datasets": {"held_out": {"accuracy": 0.75}}, "gate": gate}
+
+
+def make_export(parent: Path) -> Path:
+    """A run with an adapter, and its export, both with files that are not to be uploaded."""
+    run = parent / "run"
+    folder, model = run / "export", run / "model"
+    folder.mkdir(parents=True)
+    model.mkdir()
+    write(run / "recipe.yaml", f"# a run{RUN_HEADER}\n")
+    for place, weights in ((folder, "model"), (model, "adapter_model")):
+        save_file({"score.weight": np.arange(3000, dtype=np.float32)}, place / f"{weights}.safetensors")
+        write(place / "config.json", {"rm_recipe": {"version": 1}, "num_labels": 1})
+        write(place / "tokenizer.json", {"version": "1.0"})
+        write(place / "tokenizer_config.json", {"eos_token": "</s>"})
+        write(place / "chat_template.jinja", "{{ messages }}")
+        for name in ("training_args.bin", "predictions.jsonl", "report.html", ".DS_Store"):
+            write(place / name, "not to be uploaded")
+    write(model / "adapter_config.json", {"base_model_name_or_path": "bob/base"})
+    write(folder / "README.md", f'---\ntags: [rm]\n---\n```python\nmodel = "{folder}"\n```\n')
+    (folder / "reliability.png").write_bytes(b"\x89PNG\r\n\0\1\2")
+    write(folder / "evaluation.json", evaluation())
+    prove(folder)
+    return folder
+
+
+def no_proof(export: Path) -> None:
+    (export / "proof.json").unlink()
+
+
+def failed_proof(export: Path) -> None:
+    prove(export, passed=False)
+
+
+def old_proof(export: Path) -> None:
+    write(export / "proof.json", {"passed": True})
+
+
+def outside_proof(export: Path) -> None:
+    write(export / "proof.json", {"passed": True, "files": {"../model/adapter_model.safetensors": "0"}})
+
+
+def pickled_proof(export: Path) -> None:
+    write(
+        export / "proof.json", {"passed": True, "files": {"model.safetensors": "0", "training_args.bin": "0"}}
+    )
+
+
+def broken_proof(export: Path) -> None:
+    write(export / "proof.json", "{")
+
+
+def changed_weights(export: Path) -> None:
+    weights = export / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+
+
+def missing_weights(export: Path) -> None:
+    (export / "model.safetensors").unlink()
+
+
+def no_evaluation(export: Path) -> None:
+    (export / "evaluation.json").unlink()
+
+
+def other_evaluation(export: Path) -> None:
+    write(export / "evaluation.json", {"datasets": {"reward-bench": {}}, "gate": None})
+
+
+def failed_gate(export: Path) -> None:
+    write(export / "evaluation.json", evaluation(passed=False))
+
+
+def no_gate(export: Path) -> None:
+    write(export / "evaluation.json", evaluation() | {"gate": None})
+
+
+def no_card(export: Path) -> None:
+    (export / "README.md").unlink()
+
+
+def foreign(export: Path) -> None:
+    write(export / "config.json", {"num_labels": 1})
+    prove(export)
+
+
+# What makes an export unfit for upload, and what is said about it.
+REFUSED = [
+    (no_proof, "never proven"),
+    (failed_proof, "says that the export did not pass"),
+    (old_proof, "names no weights that were proven"),
+    (outside_proof, "is no file of an export"),
+    (pickled_proof, "names 'training_args.bin', which is no file of an export"),
+    (broken_proof, "proof.json is not JSON that can be read"),
+    (
+        changed_weights,
+        "model.safetensors has changed since it was proven; export anew with `rm-recipe export",
+    ),
+    (missing_weights, "model.safetensors is gone since it was proven"),
+    (no_evaluation, "run/export was exported without an evaluation"),
+    (other_evaluation, "run`, then `rm-recipe export"),
+    (failed_gate, "the lower end of the accuracy's interval is 0.612, the recipe's target 0.650"),
+    (no_gate, "has no gate"),
+    (no_card, "has no README.md"),
+    (foreign, "is not an export of `rm-recipe export`"),
+]
