@@ -1,5 +1,6 @@
 """Files and folders that are whole or not there: written under a temporary name, then renamed."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -50,6 +51,12 @@ def write_json(target: Path, content: Any) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with whole_file(target) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes, as the Hub names large files."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ turns the pipeline's sigmoid off. The body keeps its precision, the head is fp32
 says float32 so that a plain `from_pretrained` computes exactly what was checked here.
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -19,17 +18,18 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from rm_recipe import quantisation
-from rm_recipe.artifacts import whole_folder, write_json
+from rm_recipe.artifacts import sha256, whole_folder, write_json
 from rm_recipe.datasets import load_held_out_split
 from rm_recipe.encoding import tokenize
 from rm_recipe.errors import ExportError, RecipeError, one_line
 from rm_recipe.evaluate import read_evaluation
-from rm_recipe.heads import Float32Linear
+from rm_recipe.model_card import FIGURE, write_card
 from rm_recipe.modeling import Base, load_trained
+from rm_recipe.plots import save_reliability
 from rm_recipe.predictions import read_predictions
 from rm_recipe.proof import ROUNDINGS, HeldOut, Proof, largest
 from rm_recipe.recipe import is_run_folder, read_run_recipe
-from rm_recipe.rounding import rounded_inputs, to_eight_bits
+from rm_recipe.rounding import precisions, rounded_inputs, to_eight_bits
 from rm_recipe.scoring import RewardModel, find_model
 from rm_recipe.verdict import HELD_OUT
 
@@ -80,21 +80,25 @@ def export(
         proof.check_recorded()
         quantised = base is not None
         if quantised and base != merge_base:
-            put_on_base(proof, trained, merge_base, body)
+            put_on_base(proof, trained, merge_base)
         judge.model = merge(judge.model)
         proof.step("merge", "merging changed the rewards", proof.rewards())
         body, head = [getattr(torch, dtype)] * 2 if dtype else (body, torch.float32)
-        allowed = proof.rounding_to(body)
+        allowed = proof.rounding_to(body, head)
         save(judge, folder, body, head, reward_scale(evaluation, proof.evaluated))
-        proof.step("rounding", "rounding the merged weights changed the rewards", proof.rewards(), allowed)
+        claim = "rounding the merged weights (--dtype float32 would not) changed the rewards"
+        proof.step("rounding", claim, proof.rewards(), allowed)
         content = proof.read_back(folder) | {
             "merge_base": merge_base if quantised else None,
             "dtype": dtype,
             "files": {path.name: sha256(path) for path in sorted(folder.iterdir())},
+            "trained": {path.name: sha256(path) for path in sorted(Path(trained).glob("*.safetensors"))},
         }
         write_json(folder / "proof.json", content)
         if evaluation:
             write_json(folder / "evaluation.json", evaluation)
+        draw_reliability(evaluation, folder)
+        write_card(folder, run, str(output))
     return content
 
 
@@ -138,15 +142,13 @@ def compute_in_float32(proof: Proof, trained: str) -> Base | None:
     return "trained" if quantised else None
 
 
-def put_on_base(proof: Proof, trained: str, merge_base: MergeBase, body: torch.dtype) -> None:
+def put_on_base(proof: Proof, trained: str, merge_base: MergeBase) -> None:
     """Goes on to the adapter on weights that it can be merged into.
-
-    De-quantising rounds to the precision of the body, which 4-bit layers that multiply in fp32 do not.
 
     Raises:
         ExportError: they give other rewards; the original base may give somewhat other ones.
     """
-    judge, allowed = proof.judge, proof.rounding_to(body)
+    judge, allowed = proof.judge, 0.0
     judge.model = load_trained(trained, judge.tokenizer, base=merge_base).float()
     rewards = proof.rewards()
     if merge_base == "original":
@@ -191,10 +193,8 @@ def save(
         head: also what config.json names: what plain transformers computes in.
         scale: what config.json says of the rewards.
     """
-    for module in judge.model.modules():
-        precision = head if isinstance(module, Float32Linear) else body
-        for parameter in module.parameters(recurse=False):
-            parameter.data = parameter.data.to(precision)
+    for parameter, precision in precisions(judge.model, body, head):
+        parameter.data = parameter.data.to(precision)
     try:
         judge.model.save_pretrained(folder)
     except SafetensorError as error:  # how it names a full disk, among others
@@ -206,7 +206,12 @@ def save(
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def sha256(path: Path) -> str:
-    """Of a file's bytes, as the Hub names large files."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def draw_reliability(evaluation: dict[str, Any], folder: Path) -> None:
+    """The card's picture, where there is something to draw."""
+    figures = evaluation.get("datasets", {}).get(HELD_OUT, {})
+    bins = [
+        (part["confidence"], part["accuracy"], part["n"])
+        for part in figures.get("calibration", {}).get("bins", [])
+    ]
+    if bins:
+        save_reliability(bins, folder / FIGURE)

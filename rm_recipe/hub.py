@@ -26,9 +26,9 @@ from huggingface_hub.utils._http import parse_ratelimit_headers
 
 from rm_recipe import __version__
 from rm_recipe.errors import PushError, RecipeError, RmRecipeError, one_line
+from rm_recipe.model_card import FIGURE
 from rm_recipe.upload_files import (
     ADAPTER,
-    FIGURE,
     PROOF,
     TOKENIZER,
     File,

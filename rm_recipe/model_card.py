@@ -1,15 +1,222 @@
-"""A stand-in for the model card's module, so that `hub` can be tested; it is replaced by the real one."""
+"""The model card: what an export's files say of it, for people and for the Hub.
 
+Everything comes from `proof.json`, `evaluation.json`, `config.json` and the run's own records; what is not
+known is not said. Nothing here needs torch.
+"""
+
+import json
 import re
+import shlex
+from collections.abc import Iterable
+from contextlib import suppress
+from importlib import resources
 from pathlib import Path
+from typing import Any
+
+import jinja2
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from rm_recipe.artifacts import read_json
+from rm_recipe.recipe import saved_values
+from rm_recipe.recipe_keys import looks_local
+from rm_recipe.report_text import decimal, interval, limits, mapping, whole
+from rm_recipe.verdict import HELD_OUT, best_baseline, gate_words, readings, rule
+
+TEMPLATE = "model_card.md.jinja"
+CARD = "README.md"
+FIGURE = "reliability.png"
+TAGS = ["reward-model", "rlhf", "trl", "rm_recipe"]
 
 
-def for_repository(text: str, repo_id: str) -> str:
-    """The card with the repository's id in place of the local folder."""
-    found = re.search(r'^model = "(.+)"$', text, re.MULTILINE)
-    return text.replace(found[1], repo_id) if found else text
+def write_card(export: Path, run: Path, model: str) -> None:
+    """Writes an export's `README.md`; everything else that it is about has to be there.
+
+    Args:
+        model: what the snippets load.
+    """
+    (export / CARD).write_text(_card(export, run, model, adapter=False), encoding="utf-8")
 
 
 def adapter_card(export: Path, run: Path, repo_id: str) -> str:
-    """The card of the run's adapter."""
-    return for_repository((export / "README.md").read_text(encoding="utf-8"), repo_id)
+    """The card of the adapter that an export was merged from."""
+    return _card(export, run, repo_id, adapter=True)
+
+
+def for_repository(text: str, repo_id: str) -> str:
+    """A card whose snippets load from the Hub what they loaded from a folder; edits by hand are kept."""
+    found = re.search(r'^model = ("[^"\n]+")$', text, re.MULTILINE)
+    return text.replace(found[1], json.dumps(repo_id)) if found else text
+
+
+def _card(export: Path, run: Path, model: str, *, adapter: bool) -> str:
+    config, proof = read_json(export / "config.json"), read_json(export / "proof.json")
+    evaluation = read_json(export / "evaluation.json") if (export / "evaluation.json").is_file() else {}
+    recipe = saved_values(run)
+    base = _base(recipe)
+    evaluated = mapping(evaluation, "datasets")
+    samples, causal = proof["samples"], proof["reward_at"] == "last token"
+    text = (
+        _environment()
+        .from_string(_template())
+        .render(
+            name=run.resolve().name,
+            model=model,
+            base=base["shown"],
+            data=" and ".join(f"`{name}`" for name in _data(recipe)) or "its data",
+            results=[_result(name, figures) for name, figures in evaluated.items()],
+            sentences=_sentences(evaluation),
+            picture=(export / FIGURE).is_file(),
+            adapter=adapter,
+            samples=samples,
+            either_side=proof["max_abs_diff"]["padding_side"] is not None,
+            reward_mean=config["reward_mean"],
+            reward_std=config["reward_std"],
+            causal=causal,
+            served=_request(model, samples[0]["text"], causal) if samples else "",
+            proof=proof,
+            training=_training(recipe, read_json(run / "run.json")),
+            hh_rlhf=any("hh-rlhf" in name for name in _data(recipe)),
+        )
+    )
+    data = ModelCardData(
+        base_model=base["id"],
+        license=base["license"],
+        datasets=[name for name in _data(recipe) if not _is_local(name)] or None,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-classification",
+        tags=TAGS,
+        model_name=run.resolve().name,
+        eval_results=[
+            _eval_result(name, figures, recipe)
+            for name, figures in evaluated.items()
+            if "accuracy" in figures
+        ]
+        or None,
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n{text}"
+
+
+def _template() -> str:
+    return resources.files("rm_recipe").joinpath(TEMPLATE).read_text(encoding="utf-8")
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(  # noqa: S701 - Markdown, whose HTML the Hub cleans
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.policies["json.dumps_function"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+    environment.globals["small"] = _small
+    return environment
+
+
+def _small(value: float) -> str:
+    return f"{value:.3f}" if value >= 1e-3 else f"{value:.0e}"
+
+
+# --- figures ---------------------------------------------------------------------------------
+
+
+def _shown(name: str) -> str:
+    """A data set's name without the folders of whoever evaluated on it."""
+    return Path(name).name if _is_local(name) else name
+
+
+def _result(name: str, figures: dict[str, Any]) -> list[str]:
+    best = best_baseline(figures)
+    ends = figures.get("accuracy_ci95")
+    return [
+        "held out" if name == HELD_OUT else _shown(name),
+        decimal(figures.get("accuracy")),
+        interval(ends) if limits(ends) else "",
+        whole(figures.get("n_scored")),
+        whole(sum(mapping(figures, "excluded").values())),
+        f"{decimal(best[1])} ({rule(best[0])})" if best else "",
+    ]
+
+
+def _sentences(evaluation: dict[str, Any]) -> list[str]:
+    gate = gate_words(evaluation.get("gate"))
+    held_out = mapping(evaluation, "datasets", HELD_OUT)
+    said = [f"{gate['verdict']}: {gate['why']}."] if gate else []
+    return said + [sentence for _, sentence in readings(held_out)]
+
+
+def _eval_result(name: str, figures: dict[str, Any], recipe: dict[str, Any]) -> EvalResult:
+    trained_on = _data(recipe)
+    held_out = name == HELD_OUT
+    source = (trained_on[0] if trained_on else "unknown") if held_out else name
+    subsets = recipe.get("dataset_subsets") if held_out else None
+    return EvalResult(
+        task_type="text-classification",
+        task_name="Preference accuracy",
+        dataset_type=_shown(source),
+        dataset_name=_shown(source),
+        dataset_config=", ".join(subsets) if subsets else None,
+        dataset_split=recipe.get("dataset_test_split") if held_out else None,
+        dataset_revision=recipe.get("dataset_revision") if held_out else None,
+        metric_type="accuracy",
+        metric_name="Preference accuracy, a tie is one half",
+        metric_value=round(figures["accuracy"], 4),
+        metric_args={
+            "ci95": [round(end, 4) for end in figures.get("accuracy_ci95", [])],
+            "comparisons": figures.get("n_scored"),
+        },
+    )
+
+
+# --- where it comes from ---------------------------------------------------------------------
+
+
+def _is_local(name: str) -> bool:
+    return looks_local(name) or Path(name).exists()
+
+
+def _data(recipe: dict[str, Any]) -> list[str]:
+    """The data sets that the recipe trains on."""
+    mixture: Iterable[dict[str, Any]] = recipe.get("datasets") or []
+    names = [recipe.get("dataset_name"), *(part.get("path") for part in mixture)]
+    return [str(name) for name in dict.fromkeys(names) if name]
+
+
+def _base(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The base model: its id on the Hub, if it has one, its licence, if it says so, and what to call it."""
+    name = str(recipe["model_name_or_path"])
+    data: Any = None
+    with suppress(Exception):  # without a card, without a network: then nothing is known
+        data = ModelCard.load(Path(name, CARD) if _is_local(name) else name, ignore_metadata_errors=True).data
+    known = data.base_model if _is_local(name) and data else name
+    ident = known if isinstance(known, str) and not _is_local(known) else None
+    shown = f"[{ident}](https://huggingface.co/{ident})" if ident else f"`{Path(name).name}`"
+    return {"id": ident, "license": data.license if data else None, "shown": shown}
+
+
+def _training(recipe: dict[str, Any], run: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a reader would ask of the run, and what it cost."""
+    bits = "4" if recipe.get("load_in_4bit") else "8" if recipe.get("load_in_8bit") else ""
+    method = "in full"
+    if recipe.get("use_peft"):
+        method = f"LoRA, rank {recipe['lora_r']}, alpha {recipe['lora_alpha']}"
+        method += f", on a base in {bits} bits" if bits else ""
+    batch = recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] * run["processes"]
+    packages = ("torch", "transformers", "trl", "peft", "rm-recipe")
+    return [
+        ("method", method),
+        ("comparisons", f"{run['comparisons']['train']:,}, {run['steps']} steps of {batch}"),
+        ("learning rate", f"{recipe['learning_rate']:g}"),
+        ("longest conversation", f"{recipe['max_length']} tokens" if recipe.get("max_length") else "any"),
+        ("seed", str(run["seed"])),
+        (
+            "cost",
+            f"{run['train_seconds'] / 60:.1f} minutes on {run['device']}, at most "
+            f"{run['peak_memory_bytes'] / 1e9:.1f} GB",
+        ),
+        ("made with", ", ".join(f"{name} {run['versions'].get(name)}" for name in packages)),
+    ]
+
+
+def _request(model: str, text: str, causal: bool) -> str:
+    """The body of a request for the reward of a rendered conversation, quoted for a shell."""
+    body: dict[str, Any] = {"inputs": text, "raw_scores": True}
+    if causal:
+        body = {"model": model, "input": text, "add_special_tokens": False, "use_activation": False}
+    return shlex.quote(json.dumps(body))

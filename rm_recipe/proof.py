@@ -27,7 +27,7 @@ from rm_recipe.contracts import trl_rewards
 from rm_recipe.errors import ExportError
 from rm_recipe.messages import Message, conversation
 from rm_recipe.metrics import pairwise_agreement
-from rm_recipe.rounding import HOLD_MATRICES, MULTIPLY, layers_of, rounded_inputs, to_bfloat16
+from rm_recipe.rounding import layers_that_multiply, moved_weights, rounded_inputs, to_bfloat16
 from rm_recipe.scoring import RewardModel
 from rm_recipe.split import Split
 from rm_recipe.tokenization import render
@@ -36,9 +36,10 @@ N_SEQUENCES = 64  # at least, as far as there are as many
 N_SERVED = 8  # of them also as texts, through the pipeline and TRL
 FLOAT32 = 1e-5  # what fp32 may move a reward by ...
 SUMS = 64  # ... or this many times what rounding to fp32 does, if that is more: sums in another order
-# What rounding may do, in parts of what it was measured to do to a few sequences: the largest of so few
-# differences is not the largest there is.
+# What rounding may do, in parts of what it was measured to do: the largest of a few differences is not the
+# largest there is.
 ROUNDINGS = 3
+DRAWS = 4  # of weights moved at random; all sequences share a draw, so one would say little
 PLAIN_SCORING = Path(__file__).with_name("plain_scoring.py")
 
 # Whoever serves the model finds their rewards in the card, to compare.
@@ -117,16 +118,15 @@ class Proof:
         self.float32, self.rounding = FLOAT32, 0.0
         self.moved: dict[str, float] = {}
 
-    def rounding_to(self, precision: torch.dtype) -> float:
-        """What writing the judge's weights in a precision may move rewards by; the judge computes in fp32."""
-        if precision == torch.float32:
+    def rounding_to(self, body: torch.dtype, head: torch.dtype) -> float:
+        """What writing the judge's weights so may move rewards by: as weights that are moved at random do."""
+        if body == head == torch.float32:
             return 0.0
-        return ROUNDINGS * self.sensitivity(HOLD_MATRICES) * torch.finfo(precision).eps
-
-    def sensitivity(self, kinds: tuple[type[nn.Module], ...]) -> float:
-        """What rounding in these layers moves rewards by, in parts of a precision's epsilon."""
-        with rounded_inputs(self.judge.model, layers_of(self.judge.model, kinds), to_bfloat16):
-            return largest(self.now, self.rewards()) / torch.finfo(torch.bfloat16).eps
+        moved = []
+        for seed in range(DRAWS):
+            with moved_weights(self.judge.model, body, head, seed):
+                moved.append(largest(self.now, self.rewards()))
+        return ROUNDINGS * max(moved)
 
     @property
     def tolerance(self) -> float:
@@ -155,9 +155,11 @@ class Proof:
         self.measure_float32()
 
     def measure_float32(self) -> None:
-        """Settles `float32` for the judge, which computes in it."""
-        sums = SUMS * self.sensitivity(MULTIPLY) * torch.finfo(torch.float32).eps
-        self.float32 = max(FLOAT32, sums)
+        """Settles `float32`, in which the judge computes, by what inputs rounded to bf16 do to rewards."""
+        with rounded_inputs(self.judge.model, layers_that_multiply(self.judge.model), to_bfloat16):
+            moved = largest(self.now, self.rewards())
+        bits = torch.finfo(torch.float32).eps / torch.finfo(torch.bfloat16).eps
+        self.float32 = max(FLOAT32, SUMS * moved * bits)
 
     def compare(self, claim: str, before: Rewards, after: Rewards, allowed: float) -> float:
         """The largest difference.
@@ -192,14 +194,15 @@ class Proof:
             ExportError: plain transformers, its pipeline or TRL gives other rewards.
         """
         samples, texts, expected = self._served()
-        left = pads_left(self.judge.model)
+        left, causal = pads_left(self.judge.model), reads_last_token(self.judge.model)
+        rendered = [render(self.judge.tokenizer, messages) for messages in texts]
         self.judge.model = None  # two of a large model may not fit
         answer = _score_anew(
             {
                 "folder": str(folder),
                 "sequences": self.held_out.sequences(),
                 "left": left,
-                "texts": [render(self.judge.tokenizer, messages) for messages in texts],
+                "texts": rendered,
             }
         )
         merged = self.now
@@ -235,10 +238,14 @@ class Proof:
                 "merged": float(pairwise_agreement(alone, ranks).mean()),
             },
             "contracts": {"transformers": True, "pipeline": True, "trl_reward_funcs": True},
+            "reward_at": "last token" if causal else "first token",
             "samples": [
-                {"prompt": prompt, "response": response, "reward": found["score"]}
-                for (prompt, response), found in zip(
-                    samples, answer["pipeline"][len(texts) - len(samples) :], strict=True
+                {"prompt": prompt, "response": response, "text": text, "reward": found["score"]}
+                for (prompt, response), text, found in zip(
+                    samples,
+                    rendered[len(texts) - len(samples) :],
+                    answer["pipeline"][len(texts) - len(samples) :],
+                    strict=True,
                 )
             ],
             "passed": True,
@@ -303,7 +310,12 @@ def pads_left(model: nn.Module) -> bool:
         isinstance(module, nn.Embedding) and re.search(r"position|wpe", name)
         for name, module in model.named_modules()
     )
-    return isinstance(getattr(model, "score", None), nn.Module) and not absolute
+    return reads_last_token(model) and not absolute
+
+
+def reads_last_token(model: nn.Module) -> bool:
+    """Whether the head reads the last token, as decoders' do; encoders' read the first."""
+    return isinstance(getattr(model, "score", None), nn.Module)
 
 
 def _score_anew(request: dict[str, Any]) -> dict[str, Any]:

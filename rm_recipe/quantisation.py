@@ -1,6 +1,6 @@
 """A base in 4 or 8 bits (QLoRA, arXiv 2305.14314), its head left whole."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import PartialState
@@ -43,8 +43,11 @@ def keep_layout(model: nn.Module) -> None:
 
 
 def dequantize(model: PreTrainedModel) -> None:
-    """`model.dequantize()`, with the layers of GPT-2 as `Conv1D` again: it leaves linear ones, transposed."""
-    model.dequantize()
+    """`model.dequantize()` to fp32, with GPT-2's layers as `Conv1D` again: it leaves linear ones."""
+    for module in model.modules():
+        if isinstance(module, Linear4bit):  # else it rounds to half precision, and so does the merge, again
+            cast(Any, module.weight).quant_state.dtype = torch.float32
+    model.dequantize(dtype=torch.float32)
     with torch.device("meta"):
         outline = type(model)(model.config)
     for name, module in outline.named_modules():

@@ -18,7 +18,7 @@ import yaml
 
 from rm_recipe.errors import RecipeError
 from rm_recipe.recipe_faults import cross_faults, input_faults
-from rm_recipe.recipe_keys import DEVICE_KEYS, REFUSED_KEYS, DataArguments, check_value
+from rm_recipe.recipe_keys import DEVICE_KEYS, REFUSED_KEYS, DataArguments, HubArguments, check_value
 
 if typing.TYPE_CHECKING:
     from trl import ModelConfig, RewardConfig
@@ -36,6 +36,7 @@ class Recipe:
     training: "RewardConfig" = field(repr=False)
     model: "ModelConfig" = field(repr=False)
     data: DataArguments = field(repr=False)
+    hub: HubArguments = field(repr=False, default_factory=HubArguments)
 
     @property
     def output_dir(self) -> Path:
@@ -45,9 +46,9 @@ class Recipe:
     def resolved(self) -> dict[str, Any]:
         """Every accepted key with its value, in the order in which they are declared."""
         merged: dict[str, Any] = {}
-        for part in (self.model, self.data, self.training):
+        for part in (self.model, self.data, self.hub, self.training):
             for item in dataclasses.fields(part):
-                if item.init and item.name not in REFUSED_KEYS:
+                if item.init and item.name not in (REFUSED_KEYS.keys() | merged.keys()):
                     merged[item.name] = _plain(getattr(part, item.name))
         return merged
 
@@ -210,18 +211,20 @@ def _build(path: Path, values: dict[str, Any]) -> Recipe:
 
     values = values | _device_values(values)
     parts: list[Any] = []
-    for part in (RewardConfig, ModelConfig, DataArguments):
+    of_hub = {item.name for item in dataclasses.fields(HubArguments)}
+    for part in (RewardConfig, ModelConfig, DataArguments, HubArguments):
         names = {item.name for item in dataclasses.fields(part) if item.init}
+        names -= of_hub if part is not HubArguments else set()
         try:
             parts.append(part(**{key: value for key, value in values.items() if key in names}))
         except (ValueError, TypeError, ImportError, OSError) as error:
             raise RecipeError(f"{path}: {' '.join(str(error).split())}") from None
-    training, model, data = parts[0], parts[1], parts[2]
+    training, model, data, hub = parts
     # Several visible GPUs without a launcher would mean nn.DataParallel, which TRL refuses;
     # one process trains on one GPU, `accelerate launch` on more.
     if training.n_gpu > 1:
         training._n_gpu = 1
-    return Recipe(path, values, training, model, data)
+    return Recipe(path, values, training, model, data, hub)
 
 
 def _device_values(values: dict[str, Any]) -> dict[str, Any]:

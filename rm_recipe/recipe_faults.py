@@ -57,6 +57,8 @@ def cross_faults(values: dict[str, Any], given: dict[str, Any]) -> list[str]:
     quantised = values.get("load_in_4bit") or values.get("load_in_8bit")
     if quantised and not values.get("use_peft"):
         faults.append("a quantised base cannot be trained in full: set 'use_peft: true'")
+    if values.get("push_to_hub") and not values.get("hub_model_id"):
+        faults.append("'push_to_hub: true' needs a 'hub_model_id: USER/NAME' to push to")
     if values.get("trust_remote_code"):
         faults.append(
             "'trust_remote_code: true': the export has to load with plain transformers, so a model with code "

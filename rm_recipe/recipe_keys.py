@@ -1,6 +1,6 @@
 """The keys of a recipe: what they are called and what values they take.
 
-Names and types are TRL's own (`RewardConfig`, `ModelConfig`) plus `DataArguments`.
+Names and types are TRL's own (`RewardConfig`, `ModelConfig`) plus `DataArguments` and `HubArguments`.
 """
 
 import dataclasses
@@ -27,9 +27,9 @@ DEVICE_KEYS = ("use_cpu", "bf16", "fp16", "dtype", "dataloader_pin_memory")
 
 REFUSED_KEYS = {
     "hub_token": "a token does not belong in a recipe; log in with `hf auth login` or set HF_TOKEN",
-    "push_to_hub": "training uploads nothing; upload the finished export with "
-    "`hf upload USER/NAME outputs/NAME/export`",
-    "hub_model_id": "training uploads nothing; name the repository in `hf upload`",
+    "hub_strategy": "the proven export is uploaded once, at the end of `rm-recipe run`",
+    "hub_always_push": "the proven export is uploaded once, at the end of `rm-recipe run`",
+    "hub_revision": "the proven export goes to the main branch",
     "lora_task_type": "always SEQ_CLS here, which trains and saves the head",
     "resume_from_checkpoint": "use `train RECIPE --resume`",
     "model_init_kwargs": "use the recipe keys dtype, attn_implementation and model_revision",
@@ -93,13 +93,30 @@ class DataArguments:
     """The gate: what held-out accuracy, or its interval's lower end, has to reach."""
 
 
+@dataclass
+class HubArguments:
+    """TRL's names for where a model goes, which `rm-recipe run` reads and Trainer never sees.
+
+    Trainer would upload checkpoints that nothing has proven.
+    """
+
+    push_to_hub: bool = False
+    """Upload the export at the end of `rm-recipe run`, if it is proven and has passed its gate."""
+
+    hub_model_id: str | None = None
+    """Where to: USER/NAME."""
+
+    hub_private_repo: bool | None = None
+    """Make the repository private."""
+
+
 @cache
 def key_types() -> dict[str, tuple[Any, Any]]:
     """Every accepted key: its type and its choices (None where any value of the type will do)."""
     from trl import ModelConfig, RewardConfig
 
     types: dict[str, tuple[Any, Any]] = {}
-    for part in (RewardConfig, ModelConfig, DataArguments):
+    for part in (RewardConfig, ModelConfig, DataArguments, HubArguments):
         hints = typing.get_type_hints(part)
         for item in dataclasses.fields(part):
             if item.init:

@@ -1,7 +1,7 @@
-"""What rounding does to a model, measured on the model itself: its layers read rounded inputs.
+"""What rounding does to a model's rewards, measured on the model itself before anything is rounded.
 
-Rounding a layer's input or its weights errs by the same part of each number, so this also says what writing
-the weights in half precision may do to the rewards, without a look at those weights.
+Weights that will be rounded are moved at random by as much as rounding may move them; inputs of layers are
+rounded as layers that multiply in fewer bits round them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from rm_recipe.heads import Float32Linear
 
 Round = Callable[[torch.Tensor], torch.Tensor]
 
@@ -25,34 +27,52 @@ def to_bfloat16(values: torch.Tensor) -> torch.Tensor:
     return values.bfloat16().to(values.dtype)
 
 
-MULTIPLY: tuple[type[nn.Module], ...] = (nn.Linear, Conv1D)
-HOLD_MATRICES = (*MULTIPLY, nn.Embedding)
-
-
-def layers_of(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[str]:
-    """The names of the layers of these kinds."""
-    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+def layers_that_multiply(model: nn.Module) -> list[str]:
+    """The names of the layers with a weight matrix to multiply by."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
 
 
 @contextmanager
 def rounded_inputs(model: nn.Module, layers: Sequence[str], rounded: Round) -> Iterator[None]:
-    """Within it, the layers of these names read `rounded(input)`; embeddings give rounded rows."""
+    """Within it, the layers of these names read `rounded(input)`."""
 
     def before(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return (rounded(inputs[0]), *inputs[1:])
 
-    def after(_: nn.Module, __: tuple[torch.Tensor, ...], rows: torch.Tensor) -> torch.Tensor:
-        return rounded(rows)
-
-    modules = [model.get_submodule(name) for name in layers]
-    hooks = [
-        module.register_forward_hook(after)
-        if isinstance(module, nn.Embedding)
-        else module.register_forward_pre_hook(before)
-        for module in modules
-    ]
+    hooks = [model.get_submodule(name).register_forward_pre_hook(before) for name in layers]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def precisions(
+    model: nn.Module, body: torch.dtype, head: torch.dtype
+) -> Iterator[tuple[nn.Parameter, torch.dtype]]:
+    """Every parameter with the precision that it is to be written in."""
+    for module in model.modules():
+        precision = head if isinstance(module, Float32Linear) else body
+        for parameter in module.parameters(recurse=False):
+            yield parameter, precision
+
+
+@contextmanager
+def moved_weights(model: nn.Module, body: torch.dtype, head: torch.dtype, seed: int) -> Iterator[None]:
+    """Within it, the weights that these precisions cannot hold are off by up to half their last place."""
+    generator = torch.Generator().manual_seed(seed)
+    kept = []
+    for parameter, precision in precisions(model, body, head):
+        weights = parameter.data
+        if torch.equal(weights, weights.to(precision).to(weights.dtype)):
+            continue
+        kept.append((parameter, weights))
+        _, exponents = torch.frexp(weights)
+        half = torch.ldexp(torch.full_like(weights, torch.finfo(precision).eps / 4), exponents)
+        share = torch.rand(weights.shape, generator=generator).to(weights.device) * 2 - 1
+        parameter.data = weights + share * half * (weights != 0)
+    try:
+        yield
+    finally:
+        for parameter, weights in kept:
+            parameter.data = weights

@@ -28,6 +28,8 @@ CONFIGS = Path(__file__).parent.parent / "accelerate_configs"
 def run(recipe_path: Path, overrides: Sequence[str], *, overwrite: bool = False) -> None:
     """Goes from a recipe to an exported reward model, and says what it does and what it skips.
 
+    With `push_to_hub: true` the export is uploaded at the end.
+
     Args:
         overrides: `--key value` strings for the recipe.
         overwrite: start anew where a run is there already.
@@ -35,15 +37,19 @@ def run(recipe_path: Path, overrides: Sequence[str], *, overwrite: bool = False)
     Raises:
         RecipeError: the recipe is wrong, or the run folder holds a run of another recipe.
         TrainingError: training failed; what it printed says why.
+        PushError: the export could not be uploaded.
     """
     from rm_recipe.datasets import refuse_leakage
     from rm_recipe.evaluate import evaluate, read_evaluation
     from rm_recipe.evaluation_table import print_evaluation
     from rm_recipe.export import export
+    from rm_recipe.hub import check_destination
     from rm_recipe.train import changed_keys, load_data
     from rm_recipe.verdict import HELD_OUT
 
     recipe = read_recipe(recipe_path, overrides, check_inputs=False)
+    if recipe.hub.push_to_hub:  # hours before it is needed
+        check_destination(str(recipe.hub.hub_model_id))
     prepare(recipe)
     recipe = read_recipe(recipe_path, overrides)
     folder = recipe.output_dir
@@ -79,6 +85,21 @@ def run(recipe_path: Path, overrides: Sequence[str], *, overwrite: bool = False)
     print()
     print_evaluation(evaluation, [HELD_OUT])
     print_summary(folder, recipe_path)
+    if recipe.hub.push_to_hub:
+        push_export(recipe)
+
+
+def push_export(recipe: Recipe) -> None:
+    """Uploads what `run` has exported to where the recipe says.
+
+    Raises:
+        RecipeError, PushError: as `hub.push` does; the export stays.
+    """
+    from rm_recipe.hub import push
+
+    stage("push", str(recipe.hub.hub_model_id))
+    private = bool(recipe.hub.hub_private_repo)
+    print(push(recipe.output_dir / "export", str(recipe.hub.hub_model_id), private=private))
 
 
 def stage(name: str, what: str) -> None:

@@ -52,6 +52,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> N
     """
     check_sharding(recipe.training, bool(recipe.model.load_in_4bit or recipe.model.load_in_8bit))
     checkpoint = check_run_folder(recipe, resume=resume, overwrite=overwrite)
+    if recipe.hub.push_to_hub:
+        say("push_to_hub: training uploads nothing; `rm-recipe run` uploads the proven export at its end")
     tokenizer, train_split, test_split, leakage = load_data(recipe)
     report = report_data(recipe, train_split, test_split, leakage)
     wait_for_main_process()  # or another would end it before it has said what is wrong
@@ -149,6 +151,7 @@ WITHOUT_EFFECT = {
     "logging_first_step", "report_to", "run_name", "project", "disable_tqdm", "eval_strategy", "eval_steps",
     "per_device_eval_batch_size", *CHECKPOINTING,
     "dataset_num_proc", "log_level", "log_level_replica", "dataloader_pin_memory",
+    "push_to_hub", "hub_model_id", "hub_private_repo",
 }  # fmt: skip
 
 

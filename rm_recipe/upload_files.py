@@ -9,14 +9,12 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
 from rm_recipe import model_card
-from rm_recipe.artifacts import read_json
+from rm_recipe.artifacts import read_json, sha256
 from rm_recipe.errors import RecipeError
+from rm_recipe.model_card import CARD, FIGURE
 from rm_recipe.recipe import is_run_folder
 
-CHUNK = 1 << 20  # bytes
 WEIGHTS = ".safetensors"
-CARD = "README.md"
-FIGURE = "reliability.png"  # the card shows it
 PROOF, EVALUATION = "proof.json", "evaluation.json"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 # What `AutoTokenizer` reads beside a model, by whichever tokenizer.
@@ -70,6 +68,9 @@ def adapter_files(export: Path, repo_id: str, *, allow_failed_gate: bool) -> dic
     model = run / "model"
     if not is_run_folder(run) or not all((model / name).is_file() for name in ADAPTER):
         raise RecipeError(f"{export} is no RUN/export of a run with an adapter; push it without --adapter")
+    merged = read_json(export / PROOF).get("trained")
+    if not isinstance(merged, dict) or merged.get(ADAPTER[1]) != sha256(model / ADAPTER[1]):
+        raise RecipeError(f"{model} is not the adapter that {export} was proven against; {_anew(export)}")
     base = base_model(model / ADAPTER[0])
     if Path(base).is_dir() or not is_repo_id(base):
         raise RecipeError(
@@ -158,11 +159,7 @@ def _file(content: bytes | Path) -> File:
         return File(content, hashlib.sha256(content).hexdigest())
     if content.suffix != WEIGHTS:
         return _file(content.read_bytes())
-    digest = hashlib.sha256()
-    with content.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return File(content, digest.hexdigest())
+    return File(content, sha256(content))
 
 
 def _text(path: Path) -> str:

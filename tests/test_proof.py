@@ -98,8 +98,10 @@ def test_fp32_is_allowed_more_where_the_model_is_sensitive(judge, held_out):
 
 def test_bf16_rounds_eight_times_as_coarsely_as_fp16(judge, held_out):
     proof = Proof(judge, held_out)
-    assert proof.rounding_to(torch.float32) == 0
-    assert 0 < proof.rounding_to(torch.bfloat16) == pytest.approx(8 * proof.rounding_to(torch.float16))
+    assert proof.rounding_to(torch.float32, torch.float32) == 0
+    coarse, fine = (proof.rounding_to(body, torch.float32) for body in (torch.bfloat16, torch.float16))
+    assert 0 < coarse == pytest.approx(8 * fine, rel=0.1)
+    assert torch.equal(torch.from_numpy(proof.rewards()), torch.from_numpy(proof.now))
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_a_value_is_read_in_its_keys_type(key, value, parsed):
         ("dtype", "float64", "is not one of auto, bfloat16, float16, float32"),
         ("prefix_sharing", "on", "is not one of auto, off"),
         ("model_name_or_path", 3, "should be text"),
-        ("push_to_hub", True, "is not for a recipe"),
+        ("hub_always_push", True, "is not for a recipe"),
     ],
 )
 def test_a_value_of_another_type_or_choice_is_refused(key, value, fault):

@@ -6,9 +6,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from rm_recipe.rounding import (
-    HOLD_MATRICES,
-    MULTIPLY,
-    layers_of,
+    layers_that_multiply,
+    moved_weights,
     rounded_inputs,
     to_bfloat16,
     to_eight_bits,
@@ -42,7 +41,7 @@ def test_eight_bits_are_127_steps_either_way_in_each_row():
 
 def test_inputs_are_rounded_within_the_block_and_not_after_it(model):
     before = model(IDS)
-    with rounded_inputs(model, layers_of(model, MULTIPLY), to_bfloat16):
+    with rounded_inputs(model, layers_that_multiply(model), to_bfloat16):
         rounded = model(IDS)
     by_hand = model.down(to_bfloat16(torch.tanh(model.up(to_bfloat16(model.words(IDS))))))
     assert torch.equal(rounded, by_hand)
@@ -57,15 +56,37 @@ def test_the_block_is_left_clean_after_an_error(model):
     assert torch.equal(model(IDS), before)
 
 
-def test_embeddings_give_rounded_rows(model):
-    assert layers_of(model, HOLD_MATRICES) == ["words", "up", "down"]
-    with rounded_inputs(model, ["words"], to_bfloat16):
-        assert torch.equal(model.words(IDS), to_bfloat16(model.words.weight))
+def test_weights_move_by_up_to_half_their_last_place_and_come_back(model):
+    before = {name: parameter.data.clone() for name, parameter in model.named_parameters()}
+    with moved_weights(model, torch.bfloat16, torch.float32, seed=0):
+        for name, parameter in model.named_parameters():
+            moved = (parameter - before[name]).abs()
+            gaps = torch.ldexp(torch.tensor(2.0**-8), torch.frexp(before[name])[1])  # between bf16 numbers
+            assert (moved <= gaps / 2).all(), name
+            if name.endswith("weight"):
+                assert moved.mean() > gaps.mean() / 10, name
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
-def test_what_it_does_is_what_rounding_the_weights_will_do(model):
+def test_gaps_are_bf16s_own():
+    one = torch.tensor([1.0, 1.5, 0.75, -3.0])
+    gaps = torch.ldexp(torch.tensor(2.0**-8), torch.frexp(one)[1])
+    assert torch.equal((one + gaps).bfloat16().float(), one + gaps)
+    assert not torch.equal((one + gaps / 2).bfloat16().float(), one + gaps / 2)
+
+
+def test_weights_that_the_precision_holds_stay_where_they_are(model):
+    model.up.weight.data = to_bfloat16(model.up.weight.data)
+    before = model.up.weight.data.clone()
+    with moved_weights(model, torch.bfloat16, torch.float32, seed=0):
+        assert torch.equal(model.up.weight, before)
+        assert not torch.equal(model.words.weight, to_bfloat16(model.words.weight))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_moved_at_random_they_do_what_rounding_will_do(model, seed):
     before = model(IDS)
-    with rounded_inputs(model, layers_of(model, HOLD_MATRICES), to_bfloat16):
+    with moved_weights(model, torch.bfloat16, torch.float32, seed):
         foretold = (model(IDS) - before).std()
     for parameter in model.parameters():
         parameter.data = to_bfloat16(parameter.data)

@@ -36,9 +36,17 @@ def test_an_adapters_files_are_the_runs(export):
     files = adapter_files(export, "ann/judge", allow_failed_gate=False)
     weights = export.parent / "model" / "adapter_model.safetensors"
     assert files["adapter_model.safetensors"].content == weights
-    assert not {"proof.json", "model.safetensors", "training_args.bin", "reliability.png"} & files.keys()
-    write(export / "README.md", "![](reliability.png)")
-    assert "reliability.png" in adapter_files(export, "ann/judge", allow_failed_gate=False)
+    assert not {"proof.json", "model.safetensors", "training_args.bin"} & files.keys()
+    assert "reliability.png" in files  # which its card shows
+    (export / "reliability.png").unlink()
+    assert "reliability.png" not in adapter_files(export, "ann/judge", allow_failed_gate=False)
+
+
+def test_an_adapter_that_was_trained_on_since_is_refused(export):
+    weights = export.parent / "model" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    with pytest.raises(RecipeError, match="is not the adapter that .* was proven against; export anew"):
+        adapter_files(export, "ann/judge", allow_failed_gate=False)
 
 
 @pytest.mark.parametrize("find", [export_files, adapter_files])

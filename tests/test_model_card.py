@@ -1,0 +1,179 @@
+"""What the card says is in the files, what it shows runs, and the Hub's own classes can read it."""
+
+import contextlib
+import io
+import json
+import re
+import shlex
+import shutil
+import warnings
+
+import pytest
+import yaml
+from conftest import make_recipe
+from huggingface_hub import ModelCard
+from made_up_export import make_export, write
+
+from rm_recipe.evaluate import evaluate
+from rm_recipe.export import export
+from rm_recipe.model_card import adapter_card, for_repository, write_card
+from rm_recipe.recipe import RUN_HEADER, read_recipe
+from rm_recipe.train import train
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, tiny_llama, tiny_data):
+    """A finished run's export."""
+    folder = tmp_path_factory.mktemp("card")
+    train(read_recipe(make_recipe(folder, tiny_llama, tiny_data, num_train_epochs=1)))
+    evaluate(str(folder / "run"))
+    export(folder / "run")
+    return folder / "run" / "export"
+
+
+def blocks(card, kind):
+    return re.findall(rf"^```{kind}\n(.*?)^```", card, re.DOTALL | re.MULTILINE)
+
+
+def output_of(snippet):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(snippet, "README.md", "exec"), {})
+    return printed.getvalue()
+
+
+def test_the_snippets_give_the_rewards_that_the_card_says(exported):
+    card = (exported / "README.md").read_text()
+    [by_pipeline, by_model], [said] = blocks(card, "python"), blocks(card, "text")
+    expected = [float(line) for line in said.split()]
+    assert len(expected) == 3
+    assert [float(line) for line in output_of(by_pipeline).split()] == pytest.approx(expected, abs=1e-3)
+    found = [float(number) for number in re.findall(r"-?\d+\.\d+", output_of(by_model))]
+    assert found == pytest.approx(expected[:2], abs=1e-3)
+    proof = json.loads((exported / "proof.json").read_text())
+    assert expected == pytest.approx([sample["reward"] for sample in proof["samples"]], abs=1e-3)
+
+
+def test_the_hubs_classes_find_the_accuracy_in_it(exported):
+    figures = json.loads((exported / "evaluation.json").read_text())["datasets"]["held_out"]
+    card = ModelCard.load(exported / "README.md")
+    [result] = card.data.eval_results
+    assert result.metric_value == pytest.approx(figures["accuracy"], abs=1e-4)
+    assert result.metric_args["ci95"] == pytest.approx(figures["accuracy_ci95"], abs=1e-4)
+    assert result.metric_args["comparisons"] == 40
+    assert (result.metric_type, result.dataset_split, result.dataset_type) == (
+        "accuracy",
+        "test",
+        "preferences",
+    )
+    assert card.data.pipeline_tag == "text-classification"
+    assert "reward-model" in card.data.tags
+    assert f"| held out | {figures['accuracy']:.3f} |" in card.text
+    assert "](reliability.png)" in card.text
+    assert (exported / "reliability.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_local_is_no_id_on_the_hub(exported, tiny_data):
+    card = ModelCard.load(exported / "README.md")
+    assert card.data.datasets is None
+    assert card.data.base_model is None
+    assert card.data.license is None
+    front = card.content.split("---")[1]
+    assert str(tiny_data.parent) not in front
+
+
+def test_a_server_can_be_asked_as_the_card_says(exported):
+    card = (exported / "README.md").read_text()
+    [served] = blocks(card, "bash")
+    body = json.loads(shlex.split(served.splitlines()[1])[-1])
+    [first, *_] = json.loads((exported / "proof.json").read_text())["samples"]
+    assert body["input"] == first["text"]
+    assert body["model"] == str(exported)
+    assert body["use_activation"] is body["add_special_tokens"] is False
+
+
+def made_up(tmp_path, **keys):
+    folder = make_export(tmp_path)
+    (folder / "reliability.png").unlink()
+    path = folder.parent / "recipe.yaml"
+    write(path, f"# a run{RUN_HEADER}\n{json.dumps(yaml.safe_load(path.read_text()) | keys)}\n")
+    write_card(folder, folder.parent, "outputs/x/export")
+    return folder, ModelCard.load(folder / "README.md")
+
+
+def test_hub_ids_of_data_and_base_are_linked(tmp_path):
+    _, card = made_up(
+        tmp_path, dataset_name="Anthropic/hh-rlhf", dataset_subsets=["helpful-base"], dataset_revision="v1"
+    )
+    assert card.data.datasets == ["Anthropic/hh-rlhf"]
+    assert card.data.base_model == "bob/base"
+    [result] = card.data.eval_results
+    assert (result.dataset_type, result.dataset_config, result.dataset_revision) == (
+        "Anthropic/hh-rlhf", "helpful-base", "v1",
+    )  # fmt: skip
+    assert "[bob/base](https://huggingface.co/bob/base)" in card.text
+    assert "offensive" in card.text
+
+
+def test_the_licence_and_origin_of_a_local_base_are_its_own_cards(tmp_path):
+    (tmp_path / "base").mkdir()
+    write(tmp_path / "base" / "README.md", "---\nbase_model: big/base\nlicense: mit\n---\n")
+    _, card = made_up(tmp_path, model_name_or_path=str(tmp_path / "base"))
+    assert (card.data.base_model, card.data.license) == ("big/base", "mit")
+
+
+def test_a_model_that_must_be_padded_right_says_so(tmp_path):
+    _, card = made_up(tmp_path)
+    assert "**Pad on the right.**" in card.text
+    assert "| padding on the left | not possible |" in card.text
+
+
+def test_without_an_evaluation_nothing_is_claimed(tmp_path):
+    folder = make_export(tmp_path)
+    (folder / "evaluation.json").unlink()
+    write_card(folder, folder.parent, "x")
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.eval_results is None
+    assert "has not been evaluated" in card.text
+
+
+def test_on_the_hub_the_snippets_load_from_there_and_edits_are_kept(tmp_path):
+    _, card = made_up(tmp_path)
+    text = card.content + "\nWords of my own on outputs/x/export.\n"
+    pushed = for_repository(text, "ann/judge")
+    assert '"outputs/x/export"' not in pushed
+    assert pushed.count('"ann/judge"') == card.content.count('"outputs/x/export"') >= 4
+    assert pushed.endswith("Words of my own on outputs/x/export.\n")
+
+
+def test_a_short_folder_name_is_replaced_as_a_name_only(tmp_path):
+    folder = make_export(tmp_path)
+    write_card(folder, folder.parent, "model")
+    pushed = for_repository((folder / "README.md").read_text(), "ann/judge")
+    assert pushed.startswith("---\nbase_model")
+    assert "reward model" in pushed
+    [by_pipeline, *_] = blocks(pushed, "python")
+    assert 'model = "ann/judge"\njudge = pipeline("text-classification", model=model)' in by_pipeline
+
+
+def test_the_adapters_card_is_about_the_adapter(tmp_path):
+    folder, _ = made_up(tmp_path)
+    card = ModelCard(adapter_card(folder, folder.parent, "ann/adapter"))
+    assert card.data.library_name == "peft"
+    assert card.data.base_model == "bob/base"
+    [snippet] = blocks(card.text, "python")
+    assert 'model = "ann/adapter"' in snippet
+    assert "RewardModel.from_pretrained(model)" in snippet
+    assert "pipeline(" not in card.text
+
+
+def test_the_card_of_the_same_files_is_the_same(exported, tmp_path):
+    shutil.copytree(exported.parent, tmp_path / "run")
+    write_card(tmp_path / "run" / "export", tmp_path / "run", str(exported))
+    assert (tmp_path / "run" / "export" / "README.md").read_text() == (exported / "README.md").read_text()
+
+
+def test_the_hub_library_has_nothing_to_warn_of(exported):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ModelCard.load(exported / "README.md")
