@@ -79,7 +79,19 @@ def test_every_launch_names_a_configuration_and_a_recipe_that_parse(command):
     read_recipe(REPOSITORY / words[verb + 2], words[verb + 3 :], check_inputs=False)
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("rm-recipe")])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("rm-recipe push")])
+def test_every_push_names_an_export_that_needs_only_a_token(command, workplace, monkeypatch):
+    """Pushing itself, to a Hub on localhost, is in test_hub and test_published."""
+    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.setenv("HF_HOME", str(workplace))
+    result = run_cli(*shlex.split(command)[1:], cwd=workplace)
+    assert result.returncode == 2
+    assert "there is no token for the Hub" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if c.startswith("rm-recipe") and not c.startswith("rm-recipe push")]
+)
 def test_every_command_works(command, workplace):
     result = run_cli(*shlex.split(command)[1:], cwd=workplace)
     assert result.returncode == 0, result.stderr
