@@ -6,6 +6,7 @@ and reading, another batch or padding) has to agree to fp32's own rounding. A st
 rewards by what rounding was measured to do to this very model.
 """
 
+import gc
 import json
 import re
 import subprocess
@@ -196,7 +197,7 @@ class Proof:
         samples, texts, expected = self._served()
         left, causal = pads_left(self.judge.model), reads_last_token(self.judge.model)
         rendered = [render(self.judge.tokenizer, messages) for messages in texts]
-        self.judge.model = None  # two of a large model may not fit
+        self._let_go()
         answer = _score_anew(
             {
                 "folder": str(folder),
@@ -250,6 +251,13 @@ class Proof:
             ],
             "passed": True,
         }
+
+    def _let_go(self) -> None:
+        """Frees the judge's model: it and the one that the fresh process loads may not fit a GPU together."""
+        self.judge.model = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _served(self) -> tuple[list[tuple[str, str]], list[list[Message]], Rewards]:
         """The samples that fit the model; the conversations to go through pipeline and TRL; their rewards."""
