@@ -12,6 +12,8 @@ from typing import Any
 
 from rm_recipe.errors import RecipeError
 
+SCRATCH = ".part"  # how the names end of what is not finished
+
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
@@ -20,7 +22,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     After an exception, Ctrl-C included, `target` is as it was and nothing else is left.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=SCRATCH, dir=target.parent))
     new, old = scratch / "new", scratch / "old"
     try:
         new.mkdir()
@@ -38,12 +40,29 @@ def whole_folder(target: Path) -> Iterator[Path]:
 def whole_file(target: Path) -> Iterator[Path]:
     """Yields a path beside `target` to write to; it takes `target`'s place when the block ends well."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.part")
+    partial = target.with_name(f".{target.name}{SCRATCH}")
     try:
         yield partial
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def is_scratch(path: Path) -> bool:
+    """Whether a kill left this behind while one of the above was at work."""
+    return path.name.startswith(".") and path.name.endswith(SCRATCH)
+
+
+def tidy(folder: Path) -> None:
+    """Removes what kills left behind in a folder, and puts back what was about to be replaced."""
+    for path in filter(is_scratch, list(folder.iterdir())):
+        if not path.is_dir():
+            path.unlink()
+            continue
+        target = folder / path.name.removeprefix(".").rpartition("-")[0]
+        if (path / "old").exists() and not target.exists():
+            (path / "old").rename(target)
+        shutil.rmtree(path)
 
 
 def write_json(target: Path, content: Any) -> None:

@@ -1,12 +1,14 @@
 """The command line: a table of verbs, their options, and the exit codes.
 
-0: done. 2: the user's input is wrong. 1: the run failed. 130: interrupted. Heavy imports wait
+0: done. 2: the user's input is wrong. 1: the run failed. 130, 143: interrupted. Heavy imports wait
 until a verb needs them, so that `--help` answers at once.
 """
 
 import errno
 import logging
 import os
+import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -14,7 +16,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from rm_recipe.errors import RmRecipeError
+from rm_recipe.errors import Interrupted, RmRecipeError
+from rm_recipe.interrupts import INTERRUPTS
 
 app = typer.Typer(
     name="rm-recipe",
@@ -53,7 +56,21 @@ def train(
     parsed = read_recipe(recipe, context.args)
     from rm_recipe.train import train as train_recipe
 
-    train_recipe(parsed, resume=resume, overwrite=overwrite)
+    try:
+        train_recipe(parsed, resume=resume, overwrite=overwrite)
+    except Interrupted as stopped:
+        raise Interrupted(f"{stopped}{how_to_go_on(context.args, recipe)}", stopped.number) from None
+
+
+def how_to_go_on(overrides: list[str], recipe: Path) -> str:
+    """What to type after an interrupt, on a line of its own; nothing where `rm-recipe run` says it."""
+    from rm_recipe.run import UNDER_RUN
+
+    if UNDER_RUN in os.environ:
+        return ""
+    if "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
+        return "\ngo on with the same `accelerate launch` and --resume"
+    return f"\ngo on with: {shlex.join(['rm-recipe', 'train', str(recipe), *overrides, '--resume'])}"
 
 
 @app.command(context_settings=WITH_OVERRIDES)
@@ -219,12 +236,13 @@ def main() -> None:
     """Runs a verb and exits with the code that `errors` gives its failure."""
     set_environment()
     try:
-        app(prog_name="rm-recipe")
+        with INTERRUPTS.listening():
+            app(prog_name="rm-recipe")
     except RmRecipeError as error:
         fail(str(error), error.exit_code)
     except SystemExit as end:
-        if end.code == 130:  # what typer makes of Ctrl-C
-            fail("interrupted", 130)
+        if end.code == 130:  # what typer makes of KeyboardInterrupt
+            fail("interrupted", 128 + (INTERRUPTS.received or signal.SIGINT))
         raise
     except ImportError as error:
         fail(f"a package is missing: {error}; `pip install -e .` installs what rm_recipe needs", 2)
@@ -257,9 +275,10 @@ def fail(message: str, code: int) -> None:
     ended by the launcher; where the main process goes on, as the fault is not its own, it speaks instead.
     """
     rank = int(os.environ.get("RANK", "0"))
-    if rank and code != 130:  # Ctrl-C reaches all of them
+    interrupted = code > 128  # which all of them know
+    if rank and not interrupted:
         time.sleep(SECONDS_TO_SPEAK + rank)
-    if rank == 0 or code != 130:
+    if rank == 0 or not interrupted:
         print(f"rm-recipe: {message}", file=sys.stderr, flush=True)
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():

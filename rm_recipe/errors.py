@@ -4,6 +4,8 @@ The command line turns them into exit codes (`rm_recipe/cli.py`): 2 where the us
 wrong, 1 where the run itself failed.
 """
 
+import signal
+
 
 def one_line(error: BaseException) -> str:
     """A library's message, shortened to what fits into one of ours: its first sentence."""
@@ -37,9 +39,12 @@ class TrainingError(RmRecipeError):
 
 
 class Interrupted(RmRecipeError):  # noqa: N818 - asked for by the user
-    """Ctrl-C, with what is kept and how to go on."""
+    """SIGINT (Ctrl-C) or SIGTERM, with what is kept and how to go on."""
 
-    exit_code = 130
+    def __init__(self, message: str, number: int | None = None) -> None:
+        super().__init__(message)
+        self.number = number or signal.SIGINT
+        self.exit_code = 128 + self.number  # as a shell counts: 130, 143
 
 
 class ExportError(RmRecipeError):

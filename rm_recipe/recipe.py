@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from rm_recipe.artifacts import whole_file
 from rm_recipe.errors import RecipeError
 from rm_recipe.recipe_faults import cross_faults, input_faults
 from rm_recipe.recipe_keys import DEVICE_KEYS, REFUSED_KEYS, DataArguments, HubArguments, check_value
@@ -24,6 +25,7 @@ if typing.TYPE_CHECKING:
     from trl import ModelConfig, RewardConfig
 
 
+RUN_RECIPE = "recipe.yaml"
 RUN_HEADER = ", every key with the value it had"  # what tells a run's recipe.yaml from a user's
 
 
@@ -56,7 +58,8 @@ class Recipe:
         """Writes the resolved recipe as YAML that `read_recipe` takes back."""
         header = f"# {self.path.name}{RUN_HEADER}\n"
         text = yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
-        path.write_text(header + text, encoding="utf-8")
+        with whole_file(path) as partial:
+            partial.write_text(header + text, encoding="utf-8")
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = (), *, check_inputs: bool = True) -> Recipe:
@@ -94,7 +97,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = (), *, check_inputs
 
 def is_run_folder(folder: Path) -> bool:
     """Whether a run was started in this folder: its recipe.yaml is one that `Recipe.save` wrote."""
-    path = folder / "recipe.yaml"
+    path = folder / RUN_RECIPE
     if not path.is_file():
         return False
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -109,7 +112,7 @@ def saved_values(run: Path) -> dict[str, Any]:
     """
     if not is_run_folder(run):
         raise RecipeError(f"{run} is not a run folder: it has no recipe.yaml of a run")
-    values, faults = _read_yaml(run / "recipe.yaml")
+    values, faults = _read_yaml(run / RUN_RECIPE)
     if faults:
         raise RecipeError("\n".join(faults))
     return values
@@ -122,7 +125,7 @@ def read_run_recipe(run: Path) -> Recipe:
         RecipeError: `run` is not a run folder.
     """
     values = {key: value for key, value in saved_values(run).items() if key not in DEVICE_KEYS}
-    return _build(run / "recipe.yaml", values | {"output_dir": str(run)})
+    return _build(run / RUN_RECIPE, values | {"output_dir": str(run)})
 
 
 # --- reading ---------------------------------------------------------------------------------

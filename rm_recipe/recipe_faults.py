@@ -68,6 +68,12 @@ def cross_faults(values: dict[str, Any], given: dict[str, Any]) -> list[str]:
         faults.append(
             "'use_dora' reads weights that bitsandbytes 0.50 does not give in 8 bits: 'load_in_4bit'"
         )
+    limit = values.get("save_total_limit")
+    if limit is not None and limit < 2:
+        faults.append(
+            f"'save_total_limit: {limit}' must be 2 or more: the older checkpoint is what is left where the "
+            "newer one is cut off"
+        )
     if values.get("bf16") and values.get("fp16"):
         faults.append("'bf16' and 'fp16' cannot both be true; leave both out to let the device choose")
     if not 0.0 <= values.get("target_accuracy", 0.5) <= 1.0:

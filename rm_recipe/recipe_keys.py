@@ -36,6 +36,8 @@ REFUSED_KEYS = {
     "remove_unused_columns": "the collator needs its columns",
     "pad_token": "chosen by rm_recipe so that it is never EOS, and saved with the model",
     "eos_token": "taken from the base model's tokenizer",
+    "save_only_model": "a checkpoint without the optimizer's state could not be gone on from",
+    "ignore_data_skip": "a resumed run meets the comparisons that are left, in the same order",
     "label_names": "a comparison has no label column",
     "streaming": "data sets are memory-mapped, which takes no memory either and can be shuffled",
     "parallelism_config": "set it in the file for `accelerate launch --config_file`",

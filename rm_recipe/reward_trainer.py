@@ -8,18 +8,21 @@ metrics, which count comparisons instead of averaging batches.
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch.nn.functional import logsigmoid
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import RewardTrainer
 
 from rm_recipe.attention import by_block
 from rm_recipe.batching import Encoded, padded_rows, shared_rows
+from rm_recipe.checkpoints import not_written
 from rm_recipe.distribution import autocast_of, keep_precision
 from rm_recipe.errors import TrainingError
 from rm_recipe.metrics import pair_indices
@@ -95,6 +98,12 @@ class LogLines(ProgressCallback):
         if "loss" in logs or "eval_loss" in logs:
             self.training_bar.write(f"step {state.global_step:>4}  " + "  ".join(parts))
 
+    def close(self) -> None:
+        """Ends the bars where they stand."""
+        for bar in (self.prediction_bar, self.training_bar):
+            if bar is not None:
+                bar.close()
+
 
 class SharedPrefixRewardTrainer(RewardTrainer):
     """`trl.RewardTrainer` for datasets with the columns of `COLUMNS` (`split.Split`).
@@ -135,6 +144,34 @@ class SharedPrefixRewardTrainer(RewardTrainer):
             return autocast_of(self.args)
         return super().autocast_smart_context_manager(*args)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, after which no bar is in the way of what is said, however it ends."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, LogLines):
+                    callback.close()
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's; nothing if the run had ended when it was saved, which Trainer notices a step late."""
+        saved = self.state.stateful_callbacks.get("TrainerControl", {}).get("args", {})
+        if saved.get("should_training_stop"):
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's, which leaves half a checkpoint behind where a disk is full.
+
+        Raises:
+            TrainingError: with what is still there.
+        """
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise not_written(Path(self.args.output_dir), self.state.global_step, error) from error
+
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """No card in the run folder; the export gets one."""
 
@@ -169,9 +206,12 @@ class SharedPrefixRewardTrainer(RewardTrainer):
     ) -> None:
         """Remembers one value per comparison; TRL's `log` takes their mean.
 
-        `gather_for_metrics` drops what a distributed sampler repeats to fill its last batch.
+        In evaluation, `gather_for_metrics` drops what a distributed sampler repeats to fill its last batch.
+        Not in training: there Trainer fetches the batches of a step ahead, and it would drop comparisons
+        of those before the last one too.
         """
         mode = "train" if self.model.training else "eval"
+        gather = self.accelerator.gather if mode == "train" else self.accelerator.gather_for_metrics
         metrics = self._metrics[mode]
         margin = chosen - rejected
         values = (
@@ -181,7 +221,7 @@ class SharedPrefixRewardTrainer(RewardTrainer):
         )
         means = tuple(mean_by_comparison(value, pairs_each) for value in values)
         own_losses = losses
-        losses, *means = self.accelerator.gather_for_metrics((losses, *means))
+        losses, *means = gather((losses, *means))
         if not torch.isfinite(losses).all():  # on all processes, so they stop together
             finite = torch.isfinite(own_losses).tolist()
             self._stop(gather_object([name for name, good in zip(names, finite, strict=True) if not good]))

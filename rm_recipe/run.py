@@ -6,6 +6,7 @@ What `make train` calls. Training goes through `accelerate launch` with a config
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,10 +19,11 @@ from typing import Any
 import psutil
 
 from rm_recipe.errors import Interrupted, RecipeError, TrainingError
+from rm_recipe.interrupts import INTERRUPTS
 from rm_recipe.recipe import Recipe, is_run_folder, read_recipe
 from rm_recipe.recipe_keys import DEVICE_KEYS
 
-SECONDS_TO_END = 20  # for what is interrupted, before it is interrupted again
+UNDER_RUN = "RM_RECIPE_RUN"  # in the environment of the training that is started here
 CONFIGS = Path(__file__).parent.parent / "accelerate_configs"
 
 
@@ -129,7 +131,7 @@ def launch_training(recipe: Recipe, path: Path, overrides: Sequence[str], flag: 
 
     Raises:
         TrainingError: it failed.
-        Interrupted: Ctrl-C, after the training process has ended.
+        Interrupted: by a signal, after the training process has ended.
     """
     command = [sys.executable, "-m", "rm_recipe", "train", str(path), *overrides, flag]
     config = CONFIGS / ("cpu.yaml" if recipe.training.use_cpu else "single_gpu.yaml")
@@ -139,33 +141,31 @@ def launch_training(recipe: Recipe, path: Path, overrides: Sequence[str], flag: 
         threads = os.environ.get("OMP_NUM_THREADS", str(psutil.cpu_count(logical=False) or 1))
         launcher += ["--num_cpu_threads_per_process", threads]
         command = [*launcher, "--config_file", str(config), *command[1:]]
-    process = subprocess.Popen(command, start_new_session=True)
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        code = process.wait()
-    except KeyboardInterrupt:
-        interrupt(process)
-        raise Interrupted("the same command goes on from there") from None
-    except SystemExit:
-        interrupt(process)
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    process = subprocess.Popen(command, start_new_session=True, env={**os.environ, UNDER_RUN: "1"})
+    with INTERRUPTS.listening():
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            number = INTERRUPTS.received or signal.SIGINT
+            pass_on(number, process)
+            go_on = shlex.join(["rm-recipe", "run", str(path), *overrides])
+            raise Interrupted(f"go on with: {go_on}", number) from None
     if code:
         raise TrainingError("training failed; its message stands above")
 
 
-def interrupt(launcher: subprocess.Popen[bytes]) -> None:
-    """Sends SIGINT to what the launcher started, or to itself if that is nothing, until it ends.
+def pass_on(number: int, launcher: subprocess.Popen[bytes]) -> None:
+    """Sends a signal to what the launcher started, or to itself if that is nothing, and waits for its end.
 
-    Python prints and forgets an interrupt that it raises in a destructor or in a library's callback.
+    That saves first. Another signal meanwhile is passed on as well.
     """
     while launcher.poll() is None:
         process = psutil.Process(launcher.pid)
-        for target in process.children() or [process]:
-            target.send_signal(signal.SIGINT)
-        with suppress(subprocess.TimeoutExpired):
-            launcher.wait(SECONDS_TO_END)
+        with suppress(psutil.NoSuchProcess):
+            for target in process.children() or [process]:
+                target.send_signal(number)
+        with suppress(KeyboardInterrupt):
+            launcher.wait()
 
 
 def print_export(proof: dict[str, Any]) -> None:

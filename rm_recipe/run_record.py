@@ -6,6 +6,7 @@ import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +27,23 @@ def run_record(
     train_split: Split,
     test_split: Split,
     seconds: float,
-    first_step: int = 0,
+    resumed: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of `run.json`.
 
     Args:
         seconds: that training took since it was started or resumed.
-        first_step: the step that it was resumed from; speeds count from there.
+        resumed: the manifest of the checkpoint that it was resumed from; speeds count from there.
     """
     state, training = trainer.state, recipe.training
+    first_step, first_tokens = (resumed["step"], resumed["since_last_log"]["tokens"]) if resumed else (0, 0)
     # A gradient norm may overflow in fp16's first steps; JSON has no number for that.
     log = [
         {key: value if math.isfinite(value) else None for key, value in entry.items()}
         for entry in state.log_history
     ]
-    batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    # Where the recipe has `auto_find_batch_size`, it may be smaller than the recipe's.
+    batch = trainer._train_batch_size * training.gradient_accumulation_steps * training.world_size
     epochs = (state.epoch or 0) * (1 - first_step / max(state.global_step, 1))
     seen = min((state.global_step - first_step) * batch, round(len(train_split.comparisons) * epochs))
     return {
@@ -63,7 +66,7 @@ def run_record(
         "steps": state.global_step,
         "resumed_from_step": first_step,
         "comparisons_per_s": seen / seconds,
-        "tokens_per_s": trainer._total_train_tokens / seconds,
+        "tokens_per_s": (trainer._total_train_tokens - first_tokens) / seconds,
         "train_seconds": seconds,
         "peak_memory_bytes": peak_memory(),
         "final_loss": next((entry["loss"] for entry in reversed(log) if "loss" in entry), None),

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,10 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from rm_recipe import adapters, memory, modeling, sft, tokenization
-from rm_recipe.artifacts import whole_folder, write_json
+from rm_recipe.artifacts import is_scratch, read_json, tidy, whole_folder, write_json
+from rm_recipe.checkpoints import MANIFEST, Checkpoints, newest_whole
 from rm_recipe.datasets import Leakage, load_splits, refuse_leakage
 from rm_recipe.distribution import (
     check_sharding,
@@ -27,13 +28,15 @@ from rm_recipe.doctor import examine, print_report
 from rm_recipe.encoding import tokenize
 from rm_recipe.errors import Interrupted, RecipeError
 from rm_recipe.heads import check_saved_head, head_of
-from rm_recipe.recipe import Recipe, is_run_folder, saved_values
+from rm_recipe.interrupts import INTERRUPTS
+from rm_recipe.recipe import RUN_RECIPE, Recipe, is_run_folder, saved_values
 from rm_recipe.reward_trainer import COLUMNS, SharedPrefixRewardTrainer
 from rm_recipe.run_record import run_record
 from rm_recipe.sharing import Sharing, decide_sharing
 from rm_recipe.split import Split
 
 DATA_REPORT = "data_report.json"
+PROMISE = "rm-recipe: finishing this step and saving it; Ctrl-C again stops at once"
 BENCHMARK = "benchmark.json"  # of the machine, not of a run: it may come first and it stays
 
 
@@ -50,8 +53,18 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> N
         DataError: the data cannot be used.
         TrainingError: the loss is not finite, or the saved head is not the trained one.
     """
+    with INTERRUPTS.listening():
+        try:
+            _train(recipe, resume, overwrite)
+        except KeyboardInterrupt:
+            kept, _ = newest_whole(recipe.output_dir)
+            what = f"{kept} is the newest checkpoint" if kept else "there is no checkpoint yet"
+            raise Interrupted(f"interrupted; {what}", INTERRUPTS.received) from None
+
+
+def _train(recipe: Recipe, resume: bool, overwrite: bool) -> None:
     check_sharding(recipe.training, bool(recipe.model.load_in_4bit or recipe.model.load_in_8bit))
-    checkpoint = check_run_folder(recipe, resume=resume, overwrite=overwrite)
+    checkpoint, faulty = check_run_folder(recipe, resume=resume, overwrite=overwrite)
     if recipe.hub.push_to_hub:
         say("push_to_hub: training uploads nothing; `rm-recipe run` uploads the proven export at its end")
     tokenizer, train_split, test_split, leakage = load_data(recipe)
@@ -60,24 +73,24 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> N
     refuse_leakage(recipe, leakage)
     model, new_modules = load_model(recipe, tokenizer)
     sharing = settle_step(recipe, model, new_modules, train_split)
-    claim_run_folder(recipe, overwrite=overwrite)  # not before: what fails above leaves nothing
-    if report is not None:
-        write_json(recipe.output_dir / DATA_REPORT, report)
     trainer = make_trainer(recipe, tokenizer, model, new_modules, train_split, test_split, sharing)
     start = head_of(trainer.model, new_modules)
+    identity = identity_of(train_split, test_split)
+    manifest = read_json(checkpoint / MANIFEST) if checkpoint else None
+    if manifest:
+        check_identity(recipe.output_dir, manifest, identity)
+    claim_run_folder(recipe, faulty, overwrite=overwrite)  # not before: what fails above leaves nothing
+    if report is not None:
+        write_json(recipe.output_dir / DATA_REPORT, report)
+    trainer.add_callback(Checkpoints(trainer, identity, manifest))
     began = time.monotonic()
-    try:
-        with cheaper_adapters(trainer):
-            trainer.train(resume_from_checkpoint=checkpoint)
-    except KeyboardInterrupt:
-        kept = get_last_checkpoint(recipe.output_dir)
-        raise Interrupted(f"training interrupted; the newest checkpoint is {kept or 'none'}") from None
+    with cheaper_adapters(trainer), INTERRUPTS.deferred(PROMISE):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - began
     trainer.accelerator.wait_for_everyone()
     save_model(trainer, recipe, tokenizer, start)
     if trainer.is_world_process_zero():
-        first_step = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
-        record = run_record(recipe, trainer, sharing, train_split, test_split, seconds, first_step)
+        record = run_record(recipe, trainer, sharing, train_split, test_split, seconds, manifest)
         write_json(recipe.output_dir / "run.json", record)
     end(trainer)
 
@@ -85,8 +98,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> N
 # --- before ----------------------------------------------------------------------------------
 
 
-def check_run_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> str | None:
-    """Whether this run may use its folder; returns the checkpoint to go on from.
+def check_run_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> tuple[Path | None, dict[Path, str]]:
+    """Whether this run may use its folder; the checkpoint to go on from, and those that do not count.
 
     Raises:
         RecipeError: it is used and neither flag is given, it is no run folder, it belongs to
@@ -98,7 +111,8 @@ def check_run_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> str | 
     if folder.is_file():
         raise RecipeError(f"'output_dir: {folder}' is a file")
     used = is_run_folder(folder)
-    if not used and folder.is_dir() and {path.name for path in folder.iterdir()} - {DATA_REPORT, BENCHMARK}:
+    there = [path for path in folder.iterdir() if not is_scratch(path)] if folder.is_dir() else []
+    if not used and {path.name for path in there} - {DATA_REPORT, BENCHMARK}:
         raise RecipeError(f"'output_dir: {folder}' is not empty and is not a run folder; choose another one")
     if used and not (resume or overwrite):
         raise RecipeError(
@@ -116,24 +130,68 @@ def check_run_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> str | 
                 f"{folder} was started with another recipe; resuming needs the same values of: "
                 f"{', '.join(changed)}"
             )
-        return get_last_checkpoint(folder)
-    return None
+        checkpoint, faulty = newest_whole(folder)
+        for path, fault in faulty.items():
+            say(f"warning: {path} does not count: {fault}")
+        say(f"resuming from {checkpoint}" if checkpoint else "no checkpoint to resume from: starting anew")
+        return checkpoint, faulty
+    return None, {}
 
 
-def claim_run_folder(recipe: Recipe, *, overwrite: bool) -> None:
-    """Makes the run folder, after removing what is in it with `overwrite`; writes the recipe."""
+def identity_of(train_split: Split, test_split: Split) -> dict[str, Any]:
+    """What has to be the same for a resumed run to equal one that was never interrupted."""
+    return {
+        "data_fingerprints": {
+            "train": train_split.comparisons._fingerprint,
+            "held_out": test_split.comparisons._fingerprint,
+        },
+        "processes": PartialState().num_processes,
+    }
+
+
+def check_identity(run: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuses to go on with other data, or with another number of processes.
+
+    Args:
+        then: a checkpoint's manifest.
+
+    Raises:
+        RecipeError: saying which.
+    """
+    if then["processes"] != now["processes"]:
+        raise RecipeError(
+            f"{run} was started with {then['processes']} process(es), and here are {now['processes']}: they "
+            "would meet the comparisons in another order"
+        )
+    for name, fingerprint in now["data_fingerprints"].items():
+        if then["data_fingerprints"][name] != fingerprint:
+            raise RecipeError(
+                f"the {name.replace('_', '-')} comparisons are not those that {run} was started with; "
+                "resuming needs the same data, --overwrite starts anew"
+            )
+
+
+def claim_run_folder(recipe: Recipe, faulty: Iterable[Path], *, overwrite: bool) -> None:
+    """Makes the run folder and writes the recipe.
+
+    Before that it removes the checkpoints that do not count, which rotation would keep instead of whole
+    ones, and with `overwrite` everything.
+    """
     folder, state = recipe.output_dir, PartialState()
     if state.is_main_process:
         if overwrite and folder.is_dir():
             empty(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        recipe.save(folder / "recipe.yaml")
+        tidy(folder)
+        for checkpoint in faulty:
+            shutil.rmtree(checkpoint)
+        recipe.save(folder / RUN_RECIPE)
     state.wait_for_everyone()
 
 
 def empty(folder: Path) -> None:
-    """Removes a run from its folder."""
-    for path in folder.iterdir():
+    """Removes a run from its folder; last the recipe, by which it is known as one."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == RUN_RECIPE):
         if path.name == BENCHMARK:
             continue
         if path.is_dir() and not path.is_symlink():

@@ -8,12 +8,15 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
@@ -24,6 +27,7 @@ from accelerate.utils.other import get_free_port
 from conftest import REPOSITORY, make_recipe, make_rows, write_jsonl
 from safetensors.torch import load_file
 
+from rm_recipe.checkpoints import fault_of
 from rm_recipe.distribution import check_sharding, each_once, keep_precision
 from rm_recipe.errors import RecipeError
 from rm_recipe.evaluate import evaluate
@@ -255,6 +259,57 @@ def test_two_processes_that_fail_in_training_end_with_one_message(runs):
     result = start("cpu_two_processes", "-m", "rm_recipe", "train", str(recipe))
     assert result.returncode != 0
     assert result.stderr.count("rm-recipe: the loss is not a finite number in step") == 1
+
+
+def stop(recipe: Path, signalled: str) -> tuple[float, int, str]:
+    """Two processes at work are told to stop: seconds until they have, the launcher's code, what was said.
+
+    Args:
+        signalled: `launcher`, or the rank that alone hears of it.
+    """
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    command += [str(CONFIGS["cpu_two_processes"]), "-m", "rm_recipe", "train", str(recipe)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        for line in process.stdout:
+            if line.startswith("{'loss'"):
+                break
+        launcher = psutil.Process(process.pid)
+        ranks = {child.environ().get("RANK"): child for child in launcher.children()}
+        ranks.get(signalled, launcher).send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        _, err = process.communicate(timeout=60)
+        return time.monotonic() - began, process.returncode, err
+
+
+LONG = {"per_device_train_batch_size": 4, "num_train_epochs": 60, "save_steps": 10**6, "eval_strategy": "no"}
+
+
+@pytest.mark.parametrize("signalled", ["launcher", "1"])
+def test_two_processes_that_are_told_to_stop_save_once_and_leave_together(runs, signalled):
+    """A launcher kills after 30 seconds what has not ended."""
+    recipe = runs.recipe(f"stopped-{signalled}", **LONG)
+    seconds, code, err = stop(recipe, signalled)
+    assert code != 0
+    assert seconds < 30
+    (saved,) = (recipe.parent / "run").glob("checkpoint-*")
+    assert fault_of(saved) is None
+    assert {path.name for path in saved.glob("rng*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+    said = f"rm-recipe: interrupted after step {saved.name[11:]} of 480, which is saved in {saved}\n"
+    assert err.count(said + "go on with the same `accelerate launch` and --resume\n") == 1
+
+
+@pytest.mark.slow
+def test_two_processes_that_were_stopped_go_on_as_if_they_had_not_been(runs):
+    recipe, whole = runs.recipe("resumed", **LONG), runs.recipe("whole", **LONG)
+    stop(recipe, "launcher")
+    launch("cpu_two_processes", "-m", "rm_recipe", "train", str(recipe), "--resume")
+    launch("cpu_two_processes", "-m", "rm_recipe", "train", str(whole))
+    ours, theirs = recipe.parent / "run", whole.parent / "run"
+    assert difference(ours, theirs) == 0
+    assert_same(ours, theirs, ("loss", "accuracy", "margin", "num_tokens"), 0)
 
 
 def test_evaluation_in_training_counts_each_of_an_odd_number_once(one, two):

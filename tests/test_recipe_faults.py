@@ -18,6 +18,8 @@ from rm_recipe.recipe import read_recipe
         ({"streaming": True}, "key 'streaming' is not for a recipe: data sets are memory-mapped"),
         ({"datasets": [{"path": "x"}]}, "'datasets' and 'dataset_name' exclude each other"),
         ({"datasets": "x"}, "should be a list"),
+        ({"save_total_limit": 1}, "'save_total_limit: 1' must be 2 or more: the older checkpoint is what is"),
+        ({"save_only_model": True}, "key 'save_only_model' is not for a recipe: a checkpoint without"),
     ],
 )
 def test_a_fault_is_named_with_its_key(write_recipe, keys, fault):

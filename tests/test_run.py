@@ -1,11 +1,12 @@
 """The main job, through the real command line and `accelerate launch`, on the tiny model."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import pytest
 from conftest import REPOSITORY, run_cli, write_jsonl
 
 from rm_recipe import RewardModel, run
+from rm_recipe.checkpoints import fault_of
 
 
 @pytest.fixture(scope="module")
@@ -190,54 +192,48 @@ def test_under_accelerate_launch_a_bad_recipe_prints_our_message_once(finished):
     assert result.stderr.count("unknown key 'lerning_rate'") == 1
 
 
-def test_an_interrupt_that_gets_lost_is_sent_again(monkeypatch):
-    """A process that swallows the first one, as Python does where it strikes a destructor."""
+def test_a_signal_is_passed_on_and_a_second_one_as_well(monkeypatch):
+    """To a process that answers the first by finishing something long."""
     program = (
-        "import time\n"
+        "import signal, sys, time\n"
+        "heard = []\n"
+        "signal.signal(signal.SIGTERM, lambda *_: heard.append(1) if not heard else sys.exit(7))\n"
         "print('ready', flush=True)\n"
-        "try: time.sleep(60)\n"
-        "except KeyboardInterrupt: time.sleep(60)\n"
+        "while True: time.sleep(0.1)\n"
     )
-    monkeypatch.setattr(run, "SECONDS_TO_END", 0.5)
-    with subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
         process.stdout.readline()
-        began = time.monotonic()
-        run.interrupt(process)
-        assert time.monotonic() - began < 30
-        assert process.returncode == -signal.SIGINT
+        threading.Timer(1, os.kill, [os.getpid(), signal.SIGINT]).start()  # the user's second
+        wait, waited = process.wait, []
+        monkeypatch.setattr(process, "wait", lambda: (waited.append(1), wait())[1])
+        run.pass_on(signal.SIGTERM, process)
+        assert process.returncode == 7
+        assert len(waited) == 2
 
 
-def test_ctrl_c_while_training_exits_with_130_and_can_be_gone_on_with(finished, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_training_saves_and_says_how_to_go_on(finished, tmp_path, number, code):
     folder, _ = finished
-    arguments = [
-        "tiny.yaml",
-        "--output_dir",
-        str(tmp_path / "run"),
-        "--num_train_epochs",
-        "500",
-        "--save_steps",
-        "4",
-    ]
+    where = ["--output_dir", str(tmp_path / "run")]
+    arguments = ["tiny.yaml", *where, "--num_train_epochs", "500", "--save_steps", "100000"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "rm_recipe", "run", *arguments],
+        [sys.executable, "-m", "rm_recipe", "run", *arguments, "--logging_steps", "1"],
         cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run").is_dir() or not list((tmp_path / "run").glob("checkpoint-*")):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    for line in process.stdout:
+        if line.lstrip("\r").startswith("step "):  # it is at it
+            break
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    newest = max(int(path.name.split("-")[1]) for path in (tmp_path / "run").glob("checkpoint-*"))
-    assert (
-        f"rm-recipe: training interrupted; the newest checkpoint is {tmp_path}/run/checkpoint-{newest}\n"
-        in err
+    assert process.returncode == code, err
+    (saved,) = (tmp_path / "run").glob("checkpoint-*")
+    step = saved.name.rpartition("-")[2]
+    assert fault_of(saved) is None
+    assert err.count("rm-recipe: finishing this step and saving it; Ctrl-C again stops at once\n") == 1
+    assert err[-1000:].endswith(
+        f"rm-recipe: interrupted after step {step} of 4000, which is saved in {saved}\n"
+        f"rm-recipe: go on with: rm-recipe run {' '.join(arguments)} --logging_steps 1\n"
     )
-    assert err.endswith("rm-recipe: the same command goes on from there\n")
-    assert "Traceback" not in err or "Exception ignored" in err  # Python's, of an interrupt that got lost
-    assert not (tmp_path / "run" / "export").exists()
+    assert "Traceback" not in err
     assert not (tmp_path / "run" / "run.json").exists()

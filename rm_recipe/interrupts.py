@@ -1,0 +1,84 @@
+"""Ctrl-C and SIGTERM: at once, or where there is something to save, when it is saved."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# A launcher passes on the Ctrl-C that the terminal has sent to all: one request, not two.
+SECONDS_OF_ONE_REQUEST = 3.0
+
+
+class Interrupts:
+    """What SIGINT and SIGTERM do in this process while somebody listens.
+
+    Both raise KeyboardInterrupt, or, within `deferred`, are noted in `received` for the block to answer.
+    One that comes later, when the user does not want to wait, raises at once.
+
+    Attributes:
+        received: the signal that was first, None if there was none. Python prints and forgets an exception
+            that a signal raises in a destructor or a library's callback; this is not forgotten.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._deferred: str | None = None
+        self._first = 0.0
+        self._process = 0
+        self._listening = False
+
+    @contextmanager
+    def listening(self) -> Iterator["Interrupts"]:
+        """Within the outermost one, signals come here; in another thread than the main one, none do."""
+        if self._listening or threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._listening, self._process, self.received = True, os.getpid(), None
+        try:
+            yield self
+        finally:
+            self._listening = False
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def deferred(self, promise: str) -> Iterator[None]:
+        """Within it, a request is noted and answered with `promise` on standard error.
+
+        Raises:
+            KeyboardInterrupt: there was one before that got lost.
+        """
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self._deferred = promise
+        try:
+            yield
+        finally:
+            self._deferred = None
+
+    def _handle(self, number: int, _: Any) -> None:
+        if os.getpid() != self._process:  # a data loader's worker, which has inherited this
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+            return
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._first = number, now
+        elif self._deferred is not None and now - self._first < SECONDS_OF_ONE_REQUEST:
+            return
+        elif self._deferred is not None:
+            raise KeyboardInterrupt
+        if self._deferred is None:
+            raise KeyboardInterrupt
+        # Not by `print`: the signal may have come amid one.
+        if os.environ.get("RANK", "0") == "0":
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{self._deferred}\n".encode())
+
+
+INTERRUPTS = Interrupts()

@@ -1,0 +1,89 @@
+"""A signal is answered at once, or when there is something saved; and it is never forgotten."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from rm_recipe import interrupts
+from rm_recipe.interrupts import SIGNALS, Interrupts
+
+NUMBERS = pytest.mark.parametrize("number", SIGNALS)
+
+
+@NUMBERS
+def test_a_signal_raises_at_once_where_nothing_is_to_be_saved(number):
+    requests = Interrupts()
+    with requests.listening(), pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(number)
+    assert requests.received == number
+
+
+@NUMBERS
+def test_where_something_is_to_be_saved_it_is_noted_and_answered(capfd, number):
+    requests = Interrupts()
+    with requests.listening(), requests.deferred("saving first"):
+        signal.raise_signal(number)
+        signal.raise_signal(signal.SIGINT)  # the same request, passed on by a launcher
+    assert requests.received == number
+    assert capfd.readouterr().err == "\nsaving first\n"
+
+
+def test_one_that_comes_later_stops_at_once(monkeypatch):
+    monkeypatch.setattr(interrupts, "SECONDS_OF_ONE_REQUEST", 0.05)
+    requests = Interrupts()
+    with requests.listening(), requests.deferred("saving first"):
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0.1)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_one_whose_exception_got_lost_is_raised_before_anything_long_begins():
+    """As Python loses what is raised in a destructor."""
+
+    class Lost:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    requests = Interrupts()
+    with requests.listening():
+        thing = Lost()
+        del thing
+        with pytest.raises(KeyboardInterrupt), requests.deferred("saving first"):
+            pytest.fail("it was begun")
+
+
+def test_what_listened_before_listens_again_and_another_thread_is_left_alone():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    requests, found = Interrupts(), []
+
+    def elsewhere() -> None:
+        with requests.listening():
+            found.extend(signal.getsignal(number) for number in SIGNALS)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    with requests.listening():
+        assert [signal.getsignal(number) for number in SIGNALS] != before
+        with requests.listening():  # `train` within the command line
+            pass
+        assert [signal.getsignal(number) for number in SIGNALS] != before
+    assert [signal.getsignal(number) for number in SIGNALS] == before == found
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
+def test_a_data_loaders_worker_outlives_ctrl_c_and_can_be_ended(number, status):
+    """The terminal sends Ctrl-C to it too, and the step that is being finished needs its batches."""
+    requests = Interrupts()
+    with requests.listening():
+        child = os.fork()
+        if child == 0:
+            signal.raise_signal(number)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
+    assert requests.received is None
