@@ -1,10 +1,22 @@
-"""`rm-recipe check RECIPE --data`: what is wrong with the data, before anything is trained."""
+"""`rm-recipe check RECIPE`: what is wrong with data, step or memory, before anything is trained."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
 
 from rm_recipe.artifacts import write_json
 from rm_recipe.datasets import refuse_leakage
+from rm_recipe.distribution import check_sharding
+from rm_recipe.errors import RecipeError
+from rm_recipe.fitting import Fit, fit_by_config, read_for, shipped_that_fit, what_to_lower
+from rm_recipe.memory import PROCESS, device_memory
 from rm_recipe.recipe import Recipe, is_run_folder
 from rm_recipe.recipe_keys import DEVICE_KEYS
-from rm_recipe.train import DATA_REPORT, changed_keys, check_run_folder, load_data, report_data
+from rm_recipe.train import DATA_REPORT, changed_keys, check_run_folder, load_data, make_ready, report_data
+
+UNITS = {"": 1e9, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
 def check_data(recipe: Recipe) -> None:
@@ -31,3 +43,78 @@ def check_data(recipe: Recipe) -> None:
         write_json(folder / DATA_REPORT, report)
         print(f"report: {folder / DATA_REPORT}")
     refuse_leakage(recipe, leakage)
+
+
+def check_step(recipe: Recipe) -> None:
+    """Does all that training does before its first step, and the step itself, which it undoes.
+
+    Raises:
+        RecipeError, DataError, TrainingError: whatever would stop training.
+    """
+    check_sharding(recipe.training, bool(recipe.model.load_in_4bit or recipe.model.load_in_8bit))
+    check_run_folder(recipe, resume=False, overwrite=is_run_folder(recipe.output_dir))
+    make_ready(recipe)
+
+
+def check_memory(path: Path, overrides: Sequence[str], gpu_memory: str | None = None) -> bool:
+    """Prints what a training step will take, and what fits where the recipe does not; whether it does.
+
+    Args:
+        gpu_memory: of a GPU, "8GB" or so; by default the plan is for this machine.
+
+    Raises:
+        RecipeError: the recipe is faulty, or the base's configuration cannot be had.
+    """
+    if gpu_memory is not None:
+        device, there = torch.device("cuda"), parse_bytes(gpu_memory)
+    else:
+        device = read_for(path, overrides, torch.device("cpu")).training.device
+        there = device_memory(device)
+    recipe = read_for(path, overrides, device)
+    found = fit_by_config(recipe, device, there)
+    print_fit(found, recipe, device)
+    return found.fits
+
+
+def parse_bytes(text: str) -> float:
+    """`8GB`, `8 GiB`, `8000MB`; a number alone is in GB.
+
+    Raises:
+        RecipeError: it is none of these.
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", text.strip().lower())
+    size = float(match[1]) * UNITS.get(match[2], 0) if match else 0
+    if not size:
+        raise RecipeError(f"'--gpu-memory {text}' is not a size such as 8GB")
+    return size
+
+
+def print_fit(found: Fit, recipe: Recipe, device: torch.device) -> None:
+    """The plan as a table, and the verdict."""
+    plan, length = found.plan, recipe.training.max_length
+    rows = {
+        "base": plan.weights - plan.trained,
+        "adapters and head" if recipe.model.use_peft else "trained weights": plan.trained,
+        "optimizer": plan.optimizer,
+        f"step: activations and gradients of {found.batch} comparisons": plan.heap * plan.step,
+        "process and libraries": PROCESS,
+    }
+    print(
+        f"Memory of a training step on {device.type.upper()}, planned for conversations of {length} tokens:\n"
+    )
+    for name, size in [*rows.items(), ("peak", plan.peak)]:
+        print(f"  {name:<56} {size / 1e9:6.2f} GB")
+    verdict = "fits" if found.fits else "does not fit"
+    print(f"\n{verdict} {found.memory / 1e9:.1f} GB, of which the plan leaves a tenth free")
+    if found.without is not None:
+        print(f"gradient checkpointing: needed (without it {found.without.peak / 1e9:.1f} GB)")
+    else:
+        print(f"gradient checkpointing: {'on' if found.checkpointing else 'not needed'}")
+    print(f"largest per_device_train_batch_size that fits: {found.largest}")
+    if found.fits:
+        return
+    print(f"instead: {what_to_lower(found, recipe)}")
+    fitting, unknown = shipped_that_fit(device, found.memory)
+    print("\nrecipes that fit:", *fitting or ["none"], sep="\n  ")
+    if unknown:
+        print("not known, as their base's config.json is not here:", *unknown, sep="\n  ")

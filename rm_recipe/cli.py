@@ -80,15 +80,30 @@ def check(
     data: Annotated[
         bool, typer.Option("--data", help="Also examine the data: duplicates, leakage, exclusions, lengths.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Also load the model and make one step, which is undone.")
+    ] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Also plan the memory, from the base's configuration alone.")
+    ] = False,
+    gpu_memory: Annotated[
+        str | None, typer.Option(help="With --plan: of the GPU that is planned for, as in 8GB.")
+    ] = None,
 ) -> None:
-    """Check a recipe: its keys, values, model and data paths; with --data every comparison."""
+    """Check a recipe: its keys, values and paths; its data, a step, and its memory if asked to."""
     from rm_recipe.recipe import read_recipe
 
-    parsed = read_recipe(recipe, context.args)
-    if data:
-        from rm_recipe.check import check_data
+    if gpu_memory and not plan:
+        raise typer.BadParameter("--gpu-memory is for --plan")
+    parsed = read_recipe(recipe, context.args, check_inputs=not plan)
+    from rm_recipe import check as checks
 
-        check_data(parsed)
+    if plan and not checks.check_memory(recipe, context.args, gpu_memory):
+        return
+    if data:
+        checks.check_data(parsed)
+    if dry_run:
+        checks.check_step(parsed)
     print(f"{recipe}: fine; it would train {parsed.model.model_name_or_path} into {parsed.output_dir}")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -42,6 +43,7 @@ class MemoryPlan:
 
     Attributes:
         weights: of the base and what is trained, as stored on the device.
+        trained: what of these is trained: adapters and head, or all.
         optimizer: AdamW's two moments.
         step: gradients, what the forward keeps for the backward, and what both need on the way, for the
             largest batch.
@@ -52,6 +54,7 @@ class MemoryPlan:
     optimizer: int
     step: int
     heap: float = 1.0
+    trained: int = 0
 
     @property
     def peak(self) -> int:
@@ -72,6 +75,7 @@ def plan(
     *,
     shared: bool,
     checkpointing: bool,
+    device: torch.device | None = None,
 ) -> MemoryPlan:
     """The memory of one training step.
 
@@ -80,10 +84,11 @@ def plan(
         new_modules: trained in full beside LoRA, as `modeling.load_base` finds them.
         batch: the comparisons of the largest batch.
         shared: whether they share prefixes.
+        device: that it will run on, by default this machine's.
     """
     whole = _outline(config, model, training, new_modules)
     weights, dequantised = _weights(whole, model, new_modules)
-    trained = sum(p.numel() for p in whole.parameters() if p.requires_grad)
+    trained = [p for p in whole.parameters() if p.requires_grad]
 
     def step(layers: int | None) -> int:
         """Of so many layers, all by default."""
@@ -96,8 +101,13 @@ def plan(
         few, more = (step(layers) for layers in LAYERS)
         of_each = (more - few) / (LAYERS[1] - LAYERS[0])
         bytes_of_step = few + (config.get_text_config().num_hidden_layers - LAYERS[0]) * of_each
-    heap = HEAP_ON_CPU[checkpointing] if training.device.type == "cpu" else 1.0
-    return MemoryPlan(round(weights), ADAMW_STATE * trained, round(bytes_of_step + dequantised), heap)
+    return MemoryPlan(
+        weights=round(weights),
+        optimizer=ADAMW_STATE * sum(p.numel() for p in trained),
+        step=round(bytes_of_step + dequantised),
+        heap=HEAP_ON_CPU[checkpointing] if (device or training.device).type == "cpu" else 1.0,
+        trained=sum(p.numel() * p.element_size() for p in trained),
+    )
 
 
 def needs_checkpointing(
@@ -140,6 +150,11 @@ def device_memory(device: torch.device) -> int:
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory())
     return int(psutil.virtual_memory().total) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device had no memory left; a kernel that kills a process on a CPU raises nothing."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
 def _outline(

@@ -52,8 +52,8 @@ class Split:
         columns = (self.comparisons["prefix"][:], self.comparisons["rests"][:])
         return [Encoded(prefix, rests) for prefix, rests in zip(*columns, strict=True)]
 
-    def longest(self, n: int, shared: bool) -> list[Encoded]:
-        """The n comparisons of most tokens, with their prefix counted once or for each response."""
+    def sizes(self, shared: bool) -> NDArray[np.int64]:
+        """Tokens of each comparison, with its prefix counted once or for each response."""
         sizes = []
         columns = self.comparisons.select_columns(["prefix", "rests"]).with_format("arrow")
         for rows in columns.iter(10_000):
@@ -61,7 +61,11 @@ class Split:
             rests = pc.list_value_length(pc.list_flatten(rows["rests"])).to_numpy()
             starts = np.cumsum(responses) - responses
             sizes.append(prefix * (1 if shared else responses) + np.add.reduceat(rests, starts))
-        order = np.argsort(-np.concatenate(sizes), kind="stable")[:n]
+        return np.concatenate(sizes)
+
+    def longest(self, n: int, shared: bool) -> list[Encoded]:
+        """The n comparisons of most tokens."""
+        order = np.argsort(-self.sizes(shared), kind="stable")[:n]
         rows = self.comparisons.select(order)
         return [Encoded(row["prefix"], row["rests"]) for row in rows]
 

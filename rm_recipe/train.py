@@ -1,9 +1,11 @@
 """`rm-recipe train RECIPE`: a base model and comparisons in, a trained reward model out."""
 
+import math
 import shutil
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,12 @@ from rm_recipe.distribution import (
 )
 from rm_recipe.doctor import examine, print_report
 from rm_recipe.encoding import tokenize
-from rm_recipe.errors import Interrupted, RecipeError
+from rm_recipe.errors import Interrupted, RecipeError, TrainingError
+from rm_recipe.fitting import too_little
 from rm_recipe.heads import check_saved_head, head_of
 from rm_recipe.interrupts import INTERRUPTS
+from rm_recipe.memory import is_out_of_memory
+from rm_recipe.preflight import preflight
 from rm_recipe.recipe import RUN_RECIPE, Recipe, is_run_folder, saved_values
 from rm_recipe.reward_trainer import COLUMNS, SharedPrefixRewardTrainer
 from rm_recipe.run_record import run_record
@@ -67,30 +72,32 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool) -> None:
     checkpoint, faulty = check_run_folder(recipe, resume=resume, overwrite=overwrite)
     if recipe.hub.push_to_hub:
         say("push_to_hub: training uploads nothing; `rm-recipe run` uploads the proven export at its end")
-    tokenizer, train_split, test_split, leakage = load_data(recipe)
-    report = report_data(recipe, train_split, test_split, leakage)
-    wait_for_main_process()  # or another would end it before it has said what is wrong
-    refuse_leakage(recipe, leakage)
-    model, new_modules = load_model(recipe, tokenizer)
-    sharing = settle_step(recipe, model, new_modules, train_split)
-    trainer = make_trainer(recipe, tokenizer, model, new_modules, train_split, test_split, sharing)
+    ready = make_ready(recipe)
+    trainer, new_modules = ready.trainer, ready.new_modules
     start = head_of(trainer.model, new_modules)
-    identity = identity_of(train_split, test_split)
+    identity = identity_of(ready.train_split, ready.test_split)
     manifest = read_json(checkpoint / MANIFEST) if checkpoint else None
     if manifest:
         check_identity(recipe.output_dir, manifest, identity)
     claim_run_folder(recipe, faulty, overwrite=overwrite)  # not before: what fails above leaves nothing
-    if report is not None:
-        write_json(recipe.output_dir / DATA_REPORT, report)
+    if ready.report is not None:
+        write_json(recipe.output_dir / DATA_REPORT, ready.report)
     trainer.add_callback(Checkpoints(trainer, identity, manifest))
     began = time.monotonic()
-    with cheaper_adapters(trainer), INTERRUPTS.deferred(PROMISE):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        with cheaper_adapters(trainer), INTERRUPTS.deferred(PROMISE):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        message = too_little(recipe, trainer, new_modules, ready.train_split)
+        raise TrainingError(f"step {trainer.state.global_step + 1}: {message}") from None
     seconds = time.monotonic() - began
     trainer.accelerator.wait_for_everyone()
-    save_model(trainer, recipe, tokenizer, start)
+    save_model(trainer, recipe, ready.tokenizer, start)
     if trainer.is_world_process_zero():
-        record = run_record(recipe, trainer, sharing, train_split, test_split, seconds, manifest)
+        splits = (ready.train_split, ready.test_split)
+        record = run_record(recipe, trainer, ready.sharing, *splits, seconds, manifest)
         write_json(recipe.output_dir / "run.json", record)
     end(trainer)
 
@@ -125,7 +132,9 @@ def check_run_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> tuple[
         if (folder / "run.json").is_file():
             raise RecipeError(f"{folder} is finished; there is nothing to resume")
         changed = changed_keys(recipe, folder)
-        if changed:
+        if changed == list(ACCUMULATION) and same_step(recipe, saved_values(folder)):
+            say("other batches than before, with as many comparisons a step: the same but for rounding")
+        elif changed:
             raise RecipeError(
                 f"{folder} was started with another recipe; resuming needs the same values of: "
                 f"{', '.join(changed)}"
@@ -200,6 +209,41 @@ def empty(folder: Path) -> None:
             path.unlink()
 
 
+@dataclass
+class Ready:
+    """Everything that a training is made of; `report` is the doctor's, None but on the main process."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train_split: Split
+    test_split: Split
+    report: dict[str, Any] | None
+    new_modules: list[str]
+    sharing: Sharing
+    trainer: SharedPrefixRewardTrainer
+
+
+def make_ready(recipe: Recipe) -> Ready:
+    """Loads data and model, makes the trainer, and lets it make one step that is undone.
+
+    Nothing is left behind, whatever fails.
+
+    Raises:
+        RecipeError, DataError, TrainingError: as `train` does.
+    """
+    tokenizer, train_split, test_split, leakage = load_data(recipe)
+    report = report_data(recipe, train_split, test_split, leakage)
+    wait_for_main_process()  # or another would end it before it has said what is wrong
+    refuse_leakage(recipe, leakage)
+    model, new_modules = load_model(recipe, tokenizer)
+    sharing = settle_step(recipe, model, new_modules, train_split)
+    trainer = make_trainer(recipe, tokenizer, model, new_modules, train_split, test_split, sharing)
+    with cheaper_adapters(trainer):
+        shown = preflight(recipe, trainer, new_modules, train_split, test_split)
+    if shown:
+        say(str(shown))
+    return Ready(tokenizer, train_split, test_split, report, new_modules, sharing, trainer)
+
+
 # TRL's name and transformers' new one, of which its Trainer reads only the second.
 CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
 
@@ -211,6 +255,16 @@ WITHOUT_EFFECT = {
     "dataset_num_proc", "log_level", "log_level_replica", "dataloader_pin_memory",
     "push_to_hub", "hub_model_id", "hub_private_repo",
 }  # fmt: skip
+
+
+# How the comparisons of a step are divided: their product is what is learnt from.
+ACCUMULATION = ("per_device_train_batch_size", "gradient_accumulation_steps")
+
+
+def same_step(recipe: Recipe, then: dict[str, Any]) -> bool:
+    """Whether an optimizer step has as many comparisons as it had: after running out of memory, say."""
+    now = recipe.resolved()
+    return math.prod(now[key] for key in ACCUMULATION) == math.prod(then[key] for key in ACCUMULATION)
 
 
 def changed_keys(recipe: Recipe, run: Path) -> list[str]:
@@ -311,7 +365,8 @@ def make_trainer(
     if recipe.model.use_peft:
         half = training.bf16 or training.fp16
         model = adapters.add_lora(model, recipe.model, new_modules, autocast=half)
-    return SharedPrefixRewardTrainer(
+    was_there = recipe.output_dir.exists()
+    trainer = SharedPrefixRewardTrainer(
         model=model,
         args=training,
         train_dataset=train_split.comparisons.select_columns(COLUMNS),
@@ -319,6 +374,9 @@ def make_trainer(
         processing_class=tokenizer,
         share_prefixes=sharing.used,
     )
+    if not was_there and trainer.args.should_save:  # Trainer has made it, and nothing is trained yet
+        recipe.output_dir.rmdir()
+    return trainer
 
 
 def cheaper_adapters(trainer: SharedPrefixRewardTrainer) -> AbstractContextManager[None]:

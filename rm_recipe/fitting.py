@@ -1,0 +1,188 @@
+"""What fits a device: a recipe's batch, the largest one, and the recipe to take where neither does.
+
+All of it by the memory plan (`memory.plan`), from the model's configuration alone: no weights are read.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from rm_recipe import memory, tokenization
+from rm_recipe.batching import Encoded
+from rm_recipe.errors import RecipeError
+from rm_recipe.heads import head_names
+from rm_recipe.memory import MemoryPlan
+from rm_recipe.recipe import Recipe, read_recipe
+from rm_recipe.sharing import decide_sharing
+from rm_recipe.split import Split
+
+LARGEST = 128  # comparisons per device; nobody needs more
+SHIPPED = Path(__file__).parent.parent / "recipes"
+# The precision of a GPU, on a machine that has none.
+AS_ON_GPU = {"use_cpu": "true", "fp16": "false", "bf16": "true"}
+BatchOf = Callable[[int], Sequence[Encoded]]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether a recipe's training step fits, and what would.
+
+    Attributes:
+        plan: of the recipe's batch, with gradient checkpointing if the recipe says so or, where it says
+            nothing, if that is needed.
+        without: the plan without it, where it is needed.
+        largest: per-device batch that fits so; 0 if not even one comparison does.
+    """
+
+    memory: float
+    batch: int
+    checkpointing: bool
+    plan: MemoryPlan
+    without: MemoryPlan | None
+    largest: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether the recipe can be trained as it stands."""
+        return self.plan.fits(self.memory)
+
+
+def fit(
+    config: Any,
+    recipe: Recipe,
+    new_modules: Sequence[str],
+    batch_of: BatchOf,
+    *,
+    shared: bool,
+    device: torch.device,
+    memory_bytes: float,
+) -> Fit:
+    """Plans a recipe's training step on a device.
+
+    Args:
+        config: of the one-label classifier.
+        batch_of: the largest batch of so many comparisons.
+    """
+    training = recipe.training
+
+    def plan(n: int, checkpointing: bool) -> MemoryPlan:
+        return memory.plan(
+            config, recipe.model, training, new_modules, batch_of(n),
+            shared=shared, checkpointing=checkpointing, device=device,
+        )  # fmt: skip
+
+    n = training.per_device_train_batch_size
+    said = bool(training.gradient_checkpointing) if "gradient_checkpointing" in recipe.values else None
+    without = plan(n, False) if not said else None
+    checkpointing = bool(said) or (said is None and without is not None and not without.fits(memory_bytes))
+    planned = without if without is not None and not checkpointing else plan(n, True)
+    fitting, too_many = (n, LARGEST + 1) if planned.fits(memory_bytes) else (0, n)
+    while too_many - fitting > 1:
+        middle = min(
+            (fitting + too_many) // 2, max(2 * fitting, 1)
+        )  # doubling: plans of large batches are slow
+        if plan(middle, checkpointing).fits(memory_bytes):
+            fitting = middle
+        else:
+            too_many = middle
+    return Fit(
+        memory_bytes, n, checkpointing, planned, without if checkpointing and said is None else None, fitting
+    )
+
+
+def fit_by_config(recipe: Recipe, device: torch.device, memory_bytes: float) -> Fit:
+    """`fit` by the base's configuration, for conversations of `max_length` tokens that share none.
+
+    Raises:
+        RecipeError: the configuration cannot be had.
+    """
+    training = recipe.training
+    name, revision = str(recipe.model.model_name_or_path), recipe.model.model_revision
+    config = tokenization.load_config(name, revision)
+    config.num_labels = 1
+    text = config.get_text_config()
+    if text.pad_token_id is None:  # which the tokenizer would name
+        text.pad_token_id = 0
+    with torch.device("meta"):
+        outline = AutoModelForSequenceClassification.from_config(config)
+    tokenization.check_lengths(config, training.max_length, name)
+    sharing = decide_sharing(outline, recipe.data.prefix_sharing, training.max_length, device)
+    longest = Encoded([5], [[6] * ((training.max_length or 1024) - 1)] * 2)
+    return fit(
+        outline.config, recipe, head_names(outline), lambda n: [longest] * n,
+        shared=sharing.used, device=device, memory_bytes=memory_bytes,
+    )  # fmt: skip
+
+
+def read_for(path: Path, overrides: Sequence[str], device: torch.device) -> Recipe:
+    """A recipe with the precision that it would have on a device, which this machine need not have.
+
+    Raises:
+        RecipeError: it is faulty.
+    """
+    recipe = read_recipe(path, overrides, check_inputs=False)
+    if device.type == recipe.training.device.type:
+        return recipe
+    given = [word.partition("=")[0] for word in overrides]
+    more = [
+        word for key, value in AS_ON_GPU.items() if f"--{key}" not in given for word in (f"--{key}", value)
+    ]
+    return read_recipe(path, [*overrides, *more], check_inputs=False)
+
+
+def too_little(recipe: Recipe, trainer: Any, new_modules: Sequence[str], split: Split) -> str:
+    """What to say where a step has found no memory: what it takes by the plan, and what to lower."""
+    device, shared = recipe.training.device, trainer.data_collator.share
+    there = memory.device_memory(device)
+    found = fit(
+        trainer.model.config, recipe, new_modules, lambda n: split.longest(n, shared),
+        shared=shared, device=device, memory_bytes=there,
+    )  # fmt: skip
+    what = (
+        f"{device.type.upper()} out of memory: the largest batch takes about {found.plan.peak / 1e9:.1f} of "
+    )
+    lower = what_to_lower(found, recipe)
+    if found.fits:  # something else is on the device, or the plan is too low
+        half = max(recipe.training.per_device_train_batch_size // 2, 1)
+        lower = (
+            f"see what else uses it, or take per_device_train_batch_size: {half} and twice the accumulation"
+        )
+    return f"{what}{there / 1e9:.1f} GB by the plan; {lower}"
+
+
+def what_to_lower(found: Fit, recipe: Recipe) -> str:
+    """The keys to change where a recipe does not fit."""
+    training = recipe.training
+    if found.largest:
+        batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        more = math.ceil(batch / found.largest)
+        return f"per_device_train_batch_size: {found.largest} fits, with gradient_accumulation_steps: {more}"
+    if not found.checkpointing:
+        return "gradient_checkpointing: true keeps less for the backward"
+    ways = ["a lower max_length"]
+    if not recipe.model.load_in_4bit:
+        ways.append("load_in_4bit: true" if recipe.model.use_peft else "use_peft: true")
+    return f"not one comparison fits; try {' or '.join(ways)}"
+
+
+def shipped_that_fit(device: torch.device, memory_bytes: float) -> tuple[list[str], list[str]]:
+    """The names of this project's recipes that fit, and of those whose base's configuration is not here."""
+    fitting, unknown = [], []
+    reachable = True  # the Hub, which is not asked again for each
+    for path in sorted(SHIPPED.glob("*.yaml")):
+        recipe = read_for(path, [], device)
+        is_here = Path(str(recipe.model.model_name_or_path)).is_dir()
+        try:
+            if not (is_here or reachable):
+                unknown.append(path.stem)
+            elif fit_by_config(recipe, device, memory_bytes).fits:
+                fitting.append(path.stem)
+        except RecipeError:
+            unknown.append(path.stem)
+            reachable = reachable and is_here
+    return fitting, unknown
