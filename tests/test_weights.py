@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rm_recipe import RewardModel, weights
-from rm_recipe.errors import RecipeError
+from rm_recipe.errors import RecipeError, TrainingError
 from rm_recipe.evaluate import evaluate
 from rm_recipe.export import export
 from rm_recipe.modeling import load_base, load_trained
 from rm_recipe.recipe import read_recipe, saved_values
 from rm_recipe.tokenization import load_tokenizer
-from rm_recipe.train import train
+from rm_recipe.train import load_data, load_model, make_trainer, settle_step, train
 
 CONVERT = r"alone, a pickle, which can run code .* convert it by transformers"
 ITEMS = [{"prompt": "hello", "response": "good good"}]
@@ -159,6 +159,50 @@ def test_of_a_repository_that_cannot_be_asked_the_loader_speaks(monkeypatch):
 
     monkeypatch.setattr(weights, "_on_hub", refuse)
     weights.check_safetensors("nobody/nothing")
+
+
+# --- checkpoints -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def resumable(write_recipe, tmp_path):
+    """A trainer that is about to go on from a checkpoint, and its folder."""
+    train(read_recipe(write_recipe(max_steps=2, save_strategy="steps", save_steps=2)))
+    recipe = read_recipe(write_recipe(max_steps=4))
+    tokenizer, *splits, _ = load_data(recipe)
+    model, new = load_model(recipe, tokenizer)
+    trainer = make_trainer(recipe, tokenizer, model, new, *splits, settle_step(recipe, model, new, splits[0]))
+    trainer.create_optimizer_and_scheduler(4)
+    return trainer, tmp_path / "run" / "checkpoint-2"
+
+
+CHECKPOINT_FILES = {
+    "optimizer.pt": "_load_optimizer_and_scheduler",
+    "scheduler.pt": "_load_optimizer_and_scheduler",
+    "rng_state.pth": "_load_rng_state",
+    "adapter_model.bin": "_load_from_checkpoint",
+}
+
+
+def test_an_honest_checkpoint_is_read(resumable):
+    trainer, checkpoint = resumable
+    for load in CHECKPOINT_FILES.values():
+        getattr(trainer, load)(str(checkpoint))
+
+
+@pytest.mark.parametrize("name", CHECKPOINT_FILES)
+def test_a_checkpoint_that_hides_code_is_refused_in_one_message_and_runs_none(resumable, name):
+    trainer, checkpoint = resumable
+    marker = checkpoint / "sprung"
+    if name == "adapter_model.bin":
+        (checkpoint / "adapter_model.safetensors").unlink()
+    torch.save(Trap(marker), checkpoint / name)
+    with pytest.raises(TrainingError, match="checkpoint-2 holds something else than the numbers") as caught:
+        getattr(trainer, CHECKPOINT_FILES[name])(str(checkpoint))
+    assert caught.value.__suppress_context__
+    assert not marker.exists()
+    torch.load(checkpoint / name, weights_only=False)
+    assert marker.exists()  # the trap was set
 
 
 # --- code of a model's own -------------------------------------------------------------------
