@@ -19,6 +19,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from rm_recipe.artifacts import read_json
 from rm_recipe.recipe import saved_values
 from rm_recipe.recipe_keys import looks_local
+from rm_recipe.redaction import redact
 from rm_recipe.report_text import decimal, interval, limits, mapping, whole
 from rm_recipe.verdict import HELD_OUT, best_baseline, gate_words, readings, rule
 
@@ -55,6 +56,7 @@ def _card(export: Path, run: Path, model: str, *, adapter: bool) -> str:
     base = _base(recipe)
     evaluated = mapping(evaluation, "datasets")
     samples, causal = proof["samples"], proof["reward_at"] == "last token"
+    model = redact(model)
     text = (
         _environment()
         .from_string(_template())
@@ -93,7 +95,7 @@ def _card(export: Path, run: Path, model: str, *, adapter: bool) -> str:
         ]
         or None,
     )
-    return f"---\n{data.to_yaml()}\n---\n\n{text}"
+    return redact(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
 def _template() -> str:

@@ -201,6 +201,12 @@ class SharedPrefixRewardTrainer(RewardTrainer):
         except (OSError, RuntimeError, SafetensorError) as error:
             raise not_written(Path(self.args.output_dir), self.state.global_step, error) from error
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Trainer's, without the empty card of PEFT's, which names the folder of the base."""
+        super()._save(output_dir, state_dict)
+        if output_dir is not None:
+            (Path(output_dir) / "README.md").unlink(missing_ok=True)
+
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """No card in the run folder; the export gets one."""
 
