@@ -314,6 +314,15 @@ def test_a_base_that_brings_code_is_trained_evaluated_and_exported_without_it(
     assert not willing
 
 
+@pytest.mark.parametrize(
+    "template", ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append(1) }}"]
+)
+def test_a_chat_template_reaches_nothing_but_the_conversation(base, template):
+    (base / "chat_template.jinja").write_text(template)
+    with pytest.raises(RecipeError, match="chat template fails"):
+        load_tokenizer(str(base))
+
+
 def test_asked_to_trust_a_models_code_a_recipe_is_refused(write_recipe):
     with pytest.raises(RecipeError, match="'trust_remote_code: true': the export has to load with plain"):
         read_recipe(write_recipe(), ["--trust_remote_code", "true"])
