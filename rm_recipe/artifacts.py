@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rm_recipe.errors import RecipeError
+from rm_recipe.redaction import redacted
 
 SCRATCH = ".part"  # how the names end of what is not finished
 
@@ -66,8 +67,8 @@ def tidy(folder: Path) -> None:
 
 
 def write_json(target: Path, content: Any) -> None:
-    """Writes `content` as indented JSON, whole or not at all. NaN is refused: it is not JSON."""
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    """Writes `content` as indented JSON, redacted, whole or not at all. NaN is refused: it is not JSON."""
+    text = json.dumps(redacted(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with whole_file(target) as partial:
         partial.write_text(text, encoding="utf-8")
 

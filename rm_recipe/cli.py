@@ -18,6 +18,7 @@ import typer
 
 from rm_recipe.errors import Interrupted, RmRecipeError
 from rm_recipe.interrupts import INTERRUPTS
+from rm_recipe.redaction import redact
 
 app = typer.Typer(
     name="rm-recipe",
@@ -294,7 +295,7 @@ def fail(message: str, code: int) -> None:
     if rank and not interrupted:
         time.sleep(SECONDS_TO_SPEAK + rank)
     if rank == 0 or not interrupted:
-        print(f"rm-recipe: {message}", file=sys.stderr, flush=True)
+        print(f"rm-recipe: {redact(message)}", file=sys.stderr, flush=True)
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         # Taken down in order, DDP may wait for ever for a thread of its group (`distribution.end`).

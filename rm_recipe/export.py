@@ -98,8 +98,13 @@ def export(
         if evaluation:
             write_json(folder / "evaluation.json", evaluation)
         draw_reliability(evaluation, folder)
-        write_card(folder, run, str(output))
+        write_card(folder, run, _as_typed(output))
     return content
+
+
+def _as_typed(output: Path) -> str:
+    """The folder as it is called from here, so that the card need not name the user's own."""
+    return str(output.relative_to(Path.cwd()) if output.is_relative_to(Path.cwd()) else output)
 
 
 def check_replaceable(output: Path, overwrite: bool) -> None:

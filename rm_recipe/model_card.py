@@ -17,14 +17,17 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from rm_recipe.artifacts import read_json
+from rm_recipe.markdown import Verbatim, code, plain
 from rm_recipe.recipe import saved_values
 from rm_recipe.recipe_keys import looks_local
+from rm_recipe.redaction import redact
 from rm_recipe.report_text import decimal, interval, limits, mapping, whole
 from rm_recipe.verdict import HELD_OUT, best_baseline, gate_words, readings, rule
 
 TEMPLATE = "model_card.md.jinja"
 CARD = "README.md"
 FIGURE = "reliability.png"
+REPO_ID, LICENCE = re.compile(r"[\w.-]+(?:/[\w.-]+)?"), re.compile(r"[\w.+-]+")
 TAGS = ["reward-model", "rlhf", "trl", "rm_recipe"]
 
 
@@ -44,8 +47,10 @@ def adapter_card(export: Path, run: Path, repo_id: str) -> str:
 
 def for_repository(text: str, repo_id: str) -> str:
     """A card whose snippets load from the Hub what they loaded from a folder; edits by hand are kept."""
-    found = re.search(r'^model = ("[^"\n]+")$', text, re.MULTILINE)
-    return text.replace(found[1], json.dumps(repo_id)) if found else text
+    found = re.search(r'^model = ("(?:[^"\\\n]|\\.)+")$', text, re.MULTILINE)
+    for old in (_in_shell(json.loads(found[1])), found[1]) if found else ():
+        text = text.replace(old, json.dumps(repo_id))
+    return text
 
 
 def _card(export: Path, run: Path, model: str, *, adapter: bool) -> str:
@@ -55,14 +60,18 @@ def _card(export: Path, run: Path, model: str, *, adapter: bool) -> str:
     base = _base(recipe)
     evaluated = mapping(evaluation, "datasets")
     samples, causal = proof["samples"], proof["reward_at"] == "last token"
+    model = redact(model)
     text = (
         _environment()
         .from_string(_template())
         .render(
             name=run.resolve().name,
-            model=model,
+            model=Verbatim(_in_python(model)),
+            shell_model=Verbatim(_in_shell(model)),
+            at_home=model.startswith("~"),
+            reward_funcs=code(f"reward_funcs={_in_python(model)}"),
             base=base["shown"],
-            data=" and ".join(f"`{name}`" for name in _data(recipe)) or "its data",
+            data=Verbatim(" and ".join(map(code, _data(recipe))) or "its data"),
             results=[_result(name, figures) for name, figures in evaluated.items()],
             sentences=_sentences(evaluation),
             picture=(export / FIGURE).is_file(),
@@ -72,7 +81,7 @@ def _card(export: Path, run: Path, model: str, *, adapter: bool) -> str:
             reward_mean=config["reward_mean"],
             reward_std=config["reward_std"],
             causal=causal,
-            served=_request(model, samples[0]["text"], causal) if samples else "",
+            served=Verbatim(_request(model, samples[0]["text"], causal) if samples else ""),
             proof=proof,
             training=_training(recipe, read_json(run / "run.json")),
             hh_rlhf=any("hh-rlhf" in name for name in _data(recipe)),
@@ -93,7 +102,7 @@ def _card(export: Path, run: Path, model: str, *, adapter: bool) -> str:
         ]
         or None,
     )
-    return f"---\n{data.to_yaml()}\n---\n\n{text}"
+    return redact(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
 def _template() -> str:
@@ -101,8 +110,12 @@ def _template() -> str:
 
 
 def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(  # noqa: S701 - Markdown, whose HTML the Hub cleans
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    environment = jinja2.Environment(  # noqa: S701 - Markdown: `plain` escapes that, HTML too
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=lambda value: plain(value) if type(value) is str else value,
     )
     environment.policies["json.dumps_function"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
     environment.globals["small"] = _small
@@ -185,9 +198,14 @@ def _base(recipe: dict[str, Any]) -> dict[str, Any]:
     with suppress(Exception):  # without a card, without a network: then nothing is known
         data = ModelCard.load(Path(name, CARD) if _is_local(name) else name, ignore_metadata_errors=True).data
     known = data.base_model if _is_local(name) and data else name
-    ident = known if isinstance(known, str) and not _is_local(known) else None
-    shown = f"[{ident}](https://huggingface.co/{ident})" if ident else f"`{Path(name).name}`"
-    return {"id": ident, "license": data.license if data else None, "shown": shown}
+    ident = known if isinstance(known, str) and REPO_ID.fullmatch(known) and not _is_local(known) else None
+    link = Verbatim(f"[{ident}](https://huggingface.co/{ident})")
+    licence = data.license if data else None
+    return {
+        "id": ident,
+        "license": licence if isinstance(licence, str) and LICENCE.fullmatch(licence) else None,
+        "shown": link if ident else code(Path(name).name),
+    }
 
 
 def _training(recipe: dict[str, Any], run: dict[str, Any]) -> list[tuple[str, str]]:
@@ -212,6 +230,16 @@ def _training(recipe: dict[str, Any], run: dict[str, Any]) -> list[tuple[str, st
         ),
         ("made with", ", ".join(f"{name} {run['versions'].get(name)}" for name in packages)),
     ]
+
+
+def _in_python(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _in_shell(text: str) -> str:
+    """In double quotes, as in Python, where a shell finds nothing in it to expand; on one line."""
+    plain_path = re.fullmatch(r"[\w./~ @+-]+", text)
+    return _in_python(text) if plain_path else shlex.quote(" ".join(text.split()))
 
 
 def _request(model: str, text: str, causal: bool) -> str:

@@ -9,6 +9,7 @@ import errno
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -30,6 +31,7 @@ from rm_recipe.attention import announce_rows
 from rm_recipe.errors import RecipeError, one_line
 from rm_recipe.heads import head_names, initialise, outermost, to_float32
 from rm_recipe.tokenization import load_config
+from rm_recipe.weights import check_safetensors
 
 if TYPE_CHECKING:
     from trl import ModelConfig
@@ -91,12 +93,15 @@ def _load(name: str, **kwargs: Any) -> tuple[PreTrainedModel, list[str]]:
 
     The head of a classifier with more labels is one of these.
     """
+    check_safetensors(name, kwargs.get("revision", "main"))
+    # Said to be False, transformers does not ask at the terminal whether to run a model's own code.
+    kwargs = {"trust_remote_code": False, "use_safetensors": True, **kwargs}
     try:
         with quietly():
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 name, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, UnpicklingError) as error:
         if isinstance(error, torch.OutOfMemoryError) or getattr(error, "errno", None) == errno.ENOSPC:
             raise  # of the machine, not of what the user has named
         raise RecipeError(f"'{name}' cannot be loaded as a classifier: {one_line(error)}") from None
@@ -149,6 +154,7 @@ def prepare_for_rewards(
     """
     model.config.id2label, model.config.label2id = {0: LABEL}, {LABEL: 0}
     model.config.problem_type = "regression"  # keeps `pipeline` from applying a sigmoid
+    vars(model.config).pop("auto_map", None)  # would send who loads the result to code of the base's own
     quantisation.keep_layout(model)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
@@ -237,6 +243,7 @@ def _load_adapter(
 ) -> PeftModel:
     if adapter.task_type != TaskType.SEQ_CLS:
         raise RecipeError(f"{path} is the adapter of a language model, not of a reward model")
+    check_safetensors(path, adapter=True)
     # By the base's own config: the saved one may have a pad token more than the base's checkpoint,
     # and names a quantisation that the checkpoint does not have.
     name, revision = str(adapter.base_model_name_or_path), adapter.revision or "main"

@@ -10,6 +10,7 @@ import numpy as np
 from rm_recipe.artifacts import read_json_lines, whole_file
 from rm_recipe.figures import Scored
 from rm_recipe.metrics import Array, mean_by_comparison
+from rm_recipe.redaction import redacted
 from rm_recipe.split import Split
 
 PREDICTIONS = "predictions.jsonl"
@@ -66,7 +67,8 @@ def read_predictions(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_predictions(folder: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Replaces the lines of the data sets that `lines` are of, and keeps the others'."""
+    """Replaces the lines of the data sets that `lines` are of, redacted, and keeps the others'."""
+    lines = redacted(lines)
     replaced = {line["dataset"] for line in lines}
     kept = [line for line in read_predictions(folder) if line["dataset"] not in replaced]
     with whole_file(folder / PREDICTIONS) as partial, partial.open("w", encoding="utf-8") as file:

@@ -20,6 +20,7 @@ from rm_recipe.artifacts import whole_file
 from rm_recipe.errors import RecipeError
 from rm_recipe.recipe_faults import cross_faults, input_faults
 from rm_recipe.recipe_keys import DEVICE_KEYS, REFUSED_KEYS, DataArguments, HubArguments, check_value
+from rm_recipe.redaction import expanded, hide_secrets, with_tilde
 
 if typing.TYPE_CHECKING:
     from trl import ModelConfig, RewardConfig
@@ -55,9 +56,9 @@ class Recipe:
         return merged
 
     def save(self, path: Path) -> None:
-        """Writes the resolved recipe as YAML that `read_recipe` takes back."""
+        """Writes the resolved recipe as YAML that `read_recipe` takes back, the home folder as `~`."""
         header = f"# {self.path.name}{RUN_HEADER}\n"
-        text = yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(with_tilde(self.resolved()), sort_keys=False, allow_unicode=True)
         with whole_file(path) as partial:
             partial.write_text(header + text, encoding="utf-8")
 
@@ -81,11 +82,13 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = (), *, check_inputs
     for source, items in ((str(path), given), ("command line", line_values)):
         for key, value in items.items():
             fault, parsed = check_value(key, value, from_text=items is line_values)
+            if not fault and hide_secrets(parsed) != parsed:  # a run would keep and show it
+                fault = f"'{key}' holds a token or a password; log in with `hf auth login` or set HF_TOKEN"
             if fault:
                 faults.append(f"{source}: {fault}")
                 values.pop(key, None)
             else:
-                values[key] = parsed
+                values[key] = expanded(parsed)
     faults += [f"{path}: {fault}" for fault in cross_faults(values, given | line_values)]
     if check_inputs:
         faults += [f"{path}: {fault}" for fault in input_faults(values)]
@@ -115,7 +118,7 @@ def saved_values(run: Path) -> dict[str, Any]:
     values, faults = _read_yaml(run / RUN_RECIPE)
     if faults:
         raise RecipeError("\n".join(faults))
-    return values
+    return expanded(values)
 
 
 def read_run_recipe(run: Path) -> Recipe:

@@ -21,6 +21,7 @@ from rm_recipe.recipe_keys import (
     fits,
     looks_local,
 )
+from rm_recipe.weights import pickle_fault
 
 POSITIVE = (
     "learning_rate", "per_device_train_batch_size", "per_device_eval_batch_size",
@@ -129,6 +130,9 @@ def input_faults(values: dict[str, Any]) -> list[str]:
         if Path(name).exists():
             if key == "model_name_or_path" and not any((Path(name) / file).is_file() for file in MODEL_FILES):
                 faults.append(f"'{key}: {name}' holds no model: there is no {' or '.join(MODEL_FILES)} in it")
+            elif key == "model_name_or_path":
+                adapter = (Path(name) / "adapter_config.json").is_file()
+                faults += filter(None, [pickle_fault(name, adapter=adapter)])
             continue
         if name in (OFFLINE_MODEL, OFFLINE_ENCODER, OFFLINE_DATA):
             faults.append(f"'{key}: {name}' does not exist yet; run `rm-recipe prepare offline`")

@@ -15,6 +15,7 @@ from rm_recipe import report_run, report_tables
 from rm_recipe.artifacts import read_json, whole_file
 from rm_recipe.errors import RecipeError
 from rm_recipe.predictions import read_predictions
+from rm_recipe.redaction import redact
 from rm_recipe.report_predictions import Predictions, by_data_set, examples, pictures
 from rm_recipe.report_text import (
     as_text,
@@ -89,7 +90,7 @@ def render(
         lstrip_blocks=True,
         finalize=_finalize,
     )
-    # Markup of our own passes as it is; all other text is escaped, and made visible before.
+    # Markup of our own passes as it is; all other text is redacted, made visible and escaped.
     return environment.from_string(source).render(
         model=as_text(evaluation.get("model")) or "unnamed model",
         headline=_headline(evaluated[HELD_OUT], evaluation.get("gate")) if HELD_OUT in evaluated else None,
@@ -104,7 +105,7 @@ def render(
 
 
 def _finalize(value: Any) -> Any:
-    return visible(value) if type(value) is str else value
+    return visible(redact(value)) if type(value) is str else value
 
 
 def _headline(figures: dict[str, Any], gate: Any) -> dict[str, Any]:

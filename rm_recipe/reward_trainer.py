@@ -5,10 +5,11 @@ Ours are the collator (rows), `compute_loss` (rewards at the ends, one loss per 
 metrics, which count comparisons instead of averaging batches.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,22 @@ def mean_by_comparison(values: torch.Tensor, pairs_each: torch.Tensor) -> torch.
     return values.new_zeros(n).index_add(0, owner, values) / pairs_each
 
 
+@contextmanager
+def of_numbers_alone(checkpoint: str | None) -> Iterator[None]:
+    """What torch refuses within it, as Trainer reads checkpoints with `weights_only`, in one message.
+
+    Raises:
+        TrainingError: a file is a pickle of something else than training writes.
+    """
+    try:
+        yield
+    except UnpicklingError:
+        raise TrainingError(
+            f"{checkpoint} holds something else than the numbers that training writes, which could run code "
+            "and was not read; remove that checkpoint, and --resume goes on from the one before"
+        ) from None
+
+
 class LogLines(ProgressCallback):
     """Trainer's progress bar, with one short line above it for each log instead of a dict."""
 
@@ -138,6 +155,18 @@ class SharedPrefixRewardTrainer(RewardTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = COLUMNS
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with of_numbers_alone(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with of_numbers_alone(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with of_numbers_alone(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     def autocast_smart_context_manager(self, *args: Any) -> AbstractContextManager[Any]:
         """Trainer's, which leaves autocast to Accelerate, and ours where Accelerate gives none."""
         if self._needs_autocast:
@@ -171,6 +200,12 @@ class SharedPrefixRewardTrainer(RewardTrainer):
             super()._save_checkpoint(*args, **kwargs)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise not_written(Path(self.args.output_dir), self.state.global_step, error) from error
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Trainer's, without the empty card of PEFT's, which names the folder of the base."""
+        super()._save(output_dir, state_dict)
+        if output_dir is not None:
+            (Path(output_dir) / "README.md").unlink(missing_ok=True)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """No card in the run folder; the export gets one."""

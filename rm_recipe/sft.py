@@ -9,16 +9,16 @@ import errno
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
-from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils.hub import has_file
 
 from rm_recipe import quantisation
 from rm_recipe.errors import RecipeError, one_line
+from rm_recipe.weights import check_safetensors, holds
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -38,14 +38,6 @@ def adapter_config(name: str, revision: str = "main") -> "PeftConfig | None":
         return PeftConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError, TypeError, KeyError, httpx.HTTPError) as error:
         raise RecipeError(f"'model_name_or_path: {name}' cannot be loaded: {one_line(error)}") from None
-
-
-def holds(name: str, file: str, revision: str = "main") -> bool:
-    """Whether a folder or a Hub repository has a file; the Hub is asked once."""
-    return (Path(name) / file).is_file() if Path(name).is_dir() else _on_hub(name, file, revision)
-
-
-_on_hub = cache(has_file)
 
 
 def sft_adapter(name: str, revision: str = "main") -> "PeftConfig | None":
@@ -71,7 +63,8 @@ def as_one_model(name: str, revision: str = "main", trust_remote_code: bool = Fa
     because a model can only be quantised while it is loaded.
 
     Raises:
-        RecipeError: the adapter is not one of a language model, or its base cannot be loaded.
+        RecipeError: the adapter is not one of a language model, it or its base is a pickle, or
+            its base cannot be loaded.
     """
     adapter = sft_adapter(name, revision)
     if adapter is None:
@@ -86,7 +79,7 @@ def as_one_model(name: str, revision: str = "main", trust_remote_code: bool = Fa
             # Not in the format of a base that came quantised, which transformers cannot go back to.
             merged.save_pretrained(folder, save_original_format=False)
             del merged
-        except (OSError, ValueError, RuntimeError, ImportError) as error:
+        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, UnpicklingError) as error:
             if getattr(error, "errno", None) == errno.ENOSPC:
                 raise
             raise RecipeError(f"the SFT adapter '{name}' cannot be loaded: {one_line(error)}") from None
@@ -96,16 +89,23 @@ def as_one_model(name: str, revision: str = "main", trust_remote_code: bool = Fa
 def _merge(name: str, revision: str, adapter: "PeftConfig", trust_remote_code: bool) -> PreTrainedModel:
     from peft import PeftModel
 
+    check_safetensors(name, revision, adapter=True)
+    base_name, base_revision = str(adapter.base_model_name_or_path), adapter.revision or "main"
+    check_safetensors(base_name, base_revision)
     base = AutoModelForCausalLM.from_pretrained(
-        adapter.base_model_name_or_path,
-        revision=adapter.revision or "main",
+        base_name,
+        revision=base_revision,
         dtype="auto",
+        use_safetensors=True,
         trust_remote_code=trust_remote_code,
     )
     if hasattr(base.config, "quantization_config"):  # SFT was QLoRA on a base that comes quantised
         quantisation.dequantize(base)
     if holds(name, "tokenizer_config.json", revision):
-        size = len(AutoTokenizer.from_pretrained(name, revision=revision))
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
+        size = len(tokenizer)
         if size > base.get_input_embeddings().num_embeddings:  # SFT has added tokens
             base.resize_token_embeddings(size)
     merged: PreTrainedModel = PeftModel.from_pretrained(base, name, revision=revision).merge_and_unload(

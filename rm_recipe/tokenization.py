@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Pre
 from rm_recipe import sft
 from rm_recipe.errors import RecipeError, one_line
 from rm_recipe.messages import Message
+from rm_recipe.weights import holds
 
 # For models without a template: a name and a colon before each message, as in hh-rlhf, and EOS at
 # the end, where a decoder's reward is read.
@@ -51,7 +52,7 @@ def load_tokenizer(
     """
     adapter = sft.adapter_config(name, revision)
     try:
-        if adapter is not None and not sft.holds(name, "tokenizer_config.json", revision):
+        if adapter is not None and not holds(name, "tokenizer_config.json", revision):
             name, revision = adapter.base_model_name_or_path, adapter.revision or "main"
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=trust_remote_code
@@ -174,7 +175,7 @@ def load_config(name: str, revision: str = "main", trust_remote_code: bool = Fal
     """
     adapter = sft.adapter_config(name, revision)
     try:
-        if adapter is not None and not sft.holds(name, "config.json", revision):
+        if adapter is not None and not holds(name, "config.json", revision):
             name, revision = adapter.base_model_name_or_path, adapter.revision or "main"
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:

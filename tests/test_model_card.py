@@ -1,5 +1,6 @@
 """What the card says is in the files, what it shows runs, and the Hub's own classes can read it."""
 
+import ast
 import contextlib
 import io
 import json
@@ -13,6 +14,7 @@ import yaml
 from conftest import make_recipe
 from huggingface_hub import ModelCard
 from made_up_export import make_export, write
+from markdown_it import MarkdownIt
 
 from rm_recipe.evaluate import evaluate
 from rm_recipe.export import export
@@ -177,3 +179,72 @@ def test_the_hub_library_has_nothing_to_warn_of(exported):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ModelCard.load(exported / "README.md")
+
+
+HOSTILE = (
+    "a` | [x](javascript:alert(1)) ![i](http://t/x.png) <script>alert(1)</script>\n---\n# big\n\n```\n"
+    "$(id)\"\\</details> <!-- 'q'"
+)
+
+
+@pytest.fixture
+def hostile(tmp_path):
+    """The card of a run in which every name that somebody else may have chosen does its worst."""
+    folder = make_export(tmp_path)
+    figures = {"accuracy": 0.75, "accuracy_ci95": [0.7, 0.8], "n_scored": 40, "beats_baselines": True,
+               "baselines": {HOSTILE: 0.6}, "consistency": {HOSTILE: {"wins": 0.5}},
+               "against": {"model": HOSTILE, "difference": 0.1, "other_accuracy": 0.5}}  # fmt: skip
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    write(folder / "evaluation.json", evaluation | {"datasets": {"held_out": figures, HOSTILE: figures}})
+    (tmp_path / "base").mkdir()
+    front = json.dumps({"base_model": "x](javascript:alert(1)) <b>", "license": HOSTILE})
+    write(tmp_path / "base" / "README.md", f"---\n{front}\n---\n")
+    path, record = folder.parent / "recipe.yaml", folder.parent / "run.json"
+    keys = {"dataset_name": HOSTILE, "dataset_subsets": [HOSTILE], "dataset_revision": HOSTILE,
+            "dataset_test_split": HOSTILE, "datasets": [{"path": HOSTILE}],
+            "model_name_or_path": str(tmp_path / "base")}  # fmt: skip
+    write(path, f"# a run{RUN_HEADER}\n{json.dumps(yaml.safe_load(path.read_text()) | keys)}\n")
+    write(record, json.loads(record.read_text()) | {"device": HOSTILE, "versions": {"torch": HOSTILE}})
+    run = folder.parent.rename(tmp_path / HOSTILE.replace("/", ""))
+    write_card(run / "export", run, HOSTILE)
+    return run / "export"
+
+
+def test_names_that_somebody_else_chose_do_nothing_in_the_card(hostile):
+    card = ModelCard.load(hostile / "README.md")
+    assert card.text.lstrip().startswith("# a\\`")  # no `---` of a name's has ended the front matter
+    assert card.data.base_model is None
+    assert card.data.license is None
+    tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(card.text)
+    inner = [child for token in tokens for child in token.children or []]
+    assert not {"html_block"} & {token.type for token in tokens}
+    assert not {"html_inline", "link_open"} & {child.type for child in inner}
+    assert [child.attrs["src"] for child in inner if child.type == "image"] == ["reliability.png"]
+    headings = [tokens[i + 1].content for i, token in enumerate(tokens) if token.type == "heading_open"]
+    assert headings[1:] == [
+        "How good it is", "Use", "Serve", "How it was proven", "Training", "Intended use and limits"
+    ]  # fmt: skip
+    assert [token.info for token in tokens if token.type == "fence"] == ["python", "text", "python", "bash"]
+    widths = re.findall(
+        r"(?:td_open ?)+", " ".join(t.type for t in tokens if t.type in ("td_open", "tr_close"))
+    )
+    assert {width.count("td_open") for width in widths} == {2, 6}
+
+
+def test_the_snippets_name_a_model_of_any_name_as_a_text_and_no_program(hostile):
+    card = (hostile / "README.md").read_text()
+    for snippet in blocks(card, "python"):
+        [named] = [node for node in ast.walk(ast.parse(snippet)) if isinstance(node, ast.Assign)][:1]
+        assert ast.literal_eval(named.value) == HOSTILE
+    [served] = blocks(card, "bash")
+    words = shlex.split(served)
+    assert words[:3] == ["vllm", "serve", " ".join(HOSTILE.split())]
+    assert json.loads(words[words.index("-d") + 1])["model"] == HOSTILE
+    assert "$(id)" not in re.sub(r"'[^']*'", "", served)  # but in single quotes
+
+
+def test_a_model_of_any_name_has_another_on_the_hub(hostile):
+    pushed = for_repository((hostile / "README.md").read_text(), "ann/judge")
+    assert 'vllm serve "ann/judge" --runner' in pushed
+    assert 'reward_funcs="ann/judge"' in pushed
+    assert all('model = "ann/judge"\n' in snippet for snippet in blocks(pushed, "python"))

@@ -349,6 +349,82 @@ def test_text_from_data_is_shown_and_does_nothing(folder):
     assert not re.findall("[\x00-\x08\x0b-\x1f\x7f\u202e\ud800-\udfff]", text)
 
 
+class Elements(HTMLParser):
+    """Every tag of a page with the names of its attributes, and where its links go.
+
+    Of the tags inside drawings the kinds only: longer labels leave room for fewer ticks.
+    """
+
+    def __init__(self, page):
+        super().__init__()
+        self.found, self.drawn, self.addresses, self.drawing = [], set(), set(), False
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.drawing |= tag == "svg"
+        if self.drawing:
+            self.drawn.add((tag, *sorted(name for name, _ in attrs)))
+        else:
+            self.found.append((tag, *(name for name, _ in attrs)))
+            self.addresses |= {value for name, value in attrs if name in ("href", "src", "action")}
+
+    def handle_endtag(self, tag):
+        if not self.drawing:
+            self.found.append(f"/{tag}")
+        self.drawing &= tag != "svg"
+
+
+LOGIC = {"shown", "statistic", "policy"}  # keys whose values decide what is shown
+
+
+def with_texts(value, text):
+    """A file's content with every text that data, a model or a machine may have given replaced."""
+    if isinstance(value, dict):
+        return {key: value[key] if key in LOGIC else with_texts(value[key], text) for key in value}
+    if isinstance(value, list):
+        return [with_texts(item, text) for item in value]
+    return text if isinstance(value, str) else value
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "</details></section></main></body></html>",
+        "</style></title></pre></svg></text></textarea><script>alert(1)</script>",
+        "\" onload=alert(1) x='y' style=\"color:red",
+        "javascript:alert(1)",
+        "<!-- ]]> --> <![CDATA[ {{ 7 * 7 }} {% raw %} &lt;b&gt; `|`",
+        "<a href=javascript:alert(1)>x</a><svg onload=alert(1)><math><mtext>",
+    ],
+)
+def test_no_text_of_any_file_adds_an_element_an_attribute_or_an_address(tmp_path, text):
+    folder, pages = tmp_path / "run", []
+    make_folder(folder, n=60)
+    for written in ("harmless", text):
+        other = shutil.copytree(folder, tmp_path / str(len(pages)))
+        for name in ("evaluation.json", "run.json", "data_report.json"):
+            content = with_texts(json.loads((folder / name).read_text()), written)
+            if name == "evaluation.json":
+                content["datasets"][written] = content["datasets"].pop("data/other")
+                for figures in content["datasets"].values():
+                    for key in ("subsets", "excluded", "baselines", "consistency"):
+                        figures[key] = {f"{written}{i}": item for i, item in enumerate(figures[key].values())}
+            elif name == "run.json":
+                content["versions"][written] = written
+            (other / name).write_text(json.dumps(content))
+        lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+        names = {"held_out": "held_out", "data/other": written}
+        lines = [with_texts(line, written) | {"dataset": names[line["dataset"]]} for line in lines]
+        (other / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (other / "recipe.yaml").write_text(f"a: {written}\n")
+        pages.append(write_report(other).read_text())
+    harmless, hostile = map(Elements, pages)
+    assert hostile.found == harmless.found
+    assert hostile.drawn == harmless.drawn
+    assert hostile.addresses == harmless.addresses
+    assert pages[1].count("alert(1)") > 20 or "alert" not in text
+
+
 # --- what the page says ----------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 from trl import ModelConfig
 
-from rm_recipe import RewardModel, quantisation
+from rm_recipe import RewardModel, quantisation, weights
 from rm_recipe import sft as sft_module
 from rm_recipe.errors import RecipeError
 from rm_recipe.export import export
@@ -159,7 +159,7 @@ def test_the_hub_is_asked_once_and_a_proxy_that_fails_is_named(monkeypatch):
             raise httpx.ProxyError("407 Proxy Authentication Required")
         return False
 
-    monkeypatch.setattr(sft_module, "_on_hub", cache(answer))
+    monkeypatch.setattr(weights, "_on_hub", cache(answer))
     for _ in range(3):
         assert sft_module.adapter_config("user/model", "v1") is None
     assert asked == [("user/model", "adapter_config.json", "v1")]
