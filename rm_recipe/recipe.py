@@ -215,7 +215,7 @@ def _read_overrides(overrides: Sequence[str]) -> tuple[dict[str, str], list[str]
 def _build(path: Path, values: dict[str, Any]) -> Recipe:
     from trl import ModelConfig, RewardConfig
 
-    values = values | _device_values(values)
+    values = _early_stopping_values(values) | values | _device_values(values)
     parts: list[Any] = []
     of_hub = {item.name for item in dataclasses.fields(HubArguments)}
     for part in (RewardConfig, ModelConfig, DataArguments, HubArguments):
@@ -264,6 +264,21 @@ def _device_values(values: dict[str, Any]) -> dict[str, Any]:
     if "disable_tqdm" not in values:
         resolved["disable_tqdm"] = False
     return resolved
+
+
+def _early_stopping_values(values: dict[str, Any]) -> dict[str, Any]:
+    """What early stopping needs of Trainer: to look, to look before it saves, and to keep the best."""
+    if not values.get("early_stopping_patience"):
+        return {}
+    strategy = values.get("eval_strategy") or values.get("save_strategy") or "steps"
+    return {
+        "eval_strategy": strategy,
+        "save_strategy": strategy,
+        "eval_steps": values.get("save_steps"),
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_accuracy",
+        "restore_callback_states_from_checkpoint": True,  # how many evaluations were no better
+    }
 
 
 def _gpu_has_bf16() -> bool:

@@ -26,8 +26,12 @@ from rm_recipe.weights import pickle_fault
 POSITIVE = (
     "learning_rate", "per_device_train_batch_size", "per_device_eval_batch_size",
     "gradient_accumulation_steps", "max_length", "lora_r", "lora_alpha", "num_train_epochs",
-    "max_train_samples", "max_eval_samples", "dataset_num_proc",
+    "max_train_samples", "max_eval_samples", "dataset_num_proc", "early_stopping_patience",
 )  # fmt: skip
+
+EARLY_STOPPING_FORBIDS = {
+    "eval_strategy": ("no",), "save_strategy": ("no", "best"), "load_best_model_at_end": (False,),
+}  # fmt: skip
 
 
 def cross_faults(values: dict[str, Any], given: dict[str, Any]) -> list[str]:
@@ -69,6 +73,12 @@ def cross_faults(values: dict[str, Any], given: dict[str, Any]) -> list[str]:
         faults.append(
             "'use_dora' reads weights that bitsandbytes 0.50 does not give in 8 bits: 'load_in_4bit'"
         )
+    if values.get("early_stopping_patience"):
+        faults += [
+            f"'early_stopping_patience' needs what '{key}: {values[key]}' forbids; leave that out"
+            for key, forbidding in EARLY_STOPPING_FORBIDS.items()
+            if values.get(key) in forbidding
+        ]
     limit = values.get("save_total_limit")
     if limit is not None and limit < 2:
         faults.append(

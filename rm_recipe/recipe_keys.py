@@ -90,6 +90,10 @@ class DataArguments:
     prefix_sharing: Literal["auto", "off"] = "auto"
     """Encode the prompt of a comparison once for all its responses, where that is exact."""
 
+    early_stopping_patience: int | None = None
+    """Evaluations without a better held-out accuracy after which training stops; the best checkpoint is
+    kept. Sets what that needs: `load_best_model_at_end`, and an evaluation at every `save_steps`."""
+
     target_accuracy: float = 0.65
     gate_statistic: Literal["ci_low", "accuracy"] = "ci_low"
     """The gate: what held-out accuracy, or its interval's lower end, has to reach."""

@@ -29,6 +29,7 @@ from rm_recipe.errors import TrainingError
 from rm_recipe.metrics import pair_indices
 from rm_recipe.split import row_name
 
+TIED = 1e-6  # rewards that differ by no more say nothing of a comparison
 FAULTY_NAMED = 5  # comparisons whose loss is not finite, in the message
 COLUMNS = ["prefix", "rests", "ranks", "margins", "subset", "row"]
 
@@ -253,6 +254,7 @@ class SharedPrefixRewardTrainer(RewardTrainer):
             (margin.sign() + 1) / 2,  # a tie counts 1/2
             margin,
             (chosen + rejected) / 2,
+            (margin.abs() <= TIED).to(margin.dtype),
         )
         means = tuple(mean_by_comparison(value, pairs_each) for value in values)
         own_losses = losses
@@ -265,7 +267,7 @@ class SharedPrefixRewardTrainer(RewardTrainer):
         else:
             metrics["loss"] += losses.tolist()  # exact, where Trainer weighs batches by their rows
         metrics["num_tokens"] = [self._total_train_tokens]
-        for name, mean in zip(("accuracy", "margin", "mean_reward"), means, strict=True):
+        for name, mean in zip(("accuracy", "margin", "mean_reward", "ties"), means, strict=True):
             metrics[name] += mean.tolist()
 
     def _stop(self, faulty: list[str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, set_seed
 
 from rm_recipe import adapters, memory, modeling, sft, tokenization
 from rm_recipe.artifacts import is_scratch, read_json, tidy, whole_folder, write_json
@@ -27,6 +27,7 @@ from rm_recipe.distribution import (
     whole_weights,
 )
 from rm_recipe.doctor import examine, print_report
+from rm_recipe.early_signs import EarlySigns
 from rm_recipe.encoding import tokenize
 from rm_recipe.errors import Interrupted, RecipeError, TrainingError
 from rm_recipe.fitting import too_little
@@ -82,6 +83,7 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool) -> None:
     claim_run_folder(recipe, faulty, overwrite=overwrite)  # not before: what fails above leaves nothing
     if ready.report is not None:
         write_json(recipe.output_dir / DATA_REPORT, ready.report)
+    trainer.add_callback(early_signs_of(recipe, ready))
     trainer.add_callback(Checkpoints(trainer, identity, manifest))
     began = time.monotonic()
     try:
@@ -267,10 +269,15 @@ def same_step(recipe: Recipe, then: dict[str, Any]) -> bool:
     return math.prod(now[key] for key in ACCUMULATION) == math.prod(then[key] for key in ACCUMULATION)
 
 
+# Which checkpoints there are to choose the best from.
+CHOOSING = {"eval_strategy", "eval_steps", "save_strategy", "save_steps"}
+
+
 def changed_keys(recipe: Recipe, run: Path) -> list[str]:
     """The keys in which a recipe differs from a run's, where that changes what is learnt."""
     now, then = recipe.resolved(), saved_values(run)
-    return [key for key in now if key not in WITHOUT_EFFECT and now[key] != then.get(key)]
+    without_effect = WITHOUT_EFFECT - (CHOOSING if recipe.training.load_best_model_at_end else set())
+    return [key for key in now if key not in without_effect and now[key] != then.get(key)]
 
 
 def load_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Split, Split, Leakage]:
@@ -374,6 +381,8 @@ def make_trainer(
         processing_class=tokenizer,
         share_prefixes=sharing.used,
     )
+    if recipe.data.early_stopping_patience:
+        trainer.add_callback(EarlyStoppingCallback(recipe.data.early_stopping_patience))
     if not was_there and trainer.args.should_save:  # Trainer has made it, and nothing is trained yet
         recipe.output_dir.rmdir()
     return trainer
@@ -384,6 +393,14 @@ def cheaper_adapters(trainer: SharedPrefixRewardTrainer) -> AbstractContextManag
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return nullcontext()
     return adapters.in_one_product(trainer.model)
+
+
+def early_signs_of(recipe: Recipe, ready: Ready) -> EarlySigns:
+    """What watches a training."""
+    training = recipe.training
+    each = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    plain = training.center_rewards_coefficient is None and recipe.data.margin_column is None
+    return EarlySigns(each, len(ready.test_split.comparisons), plain)
 
 
 # --- after -----------------------------------------------------------------------------------

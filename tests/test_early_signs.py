@@ -1,0 +1,156 @@
+"""A run that is wasted says so once, early, and a sound one says nothing."""
+
+import json
+import math
+
+import pytest
+import test_checkpoints
+import torch
+from conftest import make_rows, write_jsonl
+from transformers import TrainerControl, TrainerState
+
+from rm_recipe.checkpoints import checkpoints
+from rm_recipe.early_signs import EarlySigns
+from rm_recipe.errors import Interrupted, RecipeError
+from rm_recipe.evaluate import evaluate
+from rm_recipe.recipe import read_recipe
+from rm_recipe.train import make_ready, train
+
+
+def said(capsys, logs: list[dict[str, float]], plain: bool = True, max_steps: int = 100) -> list[str]:
+    """The warnings of a run of 32 comparisons a step that logs every 5 steps; `eval_accuracy` evaluates."""
+    signs, state = EarlySigns(32, held_out=1000, plain=plain), TrainerState(max_steps=max_steps)
+    for log in logs:
+        if "eval_accuracy" in log:
+            signs.on_evaluate(None, state, TrainerControl(), metrics=log)
+        else:
+            state.global_step += 5
+            signs.on_log(None, state, TrainerControl(), logs=log)
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+
+
+STUCK = {"loss": math.log(2), "accuracy": 0.7}
+SOUND = {"loss": 0.5, "accuracy": 0.75}
+
+
+@pytest.mark.parametrize(
+    ("logs", "warnings"),
+    [
+        ([SOUND] * 20, []),
+        ([STUCK] * 20, ["the loss is 0.693, where it began (ln 2 = 0.693)"]),
+        ([STUCK, SOUND, SOUND], []),  # it took a while
+        ([{"loss": 0.6, "accuracy": 0.5}] * 4, ["0.500 of the comparisons are judged right, as by chance"]),
+        ([{"loss": 0.6, "accuracy": 0.3}] * 4, ["0.300 of the comparisons are judged right, as by chance"]),
+        ([{"loss": 0.6, "accuracy": 0.56}] * 2, []),
+        ([{**SOUND, "ties": 0.04}] * 9, []),
+        ([{**SOUND, "ties": 0.06}] * 9, ["6% of the comparisons get equal rewards"]),
+        ([{"loss": 0.1, "accuracy": 0.98}] * 2 + [{"eval_accuracy": 0.7}] * 2, ["train accuracy is 0.98"]),
+        ([{"loss": 0.1, "accuracy": 0.8}] * 2 + [{"eval_accuracy": 0.7}], []),
+    ],
+)  # fmt: skip
+def test_each_sign_is_said_once_with_its_remedy(capsys, logs, warnings):
+    found = said(capsys, logs)
+    assert len(found) == len(warnings)
+    for line, expected in zip(found, warnings, strict=True):
+        assert expected in line
+        assert any(word in line for word in ("Raise", "Lower", "Train for fewer"))
+
+
+def test_a_loss_with_margins_does_not_start_at_ln_2(capsys):
+    assert said(capsys, [{"loss": 0.9, "accuracy": 0.7}] * 9, plain=False) == []
+
+
+def test_a_tenth_of_the_steps_and_enough_comparisons_are_waited_for(capsys):
+    assert said(capsys, [STUCK], max_steps=51) == []
+    assert said(capsys, [STUCK, STUCK], max_steps=51) != []
+
+
+def contradictory(folder):
+    """Comparisons of which the opposite is there too: nothing can be learnt."""
+    rows = make_rows(300, seed=1)
+    for row in rows[::2]:
+        row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    write_jsonl(folder / "train.jsonl", rows)
+    write_jsonl(folder / "test.jsonl", make_rows(200, seed=2))
+    return str(folder)
+
+
+def test_a_real_run_that_cannot_learn_says_so_and_one_that_learns_does_not(write_recipe, tmp_path, capfd):
+    keys = {"dataset_name": contradictory(tmp_path / "data"), "logging_steps": 5, "num_train_epochs": 10}
+    train(read_recipe(write_recipe(**keys, learning_rate=1e-3)))
+    out = capfd.readouterr().out
+    assert out.count("warning: after a tenth of the steps") in (1, 2)
+    train(read_recipe(write_recipe(output_dir=str(tmp_path / "good"), logging_steps=2, num_train_epochs=8)))
+    assert "warning:" not in capfd.readouterr().out
+
+
+def test_equal_rewards_are_counted(write_recipe, tmp_path, capfd):
+    """A head and adapters that stay 0 give every response the same reward."""
+    ready = make_ready(read_recipe(write_recipe()))
+    with torch.no_grad():
+        ready.trainer.model.get_base_model().score.weight.zero_()
+        for name, parameter in ready.trainer.model.named_parameters():
+            if "score" in name:
+                parameter.zero_()
+    assert ready.trainer.evaluate()["eval_ties"] == 1.0
+
+
+STOPPING = {"early_stopping_patience": 2, "save_steps": 2, "num_train_epochs": 20, "save_total_limit": 2,
+            "logging_steps": 3, "save_strategy": "omit"}  # fmt: skip
+
+
+def test_early_stopping_keeps_the_best_checkpoint_by_held_out_accuracy(write_recipe, tmp_path):
+    train(read_recipe(write_recipe(**STOPPING)))
+    run = tmp_path / "run"
+    record = json.loads((run / "run.json").read_text())
+    accuracies = [entry["eval_accuracy"] for entry in record["log"] if "eval_accuracy" in entry]
+    assert record["steps"] == 2 * len(accuracies) < 160
+    best = max(accuracies)
+    assert accuracies.index(best) == len(accuracies) - 1 - 2
+    assert evaluate(str(run))["datasets"]["held_out"]["accuracy"] == best
+
+
+def test_early_stopping_goes_on_counting_after_an_interrupt(write_recipe, tmp_path, monkeypatch):
+    train(read_recipe(write_recipe(**STOPPING, output_dir=str(tmp_path / "whole"))))
+    steps = json.loads((tmp_path / "whole" / "run.json").read_text())["steps"]
+    recipe = read_recipe(write_recipe(**STOPPING))
+    make = test_checkpoints.rm_recipe.train.make_trainer
+
+    def interrupted(*args):
+        trainer = make(*args)
+        trainer.add_callback(test_checkpoints.SignalAt(steps - 1))
+        return trainer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(test_checkpoints.rm_recipe.train, "make_trainer", interrupted)
+        with pytest.raises(Interrupted):
+            train(recipe)
+    train(recipe, resume=True)
+    assert test_checkpoints.same(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_run_that_had_stopped_early_is_not_trained_on_when_resumed(write_recipe, tmp_path):
+    recipe = read_recipe(write_recipe(**STOPPING))
+    train(recipe)
+    run = tmp_path / "run"
+    before = (run / "run.json").rename(tmp_path / "run.json")
+    weights = test_checkpoints.weights(run)
+    (run / "model").rename(tmp_path / "model")
+    train(recipe, resume=True)
+    ours, theirs = (json.loads(path.read_text())["steps"] for path in (run / "run.json", before))
+    assert ours == theirs
+    assert all((value == test_checkpoints.weights(run)[key]).all() for key, value in weights.items())
+    assert len(checkpoints(run)) == 2
+
+
+@pytest.mark.parametrize(
+    ("keys", "fault"),
+    [
+        ({"eval_strategy": "no"}, "needs what 'eval_strategy: no' forbids"),
+        ({"load_best_model_at_end": False}, "needs what 'load_best_model_at_end: False' forbids"),
+        ({"early_stopping_patience": 0}, "'early_stopping_patience: 0' must be above 0"),
+    ],
+)
+def test_early_stopping_that_cannot_work_is_refused(write_recipe, keys, fault):
+    with pytest.raises(RecipeError, match=fault):
+        read_recipe(write_recipe(**STOPPING | keys))
