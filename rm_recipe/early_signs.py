@@ -15,8 +15,8 @@ BY_HEART = 0.15  # how far train accuracy may be above the held-out one
 SIGNIFICANT = 1e-3  # probability of such a gap by chance, below which it is none
 
 NOT_LEARNING = (
-    "after a tenth of the steps the loss is {loss:.3f}, where it began (ln 2 = 0.693). Raise learning_rate (with "
-    "LoRA 1e-4 to 5e-4 is usual), or look at the data: rm-recipe check --data"
+    "after a tenth of the steps the loss is {loss:.3f}, where it began (ln 2 = 0.693). Raise learning_rate "
+    "(with LoRA 1e-4 to 5e-4 is usual), or look at the data: rm-recipe check --data"
 )
 AT_CHANCE = (
     "after a tenth of the steps {accuracy:.3f} of the comparisons are judged right, as by chance. Raise "
