@@ -5,7 +5,6 @@ until a verb needs them, so that `--help` answers at once.
 """
 
 import errno
-import logging
 import os
 import shlex
 import signal
@@ -16,6 +15,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from rm_recipe.environment import set_environment
 from rm_recipe.errors import Interrupted, RmRecipeError
 from rm_recipe.interrupts import INTERRUPTS
 from rm_recipe.redaction import redact
@@ -263,25 +263,9 @@ def main() -> None:
     except ImportError as error:
         fail(f"a package is missing: {error}; `pip install -e .` installs what rm_recipe needs", 2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
             raise
         fail(f"{error.strerror}: {error.filename or 'while writing'}", 1)
-
-
-def set_environment() -> None:
-    """Library settings that have to be made before the libraries are imported."""
-    import warnings
-
-    # TRL 1.16 sets `gradient_checkpointing`, which transformers 5.23 is about to rename.
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")
-    # PEFT looks for the config of an SFT adapter's base beside the adapter.
-    warnings.filterwarnings("ignore", message="Could not find a config file in .* will assume that")
-    # bitsandbytes 0.50 looks for an optional CPU kernel at import and logs that it is not there.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # On a CPU, oneDNN keeps 1,024 compiled kernels, one for each shape; rows of ever-changing
-    # length fill that with gigabytes (7.0 GB after 90 steps of the offline recipe) for no gain.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 def fail(message: str, code: int) -> None:

@@ -16,9 +16,11 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import rm_recipe.train
+from rm_recipe import cli
 from rm_recipe.artifacts import tidy
 from rm_recipe.checkpoints import MANIFEST, checkpoints, fault_of, newest_whole
 from rm_recipe.errors import Interrupted, RecipeError, TrainingError
+from rm_recipe.evaluate import evaluate
 from rm_recipe.recipe import read_recipe
 from rm_recipe.train import check_identity, train
 
@@ -247,6 +249,57 @@ def test_a_full_disk_ends_with_one_message_and_the_checkpoint_before(
     train(read_recipe(recipe), resume=True)
     train(read_recipe(recipe, ["--output_dir", str(tmp_path / "whole")]))
     assert same(run, tmp_path / "whole")
+
+
+class NotANumberAt(TrainerCallback):
+    """Weights that overflow in a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, model=None, **_):
+        if state.global_step == self.step:
+            next(p for p in model.parameters() if p.requires_grad).data.fill_(float("nan"))
+
+
+def test_a_loss_that_is_no_number_names_step_and_rows_and_leaves_the_checkpoint_before(
+    write_recipe, tmp_path, with_callback
+):
+    recipe, run = write_recipe(**KEYS), tmp_path / "run"
+    with_callback(NotANumberAt(4))
+    with pytest.raises(
+        TrainingError, match=r"the loss is not a finite number in step 5, of row \d+, \d+, \d+; "
+    ):
+        train(read_recipe(recipe))
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-3"]
+    train(read_recipe(recipe), resume=True)
+    train(read_recipe(recipe, ["--output_dir", str(tmp_path / "whole")]))
+    assert same(run, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("room", [0, 3000, 30000])
+def test_a_disk_that_fills_up_in_an_evaluation_leaves_the_one_before(
+    write_recipe, tmp_path, monkeypatch, capsys, room
+):
+    """Wherever it strikes: predictions, figures or the report."""
+    train(read_recipe(write_recipe(max_steps=2)))
+    run = tmp_path / "run"
+    evaluate(str(run))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(sys, "argv", ["rm-recipe", "evaluate", str(run)])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.code == 1
+    assert "rm-recipe: File too large" in capsys.readouterr().err
+    after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert after.keys() == before.keys()
+    assert before[run / "model" / "config.json"] == after[run / "model" / "config.json"]
+    json.loads((run / "evaluation.json").read_text())
 
 
 def test_what_a_kill_left_unfinished_is_removed_and_what_was_about_to_be_replaced_is_put_back(tmp_path):

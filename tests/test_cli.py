@@ -1,6 +1,5 @@
 """Arguments -> effect or one clear message with the contract's exit code."""
 
-import os
 import subprocess
 import sys
 
@@ -98,15 +97,6 @@ def test_what_goes_wrong_outside_has_its_own_code_and_message(monkeypatch, capsy
     assert found == code
     assert err.startswith(f"rm-recipe: {message}")
     assert err.count("\n") == 1
-
-
-def test_onednn_does_not_hoard_kernels_unless_the_user_says_so(monkeypatch):
-    for given, expected in ((None, "64"), ("9", "9")):
-        monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
-        if given:
-            monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", given)
-        cli.set_environment()
-        assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == expected
 
 
 def test_a_program_error_keeps_its_traceback(monkeypatch):
