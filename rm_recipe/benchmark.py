@@ -22,8 +22,9 @@ from rm_recipe.artifacts import write_json
 from rm_recipe.benchmark_table import print_benchmark, speed, summarise
 from rm_recipe.errors import RecipeError, TrainingError
 from rm_recipe.recipe import Recipe
+from rm_recipe.run_folder import BENCHMARK, check_run_folder
 from rm_recipe.run_record import PACKAGES, package_version
-from rm_recipe.train import BENCHMARK, check_run_folder, load_data
+from rm_recipe.train import load_data
 
 
 def benchmark(

@@ -14,7 +14,8 @@ from rm_recipe.fitting import Fit, fit_by_config, read_for, shipped_that_fit, wh
 from rm_recipe.memory import PROCESS, device_memory
 from rm_recipe.recipe import Recipe, is_run_folder
 from rm_recipe.recipe_keys import DEVICE_KEYS
-from rm_recipe.train import DATA_REPORT, changed_keys, check_run_folder, load_data, make_ready, report_data
+from rm_recipe.run_folder import DATA_REPORT, changed_keys, check_run_folder
+from rm_recipe.train import load_data, make_ready, report_data
 
 UNITS = {"": 1e9, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 

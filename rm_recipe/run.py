@@ -46,7 +46,8 @@ def run(recipe_path: Path, overrides: Sequence[str], *, overwrite: bool = False)
     from rm_recipe.evaluation_table import print_evaluation
     from rm_recipe.export import export
     from rm_recipe.hub import check_destination
-    from rm_recipe.train import changed_keys, load_data
+    from rm_recipe.run_folder import changed_keys
+    from rm_recipe.train import load_data
     from rm_recipe.verdict import HELD_OUT
 
     recipe = read_recipe(recipe_path, overrides, check_inputs=False)

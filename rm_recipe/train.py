@@ -1,12 +1,8 @@
 """`rm-recipe train RECIPE`: a base model and comparisons in, a trained reward model out."""
 
-import math
-import shutil
 import time
-from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +11,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, set_seed
 
 from rm_recipe import adapters, memory, modeling, sft, tokenization
-from rm_recipe.artifacts import is_scratch, read_json, tidy, whole_folder, write_json
+from rm_recipe.artifacts import read_json, whole_folder, write_json
 from rm_recipe.checkpoints import MANIFEST, Checkpoints, newest_whole
 from rm_recipe.datasets import Leakage, load_splits, refuse_leakage
 from rm_recipe.distribution import (
@@ -29,21 +25,27 @@ from rm_recipe.distribution import (
 from rm_recipe.doctor import examine, print_report
 from rm_recipe.early_signs import EarlySigns
 from rm_recipe.encoding import tokenize
-from rm_recipe.errors import Interrupted, RecipeError, TrainingError
+from rm_recipe.errors import Interrupted, TrainingError
 from rm_recipe.fitting import too_little
 from rm_recipe.heads import check_saved_head, head_of
 from rm_recipe.interrupts import INTERRUPTS
 from rm_recipe.memory import is_out_of_memory
 from rm_recipe.preflight import preflight
-from rm_recipe.recipe import RUN_RECIPE, Recipe, is_run_folder, saved_values
+from rm_recipe.recipe import Recipe
 from rm_recipe.reward_trainer import COLUMNS, SharedPrefixRewardTrainer
+from rm_recipe.run_folder import (
+    CHECKPOINTING,
+    DATA_REPORT,
+    check_identity,
+    check_run_folder,
+    claim_run_folder,
+    identity_of,
+)
 from rm_recipe.run_record import run_record
 from rm_recipe.sharing import Sharing, decide_sharing
 from rm_recipe.split import Split
 
-DATA_REPORT = "data_report.json"
 PROMISE = "rm-recipe: finishing this step and saving it; Ctrl-C again stops at once"
-BENCHMARK = "benchmark.json"  # of the machine, not of a run: it may come first and it stays
 
 
 def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -107,110 +109,6 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool) -> None:
 # --- before ----------------------------------------------------------------------------------
 
 
-def check_run_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> tuple[Path | None, dict[Path, str]]:
-    """Whether this run may use its folder; the checkpoint to go on from, and those that do not count.
-
-    Raises:
-        RecipeError: it is used and neither flag is given, it is no run folder, it belongs to
-            another recipe, or there is nothing to resume.
-    """
-    folder = recipe.output_dir
-    if resume and overwrite:
-        raise RecipeError("--resume and --overwrite exclude each other")
-    if folder.is_file():
-        raise RecipeError(f"'output_dir: {folder}' is a file")
-    used = is_run_folder(folder)
-    there = [path for path in folder.iterdir() if not is_scratch(path)] if folder.is_dir() else []
-    if not used and {path.name for path in there} - {DATA_REPORT, BENCHMARK}:
-        raise RecipeError(f"'output_dir: {folder}' is not empty and is not a run folder; choose another one")
-    if used and not (resume or overwrite):
-        raise RecipeError(
-            f"{folder} holds a run already; add --resume to go on with it, --overwrite to start "
-            "anew, or give another --output_dir"
-        )
-    if resume:
-        if not used:
-            raise RecipeError(f"{folder} holds no run to resume")
-        if (folder / "run.json").is_file():
-            raise RecipeError(f"{folder} is finished; there is nothing to resume")
-        changed = changed_keys(recipe, folder)
-        if changed == list(ACCUMULATION) and same_step(recipe, saved_values(folder)):
-            say("other batches than before, with as many comparisons a step: the same but for rounding")
-        elif changed:
-            raise RecipeError(
-                f"{folder} was started with another recipe; resuming needs the same values of: "
-                f"{', '.join(changed)}"
-            )
-        checkpoint, faulty = newest_whole(folder)
-        for path, fault in faulty.items():
-            say(f"warning: {path} does not count: {fault}")
-        say(f"resuming from {checkpoint}" if checkpoint else "no checkpoint to resume from: starting anew")
-        return checkpoint, faulty
-    return None, {}
-
-
-def identity_of(train_split: Split, test_split: Split) -> dict[str, Any]:
-    """What has to be the same for a resumed run to equal one that was never interrupted."""
-    return {
-        "data_fingerprints": {
-            "train": train_split.comparisons._fingerprint,
-            "held_out": test_split.comparisons._fingerprint,
-        },
-        "processes": PartialState().num_processes,
-    }
-
-
-def check_identity(run: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuses to go on with other data, or with another number of processes.
-
-    Args:
-        then: a checkpoint's manifest.
-
-    Raises:
-        RecipeError: saying which.
-    """
-    if then["processes"] != now["processes"]:
-        raise RecipeError(
-            f"{run} was started with {then['processes']} process(es), and here are {now['processes']}: they "
-            "would meet the comparisons in another order"
-        )
-    for name, fingerprint in now["data_fingerprints"].items():
-        if then["data_fingerprints"][name] != fingerprint:
-            raise RecipeError(
-                f"the {name.replace('_', '-')} comparisons are not those that {run} was started with; "
-                "resuming needs the same data, --overwrite starts anew"
-            )
-
-
-def claim_run_folder(recipe: Recipe, faulty: Iterable[Path], *, overwrite: bool) -> None:
-    """Makes the run folder and writes the recipe.
-
-    Before that it removes the checkpoints that do not count, which rotation would keep instead of whole
-    ones, and with `overwrite` everything.
-    """
-    folder, state = recipe.output_dir, PartialState()
-    if state.is_main_process:
-        if overwrite and folder.is_dir():
-            empty(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tidy(folder)
-        for checkpoint in faulty:
-            shutil.rmtree(checkpoint)
-        recipe.save(folder / RUN_RECIPE)
-    state.wait_for_everyone()
-
-
-def empty(folder: Path) -> None:
-    """Removes a run from its folder; last the recipe, by which it is known as one."""
-    for path in sorted(folder.iterdir(), key=lambda path: path.name == RUN_RECIPE):
-        if path.name == BENCHMARK:
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
 @dataclass
 class Ready:
     """Everything that a training is made of; `report` is the doctor's, None but on the main process."""
@@ -244,40 +142,6 @@ def make_ready(recipe: Recipe) -> Ready:
     if shown:
         say(str(shown))
     return Ready(tokenizer, train_split, test_split, report, new_modules, sharing, trainer)
-
-
-# TRL's name and transformers' new one, of which its Trainer reads only the second.
-CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
-
-# Keys that change what is printed or kept, never what is learnt.
-WITHOUT_EFFECT = {
-    "output_dir", "save_strategy", "save_steps", "save_total_limit", "logging_steps", "logging_strategy",
-    "logging_first_step", "report_to", "run_name", "project", "disable_tqdm", "eval_strategy", "eval_steps",
-    "per_device_eval_batch_size", *CHECKPOINTING,
-    "dataset_num_proc", "log_level", "log_level_replica", "dataloader_pin_memory",
-    "push_to_hub", "hub_model_id", "hub_private_repo",
-}  # fmt: skip
-
-
-# How the comparisons of a step are divided: their product is what is learnt from.
-ACCUMULATION = ("per_device_train_batch_size", "gradient_accumulation_steps")
-
-
-def same_step(recipe: Recipe, then: dict[str, Any]) -> bool:
-    """Whether an optimizer step has as many comparisons as it had: after running out of memory, say."""
-    now = recipe.resolved()
-    return math.prod(now[key] for key in ACCUMULATION) == math.prod(then[key] for key in ACCUMULATION)
-
-
-# Which checkpoints there are to choose the best from.
-CHOOSING = {"eval_strategy", "eval_steps", "save_strategy", "save_steps"}
-
-
-def changed_keys(recipe: Recipe, run: Path) -> list[str]:
-    """The keys in which a recipe differs from a run's, where that changes what is learnt."""
-    now, then = recipe.resolved(), saved_values(run)
-    without_effect = WITHOUT_EFFECT - (CHOOSING if recipe.training.load_best_model_at_end else set())
-    return [key for key in now if key not in without_effect and now[key] != then.get(key)]
 
 
 def load_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Split, Split, Leakage]:

@@ -22,7 +22,8 @@ from rm_recipe.checkpoints import MANIFEST, checkpoints, fault_of, newest_whole
 from rm_recipe.errors import Interrupted, RecipeError, TrainingError
 from rm_recipe.evaluate import evaluate
 from rm_recipe.recipe import read_recipe
-from rm_recipe.train import check_identity, train
+from rm_recipe.run_folder import check_identity
+from rm_recipe.train import train
 
 KEYS = {
     # Two epochs of 11 steps; a step's dropout, order and schedule all depend on where it is.

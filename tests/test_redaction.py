@@ -20,7 +20,8 @@ from rm_recipe.recipe import read_recipe, read_run_recipe, saved_values
 from rm_recipe.redaction import expanded, hide_secrets, redact, redacted, with_tilde
 from rm_recipe.report import write_report
 from rm_recipe.run import run as run_recipe
-from rm_recipe.train import changed_keys, train
+from rm_recipe.run_folder import changed_keys
+from rm_recipe.train import train
 
 TOKEN = "hf_" + "aB3" * 11 + "x"
 

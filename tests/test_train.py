@@ -82,48 +82,6 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(write_recipe, run, 
     assert all(torch.equal(resumed[key], whole[key]) for key in whole)
 
 
-def test_a_used_run_folder_is_refused_without_a_flag(run, write_recipe):
-    recipe = read_recipe(write_recipe())
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    with pytest.raises(RecipeError, match="add --resume to go on with it, --overwrite to start anew"):
-        train(recipe)
-    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
-
-
-def test_resuming_with_another_recipe_names_the_keys_that_differ(run, write_recipe):
-    (run / "run.json").unlink()
-    with pytest.raises(RecipeError, match="another recipe; resuming needs the same values of: learning_rate"):
-        train(read_recipe(write_recipe(learning_rate=1e-5, logging_steps=3)), resume=True)
-
-
-def test_overwriting_starts_anew_but_never_in_a_foreign_folder(write_recipe, tmp_path):
-    folder = tmp_path / "mine"
-    folder.mkdir()
-    (folder / "thesis.tex").write_text("kept")
-    with pytest.raises(RecipeError, match="is not a run folder; choose another one"):
-        train(read_recipe(write_recipe(output_dir=str(folder))), overwrite=True)
-    assert (folder / "thesis.tex").read_text() == "kept"
-
-
-def test_a_finished_run_is_not_resumed(run, write_recipe):
-    before = (run / "run.json").read_bytes()
-    with pytest.raises(RecipeError, match="is finished; there is nothing to resume"):
-        train(read_recipe(write_recipe()), resume=True)
-    assert (run / "run.json").read_bytes() == before
-
-
-def test_a_folder_with_a_recipe_of_the_users_own_is_no_run_folder(write_recipe, tmp_path):
-    recipe = write_recipe(output_dir=str(tmp_path))
-    with pytest.raises(RecipeError, match="is not a run folder; choose another one"):
-        train(read_recipe(recipe), overwrite=True)
-    assert recipe.is_file()
-
-
-def test_there_is_nothing_to_resume_in_an_empty_place(write_recipe):
-    with pytest.raises(RecipeError, match="holds no run to resume"):
-        train(read_recipe(write_recipe()), resume=True)
-
-
 def test_a_base_without_a_token_to_pad_with_gets_one_and_is_read_back(write_recipe, tmp_path, tiny_llama):
     tokenizer = make_tokenizer()
     tokenizer.unk_token = None
@@ -215,19 +173,6 @@ def test_of_two_processes_one_tells_that_train_prompts_are_held_out(write_recipe
     broken = fail()
     assert broken.stderr.count("line 1: not JSON") == 1
     assert "Connection closed" not in broken.stderr
-
-
-def test_a_benchmark_may_come_before_a_run_and_outlasts_it(write_recipe, tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "benchmark.json").write_text("{}")
-    recipe = read_recipe(write_recipe(max_steps=1))
-    train(recipe)
-    (run / "checkpoint-9").mkdir()
-    train(recipe, overwrite=True)
-    assert (run / "benchmark.json").read_text() == "{}"
-    assert (run / "run.json").is_file()
-    assert not (run / "checkpoint-9").exists()
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "recipes").glob("*.yaml")), ids=lambda path: path.stem)

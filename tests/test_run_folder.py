@@ -1,0 +1,90 @@
+"""A run uses its own folder alone, and is gone on with only as what it was."""
+
+import pytest
+
+from rm_recipe.errors import RecipeError
+from rm_recipe.recipe import read_recipe
+from rm_recipe.run_folder import changed_keys
+from rm_recipe.train import train
+
+
+@pytest.fixture
+def run(write_recipe, tmp_path):
+    train(read_recipe(write_recipe(save_strategy="steps", save_steps=4)))
+    return tmp_path / "run"
+
+
+def test_a_used_run_folder_is_refused_without_a_flag(run, write_recipe):
+    recipe = read_recipe(write_recipe())
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    with pytest.raises(RecipeError, match="add --resume to go on with it, --overwrite to start anew"):
+        train(recipe)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_resuming_with_another_recipe_names_the_keys_that_differ(run, write_recipe):
+    (run / "run.json").unlink()
+    with pytest.raises(RecipeError, match="another recipe; resuming needs the same values of: learning_rate"):
+        train(read_recipe(write_recipe(learning_rate=1e-5, logging_steps=3)), resume=True)
+
+
+def test_overwriting_starts_anew_but_never_in_a_foreign_folder(write_recipe, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("kept")
+    with pytest.raises(RecipeError, match="is not a run folder; choose another one"):
+        train(read_recipe(write_recipe(output_dir=str(folder))), overwrite=True)
+    assert (folder / "thesis.tex").read_text() == "kept"
+
+
+def test_a_finished_run_is_not_resumed(run, write_recipe):
+    before = (run / "run.json").read_bytes()
+    with pytest.raises(RecipeError, match="is finished; there is nothing to resume"):
+        train(read_recipe(write_recipe()), resume=True)
+    assert (run / "run.json").read_bytes() == before
+
+
+def test_a_folder_with_a_recipe_of_the_users_own_is_no_run_folder(write_recipe, tmp_path):
+    recipe = write_recipe(output_dir=str(tmp_path))
+    with pytest.raises(RecipeError, match="is not a run folder; choose another one"):
+        train(read_recipe(recipe), overwrite=True)
+    assert recipe.is_file()
+
+
+def test_there_is_nothing_to_resume_in_an_empty_place(write_recipe):
+    with pytest.raises(RecipeError, match="holds no run to resume"):
+        train(read_recipe(write_recipe()), resume=True)
+
+
+def test_a_benchmark_may_come_before_a_run_and_outlasts_it(write_recipe, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "benchmark.json").write_text("{}")
+    recipe = read_recipe(write_recipe(max_steps=1))
+    train(recipe)
+    (run / "checkpoint-9").mkdir()
+    train(recipe, overwrite=True)
+    assert (run / "benchmark.json").read_text() == "{}"
+    assert (run / "run.json").is_file()
+    assert not (run / "checkpoint-9").exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "changed"),
+    [
+        ({"logging_steps": 3, "save_steps": 7, "output_dir": "elsewhere"}, []),
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, []),  # as many in a step
+        ({"per_device_train_batch_size": 4}, ["per_device_train_batch_size"]),
+        ({"lora_r": 8, "seed": 1}, ["lora_r", "seed"]),
+    ],
+)
+def test_what_cannot_change_the_result_may_change(run, write_recipe, keys, changed):
+    assert sorted(changed_keys(read_recipe(write_recipe(save_strategy="steps", **keys)), run)) == changed
+
+
+def test_where_the_best_checkpoint_is_chosen_it_matters_when_one_is_saved(write_recipe, tmp_path):
+    best = {"eval_strategy": "steps", "load_best_model_at_end": True, "save_strategy": "steps",
+            "metric_for_best_model": "eval_accuracy", "max_steps": 4}  # fmt: skip
+    train(read_recipe(write_recipe(**best, save_steps=2, eval_steps=2)))
+    again = read_recipe(write_recipe(**best, save_steps=1, eval_steps=1))
+    assert sorted(changed_keys(again, tmp_path / "run")) == ["eval_steps", "save_steps"]
