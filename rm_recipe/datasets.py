@@ -18,7 +18,7 @@ from rm_recipe.errors import DataError
 from rm_recipe.parsing import parse_rows
 from rm_recipe.recipe import Recipe
 from rm_recipe.recipe_keys import DataArguments
-from rm_recipe.split import FIRST_ROWS, Split, arrow_column, describe_counts
+from rm_recipe.split import FIRST_ROWS, Split, arrow_column
 
 HELD_OUT_SHARE = 0.1  # of the prompts, where a set has a train split only
 
@@ -68,7 +68,7 @@ def load_splits(recipe: Recipe) -> tuple[Split, Split, Leakage]:
     if data.leakage == "drop":
         train = train.select(~leaked, "leaked_prompt")
     if not len(train.comparisons):
-        raise DataError(f"no comparison is left to train on: {describe_counts(train.excluded)}")
+        raise DataError(f"no comparison is left to train on: {train.why_excluded()}")
     return sample(train, data.max_train_samples, seed), sample(test, data.max_eval_samples, seed), leakage
 
 
@@ -175,7 +175,7 @@ def load_split(
         name = " and ".join(dict.fromkeys(source.path for source in found))
         where = f", split '{split}'" if split else ""
         raise DataError(
-            f"{name}{where}: no comparison in it ({describe_counts(result.excluded)}); a row has "
+            f"{name}{where}: no comparison in it ({result.why_excluded()}); a row has "
             f"{preferences.SHAPES_IN_WORDS}, and texts without a prompt are hh-rlhf transcripts"
         )
     return result

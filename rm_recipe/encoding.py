@@ -21,7 +21,7 @@ from rm_recipe.errors import DataError
 from rm_recipe.messages import Excluded, Message
 from rm_recipe.passes import run_pass
 from rm_recipe.preferences import Comparison
-from rm_recipe.split import Split, describe_counts, set_excluded_apart
+from rm_recipe.split import Split, set_excluded_apart
 from rm_recipe.tokenization import render
 
 
@@ -158,7 +158,7 @@ def tokenize(
     )
     result = set_excluded_apart(replace(split, comparisons=encoded, tokenized=encoded))
     if not len(result.comparisons):
-        raise DataError(f"no comparison is left after tokenising: {describe_counts(result.excluded)}")
+        raise DataError(f"no comparison is left after tokenising: {result.why_excluded()}")
     return result
 
 

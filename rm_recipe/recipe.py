@@ -166,7 +166,12 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], list[str]]:
         loader = _Loader(text)
         loader.duplicates = []
         content = loader.get_single_data()
-    except (yaml.YAMLError, RecursionError) as error:
+    except (
+        yaml.YAMLError,
+        RecursionError,
+        ValueError,
+        OverflowError,
+    ) as error:  # a date in month 13, `!!int x`
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]

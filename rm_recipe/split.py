@@ -69,6 +69,14 @@ class Split:
         rows = self.comparisons.select(order)
         return [Encoded(row["prefix"], row["rests"]) for row in rows]
 
+    def why_excluded(self) -> str:
+        """Reasons with their numbers and the first row of each, on one line."""
+        reasons = []
+        for reason, n in self.excluded.items():
+            first = self.first_rows.get(reason)
+            reasons.append(f"{n} {reason}" + (f", first in row {first[0]}" if first else ""))
+        return "; ".join(reasons) or "no rows"
+
     def column(self, name: str) -> NDArray[Any]:
         """A column of numbers as an array."""
         return np.asarray(arrow_column(self.comparisons, name).to_numpy())
@@ -119,8 +127,3 @@ def arrow_column(rows: hf_datasets.Dataset, name: str) -> Any:
     """A column as pyarrow has it, without a Python object for each row."""
     # A format's own `columns` would select after reading: rows out of order are copied as a whole.
     return rows.select_columns(name).with_format("arrow")[:][name]
-
-
-def describe_counts(excluded: Counter[str]) -> str:
-    """Reasons with their numbers, on one line."""
-    return ", ".join(f"{n} {reason}" for reason, n in excluded.items()) or "no rows"

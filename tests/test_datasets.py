@@ -67,7 +67,9 @@ def test_a_sample_is_a_prefix_of_the_seeds_shuffle(tmp_path):
 
 def test_no_comparison_at_all_is_told_with_the_reasons_and_the_shapes(tmp_path):
     path = write_jsonl(tmp_path / "x.jsonl", [{"chosen": "a", "rejected": "b"}] * 2)
-    with pytest.raises(DataError, match="no comparison in it .2 not_a_transcript.; a row has chosen and"):
+    with pytest.raises(
+        DataError, match="no comparison in it .2 not_a_transcript, first in row 1.; a row has "
+    ):
         load_split(data(path), "test")
 
 

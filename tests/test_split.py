@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rm_recipe.batching import Encoded
-from rm_recipe.split import Split, describe_counts, set_excluded_apart
+from rm_recipe.split import Split, set_excluded_apart
 
 REASONS = st.sampled_from(["", "", "empty_response", "too_long"])
 
@@ -40,8 +40,10 @@ def test_a_selection_counts_what_it_leaves_out():
 
 
 def test_counts_are_told_on_one_line():
-    assert describe_counts(Counter(a=2, b=1)) == "2 a, 1 b"
-    assert describe_counts(Counter()) == "no rows"
+    rows = hf_datasets.Dataset.from_dict({"row": []})
+    split = Split(rows, 3, Counter(a=2, b=1), {"a": ["helpful:7", "helpful:9"]})
+    assert split.why_excluded() == "2 a, first in row helpful:7; 1 b"
+    assert Split(rows, 0).why_excluded() == "no rows"
 
 
 def test_the_longest_comparisons_are_found_with_their_prefix_once_or_for_each_response():
