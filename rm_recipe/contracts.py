@@ -36,6 +36,8 @@ def trl_rewards(folder: Path, conversations: Sequence[list[Message]]) -> list[fl
             report_to="none",
             disable_tqdm=True,
         )
+        if settings.n_gpu > 1:  # several visible GPUs would mean nn.DataParallel, which TRL refuses
+            settings._n_gpu = 1
         trainer = RLOOTrainer(
             policy, str(folder), settings, Dataset.from_list(rows), processing_class=tokenizer
         )

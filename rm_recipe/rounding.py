@@ -61,12 +61,12 @@ def precisions(
 def moved_weights(model: nn.Module, body: torch.dtype, head: torch.dtype, seed: int) -> Iterator[None]:
     """Within it, the weights that these precisions cannot hold are off by up to half their last place."""
     generator = torch.Generator().manual_seed(seed)
-    kept = []
+    kept: dict[int, tuple[nn.Parameter, torch.Tensor]] = {}  # once, where several modules share it
     for parameter, precision in precisions(model, body, head):
         weights = parameter.data
-        if torch.equal(weights, weights.to(precision).to(weights.dtype)):
+        if id(parameter) in kept or torch.equal(weights, weights.to(precision).to(weights.dtype)):
             continue
-        kept.append((parameter, weights))
+        kept[id(parameter)] = parameter, weights
         _, exponents = torch.frexp(weights)
         half = torch.ldexp(torch.full_like(weights, torch.finfo(precision).eps / 4), exponents)
         share = torch.rand(weights.shape, generator=generator).to(weights.device) * 2 - 1
@@ -74,5 +74,5 @@ def moved_weights(model: nn.Module, body: torch.dtype, head: torch.dtype, seed: 
     try:
         yield
     finally:
-        for parameter, weights in kept:
+        for parameter, weights in kept.values():
             parameter.data = weights

@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from rm_recipe.artifacts import read_json
 from rm_recipe.errors import Interrupted, RecipeError, TrainingError
 from rm_recipe.interrupts import INTERRUPTS
 from rm_recipe.recipe import Recipe, is_run_folder, read_recipe
@@ -80,16 +81,26 @@ def run(recipe_path: Path, overrides: Sequence[str], *, overwrite: bool = False)
     else:
         stage("evaluate", "held-out comparisons")
         evaluation = evaluate(str(folder))
-    if (folder / "export" / "config.json").is_file():
+    if is_exported(folder):
         skip("export", folder / "export")
     else:
         stage("export", str(folder / "export"))
-        print_export(export(folder))
+        print_export(export(folder, overwrite=True))
     print()
     print_evaluation(evaluation, [HELD_OUT])
     print_summary(folder, recipe_path)
     if recipe.hub.push_to_hub:
         push_export(recipe)
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether a run's export is proven, file by file, and has the run's evaluation as it is now."""
+    export = folder / "export"
+    try:
+        proof, shown = read_json(export / "proof.json"), read_json(export / "evaluation.json")
+        return bool(proof["passed"] and proof["files"]) and shown == read_json(folder / "evaluation.json")
+    except (RecipeError, KeyError):
+        return False
 
 
 def push_export(recipe: Recipe) -> None:

@@ -63,6 +63,14 @@ def load_tokenizer(
         raise RecipeError(f"{name}: its tokenizer has no fast version, which rm_recipe needs")
     if template is not None:
         tokenizer.chat_template = _read_template(template)
+    elif isinstance(tokenizer.chat_template, dict):  # what is shipped is what is rendered, alone
+        templates = tokenizer.chat_template
+        if "default" not in templates:
+            raise RecipeError(
+                f"{name}: none of its chat templates ({', '.join(templates)}) is called default; name a "
+                "file with one as 'chat_template_path'"
+            )
+        tokenizer.chat_template = templates["default"]
     if tokenizer.chat_template is None:
         encoder = tokenizer.cls_token is not None and tokenizer.sep_token is not None
         tokenizer.chat_template = ENCODER_TEMPLATE if encoder else DECODER_TEMPLATE

@@ -2,14 +2,29 @@
 
 import pytest
 from transformers import AutoModelForSequenceClassification
+from trl import RLOOConfig
 
 from rm_recipe.contracts import trl_rewards
 from rm_recipe.scoring import RewardModel
 from rm_recipe.tokenization import load_tokenizer
 
 
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """TRL's settings see two GPUs in this process."""
+    settle = RLOOConfig.__post_init__
+
+    def see_two(self):
+        settle(self)
+        self._n_gpu = 2
+
+    monkeypatch.setattr(RLOOConfig, "__post_init__", see_two)
+
+
+@pytest.mark.usefixtures("two_gpus")
 @pytest.mark.parametrize("base", ["llama", "bert"])
 def test_trl_gives_the_rewards_of_score(tiny_base, tmp_path, base):
+    """Also where it sees more GPUs than one, with which it refuses to train in one process."""
     tokenizer = load_tokenizer(str(tiny_base(base)))
     model = AutoModelForSequenceClassification.from_pretrained(tiny_base(base), num_labels=1)
     model.resize_token_embeddings(len(tokenizer))

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import make_rows, write_jsonl
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from rm_recipe.datasets import load_held_out_split
@@ -45,6 +46,23 @@ def test_truncated_conversations_have_no_text(judge, write_recipe):
     for number, messages in zip(held_out.whole, held_out.texts, strict=True):
         text = judge.tokenizer.apply_chat_template(messages, tokenize=False)
         assert judge.tokenizer(text)["input_ids"] == held_out.sequences()[number]
+
+
+def test_a_short_reply_beside_a_long_one_lost_its_oldest_turns_too(judge, write_recipe, tmp_path):
+    """Its own length would fit; the long one's did not, and both read the same prompt."""
+    turns = [{"role": role, "content": "hello " * 12} for role in ("user", "assistant", "user")]
+    rows = [{"prompt": turns, "chosen": "good", "rejected": "bad " * 30}, *make_rows(3, seed=2)]
+    for name in ("train", "test"):
+        write_jsonl(tmp_path / "turns" / f"{name}.jsonl", rows if name == "test" else make_rows(4, seed=1))
+    recipe = read_recipe(write_recipe(dataset_name=str(tmp_path / "turns")))
+    whole = tokenize(load_held_out_split(recipe), judge.tokenizer, 512, "drop_oldest_turns")
+    short, long = whole.comparisons[0]["lengths"]
+    split = tokenize(load_held_out_split(recipe), judge.tokenizer, (short + long) // 2, "drop_oldest_turns")
+    found = HeldOut.of(split, (short + long) // 2)
+    assert len(found.whole) == 6
+    for number, messages in zip(found.whole, found.texts, strict=True):
+        text = judge.tokenizer.apply_chat_template(messages, tokenize=False)
+        assert judge.tokenizer(text)["input_ids"] == found.sequences()[number]
 
 
 def test_recorded_rewards_are_found_by_row(judge, write_recipe):

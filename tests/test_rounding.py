@@ -68,6 +68,22 @@ def test_weights_move_by_up_to_half_their_last_place_and_come_back(model):
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
+def test_a_weight_that_two_modules_share_moves_once_and_comes_back():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.two.weight = self.one.weight
+
+    shared = Shared()
+    before = shared.one.weight.detach().clone()
+    with moved_weights(shared, torch.bfloat16, torch.bfloat16, seed=0):
+        share = (shared.one.weight - before).abs() / before.abs()
+        assert 0 < share.max() <= torch.finfo(torch.bfloat16).eps
+    assert torch.equal(shared.one.weight, before)
+    assert shared.two.weight is shared.one.weight
+
+
 def test_gaps_are_bf16s_own():
     one = torch.tensor([1.0, 1.5, 0.75, -3.0])
     gaps = torch.ldexp(torch.tensor(2.0**-8), torch.frexp(one)[1])

@@ -154,6 +154,23 @@ def test_a_second_run_skips_what_is_finished_and_says_so(finished):
     assert (folder / "outputs/tiny/run.json").stat().st_mtime_ns == before
 
 
+def test_an_export_of_another_evaluation_or_without_its_proof_is_made_again(finished, tmp_path):
+    """A push would upload results that are not those of the run, or be refused."""
+    run_folder = shutil.copytree(finished[0] / "outputs" / "tiny", tmp_path / "run")
+    assert run.is_exported(run_folder)
+    proof, evaluation = run_folder / "export" / "proof.json", run_folder / "evaluation.json"
+    kept = {path: path.read_text() for path in (proof, evaluation)}
+    for path, content in (
+        (evaluation, json.dumps({**json.loads(kept[evaluation]), "model": "another"})),
+        (proof, json.dumps({key: value for key, value in json.loads(kept[proof]).items() if key != "files"})),
+        (proof, "{"),
+    ):
+        path.write_text(content)
+        assert not run.is_exported(run_folder)
+        path.write_text(kept[path])
+    assert run.is_exported(run_folder)
+
+
 def test_a_run_of_another_recipe_is_not_overwritten_unasked(finished):
     result = run_cli("run", "tiny.yaml", "--seed", "2", cwd=finished[0])
     assert result.returncode == 2

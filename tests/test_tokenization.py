@@ -75,6 +75,21 @@ def test_more_length_than_positions_is_refused_with_both_numbers(tiny_distilbert
         check_lengths(config, 65, "m")
 
 
+def test_of_several_templates_the_default_one_is_taken_and_saved_alone(tiny_llama, tmp_path):
+    """A second one would be written into a folder of its own, which nothing here proves or uploads."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ messages }}"}
+    tokenizer.save_pretrained(tmp_path / "several")
+    taken = load_tokenizer(str(tmp_path / "several"))
+    assert taken.chat_template == tokenizer.chat_template["default"]
+    taken.save_pretrained(tmp_path / "saved")
+    assert all(path.is_file() for path in (tmp_path / "saved").iterdir())
+    tokenizer.chat_template = {"tool_use": "{{ messages }}"}
+    tokenizer.save_pretrained(tmp_path / "none")
+    with pytest.raises(RecipeError, match=r"none of its chat templates \(tool_use\) is called default"):
+        load_tokenizer(str(tmp_path / "none"))
+
+
 def test_a_template_that_is_broken_is_refused_with_its_fault(tiny_llama, tmp_path):
     template = tmp_path / "t.jinja"
     for text in ("{% for message in messages %}", "{{ messages[0]['content'] + 1 }}"):
