@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils.memory import clear_device_cache
 from numpy.typing import NDArray
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -91,7 +92,6 @@ def preflight(
     with as_before(trainer):
         loss, n = largest_step(trainer, train_split, sizes, n, new_modules, recipe)
         check_gradients(trainer.model, new_modules)
-        trainer.create_optimizer().step()
         peak = peak_memory()
         trainer.model.zero_grad()
         rng = np.random.default_rng(training.seed)
@@ -121,18 +121,25 @@ def largest_step(
     new_modules: list[str],
     recipe: Recipe,
 ) -> tuple[float, int]:
-    """`step` of the n largest comparisons, or of fewer with `auto_find_batch_size`; the loss and n.
+    """`step` and the optimizer's, of the n largest comparisons, or of fewer with `auto_find_batch_size`.
+
+    Returns:
+        the loss, and n.
 
     Raises:
         RecipeError: they do not fit the device's memory.
     """
     while True:
         try:
-            return step(trainer, split, np.argsort(-sizes, kind="stable")[:n]), n
+            loss = step(trainer, split, np.argsort(-sizes, kind="stable")[:n])
+            trainer.create_optimizer().step()
+            return loss, n
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
         trainer.model.zero_grad()
+        trainer.optimizer = None
+        clear_device_cache(garbage_collection=True)
         if not (trainer.args.auto_find_batch_size and n > 1):
             raise RecipeError(f"preflight: {too_little(recipe, trainer, new_modules, split)}")
         n //= 2
@@ -201,9 +208,9 @@ def check_gradients(model: torch.nn.Module, new_modules: list[str]) -> None:
         )
     ]
     for name in new_modules:
+        trained = [p for p in base.get_submodule(name).parameters() if p.requires_grad]
         # A bias of the reward itself cancels in every comparison.
-        weights = [p for p in base.get_submodule(name).parameters() if p.requires_grad and p.ndim > 1]
-        if not weights or not all(moved(weight) for weight in weights):
+        if not trained or not all(moved(weight) for weight in trained if weight.ndim > 1):
             without.append(name)
     if without:
         more = f" and {len(without) - 5} more" if len(without) > 5 else ""
