@@ -29,7 +29,13 @@ from rm_recipe.plots import save_reliability
 from rm_recipe.predictions import read_predictions
 from rm_recipe.proof import ROUNDINGS, HeldOut, Proof, largest
 from rm_recipe.recipe import is_run_folder, read_run_recipe
-from rm_recipe.rounding import precisions, rounded_inputs, to_eight_bits
+from rm_recipe.rounding import (
+    layers_that_multiply,
+    precisions,
+    rounded_inputs,
+    to_bfloat16,
+    to_eight_bits,
+)
 from rm_recipe.scoring import RewardModel, find_model
 from rm_recipe.verdict import HELD_OUT
 
@@ -128,15 +134,20 @@ def compute_in_float32(proof: Proof, trained: str) -> Base | None:
     """Goes on to the evaluated model in fp32; returns the base that it is on, None if that is not quantised.
 
     Layers in 4 bits can multiply in fp32. Those in 8 bits cannot, so their base is de-quantised at once, and
-    what rounding to 8 bits does is measured on that.
+    what rounding does, to 8 bits there and to half precision everywhere, is measured on that.
     """
     judge = proof.judge
     quantised = bool(getattr(judge.model.config, "quantization_config", None))
     layers = quantisation.eight_bit_layers(judge.model)
     if layers:
+        half = body_precision(judge.model) != torch.float32
         judge.model = load_trained(trained, judge.tokenizer, base="dequantized").float()
         exact = proof.rewards()
-        with rounded_inputs(judge.model, layers, to_eight_bits):
+        others = layers_that_multiply(judge.model) if half else []
+        with (
+            rounded_inputs(judge.model, others, to_bfloat16),
+            rounded_inputs(judge.model, layers, to_eight_bits),
+        ):
             noise = ROUNDINGS * largest(exact, proof.rewards())
         proof.step("precision", "the de-quantised model is not what was evaluated", exact, noise)
         proof.measure_float32()

@@ -83,7 +83,8 @@ def saved(folder):
 
 @pytest.mark.parametrize(
     ("kind", "drift"),
-    [("fp32", 1e-5), ("bf16", 0.1), ("4-bit", 0.1), ("8-bit", 0.1), ("in full", 1e-5), ("encoder", 1e-5)],
+    # What half precision does to one reply differs between kinds of CPU; rewards lie 1.2 apart.
+    [("fp32", 1e-5), ("bf16", 0.2), ("4-bit", 0.2), ("8-bit", 0.2), ("in full", 1e-5), ("encoder", 1e-5)],
 )
 def test_plain_transformers_gives_the_rewards_of_the_run(exported, kind, drift):
     _, run = exported(kind)
