@@ -2,8 +2,8 @@
 
 Gao, Schulman and Hilton (arXiv 2210.10760) optimise against a proxy reward model and measure with a gold one.
 Best-of-n is the optimisation that needs no training: n replies are drawn from a policy and the one that the
-proxy likes best is kept. How far that goes from the policy is known, `kl(n)`, so the same curve foretells what
-a policy that is trained against the proxy will meet.
+proxy likes best is kept. How far that goes from the policy is known, `kl(n)`, so the curve foretells what a
+policy that is trained against the proxy will meet.
 
 Rewards are arrays `(prompts, N)`, N replies to each prompt.
 """

@@ -5,6 +5,7 @@ under the name of a whole one. The manifest is written last and by renaming: a c
 with another content than it says, does not count, and the one before is used.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -13,9 +14,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import nested_gather
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, rotate_checkpoints
 
-from rm_recipe.artifacts import read_json, sha256, write_json
+from rm_recipe.artifacts import sha256, write_json
 from rm_recipe.errors import Interrupted, RecipeError, TrainingError, one_line
 from rm_recipe.interrupts import INTERRUPTS
 
@@ -46,19 +47,28 @@ def write_manifest(checkpoint: Path, content: Mapping[str, Any]) -> None:
 
 
 def fault_of(checkpoint: Path) -> str | None:
-    """Why a checkpoint does not count, None if it is as it was when it was finished."""
+    """Why a checkpoint does not count, None if it is as it was when it was finished.
+
+    Raises:
+        RecipeError: a disk does not let it be read now: it may be sound.
+    """
     try:
-        files = read_json(checkpoint / MANIFEST)["files"]
+        if not (checkpoint / MANIFEST).is_file():
+            return "it was not finished"
+        files = json.loads((checkpoint / MANIFEST).read_bytes())["files"]
         for name, known in files.items():
             path = checkpoint / name
             if not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != known["bytes"] or sha256(path) != known["sha256"]:
                 return f"{name} is not as it was written"
-    except FileNotFoundError:
-        return "it was not finished"
-    except (RecipeError, OSError, KeyError, TypeError, AttributeError):
-        return f"its {MANIFEST} cannot be read" if (checkpoint / MANIFEST).exists() else "it was not finished"
+    except OSError as error:
+        raise RecipeError(
+            f"{error.filename or checkpoint} cannot be read ({error.strerror or error}); the checkpoint may "
+            "be sound, so it is neither passed over nor removed"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"its {MANIFEST} cannot be read"
     return None
 
 
@@ -76,6 +86,9 @@ def newest_whole(run: Path) -> tuple[Path | None, dict[Path, str]]:
 class Checkpoints(TrainerCallback):
     """Finishes each checkpoint with its manifest, and ends training where a signal has asked for it.
 
+    Older checkpoints are removed when the new one is whole, not before as Trainer would: until then the one
+    before is all there is. Of a run that ends with its best checkpoint, that one is kept besides.
+
     The manifest also keeps what Trainer and TRL have counted since the last log and forget on resuming:
     with it, a resumed run logs the same losses.
 
@@ -89,6 +102,7 @@ class Checkpoints(TrainerCallback):
         self, trainer: Any, identity: Mapping[str, Any], resumed: Mapping[str, Any] | None = None
     ) -> None:
         self._trainer, self._identity, self._resumed = trainer, identity, resumed
+        self._kept, trainer.args.save_total_limit = trainer.args.save_total_limit, None
         self._stopping = False
 
     def on_train_begin(
@@ -123,9 +137,10 @@ class Checkpoints(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Writes the manifest when every process has written its files.
+        """Writes the manifest when every process has written its files, and removes older checkpoints.
 
         Raises:
+            TrainingError: the disk is full.
             Interrupted: on all processes, if a signal has reached one.
         """
         trainer = self._trainer
@@ -141,13 +156,26 @@ class Checkpoints(TrainerCallback):
                 "tokens": trainer._total_train_tokens,
                 "metrics": trainer._metrics["train"],
             }
-            write_manifest(checkpoint, {"step": state.global_step, **self._identity, "since_last_log": since})
+            try:
+                write_manifest(
+                    checkpoint, {"step": state.global_step, **self._identity, "since_last_log": since}
+                )
+            except OSError as error:
+                raise not_written(checkpoint, error) from error
+            if self._kept:
+                rotate_checkpoints(
+                    args.output_dir,
+                    self._kept + bool(args.load_best_model_at_end),
+                    state.best_model_checkpoint,
+                    use_mtime=True,
+                )
         trainer.accelerator.wait_for_everyone()
         if self._stopping:
             raise Interrupted(
                 f"interrupted after step {state.global_step} of {state.max_steps}, which is saved in "
                 f"{checkpoint}",
                 INTERRUPTS.received,
+                resumable=True,
             )
 
     def _asked_to_stop(self) -> bool:
@@ -164,13 +192,13 @@ def _by_epoch(args: TrainingArguments) -> bool:
     return any(strategy == IntervalStrategy.EPOCH for strategy in strategies)
 
 
-def not_written(run: Path, step: int, error: Exception) -> TrainingError:
-    """What to say where a checkpoint cannot be written, after removing what there is of it."""
-    unfinished = run / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+def not_written(unfinished: Path, error: Exception) -> TrainingError:
+    """What to say where a folder of a run cannot be written, after removing what there is of it."""
+    run = unfinished.parent
     shutil.rmtree(unfinished, ignore_errors=True)
     kept, _ = newest_whole(run)
     free = shutil.disk_usage(run).free
     return TrainingError(
         f"{unfinished} could not be written, with {free / 1e9:.1f} GB free on its disk: {one_line(error)}; "
-        f"{f'{kept} is whole, --resume goes on from it' if kept else 'no other checkpoint was there yet'}"
+        f"{f'{kept} is whole, --resume goes on from it' if kept else 'there is no other checkpoint'}"
     )

@@ -17,7 +17,7 @@ import typer
 
 from rm_recipe.environment import set_environment
 from rm_recipe.errors import Interrupted, RmRecipeError
-from rm_recipe.interrupts import INTERRUPTS
+from rm_recipe.interrupts import INTERRUPTS, LAUNCHED, UNDER_RUN
 from rm_recipe.redaction import redact
 
 app = typer.Typer(
@@ -60,18 +60,17 @@ def train(
     try:
         train_recipe(parsed, resume=resume, overwrite=overwrite)
     except Interrupted as stopped:
-        raise Interrupted(f"{stopped}{how_to_go_on(context.args, recipe)}", stopped.number) from None
+        flags = ["--resume"] if resume or stopped.resumable else ["--overwrite"] * overwrite
+        raise Interrupted(f"{stopped}{how_to_go_on(context.args, recipe, flags)}", stopped.number) from None
 
 
-def how_to_go_on(overrides: list[str], recipe: Path) -> str:
+def how_to_go_on(overrides: list[str], recipe: Path, flags: list[str]) -> str:
     """What to type after an interrupt, on a line of its own; nothing where `rm-recipe run` says it."""
-    from rm_recipe.run import UNDER_RUN
-
     if UNDER_RUN in os.environ:
         return ""
-    if "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
-        return "\ngo on with the same `accelerate launch` and --resume"
-    return f"\ngo on with: {shlex.join(['rm-recipe', 'train', str(recipe), *overrides, '--resume'])}"
+    if any(name in os.environ for name in LAUNCHED):
+        return " ".join(["\ngo on with the same `accelerate launch`", *["and", *flags][: 2 * len(flags)]])
+    return f"\ngo on with: {shlex.join(['rm-recipe', 'train', str(recipe), *overrides, *flags])}"
 
 
 @app.command(context_settings=WITH_OVERRIDES)
@@ -100,7 +99,7 @@ def check(
     from rm_recipe import check as checks
 
     if plan and not checks.check_memory(recipe, context.args, gpu_memory):
-        return
+        raise typer.Exit(2)
     if data:
         checks.check_data(parsed)
     if dry_run:

@@ -48,6 +48,12 @@ class EarlySigns(TrainerCallback):
         self._logs: list[tuple[int, dict[str, float]]] = []  # the steps that each has, and what it holds
         self._last_step = 0
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Of a run that is resumed, the first log holds what came after the last one of before."""
+        self._last_step = max((log["step"] for log in state.log_history if "loss" in log), default=0)
+
     def on_log(
         self,
         args: TrainingArguments,

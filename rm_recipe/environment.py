@@ -30,9 +30,14 @@ def replace_unwritable_caches() -> None:
 
     Downloaded models stay where they are: those may well lie in a place that is only read.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    home = Path(os.path.expanduser("~"))
+    if not home.is_absolute():  # a user without a home, of whom libraries would make a folder called ~
+        home = Path(tempfile.mkdtemp(prefix="rm-recipe-home-"))
+        atexit.register(shutil.rmtree, home, ignore_errors=True)
+        os.environ["HOME"] = str(home)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
     hub = Path(os.environ.get("HF_HOME") or cache / "huggingface")
-    config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    config = Path(os.environ.get("XDG_CONFIG_HOME") or home / ".config")
     folders = {
         "HF_DATASETS_CACHE": hub / "datasets",
         "HF_EVALUATE_CACHE": hub / "evaluate",

@@ -41,8 +41,10 @@ class TrainingError(RmRecipeError):
 class Interrupted(RmRecipeError):  # noqa: N818 - asked for by the user
     """SIGINT (Ctrl-C) or SIGTERM, with what is kept and how to go on."""
 
-    def __init__(self, message: str, number: int | None = None) -> None:
+    def __init__(self, message: str, number: int | None = None, *, resumable: bool = False) -> None:
+        """`resumable`: whether `--resume` goes on, or the same command again."""
         super().__init__(message)
+        self.resumable = resumable
         self.number = number or signal.SIGINT
         self.exit_code = 128 + self.number  # as a shell counts: 130, 143
 

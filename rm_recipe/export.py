@@ -36,6 +36,7 @@ from rm_recipe.rounding import (
     to_bfloat16,
     to_eight_bits,
 )
+from rm_recipe.run_folder import FolderLock
 from rm_recipe.scoring import RewardModel, find_model
 from rm_recipe.verdict import HELD_OUT
 
@@ -80,7 +81,8 @@ def export(
     lines = [line for line in read_predictions(run) if line["dataset"] == HELD_OUT]
     proof = Proof(judge, HeldOut.of(split, judge.max_length, lines))
     evaluation = read_evaluation(run)
-    with whole_folder(output) as folder:
+    with FolderLock(run) as lock, whole_folder(output) as folder:
+        lock.take()
         body = body_precision(judge.model)
         base = compute_in_float32(proof, trained)
         proof.check_recorded()

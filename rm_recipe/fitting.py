@@ -3,7 +3,6 @@
 All of it by the memory plan (`memory.plan`), from the model's configuration alone: no weights are read.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,15 @@ from transformers import AutoModelForSequenceClassification
 
 from rm_recipe import memory, tokenization
 from rm_recipe.batching import Encoded
-from rm_recipe.errors import RecipeError
+from rm_recipe.errors import RecipeError, one_line
 from rm_recipe.heads import head_names
 from rm_recipe.memory import MemoryPlan
 from rm_recipe.recipe import Recipe, read_recipe
 from rm_recipe.sharing import decide_sharing
 from rm_recipe.split import Split
 
+# TRL's name and transformers' new one, of which its Trainer reads only the second.
+CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
 LARGEST = 128  # comparisons per device; nobody needs more
 SHIPPED = Path(__file__).parent.parent / "recipes"
 # The precision of a GPU, on a machine that has none.
@@ -67,17 +68,27 @@ def fit(
     Args:
         config: of the one-label classifier.
         batch_of: the largest batch of so many comparisons.
+
+    Raises:
+        RecipeError: what the model needs cannot be planned.
     """
     training = recipe.training
 
     def plan(n: int, checkpointing: bool) -> MemoryPlan:
-        return memory.plan(
-            config, recipe.model, training, new_modules, batch_of(n),
-            shared=shared, checkpointing=checkpointing, device=device,
-        )  # fmt: skip
+        try:
+            return memory.plan(
+                config, recipe.model, training, new_modules, batch_of(n),
+                shared=shared, checkpointing=checkpointing, device=device,
+            )  # fmt: skip
+        except Exception as error:  # whatever a foreign architecture raises
+            raise RecipeError(
+                f"what a step of this {config.model_type} needs could not be planned: "
+                f"{type(error).__name__}: {one_line(error)}"
+            ) from error
 
     n = training.per_device_train_batch_size
-    said = bool(training.gradient_checkpointing) if "gradient_checkpointing" in recipe.values else None
+    decided = any(key in recipe.values for key in CHECKPOINTING)
+    said = any(getattr(training, key) for key in CHECKPOINTING) if decided else None
     without = plan(n, False) if not said else None
     checkpointing = bool(said) or (said is None and without is not None and not without.fits(memory_bytes))
     planned = without if without is not None and not checkpointing else plan(n, True)
@@ -139,29 +150,36 @@ def too_little(recipe: Recipe, trainer: Any, new_modules: Sequence[str], split: 
     """What to say where a step has found no memory: what it takes by the plan, and what to lower."""
     device, shared = recipe.training.device, trainer.data_collator.share
     there = memory.device_memory(device)
-    found = fit(
-        trainer.model.config, recipe, new_modules, lambda n: split.longest(n, shared),
-        shared=shared, device=device, memory_bytes=there,
-    )  # fmt: skip
-    what = (
-        f"{device.type.upper()} out of memory: the largest batch takes about {found.plan.peak / 1e9:.1f} of "
-    )
-    lower = what_to_lower(found, recipe)
+    n, what = recipe.training.per_device_train_batch_size, f"{device.type.upper()} out of memory"
+    smaller = with_batch_of(recipe, n - 1) if n > 1 else "gradient_checkpointing: true and a lower max_length"
+    try:
+        found = fit(
+            trainer.model.config, recipe, new_modules, lambda n: split.longest(n, shared),
+            shared=shared, device=device, memory_bytes=there,
+        )  # fmt: skip
+    except RecipeError:
+        return f"{what}, of {there / 1e9:.1f} GB; take {smaller}"
+    what += f": the largest batch takes about {found.plan.peak / 1e9:.1f} of {there / 1e9:.1f} GB by the plan"
     if found.fits:  # something else is on the device, or the plan is too low
-        half = max(recipe.training.per_device_train_batch_size // 2, 1)
-        lower = (
-            f"see what else uses it, or take per_device_train_batch_size: {half} and twice the accumulation"
-        )
-    return f"{what}{there / 1e9:.1f} GB by the plan; {lower}"
+        return f"{what}; see what else uses it, or take {smaller}"
+    return f"{what}; {what_to_lower(found, recipe)}"
+
+
+def with_batch_of(recipe: Recipe, most: int) -> str:
+    """The keys for a batch of at most so many comparisons, and as many in a step as the recipe has.
+
+    So a run that has run out of memory can be resumed with them.
+    """
+    training = recipe.training
+    of_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    batch = next(size for size in range(min(most, of_step), 0, -1) if of_step % size == 0)
+    return f"per_device_train_batch_size: {batch} with gradient_accumulation_steps: {of_step // batch}"
 
 
 def what_to_lower(found: Fit, recipe: Recipe) -> str:
     """The keys to change where a recipe does not fit."""
-    training = recipe.training
     if found.largest:
-        batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
-        more = math.ceil(batch / found.largest)
-        return f"per_device_train_batch_size: {found.largest} fits, with gradient_accumulation_steps: {more}"
+        return f"{with_batch_of(recipe, found.largest)} fits"
     if not found.checkpointing:
         return "gradient_checkpointing: true keeps less for the backward"
     ways = ["a lower max_length"]

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: at once, or where there is something to save, when it is saved."""
+"""Ctrl-C, SIGTERM and SIGHUP: at once, or where there is something to save, when it is saved."""
 
 import os
 import signal
@@ -6,18 +6,21 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# A terminal that is closed sends SIGHUP, where there is such a signal.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+LAUNCHED = ("RANK", "ACCELERATE_MIXED_PRECISION")  # in the environment by a launcher
+UNDER_RUN = "RM_RECIPE_RUN"  # in that of a training of `rm-recipe run`, which passes on each signal once
 # A launcher passes on the Ctrl-C that the terminal has sent to all: one request, not two.
 SECONDS_OF_ONE_REQUEST = 3.0
 
 
 class Interrupts:
-    """What SIGINT and SIGTERM do in this process while somebody listens.
+    """What SIGINT, SIGTERM and SIGHUP do in this process while somebody listens.
 
-    Both raise KeyboardInterrupt, or, within `deferred`, are noted in `received` for the block to answer.
+    They raise KeyboardInterrupt, or, within `deferred`, are noted in `received` for the block to answer.
     One that comes later, when the user does not want to wait, raises at once.
 
     Attributes:
@@ -38,7 +41,8 @@ class Interrupts:
         if self._listening or threading.current_thread() is not threading.main_thread():
             yield self
             return
-        before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        wanted = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as by nohup
+        before = {number: signal.signal(number, self._handle) for number in wanted}
         self._listening, self._process, self.received = True, os.getpid(), None
         try:
             yield self
@@ -70,7 +74,7 @@ class Interrupts:
         now = time.monotonic()
         if self.received is None:
             self.received, self._first = number, now
-        elif self._deferred is not None and now - self._first < SECONDS_OF_ONE_REQUEST:
+        elif self._deferred is not None and now - self._first < self._seconds_of_one_request():
             return
         elif self._deferred is not None:
             raise KeyboardInterrupt
@@ -78,7 +82,13 @@ class Interrupts:
             raise KeyboardInterrupt
         # Not by `print`: the signal may have come amid one.
         if os.environ.get("RANK", "0") == "0":
-            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{self._deferred}\n".encode())
+            with suppress(OSError):  # the terminal may be gone
+                os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{self._deferred}\n".encode())
+
+    @staticmethod
+    def _seconds_of_one_request() -> float:
+        launched = any(name in os.environ for name in LAUNCHED) and UNDER_RUN not in os.environ
+        return SECONDS_OF_ONE_REQUEST if launched else 0.0
 
 
 INTERRUPTS = Interrupts()

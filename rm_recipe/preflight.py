@@ -88,20 +88,8 @@ def preflight(
         return None
     training, device = recipe.training, trainer.args.device
     sizes = train_split.sizes(trainer.data_collator.share)
-    n = training.per_device_train_batch_size
     with as_before(trainer):
-        loss, n = largest_step(trainer, train_split, sizes, n, new_modules, recipe)
-        check_gradients(trainer.model, new_modules)
-        peak = peak_memory()
-        trainer.model.zero_grad()
-        rng = np.random.default_rng(training.seed)
-        seconds_of_a_token = []
-        for _ in range(TIMED):
-            rows = rng.choice(len(sizes), min(n, len(sizes)), replace=False)
-            began = time.monotonic()
-            step(trainer, train_split, rows)
-            seconds_of_a_token.append((time.monotonic() - began) / sizes[rows].sum())
-        of_a_token = min(seconds_of_a_token)  # what disturbs a measurement only ever adds to it
+        loss, peak, of_a_token = measure(recipe, trainer, new_modules, train_split, sizes)
     steps, epochs = length(trainer)
     tokens = sizes.sum() * epochs
     # An evaluation is a forward, about a third of a step.
@@ -113,27 +101,22 @@ def preflight(
     return result
 
 
-def largest_step(
+def measure(
+    recipe: Recipe,
     trainer: SharedPrefixRewardTrainer,
+    new_modules: list[str],
     split: Split,
     sizes: NDArray[np.int64],
-    n: int,
-    new_modules: list[str],
-    recipe: Recipe,
-) -> tuple[float, int]:
-    """`step` and the optimizer's, of the n largest comparisons, or of fewer with `auto_find_batch_size`.
-
-    Returns:
-        the loss, and n.
+) -> tuple[float, int, float]:
+    """`steps` of the recipe's batch, or of a smaller one with `auto_find_batch_size`.
 
     Raises:
         RecipeError: they do not fit the device's memory.
     """
+    n, seed = recipe.training.per_device_train_batch_size, recipe.training.seed
     while True:
         try:
-            loss = step(trainer, split, np.argsort(-sizes, kind="stable")[:n])
-            trainer.create_optimizer().step()
-            return loss, n
+            return steps_of(trainer, new_modules, split, sizes, n, np.random.default_rng(seed))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -143,6 +126,41 @@ def largest_step(
         if not (trainer.args.auto_find_batch_size and n > 1):
             raise RecipeError(f"preflight: {too_little(recipe, trainer, new_modules, split)}")
         n //= 2
+
+
+def steps_of(
+    trainer: SharedPrefixRewardTrainer,
+    new_modules: list[str],
+    split: Split,
+    sizes: NDArray[np.int64],
+    n: int,
+    rng: np.random.Generator,
+) -> tuple[float, int, float]:
+    """Steps of n comparisons: the largest, as they take most memory, and some that come as they come.
+
+    The largest is made twice, with the optimizer's step between, as the second one meets what a training
+    keeps: gradients of the micro-batch before, and the optimizer's state.
+
+    Args:
+        sizes: tokens of each comparison.
+
+    Returns:
+        the first loss, the peak of memory in bytes, and the seconds that a token takes.
+    """
+    largest = split.largest(n, trainer.data_collator.share)
+    loss = step(trainer, split, largest)
+    check_gradients(trainer.model, new_modules)
+    trainer.create_optimizer().step()
+    step(trainer, split, largest)
+    peak = peak_memory()
+    trainer.model.zero_grad()
+    seconds_of_a_token = []
+    for _ in range(TIMED):
+        rows = rng.choice(len(sizes), min(n, len(sizes)), replace=False)
+        began = time.monotonic()
+        step(trainer, split, rows)
+        seconds_of_a_token.append((time.monotonic() - began) / sizes[rows].sum())
+    return loss, peak, min(seconds_of_a_token)  # what disturbs a measurement only ever adds to it
 
 
 def step(trainer: SharedPrefixRewardTrainer, split: Split, rows: Any) -> float:
@@ -266,8 +284,9 @@ def check_disk(recipe: Recipe, trainer: SharedPrefixRewardTrainer) -> None:
     state = ADAMW_STATE * sum(p.numel() for _, p in parameters if p.requires_grad)
     checkpoint = trained + state + SMALL_FILES
     saves = times(training.save_strategy, training.save_steps, *length(trainer))
-    # One at least, where a signal asks for it; the oldest goes after the newest has come.
-    kept = min(max(math.ceil(saves), 1), (training.save_total_limit or math.inf) + 1)
+    # One at least, where a signal asks for it; the oldest goes after the newest has come; the best stays.
+    limit = (training.save_total_limit or math.inf) + bool(training.load_best_model_at_end)
+    kept = min(max(math.ceil(saves), 1), limit + 1)
     export = sum(
         p.numel() * (2 if training.bf16 or training.fp16 else 4) for p in whole_weights(trainer.model)
     )

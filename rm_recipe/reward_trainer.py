@@ -19,13 +19,15 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from torch.nn.functional import logsigmoid
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import RewardTrainer
 
 from rm_recipe.attention import by_block
 from rm_recipe.batching import Encoded, padded_rows, shared_rows
-from rm_recipe.checkpoints import not_written
-from rm_recipe.distribution import autocast_of, keep_precision
+from rm_recipe.checkpoints import fault_of, not_written
+from rm_recipe.distribution import autocast_of, keep_precision, say
 from rm_recipe.errors import TrainingError
+from rm_recipe.memory import is_out_of_memory
 from rm_recipe.metrics import pair_indices
 from rm_recipe.split import row_name
 
@@ -200,7 +202,25 @@ class SharedPrefixRewardTrainer(RewardTrainer):
         try:
             super()._save_checkpoint(*args, **kwargs)
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise not_written(Path(self.args.output_dir), self.state.global_step, error) from error
+            if is_out_of_memory(error):
+                raise
+            checkpoint = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            raise not_written(Path(self.args.output_dir) / checkpoint, error) from error
+
+    def _load_best_model(self) -> None:
+        """Trainer's, of a checkpoint that is as it was written; else what was trained last stays."""
+        best = Path(str(self.state.best_model_checkpoint))
+        fault = fault_of(best)
+        if fault is None:
+            super()._load_best_model()
+        else:
+            say(f"warning: {best}, the best, does not count: {fault}; the model is the last one instead")
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Trainer's, which takes no random number from training: how often is no matter."""
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            return super().evaluate(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Trainer's, without the empty card of PEFT's, which names the folder of the base."""

@@ -20,11 +20,10 @@ import psutil
 
 from rm_recipe.artifacts import read_json
 from rm_recipe.errors import Interrupted, RecipeError, TrainingError
-from rm_recipe.interrupts import INTERRUPTS
+from rm_recipe.interrupts import INTERRUPTS, UNDER_RUN
 from rm_recipe.recipe import Recipe, is_run_folder, read_recipe
 from rm_recipe.recipe_keys import DEVICE_KEYS
 
-UNDER_RUN = "RM_RECIPE_RUN"  # in the environment of the training that is started here
 CONFIGS = Path(__file__).parent.parent / "accelerate_configs"
 
 
@@ -160,7 +159,8 @@ def launch_training(recipe: Recipe, path: Path, overrides: Sequence[str], flag: 
         except KeyboardInterrupt:
             number = INTERRUPTS.received or signal.SIGINT
             pass_on(number, process)
-            go_on = shlex.join(["rm-recipe", "run", str(path), *overrides])
+            anew = flag == "--overwrite" and (recipe.output_dir / "run.json").is_file()  # still the old run's
+            go_on = shlex.join(["rm-recipe", "run", str(path), *overrides, *["--overwrite"] * anew])
             raise Interrupted(f"go on with: {go_on}", number) from None
     if code:
         raise TrainingError("training failed; its message stands above")

@@ -1,8 +1,10 @@
 """The folder of a run: may it be used, is it the same run, and what of it is gone on from."""
 
 import math
+import os
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +14,20 @@ from rm_recipe.artifacts import is_scratch, tidy
 from rm_recipe.checkpoints import newest_whole
 from rm_recipe.distribution import say
 from rm_recipe.errors import RecipeError
+from rm_recipe.fitting import CHECKPOINTING
 from rm_recipe.recipe import RUN_RECIPE, Recipe, is_run_folder, saved_values
 from rm_recipe.split import Split
 
 DATA_REPORT = "data_report.json"
 BENCHMARK = "benchmark.json"  # of the machine, not of a run: it may come first and it stays
 
-# TRL's name and transformers' new one, of which its Trainer reads only the second.
-CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
 # Keys that change what is printed or kept, never what is learnt.
 WITHOUT_EFFECT = {
     "output_dir", "save_strategy", "save_steps", "save_total_limit", "logging_steps", "logging_strategy",
     "logging_first_step", "report_to", "run_name", "project", "disable_tqdm", "eval_strategy", "eval_steps",
     "per_device_eval_batch_size", *CHECKPOINTING,
     "dataset_num_proc", "log_level", "log_level_replica", "dataloader_pin_memory",
-    "push_to_hub", "hub_model_id", "hub_private_repo",
+    "push_to_hub", "hub_model_id", "hub_private_repo", "do_train", "do_eval", "do_predict",
 }  # fmt: skip
 
 # How the comparisons of a step are divided. With smaller batches, and as many more of them, a run goes on
@@ -35,6 +36,46 @@ ACCUMULATION = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 # Which checkpoints there are to choose the best from.
 CHOOSING = {"eval_strategy", "eval_steps", "save_strategy", "save_steps"}
+
+
+class FolderLock:
+    """Keeps other processes from working in a run's folder while this one does, by `flock` on the folder.
+
+    A process that was killed holds none. Where the system or the disk knows no such lock, there is none.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._held = folder, -1
+
+    def __enter__(self) -> "FolderLock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._held >= 0:
+            os.close(self._held)
+            self._held = -1
+
+    def take(self) -> None:
+        """Takes it once the folder is there.
+
+        Raises:
+            RecipeError: another process has it.
+        """
+        if self._held >= 0 or not self._folder.is_dir():
+            return
+        with suppress(ImportError):
+            import fcntl
+
+            self._held = os.open(self._folder, os.O_RDONLY)
+            try:
+                fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.__exit__()
+                raise RecipeError(
+                    f"another process is at work in {self._folder}: wait for it, or end it"
+                ) from None
+            except OSError:
+                self.__exit__()
 
 
 def changed_keys(recipe: Recipe, run: Path) -> list[str]:
@@ -46,8 +87,13 @@ def changed_keys(recipe: Recipe, run: Path) -> list[str]:
     return [key for key in now if key not in without_effect and now[key] != then.get(key)]
 
 
-def check_run_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> tuple[Path | None, dict[Path, str]]:
+def check_run_folder(
+    recipe: Recipe, *, resume: bool, overwrite: bool, lock: FolderLock | None = None
+) -> tuple[Path | None, dict[Path, str]]:
     """Whether this run may use its folder; the checkpoint to go on from, and those that do not count.
+
+    Args:
+        lock: taken if the folder is there and the run will write into it.
 
     Raises:
         RecipeError: it is used and neither flag is given, it is no run folder, it belongs to
@@ -58,6 +104,8 @@ def check_run_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> tuple[
         raise RecipeError("--resume and --overwrite exclude each other")
     if folder.is_file():
         raise RecipeError(f"'output_dir: {folder}' is a file")
+    if lock is not None and PartialState().is_main_process:
+        lock.take()
     used = is_run_folder(folder)
     there = [path for path in folder.iterdir() if not is_scratch(path)] if folder.is_dir() else []
     if not used and {path.name for path in there} - {DATA_REPORT, BENCHMARK}:
@@ -124,7 +172,7 @@ def check_identity(run: Path, then: dict[str, Any], now: dict[str, Any]) -> None
             )
 
 
-def claim_run_folder(recipe: Recipe, faulty: Iterable[Path], *, overwrite: bool) -> None:
+def claim_run_folder(recipe: Recipe, faulty: Iterable[Path], *, overwrite: bool, lock: FolderLock) -> None:
     """Makes the run folder and writes the recipe.
 
     Before that it removes the checkpoints that do not count, which rotation would keep instead of whole
@@ -132,9 +180,10 @@ def claim_run_folder(recipe: Recipe, faulty: Iterable[Path], *, overwrite: bool)
     """
     folder, state = recipe.output_dir, PartialState()
     if state.is_main_process:
-        if overwrite and folder.is_dir():
-            empty(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        lock.take()
+        if overwrite:
+            empty(folder)
         tidy(folder)
         for checkpoint in faulty:
             shutil.rmtree(checkpoint)
@@ -143,8 +192,9 @@ def claim_run_folder(recipe: Recipe, faulty: Iterable[Path], *, overwrite: bool)
 
 
 def empty(folder: Path) -> None:
-    """Removes a run from its folder; last the recipe, by which it is known as one."""
-    for path in sorted(folder.iterdir(), key=lambda path: path.name == RUN_RECIPE):
+    """Removes a run from its folder: first what says that it is finished, last what says that it is a run."""
+    order = {"run.json": 0, RUN_RECIPE: 2}
+    for path in sorted(folder.iterdir(), key=lambda path: order.get(path.name, 1)):
         if path.name == BENCHMARK:
             continue
         if path.is_dir() and not path.is_symlink():

@@ -1,7 +1,7 @@
 """Replies to score: drawn from a policy, or given in a file, several to each prompt.
 
-A drawn prompt's replies depend on policy, prompt, settings and seed alone, not on the prompts before, and each
-prompt is written when it is finished: what was interrupted goes on where it stood and ends the same.
+What is drawn depends on policy, prompt, settings and seed alone, not on the prompts before, and each prompt
+is written when it is finished: what was interrupted goes on where it stood and ends the same.
 """
 
 import hashlib
@@ -125,7 +125,8 @@ def read_samples(file: Path) -> list[Sample]:
         texts = row["responses"] if row.get("responses") is not None else [row.get("response")]
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise DataError(
-                f"{file}, row {number}: expected a 'prompt' and its 'responses', a list of texts, or one 'response'"
+                f"{file}, row {number}: expected a 'prompt' and its 'responses', a list of texts, or one "
+                "'response'"
             )
         try:
             prompt = _prompt(row)
@@ -197,9 +198,7 @@ def sample(sampling: Sampling, prompts: Sequence[Sample], target: Path, *, overw
                 there[json.dumps(prompt.prompt)] = drawn
                 file.write(json.dumps(drawn.as_dict(), ensure_ascii=False) + "\n")
                 file.flush()
-    return [
-        replace(there[json.dumps(prompt.prompt)], is_safety=prompt.is_safety) for prompt in prompts
-    ]
+    return [replace(there[json.dumps(prompt.prompt)], is_safety=prompt.is_safety) for prompt in prompts]
 
 
 def settings_file(target: Path) -> Path:
@@ -272,7 +271,7 @@ def _policy(sampling: Sampling) -> Iterator[tuple[Any, PreTrainedTokenizerBase]]
 def _ends(known: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end a reply: the model's, and the one that its tokenizer calls EOS."""
     ends = {*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id} - {None}
-    return sorted(ends)  # type: ignore[arg-type]
+    return sorted(ends)
 
 
 def _rendered(
@@ -286,9 +285,8 @@ def _rendered(
     try:
         text = tokenizer.apply_chat_template(prompt.prompt, tokenize=False, add_generation_prompt=True)
     except (TemplateError, TypeError) as error:
-        raise RecipeError(
-            f"the policy's chat template takes no such prompt ({prompt.prompt[-1]['content'][:60]!r}): {error}"
-        ) from None
+        what = f"the policy's chat template takes no such prompt ({prompt.prompt[-1]['content'][:60]!r})"
+        raise RecipeError(f"{what}: {error}") from None
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     limit = positions(config)
     if limit is not None and len(ids) + sampling.max_new_tokens > limit:
@@ -311,9 +309,7 @@ def _draw(
     while len(responses) < sampling.n:
         k = min(AT_ONCE, sampling.n - len(responses))
         with torch.inference_mode():
-            output = model.generate(
-                inputs, attention_mask=torch.ones_like(inputs), num_return_sequences=k
-            )
+            output = model.generate(inputs, attention_mask=torch.ones_like(inputs), num_return_sequences=k)
         for tokens in output[:, len(ids) :].tolist():
             end = next((place for place, token in enumerate(tokens) if token in ends), None)
             cut += end is None

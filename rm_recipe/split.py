@@ -52,21 +52,33 @@ class Split:
         columns = (self.comparisons["prefix"][:], self.comparisons["rests"][:])
         return [Encoded(prefix, rests) for prefix, rests in zip(*columns, strict=True)]
 
-    def sizes(self, shared: bool) -> NDArray[np.int64]:
-        """Tokens of each comparison, with its prefix counted once or for each response."""
+    def sizes(self, shared: bool, padded: bool = False) -> NDArray[np.int64]:
+        """Tokens of each comparison.
+
+        Args:
+            shared: its prefix is counted once, otherwise for each response.
+            padded: each response counts as its longest one, as in rows of one sequence.
+        """
         sizes = []
         columns = self.comparisons.select_columns(["prefix", "rests"]).with_format("arrow")
         for rows in columns.iter(10_000):
             prefix, responses = (pc.list_value_length(rows[name]).to_numpy() for name in rows.column_names)
             rests = pc.list_value_length(pc.list_flatten(rows["rests"])).to_numpy()
             starts = np.cumsum(responses) - responses
-            sizes.append(prefix * (1 if shared else responses) + np.add.reduceat(rests, starts))
+            own = responses * np.maximum.reduceat(rests, starts) if padded else np.add.reduceat(rests, starts)
+            sizes.append(prefix * (1 if shared else responses) + own)
         return np.concatenate(sizes)
 
+    def largest(self, n: int, shared: bool) -> NDArray[np.int64]:
+        """The numbers of the n comparisons that make the largest batch.
+
+        One sequence a row, each row is as long as the longest sequence of the batch.
+        """
+        return np.argsort(-self.sizes(shared, padded=not shared), kind="stable")[:n]
+
     def longest(self, n: int, shared: bool) -> list[Encoded]:
-        """The n comparisons of most tokens."""
-        order = np.argsort(-self.sizes(shared), kind="stable")[:n]
-        rows = self.comparisons.select(order)
+        """The comparisons of the largest batch of n."""
+        rows = self.comparisons.select(self.largest(n, shared))
         return [Encoded(row["prefix"], row["rests"]) for row in rows]
 
     def why_excluded(self) -> str:

@@ -1,18 +1,21 @@
 """`rm-recipe train RECIPE`: a base model and comparisons in, a trained reward model out."""
 
+import shutil
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, set_seed
 
 from rm_recipe import adapters, memory, modeling, sft, tokenization
 from rm_recipe.artifacts import read_json, whole_folder, write_json
-from rm_recipe.checkpoints import MANIFEST, Checkpoints, newest_whole
+from rm_recipe.checkpoints import MANIFEST, Checkpoints, newest_whole, not_written
 from rm_recipe.datasets import Leakage, load_splits, refuse_leakage
 from rm_recipe.distribution import (
     check_sharding,
@@ -26,7 +29,7 @@ from rm_recipe.doctor import examine, print_report
 from rm_recipe.early_signs import EarlySigns
 from rm_recipe.encoding import tokenize
 from rm_recipe.errors import Interrupted, TrainingError
-from rm_recipe.fitting import too_little
+from rm_recipe.fitting import CHECKPOINTING, too_little
 from rm_recipe.heads import check_saved_head, head_of
 from rm_recipe.interrupts import INTERRUPTS
 from rm_recipe.memory import is_out_of_memory
@@ -34,8 +37,8 @@ from rm_recipe.preflight import preflight
 from rm_recipe.recipe import Recipe
 from rm_recipe.reward_trainer import COLUMNS, SharedPrefixRewardTrainer
 from rm_recipe.run_folder import (
-    CHECKPOINTING,
     DATA_REPORT,
+    FolderLock,
     check_identity,
     check_run_folder,
     claim_run_folder,
@@ -61,28 +64,38 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> N
         DataError: the data cannot be used.
         TrainingError: the loss is not finite, or the saved head is not the trained one.
     """
-    with INTERRUPTS.listening():
+    with INTERRUPTS.listening(), FolderLock(recipe.output_dir) as lock:
         try:
-            _train(recipe, resume, overwrite)
+            check_sharding(recipe.training, bool(recipe.model.load_in_4bit or recipe.model.load_in_8bit))
+            checkpoint, faulty = check_run_folder(recipe, resume=resume, overwrite=overwrite, lock=lock)
+            ready = make_ready(recipe)
+            identity = identity_of(ready.train_split, ready.test_split)
+            manifest = read_json(checkpoint / MANIFEST) if checkpoint else None
+            if manifest:
+                check_identity(recipe.output_dir, manifest, identity)
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted before training began", INTERRUPTS.received) from None
+        claim_run_folder(recipe, faulty, overwrite=overwrite, lock=lock)  # what fails above leaves nothing
+        try:
+            _train(recipe, ready, identity, checkpoint, manifest)
         except KeyboardInterrupt:
             kept, _ = newest_whole(recipe.output_dir)
             what = f"{kept} is the newest checkpoint" if kept else "there is no checkpoint yet"
-            raise Interrupted(f"interrupted; {what}", INTERRUPTS.received) from None
+            raise Interrupted(f"interrupted; {what}", INTERRUPTS.received, resumable=True) from None
 
 
-def _train(recipe: Recipe, resume: bool, overwrite: bool) -> None:
-    check_sharding(recipe.training, bool(recipe.model.load_in_4bit or recipe.model.load_in_8bit))
-    checkpoint, faulty = check_run_folder(recipe, resume=resume, overwrite=overwrite)
-    if recipe.hub.push_to_hub:
-        say("push_to_hub: training uploads nothing; `rm-recipe run` uploads the proven export at its end")
-    ready = make_ready(recipe)
+def _train(
+    recipe: Recipe,
+    ready: "Ready",
+    identity: dict[str, Any],
+    checkpoint: Path | None,
+    manifest: dict[str, Any] | None,
+) -> None:
+    """Trains in a folder that is ours, from a checkpoint with its manifest if there is one."""
     trainer, new_modules = ready.trainer, ready.new_modules
     start = head_of(trainer.model, new_modules)
-    identity = identity_of(ready.train_split, ready.test_split)
-    manifest = read_json(checkpoint / MANIFEST) if checkpoint else None
-    if manifest:
-        check_identity(recipe.output_dir, manifest, identity)
-    claim_run_folder(recipe, faulty, overwrite=overwrite)  # not before: what fails above leaves nothing
+    if recipe.hub.push_to_hub:
+        say("push_to_hub: training uploads nothing; `rm-recipe run` uploads the proven export at its end")
     if ready.report is not None:
         write_json(recipe.output_dir / DATA_REPORT, ready.report)
     trainer.add_callback(early_signs_of(recipe, ready))
@@ -279,17 +292,21 @@ def save_model(
     """Writes `model/` (adapter or model, head, config, tokenizer) and reads it back.
 
     Raises:
-        TrainingError: the head is missing from what was saved, or has not moved from `start`; or no adapter
-            has learnt anything.
+        TrainingError: it cannot be written; the head is missing from what was saved, or has not moved from
+            `start`; or no adapter has learnt anything.
     """
     target = recipe.output_dir / "model"
     if not trainer.is_world_process_zero():
         trainer.save_model(str(target))  # takes part in gathering what is sharded
         return
     with whole_folder(target) as folder:
-        trainer.save_model(str(folder))
-        trainer.accelerator.unwrap_model(trainer.model).config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        try:
+            trainer.save_model(str(folder))
+            trainer.accelerator.unwrap_model(trainer.model).config.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        except (OSError, RuntimeError, SafetensorError) as error:  # each names a full disk in its own way
+            shutil.rmtree(folder)
+            raise not_written(target, error) from error
         # It pickles the training arguments, a Hub token among them if there is one.
         (folder / "training_args.bin").unlink(missing_ok=True)
         check_saved_head(folder, start)

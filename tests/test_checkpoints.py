@@ -1,5 +1,6 @@
 """What is killed goes on from the newest whole checkpoint, and ends with the same bits."""
 
+import errno
 import json
 import os
 import resource
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import rm_recipe.train
+from rm_recipe import checkpoints as checkpoints_module
 from rm_recipe import cli
 from rm_recipe.artifacts import tidy
 from rm_recipe.checkpoints import MANIFEST, checkpoints, fault_of, newest_whole
@@ -69,15 +71,23 @@ def kill(folder: Path, recipe: Path, times: int, writes: str, seed: int = 0) -> 
     return report
 
 
-def test_a_run_that_was_killed_ends_with_the_same_bits_and_losses(write_recipe, tmp_path):
+BEST = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_accuracy"}  # fmt: skip
+
+
+@pytest.mark.parametrize(("keys", "writes"), [({}, "12,40"), (BEST, "60")])
+def test_a_run_that_was_killed_ends_with_the_same_bits_and_losses(write_recipe, tmp_path, keys, writes):
     """At a random moment, amid a checkpoint's files, and before a manifest."""
-    report = kill(tmp_path, write_recipe(**KEYS), times=2, writes="12,40")
-    assert len(report["kills"]) >= 3
+    report = kill(tmp_path, write_recipe(**KEYS | keys), times=1, writes=writes)
+    assert len(report["kills"]) >= 1 + len(writes.split(","))
 
 
 @pytest.mark.slow
-def test_no_kill_at_any_change_of_the_run_folder_or_at_random_moments_loses_anything(write_recipe, tmp_path):
-    report = kill(tmp_path, write_recipe(**KEYS), times=24, writes="all")
+@pytest.mark.parametrize("keys", [{}, BEST])
+def test_no_kill_at_any_change_of_the_run_folder_or_at_random_moments_loses_anything(
+    write_recipe, tmp_path, keys
+):
+    report = kill(tmp_path, write_recipe(**KEYS | keys), times=24, writes="all")
     assert len(report["kills"]) >= report["changes"] + 24 - 1  # the last change may follow run.json
     print(json.dumps({key: report[key] for key in ("changes", "seconds")}), len(report["kills"]))
 
@@ -111,8 +121,6 @@ def with_callback(monkeypatch):
 
 
 BY_EPOCH = {"eval_strategy": "epoch", "save_strategy": "epoch", "logging_strategy": "epoch"}
-BEST = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True,
-        "metric_for_best_model": "eval_accuracy"}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -245,11 +253,108 @@ def test_a_full_disk_ends_with_one_message_and_the_checkpoint_before(
     message = str(caught.value)
     assert f"{run}/checkpoint-{step} could not be written, with " in message
     whole = f"{run}/checkpoint-3 is whole, --resume goes on from it"
-    assert (whole if step == 6 else "no other checkpoint was there yet") in message
+    assert (whole if step == 6 else "there is no other checkpoint") in message
     assert [path.name for path in checkpoints(run)] == ["checkpoint-3"] * (step == 6)
     train(read_recipe(recipe), resume=True)
     train(read_recipe(recipe, ["--output_dir", str(tmp_path / "whole")]))
     assert same(run, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("keys", [KEYS, KEYS | BEST])
+def test_until_a_checkpoint_is_whole_the_one_before_is_there(write_recipe, monkeypatch, keys):
+    """Though `save_total_limit` is 2, and the best one is kept besides."""
+    there, write = [], checkpoints_module.write_manifest
+
+    def watch(checkpoint, content):
+        there.append([fault_of(path) is None for path in checkpoints(checkpoint.parent)])
+        write(checkpoint, content)
+
+    monkeypatch.setattr(checkpoints_module, "write_manifest", watch)
+    train(read_recipe(write_recipe(**keys)))
+    assert len(there) == 8
+    assert there[0] == [False]
+    assert all(whole[:2] == [False, True] and len(whole) <= 4 for whole in there[1:])
+
+
+def test_a_manifest_that_finds_no_room_says_what_is_whole(write_recipe, tmp_path, monkeypatch):
+    write = checkpoints_module.write_json
+
+    def full(path, content):
+        if path.parent.name == "checkpoint-6":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, content)
+
+    monkeypatch.setattr(checkpoints_module, "write_json", full)
+    with pytest.raises(TrainingError, match=r"checkpoint-6 could not be written, .*checkpoint-3 is whole"):
+        train(read_recipe(write_recipe(**KEYS)))
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-3"]
+
+
+class FullDiskAtTheEnd(TrainerCallback):
+    """From the last step on."""
+
+    def on_train_end(self, args, state, control, **_):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@pytest.mark.parametrize("keys", [{}, {"use_peft": False}])
+def test_a_disk_that_is_full_at_the_end_loses_no_training(write_recipe, tmp_path, with_callback, keys):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    recipe, run = write_recipe(**KEYS | keys), tmp_path / "run"
+    with_callback(FullDiskAtTheEnd())
+    try:
+        with pytest.raises(TrainingError, match=r"run/model could not be written, .*checkpoint-22 is whole"):
+            train(read_recipe(recipe))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name for path in run.iterdir()} == {
+        "recipe.yaml", "data_report.json", "checkpoint-21", "checkpoint-22"
+    }  # fmt: skip
+    train(read_recipe(recipe), resume=True)
+    assert (run / "model" / "config.json").is_file()
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_a_damaged_one(interrupted, monkeypatch):
+    """As a network's disk may be away for a while; nothing is removed."""
+    run, recipe = interrupted
+
+    def away(path):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(checkpoints_module, "sha256", away)
+    before = sorted(run.rglob("*"))
+    with pytest.raises(
+        RecipeError, match=r"cannot be read \(Input/output error\); the checkpoint may be sound"
+    ):
+        train(read_recipe(recipe), resume=True)
+    assert sorted(run.rglob("*")) == before
+
+
+def test_a_best_checkpoint_that_is_damaged_is_not_taken_for_the_model(
+    write_recipe, tmp_path, with_callback, capsys
+):
+    class Spoil(TrainerCallback):
+        """The best one, before it is read at the end."""
+
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == state.max_steps:
+                spoil(Path(state.best_model_checkpoint) / "adapter_model.safetensors")
+
+    with_callback(Spoil())
+    train(read_recipe(write_recipe(**KEYS | BEST)))
+    printed = capsys.readouterr().out
+    assert "the best, does not count: adapter_model.safetensors is not as it was written" in printed
+    train(read_recipe(write_recipe(**KEYS, output_dir=str(tmp_path / "last"))))
+    ours, last = weights(tmp_path / "run"), weights(tmp_path / "last")
+    assert all(torch.equal(ours[key], last[key]) for key in last)
+
+
+def test_how_often_is_evaluated_changes_nothing(write_recipe, tmp_path):
+    """With dropout: an evaluation takes no random number from training."""
+    for name, keys in {"never": {}, "often": {"eval_strategy": "steps", "eval_steps": 2}}.items():
+        train(read_recipe(write_recipe(**KEYS | keys, output_dir=str(tmp_path / name))))
+    never, often = weights(tmp_path / "never"), weights(tmp_path / "often")
+    assert all(torch.equal(never[key], often[key]) for key in never)
 
 
 class NotANumberAt(TrainerCallback):
@@ -287,6 +392,7 @@ def test_a_disk_that_fills_up_in_an_evaluation_leaves_the_one_before(
     run = tmp_path / "run"
     evaluate(str(run))
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    kept = json.loads((run / "evaluation.json").read_text())
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     monkeypatch.setattr(sys, "argv", ["rm-recipe", "evaluate", str(run)])
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
@@ -300,7 +406,7 @@ def test_a_disk_that_fills_up_in_an_evaluation_leaves_the_one_before(
     after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert after.keys() == before.keys()
     assert before[run / "model" / "config.json"] == after[run / "model" / "config.json"]
-    json.loads((run / "evaluation.json").read_text())
+    assert json.loads((run / "evaluation.json").read_text()) == kept
 
 
 def test_what_a_kill_left_unfinished_is_removed_and_what_was_about_to_be_replaced_is_put_back(tmp_path):

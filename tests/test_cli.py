@@ -127,3 +127,22 @@ def test_the_module_is_the_command(tmp_path):
         result.stderr.strip().splitlines()[-1]
         == "rm-recipe: gone is not a run folder: it has no recipe.yaml of a run"
     )
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]])
+def test_an_interrupt_before_training_began_says_the_same_command_again(
+    write_recipe, monkeypatch, capsys, flags
+):
+    """`--resume` would have nothing to go on from, or take up the run that was to be overwritten."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rm_recipe.train.make_ready", interrupted)
+    recipe = write_recipe()
+    code, _, err = invoke(monkeypatch, capsys, "train", str(recipe), "--seed", "3", *flags)
+    assert code == 130
+    assert err.splitlines()[-2:] == [
+        "rm-recipe: interrupted before training began",
+        f"go on with: rm-recipe train {recipe} --seed 3{' --overwrite' if flags else ''}",
+    ]

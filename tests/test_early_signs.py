@@ -65,6 +65,16 @@ def test_a_tenth_of_the_steps_and_enough_comparisons_are_waited_for(capsys):
     assert said(capsys, [STUCK, STUCK], max_steps=51) != []
 
 
+def test_of_a_resumed_run_only_what_came_since_the_last_log_counts(capsys):
+    signs = EarlySigns(32, held_out=1000, plain=True)
+    state = TrainerState(max_steps=100, global_step=50)
+    state.log_history = [{"step": 45, "loss": 0.5}, {"step": 50, "eval_accuracy": 0.7}]
+    signs.on_train_begin(None, state, TrainerControl())
+    signs.on_log(None, state, TrainerControl(), logs={"loss": 0.1, "accuracy": 1.0})  # of 5 steps: 160
+    signs.on_evaluate(None, state, TrainerControl(), metrics={"eval_accuracy": 0.7})
+    assert "warning" not in capsys.readouterr().out
+
+
 def contradictory(folder):
     """Comparisons of which the opposite is there too: nothing can be learnt."""
     rows = make_rows(300, seed=1)
@@ -140,7 +150,7 @@ def test_a_run_that_had_stopped_early_is_not_trained_on_when_resumed(write_recip
     ours, theirs = (json.loads(path.read_text())["steps"] for path in (run / "run.json", before))
     assert ours == theirs
     assert all((value == test_checkpoints.weights(run)[key]).all() for key, value in weights.items())
-    assert len(checkpoints(run)) == 2
+    assert len(checkpoints(run)) == 3  # save_total_limit, and the best
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import make_rows, write_jsonl
@@ -82,6 +83,16 @@ def test_each_oddity_alone_ends_in_a_run_or_in_one_line(odd, variables):
     finished = (folder / "outputs" / "meine recette" / "run.json").is_file()
     assert finished is (result.returncode == 0)
     assert finished or result.stderr.count("rm-recipe: ") == 1
+
+
+def test_a_user_without_a_home_gets_one_for_this_process(monkeypatch):
+    """As where a container runs under a number that no account has."""
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.setenv("HOME", "")
+    for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "HF_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    environment.replace_unwritable_caches()
+    assert Path(os.environ["HOME"]).is_dir()
 
 
 def test_a_folder_is_writable_if_it_or_what_it_would_be_made_in_is(tmp_path):

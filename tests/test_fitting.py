@@ -11,7 +11,7 @@ from rm_recipe import fitting, memory
 from rm_recipe.check import check_memory, parse_bytes
 from rm_recipe.cli import app
 from rm_recipe.errors import RecipeError
-from rm_recipe.fitting import fit_by_config, read_for, shipped_that_fit, what_to_lower
+from rm_recipe.fitting import fit_by_config, read_for, shipped_that_fit, what_to_lower, with_batch_of
 from rm_recipe.recipe import read_recipe
 
 GPU = torch.device("cuda")
@@ -69,7 +69,7 @@ def test_what_to_lower_is_what_would_fit(planned):
     found, recipe = planned(room_for(n_2.plan.peak), gradient_accumulation_steps=4)
     assert not found.fits
     lower = what_to_lower(found, recipe)
-    assert lower == "per_device_train_batch_size: 2 fits, with gradient_accumulation_steps: 16"
+    assert lower == "per_device_train_batch_size: 2 with gradient_accumulation_steps: 16 fits"
     told = dict(pair.split(": ") for pair in re.findall(r"\w+: \d+", lower))
     again, _ = planned(room_for(n_2.plan.peak), **{key: int(value) for key, value in told.items()})
     assert again.fits
@@ -80,6 +80,32 @@ def test_what_to_lower_is_what_would_fit(planned):
         what_to_lower(nothing, recipe)
         == "not one comparison fits; try a lower max_length or load_in_4bit: true"
     )
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "most", "keys"),
+    [(8, 1, 5, (4, 2)), (16, 2, 12, (8, 4)), (9, 1, 8, (3, 3)), (1, 4, 3, (2, 2)), (7, 1, 6, (1, 7))],
+)
+def test_a_smaller_batch_has_as_many_comparisons_a_step_so_that_the_run_can_be_resumed(
+    write_recipe, batch, accumulation, most, keys
+):
+    recipe = read_recipe(
+        write_recipe(per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation)
+    )
+    size, steps = keys
+    assert with_batch_of(recipe, most) == (
+        f"per_device_train_batch_size: {size} with gradient_accumulation_steps: {steps}"
+    )
+    assert size * steps == batch * accumulation
+
+
+def test_what_cannot_be_planned_is_one_message(write_recipe, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("no such kernel. Really")
+
+    monkeypatch.setattr(memory, "plan", fails)
+    with pytest.raises(RecipeError, match="of this llama needs could not be planned: RuntimeError: no such"):
+        check_memory(write_recipe(), [], "8GB")
 
 
 def test_the_plan_for_a_gpu_has_a_gpus_precision_on_any_machine(write_recipe):
@@ -103,24 +129,39 @@ def test_what_is_no_size_is_refused(text):
         parse_bytes(text)
 
 
-def test_recipes_that_fit_are_named_and_those_that_cannot_be_planned_too(monkeypatch, tiny_llama):
-    """With TinyLlama's configuration in the place of the Hub's, and none for the others."""
+@pytest.fixture
+def hub(monkeypatch, tiny_llama):
+    """A function that lets every configuration be the tiny Llama's, or none be had; what was asked for."""
     asked = []
 
-    def load_config(name, *_):
-        asked.append(name)
-        if "TinyLlama" in name:
-            return AutoConfig.from_pretrained(tiny_llama)
-        raise RecipeError("the Hub cannot be reached")
+    def answers(reachable: bool) -> list[str]:
+        def load_config(name, *_):
+            asked.append(name)
+            if reachable:
+                return AutoConfig.from_pretrained(tiny_llama)
+            raise RecipeError("the Hub cannot be reached")
 
-    monkeypatch.setattr(fitting.tokenization, "load_config", load_config)
-    monkeypatch.setattr(fitting.tokenization, "check_lengths", lambda *_: None)
-    monkeypatch.chdir(REPOSITORY / "tests")  # where no offline model lies
-    fits, unknown = shipped_that_fit(GPU, 1e12)
-    assert unknown == sorted(path.stem for path in fitting.SHIPPED.glob("*.yaml"))[: len(unknown)] or unknown
-    assert set(fits) | set(unknown) == {path.stem for path in fitting.SHIPPED.glob("*.yaml")}
-    assert "distilbert_hh" in unknown
-    assert asked.count("distilbert/distilbert-base-uncased") == 1
+        monkeypatch.setattr(fitting.tokenization, "load_config", load_config)
+        monkeypatch.setattr(fitting.tokenization, "check_lengths", lambda *_: None)
+        monkeypatch.chdir(REPOSITORY / "tests")  # where no offline model lies
+        return asked
+
+    return answers
+
+
+RECIPES = sorted(path.stem for path in fitting.SHIPPED.glob("*.yaml"))
+
+
+@pytest.mark.parametrize(("room", "fitting_ones"), [(1e12, RECIPES), (memory.PROCESS, [])])
+def test_recipes_that_fit_are_named(hub, room, fitting_ones):
+    hub(reachable=True)
+    assert shipped_that_fit(GPU, room) == (fitting_ones, [])
+
+
+def test_recipes_that_cannot_be_planned_are_named_and_the_hub_is_asked_once(hub):
+    asked = hub(reachable=False)
+    assert shipped_that_fit(GPU, 1e12) == ([], RECIPES)
+    assert len(asked) == 1
 
 
 def test_the_table_has_every_part_and_sums_up(write_recipe, capsys):

@@ -22,7 +22,8 @@ def test_a_signal_raises_at_once_where_nothing_is_to_be_saved(number):
 
 
 @NUMBERS
-def test_where_something_is_to_be_saved_it_is_noted_and_answered(capfd, number):
+def test_where_something_is_to_be_saved_it_is_noted_and_answered(capfd, monkeypatch, number):
+    monkeypatch.setenv("RANK", "0")
     requests = Interrupts()
     with requests.listening(), requests.deferred("saving first"):
         signal.raise_signal(number)
@@ -31,7 +32,29 @@ def test_where_something_is_to_be_saved_it_is_noted_and_answered(capfd, number):
     assert capfd.readouterr().err == "\nsaving first\n"
 
 
+def test_without_a_launcher_the_second_one_stops_at_once():
+    requests = Interrupts()
+    with requests.listening(), requests.deferred("saving first"):
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_closed_terminal_is_a_request_unless_it_is_to_be_outlived():
+    requests = Interrupts()
+    with requests.listening(), pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with requests.listening():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert requests.received is None
+
+
 def test_one_that_comes_later_stops_at_once(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(interrupts, "SECONDS_OF_ONE_REQUEST", 0.05)
     requests = Interrupts()
     with requests.listening(), requests.deferred("saving first"):

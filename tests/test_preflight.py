@@ -37,11 +37,13 @@ def test_a_run_is_the_same_with_it_and_without(write_recipe, tmp_path, monkeypat
 
 
 def test_it_makes_the_step_on_the_largest_batch_and_moves_what_is_trained(write_recipe, monkeypatch):
-    made, optimizer_step = [], torch.optim.AdamW.step
+    made, kept, optimizer_step = [], [], torch.optim.AdamW.step
     step = preflight.step
 
     def watch_step(trainer, split, rows):
         made.append(list(map(int, rows)))
+        state = getattr(trainer.optimizer, "state", None)
+        kept.append(bool(state) and any(p.grad is not None for p in trainer.model.parameters()))
         return step(trainer, split, rows)
 
     def watch_optimizer(self, *args):
@@ -56,7 +58,9 @@ def test_it_makes_the_step_on_the_largest_batch_and_moves_what_is_trained(write_
     monkeypatch.setattr(torch.optim.AdamW, "step", watch_optimizer)
     ready = make_ready(read_recipe(write_recipe()))
     sizes = ready.train_split.sizes(shared=True)
-    assert len(made) == 1 + preflight.TIMED
+    assert len(made) == 2 + preflight.TIMED
+    assert made[1] == made[0]
+    assert kept[:2] == [False, True]  # as in training: beside gradients and the optimizer's state
     assert sizes[made[0]].sum() == sum(sorted(sizes)[-8:])
     assert any(moved)  # A of every adapter has no gradient while B is 0
 
@@ -186,9 +190,17 @@ def test_out_of_memory_at_the_largest_batch_names_what_to_lower(
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(memory, "device_memory", lambda _: memory.PROCESS / 0.9 + 2.5e6)
     with pytest.raises(
-        RecipeError, match=r"per_device_train_batch_size: \d fits, with gradient_accumulation_steps"
+        RecipeError, match=r"per_device_train_batch_size: [124] with gradient_accumulation_steps: \d+ fits"
     ):
         train(read_recipe(write_recipe(per_device_train_batch_size=16)))
+
+
+@pytest.mark.parametrize("call", [1, 3])
+def test_out_of_memory_later_in_the_preflight_is_the_same_message(write_recipe, tmp_path, small_gpu, call):
+    small_gpu(4, from_call=call)
+    with pytest.raises(RecipeError, match="^preflight: CPU out of memory: the largest batch takes about"):
+        train(read_recipe(write_recipe()))
+    assert not (tmp_path / "run").exists()
 
 
 def test_out_of_memory_in_training_keeps_the_checkpoint_and_goes_on_with_smaller_batches(
@@ -196,7 +208,7 @@ def test_out_of_memory_in_training_keeps_the_checkpoint_and_goes_on_with_smaller
 ):
     keys = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 1}
     with monkeypatch.context():
-        small_gpu(4, from_call=1 + preflight.TIMED + 5)
+        small_gpu(4, from_call=2 + preflight.TIMED + 5)
         with pytest.raises(TrainingError, match=r"^step 6: CPU out of memory: "):
             train(read_recipe(write_recipe(**keys)))
         smaller = write_recipe(**keys, per_device_train_batch_size=4, gradient_accumulation_steps=2)

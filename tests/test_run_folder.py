@@ -1,11 +1,26 @@
 """A run uses its own folder alone, and is gone on with only as what it was."""
 
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from rm_recipe.errors import RecipeError
 from rm_recipe.recipe import read_recipe
-from rm_recipe.run_folder import changed_keys
+from rm_recipe.run_folder import changed_keys, empty
 from rm_recipe.train import train
+
+HOLDS = """
+import sys
+from pathlib import Path
+from rm_recipe.run_folder import FolderLock
+with FolderLock(Path(sys.argv[1])) as lock:
+    lock.take()
+    print("held", flush=True)
+    sys.stdin.read()
+"""
 
 
 @pytest.fixture
@@ -35,6 +50,31 @@ def test_overwriting_starts_anew_but_never_in_a_foreign_folder(write_recipe, tmp
     with pytest.raises(RecipeError, match="is not a run folder; choose another one"):
         train(read_recipe(write_recipe(output_dir=str(folder))), overwrite=True)
     assert (folder / "thesis.tex").read_text() == "kept"
+
+
+def test_two_processes_do_not_work_in_one_folder(run, write_recipe):
+    (run / "run.json").unlink()
+    held = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert held.stdout.readline() == "held\n"
+    before = sorted(run.rglob("*"))
+    for flag in ({"resume": True}, {"overwrite": True}):
+        with pytest.raises(RecipeError, match=f"another process is at work in {run}: wait for it, or end it"):
+            train(read_recipe(write_recipe(save_strategy="steps", save_steps=4)), **flag)
+    assert sorted(run.rglob("*")) == before
+    held.kill()  # a lock does not outlive who holds it
+    held.wait()
+    train(read_recipe(write_recipe(save_strategy="steps", save_steps=4)), resume=True)
+
+
+def test_a_run_is_emptied_so_that_what_is_left_is_never_a_finished_one(run, monkeypatch):
+    removed = []
+    monkeypatch.setattr(Path, "unlink", lambda path, **_: removed.append(path.name))
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **_: removed.append(path.name))
+    empty(run)
+    assert removed[0] == "run.json"
+    assert removed[-1] == "recipe.yaml"
 
 
 def test_a_finished_run_is_not_resumed(run, write_recipe):

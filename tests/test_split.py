@@ -29,6 +29,18 @@ def test_rows_are_comparisons_and_counted_reasons_and_nothing_else(reasons):
         assert names == [f"s:{n}" for n, r in enumerate(reasons, 1) if r == reason][:5]
 
 
+def test_the_largest_batch_is_by_what_its_rows_take():
+    """One sequence a row, a batch is as wide as its longest; with shared prefixes only tokens count."""
+    rests = [[[1] * 40, [1] * 40], [[1] * 70, [1] * 2], [[1] * 30, [1] * 30]]
+    columns = {"prefix": [[1] * 10, [1] * 10, [1] * 50], "rests": rests}
+    split = Split(hf_datasets.Dataset.from_dict(columns), 3)
+    assert split.sizes(True).tolist() == [90, 82, 110]
+    assert split.sizes(False).tolist() == [100, 92, 160]
+    assert split.largest(3, shared=True).tolist() == [2, 0, 1]
+    assert split.largest(3, shared=False).tolist() == [1, 2, 0]
+    assert split.longest(1, shared=False) == [Encoded([1] * 10, rests[1])]
+
+
 def test_a_selection_counts_what_it_leaves_out():
     split = set_excluded_apart(split_of(["", "too_long", "", ""]))
     some = split.select(np.array([True, False, True]), "leaked_prompt")
