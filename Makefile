@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-with-constraints
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all benchmark lint format clean
+.PHONY: help setup train test test-all benchmark overoptimization lint format clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,6 +43,33 @@ benchmark: setup ## Speed and memory against stock TRL (about half an hour each 
 	@if [ -d $(HH_RLHF) ]; then $(BIN)/rm-recipe benchmark $(RECIPE) --lora_target_modules all-linear \
 		--dataset_name $(HH_RLHF) --dataset_subsets '[helpful-base, harmless-base]' --leakage drop \
 		--max_train_samples null --output outputs/benchmark_hh_rlhf; fi
+
+# An experiment: when does a proxy stop being worth pleasing? Reward models of 100, 400 and 2,000 comparisons
+# against one of others (gold); all by the offline recipe, but for what stands here.
+OFFLINE := recipes/smollm2_offline.yaml
+HALVES := data/overoptimization
+JUDGES := outputs/overoptimization
+
+# $(call train_once,NAME,DATA,KEYS): what is finished is left as it is.
+define train_once
+	@test -f $(JUDGES)/$(1)/run.json || $(BIN)/rm-recipe train $(OFFLINE) --overwrite --output_dir $(JUDGES)/$(1) \
+		--dataset_name $(HALVES)/$(2) --save_strategy no --max_eval_samples 400 $(3)
+	@test -f $(JUDGES)/$(1)/evaluation.json || $(BIN)/rm-recipe evaluate $(JUDGES)/$(1)
+endef
+
+overoptimization: setup ## Proxies of three sizes against gold, best of 32 (about 40 minutes on two cores)
+	@$(BIN)/rm-recipe prepare offline
+	@mkdir -p $(HALVES)/proxy $(HALVES)/gold
+	@head -n 2000 data/offline/train.jsonl > $(HALVES)/proxy/train.jsonl
+	@tail -n +2001 data/offline/train.jsonl > $(HALVES)/gold/train.jsonl
+	@cp data/offline/test.jsonl $(HALVES)/proxy && cp data/offline/test.jsonl $(HALVES)/gold
+	$(call train_once,proxy_100,proxy,--max_train_samples 100 --num_train_epochs 4 --gradient_accumulation_steps 1)
+	$(call train_once,proxy_400,proxy,--max_train_samples 400 --num_train_epochs 2 --gradient_accumulation_steps 2)
+	$(call train_once,proxy_2000,proxy,--max_train_samples 2000)
+	$(call train_once,gold,gold,--seed 1)
+	@$(BIN)/rm-recipe overoptimization $(JUDGES)/proxy_100 $(JUDGES)/proxy_400 $(JUDGES)/proxy_2000 \
+		--gold $(JUDGES)/gold --policy models/smollm2-135m-instruct --prompts data/offline/test.jsonl \
+		--max-prompts 64 --n 32 --max-new-tokens 40 --output $(JUDGES)/result
 
 lint: setup ## Style and types
 	@$(BIN)/ruff check rm_recipe tests

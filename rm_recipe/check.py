@@ -118,4 +118,4 @@ def print_fit(found: Fit, recipe: Recipe, device: torch.device) -> None:
     fitting, unknown = shipped_that_fit(device, found.memory)
     print("\nrecipes that fit:", *fitting or ["none"], sep="\n  ")
     if unknown:
-        print("not known, as their base's config.json is not here:", *unknown, sep="\n  ")
+        print("not known, as their base's config.json is not to be had:", *unknown, sep="\n  ")

@@ -234,6 +234,55 @@ def benchmark(
     run_benchmark(parsed, steps=steps, repeats=repeats, stock_batch=stock_batch, output=output)
 
 
+@app.command()
+def overoptimization(
+    proxy: Annotated[
+        list[str],
+        typer.Argument(metavar="PROXY", help="The model that a policy will be trained against; or several."),
+    ],
+    gold: Annotated[
+        list[str], typer.Option(help="The model that stands for people; of several, if repeated, their mean.")
+    ],
+    policy: Annotated[
+        str | None, typer.Option(help="The language model that replies are drawn from.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A file of prompts, or of comparisons, whose prompts are taken.")
+    ] = None,
+    samples: Annotated[
+        Path | None, typer.Option(help="A file of replies, several to each prompt, in place of a policy.")
+    ] = None,
+    max_prompts: Annotated[int | None, typer.Option(min=1, help="So many, the first ones.")] = None,
+    n: Annotated[int, typer.Option("--n", help="Replies to each prompt.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(help="Where a reply is cut that has not ended.")] = 128,
+    temperature: Annotated[float, typer.Option(help="1 draws from the policy as it is.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="1 draws from all tokens.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="0 draws from all tokens.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    safety: Annotated[
+        str | None, typer.Option(help="A model of safety; with each PROXY, of helpfulness, as in Llama 2.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Where the result goes; by default into the run of PROXY.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """See what optimising against a reward model will do, by best-of-n and a better model."""
+    if (samples is None) == (policy is None) or (policy is None) != (prompts is None):
+        raise typer.BadParameter("give --policy and --prompts, or --samples")
+    from rm_recipe import overoptimization as module
+    from rm_recipe.overoptimization_text import print_overoptimization
+    from rm_recipe.sampling import Sampling
+
+    drawn = Sampling(policy, n, temperature, top_p, top_k, max_new_tokens, seed) if policy else None
+    content = module.overoptimization(
+        proxy, gold, sampling=drawn, prompts=prompts, max_prompts=max_prompts, samples=samples,
+        safety=safety, output=output, overwrite=overwrite,
+    )  # fmt: skip
+    print_overoptimization(content)
+    print(f"report: {(output or module.default_output(proxy[0])) / 'overoptimization.html'}")
+
+
 @prepare_app.callback()
 def prepare() -> None:
     """Make what a recipe needs."""

@@ -29,6 +29,10 @@ AS_ON_GPU = {"use_cpu": "true", "fp16": "false", "bf16": "true"}
 BatchOf = Callable[[int], Sequence[Encoded]]
 
 
+class UnplannableError(RecipeError):
+    """What a step of a model needs cannot be planned."""
+
+
 @dataclass(frozen=True)
 class Fit:
     """Whether a recipe's training step fits, and what would.
@@ -70,7 +74,7 @@ def fit(
         batch_of: the largest batch of so many comparisons.
 
     Raises:
-        RecipeError: what the model needs cannot be planned.
+        UnplannableError: for whatever reason.
     """
     training = recipe.training
 
@@ -81,7 +85,7 @@ def fit(
                 shared=shared, checkpointing=checkpointing, device=device,
             )  # fmt: skip
         except Exception as error:  # whatever a foreign architecture raises
-            raise RecipeError(
+            raise UnplannableError(
                 f"what a step of this {config.model_type} needs could not be planned: "
                 f"{type(error).__name__}: {one_line(error)}"
             ) from error
@@ -157,7 +161,7 @@ def too_little(recipe: Recipe, trainer: Any, new_modules: Sequence[str], split: 
             trainer.model.config, recipe, new_modules, lambda n: split.longest(n, shared),
             shared=shared, device=device, memory_bytes=there,
         )  # fmt: skip
-    except RecipeError:
+    except UnplannableError:
         return f"{what}, of {there / 1e9:.1f} GB; take {smaller}"
     what += f": the largest batch takes about {found.plan.peak / 1e9:.1f} of {there / 1e9:.1f} GB by the plan"
     if found.fits:  # something else is on the device, or the plan is too low
@@ -200,6 +204,8 @@ def shipped_that_fit(device: torch.device, memory_bytes: float) -> tuple[list[st
                 unknown.append(path.stem)
             elif fit_by_config(recipe, device, memory_bytes).fits:
                 fitting.append(path.stem)
+        except UnplannableError:
+            unknown.append(path.stem)
         except RecipeError:
             unknown.append(path.stem)
             reachable = reachable and is_here

@@ -95,9 +95,9 @@ def rewards(chosen: ArrayLike, rejected: ArrayLike, name: str, label: str) -> st
             _bars(axes, edges, counts, colour, word, alpha=0.4)
             axes.stairs(counts, edges, color=colour, linewidth=1.4)
         axes.set(xlabel="reward", ylabel="responses")
-        _legend(axes)
+        legend(axes)
 
-    return _svg(draw, name, label)
+    return svg(draw, name, label)
 
 
 def margins(values: ArrayLike, name: str, label: str) -> str:
@@ -114,9 +114,9 @@ def margins(values: ArrayLike, name: str, label: str) -> str:
             axes.bar(0, ties, (edges[1] - edges[0]) / 3, color=INK, label="tie", gid="tie")
         axes.axvline(0, color=INK, linewidth=1.2)
         axes.set(xlabel="margin: reward of chosen \N{MINUS SIGN} reward of rejected", ylabel="comparisons")
-        _legend(axes)
+        legend(axes)
 
-    return _svg(draw, name, label)
+    return svg(draw, name, label)
 
 
 Bins = Sequence[tuple[float, float, int]]
@@ -129,12 +129,12 @@ def reliability(bins: Bins, name: str, label: str) -> str:
     Args:
         bins: confidence in [0.5, 1], accuracy, number of pairs.
     """
-    return _svg(partial(_draw_reliability, bins=bins), name, label, RELIABILITY_SIZE)
+    return svg(partial(_draw_reliability, bins=bins), name, label, RELIABILITY_SIZE)
 
 
 def save_reliability(bins: Bins, target: Path) -> None:
     """The same as a PNG on white, for a model card."""
-    with _own_settings():
+    with own_settings():
         figure = Figure(figsize=RELIABILITY_SIZE, layout="constrained")
         _draw_reliability(figure, bins)
         figure.savefig(target, format="png", dpi=150, facecolor="white", metadata={"Software": None})
@@ -148,7 +148,7 @@ def _draw_reliability(figure: Figure, bins: Bins) -> None:
     axes.set(ylabel="accuracy", ylim=(min(0.45, *accuracy - 0.05, 1), 1.03), xlim=(0.49, 1.01))
     _bars(below, confidence - 0.012, n, CHOSEN, "pairs", alpha=0.6, width=0.024)
     below.set(xlabel="confidence: sigmoid(|margin|)", ylabel="pairs")
-    _legend(axes)
+    legend(axes)
 
 
 def accuracy_by(buckets: Sequence[Bucket], what: str, name: str, label: str) -> str:
@@ -173,7 +173,7 @@ def accuracy_by(buckets: Sequence[Bucket], what: str, name: str, label: str) -> 
         axes.grid(visible=True, axis="x")
         axes.grid(visible=False, axis="y")
 
-    return _svg(draw, name, label, (SIZE[0], max(1.5 + 0.24 * len(buckets), 2.2)))
+    return svg(draw, name, label, (SIZE[0], max(1.5 + 0.24 * len(buckets), 2.2)))
 
 
 def curves(
@@ -202,9 +202,9 @@ def curves(
         axes.set(xlabel="optimiser step", ylabel=quantity)
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5))
         if len(series) > 1 or chance is not None:
-            _legend(axes)
+            legend(axes)
 
-    return _svg(draw, name, label, (SIZE[0], 2.7))
+    return svg(draw, name, label, (SIZE[0], 2.7))
 
 
 def _bars(
@@ -223,13 +223,13 @@ def _bars(
         bar.set_gid(f"{word}-{number}")
 
 
-def _legend(axes: Axes) -> None:
+def legend(axes: Axes) -> None:
     """Above the axes, so that it hides nothing."""
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.1, handlelength=1.4)
 
 
 @contextmanager
-def _own_settings() -> Iterator[None]:
+def own_settings() -> Iterator[None]:
     """matplotlib's defaults and ours, whatever the user's matplotlibrc says; theirs afterwards."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -237,10 +237,10 @@ def _own_settings() -> Iterator[None]:
         yield
 
 
-def _svg(draw: Callable[[Figure], None], name: str, label: str, size: tuple[float, float] = SIZE) -> str:
+def svg(draw: Callable[[Figure], None], name: str, label: str, size: tuple[float, float] = SIZE) -> str:
     """The drawing as an `<svg>` to stand inside a page: no size, no colours, no ids of its own."""
     buffer = io.StringIO()
-    with _own_settings(), warnings.catch_warnings():
+    with own_settings(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # its font measures only; the browser has others
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)

@@ -5,17 +5,14 @@ nothing, runs no script and says nothing of when or where it was made: the same 
 bytes. A file or a figure that is absent leaves its part of the page out.
 """
 
-from importlib import resources
 from pathlib import Path
 from typing import Any
-
-import jinja2
 
 from rm_recipe import report_run, report_tables
 from rm_recipe.artifacts import read_json, whole_file
 from rm_recipe.errors import RecipeError
+from rm_recipe.pages import render_page
 from rm_recipe.predictions import read_predictions
-from rm_recipe.redaction import redact
 from rm_recipe.report_predictions import Predictions, by_data_set, examples, pictures
 from rm_recipe.report_text import (
     as_text,
@@ -24,7 +21,6 @@ from rm_recipe.report_text import (
     limits,
     mapping,
     strip,
-    visible,
     whole,
 )
 from rm_recipe.verdict import HELD_OUT, gate_words, readings
@@ -82,16 +78,8 @@ def render(
         _data_set(f"set-{number}", name, figures, predictions.get(name, Predictions()))
         for number, (name, figures) in enumerate(evaluated.items(), 1)
     ]
-    source = resources.files("rm_recipe").joinpath(TEMPLATE).read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_finalize,
-    )
-    # Markup of our own passes as it is; all other text is redacted, made visible and escaped.
-    return environment.from_string(source).render(
+    return render_page(
+        TEMPLATE,
         model=as_text(evaluation.get("model")) or "unnamed model",
         headline=_headline(evaluated[HELD_OUT], evaluation.get("gate")) if HELD_OUT in evaluated else None,
         overview=report_tables.data_sets(evaluated),
@@ -102,10 +90,6 @@ def render(
         run_tables=[table for table in (report_run.cost(run), report_run.versions(run)) if table],
         recipe=recipe.strip(),
     )
-
-
-def _finalize(value: Any) -> Any:
-    return visible(redact(value)) if type(value) is str else value
 
 
 def _headline(figures: dict[str, Any], gate: Any) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def _example(line: dict[str, Any]) -> dict[str, Any]:
     where += [f"subset {as_text(line['subset'])}"] if line.get("subset") else []
     where += [f"{whole(line['turns'])} turns"] if is_number(line.get("turns")) else []
     return {
-        "margin": decimal(line.get("margin"), 3, signed=True),
+        "title": f"margin {decimal(line.get('margin'), 3, signed=True)}",
         "where": ", ".join(where),
         "prompt": messages,
         "responses": _responses(line, text.get("responses")),
@@ -100,7 +100,7 @@ def _responses(line: dict[str, Any], texts: Any) -> list[dict[str, Any]]:
     return [
         {
             "content": _content(content),
-            "reward": decimal(rewards[i], 3, signed=True),
+            "reward": f"reward {decimal(rewards[i], 3, signed=True)}",
             "tokens": whole(tokens[i]) if is_number(tokens[i]) else "",
             "chosen": ranks[i] == best,
             "verdict": _verdict(ranks[i], best, len(texts)),

@@ -29,8 +29,8 @@ def test_only_lines_with_text_are_read_and_ten_of_a_kind():
 
 def test_the_surest_mistakes_and_the_closest_calls_come_first():
     lines = [{"margin": margin, "text": TEXT} for margin in (-1.0, None, -3.0, 0.5)]
-    surest = [example["margin"] for example in examples(lines, "mistake")]
-    closest = [example["margin"] for example in examples(lines, "close")]
+    surest = [example["title"].removeprefix("margin ") for example in examples(lines, "mistake")]
+    closest = [example["title"].removeprefix("margin ") for example in examples(lines, "close")]
     minus, dash = "\N{MINUS SIGN}", "\N{EN DASH}"
     assert surest == [f"{minus}3.000", f"{minus}1.000", "+0.500", dash]
     assert closest == ["+0.500", f"{minus}1.000", f"{minus}3.000", dash]
@@ -45,7 +45,7 @@ def test_an_example_marks_what_was_chosen_and_what_the_model_prefers():
     chosen, rejected = example["responses"]
     assert (chosen["verdict"], chosen["chosen"], chosen["preferred"]) == ("chosen", True, False)
     assert (rejected["verdict"], rejected["chosen"], rejected["preferred"]) == ("rejected", False, True)
-    assert (rejected["reward"], rejected["tokens"], rejected["content"]) == ("+2.000", "31", "No.")
+    assert (rejected["reward"], rejected["tokens"], rejected["content"]) == ("reward +2.000", "31", "No.")
 
 
 def test_neither_of_two_equal_rewards_is_preferred_and_ranks_beyond_two_are_told():
