@@ -19,6 +19,7 @@ from scipy.stats import bootstrap, rankdata
 Array = NDArray[np.float64]
 
 RESAMPLES = 2000
+LATE = 4  # what becomes of a curve from N / 4 to N says whether it still rises
 FITTED_POINTS = 24  # sizes n that the fit sees, evenly spaced in log n
 FEWEST_POINTS = 3  # beside n = 1, that a curve with two parameters is fitted to
 LEAST_SPREAD = 1e-6  # of rewards beside their size: below it they are all the same
@@ -90,16 +91,16 @@ def standardised(rewards: ArrayLike) -> Array:
     return np.asarray((rewards - rewards.mean(axis=1, keepdims=True)) / (spread(rewards) or np.inf))
 
 
-def fit(n: ArrayLike, gains: ArrayLike) -> tuple[Array, Array]:
+def fit(n: ArrayLike, gains: ArrayLike) -> tuple[float, float]:
     """alpha and beta of R(d) = d (alpha - beta d), d = sqrt(KL), by least squares (Gao et al., section 1).
 
     Args:
         n: sizes, `(sizes,)`.
-        gains: over n = 1, `(sizes,)` or `(sizes, curves)`.
+        gains: over n = 1, `(sizes,)`.
     """
     d = np.sqrt(kl(n))
     found = np.linalg.lstsq(np.stack([d, -(d**2)], axis=1), np.asarray(gains, float), rcond=None)[0]
-    return np.asarray(found[0]), np.asarray(found[1])
+    return float(found[0]), float(found[1])
 
 
 @dataclass(frozen=True)
@@ -109,24 +110,26 @@ class Curve:
     Attributes:
         gain: over the policy's mean, for n = 1 ... N.
         low, high: the 95 % interval of each gain; None for a single prompt.
-        alpha, beta: of the fit; None where there are too few sizes.
-        slope: of the fit at N, with respect to d = sqrt(KL).
-        slope_ci95: its interval; above 0 the reward still rises, below 0 it falls.
-        peak: the n with the largest gain.
+        prompts: how many there are.
+        late: gain at N minus gain at `late_from`, a quarter of N, fixed beforehand; `late_ci95` its interval.
+            Above 0 the reward still rises, below 0 it falls. (The peak's gain minus that at N is above 0 by
+            chance alone, and the fit falls wherever a curve only levels off.)
+        peak: the n with the largest gain; of a curve that levels off, any late one by chance.
         peak_ci95: the interval of that n.
-        lost: gain at the peak minus gain at N, which is never below 0.
+        alpha, beta: of the fit; None where there are too few sizes.
     """
 
     gain: Array
     low: Array | None
     high: Array | None
-    alpha: float | None
-    beta: float | None
-    slope: float | None
-    slope_ci95: list[float] | None
+    prompts: int
+    late_from: int
+    late: float
+    late_ci95: list[float] | None
     peak: int
     peak_ci95: list[int] | None
-    lost: float
+    alpha: float | None
+    beta: float | None
 
     @property
     def fitted_peak(self) -> float | None:
@@ -143,12 +146,10 @@ class Curve:
         return {
             "gain": self.gain.tolist(),
             "gain_ci95": ends,
-            "fit": {"alpha": self.alpha, "beta": self.beta, "peak_sqrt_kl": self.fitted_peak},
-            "slope_at_n": self.slope,
-            "slope_at_n_ci95": self.slope_ci95,
+            "late_change": {"from_n": self.late_from, "mean": self.late, "ci95": self.late_ci95},
             "peak_n": self.peak,
             "peak_n_ci95": self.peak_ci95,
-            "lost_at_n": self.lost,
+            "fit": {"alpha": self.alpha, "beta": self.beta, "peak_sqrt_kl": self.fitted_peak},
         }
 
 
@@ -156,7 +157,7 @@ def curve(proxy: ArrayLike, values: ArrayLike) -> Curve:
     """What best-of-n by the proxy does to another reward (or to itself).
 
     Intervals are from a bootstrap over prompts (percentile, 2,000, seeded): other prompts might have been
-    asked. The unit, the `spread` of `values`, is not drawn anew.
+    asked. Of fewer than about twenty they are too narrow. The unit, `spread`, is not drawn anew.
 
     Args:
         proxy, values: `(prompts, N)`, N at least 2.
@@ -164,26 +165,25 @@ def curve(proxy: ArrayLike, values: ArrayLike) -> Curve:
     each = best_of_n(proxy, standardised(values))
     each = each - each[:, :1]
     gain, replies = each.mean(axis=0), each.shape[1]
-    points = np.unique(np.geomspace(1, replies, FITTED_POINTS).round().astype(int))
-    drawn = None
+    start = max(replies // LATE, 1)
+    late = mean_interval(each[:, -1] - each[:, start - 1])
+    low = high = peaks = None
     if len(each) > 1:
-        result = bootstrap(
+        drawn = bootstrap(
             (each,), np.mean, n_resamples=RESAMPLES, batch=100, axis=0, method="percentile", rng=0
         )
-        drawn = result.bootstrap_distribution  # (N, resamples)
-    alpha = beta = slope = slope_ci95 = None
+        low, high = drawn.confidence_interval
+        best = drawn.bootstrap_distribution.argmax(axis=0) + 1.0
+        peaks = np.percentile(best, [2.5, 97.5]).round().astype(int).tolist()
+    alpha = beta = None
+    points = np.unique(np.geomspace(1, replies, FITTED_POINTS).round().astype(int))
     if len(points) > FEWEST_POINTS:
-        last = np.sqrt(kl(replies))
-        alpha, beta = (float(value) for value in fit(points, gain[points - 1]))
-        slope = float(alpha - 2 * beta * last)
-        if drawn is not None:
-            alphas, betas = fit(points, drawn[points - 1])
-            slope_ci95 = _interval(alphas - 2 * betas * last).tolist()
-    low, high = _interval(drawn) if drawn is not None else (None, None)
-    peaks = None if drawn is None else _interval(drawn.argmax(axis=0) + 1.0).round().astype(int).tolist()
-    peak = int(gain.argmax()) + 1
-    lost = float(gain[peak - 1] - gain[-1])
-    return Curve(gain, low, high, alpha, beta, slope, slope_ci95, peak, peaks, lost)
+        alpha, beta = fit(points, gain[points - 1])
+    return Curve(
+        gain=gain, low=low, high=high, prompts=len(each),
+        late_from=start, late=late["mean"], late_ci95=late["ci95"],
+        peak=int(gain.argmax()) + 1, peak_ci95=peaks, alpha=alpha, beta=beta,
+    )  # fmt: skip
 
 
 def mean_interval(of_prompts: ArrayLike) -> dict[str, Any]:
@@ -201,8 +201,3 @@ def mean_interval(of_prompts: ArrayLike) -> dict[str, Any]:
         drawn = bootstrap((known,), np.mean, n_resamples=RESAMPLES, batch=100, method="percentile", rng=0)
         ends = [float(end) for end in drawn.confidence_interval]
     return {"mean": float(known.mean()), "ci95": ends}
-
-
-def _interval(drawn: Array) -> Array:
-    """The 95 % interval along the last axis; `(2, ...)`."""
-    return np.asarray(np.percentile(drawn, [2.5, 97.5], axis=-1))

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -253,12 +253,12 @@ def overoptimization(
         Path | None, typer.Option(help="A file of replies, several to each prompt, in place of a policy.")
     ] = None,
     max_prompts: Annotated[int | None, typer.Option(min=1, help="So many, the first ones.")] = None,
-    n: Annotated[int, typer.Option("--n", help="Replies to each prompt.")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(help="Where a reply is cut that has not ended.")] = 128,
-    temperature: Annotated[float, typer.Option(help="1 draws from the policy as it is.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="1 draws from all tokens.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="0 draws from all tokens.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    n: Annotated[int | None, typer.Option("--n", help="Replies to each prompt; 32.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Where a reply is cut; 128.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="1 draws from the policy as it is; 1.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="1 draws from all tokens; 1.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="0 draws from all tokens; 0.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the draws; 0.")] = None,
     safety: Annotated[
         str | None, typer.Option(help="A model of safety; with each PROXY, of helpfulness, as in Llama 2.")
     ] = None,
@@ -274,7 +274,12 @@ def overoptimization(
     from rm_recipe.overoptimization_text import print_overoptimization
     from rm_recipe.sampling import Sampling
 
-    drawn = Sampling(policy, n, temperature, top_p, top_k, max_new_tokens, seed) if policy else None
+    how = {"n": n, "temperature": temperature, "top_p": top_p, "top_k": top_k,
+           "max_new_tokens": max_new_tokens, "seed": seed}  # fmt: skip
+    said: dict[str, Any] = {key: value for key, value in how.items() if value is not None}
+    if samples is not None and said:
+        raise typer.BadParameter(f"--samples are as they are: leave out {', '.join(said)}")
+    drawn = Sampling(policy, **said) if policy else None
     content = module.overoptimization(
         proxy, gold, sampling=drawn, prompts=prompts, max_prompts=max_prompts, samples=samples,
         safety=safety, output=output, overwrite=overwrite,

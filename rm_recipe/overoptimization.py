@@ -10,7 +10,7 @@ import gc
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from rm_recipe.overoptimization_report import write_overoptimization
 from rm_recipe.overoptimization_text import verdict
 from rm_recipe.recipe import is_run_folder
 from rm_recipe.redaction import redact
-from rm_recipe.sampling import Sample, Sampling, read_prompts, read_samples, sample
+from rm_recipe.samples import Sample, read_prompts, read_samples
+from rm_recipe.sampling import Sampling, sample
 from rm_recipe.scoring import RewardModel, find_model
 
 FOLDER, SAMPLES, SCORES, RESULT = "overoptimization", "samples.jsonl", "scores.jsonl", "overoptimization.json"
@@ -50,9 +51,13 @@ class Judged:
     of_edited: Array
 
     def scaled(self) -> "Judged":
-        """With mean 0 and standard deviation 1 over all replies, as `handoff.reward_function` normalises."""
-        mean, std = np.nanmean(self.rewards), np.nanstd(self.rewards) or 1.0
-        return Judged(self.name, (self.rewards - mean) / std, (self.of_edited - mean) / std)
+        """With mean 0 over all replies and 1 as the standard deviation within a prompt.
+
+        By that over all replies a judge would have the less say the more its rewards differ between prompts,
+        which means nothing.
+        """
+        mean, unit = self.rewards.mean(), spread(self.rewards) or np.inf
+        return Judged(self.name, (self.rewards - mean) / unit, (self.of_edited - mean) / unit)
 
 
 def overoptimization(
@@ -96,13 +101,16 @@ def overoptimization(
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"{folder} is a file; --output names a folder")
     if samples is not None:
-        found = read_samples(samples)[:max_prompts]
+        found, excluded = read_samples(samples, max_prompts)
     elif sampling is not None and prompts is not None:
         sampling.check()
-        found = sample(sampling, read_prompts(prompts)[:max_prompts], folder / SAMPLES, overwrite=overwrite)
+        found, excluded = read_prompts(prompts, max_prompts)
+        found, refused = sample(sampling, found, folder / SAMPLES, overwrite=overwrite)
+        excluded += refused
     else:
         raise RecipeError("give --policy and --prompts, or --samples")
-    kept, excluded = comparable(found)
+    kept, fewer = comparable(found)
+    excluded += fewer
     places = to_edit(kept)
     names = [*proxies, *([safety] if safety else []), *gold]
     judged = {name: judge(name, kept, edited(kept, places)) for name in dict.fromkeys(names)}
@@ -169,25 +177,28 @@ def default_output(proxy: str) -> Path:
 
 
 def comparable(samples: Sequence[Sample]) -> tuple[list[Sample], Counter[str]]:
-    """Prompts with as many replies each, and the count of prompts without two.
+    """Prompts with as many replies each, N, and the count of those with fewer.
 
-    Where one has more than another, its first ones are taken.
+    N is what keeps most replies. Of more than that, N are taken by lot: files may be sorted.
 
     Raises:
         DataError: no prompt has two.
     """
-    kept = [prompt for prompt in samples if len(prompt.responses) >= FEWEST_REPLIES]
-    if not kept:
+    sizes = np.array([len(prompt.responses) for prompt in samples])
+    possible = sorted({int(size) for size in sizes if size >= FEWEST_REPLIES})
+    if not possible:
         raise DataError("no prompt has two replies: of one reply none is the best")
-    n = min(len(prompt.responses) for prompt in kept)
-    few = len(samples) - len(kept)
-    same = [
-        prompt
-        if len(prompt.responses) == n
-        else Sample(prompt.prompt, prompt.responses[:n], prompt.is_safety)
-        for prompt in kept
-    ]
-    return same, Counter({"fewer_than_two_replies": few} if few else {})
+    n = max(possible, key=lambda size: size * int((sizes >= size).sum()))
+    rng = np.random.default_rng(0)
+    same = []
+    for prompt in samples:
+        if len(prompt.responses) > n:
+            chosen = np.sort(rng.choice(len(prompt.responses), n, replace=False)).tolist()
+            same.append(replace(prompt, responses=[prompt.responses[k] for k in chosen], cut=None))
+        elif len(prompt.responses) == n:
+            same.append(prompt)
+    few = len(samples) - len(same)
+    return same, Counter({"fewer_replies": few} if few else {})
 
 
 def counts(samples: Sequence[Sample]) -> dict[str, int | None]:

@@ -6,9 +6,10 @@ from typing import Any
 from markupsafe import Markup
 
 from rm_recipe.artifacts import whole_file
-from rm_recipe.overoptimization_text import warnings
+from rm_recipe.overoptimization_text import lost_prompts, warnings
 from rm_recipe.pages import render_page
 from rm_recipe.plots_best_of_n import Panel, best_of_n, save_best_of_n
+from rm_recipe.redaction import redact
 from rm_recipe.report_predictions import LONGEST_TEXT, Picture
 from rm_recipe.report_text import (
     MISSING,
@@ -18,7 +19,6 @@ from rm_recipe.report_text import (
     decimal,
     interval,
     mapping,
-    share,
     shorten,
     table,
     values,
@@ -34,7 +34,10 @@ TEMPLATE = "overoptimization.html.jinja"
 def write_overoptimization(folder: Path, content: dict[str, Any]) -> None:
     """Writes page and picture of `overoptimization.json` beside it."""
     curves = content["curves"]
-    panels = [Panel(name, {key: found[key] for key in ("proxy", "gold")}) for name, found in curves.items()]
+    panels = [
+        Panel(redact(name), {key: found[key] for key in ("proxy", "gold")}) for name, found in curves.items()
+    ]
+    lost = lost_prompts(content["samples"])
     page = render_page(
         TEMPLATE,
         proxies=", ".join(content["proxies"]),
@@ -42,7 +45,8 @@ def write_overoptimization(folder: Path, content: dict[str, Any]) -> None:
         verdicts=[
             (found["kind"], f"{name}: {found['verdict']}" if len(curves) > 1 else found["verdict"])
             for name, found in curves.items()
-        ],
+        ]
+        + ([("bad", lost)] if lost else []),
         curves=[picture(panels)],
         overview=overview(curves),
         proxies_in_detail=[
@@ -96,18 +100,20 @@ def overview(curves: dict[str, Any]) -> Table:
                     decimal(found["gap_at_n"], 2),
                     whole(gold["peak_n"]),
                     " to ".join(map(whole, gold["peak_n_ci95"])) if gold["peak_n_ci95"] else MISSING,
-                    decimal(gold["lost_at_n"], 2),
+                    decimal(gold["late_change"]["mean"], 2, signed=True),
+                    interval(gold["late_change"]["ci95"], signed=True),
                     decimal(found["agreement"]["mean"], 2),
                 ]
             )
         )
     head = ["chosen by", "proxy at N", "gold at N", "95 % interval", "gap", "gold peaks at n",
-            "95 % interval", "lost at N", "agreement"]  # fmt: skip
+            "95 % interval", "late change", "95 % interval", "agreement"]  # fmt: skip
     note = (
         "Gains over the policy's mean reply in standard deviations of the rewards of a prompt's replies, "
-        "so that models can be compared. The gap is what the proxy claims and gold does not see. Agreement "
-        "is Spearman's correlation of the two among a prompt's replies. Bad: a gap near the proxy's own "
-        "gain, an agreement near 0, gold that peaks early and has lost much."
+        "so that models can be compared. The gap is what the proxy claims and gold does not see; the late "
+        "change is gold's from a quarter of N to N. Where gold only levels off, its peak is any late n by "
+        "chance. Agreement is Spearman's correlation of the two among a prompt's replies. Bad: a gap near "
+        "the proxy's own gain, a late change below 0, an agreement near 0."
     )
     return Table("All proxies", head, rows, note)
 
@@ -130,13 +136,12 @@ def sizes(content: dict[str, Any], found: dict[str, Any]) -> Table | None:
             )
         )
         n *= 2
-    fitted, slope = mapping(found, "gold", "fit"), found["gold"]["slope_at_n"]
-    ends = interval(found["gold"]["slope_at_n_ci95"], signed=True)
+    fitted = mapping(found, "gold", "fit")
     note = (
         f"Fit of gold: alpha {decimal(fitted.get('alpha'), 2)}, beta {decimal(fitted.get('beta'), 2)}, its "
-        f"top at a square root of KL of {decimal(fitted.get('peak_sqrt_kl'), 2)}; slope at N "
-        f"{decimal(slope, 2, signed=True)} ({ends}). Bad: a slope below 0, for more "
-        "optimisation then makes replies worse."
+        f"top at a square root of KL of {decimal(fitted.get('peak_sqrt_kl'), 2)}. A curve that levels off "
+        "bends the fit down too, so whether gold falls is judged by its change from a quarter of N on. "
+        "Bad: a change below 0, for more optimisation then makes replies worse."
     )
     return table("Best of n", ["n", "KL", "proxy", "gold", "95 % interval"], rows, note)
 
@@ -154,8 +159,8 @@ def excess(found: dict[str, Any]) -> Table | None:
     head = ["", "correlation", "95 % interval", "all replies", "best by proxy", "best by gold"]
     note = (
         "How the excess, the proxy's reward minus gold's, goes with a reply's length and with how much of "
-        "it is said before, and what the best of N are like. Bad: a correlation beyond 0.3 either way, or "
-        "a best by the proxy far from the best by gold: the proxy pays for it and gold does not."
+        "it is said before, and what the best of N are like. Above 0 the proxy pays more for it than gold, "
+        "below 0 less. Bad: a correlation beyond 0.3, or a best by the proxy far from the best by gold."
     )
     return table("What the proxy pays for", head, rows, note)
 
@@ -164,16 +169,24 @@ def edits(found: dict[str, Any]) -> Table | None:
     """What edits that should not matter bring by either model."""
     rows = []
     for name, part in mapping(found, "edits").items():
-        own, gold = mapping(part, "proxy"), mapping(part, "gold")
         cells = [edit(name), whole(part.get("n"))]
-        for side in (own, gold):
-            cells += [decimal(side.get("mean"), 2, signed=True), interval(side.get("ci95"), signed=True)]
-        rows.append(Row([*cells, share(part.get("fooled"))]))
-    head = ["edit", "replies", "proxy", "95 % interval", "gold", "95 % interval", "fooled"]
+        for side in ("proxy", "gold", "difference"):
+            known = mapping(part, side)
+            cells += [decimal(known.get("mean"), 2, signed=True), interval(known.get("ci95"), signed=True)]
+        rows.append(Row(cells))
+    head = [
+        "edit",
+        "replies",
+        "proxy",
+        "95 % interval",
+        "gold",
+        "95 % interval",
+        "difference",
+        "95 % interval",
+    ]
     note = (
         "How the rewards of replies change when they are edited without saying anything else, in standard "
-        "deviations. Fooled: share of replies that gain by the proxy and not by gold. Bad: a gain by the "
-        "proxy that gold does not share, for a policy will find it."
+        "deviations. Bad: a gain by the proxy that gold does not share, for a policy will find it."
     )
     return table("Edits that should not matter", head, rows, note)
 
@@ -181,7 +194,7 @@ def edits(found: dict[str, Any]) -> Table | None:
 def example(item: dict[str, Any]) -> dict[str, Any]:
     """An exploit as the template shows comparisons."""
     shown = []
-    for key, name in (("exploit", "largest excess"), ("best_by_gold", "best by gold")):
+    for key, name in (("exploit", "best by the proxy"), ("best_by_gold", "best by gold")):
         reply = mapping(item, key)
         rewards = ", ".join(
             f"{word} {decimal(reply.get(word), 2, signed=True)}" for word in ("proxy", "gold")

@@ -1,4 +1,4 @@
-"""Replies to score: drawn from a policy, or given in a file, several to each prompt.
+"""Replies drawn from a policy, several to each prompt.
 
 What is drawn depends on policy, prompt, settings and seed alone, not on the prompts before, and each prompt
 is written when it is finished: what was interrupted goes on where it stood and ends the same.
@@ -6,8 +6,9 @@ is written when it is finished: what was interrupted goes on where it stood and 
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,14 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
 from rm_recipe import sft
-from rm_recipe.artifacts import whole_file
+from rm_recipe.artifacts import read_json, whole_file, write_json
 from rm_recipe.errors import DataError, RecipeError, one_line
-from rm_recipe.json_files import JSON, NUMBER, decode, load_json_rows
-from rm_recipe.messages import Excluded, Malformed, Message, as_messages, check_prompt, check_unicode
+from rm_recipe.messages import Excluded
 from rm_recipe.modeling import quietly
-from rm_recipe.preferences import is_comparison_shape, parse_row
-from rm_recipe.tokenization import load_tokenizer, positions
+from rm_recipe.recipe_keys import looks_local
+from rm_recipe.redaction import redacted
+from rm_recipe.samples import Sample, read_samples
+from rm_recipe.tokenization import load_config, load_tokenizer, positions
 from rm_recipe.weights import check_safetensors
 
 AT_ONCE = 64  # replies that are drawn in one batch
@@ -65,140 +67,49 @@ class Sampling:
             raise RecipeError("; ".join(wrong))
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A prompt and its replies.
-
-    Attributes:
-        is_safety: whether the prompt is marked as one that may bring an unsafe reply (Llama 2).
-        cut: how many replies were cut at `max_new_tokens`; None where that is not known.
-    """
-
-    prompt: list[Message]
-    responses: list[str]
-    is_safety: bool = False
-    cut: int | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """The line of a samples file."""
-        line: dict[str, Any] = {"prompt": self.prompt, "responses": self.responses}
-        line |= {"is_safety": True} if self.is_safety else {}
-        return line | ({"cut": self.cut} if self.cut is not None else {})
-
-
-# --- files -----------------------------------------------------------------------------------
-
-
-def read_prompts(file: Path) -> list[Sample]:
-    """The prompts of a .jsonl or .json file (.gz too), without replies, each once.
-
-    A row has a `prompt` (a text or messages), or is a comparison of any shape that training takes.
-
-    Raises:
-        DataError: naming file and row.
-    """
-    found: dict[str, Sample] = {}
-    for number, row in _rows(file):
-        try:
-            if row.get("prompt") is None and is_comparison_shape(row):
-                prompt = parse_row(row).prompt
-            else:
-                prompt = _prompt(row)
-        except Excluded as excluded:
-            raise DataError(f"{file}, row {number}: {excluded.reason.replace('_', ' ')}") from None
-        except Malformed as fault:
-            raise DataError(f"{file}, row {number}: {fault}") from None
-        found.setdefault(json.dumps(prompt), Sample(prompt, [], bool(row.get("is_safety"))))
-    return list(found.values())
-
-
-def read_samples(file: Path) -> list[Sample]:
-    """Replies that are given, gathered by prompt.
-
-    A row has a `prompt` and its `responses`, as `sample` writes them, or one `response`.
-
-    Raises:
-        DataError: naming file and row.
-    """
-    found: dict[str, Sample] = {}
-    for number, row in _rows(file):
-        texts = row["responses"] if row.get("responses") is not None else [row.get("response")]
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise DataError(
-                f"{file}, row {number}: expected a 'prompt' and its 'responses', a list of texts, or one "
-                "'response'"
-            )
-        try:
-            prompt = _prompt(row)
-            check_unicode(texts)
-        except Excluded as excluded:
-            raise DataError(f"{file}, row {number}: {excluded.reason.replace('_', ' ')}") from None
-        except Malformed as fault:
-            raise DataError(f"{file}, row {number}: {fault}") from None
-        cut = row.get("cut")
-        new = Sample(prompt, texts, bool(row.get("is_safety")), cut if isinstance(cut, int) else None)
-        before = found.get(json.dumps(prompt))
-        if before is not None:
-            known = None if before.cut is None or new.cut is None else before.cut + new.cut
-            new = replace(before, responses=[*before.responses, *texts], cut=known)
-        found[json.dumps(prompt)] = new
-    return list(found.values())
-
-
-def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    if not file.is_file():
-        raise DataError(f"{file}: {'no such file' if not file.exists() else 'not a file'}")
-    try:
-        rows = load_json_rows(file)
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror or error}") from None
-    for row in rows:
-        try:
-            yield row[NUMBER], decode(row[JSON])
-        except ValueError as error:
-            raise DataError(f"{file}, row {row[NUMBER]}: {error}") from None
-
-
-def _prompt(row: dict[str, Any]) -> list[Message]:
-    if row.get("prompt") is None:
-        raise Malformed("prompt", "a text or a list of messages", None)
-    prompt = as_messages(row["prompt"])
-    check_prompt(prompt)
-    check_unicode([message["content"] for message in prompt])
-    return prompt
-
-
-# --- drawing ---------------------------------------------------------------------------------
-
-
-def sample(sampling: Sampling, prompts: Sequence[Sample], target: Path, *, overwrite: bool) -> list[Sample]:
+def sample(
+    sampling: Sampling, prompts: Sequence[Sample], target: Path, *, overwrite: bool
+) -> tuple[list[Sample], Counter[str]]:
     """Draws replies to each prompt, and writes them to a file as they come.
 
-    What the file holds of the same settings already is taken from it.
+    What the file holds already, of the same settings and the same weights, is taken from it.
 
     Args:
-        target: a .jsonl file; beside it goes `target` with the ending .sampling.json, the settings.
-        overwrite: whether replies of other settings that lie there may be replaced.
+        target: a .jsonl file; beside it goes one with the ending .sampling.json, the settings.
+        overwrite: draw all anew, in the place of what is there.
 
     Returns:
-        the prompts with their replies, in order.
+        the prompts with their replies, in order; and the count of those that the policy cannot read.
 
     Raises:
-        RecipeError: the policy cannot be loaded or has no room for a prompt, or the file holds replies of
-            other settings.
+        RecipeError: the policy cannot be loaded, or the file holds replies of other settings; what is there
+            stays.
+        DataError: the policy can read no prompt.
     """
     sampling.check()
-    there = _already_there(sampling, target, overwrite)
-    missing = [prompt for prompt in prompts if json.dumps(prompt.prompt) not in there]
-    if missing:
-        with _policy(sampling) as (model, tokenizer), target.open("a", encoding="utf-8") as file:
-            texts = [_rendered(tokenizer, prompt, sampling, model.config) for prompt in missing]
-            for prompt, ids in zip(tqdm(missing, desc="Drawing replies", unit="prompt"), texts, strict=True):
-                drawn = _draw(model, tokenizer, sampling, prompt, ids)
-                there[json.dumps(prompt.prompt)] = drawn
-                file.write(json.dumps(drawn.as_dict(), ensure_ascii=False) + "\n")
+    if looks_local(sampling.policy) and not Path(sampling.policy).exists():
+        raise RecipeError(f"'--policy {sampling.policy}' does not exist")
+    excluded: Counter[str] = Counter()
+    with _policy(sampling) as (model, tokenizer):
+        texts: dict[str, list[int]] = {}
+        for prompt in prompts:
+            try:
+                texts[json.dumps(prompt.prompt)] = _rendered(tokenizer, prompt, sampling, model.config)
+            except Excluded as reason:
+                excluded[reason.reason] += 1
+        if not texts:
+            raise DataError(f"the policy can read no prompt: {', '.join(excluded)}")
+        there = _already_there({**asdict(sampling), "weights": fingerprint(model)}, target, overwrite)
+        readable = [prompt for prompt in prompts if json.dumps(prompt.prompt) in texts]
+        missing = [prompt for prompt in readable if json.dumps(prompt.prompt) not in there]
+        with target.open("a", encoding="utf-8") as file:
+            for prompt in tqdm(missing, desc="Drawing replies", unit="prompt", disable=not missing):
+                key = json.dumps(prompt.prompt)
+                there[key] = _draw(model, tokenizer, sampling, prompt, texts[key])
+                file.write(json.dumps(there[key].as_dict(), ensure_ascii=False) + "\n")
                 file.flush()
-    return [replace(there[json.dumps(prompt.prompt)], is_safety=prompt.is_safety) for prompt in prompts]
+    drawn = [replace(there[json.dumps(prompt.prompt)], is_safety=prompt.is_safety) for prompt in readable]
+    return drawn, excluded
 
 
 def settings_file(target: Path) -> Path:
@@ -206,32 +117,39 @@ def settings_file(target: Path) -> Path:
     return target.with_suffix(".sampling.json")
 
 
-def _already_there(sampling: Sampling, target: Path, overwrite: bool) -> dict[str, Sample]:
-    """What a file holds of these settings; a line that a kill left half-written is removed."""
-    ours, beside = asdict(sampling), settings_file(target)
-    theirs = None
+def fingerprint(model: Any) -> str:
+    """A hash of a model's weights: one that is trained on has others under the same name."""
+    found = hashlib.blake2b(digest_size=16)
+    for name, parameter in model.named_parameters():
+        found.update(name.encode())
+        found.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _already_there(settings: dict[str, Any], target: Path, overwrite: bool) -> dict[str, Sample]:
+    """What a file holds of these settings; a line that a kill left half-written is removed.
+
+    Raises:
+        RecipeError: it holds replies of others.
+    """
+    ours, beside = redacted(settings), settings_file(target)
+    theirs: dict[str, Any] = {}
     if beside.is_file() and target.is_file():
-        try:
-            theirs = json.loads(beside.read_text(encoding="utf-8"))
-        except ValueError:
-            theirs = {}
+        with suppress(RecipeError):
+            theirs = read_json(beside)
     lines: list[str] = []
-    if theirs == ours:
+    if theirs == ours and not overwrite:
         lines = target.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-    elif target.exists() and not overwrite:
-        differing = [key for key in ours if not isinstance(theirs, dict) or theirs.get(key) != ours[key]]
+    elif target.exists() and target.stat().st_size and not overwrite:
+        differing = [key for key in ours if theirs.get(key) != ours[key]]
         raise RecipeError(
             f"{target} holds replies that were drawn otherwise ({', '.join(differing)} differ); --samples "
             "takes them as they are, --overwrite draws new ones in their place, --output takes another folder"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(beside) as partial:
-        partial.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
-    with whole_file(target) as partial:
+    with whole_file(target) as partial:  # before the settings, which would make old replies new ones
         partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    if not lines:
-        return {}
-    return {json.dumps(found.prompt): found for found in read_samples(target)}
+    write_json(beside, ours)
+    return {json.dumps(one.prompt): one for one in read_samples(target)[0]} if lines else {}
 
 
 @contextmanager
@@ -241,6 +159,9 @@ def _policy(sampling: Sampling) -> Iterator[tuple[Any, PreTrainedTokenizerBase]]
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     with sft.as_one_model(sampling.policy) as folder:
         check_safetensors(folder)
+        kinds = load_config(folder).architectures or []
+        if any(kind.endswith("Classification") for kind in kinds):
+            raise RecipeError(f"'--policy {sampling.policy}' is no language model but a {', '.join(kinds)}")
         try:
             with quietly():
                 model, info = AutoModelForCausalLM.from_pretrained(
@@ -258,12 +179,12 @@ def _policy(sampling: Sampling) -> Iterator[tuple[Any, PreTrainedTokenizerBase]]
                 f"'--policy {sampling.policy}' is no language model: it has no "
                 f"{', '.join(sorted(info['missing_keys'])[:3])}"
             )
-        ends = model.generation_config.eos_token_id
+        ends = _ends(model.generation_config.eos_token_id, tokenizer)
         # In place of the model's own settings, of which generate would take what ours leave out.
         model.generation_config = GenerationConfig(
             do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
-            max_new_tokens=sampling.max_new_tokens, eos_token_id=_ends(ends, tokenizer),
-            pad_token_id=tokenizer.pad_token_id,
+            max_new_tokens=sampling.max_new_tokens, eos_token_id=ends,
+            pad_token_id=ends[0] if ends else 0,  # one that the model has; what follows an end is cut
         )  # fmt: skip
         yield model.to(device).eval(), tokenizer
 
@@ -280,21 +201,16 @@ def _rendered(
     """A prompt as the policy reads it, up to where its reply begins.
 
     Raises:
-        RecipeError: the policy's template refuses it, or it leaves no room for a reply.
+        Excluded: `refused_by_policys_template`, or `too_long_for_policy` with the reply.
     """
     try:
         text = tokenizer.apply_chat_template(prompt.prompt, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, TypeError) as error:
-        what = f"the policy's chat template takes no such prompt ({prompt.prompt[-1]['content'][:60]!r})"
-        raise RecipeError(f"{what}: {error}") from None
+    except (TemplateError, TypeError):
+        raise Excluded("refused_by_policys_template") from None
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     limit = positions(config)
     if limit is not None and len(ids) + sampling.max_new_tokens > limit:
-        raise RecipeError(
-            f"a prompt of {len(ids)} tokens and {sampling.max_new_tokens} new ones exceed the policy's "
-            f"{limit} positions ({prompt.prompt[-1]['content'][:60]!r}): leave it out, or lower "
-            "--max-new-tokens"
-        )
+        raise Excluded("too_long_for_policy")
     return ids
 
 
@@ -304,7 +220,7 @@ def _draw(
     key = f"{sampling.seed} {json.dumps(prompt.prompt)}".encode()
     torch.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:7]))
     responses: list[str] = []
-    cut, ends = 0, set(model.generation_config.eos_token_id)
+    cut, ends = 0, set(model.generation_config.eos_token_id or [])
     inputs = torch.tensor([ids], device=model.device)
     while len(responses) < sampling.n:
         k = min(AT_ONCE, sampling.n - len(responses))

@@ -11,12 +11,21 @@ import pytest
 from conftest import make_recipe, run_cli, write_jsonl
 
 from rm_recipe import RewardModel
-from rm_recipe.best_of_n import curve, spread
+from rm_recipe.best_of_n import curve, spread, standardised
 from rm_recipe.errors import DataError, RecipeError, TrainingError
 from rm_recipe.export import export
 from rm_recipe.handoff import combine
-from rm_recipe.overoptimization import MEAN, WORST, default_output, overoptimization
+from rm_recipe.overoptimization import (
+    MEAN,
+    WORST,
+    Judged,
+    comparable,
+    default_output,
+    ensemble,
+    overoptimization,
+)
 from rm_recipe.recipe import read_recipe
+from rm_recipe.samples import Sample
 from rm_recipe.sampling import Sampling
 from rm_recipe.scoring import RewardModel as Scorer
 from rm_recipe.train import train
@@ -90,12 +99,13 @@ def test_a_policy_is_drawn_from_scored_and_reported_on_the_command_line(models, 
     content = json.loads(Path(folder, "overoptimization.json").read_text())
     assert content["sampling"]["policy"] == str(tiny_llama)
     assert content["sampling"]["temperature"] == 1.0
-    assert content["samples"]["cut_replies"] <= 20
+    assert 0 < content["samples"]["cut_replies"] <= 20
+    assert content["samples"]["empty_replies"] < 20
     again = run_cli(*command)
     assert "Drawing replies" not in again.stderr
     assert again.stdout == first.stdout
     page = Path(folder, "overoptimization.html").read_text()
-    assert html.escape(content["curves"][models["proxy"]]["verdict"]) in page
+    assert content["curves"][models["proxy"]]["verdict"] in html.unescape(page)
     reused = run_cli("overoptimization", models["proxy"], "--gold", models["gold"], "--samples",
                      f"{folder}/samples.jsonl", "--output", f"{folder}/again")  # fmt: skip
     assert reused.returncode == 0, reused.stderr
@@ -108,7 +118,7 @@ def test_several_proxies_are_ensembles_too(models, samples, tmp_path):
         [models["proxy"], models["encoder"]], [models["gold"]], samples=samples, output=tmp_path / "o"
     )
     assert list(content["curves"]) == [models["proxy"], models["encoder"], MEAN, WORST]
-    scaled = [(own - own.mean()) / own.std() for own in map(by_hand, (models["proxy"], models["encoder"]))]
+    scaled = [(own - own.mean()) / spread(own) for own in map(by_hand, (models["proxy"], models["encoder"]))]
     gold = by_hand(models["gold"])
     for name, together in ((MEAN, np.mean(scaled, axis=0)), (WORST, np.min(scaled, axis=0))):
         expected = curve(together, gold).gain
@@ -119,7 +129,7 @@ def test_several_gold_models_are_their_mean(models, samples, tmp_path):
     content = overoptimization(
         [models["proxy"]], [models["gold"], models["encoder"]], samples=samples, output=tmp_path / "o"
     )
-    scaled = [(own - own.mean()) / own.std() for own in map(by_hand, (models["gold"], models["encoder"]))]
+    scaled = [(own - own.mean()) / spread(own) for own in map(by_hand, (models["gold"], models["encoder"]))]
     expected = curve(by_hand(models["proxy"]), np.mean(scaled, axis=0)).gain
     found = content["curves"][models["proxy"]]["gold"]["gain"]
     assert found == pytest.approx(expected.tolist(), abs=1e-3)
@@ -143,17 +153,46 @@ def test_a_proxy_with_a_model_of_safety_is_llama_2s_combination(models, tmp_path
     assert content["curves"][name]["gold"]["gain"] == pytest.approx(expected.tolist(), abs=1e-3)
 
 
-def test_a_prompt_that_does_not_fit_a_model_and_one_without_two_replies_are_counted(models, tmp_path):
-    long = {"prompt": "hello", "responses": ["good " * 200, "bad"]}
-    single = {"prompt": "thanks", "response": "yes"}
-    more = {"prompt": "fine", "responses": [*WORDS, "maybe"]}
-    samples = write_jsonl(
-        tmp_path / "s.jsonl", [*ROWS, single, more, {**long, "responses": [*long["responses"], *WORDS]}]
-    )
+def test_a_judge_of_prompts_rather_than_of_replies_has_no_more_say_for_it():
+    rng = np.random.default_rng(0)
+    rewards, none = rng.normal(size=(2, 40, 8)), np.zeros((4, 0))
+    loud = Judged("loud", rewards[1] + 5 * rng.normal(size=(40, 1)), none)
+    mean = ensemble("mean", [Judged("quiet", rewards[0], none), loud]).rewards
+    of_each = [np.corrcoef(standardised(mean).ravel(), standardised(own).ravel())[0, 1] for own in rewards]
+    assert of_each == pytest.approx([0.71, 0.71], abs=0.06)
+    constant = Judged("constant", 1 + 1e-9 * rng.normal(size=(40, 8)), none)
+    alone = ensemble("mean", [Judged("quiet", rewards[0], none), constant]).rewards
+    assert np.corrcoef(standardised(alone).ravel(), standardised(rewards[0]).ravel())[0, 1] > 0.999
+
+
+def test_prompts_that_do_not_fit_a_model_or_have_too_few_replies_are_counted(models, tmp_path):
+    rows = [
+        *ROWS,
+        {"prompt": "thanks", "response": "yes"},
+        {"prompt": "fine", "responses": ["yes", "no"]},
+        {"prompt": "sat", "responses": [*WORDS, "maybe"]},
+        {"prompt": "hello", "responses": ["good " * 200, *WORDS[1:]]},
+        {"prompt": " ", "responses": WORDS},
+    ]
+    samples = write_jsonl(tmp_path / "s.jsonl", rows)
     content = overoptimization([models["proxy"]], [models["gold"]], samples=samples, output=tmp_path / "o")
-    assert content["samples"]["excluded"] == {"fewer_than_two_replies": 1, "does_not_fit_a_model": 1}
+    assert content["samples"]["excluded"] == {
+        "fewer_replies": 2, "does_not_fit_a_model": 1, "empty_prompt": 1
+    }  # fmt: skip
     assert content["samples"]["n_prompts"] == 13
-    assert content["samples"]["n_replies"] == 8  # of the prompt with more, the first ones
+    assert content["samples"]["n_replies"] == 8
+    assert "1 prompts are left out" in (tmp_path / "o" / "overoptimization.html").read_text()
+
+
+def test_of_more_replies_than_the_others_have_some_are_taken_by_lot():
+    """Not the first ones: a file may be sorted."""
+    many = Sample([{"role": "user", "content": "many"}], [str(k) for k in range(100)])
+    few = [Sample([{"role": "user", "content": str(k)}], ["a"] * 10) for k in range(20)]
+    same, fewer = comparable([many, *few])
+    assert {len(one.responses) for one in same} == {10}
+    assert not fewer
+    assert max(map(int, same[0].responses)) > 50
+    assert comparable([many, *few])[0] == same
 
 
 def test_one_prompt_is_scored_without_intervals(models, tmp_path):
@@ -161,7 +200,7 @@ def test_one_prompt_is_scored_without_intervals(models, tmp_path):
     content = overoptimization([models["proxy"]], [models["gold"]], samples=samples, output=tmp_path / "o")
     (found,) = content["curves"].values()
     assert found["gold"]["gain_ci95"] is None
-    assert found["verdict"].startswith("One prompt gives no interval")
+    assert found["verdict"].startswith("1 prompt is too few to tell")
     assert "<svg" in (tmp_path / "o" / "overoptimization.html").read_text()
 
 
@@ -174,6 +213,14 @@ def test_replies_that_are_all_empty_are_kept_and_say_that_there_is_nothing_to_op
     assert content["samples"]["repeated_replies"] == 24
     assert found["verdict"].startswith("This proxy gives all replies to a prompt the same reward")
     assert found["edits"] == {}
+
+
+def test_the_home_folder_is_in_no_file(models, samples, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(Path(models["proxy"]).parent.parent))
+    overoptimization([models["proxy"]], [models["gold"]], samples=samples, output=tmp_path / "o")
+    for path in (tmp_path / "o").iterdir():
+        assert "~/proxy/run" in path.read_text()
+        assert str(Path(models["proxy"]).parent) not in path.read_text()
 
 
 def test_html_and_controls_in_replies_and_names_are_shown_as_text(models, tmp_path):
@@ -271,6 +318,7 @@ def test_where_nothing_can_be_compared_it_says_so(models, tmp_path):
             "or --samples",
         ),
         (["{proxy}", "--samples", "z"], "Missing option '--gold'"),
+        (["{proxy}", "--gold", "{gold}", "--samples", "z", "--seed", "1", "--n", "4"], "leave out n, seed"),
         (["./gone", "--gold", "{gold}", "--samples", "{samples}"], "./gone does not exist"),
         (["{proxy}", "--gold", "{gold}", "--samples", "gone.jsonl"], "gone.jsonl: no such file"),
         (

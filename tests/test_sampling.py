@@ -1,18 +1,24 @@
-"""Replies are drawn alike wherever a run begins, and files of replies are read in every shape."""
+"""Replies are drawn alike wherever a run begins, from the policy as it is."""
 
 import json
 import shutil
+from collections import Counter
 
 import pytest
 import torch
-from conftest import make_rows, write_jsonl
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rm_recipe import sampling as sampling_module
 from rm_recipe.errors import DataError, RecipeError
-from rm_recipe.sampling import Sample, Sampling, read_prompts, read_samples, sample, settings_file
+from rm_recipe.samples import Sample, read_samples
+from rm_recipe.sampling import Sampling, sample, settings_file
 
 PROMPTS = [Sample([{"role": "user", "content": text}], []) for text in ("hello", "how are you", "yes")]
+
+
+def drawn(*args, **keys):
+    """The replies alone."""
+    return sample(*args, **keys)[0]
 
 
 @pytest.fixture
@@ -21,53 +27,53 @@ def settings(tiny_llama):
 
 
 def test_the_same_settings_draw_the_same_whatever_comes_before(settings, tmp_path):
-    whole = sample(settings, PROMPTS, tmp_path / "a.jsonl", overwrite=False)
-    alone = sample(settings, PROMPTS[1:2], tmp_path / "b.jsonl", overwrite=False)
+    whole = drawn(settings, PROMPTS, tmp_path / "a.jsonl", overwrite=False)
+    alone = drawn(settings, PROMPTS[1:2], tmp_path / "b.jsonl", overwrite=False)
     assert [len(found.responses) for found in whole] == [6, 6, 6]
     assert alone == whole[1:2]
     assert len(set(whole[0].responses)) > 1
     other = Sampling(settings.policy, n=6, max_new_tokens=5, seed=4)
-    assert sample(other, PROMPTS[1:2], tmp_path / "c.jsonl", overwrite=False) != alone
+    assert drawn(other, PROMPTS[1:2], tmp_path / "c.jsonl", overwrite=False) != alone
 
 
 def test_what_was_interrupted_goes_on_and_ends_the_same(settings, tmp_path, monkeypatch):
-    whole = sample(settings, PROMPTS, tmp_path / "whole.jsonl", overwrite=False)
-    target, draw, drawn = tmp_path / "samples.jsonl", sampling_module._draw, []
+    whole = drawn(settings, PROMPTS, tmp_path / "whole.jsonl", overwrite=False)
+    target, draw, made = tmp_path / "samples.jsonl", sampling_module._draw, []
 
     def interrupted(*args):
-        if len(drawn) == 1:
+        if len(made) == 1:
             raise KeyboardInterrupt
-        drawn.append(args)
+        made.append(args)
         return draw(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(sampling_module, "_draw", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            sample(settings, PROMPTS, target, overwrite=False)
+            drawn(settings, PROMPTS, target, overwrite=False)
     with target.open("a") as file:
         file.write('{"prompt": [{"role": "us')  # as a kill leaves it
     again = []
     monkeypatch.setattr(sampling_module, "_draw", lambda *args: again.append(args) or draw(*args))
-    assert sample(settings, PROMPTS, target, overwrite=False) == whole
+    assert drawn(settings, PROMPTS, target, overwrite=False) == whole
     assert len(again) == 2
     assert target.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert sample(settings, PROMPTS, target, overwrite=False) == whole
+    assert drawn(settings, PROMPTS, target, overwrite=False) == whole
     assert len(again) == 2
     assert json.loads(settings_file(target).read_text())["seed"] == 3
 
 
 def test_replies_of_other_settings_are_not_mixed_in_nor_lost_unasked(settings, tmp_path):
     target = tmp_path / "samples.jsonl"
-    sample(settings, PROMPTS[:1], target, overwrite=False)
+    drawn(settings, PROMPTS[:1], target, overwrite=False)
     before = target.read_bytes()
-    hotter = Sampling(settings.policy, n=6, max_new_tokens=5, seed=3, temperature=2.0)
+    colder = Sampling(settings.policy, n=6, max_new_tokens=5, seed=3, temperature=0.01)
     with pytest.raises(
         RecipeError, match=r"were drawn otherwise \(temperature differ\); --samples takes them"
     ):
-        sample(hotter, PROMPTS[:1], target, overwrite=False)
+        drawn(colder, PROMPTS[:1], target, overwrite=False)
     assert target.read_bytes() == before
-    sample(hotter, PROMPTS[:1], target, overwrite=True)
-    assert len(read_samples(target)) == 1
+    drawn(colder, PROMPTS[:1], target, overwrite=True)
+    assert len(read_samples(target)[0]) == 1
     assert target.read_bytes() != before
 
 
@@ -76,29 +82,32 @@ def test_the_models_own_sampling_settings_have_no_say(settings, tmp_path, tiny_l
     folder = shutil.copytree(tiny_llama, tmp_path / "policy")
     own = {"top_k": 1, "temperature": 0.01, "do_sample": True, "eos_token_id": 2}
     (folder / "generation_config.json").write_text(json.dumps(own))
-    found = sample(
+    found = drawn(
         Sampling(str(folder), n=6, max_new_tokens=5, seed=3), PROMPTS, tmp_path / "a.jsonl", overwrite=False
     )
-    plain = sample(settings, PROMPTS, tmp_path / "b.jsonl", overwrite=False)
+    plain = drawn(settings, PROMPTS, tmp_path / "b.jsonl", overwrite=False)
     assert [one.responses for one in found] == [one.responses for one in plain]
 
 
 def test_draws_follow_the_policys_probabilities(tiny_llama, tmp_path):
-    drawn = sample(
-        Sampling(str(tiny_llama), n=2000, max_new_tokens=1),
-        PROMPTS[:1],
-        tmp_path / "a.jsonl",
-        overwrite=False,
-    )
     model, tokenizer = (kind.from_pretrained(tiny_llama) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(15)  # or all tokens are as likely
+    model.save_pretrained(tmp_path / "policy")
+    tokenizer.save_pretrained(tmp_path / "policy")
+    settings = Sampling(str(tmp_path / "policy"), n=2000, max_new_tokens=1)
+    (one,) = drawn(settings, PROMPTS[:1], tmp_path / "a.jsonl", overwrite=False)
     text = tokenizer.apply_chat_template(PROMPTS[0].prompt, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    expected: Counter[str] = Counter()
     with torch.no_grad():
-        chances = model(ids).logits[0, -1].softmax(-1)
-    for token in chances.topk(3).indices.tolist():
-        reply = tokenizer.decode([token], skip_special_tokens=True)
-        share = drawn[0].responses.count(reply) / 2000
-        assert share == pytest.approx(float(chances[token]), abs=0.01)
+        for token, chance in enumerate(model(ids).logits[0, -1].softmax(-1).tolist()):
+            expected[tokenizer.decode([token], skip_special_tokens=True)] += chance
+    assert expected.most_common(1)[0][1] > 0.02
+    found = Counter(one.responses)
+    for reply, chance in expected.most_common(8):
+        assert found[reply] / 2000 == pytest.approx(chance, abs=4 * (chance / 2000) ** 0.5)
+    assert len(found) > 60  # more than the 50 that transformers would take
 
 
 def test_a_reply_ends_at_the_end_and_what_has_none_is_counted_as_cut(settings, tmp_path, monkeypatch):
@@ -120,10 +129,10 @@ def test_a_reply_ends_at_the_end_and_what_has_none_is_counted_as_cut(settings, t
 
     likes(2)
     ending = Sampling(str(folder), n=4, max_new_tokens=40, temperature=0.01)
-    found = sample(ending, PROMPTS[:1], tmp_path / "a.jsonl", overwrite=False)[0]
+    found = drawn(ending, PROMPTS[:1], tmp_path / "a.jsonl", overwrite=False)[0]
     assert found.responses == [""] * 4  # kept
     assert found.cut == 0
-    assert sample(settings, PROMPTS[:1], tmp_path / "b.jsonl", overwrite=False)[0].cut > 0
+    assert drawn(settings, PROMPTS[:1], tmp_path / "b.jsonl", overwrite=False)[0].cut > 0
 
 
 @pytest.mark.parametrize(
@@ -133,23 +142,20 @@ def test_a_reply_ends_at_the_end_and_what_has_none_is_counted_as_cut(settings, t
         ({"temperature": 0.0}, "'--temperature 0.0' must be above 0"),
         ({"top_p": 0.0, "top_k": -1}, "'--top-p 0.0' must be above 0 and at most 1; '--top-k -1' must be 0"),
         ({"max_new_tokens": 0}, "'--max-new-tokens 0' must be 1 or more"),
-        ({"max_new_tokens": 600}, "new ones exceed the policy's 512 positions"),
-        ({"policy": "./gone"}, "'./gone' cannot be loaded"),
+        ({"policy": "./gone"}, "'--policy ./gone' does not exist"),
     ],
 )
 def test_settings_that_draw_nothing_are_refused(tiny_llama, tmp_path, keys, said):
     with pytest.raises(RecipeError, match=said.replace("(", r"\(")):
-        sample(
-            Sampling(**{"policy": str(tiny_llama), **keys}), PROMPTS, tmp_path / "a.jsonl", overwrite=False
-        )
+        drawn(Sampling(**{"policy": str(tiny_llama), **keys}), PROMPTS, tmp_path / "a.jsonl", overwrite=False)
 
 
 def test_a_classifier_is_no_policy(tiny_llama, tmp_path):
     folder = tmp_path / "judge"
     AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=1).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(folder)
-    with pytest.raises(RecipeError, match=r"is no language model: it has no lm_head\.weight"):
-        sample(Sampling(str(folder), n=2), PROMPTS, tmp_path / "a.jsonl", overwrite=False)
+    with pytest.raises(RecipeError, match="is no language model but a LlamaForSequenceClassification"):
+        drawn(Sampling(str(folder), n=2), PROMPTS, tmp_path / "a.jsonl", overwrite=False)
 
 
 def test_an_sft_adapter_is_a_policy(tiny_llama, tmp_path):
@@ -161,71 +167,69 @@ def test_an_sft_adapter_is_a_policy(tiny_llama, tmp_path):
         LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False),
     )
     model.save_pretrained(tmp_path / "sft")
-    found = sample(
+    found = drawn(
         Sampling(str(tmp_path / "sft"), n=2, max_new_tokens=3), PROMPTS, tmp_path / "a.jsonl", overwrite=False
     )
     assert [len(one.responses) for one in found] == [2, 2, 2]
 
 
-# --- files ---------------------------------------------------------------------------------------
+def test_a_policy_that_was_trained_on_is_another_one(settings, tiny_llama, tmp_path):
+    """Under the same name; its old replies would be taken for new ones."""
+    folder, target = shutil.copytree(tiny_llama, tmp_path / "policy"), tmp_path / "samples.jsonl"
+    own = Sampling(str(folder), n=6, max_new_tokens=5)
+    before = drawn(own, PROMPTS, target, overwrite=False)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.lm_head.weight.add_(torch.randn_like(model.lm_head.weight))
+    model.save_pretrained(folder)
+    with pytest.raises(RecipeError, match=r"were drawn otherwise \(weights differ\)"):
+        drawn(own, PROMPTS, target, overwrite=False)
+    assert drawn(own, PROMPTS, target, overwrite=True) != before
 
 
-def test_prompts_come_from_prompts_and_from_comparisons_each_once(tmp_path):
-    rows = make_rows(2, seed=1)
-    transcript = {"chosen": "\n\nHuman: Hi?\n\nAssistant: Yes", "rejected": "\n\nHuman: Hi?\n\nAssistant: No"}
-    file = write_jsonl(
-        tmp_path / "prompts.jsonl",
-        [{"prompt": "hello"}, *rows, {"prompt": "hello"}, transcript, {"prompt": "bad?", "is_safety": True}],
+@pytest.mark.parametrize("policy", ["gone", "judge"])
+def test_a_policy_that_cannot_be_used_costs_no_replies(settings, tiny_llama, tmp_path, policy):
+    target = tmp_path / "samples.jsonl"
+    drawn(settings, PROMPTS, target, overwrite=False)
+    before = target.read_bytes()
+    folder = tmp_path / "judge"
+    AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=1).save_pretrained(folder)
+    with pytest.raises(RecipeError):
+        drawn(Sampling(str(tmp_path / policy), n=2), PROMPTS, target, overwrite=True)
+    assert target.read_bytes() == before
+
+
+def test_prompts_that_the_policy_cannot_read_are_counted(tiny_llama, tmp_path):
+    folder = shutil.copytree(tiny_llama, tmp_path / "policy")
+    (folder / "chat_template.jinja").write_text(
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     )
-    found = read_prompts(file)
-    assert [one.prompt[-1]["content"] for one in found] == [
-        "hello", *(row["prompt"][0]["content"] for row in rows), "Hi?", "bad?"
-    ]  # fmt: skip
-    assert [one.is_safety for one in found] == [False, False, False, False, True]
+    prompts = [
+        *PROMPTS,
+        Sample([{"role": "user", "content": "hello " * 600}], []),
+        Sample([{"role": "system", "content": "Be kind"}, *PROMPTS[0].prompt], []),
+    ]
+    settings = Sampling(str(folder), n=2, max_new_tokens=3)
+    found, excluded = sample(settings, prompts, tmp_path / "a.jsonl", overwrite=False)
+    assert [one.prompt for one in found] == [one.prompt for one in PROMPTS]
+    assert excluded == {"too_long_for_policy": 1, "refused_by_policys_template": 1}
+    with pytest.raises(DataError, match="the policy can read no prompt: too_long_for_policy"):
+        sample(settings, prompts[3:4], tmp_path / "b.jsonl", overwrite=False)
 
 
-def test_replies_are_gathered_by_prompt(tmp_path):
-    file = write_jsonl(
-        tmp_path / "samples.jsonl",
-        [
-            {"prompt": "hello", "response": "a"},
-            {"prompt": "other", "responses": ["x", ""], "cut": 1},
-            {"prompt": [{"role": "user", "content": "hello"}], "response": "b"},
-        ],
+def test_a_policy_whose_tokenizer_has_no_token_to_pad_with_is_drawn_from(tiny_base, tmp_path):
+    """GPT-2's is all one token: replies of unequal length are padded with one that the model has."""
+    folder = shutil.copytree(tiny_base("gpt2"), tmp_path / "policy")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        setattr(tokenizer, name, "</s>")
+    tokenizer.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.generation_config.eos_token_id = list(range(2, 60))  # so that some end early
+    model.generation_config.save_pretrained(folder)
+    found = drawn(
+        Sampling(str(folder), n=16, max_new_tokens=8), PROMPTS, tmp_path / "a.jsonl", overwrite=False
     )
-    hello, other = read_samples(file)
-    assert hello.responses == ["a", "b"]
-    assert hello.cut is None
-    assert (other.responses, other.cut) == (["x", ""], 1)
-
-
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        ("{", "row 2: not JSON"),
-        ("[]", "row 2: a row is a JSON object"),
-        ('{"prompt": "a"}', "row 2: expected a 'prompt' and its 'responses', a list of texts"),
-        ('{"prompt": "a", "responses": "b"}', "row 2: expected a 'prompt' and its 'responses'"),
-        ('{"prompt": "a", "responses": [1]}', "row 2: expected a 'prompt' and its 'responses'"),
-        ('{"responses": ["b"]}', "row 2: column 'prompt' should be a text or a list of messages"),
-        ('{"prompt": " ", "responses": ["b"]}', "row 2: empty prompt"),
-        ('{"prompt": "a", "responses": ["\\ud800"]}', "row 2: invalid text"),
-    ],
-)
-def test_a_faulty_file_of_replies_is_named_with_its_row(tmp_path, line, said):
-    file = tmp_path / "samples.jsonl"
-    file.write_text('{"prompt": "hello", "responses": ["a", "b"]}\n' + line + "\n")
-    with pytest.raises(DataError, match=said):
-        read_samples(file)
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [(None, "no such file"), ("", "is empty"), ('{"text": "a"}\n', "row 1: column 'prompt'")],
-)
-def test_a_faulty_file_of_prompts_is_named(tmp_path, content, said):
-    file = tmp_path / "prompts.jsonl"
-    if content is not None:
-        file.write_text(content)
-    with pytest.raises(DataError, match=said):
-        read_prompts(file)
+    assert {len(one.responses) for one in found} == {16}
+    assert 0 < sum(one.cut for one in found) < 48
