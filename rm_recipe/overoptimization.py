@@ -6,58 +6,29 @@ the proxy, and by one that stands for people, gold: larger, trained on more or o
 of several. The best of n by the proxy gets better by the proxy for ever, and by gold for a while.
 """
 
-import gc
 import json
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from rm_recipe.artifacts import whole_file, write_json
 from rm_recipe.best_of_n import Array, curve, kl, mean_interval, spread, standardised
 from rm_recipe.biases import rank_correlation
-from rm_recipe.consistency import EDITS
-from rm_recipe.errors import DataError, RecipeError, TrainingError
-from rm_recipe.exploits import by_edit, by_feature, edited, examples, to_edit
-from rm_recipe.handoff import combine
+from rm_recipe.errors import RecipeError
+from rm_recipe.exploits import by_edit, by_feature, examples
+from rm_recipe.judges import Judged, ensemble, ensembles, judge_all, with_safety
 from rm_recipe.overoptimization_report import write_overoptimization
 from rm_recipe.overoptimization_text import verdict
 from rm_recipe.recipe import is_run_folder
 from rm_recipe.redaction import redact
 from rm_recipe.samples import Sample, read_prompts, read_samples
 from rm_recipe.sampling import Sampling, sample
-from rm_recipe.scoring import RewardModel, find_model
+from rm_recipe.scoring import find_model
 
 FOLDER, SAMPLES, SCORES, RESULT = "overoptimization", "samples.jsonl", "scores.jsonl", "overoptimization.json"
-FEWEST_REPLIES = 2
-MEAN, WORST = "mean of the proxies", "worst of the proxies"
-
-
-@dataclass(frozen=True)
-class Judged:
-    """What a judge says.
-
-    Attributes:
-        rewards: of the replies, `(prompts, N)`; NaN where a conversation does not fit the model.
-        of_edited: of the edited replies, `(edits, replies)`; likewise.
-    """
-
-    name: str
-    rewards: Array
-    of_edited: Array
-
-    def scaled(self) -> "Judged":
-        """With mean 0 over all replies and 1 as the standard deviation within a prompt.
-
-        By that over all replies a judge would have the less say the more its rewards differ between prompts,
-        which means nothing.
-        """
-        mean, unit = self.rewards.mean(), spread(self.rewards) or np.inf
-        return Judged(self.name, (self.rewards - mean) / unit, (self.of_edited - mean) / unit)
 
 
 def overoptimization(
@@ -109,19 +80,12 @@ def overoptimization(
         excluded += refused
     else:
         raise RecipeError("give --policy and --prompts, or --samples")
-    kept, fewer = comparable(found)
-    excluded += fewer
-    places = to_edit(kept)
-    names = [*proxies, *([safety] if safety else []), *gold]
-    judged = {name: judge(name, kept, edited(kept, places)) for name in dict.fromkeys(names)}
-    fits = np.all([np.isfinite(own.rewards).all(axis=1) for own in judged.values()], axis=0)
-    kept, places, judged, lost = without_unfit(kept, places, judged, fits)
-    excluded += Counter({"does_not_fit_a_model": lost} if lost else {})
-    marks = [prompt.is_safety for prompt in kept]
+    kept, places, judged, left_out = judge_all([*proxies, *filter(None, [safety]), *gold], found)
     of_proxies = [judged[name] for name in proxies]
     if safety:
-        of_proxies = [with_safety(judged[safety], own, marks, places) for own in of_proxies]
+        of_proxies = [with_safety(judged[safety], own, kept, places) for own in of_proxies]
     of_gold = ensemble("gold", [judged[name] for name in gold])
+    sizes = np.arange(1, len(kept[0].responses) + 1)
     content = {
         "proxies": list(proxies),
         "gold": list(gold),
@@ -130,12 +94,12 @@ def overoptimization(
         "samples": {
             "file": str(samples or folder / SAMPLES),
             "n_prompts": len(kept),
-            "n_replies": len(kept[0].responses),
-            "excluded": dict(excluded),
+            "n_replies": len(sizes),
+            "excluded": dict(excluded + left_out),
             **counts(kept),
         },
-        "n": list(range(1, len(kept[0].responses) + 1)),
-        "kl": kl(np.arange(1, len(kept[0].responses) + 1)).tolist(),
+        "n": sizes.tolist(),
+        "kl": kl(sizes).tolist(),
         "curves": {
             own.name: compare(kept, own, of_gold, places) for own in [*of_proxies, *ensembles(of_proxies)]
         },
@@ -176,31 +140,6 @@ def default_output(proxy: str) -> Path:
 # --- replies ---------------------------------------------------------------------------------
 
 
-def comparable(samples: Sequence[Sample]) -> tuple[list[Sample], Counter[str]]:
-    """Prompts with as many replies each, N, and the count of those with fewer.
-
-    N is what keeps most replies. Of more than that, N are taken by lot: files may be sorted.
-
-    Raises:
-        DataError: no prompt has two.
-    """
-    sizes = np.array([len(prompt.responses) for prompt in samples])
-    possible = sorted({int(size) for size in sizes if size >= FEWEST_REPLIES})
-    if not possible:
-        raise DataError("no prompt has two replies: of one reply none is the best")
-    n = max(possible, key=lambda size: size * int((sizes >= size).sum()))
-    rng = np.random.default_rng(0)
-    same = []
-    for prompt in samples:
-        if len(prompt.responses) > n:
-            chosen = np.sort(rng.choice(len(prompt.responses), n, replace=False)).tolist()
-            same.append(replace(prompt, responses=[prompt.responses[k] for k in chosen], cut=None))
-        elif len(prompt.responses) == n:
-            same.append(prompt)
-    few = len(samples) - len(same)
-    return same, Counter({"fewer_replies": few} if few else {})
-
-
 def counts(samples: Sequence[Sample]) -> dict[str, int | None]:
     """Empty replies, which count like any other; those that were said before; and those that were cut."""
     cut = [prompt.cut for prompt in samples]
@@ -209,90 +148,6 @@ def counts(samples: Sequence[Sample]) -> dict[str, int | None]:
         "repeated_replies": sum(len(p.responses) - len(set(p.responses)) for p in samples),
         "cut_replies": None if None in cut else sum(n or 0 for n in cut),
     }
-
-
-# --- rewards ---------------------------------------------------------------------------------
-
-
-def judge(name: str, samples: Sequence[Sample], edits: Sequence[dict[str, Any]]) -> Judged:
-    """The rewards of a model, which is loaded for it and let go of: of two, one at a time is in memory.
-
-    Raises:
-        TrainingError: some are not finite.
-    """
-    model = RewardModel.from_pretrained(name)
-    items = [{"prompt": prompt.prompt, "response": reply} for prompt in samples for reply in prompt.responses]
-    try:
-        rewards = model.score([*items, *edits], progress=True, unfit=np.nan).astype(float)
-    except TrainingError as error:
-        raise TrainingError(f"{name}: {error}; drawn replies are kept and need not be drawn again") from None
-    del model
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    of_edited = rewards[len(items) :]
-    return Judged(name, rewards[: len(items)].reshape(len(samples), -1), of_edited.reshape(len(EDITS), -1))
-
-
-def without_unfit(
-    samples: Sequence[Sample],
-    places: Sequence[tuple[int, int]],
-    judged: dict[str, Judged],
-    fits: Any,
-) -> tuple[list[Sample], list[tuple[int, int]], dict[str, Judged], int]:
-    """Everything without the prompts of which a conversation does not fit some model, and their number.
-
-    Raises:
-        DataError: nothing is left.
-    """
-    if not fits.any():
-        raise DataError("every prompt has a reply that does not fit one of the models: too long, or refused")
-    numbers = np.cumsum(fits) - 1
-    edits = np.array([fits[number] for number, _ in places], bool)
-    return (
-        [prompt for prompt, fit in zip(samples, fits, strict=True) if fit],
-        [(int(numbers[number]), reply) for number, reply in places if fits[number]],
-        {name: Judged(name, own.rewards[fits], own.of_edited[:, edits]) for name, own in judged.items()},
-        int((~fits).sum()),
-    )
-
-
-def ensemble(name: str, judged: Sequence[Judged], *, worst: bool = False) -> Judged:
-    """The mean or the minimum of several judges, each normalised; a single one as it is."""
-    if len(judged) == 1:
-        return Judged(name, judged[0].rewards, judged[0].of_edited)
-    scaled = [own.scaled() for own in judged]
-    of = np.min if worst else np.mean
-    return Judged(
-        name, of([own.rewards for own in scaled], axis=0), of([own.of_edited for own in scaled], axis=0)
-    )
-
-
-def ensembles(proxies: Sequence[Judged]) -> list[Judged]:
-    """What several proxies are together."""
-    if len(proxies) == 1:
-        return []
-    return [ensemble(MEAN, proxies), ensemble(WORST, proxies, worst=True)]
-
-
-def with_safety(
-    safety: Judged, helpful: Judged, marks: Sequence[bool], places: Sequence[tuple[int, int]]
-) -> Judged:
-    """Two models as one, as `handoff.combine` has it."""
-
-    def both(safe: Array, useful: Array, is_safety: Array) -> Array:
-        reward = combine(lambda *_, **__: safe.ravel().tolist(), lambda *_, **__: useful.ravel().tolist(),
-                         whiten=False)  # fmt: skip
-        nothing = [""] * safe.size
-        return np.array(reward(nothing, nothing, is_safety=is_safety.ravel().tolist())).reshape(safe.shape)
-
-    of_prompts = np.array(marks, bool)
-    of_edits = of_prompts[[number for number, _ in places]] if places else np.zeros(0, bool)
-    return Judged(
-        f"{helpful.name} with safety {safety.name}",
-        both(safety.rewards, helpful.rewards, np.broadcast_to(of_prompts[:, None], safety.rewards.shape)),
-        both(safety.of_edited, helpful.of_edited, np.broadcast_to(of_edits, safety.of_edited.shape)),
-    )
 
 
 # --- figures ---------------------------------------------------------------------------------

@@ -11,21 +11,13 @@ import pytest
 from conftest import make_recipe, run_cli, write_jsonl
 
 from rm_recipe import RewardModel
-from rm_recipe.best_of_n import curve, spread, standardised
+from rm_recipe.best_of_n import curve, spread
 from rm_recipe.errors import DataError, RecipeError, TrainingError
 from rm_recipe.export import export
 from rm_recipe.handoff import combine
-from rm_recipe.overoptimization import (
-    MEAN,
-    WORST,
-    Judged,
-    comparable,
-    default_output,
-    ensemble,
-    overoptimization,
-)
+from rm_recipe.judges import MEAN, WORST
+from rm_recipe.overoptimization import default_output, overoptimization
 from rm_recipe.recipe import read_recipe
-from rm_recipe.samples import Sample
 from rm_recipe.sampling import Sampling
 from rm_recipe.scoring import RewardModel as Scorer
 from rm_recipe.train import train
@@ -153,18 +145,6 @@ def test_a_proxy_with_a_model_of_safety_is_llama_2s_combination(models, tmp_path
     assert content["curves"][name]["gold"]["gain"] == pytest.approx(expected.tolist(), abs=1e-3)
 
 
-def test_a_judge_of_prompts_rather_than_of_replies_has_no_more_say_for_it():
-    rng = np.random.default_rng(0)
-    rewards, none = rng.normal(size=(2, 40, 8)), np.zeros((4, 0))
-    loud = Judged("loud", rewards[1] + 5 * rng.normal(size=(40, 1)), none)
-    mean = ensemble("mean", [Judged("quiet", rewards[0], none), loud]).rewards
-    of_each = [np.corrcoef(standardised(mean).ravel(), standardised(own).ravel())[0, 1] for own in rewards]
-    assert of_each == pytest.approx([0.71, 0.71], abs=0.06)
-    constant = Judged("constant", 1 + 1e-9 * rng.normal(size=(40, 8)), none)
-    alone = ensemble("mean", [Judged("quiet", rewards[0], none), constant]).rewards
-    assert np.corrcoef(standardised(alone).ravel(), standardised(rewards[0]).ravel())[0, 1] > 0.999
-
-
 def test_prompts_that_do_not_fit_a_model_or_have_too_few_replies_are_counted(models, tmp_path):
     rows = [
         *ROWS,
@@ -182,17 +162,6 @@ def test_prompts_that_do_not_fit_a_model_or_have_too_few_replies_are_counted(mod
     assert content["samples"]["n_prompts"] == 13
     assert content["samples"]["n_replies"] == 8
     assert "1 prompts are left out" in (tmp_path / "o" / "overoptimization.html").read_text()
-
-
-def test_of_more_replies_than_the_others_have_some_are_taken_by_lot():
-    """Not the first ones: a file may be sorted."""
-    many = Sample([{"role": "user", "content": "many"}], [str(k) for k in range(100)])
-    few = [Sample([{"role": "user", "content": str(k)}], ["a"] * 10) for k in range(20)]
-    same, fewer = comparable([many, *few])
-    assert {len(one.responses) for one in same} == {10}
-    assert not fewer
-    assert max(map(int, same[0].responses)) > 50
-    assert comparable([many, *few])[0] == same
 
 
 def test_one_prompt_is_scored_without_intervals(models, tmp_path):

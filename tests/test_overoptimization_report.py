@@ -9,7 +9,8 @@ import pytest
 from test_best_of_n import simulated
 from test_exploits import SAMPLES
 
-from rm_recipe.overoptimization import Judged, compare
+from rm_recipe.judges import Judged
+from rm_recipe.overoptimization import compare
 from rm_recipe.overoptimization_report import write_overoptimization
 
 PROXY, GOLD = simulated(30, replies=8)
