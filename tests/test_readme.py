@@ -45,7 +45,8 @@ def workplace(tmp_path_factory, tiny_llama, tiny_data):
     )
     run = folder / "outputs" / "smollm2_offline"
     train(read_recipe(recipe))
-    shutil.copytree(run, folder / "outputs" / "tinyllama_hh_lora")
+    for name in ("tinyllama_hh_lora", "gold"):
+        shutil.copytree(run, folder / "outputs" / name)
     evaluate(str(run))
     export(run)
     write_jsonl(folder / "replies.jsonl", [{"prompt": "hello", "response": "good"}])
