@@ -57,7 +57,7 @@ define train_once
 	@test -f $(JUDGES)/$(1)/evaluation.json || $(BIN)/rm-recipe evaluate $(JUDGES)/$(1)
 endef
 
-overoptimization: setup ## Proxies of three sizes against gold, best of 32 (about 40 minutes on two cores)
+overoptimization: setup ## Proxies of three sizes against gold, best of 32 (half an hour to an hour)
 	@$(BIN)/rm-recipe prepare offline
 	@mkdir -p $(HALVES)/proxy $(HALVES)/gold
 	@head -n 2000 data/offline/train.jsonl > $(HALVES)/proxy/train.jsonl

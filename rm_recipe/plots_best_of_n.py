@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from rm_recipe.best_of_n import kl
 from rm_recipe.plots import CHOSEN, MUTED, REJECTED, legend, own_settings, svg
@@ -52,6 +53,9 @@ def _size(panels: Sequence[Panel]) -> tuple[float, float]:
 
 def _draw(figure: Figure, panels: Sequence[Panel]) -> None:
     columns = min(COLUMNS, len(panels))
+    engine = figure.get_layout_engine()
+    if isinstance(engine, ConstrainedLayoutEngine):
+        engine.set(hspace=0.08)
     grid = figure.subplots(-(-len(panels) // columns), columns, sharey=True, squeeze=False)
     places = grid.ravel().tolist()
     for axes, panel in zip(places, panels, strict=False):
@@ -81,8 +85,8 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
             place, color=MUTED, linewidth=1.1, linestyle=":", label=f"gold peaks, n = {gold['peak_n']}"
         )
     sizes = [n for n in 2 ** np.arange(12) if n <= len(gold["gain"])]
-    axes.set_xticks(np.sqrt(kl(sizes)), [f"{np.sqrt(kl(n)):.2f}\nn = {n}" for n in sizes])
-    axes.set(xlabel="square root of KL, in nats", ylabel="gain, in standard deviations")
+    axes.set_xticks(np.sqrt(kl(sizes)), [f"{np.sqrt(kl(n)):.2f}\n{n}" for n in sizes])
+    axes.set(xlabel="square root of KL, in nats; below it n", ylabel="gain, in standard deviations")
     title = visible(panel.title)
     title = title if len(title) <= LONGEST_TITLE else f"...{title[-LONGEST_TITLE:]}"
     axes.axhline(0, color=MUTED, linewidth=0.8)
