@@ -41,8 +41,8 @@ class Interrupts:
         if self._listening or threading.current_thread() is not threading.main_thread():
             yield self
             return
-        wanted = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as by nohup
-        before = {number: signal.signal(number, self._handle) for number in wanted}
+        nohup = {number for number in SIGNALS[2:] if signal.getsignal(number) == signal.SIG_IGN}
+        before = {number: signal.signal(number, self._handle) for number in SIGNALS if number not in nohup}
         self._listening, self._process, self.received = True, os.getpid(), None
         try:
             yield self
