@@ -185,7 +185,8 @@ def test_a_plan_that_does_not_fit_says_what_would(write_recipe, capsys, monkeypa
     assert "does not fit 0.7 GB" in out
     assert "instead: not one comparison fits; try a lower max_length or load_in_4bit: true\n" in out
     assert (
-        "recipes that fit:\n  tiny\nnot known, as their base's config.json is not here:\n  far_away\n" in out
+        "recipes that fit:\n  tiny\nnot known, as their base's config.json is not to be had:\n  far_away\n"
+        in out
     )
     assert max(map(len, out.splitlines())) <= 80
 
