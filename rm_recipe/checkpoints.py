@@ -102,15 +102,16 @@ class Checkpoints(TrainerCallback):
         self, trainer: Any, identity: Mapping[str, Any], resumed: Mapping[str, Any] | None = None
     ) -> None:
         self._trainer, self._identity, self._resumed = trainer, identity, resumed
-        self._kept, trainer.args.save_total_limit = trainer.args.save_total_limit, None
         self._stopping = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Restores what was counted since the last log."""
+        """Restores what was counted since the last log; removes what a kill has kept from being removed."""
         if self._resumed is None:
             return
+        if state.is_world_process_zero:
+            self._remove_older(args, state)
         state.compute_steps(args, state.max_steps)  # logging_steps and the like may differ from before
         since = self._resumed["since_last_log"]
         self._trainer._tr_loss += since["loss"]
@@ -162,13 +163,7 @@ class Checkpoints(TrainerCallback):
                 )
             except OSError as error:
                 raise not_written(checkpoint, error) from error
-            if self._kept:
-                rotate_checkpoints(
-                    args.output_dir,
-                    self._kept + bool(args.load_best_model_at_end),
-                    state.best_model_checkpoint,
-                    use_mtime=True,
-                )
+            self._remove_older(args, state)
         trainer.accelerator.wait_for_everyone()
         if self._stopping:
             raise Interrupted(
@@ -177,6 +172,12 @@ class Checkpoints(TrainerCallback):
                 INTERRUPTS.received,
                 resumable=True,
             )
+
+    def _remove_older(self, args: TrainingArguments, state: TrainerState) -> None:
+        if args.save_total_limit and args.output_dir is not None:
+            kept = args.save_total_limit + bool(args.load_best_model_at_end)
+            # By their numbers: a manifest that was written late says nothing of a checkpoint's age.
+            rotate_checkpoints(args.output_dir, kept, state.best_model_checkpoint)
 
     def _asked_to_stop(self) -> bool:
         accelerator = self._trainer.accelerator

@@ -196,9 +196,12 @@ class SharedPrefixRewardTrainer(RewardTrainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Trainer's, which leaves half a checkpoint behind where a disk is full.
 
+        Older ones stay: `checkpoints.Checkpoints` removes them when this one is whole.
+
         Raises:
             TrainingError: with what is still there.
         """
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(*args, **kwargs)
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -206,6 +209,8 @@ class SharedPrefixRewardTrainer(RewardTrainer):
                 raise
             checkpoint = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             raise not_written(Path(self.args.output_dir) / checkpoint, error) from error
+        finally:
+            self.args.save_total_limit = limit
 
     def _load_best_model(self) -> None:
         """Trainer's, of a checkpoint that is as it was written; else what was trained last stays."""

@@ -276,6 +276,27 @@ def test_until_a_checkpoint_is_whole_the_one_before_is_there(write_recipe, monke
     assert all(whole[:2] == [False, True] and len(whole) <= 4 for whole in there[1:])
 
 
+def test_a_kill_before_the_last_rotation_leaves_no_more_checkpoints_than_a_whole_run(
+    write_recipe, tmp_path, monkeypatch
+):
+    class KilledError(Exception):
+        pass
+
+    def rotate(*args, **keys):
+        if (tmp_path / "run" / "checkpoint-22" / MANIFEST).is_file():
+            raise KilledError
+        real(*args, **keys)
+
+    real, recipe = checkpoints_module.rotate_checkpoints, read_recipe(write_recipe(**KEYS))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints_module, "rotate_checkpoints", rotate)
+        with pytest.raises(KilledError):
+            train(recipe)
+    assert len(checkpoints(tmp_path / "run")) == 3
+    train(recipe, resume=True)
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-22", "checkpoint-21"]
+
+
 def test_a_manifest_that_finds_no_room_says_what_is_whole(write_recipe, tmp_path, monkeypatch):
     write = checkpoints_module.write_json
 
