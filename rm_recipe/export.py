@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from rm_recipe import quantisation
-from rm_recipe.artifacts import sha256, whole_folder, write_json
+from rm_recipe.artifacts import read_json, sha256, whole_folder, write_json
+from rm_recipe.compatibility import for_transformers_4
 from rm_recipe.datasets import load_held_out_split
 from rm_recipe.encoding import tokenize
 from rm_recipe.errors import ExportError, RecipeError, one_line
@@ -41,6 +42,7 @@ from rm_recipe.scoring import RewardModel, find_model
 from rm_recipe.verdict import HELD_OUT
 
 MergeBase = Literal["dequantized", "original"]
+NO_SIGMOID = {"activation_fn": "torch.nn.modules.linear.Identity"}  # what its CrossEncoder reads
 # An original base may move rewards by so many of their standard deviations, root mean square. Rewards that
 # have nothing to do with each other are 1.4 apart.
 DRIFT = 0.5
@@ -219,9 +221,22 @@ def save(
         raise ExportError(f"the export cannot be written: {one_line(error)}; nothing was exported") from None
     judge.model.float()
     judge.tokenizer.save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config |= {"dtype": str(head).removeprefix("torch."), **scale}
+    config = read_json(folder / "config.json")
+    config |= {"dtype": str(head).removeprefix("torch."), "sentence_transformers": NO_SIGMOID, **scale}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    leave_out_bos(folder, judge.tokenizer.chat_template)
+    for_transformers_4(folder)
+
+
+def leave_out_bos(folder: Path, template: str) -> None:
+    """Takes the name of a BOS from the tokenizer, which adds none, if the template does not need it.
+
+    Verl cuts it from the start of texts, since tokenizers add it again: Llama's do.
+    """
+    path = folder / "tokenizer_config.json"
+    config = read_json(path)
+    if "bos_token" not in template and config.pop("bos_token", None) is not None:
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def draw_reliability(evaluation: dict[str, Any], folder: Path) -> None:

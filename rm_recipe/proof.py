@@ -31,7 +31,7 @@ from rm_recipe.metrics import pairwise_agreement
 from rm_recipe.rounding import layers_that_multiply, moved_weights, rounded_inputs, to_bfloat16
 from rm_recipe.scoring import RewardModel
 from rm_recipe.split import Split
-from rm_recipe.tokenization import render
+from rm_recipe.tokenization import ppo_fault, render
 
 N_SEQUENCES = 64  # at least, as far as there are as many
 N_SERVED = 8  # of them also as texts, through the pipeline and TRL
@@ -42,6 +42,11 @@ SUMS = 64  # ... or this many times what rounding to fp32 does, if that is more:
 ROUNDINGS = 3
 DRAWS = 4  # of weights moved at random; all sequences share a draw, so one would say little
 PLAIN_SCORING = Path(__file__).with_name("plain_scoring.py")
+
+ENCODER = "it is an encoder, which reads its reward at the first token; PPO trainers read it at the last"
+UNSAMPLED = (
+    "the replies tried begin within their prompt's last token or hold the pad token: no policy samples them"
+)
 
 # Whoever serves the model finds their rewards in the card, to compare.
 SAMPLES = (
@@ -198,6 +203,7 @@ class Proof:
         """
         samples, texts, expected = self._served()
         left, causal = pads_left(self.judge.model), reads_last_token(self.judge.model)
+        reason = ppo_fault(self.judge.tokenizer) if causal else ENCODER
         rendered = [render(self.judge.tokenizer, messages) for messages in texts]
         self._let_go()
         answer = _score_anew(
@@ -206,6 +212,7 @@ class Proof:
                 "sequences": self.held_out.sequences(),
                 "left": left,
                 "texts": rendered,
+                "sampled": [] if reason else texts,
             }
         )
         merged = self.now
@@ -228,6 +235,8 @@ class Proof:
             claim = "padding on the left scores otherwise"
             differences["padding_side"] = self.compare(claim, batched, padded, allowed)
         self._check_contracts(folder, answer, texts, expected, allowed)
+        if not reason and not any(reward is not None for reward in answer["ppo"]):
+            reason = UNSAMPLED
         ranks = self.held_out.ranks
         return {
             "n_sequences": len(alone),
@@ -240,7 +249,13 @@ class Proof:
                 "adapter": float(pairwise_agreement(self.evaluated, ranks).mean()),
                 "merged": float(pairwise_agreement(alone, ranks).mean()),
             },
-            "contracts": {"transformers": True, "pipeline": True, "trl_reward_funcs": True},
+            "contracts": {
+                "transformers": True,
+                "pipeline": True,
+                "trl_reward_funcs": True,
+                "ppo": None if reason else True,
+            },
+            "ppo_reason": reason,
             "reward_at": "last token" if causal else "first token",
             "samples": [
                 {"prompt": prompt, "response": response, "text": text, "reward": found["score"]}
@@ -280,7 +295,7 @@ class Proof:
         expected: Rewards,
         allowed: float,
     ) -> None:
-        """What `handoff` and the card promise: plain transformers, its pipeline, and TRL's trainers."""
+        """What `handoff` and the card promise: plain transformers, its pipeline, TRL's and PPO trainers."""
         assert "rm_recipe" not in answer["modules"]
         ids = [
             self.judge.tokenizer(render(self.judge.tokenizer, messages))["input_ids"] for messages in texts
@@ -292,7 +307,12 @@ class Proof:
             )
         labels = {found["label"] for found in answer["pipeline"]}
         piped = np.array([found["score"] for found in answer["pipeline"]], np.float32)
-        seen = {"transformers' pipeline": piped, "TRL's RLOOTrainer": np.array(trl_rewards(folder, texts))}
+        ppo = np.array(answer["ppo"] or [None] * len(texts), np.float32)  # NaN for None
+        seen = {
+            "transformers' pipeline": piped,
+            "TRL's RLOOTrainer": np.array(trl_rewards(folder, texts)),
+            "a PPO trainer": np.where(np.isnan(ppo), expected, ppo),
+        }
         for consumer, rewards in seen.items():
             difference = np.abs(rewards - expected)
             worst = int(difference.argmax())

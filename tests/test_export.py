@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import make_recipe
+from conftest import CHAT_TEMPLATE, make_recipe
 from peft import LoraModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
@@ -39,12 +39,15 @@ SET_UPS = {
 def trained(tmp_path_factory, tiny_llama, tiny_distilbert, tiny_data):
     """A finished and evaluated run of each kind, made once."""
     root = tmp_path_factory.mktemp("trained")
+    ending_llama = root / "tiny-llama"  # whose template ends with the last message's end token
+    shutil.copytree(tiny_llama, ending_llama)
+    (ending_llama / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("</s>\n", "</s>"))
 
     def run_of(kind):
         folder = root / kind
         if not folder.is_dir():
             folder.mkdir()
-            base = tiny_distilbert if kind == "encoder" else tiny_llama
+            base = tiny_distilbert if kind == "encoder" else ending_llama
             train(read_recipe(make_recipe(folder, base, tiny_data, num_train_epochs=1, **SET_UPS[kind])))
             evaluate(str(folder / "run"))
         return folder / "run"
@@ -118,7 +121,11 @@ def test_every_kind_of_run_passes_the_whole_proof(exported, kind):
     assert proof == json.loads((run / "export" / "proof.json").read_text())
     assert proof["passed"] is True
     assert proof["n_sequences"] == 64
-    assert proof["contracts"] == {"transformers": True, "pipeline": True, "trl_reward_funcs": True}
+    assert proof["contracts"] == {
+        "transformers": True, "pipeline": True, "trl_reward_funcs": True,
+        "ppo": None if kind == "encoder" else True,
+    }  # fmt: skip
+    assert (proof["ppo_reason"] is None) == (kind != "encoder")
     moved = proof["max_abs_diff"]
     assert (moved["padding_side"] is None) == (kind == "encoder")
     for name in ("fresh_process", "batch_size", "padding_side"):

@@ -34,7 +34,9 @@ def classifier(tmp_path_factory, tiny_llama):
 
 def test_it_gives_the_same_rewards_without_a_module_of_ours(classifier, tmp_path):
     sequences = [[1, 5, 6, 2], [1, 7, 2], [1, 8, 9, 10, 11, 2]]
-    answer = ask(tmp_path, folder=str(classifier), sequences=sequences, texts=["good cat"], left=True)
+    answer = ask(
+        tmp_path, folder=str(classifier), sequences=sequences, texts=["good cat"], left=True, sampled=[]
+    )
     assert not {"rm_recipe", "trl", "peft"} & set(answer["modules"])
     model = AutoModelForSequenceClassification.from_pretrained(classifier)
     expected = [model(model.dummy_inputs["input_ids"].new_tensor([ids])).logits.item() for ids in sequences]
@@ -52,12 +54,12 @@ def test_it_gives_the_same_rewards_without_a_module_of_ours(classifier, tmp_path
 
 
 def test_an_encoders_left_side_is_left_alone(classifier, tmp_path):
-    answer = ask(tmp_path, folder=str(classifier), sequences=[[1, 2]], texts=["cat"], left=False)
+    answer = ask(tmp_path, folder=str(classifier), sequences=[[1, 2]], texts=["cat"], left=False, sampled=[])
     assert answer["left"] is None
 
 
 def test_what_goes_wrong_is_said_in_words(tmp_path):
-    answer = ask(tmp_path, folder=str(tmp_path), sequences=[[1]], texts=[], left=False)
+    answer = ask(tmp_path, folder=str(tmp_path), sequences=[[1]], texts=[], left=False, sampled=[])
     assert "Error: " in answer["error"]
 
 

@@ -1,0 +1,99 @@
+"""Model folders that transformers 4 reads as transformers 5, which writes them, does.
+
+Rewardbench, vLLM, ONNX's exporters and TRL to 0.24 still come with transformers 4. It does not know
+`rope_parameters` and takes its default in their place, silently; nor does it know the generic tokenizer by its
+new name. So both are said twice.
+"""
+
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+# What transformers 4 calls the base of the rotations, and the share of a head that rotates.
+FLAT = ("rope_theta", "partial_rotary_factor")
+FLAT_OF = {"gpt_neox": ("rotary_emb_base", "rotary_pct")}
+# The base where there are two kinds of layers: of full attention, and of a sliding window.
+NESTED_OF = {
+    "gemma3_text": ("rope_theta", "rope_local_base_freq"),
+    "modernbert": ("global_rope_theta", "local_rope_theta"),
+    "modernbert-decoder": ("global_rope_theta", "local_rope_theta"),
+    "olmo3": ("rope_theta", "rope_theta"),
+}
+# All that Phi 3's scaling may hold in transformers 4.
+PHI3 = ("type", "short_factor", "long_factor")
+GENERIC, GENERIC_OF_4 = "TokenizersBackend", "PreTrainedTokenizerFast"
+
+
+def for_transformers_4(folder: Path) -> None:
+    """Adds to a saved model what transformers 4 calls otherwise; transformers 5 reads the same as before."""
+    _rewrite(folder / "config.json", _config_of_4)
+    _rewrite(folder / "tokenizer_config.json", _tokenizer_of_4)
+
+
+def needs_transformers_5(config: dict[str, Any]) -> bool:
+    """Whether a config.json has rotations that transformers 4 has no words for."""
+    known = {*FLAT, *(name for names in (*FLAT_OF.values(), *NESTED_OF.values()) for name in names)}
+    unsaid = bool(config.get("rope_parameters")) and not known & set(config)
+    return unsaid or any(needs_transformers_5(part) for part in config.values() if _is_config(part))
+
+
+def _rewrite(path: Path, change: Any) -> None:
+    content = change(json.loads(path.read_text(encoding="utf-8")))
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _config_of_4(config: dict[str, Any]) -> dict[str, Any]:
+    parts = {key: _config_of_4(part) for key, part in config.items() if _is_config(part)}
+    dtype = {"torch_dtype": config["dtype"]} if "dtype" in config else {}
+    return config | parts | dtype | _rope_of_4(config)
+
+
+def _is_config(part: Any) -> bool:
+    return isinstance(part, dict) and "model_type" in part
+
+
+def _rope_of_4(config: dict[str, Any]) -> dict[str, Any]:
+    """The rotations in transformers 4's words; nothing if transformers 5 would not read them back the same."""
+    from transformers import CONFIG_MAPPING
+
+    kind, rope = config["model_type"], config.get("rope_parameters")
+    if not rope or kind not in CONFIG_MAPPING:
+        return {}
+    if "rope_theta" in rope:
+        said = _flat(rope, *FLAT_OF.get(kind, FLAT))
+    elif kind in NESTED_OF:
+        said = _nested(rope, *NESTED_OF[kind])
+    else:
+        return {}
+    if kind == "phi3" and "rope_scaling" in said:
+        said["rope_scaling"] = {key: (rope | {"type": rope["rope_type"]})[key] for key in PHI3}
+    read = CONFIG_MAPPING[kind].from_dict(deepcopy(config | said))  # which it writes into
+    read.rope_parameters.pop("type", None)  # an older name of `rope_type`, which stands beside it
+    return said if read.rope_parameters == rope else {}
+
+
+def _flat(rope: dict[str, Any], theta: str, share: str) -> dict[str, Any]:
+    said = {theta: rope["rope_theta"]}
+    if "partial_rotary_factor" in rope:
+        said[share] = rope["partial_rotary_factor"]
+    if rope["rope_type"] != "default":
+        said["rope_scaling"] = {key: value for key, value in rope.items() if key not in FLAT}
+    return said
+
+
+def _nested(rope: dict[str, Any], full: str, sliding: str) -> dict[str, Any]:
+    """`rope_scaling` is of the layers with full attention alone."""
+    wide, narrow = rope["full_attention"], rope["sliding_attention"]
+    same_name = full == sliding and wide["rope_theta"] != narrow["rope_theta"]
+    if narrow["rope_type"] != "default" or same_name:
+        return {}
+    return {sliding: narrow["rope_theta"], **_flat(wide, full, "partial_rotary_factor")}
+
+
+def _tokenizer_of_4(config: dict[str, Any]) -> dict[str, Any]:
+    if config.get("tokenizer_class") == GENERIC:
+        config["tokenizer_class"] = GENERIC_OF_4
+    if isinstance(config.get("extra_special_tokens"), list):  # a dict in transformers 4
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    return config
