@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-with-constraints
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all benchmark overoptimization lint format clean
+.PHONY: help setup compat train test test-all benchmark overoptimization lint format clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,6 +24,17 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "[setup] $(VENV): installing TRL and the rest (2 of 2; a minute or two) ..."
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
+
+# Whoever uses an export has these: TRL's PPOTrainer, last in 1.12, and transformers 4. torch as in .venv.
+compat: setup ## Two more environments, for the slow tests of what is exported: TRL 1.12, transformers 4.57
+	@for name in ppo transformers4; do \
+		test -x $(VENV)-$$name/bin/python || $(BIN)/python -m venv $(VENV)-$$name || exit 1; \
+		$(VENV)-$$name/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch || exit 1; \
+	done
+	@torch=$$(sed -n '/^torch==/p' constraints.txt); \
+	$(VENV)-ppo/bin/pip install --quiet --disable-pip-version-check $$torch 'trl==1.12.*' 'transformers==5.24.*' peft && \
+	$(VENV)-transformers4/bin/pip install --quiet --disable-pip-version-check $$torch 'transformers==4.57.*' \
+		'sentence-transformers==5.7.*'
 
 train: setup ## From nothing to an exported reward model [RECIPE=recipes/....yaml]
 	@$(BIN)/rm-recipe run $(RECIPE)
@@ -80,5 +91,5 @@ format: setup ## Rewrite the code in the project's style
 	@$(BIN)/ruff format rm_recipe tests
 	@$(BIN)/ruff check --fix rm_recipe tests
 
-clean: ## Remove .venv and caches; models/, data/ and outputs/ stay
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## Remove .venv (those of compat, too) and caches; models/, data/ and outputs/ stay
+	rm -rf $(VENV) $(VENV)-ppo $(VENV)-transformers4 .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,8 +1,8 @@
 """Model folders that transformers 4 reads as transformers 5, which writes them, does.
 
-Rewardbench, vLLM, ONNX's exporters and TRL to 0.24 still come with transformers 4. It does not know
-`rope_parameters` and takes its default in their place, silently; nor does it know the generic tokenizer by its
-new name. So both are said twice.
+Rewardbench, vLLM, ONNX's exporters and TRL to 0.24 come with transformers 4. It does not know
+`rope_parameters` and takes its default in their place, silently; nor does it know the generic tokenizer by
+its new name. So both are said in its words, too.
 """
 
 import json
@@ -54,7 +54,7 @@ def _is_config(part: Any) -> bool:
 
 
 def _rope_of_4(config: dict[str, Any]) -> dict[str, Any]:
-    """The rotations in transformers 4's words; nothing if transformers 5 would not read them back the same."""
+    """The rotations in transformers 4's words; nothing if transformers 5 reads these as others."""
     from transformers import CONFIG_MAPPING
 
     kind, rope = config["model_type"], config.get("rope_parameters")

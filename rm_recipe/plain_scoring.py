@@ -82,9 +82,9 @@ def rewards(
 def ppo_rewards(model: Any, tokenizer: Any, conversations: list[list[dict[str, str]]]) -> list[float | None]:
     """One for each conversation, as TRL's PPOTrainer (to 1.12) and OpenRLHF get it.
 
-    Prompts are padded on the left, what the policy sampled on the right; the backbone runs on that, and the head
-    reads the last token that was sampled. None where no policy samples the reply so: its first characters
-    are in one token with the prompt's last, or it holds the pad token.
+    Prompts are padded on the left, what the policy sampled on the right; the backbone runs on that, and the
+    head reads the last token that was sampled. None where no policy samples the reply so: its first
+    characters are in one token with the prompt's last, or it holds the pad token.
     """
     found: dict[int, float] = {}
     built = {number: as_sampled(tokenizer, messages) for number, messages in enumerate(conversations)}
@@ -105,9 +105,13 @@ def ppo_rewards(model: Any, tokenizer: Any, conversations: list[list[dict[str, s
             positions = {}
         with torch.inference_mode():
             body = backbone(
-                input_ids=ids.masked_fill(~mask, 0), attention_mask=mask, **positions,
-                return_dict=True, output_hidden_states=True, use_cache=False,
-            )  # fmt: skip
+                input_ids=ids.masked_fill(~mask, 0),
+                attention_mask=mask,
+                **positions,
+                return_dict=True,
+                output_hidden_states=True,
+                use_cache=False,
+            )
             rewards = model.score(body.hidden_states[-1])[:, :, 0].float()
         for row, (number, reply) in enumerate(zip(numbers, replies, strict=True)):
             found[number] = rewards[row, context + len(reply) - 1].item()

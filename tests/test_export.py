@@ -122,9 +122,11 @@ def test_every_kind_of_run_passes_the_whole_proof(exported, kind):
     assert proof["passed"] is True
     assert proof["n_sequences"] == 64
     assert proof["contracts"] == {
-        "transformers": True, "pipeline": True, "trl_reward_funcs": True,
+        "transformers": True,
+        "pipeline": True,
+        "trl_reward_funcs": True,
         "ppo": None if kind == "encoder" else True,
-    }  # fmt: skip
+    }
     assert (proof["ppo_reason"] is None) == (kind != "encoder")
     moved = proof["max_abs_diff"]
     assert (moved["padding_side"] is None) == (kind == "encoder")
