@@ -17,6 +17,7 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from rm_recipe.artifacts import read_json
+from rm_recipe.compatibility import needs_transformers_5
 from rm_recipe.markdown import Verbatim, code, plain
 from rm_recipe.recipe import saved_values
 from rm_recipe.recipe_keys import looks_local
@@ -28,6 +29,7 @@ TEMPLATE = "model_card.md.jinja"
 CARD = "README.md"
 FIGURE = "reliability.png"
 REPO_ID, LICENCE = re.compile(r"[\w.-]+(?:/[\w.-]+)?"), re.compile(r"[\w.+-]+")
+LANGUAGE = re.compile(r"[a-z]{2,3}(-\w+)?")
 TAGS = ["reward-model", "rlhf", "trl", "rm_recipe"]
 
 
@@ -71,6 +73,8 @@ def _card(export: Path, run: Path, model: str, *, adapter: bool) -> str:
             at_home=model.startswith("~"),
             reward_funcs=code(f"reward_funcs={_in_python(model)}"),
             base=base["shown"],
+            base_made=base["made"],
+            languages=", ".join(base["languages"]),
             data=Verbatim(" and ".join(map(code, _data(recipe))) or "its data"),
             results=[_result(name, figures) for name, figures in evaluated.items()],
             sentences=_sentences(evaluation),
@@ -83,6 +87,9 @@ def _card(export: Path, run: Path, model: str, *, adapter: bool) -> str:
             causal=causal,
             served=Verbatim(_request(model, samples[0]["text"], causal) if samples else ""),
             proof=proof,
+            max_length=config["rm_recipe"].get("max_length"),
+            versions=_versions(config),
+            **_special_tokens(export, proof),
             training=_training(recipe, read_json(run / "run.json")),
             hh_rlhf=any("hh-rlhf" in name for name in _data(recipe)),
         )
@@ -90,6 +97,7 @@ def _card(export: Path, run: Path, model: str, *, adapter: bool) -> str:
     data = ModelCardData(
         base_model=base["id"],
         license=base["license"],
+        language=base["languages"] or None,
         datasets=[name for name in _data(recipe) if not _is_local(name)] or None,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-classification",
@@ -192,19 +200,50 @@ def _data(recipe: dict[str, Any]) -> list[str]:
 
 
 def _base(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The base model: its id on the Hub, if it has one, its licence, if it says so, and what to call it."""
+    """The base model: its id on the Hub, if it has one, its licence, if it says so, its languages, how it was
+    made, and what to call it."""
     name = str(recipe["model_name_or_path"])
     data: Any = None
     with suppress(Exception):  # without a card, without a network: then nothing is known
         data = ModelCard.load(Path(name, CARD) if _is_local(name) else name, ignore_metadata_errors=True).data
     known = data.base_model if _is_local(name) and data else name
     ident = known if isinstance(known, str) and REPO_ID.fullmatch(known) and not _is_local(known) else None
+    languages = data.language if data else None
+    made = data.to_dict().get("made") if _is_local(name) and data else None
     link = Verbatim(f"[{ident}](https://huggingface.co/{ident})")
     licence = data.license if data else None
     return {
         "id": ident,
         "license": licence if isinstance(licence, str) and LICENCE.fullmatch(licence) else None,
+        "languages": [
+            language
+            for language in (languages if isinstance(languages, list) else [languages])
+            if isinstance(language, str) and LANGUAGE.fullmatch(language)
+        ],
+        "made": made if isinstance(made, str) else None,
         "shown": link if ident else code(Path(name).name),
+    }
+
+
+def _versions(config: dict[str, Any]) -> Verbatim:
+    """Which transformers reads it."""
+    if needs_transformers_5(config):
+        return Verbatim("It needs transformers 5: transformers 4 has no words for its positions.")
+    text = "transformers 4.57 and 5 read it alike."
+    if config.get("attn_logit_softcapping"):  # Gemma 2
+        text += (
+            ' In transformers 4 add `attn_implementation="eager"`, as its default leaves out the soft cap.'
+        )
+    return Verbatim(text)
+
+
+def _special_tokens(export: Path, proof: dict[str, Any]) -> dict[str, Any]:
+    tokenizer = read_json(export / "tokenizer_config.json")
+    end = proof.get("end_token", "")
+    return {
+        "pad_token": code(str(tokenizer.get("pad_token"))),
+        "end_token": code(end),
+        "end_differs": end != tokenizer.get("eos_token"),
     }
 
 

@@ -125,7 +125,7 @@ def write_encoder(folder: Path) -> None:
 
 def write_origin(folder: Path, model: str, how: str) -> None:
     """A card for what was made of a model, from which the cards of its reward models take their facts."""
-    front = f"---\nbase_model: {model}\nlicense: apache-2.0\n---\n"
+    front = f"---\nbase_model: {model}\nlicense: apache-2.0\nlanguage: en\nmade: {json.dumps(how)}\n---\n"
     (folder / "README.md").write_text(f"{front}\n{how}\n", encoding="utf-8")
 
 

@@ -204,6 +204,7 @@ class Proof:
         samples, texts, expected = self._served()
         left, causal = pads_left(self.judge.model), reads_last_token(self.judge.model)
         reason = ppo_fault(self.judge.tokenizer) if causal else ENCODER
+        end = self.judge.tokenizer.decode(self.held_out.sequences()[0][-1:])
         rendered = [render(self.judge.tokenizer, messages) for messages in texts]
         self._let_go()
         answer = _score_anew(
@@ -257,6 +258,7 @@ class Proof:
             },
             "ppo_reason": reason,
             "reward_at": "last token" if causal else "first token",
+            "end_token": end,
             "samples": [
                 {"prompt": prompt, "response": response, "text": text, "reward": found["score"]}
                 for (prompt, response), text, found in zip(

@@ -35,7 +35,8 @@ def prove(export: Path, **keys: Any) -> None:
     moved = {"merged": 0.25, "fresh_process": 1e-5, "batch_size": 1e-5, "padding_side": None}
     sample = {"prompt": "hello", "response": "good", "text": "<|user|>hello", "reward": 1.25}
     proof = {"n_sequences": 64, "tolerance": 0.5, "max_abs_diff": moved, "reward_at": "last token",
-             "steps": {"merge": 1e-6, "rounding": 0.1}, "samples": [sample], "merge_base": None}  # fmt: skip
+             "steps": {"merge": 1e-6, "rounding": 0.1}, "samples": [sample], "merge_base": None,
+             "contracts": {"ppo": True}, "ppo_reason": None, "end_token": "</s>"}  # fmt: skip
     write(export / "proof.json", {"passed": True, "files": files, "trained": of_adapter, **proof, **keys})
 
 
@@ -62,7 +63,7 @@ def make_export(parent: Path) -> Path:
         config = {"rm_recipe": {"version": 1}, "num_labels": 1, "reward_mean": 0.5, "reward_std": 2.0}
         write(place / "config.json", config)
         write(place / "tokenizer.json", {"version": "1.0"})
-        write(place / "tokenizer_config.json", {"eos_token": "</s>"})
+        write(place / "tokenizer_config.json", {"eos_token": "</s>", "pad_token": "<unk>"})
         write(place / "chat_template.jinja", "{{ messages }}")
         for name in ("training_args.bin", "predictions.jsonl", "report.html", ".DS_Store"):
             write(place / name, "not to be uploaded")

@@ -144,6 +144,50 @@ def test_without_half_precision_the_tolerance_is_fp32s(exported, kind):
     assert exported(kind)[0]["tolerance"] == 1e-5
 
 
+def test_sentence_transformers_applies_no_sigmoid(exported):
+    _, run = exported("fp32")
+    config = json.loads((run / "export" / "config.json").read_text())
+    assert config["sentence_transformers"] == {"activation_fn": "torch.nn.modules.linear.Identity"}
+
+
+def test_a_bos_that_nothing_adds_is_not_named(exported):
+    """Verl would cut it from the text."""
+    _, run = exported("fp32")
+    assert AutoTokenizer.from_pretrained(run / "model").bos_token == "<s>"
+    assert AutoTokenizer.from_pretrained(run / "export").bos_token is None
+
+
+def test_a_bos_that_the_template_writes_is_named(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    export_module.leave_out_bos(tmp_path, "{{ bos_token }}{{ messages }}")
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["bos_token"] == "<s>"
+
+
+def test_a_template_that_begins_a_reply_otherwise_than_it_asks_is_not_for_ppo(run):
+    """Thinking templates: what a policy generates begins with what the whole conversation does not show."""
+    template = run / "model" / "chat_template.jinja"
+    template.write_text(template.read_text() + "{% if add_generation_prompt %}<think>\n{% endif %}")
+    proof = export(run)
+    assert proof["passed"] is True
+    assert proof["contracts"]["ppo"] is None
+    assert proof["ppo_reason"]
+    card = " ".join((run / "export" / "README.md").read_text().split())
+    assert "**Not for PPO trainers** (TRL's to 1.12, OpenRLHF, verl)" in card
+
+
+def test_rewards_that_ppo_would_not_get_are_refused(run, monkeypatch):
+    ask = proof_module._score_anew
+
+    def otherwise(request):
+        answer = ask(request)
+        answer["ppo"][0] += 0.1
+        return answer
+
+    monkeypatch.setattr(proof_module, "_score_anew", otherwise)
+    with pytest.raises(ExportError, match="a PPO trainer does not get the model's rewards"):
+        export(run)
+
+
 def test_the_body_keeps_bf16_and_the_head_fp32(exported):
     _, run = exported("bf16")
     weights = saved(run / "export")

@@ -11,11 +11,12 @@ import warnings
 
 import pytest
 import yaml
-from conftest import make_recipe
+from conftest import CHAT_TEMPLATE, make_recipe
 from huggingface_hub import ModelCard
-from made_up_export import make_export, write
+from made_up_export import make_export, prove, write
 from markdown_it import MarkdownIt
 
+from rm_recipe import offline
 from rm_recipe.evaluate import evaluate
 from rm_recipe.export import export
 from rm_recipe.model_card import adapter_card, for_repository, write_card
@@ -27,7 +28,9 @@ from rm_recipe.train import train
 def exported(tmp_path_factory, tiny_llama, tiny_data):
     """A finished run's export."""
     folder = tmp_path_factory.mktemp("card")
-    train(read_recipe(make_recipe(folder, tiny_llama, tiny_data, num_train_epochs=1)))
+    shutil.copytree(tiny_llama, folder / "base")  # with a template that ends with the end token
+    (folder / "base" / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("</s>\n", "</s>"))
+    train(read_recipe(make_recipe(folder, folder / "base", tiny_data, num_train_epochs=1)))
     evaluate(str(folder / "run"))
     export(folder / "run")
     return folder / "run" / "export"
@@ -122,6 +125,64 @@ def test_the_licence_and_origin_of_a_local_base_are_its_own_cards(tmp_path):
     write(tmp_path / "base" / "README.md", "---\nbase_model: big/base\nlicense: mit\n---\n")
     _, card = made_up(tmp_path, model_name_or_path=str(tmp_path / "base"))
     assert (card.data.base_model, card.data.license) == ("big/base", "mit")
+
+
+def test_the_origin_and_the_language_of_the_base_are_said(tmp_path):
+    (tmp_path / "base").mkdir()
+    offline.write_origin(tmp_path / "base", "big/base", "Taken out of a wheel (GGUF, Q4_1) and de-quantised.")
+    _, card = made_up(tmp_path, model_name_or_path=str(tmp_path / "base"))
+    assert card.data.language == ["en"]
+    assert "The base: Taken out of a wheel (GGUF, Q4_1) and de-quantised." in card.text
+    assert "Language: en " in card.text
+
+
+def test_how_ppo_is_used_is_said(exported):
+    text = " ".join((exported / "README.md").read_text().split())
+    proof = json.loads((exported / "proof.json").read_text())
+    assert proof["contracts"]["ppo"] is True
+    assert "they pad with `<unk>`, this model's pad token" in text
+    assert "a reply ends with `</s>`, so that the policy stops there. One that is cut" in text
+    assert "`missing_eos_penalty`" in text
+
+
+def test_where_ppo_scores_other_ids_the_card_says_why(tmp_path):
+    folder = make_export(tmp_path)
+    prove(folder, contracts={"ppo": None}, ppo_reason="its template thinks aloud")
+    write_card(folder, folder.parent, "x")
+    text = " ".join((folder / "README.md").read_text().split())
+    assert "**Not for PPO trainers**" in text
+    assert "is null): its template thinks aloud." in text
+    assert "missing_eos_penalty" not in text
+
+
+def test_another_end_token_than_eos_has_to_be_set(tmp_path):
+    folder = make_export(tmp_path)
+    prove(folder, end_token="<|im_end|>")
+    write_card(folder, folder.parent, "x")
+    text = " ".join((folder / "README.md").read_text().split())
+    assert "ends with `<|im_end|>`, so that the policy stops there (this tokenizer's `eos_token` is" in text
+
+
+def test_how_to_cut_and_which_transformers_is_said(exported):
+    text = " ".join((exported / "README.md").read_text().split())
+    assert "at most 128 tokens" in text
+    assert '`truncation=True, max_length=128`, with `truncation_side="left"`' in text
+    assert "transformers 4.57 and 5 read it alike." in text
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"model_type": "x", "rope_parameters": {"full_attention": {}}}, "It needs transformers 5"),
+        ({"model_type": "gemma2", "attn_logit_softcapping": 50.0}, 'add `attn_implementation="eager"`'),
+    ],
+)
+def test_what_transformers_4_reads_otherwise_is_said(tmp_path, keys, said):
+    folder = make_export(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    write(folder / "config.json", config | keys)
+    write_card(folder, folder.parent, "x")
+    assert said in (folder / "README.md").read_text()
 
 
 def test_a_model_that_must_be_padded_right_says_so(tmp_path):

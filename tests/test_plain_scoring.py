@@ -5,10 +5,13 @@ import subprocess
 import sys
 
 import pytest
+from conftest import CHAT_TEMPLATE
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from rm_recipe.plain_scoring import ppo_rewards
 from rm_recipe.proof import PLAIN_SCORING
 from rm_recipe.scoring import RewardModel
+from rm_recipe.tokenization import load_tokenizer
 
 
 def ask(tmp_path, **request):
@@ -56,6 +59,48 @@ def test_it_gives_the_same_rewards_without_a_module_of_ours(classifier, tmp_path
 def test_an_encoders_left_side_is_left_alone(classifier, tmp_path):
     answer = ask(tmp_path, folder=str(classifier), sequences=[[1, 2]], texts=["cat"], left=False, sampled=[])
     assert answer["left"] is None
+
+
+PAIRS = [
+    ("hello", "good good"),
+    ("how are you", "fine thanks and you"),
+    ("the cat sat on the mat", "no"),
+    ("hello hello hello", "bad far away cat dog"),
+]
+
+
+@pytest.mark.parametrize("base", ["llama", "mistral", "gpt2"])
+def test_ids_as_ppo_builds_them_get_the_rewards_of_score(tiny_base, tmp_path, base):
+    """The prompt with its generation prompt, what a policy sampled, the end token; padded, in a batch."""
+    tokenizer = load_tokenizer(str(tiny_base(base)))
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("</s>\n", "</s>")
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_base(base), num_labels=1).eval()
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.max_position_embeddings = 256
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    judge = RewardModel.from_pretrained(tmp_path)
+    expected = judge.score([{"prompt": prompt, "response": reply} for prompt, reply in PAIRS])
+    conversations = [
+        [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
+        for prompt, reply in PAIRS
+    ]
+    assert len({len(tokenizer(prompt)["input_ids"]) for prompt, _ in PAIRS}) > 1
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    found = ppo_rewards(model, AutoTokenizer.from_pretrained(tmp_path), conversations)
+    assert found == pytest.approx(expected.tolist(), abs=1e-5)
+    assert len(set(found)) == len(PAIRS)
+
+
+def test_a_reply_that_no_policy_samples_so_has_no_reward_there(classifier):
+    """`hello` is one token here, and the generation prompt ends within it."""
+    tokenizer = load_tokenizer(str(classifier))
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}hel{% endif %}"
+    )
+    conversation = [{"role": "user", "content": "how "}, {"role": "assistant", "content": "hello"}]
+    assert ppo_rewards(None, tokenizer, [conversation]) == [None]
 
 
 def test_what_goes_wrong_is_said_in_words(tmp_path):
