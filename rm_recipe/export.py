@@ -81,7 +81,7 @@ def export(
     judge = RewardModel.from_pretrained(run)
     split = tokenize(load_held_out_split(recipe), judge.tokenizer, judge.max_length, judge.truncation)
     lines = [line for line in read_predictions(run) if line["dataset"] == HELD_OUT]
-    proof = Proof(judge, HeldOut.of(split, judge.max_length, lines))
+    proof = Proof(judge, HeldOut.of(split, lines))
     evaluation = read_evaluation(run)
     with FolderLock(run) as lock, whole_folder(output) as folder:
         lock.take()

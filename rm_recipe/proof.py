@@ -24,6 +24,7 @@ from torch import nn
 
 from rm_recipe.artifacts import read_json
 from rm_recipe.batching import Encoded
+from rm_recipe.chat_template import ppo_fault
 from rm_recipe.contracts import trl_rewards
 from rm_recipe.errors import ExportError
 from rm_recipe.messages import Message, conversation
@@ -31,7 +32,7 @@ from rm_recipe.metrics import pairwise_agreement
 from rm_recipe.rounding import layers_that_multiply, moved_weights, rounded_inputs, to_bfloat16
 from rm_recipe.scoring import RewardModel
 from rm_recipe.split import Split
-from rm_recipe.tokenization import ppo_fault, render
+from rm_recipe.tokenization import render
 
 N_SEQUENCES = 64  # at least, as far as there are as many
 N_SERVED = 8  # of them also as texts, through the pipeline and TRL
@@ -79,9 +80,7 @@ class HeldOut:
     texts: list[list[Message]]
 
     @classmethod
-    def of(
-        cls, split: Split, max_length: int | None, predictions: Sequence[dict[str, Any]] = ()
-    ) -> "HeldOut":
+    def of(cls, split: Split, predictions: Sequence[dict[str, Any]] = ()) -> "HeldOut":
         """The first of a tokenised split, with what `predictions.jsonl` says of them."""
         lines = {line["index"]: line for line in predictions}
         found = cls([], [], [], np.empty(0, np.float32), [], [])

@@ -201,22 +201,6 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
     return str(tokenizer.apply_chat_template(messages, tokenize=False))
 
 
-def ppo_fault(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Why the ids that a PPO trainer scores are not those that were trained on; None where they are."""
-    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    prompt, whole = (
-        tokenizer(tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=asks))[
-            "input_ids"
-        ]
-        for part, asks in ((probe[:1], True), (probe, False))
-    )
-    if whole[: len(prompt)] != prompt:
-        return "the chat template does not begin a reply as it asks for one"
-    if whole[-1] not in tokenizer.all_special_ids:
-        return "the chat template ends in no end token"
-    return None
-
-
 def positions(config: Any) -> int | None:
     """How many tokens a model has positions for; None where its config does not say."""
     number = getattr(config.get_text_config(), "max_position_embeddings", None)

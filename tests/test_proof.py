@@ -28,7 +28,7 @@ def judge(tiny_llama):
 @pytest.fixture
 def held_out(judge, write_recipe):
     split = tokenize(load_held_out_split(read_recipe(write_recipe())), judge.tokenizer, 512, "keep_end")
-    return HeldOut.of(split, 512)
+    return HeldOut.of(split)
 
 
 def test_64_sequences_are_compared_and_8_of_them_as_texts(held_out):
@@ -41,7 +41,9 @@ def test_64_sequences_are_compared_and_8_of_them_as_texts(held_out):
 def test_truncated_conversations_have_no_text(judge, write_recipe):
     split = tokenize(load_held_out_split(read_recipe(write_recipe())), judge.tokenizer, 512, "keep_end")
     lengths = sorted(length for row in split.comparisons["lengths"] for length in row)
-    held_out = HeldOut.of(split, lengths[len(lengths) // 2])
+    shorter = lengths[len(lengths) // 2]
+    split = tokenize(load_held_out_split(read_recipe(write_recipe())), judge.tokenizer, shorter, "keep_end")
+    held_out = HeldOut.of(split)
     assert held_out.whole != list(range(N_SERVED))
     for number, messages in zip(held_out.whole, held_out.texts, strict=True):
         text = judge.tokenizer.apply_chat_template(messages, tokenize=False)
@@ -58,7 +60,7 @@ def test_a_short_reply_beside_a_long_one_lost_its_oldest_turns_too(judge, write_
     whole = tokenize(load_held_out_split(recipe), judge.tokenizer, 512, "drop_oldest_turns")
     short, long = whole.comparisons[0]["lengths"]
     split = tokenize(load_held_out_split(recipe), judge.tokenizer, (short + long) // 2, "drop_oldest_turns")
-    found = HeldOut.of(split, (short + long) // 2)
+    found = HeldOut.of(split)
     assert len(found.whole) == 6
     for number, messages in zip(found.whole, found.texts, strict=True):
         text = judge.tokenizer.apply_chat_template(messages, tokenize=False)
@@ -72,7 +74,7 @@ def test_recorded_rewards_are_found_by_row(judge, write_recipe):
         {"index": n, "row": rows[n]["row"], "subset": rows[n]["subset"], "rewards": [1.0 + n, -n]}
         for n in range(2)
     ]
-    found = HeldOut.of(split, 512, [*lines, {"index": 2, "row": 99, "subset": "", "rewards": [5, 5]}])
+    found = HeldOut.of(split, [*lines, {"index": 2, "row": 99, "subset": "", "rewards": [5, 5]}])
     assert found.recorded[:4].tolist() == [1.0, 0.0, 2.0, -1.0]
     assert np.isnan(found.recorded[4:]).all()
 
