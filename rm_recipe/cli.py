@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from rm_recipe.environment import set_environment
-from rm_recipe.errors import Interrupted, RmRecipeError
+from rm_recipe.errors import Interrupted, RmRecipeError, one_line
 from rm_recipe.interrupts import INTERRUPTS, LAUNCHED, UNDER_RUN
 from rm_recipe.redaction import redact
 
@@ -315,6 +315,16 @@ def main() -> None:
         raise
     except ImportError as error:
         fail(f"a package is missing: {error}; `pip install -e .` installs what rm_recipe needs", 2)
+    except (RuntimeError, MemoryError) as error:
+        from rm_recipe.memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        fail(
+            f"out of memory ({one_line(error)}): close what else uses the device (`nvidia-smi` lists it), "
+            "run the command on the CPU (`CUDA_VISIBLE_DEVICES= rm-recipe ...`), or take a smaller base",
+            1,
+        )
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
             raise

@@ -12,11 +12,16 @@ from rm_recipe.messages import Message
 from rm_recipe.modeling import quietly
 
 
-def trl_rewards(folder: Path, conversations: Sequence[list[Message]]) -> list[float]:
+def trl_rewards(
+    folder: Path, conversations: Sequence[list[Message]], device: torch.device | None = None
+) -> list[float]:
     """The rewards that TRL's `RLOOTrainer(reward_funcs="folder")` sees, by its own code.
 
     The trainer is made with a policy of one tiny layer, and asked for the rewards of these conversations in
     place of its own samples. TRL 1.16's GRPOTrainer scores by the same lines.
+
+    Args:
+        device: where it scores, by default on a GPU if there is one.
     """
     from trl import RLOOConfig, RLOOTrainer
 
@@ -31,7 +36,7 @@ def trl_rewards(folder: Path, conversations: Sequence[list[Message]]) -> list[fl
             policy,
             per_device_train_batch_size=2,
             num_generations=2,
-            use_cpu=not torch.accelerator.is_available(),
+            use_cpu=device.type == "cpu" if device else not torch.accelerator.is_available(),
             bf16=False,
             report_to="none",
             disable_tqdm=True,

@@ -21,9 +21,11 @@ from rm_recipe import quantisation
 from rm_recipe.artifacts import read_json, sha256, whole_folder, write_json
 from rm_recipe.compatibility import for_transformers_4
 from rm_recipe.datasets import load_held_out_split
+from rm_recipe.distribution import say
 from rm_recipe.encoding import tokenize
 from rm_recipe.errors import ExportError, RecipeError, one_line
 from rm_recipe.evaluate import read_evaluation
+from rm_recipe.memory import fits_in_float32, float32_bytes, memory_for
 from rm_recipe.model_card import FIGURE, write_card
 from rm_recipe.modeling import Base, load_trained
 from rm_recipe.plots import save_reliability
@@ -134,6 +136,18 @@ def body_precision(model: torch.nn.Module) -> torch.dtype:
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
+def float32_device(model: torch.nn.Module) -> torch.device:
+    """Where a model is verified in fp32: where it is, or, said, on the CPU if it does not fit there."""
+    device, weights, memory = next(model.parameters()).device, float32_bytes(model), memory_for(model)
+    if fits_in_float32(weights, memory):
+        return device
+    say(
+        f"the model takes {weights / 1e9:.1f} GB in fp32, and the {device.type.upper()} has "
+        f"{memory / 1e9:.1f} GB free: it is verified on the CPU, which takes longer"
+    )
+    return torch.device("cpu")
+
+
 def compute_in_float32(proof: Proof, trained: str) -> Base | None:
     """Goes on to the evaluated model in fp32; returns the base that it is on, None if that is not quantised.
 
@@ -145,7 +159,7 @@ def compute_in_float32(proof: Proof, trained: str) -> Base | None:
     layers = quantisation.eight_bit_layers(judge.model)
     if layers:
         half = body_precision(judge.model) != torch.float32
-        judge.model = load_trained(trained, judge.tokenizer, base="dequantized").float()
+        load_base(proof, trained, "dequantized")
         exact = proof.rewards()
         others = layers_that_multiply(judge.model) if half else []
         with (
@@ -157,9 +171,18 @@ def compute_in_float32(proof: Proof, trained: str) -> Base | None:
         proof.measure_float32()
         return "dequantized"
     quantisation.compute_in_float32(judge.model)
+    if not quantised:
+        judge.model.to(float32_device(judge.model))
     judge.model.float()
     proof.measure_precision()
     return "trained" if quantised else None
+
+
+def load_base(proof: Proof, trained: str, base: Base) -> None:
+    """Puts the adapter on another base in fp32; the judge's model makes room for it first."""
+    device = float32_device(proof.judge.model)
+    proof.let_go()
+    proof.judge.model = load_trained(trained, proof.judge.tokenizer, base=base, device=device).float()
 
 
 def put_on_base(proof: Proof, trained: str, merge_base: MergeBase) -> None:
@@ -168,8 +191,8 @@ def put_on_base(proof: Proof, trained: str, merge_base: MergeBase) -> None:
     Raises:
         ExportError: they give other rewards; the original base may give somewhat other ones.
     """
-    judge, allowed = proof.judge, 0.0
-    judge.model = load_trained(trained, judge.tokenizer, base=merge_base).float()
+    allowed = 0.0
+    load_base(proof, trained, merge_base)
     rewards = proof.rewards()
     if merge_base == "original":
         moved = np.sqrt(np.mean(np.square(rewards - proof.now, dtype=float)))

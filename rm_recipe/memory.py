@@ -34,6 +34,7 @@ BLOCK, NESTED_BLOCK = 64, 256  # weights and scales that share a scale in bitsan
 PROCESS = 0.7e9
 # Without and with checkpointing: measured as resident memory on SmolLM2-135M and MiniLM, glibc's heap.
 HEAP_ON_CPU = (1.25, 4.5)
+SCORING = 1e9  # for the activations of a batch without gradients, in fp32
 SPARE = 0.1  # of a device's memory, for what an allocator cannot use
 
 
@@ -150,6 +151,31 @@ def device_memory(device: torch.device) -> int:
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory())
     return int(psutil.virtual_memory().total) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def float32_bytes(model: nn.Module) -> int:
+    """What a model's weights take in fp32, those in 4 or 8 bits de-quantised."""
+    return sum(4 * _numbers(parameter) for parameter in model.parameters())
+
+
+def _numbers(parameter: nn.Parameter) -> int:
+    packed = type(parameter).__name__ == "Params4bit"  # two in each byte
+    return 2 * parameter.numel() * parameter.element_size() if packed else parameter.numel()
+
+
+def fits_in_float32(weights: int, memory: float) -> bool:
+    """Whether so many bytes of memory hold the weights and what scoring a batch by them takes besides."""
+    return weights * (1 + SPARE) + SCORING <= memory
+
+
+def memory_for(model: nn.Module) -> float:
+    """Bytes of a model's device that are free, or are held by it; of a CPU, which can swap, all there are."""
+    device = next(model.parameters()).device
+    if device.type not in ("cuda", "xpu"):
+        return float("inf")
+    torch.accelerator.empty_cache()
+    held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return float(torch.accelerator.get_memory_info(device)[0] + held)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

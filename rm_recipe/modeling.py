@@ -30,6 +30,7 @@ from rm_recipe.adapters import add_lora, check_target_modules, keep_activations_
 from rm_recipe.attention import announce_rows
 from rm_recipe.errors import RecipeError, one_line
 from rm_recipe.heads import head_names, initialise, outermost, to_float32
+from rm_recipe.memory import is_out_of_memory
 from rm_recipe.tokenization import load_config
 from rm_recipe.weights import check_safetensors
 
@@ -102,7 +103,7 @@ def _load(name: str, **kwargs: Any) -> tuple[PreTrainedModel, list[str]]:
                 name, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or getattr(error, "errno", None) == errno.ENOSPC:
+        if is_out_of_memory(error) or getattr(error, "errno", None) == errno.ENOSPC:
             raise  # of the machine, not of what the user has named
         raise RecipeError(f"'{name}' cannot be loaded as a classifier: {one_line(error)}") from None
     heads = tuple(f"{head}." for head in head_names(model))
@@ -211,12 +212,19 @@ def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 Base = Literal["trained", "dequantized", "original"]
 
 
-def load_trained(path: str, tokenizer: PreTrainedTokenizerBase, *, base: Base = "trained") -> nn.Module:
+def load_trained(
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    base: Base = "trained",
+    device: torch.device | None = None,
+) -> nn.Module:
     """A trained reward model for scoring: a run's `model/`, a merged export, or any one-label model.
 
     Args:
         base: what the adapter of a quantised base is put on: that base, the same de-quantised (the weights
             that it was trained on, as numbers that it can be merged into), or the one before quantising.
+        device: where a base goes that was quantised and is not any more, if not where it is quantised.
 
     Raises:
         RecipeError: it cannot be loaded, has not exactly one label, or lacks a trained head.
@@ -224,7 +232,7 @@ def load_trained(path: str, tokenizer: PreTrainedTokenizerBase, *, base: Base = 
     config = load_config(path)
     adapter = sft.adapter_config(path)
     if adapter is not None:
-        return _load_adapter(path, adapter, config, tokenizer, base)
+        return _load_adapter(path, adapter, config, tokenizer, base, device)
     if config.num_labels != 1:
         kind = ", ".join(config.architectures or ["unknown architecture"])
         raise RecipeError(
@@ -239,7 +247,12 @@ def load_trained(path: str, tokenizer: PreTrainedTokenizerBase, *, base: Base = 
 
 
 def _load_adapter(
-    path: str, adapter: PeftConfig, config: Any, tokenizer: PreTrainedTokenizerBase, base: Base
+    path: str,
+    adapter: PeftConfig,
+    config: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    base: Base,
+    device: torch.device | None,
 ) -> PeftModel:
     if adapter.task_type != TaskType.SEQ_CLS:
         raise RecipeError(f"{path} is the adapter of a language model, not of a reward model")
@@ -250,7 +263,8 @@ def _load_adapter(
     kwargs: dict[str, Any] = {"num_labels": 1, "revision": revision}
     quantised = config.to_dict().get("quantization_config")
     if quantised:
-        kwargs["device_map"] = quantisation.on_this_device()
+        elsewhere = device is not None and base == "original"
+        kwargs["device_map"] = {"": str(device)} if elsewhere else quantisation.on_this_device()
     with sft.as_one_model(name, revision) as folder:
         comes_quantised = hasattr(load_config(folder, revision), "quantization_config")
         if base == "original" and comes_quantised:
@@ -264,7 +278,7 @@ def _load_adapter(
         raise RecipeError(f"{path} has no trained {', '.join(untrained)}: its rewards would be random")
     model.config.rm_recipe = getattr(config, "rm_recipe", None)
     if quantised and base == "dequantized":
-        quantisation.dequantize(model)
+        quantisation.dequantize(model, device)
     prepare_for_rewards(model, tokenizer, new)
     embeddings = model.get_input_embeddings().num_embeddings
     if embeddings != config.get_text_config().vocab_size:

@@ -25,6 +25,7 @@ def score(
     texts: list[str],
     left: bool,
     sampled: list[list[dict[str, str]]],
+    device: str,
 ) -> dict[str, Any]:
     """The rewards that an export gives.
 
@@ -33,6 +34,7 @@ def score(
         texts: rendered conversations, for the tokenizer and the pipeline.
         left: whether the sequences are also to be padded on the left.
         sampled: conversations whose last message is scored as one that a PPO trainer's policy sampled.
+        device: where to score.
 
     Returns:
         of the sequences their rewards `alone`, one at a time; `batched`, padded on the right; `left`, padded
@@ -40,7 +42,6 @@ def score(
         without and with `add_special_tokens`, and `pipeline`, its answers. `ppo`, of what was sampled.
         And `modules`, what is imported.
     """
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval().to(device)
     half = model.dtype != torch.float32

@@ -204,7 +204,8 @@ class Proof:
         reason = ppo_fault(self.judge.tokenizer) if causal else ENCODER
         end = self.judge.tokenizer.decode(self.held_out.sequences()[0][-1:])
         rendered = [render(self.judge.tokenizer, messages) for messages in texts]
-        self._let_go()
+        device = next(self.judge.model.parameters()).device
+        self.let_go()
         answer = _score_anew(
             {
                 "folder": str(folder),
@@ -212,6 +213,7 @@ class Proof:
                 "left": left,
                 "texts": rendered,
                 "sampled": [] if reason else texts,
+                "device": str(device),
             }
         )
         merged = self.now
@@ -233,7 +235,7 @@ class Proof:
             padded = np.array(answer["left"], np.float32)
             claim = "padding on the left scores otherwise"
             differences["padding_side"] = self.compare(claim, batched, padded, allowed)
-        self._check_contracts(folder, answer, texts, expected, allowed)
+        self._check_contracts(folder, answer, texts, expected, allowed, device)
         if not reason and not any(reward is not None for reward in answer["ppo"]):
             reason = UNSAMPLED
         ranks = self.held_out.ranks
@@ -269,12 +271,12 @@ class Proof:
             "passed": True,
         }
 
-    def _let_go(self) -> None:
-        """Frees the judge's model: it and the one that the fresh process loads may not fit a GPU together."""
+    def let_go(self) -> None:
+        """Frees the judge's model: it and the one that is loaded next may not fit a device together."""
         self.judge.model = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        gc.collect()  # its own forward is bound to it, a circle
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
 
     def _served(self) -> tuple[list[tuple[str, str]], list[list[Message]], Rewards]:
         """The samples that fit the model; the conversations to go through pipeline and TRL; their rewards."""
@@ -294,6 +296,7 @@ class Proof:
         texts: list[list[Message]],
         expected: Rewards,
         allowed: float,
+        device: torch.device,
     ) -> None:
         """What `handoff` and the card promise: plain transformers, its pipeline, TRL's and PPO trainers."""
         assert "rm_recipe" not in answer["modules"]
@@ -310,7 +313,7 @@ class Proof:
         ppo = np.array(answer["ppo"] or [None] * len(texts), np.float32)  # NaN for None
         seen = {
             "transformers' pipeline": piped,
-            "TRL's RLOOTrainer": np.array(trl_rewards(folder, texts)),
+            "TRL's RLOOTrainer": np.array(trl_rewards(folder, texts, device)),
             "a PPO trainer": np.where(np.isnan(ppo), expected, ppo),
         }
         for consumer, rewards in seen.items():
@@ -360,6 +363,8 @@ def _score_anew(request: dict[str, Any]) -> dict[str, Any]:
                 f"the process that was to read the export ended with {code}; nothing was exported"
             )
         answer = read_json(answered)
+    if answer.get("error", "").startswith("OutOfMemoryError"):
+        raise torch.OutOfMemoryError(answer["error"])
     if "error" in answer:
         raise ExportError(
             f"plain transformers cannot use the export: {answer['error']}; nothing was exported"

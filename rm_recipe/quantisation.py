@@ -42,8 +42,14 @@ def keep_layout(model: nn.Module) -> None:
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
 
 
-def dequantize(model: PreTrainedModel) -> None:
-    """`model.dequantize()` to fp32, with GPT-2's layers as `Conv1D` again: it leaves linear ones."""
+def dequantize(model: PreTrainedModel, device: torch.device | None = None) -> None:
+    """`model.dequantize()` to fp32, with GPT-2's layers as `Conv1D` again: it leaves linear ones.
+
+    Args:
+        device: where to do it, and to leave the model, if not where it is.
+    """
+    if device is not None:
+        nn.Module.to(model, device)  # transformers' own refuses to move a quantised model
     for module in model.modules():
         if isinstance(module, Linear4bit):  # else it rounds to half precision, and so does the merge, again
             cast(Any, module.weight).quant_state.dtype = torch.float32

@@ -66,7 +66,7 @@ def moved_weights(model: nn.Module, body: torch.dtype, head: torch.dtype, seed: 
         weights = parameter.data
         if id(parameter) in kept or torch.equal(weights, weights.to(precision).to(weights.dtype)):
             continue
-        kept[id(parameter)] = parameter, weights
+        kept[id(parameter)] = parameter, weights.to("cpu")  # a GPU may not hold them twice
         _, exponents = torch.frexp(weights)
         half = torch.ldexp(torch.full_like(weights, torch.finfo(precision).eps / 4), exponents)
         share = torch.rand(weights.shape, generator=generator).to(weights.device) * 2 - 1
@@ -75,4 +75,4 @@ def moved_weights(model: nn.Module, body: torch.dtype, head: torch.dtype, seed: 
         yield
     finally:
         for parameter, weights in kept.values():
-            parameter.data = weights
+            parameter.data = weights.to(parameter.device)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import run_cli
 
 from rm_recipe import cli
@@ -96,6 +97,26 @@ def test_what_goes_wrong_outside_has_its_own_code_and_message(monkeypatch, capsy
     found, _, err = invoke(monkeypatch, capsys)
     assert found == code
     assert err.startswith(f"rm-recipe: {message}")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8589934592 bytes."),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_in_any_verb_is_one_message_that_says_what_to_do(monkeypatch, capsys, error):
+    def raise_it(*_, **__):
+        raise error
+
+    monkeypatch.setattr("rm_recipe.scoring.find_model", raise_it)
+    code, _, err = invoke(monkeypatch, capsys, "score", "a/model", "--prompt", "hello", "--response", "good")
+    assert code == 1
+    assert err.startswith("rm-recipe: out of memory (")
+    assert "`CUDA_VISIBLE_DEVICES= rm-recipe ...`" in err
     assert err.count("\n") == 1
 
 

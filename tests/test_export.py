@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -15,12 +16,14 @@ from peft import LoraModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from rm_recipe import RewardModel, quantisation
+from rm_recipe import RewardModel, quantisation, scoring
 from rm_recipe import export as export_module
 from rm_recipe import proof as proof_module
 from rm_recipe.errors import ExportError, RecipeError
 from rm_recipe.evaluate import evaluate
 from rm_recipe.export import export
+from rm_recipe.memory import float32_bytes
+from rm_recipe.modeling import load_trained
 from rm_recipe.recipe import read_recipe
 from rm_recipe.train import train
 
@@ -238,6 +241,47 @@ def test_the_two_bases_of_a_4_bit_run_are_told_apart_and_measured(exported, tiny
     assert (saved(run / "export")[name].float() - base[name] - update).abs().max() > 2e-3  # 4 bits
 
 
+@of_kind("4-bit", "8-bit")
+def test_a_model_is_gone_before_the_next_is_loaded(run, monkeypatch):
+    """Two of them in fp32 would not fit the GPU that the run was trained on."""
+    load, ask, models = scoring.load_trained, proof_module._score_anew, []
+
+    def load_alone(*args, **kwargs):
+        assert not [model for model in models if model() is not None]
+        model = load(*args, **kwargs)
+        models.append(weakref.ref(model))
+        return model
+
+    def ask_alone(request):
+        assert not [model for model in models if model() is not None]
+        return ask(request)
+
+    for module in (scoring, export_module):
+        monkeypatch.setattr(module, "load_trained", load_alone)
+    monkeypatch.setattr(proof_module, "_score_anew", ask_alone)
+    export(run)
+    assert len(models) == 2
+
+
+def test_a_model_that_fits_its_device_in_fp32_is_verified_there(trained, monkeypatch, capsys):
+    model = RewardModel.from_pretrained(trained("fp32")).model
+    assert export_module.float32_device(model) == torch.device("cpu")
+    assert capsys.readouterr().out == ""
+    with monkeypatch.context() as patch:
+        patch.setattr(export_module, "memory_for", lambda _: 0.5e9)
+        assert export_module.float32_device(model) == torch.device("cpu")
+    assert "GB free: it is verified on the CPU, which takes longer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["4-bit", "8-bit"])
+def test_what_a_quantised_model_takes_in_fp32_is_known_before(trained, kind):
+    run = trained(kind)
+    judge = RewardModel.from_pretrained(run)
+    exact = load_trained(str(run / "model"), judge.tokenizer, base="dequantized").float()
+    taken = sum(parameter.numel() * parameter.element_size() for parameter in exact.parameters())
+    assert float32_bytes(judge.model) == float32_bytes(exact) == taken
+
+
 @of_kind("fp32")
 def test_a_run_that_is_not_quantised_has_one_base(run):
     assert export(run, merge_base="original")["merge_base"] is None
@@ -376,8 +420,8 @@ def test_a_base_that_is_de_quantised_wrongly_is_refused(run, monkeypatch):
     """It is loaded anew, so the merge alone would be exact: peft#1836 again."""
     right = quantisation.dequantize
 
-    def wrongly(model):
-        right(model)
+    def wrongly(model, device):
+        right(model, device)
         for parameter in model.base_model.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from rm_recipe import adapters, memory
 from rm_recipe.batching import Encoded, padded_rows, shared_rows
-from rm_recipe.memory import MemoryPlan, needs_checkpointing, plan
+from rm_recipe.memory import MemoryPlan, fits_in_float32, memory_for, needs_checkpointing, plan
 from rm_recipe.recipe import read_recipe
 
 BATCH = [Encoded([5] * 60, [[6] * 20, [7] * 24])] * 4
@@ -170,3 +170,10 @@ def test_what_the_recipe_says_by_either_name_is_done(write_recipe, capsys):
     keys = {"gradient_checkpointing": "omit", "activation_checkpointing": True, "max_steps": 1}
     assert train_watched(write_recipe(**keys)).model.is_gradient_checkpointing
     assert "gradient checkpointing" not in capsys.readouterr().out
+
+
+def test_scoring_in_fp32_needs_more_than_the_weights():
+    """TinyLlama's: 4.4 GB, on GPUs with 8 and 6 GB."""
+    assert fits_in_float32(int(4.4e9), 7.5e9)
+    assert not fits_in_float32(int(4.4e9), 5.5e9)
+    assert fits_in_float32(int(28e9), memory_for(torch.nn.Linear(2, 2)))  # a CPU

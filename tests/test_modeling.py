@@ -165,3 +165,20 @@ def test_a_weights_file_that_is_broken_is_named(tiny_llama, tmp_path):
     (tmp_path / "base" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
     with pytest.raises(RecipeError, match="/base' cannot be loaded as a classifier: "):
         base(tmp_path / "base")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_a_model_that_there_is_no_memory_for_is_not_called_a_wrong_one(tiny_llama, monkeypatch, error):
+    def raise_it(*_, **__):
+        raise error
+
+    tokenizer = load_tokenizer(str(tiny_llama))
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", raise_it)
+    with pytest.raises(RuntimeError, match="memory"):
+        load_base(ModelConfig(model_name_or_path=str(tiny_llama)), tokenizer, 0)

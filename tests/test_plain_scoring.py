@@ -15,7 +15,7 @@ from rm_recipe.tokenization import load_tokenizer
 
 
 def ask(tmp_path, **request):
-    (tmp_path / "request.json").write_text(json.dumps(request))
+    (tmp_path / "request.json").write_text(json.dumps({"sampled": [], "device": "cpu", **request}))
     paths = [str(tmp_path / name) for name in ("request.json", "answer.json")]
     subprocess.run([sys.executable, "-P", PLAIN_SCORING, *paths], check=True, capture_output=True)
     return json.loads((tmp_path / "answer.json").read_text())
@@ -37,9 +37,7 @@ def classifier(tmp_path_factory, tiny_llama):
 
 def test_it_gives_the_same_rewards_without_a_module_of_ours(classifier, tmp_path):
     sequences = [[1, 5, 6, 2], [1, 7, 2], [1, 8, 9, 10, 11, 2]]
-    answer = ask(
-        tmp_path, folder=str(classifier), sequences=sequences, texts=["good cat"], left=True, sampled=[]
-    )
+    answer = ask(tmp_path, folder=str(classifier), sequences=sequences, texts=["good cat"], left=True)
     assert not {"rm_recipe", "trl", "peft"} & set(answer["modules"])
     model = AutoModelForSequenceClassification.from_pretrained(classifier)
     expected = [model(model.dummy_inputs["input_ids"].new_tensor([ids])).logits.item() for ids in sequences]
@@ -57,7 +55,7 @@ def test_it_gives_the_same_rewards_without_a_module_of_ours(classifier, tmp_path
 
 
 def test_an_encoders_left_side_is_left_alone(classifier, tmp_path):
-    answer = ask(tmp_path, folder=str(classifier), sequences=[[1, 2]], texts=["cat"], left=False, sampled=[])
+    answer = ask(tmp_path, folder=str(classifier), sequences=[[1, 2]], texts=["cat"], left=False)
     assert answer["left"] is None
 
 
@@ -104,7 +102,7 @@ def test_a_reply_that_no_policy_samples_so_has_no_reward_there(classifier):
 
 
 def test_what_goes_wrong_is_said_in_words(tmp_path):
-    answer = ask(tmp_path, folder=str(tmp_path), sequences=[[1]], texts=[], left=False, sampled=[])
+    answer = ask(tmp_path, folder=str(tmp_path), sequences=[[1]], texts=[], left=False)
     assert "Error: " in answer["error"]
 
 
