@@ -161,7 +161,9 @@ def load_split(
     if split is None:
         parts = _by_fraction(parts, found)
     first_rows: dict[str, list[str]] = {}
+    details: dict[str, str] = {}
     for part in parts:
+        details = part.details | details
         for reason, rows_of_part in part.first_rows.items():
             first_rows.setdefault(reason, []).extend(rows_of_part)
     result = Split(
@@ -169,7 +171,9 @@ def load_split(
         sum(part.rows for part in parts),
         sum((part.excluded for part in parts), Counter()),
         {reason: names[:FIRST_ROWS] for reason, names in first_rows.items()},
+        details,
         sum(part.differing_prompts for part in parts),
+        list(dict.fromkeys(name for part in parts for name in part.unread)),
     )
     if not len(result.comparisons):
         name = " and ".join(dict.fromkeys(source.path for source in found))
@@ -177,6 +181,7 @@ def load_split(
         raise DataError(
             f"{name}{where}: no comparison in it ({result.why_excluded()}); a row has "
             f"{preferences.SHAPES_IN_WORDS}, and texts without a prompt are hh-rlhf transcripts"
+            + (f"; columns not read: {', '.join(result.unread)}" if result.unread else "")
         )
     return result
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rm_recipe import batching, preferences, tokenization
 from rm_recipe.batching import Encoded, split_at_common_prefix
-from rm_recipe.errors import DataError
+from rm_recipe.errors import DataError, one_line
 from rm_recipe.messages import Excluded, Message
 from rm_recipe.passes import run_pass
 from rm_recipe.preferences import Comparison
@@ -32,6 +32,7 @@ class Tokenized:
     Attributes:
         encoded: its token ids, None where it is left out.
         reason: why it is left out, else empty.
+        detail: what the template said, where it refuses.
         lengths: tokens of the K whole conversations.
         fates: where one of them exceeds `max_length`, for each of `FATES` what becomes of the
             comparison: `truncated`, or the reason why it is left out.
@@ -41,6 +42,7 @@ class Tokenized:
     reason: str
     lengths: list[int]
     fates: dict[str, str]
+    detail: str = ""
 
 
 TRUNCATIONS = ("drop_oldest_turns", "keep_end", "exclude")
@@ -67,8 +69,8 @@ def encode(
             `identical_after_tokenization`, `refused_by_template`.
     """
     conversations = _tokenize(tokenizer, [comparison])[0]
-    if conversations is None:
-        raise Excluded("refused_by_template")
+    if isinstance(conversations, str):
+        raise Excluded("refused_by_template", conversations)
     return _fit(tokenizer, comparison, conversations, max_length, truncation)
 
 
@@ -81,8 +83,8 @@ def encode_all(
     """`encode` for many comparisons, in one call of the tokenizer, with what the doctor reports."""
     results = []
     for comparison, conversations in zip(comparisons, _tokenize(tokenizer, comparisons), strict=True):
-        if conversations is None:
-            results.append(Tokenized(None, "refused_by_template", [], {}))
+        if isinstance(conversations, str):
+            results.append(Tokenized(None, "refused_by_template", [], {}, conversations))
             continue
         lengths = [len(ids) for ids in conversations]
         fits = max_length is None or max(lengths) <= max_length
@@ -131,6 +133,7 @@ def tokenize(
         "lengths": ids,
         "fates": dict.fromkeys(FATES, text),
         "excluded": text,
+        "detail": text,
     }
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -145,6 +148,7 @@ def tokenize(
             "lengths": [r.lengths for r in results],
             "fates": [{choice: r.fates.get(choice, "") for choice in FATES} for r in results],
             "excluded": [r.reason for r in results],
+            "detail": [r.detail for r in results],
         }
 
     encoded = run_pass(
@@ -164,21 +168,21 @@ def tokenize(
 
 def _tokenize(
     tokenizer: PreTrainedTokenizerBase, comparisons: Sequence[Comparison]
-) -> list[list[list[int]] | None]:
-    """The ids of each comparison's K whole conversations; None where the template refuses one."""
-    texts: list[list[str] | None] = []
+) -> list[list[list[int]] | str]:
+    """The ids of each comparison's K whole conversations; the template's words where it refuses one."""
+    texts: list[list[str] | str] = []
     for comparison in comparisons:
         try:
             texts.append([render(tokenizer, messages) for messages in comparison.conversations()])
-        except (TemplateError, TypeError):  # such as one that wants user and assistant to alternate
-            texts.append(None)
+        except (TemplateError, TypeError) as error:  # such as one that wants roles to alternate
+            texts.append(f"the template says: {one_line(error)}")
     # Past the wrapper, whose own work for each text takes as long again as the tokenizer's.
-    flat = [text for group in texts for text in group or ()]
+    flat = [text for group in texts if isinstance(group, list) for text in group]
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()  # which the wrapper leaves behind when somebody asked it for either
     backend.no_padding()
     encodings = iter(backend.encode_batch_fast(flat, add_special_tokens=False))
-    return [None if group is None else [next(encodings).ids for _ in group] for group in texts]
+    return [group if isinstance(group, str) else [next(encodings).ids for _ in group] for group in texts]
 
 
 def _fit(
@@ -198,8 +202,8 @@ def _fit(
             break
         prompt = shorter
         again = _tokenize(tokenizer, [replace(comparison, prompt=prompt)])[0]
-        if again is None:
-            raise Excluded("refused_by_template")
+        if isinstance(again, str):
+            raise Excluded("refused_by_template", again)
         conversations = again
     if _identical(conversations, comparison.ranks):
         raise Excluded("identical_after_tokenization")

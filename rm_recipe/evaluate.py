@@ -81,6 +81,8 @@ def evaluate(
     for name in names:
         with main_process_first():
             splits[name] = _load(name, recipe)
+        if splits[name].unread:
+            say(f"{name}: columns not read: {', '.join(splits[name].unread)}")
     judged = _judge(target, splits, with_edits=True)
     other = _judge(against, splits) if against else {}
     content = None

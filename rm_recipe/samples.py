@@ -10,7 +10,15 @@ from typing import Any
 
 from rm_recipe.errors import DataError
 from rm_recipe.json_files import JSON, NUMBER, decode, load_json_rows
-from rm_recipe.messages import Excluded, Malformed, Message, as_messages, check_prompt, check_unicode
+from rm_recipe.messages import (
+    Excluded,
+    Malformed,
+    Message,
+    as_messages,
+    as_reply,
+    check_prompt,
+    check_unicode,
+)
 from rm_recipe.preferences import is_comparison_shape, parse_row
 
 
@@ -83,6 +91,7 @@ def read_samples(file: Path, most: int | None = None) -> tuple[list[Sample], Cou
         with _row(file, number, excluded):
             prompt = _prompt(row)
             check_unicode(texts)
+            texts = [as_reply(row["prompt"], text) for text in texts]
             cut = row.get("cut")
             new = Sample(prompt, texts, bool(row.get("is_safety")), cut if isinstance(cut, int) else None)
             before = found.get(json.dumps(prompt))

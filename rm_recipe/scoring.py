@@ -17,7 +17,7 @@ from rm_recipe.attention import by_block
 from rm_recipe.batching import Encoded, padded_rows, shared_rows, split_at_common_prefix
 from rm_recipe.encoding import encode
 from rm_recipe.errors import DataError, RecipeError, TrainingError, UnfitError
-from rm_recipe.messages import Excluded, Malformed, as_messages, check_unicode
+from rm_recipe.messages import Excluded, Malformed, as_messages, as_reply, check_unicode
 from rm_recipe.modeling import autocast, load_trained
 from rm_recipe.preferences import Comparison
 from rm_recipe.recipe_keys import MODEL_FILES, looks_local
@@ -114,12 +114,13 @@ class RewardModel:
         if not prompt or not isinstance(response, str):
             raise DataError(f"{name}: expected a 'prompt' and a 'response' text")
         try:
-            comparison = Comparison(as_messages(prompt), [response])
+            comparison = Comparison(as_messages(prompt), [as_reply(prompt, response)])
             check_unicode([*(message["content"] for message in comparison.prompt), response])
             encoded = encode(self.tokenizer, comparison, self.max_length, self.truncation)
         except Excluded as excluded:
             limit = f" (at most {self.max_length} tokens)" if "long" in excluded.reason else ""
-            raise UnfitError(f"{name}: {excluded.reason.replace('_', ' ')}{limit}") from None
+            detail = f": {excluded.detail}" if excluded.detail else ""
+            raise UnfitError(f"{name}: {excluded.reason.replace('_', ' ')}{limit}{detail}") from None
         except Malformed as fault:
             raise DataError(f"{name}: 'prompt' should be {fault.args[1]}") from None
         return encoded.conversations()[0]

@@ -31,7 +31,7 @@ def test_messages_keep_their_role_and_content_and_nothing_else():
     [
         ([{"text": "a"}], "not_messages"),
         ([{"role": "user", "content": None}], "not_messages"),
-        ([{"role": "human", "content": "q"}], "unknown_role"),
+        ([{"role": "judge", "content": "q"}], "unknown_role"),
     ],
 )
 def test_messages_without_role_or_content_are_excluded_by_name(value, reason):
