@@ -56,7 +56,10 @@ def load_splits(recipe: Recipe) -> tuple[Split, Split, Leakage]:
     train = load_split(data, None, recipe.training.dataset_num_proc, margins=True)
     test = load_held_out(data, recipe.training.dataset_num_proc)
     if share is not None:
-        train = train.select(~held_out(train, share), "held_out")
+        kept = ~held_out(train, share)
+        if not kept.any():
+            raise DataError(f"all comparisons are held out; {_how_to_hold_out(train, share)}")
+        train = train.select(kept, "held_out")
     for reason in preferences.MARGIN_REASONS if data.margin_column is not None else ():
         faults = arrow_column(train.comparisons, "margin_fault")
         train = train.select(pc.not_equal(faults, reason).to_numpy(), reason, named=True)
@@ -97,7 +100,7 @@ def load_held_out(data: DataArguments, num_proc: int | None = None) -> Split:
     split = load_split(data, None, num_proc)
     comparisons = split.comparisons.select(np.flatnonzero(held_out(split, share)))
     if not len(comparisons):
-        raise DataError("no comparison is held out; set a larger 'test_split_size'")
+        raise DataError(f"no comparison is held out; {_how_to_hold_out(split, share)}")
     return Split(comparisons, len(comparisons))  # the train side counts what cannot be parsed
 
 
@@ -129,6 +132,21 @@ def held_out(split: Split, share: float) -> NDArray[np.bool_]:
     A prompt stays on its side whatever the seed, the order and the other prompts are.
     """
     return split.column("prompt_key").view(np.uint64) < np.uint64(share * 2**64)
+
+
+def _how_to_hold_out(split: Split, share: float) -> str:
+    """What to do where `share` leaves nothing on one side: prompts fall on either by their hashes."""
+    hashes = np.unique(split.column("prompt_key").view(np.uint64)) / 2.0**64
+    if len(hashes) == 1:
+        return (
+            "all have the same prompt, so give a test split of your own (a folder with train.jsonl and "
+            "test.jsonl) and set 'leakage: allow'"
+        )
+    n = min(max(1, round(share * len(hashes))), len(hashes) - 1)
+    between = (hashes[n - 1] + hashes[n]) / 2
+    sizes = (round(float(between), digits) for digits in range(1, 18))
+    size = next((size for size in sizes if hashes[n - 1] < size < hashes[n]), between)
+    return f"set 'test_split_size: {size}', which holds out {n} of the {len(hashes)} prompts"
 
 
 def sample(split: Split, size: int | None, seed: int) -> Split:

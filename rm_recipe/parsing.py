@@ -9,7 +9,7 @@ import datasets as hf_datasets
 import pyarrow.compute as pc
 from trl.scripts.utils import DatasetConfig
 
-from rm_recipe import messages, preferences, sources, transcripts
+from rm_recipe import json_files, messages, preferences, sources, transcripts
 from rm_recipe.errors import DataError
 from rm_recipe.json_files import JSON, NUMBER, decode
 from rm_recipe.messages import Excluded, Malformed, Message
@@ -52,7 +52,7 @@ def parse_rows(
     """
     file = sources.find_file(source, split)
     place = f"'{file}'" if file else f"'{source.path}', split '{split}'"
-    unit = "line" if file and sources.data_format(file) == ".jsonl" else "row"
+    unit = json_files.unit(file) if file and sources.data_format(file) != ".parquet" else "row"
     _check_columns(rows, source, place, unit, margin_column)
     wanted = _WANTED | {margin_column}
     if source.columns is not None:
