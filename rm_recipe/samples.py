@@ -91,13 +91,13 @@ def read_samples(file: Path, most: int | None = None) -> tuple[list[Sample], Cou
         with _row(file, number, excluded):
             prompt = _prompt(row)
             check_unicode(texts)
-            texts = [as_reply(row["prompt"], text) for text in texts]
+            replies = [as_reply(row["prompt"], str(text)) for text in texts]
             cut = row.get("cut")
-            new = Sample(prompt, texts, bool(row.get("is_safety")), cut if isinstance(cut, int) else None)
+            new = Sample(prompt, replies, bool(row.get("is_safety")), cut if isinstance(cut, int) else None)
             before = found.get(json.dumps(prompt))
             if before is not None:
                 known = None if before.cut is None or new.cut is None else before.cut + new.cut
-                new = replace(before, responses=[*before.responses, *texts], cut=known)
+                new = replace(before, responses=[*before.responses, *replies], cut=known)
             found[json.dumps(prompt)] = new
     return _some(file, found)[:most], excluded
 
