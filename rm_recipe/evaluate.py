@@ -155,6 +155,8 @@ def _judge(path: str, splits: dict[str, Split], *, with_edits: bool = False) -> 
     for name, whole in splits.items():
         with main_process_first():
             split = tokenize(whole, model.tokenizer, model.max_length, model.truncation)
+        for reason, detail in split.details.items():
+            say(f"{name}: {split.excluded[reason]} left out, {reason}: {detail}")
         rewards = _rewards(model, split.encoded(), "Scoring", [row_name(row) for row in _places(split)])
         score = partial(_rewards, model, bar="Scoring edited replies")
         edits = consistency(model, split, score) if with_edits else {}

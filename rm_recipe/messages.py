@@ -100,6 +100,27 @@ def as_reply(prompt: Any, text: str) -> str:
     return text.strip() if isinstance(prompt, str) and is_transcript(prompt) else text
 
 
+def in_context(prompt: list[Message], row: Mapping[str, Any]) -> list[Message]:
+    """The prompt behind the system message of a row's `system`.
+
+    Raises:
+        Excluded: `two_system_messages` that differ, or `tools`, which no `Message` can offer.
+        Malformed: it is no text.
+    """
+    if row.get("tools") not in (None, [], {}, "", "[]"):
+        raise Excluded("tools", "the tools that its prompt offers are not rendered")
+    system = row.get("system")
+    if system is None or system == "":
+        return prompt
+    if not isinstance(system, str):
+        raise Malformed("system", "a text", system)
+    if not prompt or prompt[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *prompt]
+    if prompt[0]["content"].strip() != system.strip():
+        raise Excluded("two_system_messages", "one in 'system', another in the messages")
+    return prompt
+
+
 def _message(message: Mapping[str, Any]) -> Message:
     for key, reason in KEYS_LEFT_OUT.items():
         if message.get(key):

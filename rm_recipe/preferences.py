@@ -6,7 +6,7 @@ that is a fault of the file, not of the row.
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -21,6 +21,7 @@ from rm_recipe.messages import (
     check_question,
     check_unicode,
     conversation,
+    in_context,
     messages_of_text,
 )
 from rm_recipe.transcripts import before_last_reply, parse_transcript
@@ -119,9 +120,7 @@ def parse_row(
         prompt, responses, levels = _labelled(row)
     else:
         prompt, responses, levels = _ranking(row) if kind == "ranking" else _pair(row)
-    prompt = _with_system(prompt, row.get("system"))
-    if row.get("tools") not in (None, [], {}, "", "[]"):
-        raise Excluded("tools", "the tools that its prompt offers are not rendered")
+    prompt = in_context(prompt, row)
     check_unicode([*(message["content"] for message in prompt), *responses])
     if not all(response.strip() for response in responses):
         raise Excluded("empty_response")
@@ -166,25 +165,18 @@ def unread(row: Mapping[str, Any], margin_column: str | None = None) -> list[str
     names = [name for name, value in row.items() if name not in read and value not in (None, "", [], {})]
     keys = dict.fromkeys(
         f"{key} (of messages)"
-        for column in ("prompt", "chosen", "rejected")
-        for message in (row[column] if column in columns and isinstance(row.get(column), list) else ())
-        if isinstance(message, Mapping)
+        for column in ("prompt", "chosen", "rejected", "responses")
+        for message in (_mappings(row.get(column)) if column in columns else ())
         for key, value in message.items()
         if key not in ("role", "content") and isinstance(value, str | list | Mapping) and value
     )
     return [*names, *keys]
 
 
-def _with_system(prompt: list[Message], system: Any) -> list[Message]:
-    if system is None or system == "":
-        return prompt
-    if not isinstance(system, str):
-        raise Malformed("system", "a text", system)
-    if not prompt or prompt[0]["role"] != "system":
-        return [{"role": "system", "content": system}, *prompt]
-    if prompt[0]["content"].strip() != system.strip():
-        raise Excluded("two_system_messages", "one in the column 'system', another in the messages")
-    return prompt
+def _mappings(value: Any) -> Iterator[Mapping[str, Any]]:
+    """The mappings in lists, and in lists of lists."""
+    for part in value if isinstance(value, list) else ():
+        yield from [part] if isinstance(part, Mapping) else _mappings(part)
 
 
 def _pair(row: Mapping[str, Any]) -> tuple[list[Message], list[str], list[float]]:

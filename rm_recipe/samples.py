@@ -18,6 +18,7 @@ from rm_recipe.messages import (
     as_reply,
     check_prompt,
     check_unicode,
+    in_context,
 )
 from rm_recipe.preferences import is_comparison_shape, parse_row
 
@@ -122,7 +123,7 @@ def _some(file: Path, found: dict[str, Sample]) -> list[Sample]:
 def _prompt(row: dict[str, Any]) -> list[Message]:
     if row.get("prompt") is None:
         raise Malformed("prompt", "a text or a list of messages", None)
-    prompt = as_messages(row["prompt"])
+    prompt = in_context(as_messages(row["prompt"]), row)
     check_prompt(prompt)
     check_unicode([message["content"] for message in prompt])
     return prompt

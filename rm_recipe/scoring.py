@@ -18,7 +18,7 @@ from rm_recipe.batching import Encoded, padded_rows, shared_rows, split_at_commo
 from rm_recipe.encoding import encode
 from rm_recipe.errors import DataError, RecipeError, TrainingError, UnfitError
 from rm_recipe.json_files import read_rows, unit
-from rm_recipe.messages import Excluded, Malformed, as_messages, as_reply, check_unicode
+from rm_recipe.messages import Excluded, Malformed, as_messages, as_reply, check_unicode, in_context
 from rm_recipe.modeling import autocast, load_trained
 from rm_recipe.preferences import Comparison
 from rm_recipe.recipe_keys import MODEL_FILES, looks_local
@@ -77,7 +77,8 @@ class RewardModel:
     ) -> NDArray[np.float32]:
         """Rewards of `{"prompt": str or messages, "response": str}` items; `(n,)` float32.
 
-        Items with the same prompt share its encoding. A conversation that is too long loses its
+        A `system` text of an item comes before its prompt. Items with the same prompt share its encoding.
+        A conversation that is too long loses its
         oldest turns, as in training.
 
         Args:
@@ -116,7 +117,7 @@ class RewardModel:
         if not prompt or not isinstance(response, str):
             raise DataError(f"{name}: expected a 'prompt' and a 'response' text")
         try:
-            comparison = Comparison(as_messages(prompt), [as_reply(prompt, response)])
+            comparison = Comparison(in_context(as_messages(prompt), item), [as_reply(prompt, response)])
             check_unicode([*(message["content"] for message in comparison.prompt), response])
             encoded = encode(self.tokenizer, comparison, self.max_length, self.truncation)
         except Excluded as excluded:
@@ -124,7 +125,7 @@ class RewardModel:
             detail = f": {excluded.detail}" if excluded.detail else ""
             raise UnfitError(f"{name}: {excluded.reason.replace('_', ' ')}{limit}{detail}") from None
         except Malformed as fault:
-            raise DataError(f"{name}: 'prompt' should be {fault.args[1]}") from None
+            raise DataError(f"{name}: '{fault.args[0]}' should be {fault.args[1]}") from None
         return encoded.conversations()[0]
 
     def score_encoded(

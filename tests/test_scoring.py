@@ -257,6 +257,15 @@ def test_a_prompt_is_read_as_in_training(model):
     responses = ["fine", " fine", "fine", "fine"]
     items = [{"prompt": p, "response": r} for p, r in zip(prompts, responses, strict=True)]
     assert np.ptp(model.score(items)) == pytest.approx(0, abs=1e-6)
+    system = {"role": "system", "content": "good"}
+    items = [
+        {"prompt": [system, *turns], "response": "fine"},
+        {"prompt": turns, "system": "good", "response": "fine"},
+    ]
+    assert np.ptp(model.score(items)) == pytest.approx(0, abs=1e-6)
+    assert model.score(items)[0] != model.score([{"prompt": turns, "response": "fine"}])[0]
+    with pytest.raises(DataError, match="item 1: tools: the tools that its prompt offers are not rendered"):
+        model.score([{"prompt": turns, "response": "fine", "tools": [{"name": "f"}]}])
     with pytest.raises(DataError, match="item 1: python repr: write messages as JSON"):
         model.score([{"prompt": str(turns), "response": "fine"}])
     with pytest.raises(DataError, match="item 1: unknown role: role 'judge'"):
