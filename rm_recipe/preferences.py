@@ -295,7 +295,8 @@ def _split_replies(prompt: Any, responses: Mapping[Any, Any]) -> tuple[list[Mess
     Raises:
         Excluded: `prompt_ends_with_reply` where the column holds a reply already.
     """
-    before = as_messages(prompt)
+    empty = isinstance(prompt, str) and not prompt.strip()
+    before = [] if empty else as_messages(prompt)
     conversations = []
     for column, value in responses.items():
         if isinstance(value, str):

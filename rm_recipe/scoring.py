@@ -77,9 +77,8 @@ class RewardModel:
     ) -> NDArray[np.float32]:
         """Rewards of `{"prompt": str or messages, "response": str}` items; `(n,)` float32.
 
-        A `system` text of an item comes before its prompt. Items with the same prompt share its encoding.
-        A conversation that is too long loses its
-        oldest turns, as in training.
+        A `system` text of an item comes before its prompt. Items with the same prompt share its encoding. A
+        conversation that is too long loses its oldest turns, as in training.
 
         Args:
             named: what an error calls an item, before its number, which counts from 1; or each one's name.

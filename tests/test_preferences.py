@@ -174,6 +174,7 @@ CALLED = [said("assistant", "calling"), said("tool", "42")]
         ([USER], CALLED, [USER, *CALLED]),
         ([USER], [said("assistant", "Let me see.")], [USER, said("assistant", "Let me see.")]),
         ([], [USER], [USER]),
+        ("", [USER], [USER]),
         (transcript("Hi") + "\n\nAssistant:", [USER], [USER]),
         (json.dumps([USER]), [USER], [USER]),
     ],
