@@ -246,7 +246,7 @@ def _remedy(base: torch.nn.Module, without: list[str], new_modules: list[str]) -
     adapted = [name for name, layer in base.named_modules() if isinstance(layer, LoraLayer)]
     reached = [name for name in adapted if name not in without]
     if not reached and getattr(base, "is_gradient_checkpointing", False):
-        return "set 'gradient_checkpointing: false', which may have cut them off"
+        return "set 'gradient_checkpointing: false' (or activation_checkpointing), which may cut them off"
     if not reached or set(without) & set(new_modules):
         return "this base computes its rewards without them, so take another one"
     # Adapters on what the forward passes over: the shortest names that leave these out.
