@@ -37,9 +37,11 @@ from rm_recipe.batching import Encoded
 from rm_recipe.compatibility import for_transformers_4, needs_transformers_5
 from rm_recipe.evaluate import evaluate
 from rm_recipe.export import export
+from rm_recipe.messages import conversation
 from rm_recipe.offline import save_base_model
 from rm_recipe.recipe import read_recipe
 from rm_recipe.scoring import RewardModel
+from rm_recipe.tokenization import render
 from rm_recipe.train import train
 
 SIZE = {**TINY_DECODER, "hidden_size": 64, "max_position_embeddings": 64, "pad_token_id": 0}
@@ -220,10 +222,11 @@ PROMPTS = ["hello", "how are you", "the cat sat on the mat", "good dog"]
 @pytest.mark.slow
 def test_transformers_4_gives_the_same_ids_and_rewards(exported):
     export_folder, base = exported / "run" / "export", exported / "base"
+    judge = RewardModel.from_pretrained(export_folder)
+    pairs = [(prompt, reply) for prompt in PROMPTS for reply in ("good", "bad no")]
     texts = [
-        f"<|user|>\n{prompt}</s><|assistant|>\n{reply}</s>"
-        for prompt in PROMPTS
-        for reply in ("good", "bad no")
+        render(judge.tokenizer, conversation([{"role": "user", "content": prompt}], reply))
+        for prompt, reply in pairs
     ]
     answers = run_elsewhere(
         ".venv-transformers4", "read_by_transformers4.py", export_folder, base, asked=texts
@@ -240,10 +243,7 @@ def test_transformers_4_gives_the_same_ids_and_rewards(exported):
                 logits = model(torch.tensor([ids])).logits
             expected = logits.item() if folder == export_folder else logits[0, -1].tolist()
             assert seen == pytest.approx(expected, abs=1e-4)
-    judge = RewardModel.from_pretrained(export_folder)
-    rewards = judge.score(
-        [{"prompt": prompt, "response": reply} for prompt in PROMPTS for reply in ("good", "bad no")]
-    )
+    rewards = judge.score([{"prompt": prompt, "response": reply} for prompt, reply in pairs])
     assert len({round(float(reward), 3) for reward in rewards}) == len(rewards)
     assert answers[str(export_folder)]["outputs"] == pytest.approx(rewards.tolist(), abs=1e-4)
     assert answers[str(export_folder)]["activation"] == "Identity"
@@ -292,7 +292,7 @@ def test_two_steps_of_ppo_see_the_rewards_of_score(exported, tmp_path):
     for row, score in zip(ids, scores, strict=True):
         prompt, reply = judge.tokenizer.decode(row).split("</s><|assistant|>\n")
         if reply.endswith("</s>") and reply != "</s>":  # the others were cut, or say nothing
-            texts.append((prompt.removeprefix("<|user|>\n"), reply.removesuffix("</s>"), score))
+            texts.append((prompt.removeprefix("<s><|user|>\n"), reply.removesuffix("</s>"), score))
     assert len(texts) >= 3
     rewards = judge.score([{"prompt": prompt, "response": reply} for prompt, reply, _ in texts])
     assert rewards.tolist() == pytest.approx([score for *_, score in texts], abs=1e-5)
