@@ -6,6 +6,7 @@ fp32, trained in full and saved with the adapter.
 """
 
 import errno
+import gc
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -229,6 +230,7 @@ def load_trained(
     Raises:
         RecipeError: it cannot be loaded, has not exactly one label, or lacks a trained head.
     """
+    gc.collect()  # frees models that were dropped: with its own forward bound to it each is a circle
     config = load_config(path)
     adapter = sft.adapter_config(path)
     if adapter is not None:

@@ -9,7 +9,6 @@ import subprocess
 import pytest
 import torch
 from conftest import (
-    CHAT_TEMPLATE,
     REPOSITORY,
     TINY,
     TINY_DECODER,
@@ -203,7 +202,6 @@ def exported(tmp_path_factory, tiny_data):
     """The base and the export of a run with rotations that are not the default, as Llama 3's."""
     folder = tmp_path_factory.mktemp("compatible")
     tokenizer = make_tokenizer()
-    tokenizer.chat_template = CHAT_TEMPLATE.replace("</s>\n", "</s>")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
         LlamaConfig(vocab_size=len(tokenizer), **TINY_DECODER, rope_parameters=rope("llama3", **LLAMA3))
@@ -290,7 +288,7 @@ def test_two_steps_of_ppo_see_the_rewards_of_score(exported, tmp_path):
     assert judge.score_encoded([Encoded([], [row]) for row in ids]) == pytest.approx(scores, abs=1e-5)
     texts = []
     for row, score in zip(ids, scores, strict=True):
-        prompt, reply = judge.tokenizer.decode(row).split("</s><|assistant|>\n")
+        prompt, reply = judge.tokenizer.decode(row).split("</s>\n<|assistant|>\n")
         if reply.endswith("</s>") and reply != "</s>":  # the others were cut, or say nothing
             texts.append((prompt.removeprefix("<s><|user|>\n"), reply.removesuffix("</s>"), score))
     assert len(texts) >= 3

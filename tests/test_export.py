@@ -11,7 +11,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE, make_recipe
+from conftest import make_recipe
 from peft import LoraModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
@@ -42,15 +42,12 @@ SET_UPS = {
 def trained(tmp_path_factory, tiny_llama, tiny_distilbert, tiny_data):
     """A finished and evaluated run of each kind, made once."""
     root = tmp_path_factory.mktemp("trained")
-    ending_llama = root / "tiny-llama"  # whose template ends with the last message's end token
-    shutil.copytree(tiny_llama, ending_llama)
-    (ending_llama / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("</s>\n", "</s>"))
 
     def run_of(kind):
         folder = root / kind
         if not folder.is_dir():
             folder.mkdir()
-            base = tiny_distilbert if kind == "encoder" else ending_llama
+            base = tiny_distilbert if kind == "encoder" else tiny_llama
             train(read_recipe(make_recipe(folder, base, tiny_data, num_train_epochs=1, **SET_UPS[kind])))
             evaluate(str(folder / "run"))
         return folder / "run"

@@ -11,7 +11,7 @@ import warnings
 
 import pytest
 import yaml
-from conftest import CHAT_TEMPLATE, make_recipe
+from conftest import make_recipe
 from huggingface_hub import ModelCard
 from made_up_export import make_export, prove, write
 from markdown_it import MarkdownIt
@@ -28,9 +28,7 @@ from rm_recipe.train import train
 def exported(tmp_path_factory, tiny_llama, tiny_data):
     """A finished run's export."""
     folder = tmp_path_factory.mktemp("card")
-    shutil.copytree(tiny_llama, folder / "base")  # with a template that ends with the end token
-    (folder / "base" / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("</s>\n", "</s>"))
-    train(read_recipe(make_recipe(folder, folder / "base", tiny_data, num_train_epochs=1)))
+    train(read_recipe(make_recipe(folder, tiny_llama, tiny_data, num_train_epochs=1)))
     evaluate(str(folder / "run"))
     export(folder / "run")
     return folder / "run" / "export"

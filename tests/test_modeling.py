@@ -1,6 +1,7 @@
 """The head is fp32, new, seeded, trained and saved; LoRA leaves the base alone."""
 
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -182,3 +183,15 @@ def test_a_model_that_there_is_no_memory_for_is_not_called_a_wrong_one(tiny_llam
     monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", raise_it)
     with pytest.raises(RuntimeError, match="memory"):
         load_base(ModelConfig(model_name_or_path=str(tiny_llama)), tokenizer, 0)
+
+
+def test_a_model_that_was_dropped_is_gone_when_the_next_is_loaded(tiny_llama, tmp_path):
+    """As between `evaluate` and `export` in one process: a GPU may not hold both."""
+    tokenizer = load_tokenizer(str(tiny_llama))
+    classifier = AutoModelForSequenceClassification.from_pretrained(
+        tiny_llama, num_labels=1, pad_token_id=tokenizer.pad_token_id
+    )
+    classifier.save_pretrained(tmp_path)
+    dropped = weakref.ref(load_trained(str(tmp_path), tokenizer))
+    assert load_trained(str(tmp_path), tokenizer) is not dropped()
+    assert dropped() is None
