@@ -62,7 +62,7 @@ def test_the_report_has_the_contracts_keys_and_its_sums(write_recipe, flawed):
 
 def test_tokens_prefix_share_and_baselines_equal_a_naive_count(write_recipe, tiny_data, tiny_llama):
     figures = report_of(write_recipe())["splits"]["train"]
-    tokenizer = load_tokenizer(str(tiny_llama))
+    tokenizer = load_tokenizer(str(tiny_llama), of_base=True)
     lengths, longer, shared, plain = [], [], 0, 0
     for row in map(json.loads, (tiny_data / "train.jsonl").open()):
         both = [
