@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForSequenceClassification
 from trl import ModelConfig, RewardConfig
 
-from rm_recipe import adapters
+from rm_recipe import adapters, heads
 from rm_recipe.batching import Encoded, padded_rows, shared_rows
 from rm_recipe.errors import one_line
 
@@ -182,9 +182,12 @@ def _outline(
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:layers]
     with torch.device("meta"):
+        dtype = getattr(torch, str(model.dtype), config.dtype) if model.use_peft else torch.float32
         outline = AutoModelForSequenceClassification.from_config(
-            config, dtype=getattr(torch, str(model.dtype), config.dtype), attn_implementation=attention
+            config, dtype=dtype, attn_implementation=attention
         )
+        for name in new_modules:
+            heads.to_float32(outline, name)
         if not model.use_peft:
             return outline.train()
         half = training.bf16 or training.fp16

@@ -8,12 +8,12 @@ fp32, trained in full and saved with the adapter.
 import errno
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from peft import PeftConfig, PeftModel, TaskType
+from peft import PeftConfig, PeftModel, TaskType, load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -26,12 +26,18 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import logging
 
 from rm_recipe import quantisation, sft
-from rm_recipe.adapters import add_lora, check_target_modules, keep_activations_in_half
+from rm_recipe.adapters import (
+    HALF,
+    add_lora,
+    check_target_modules,
+    keep_activations_in_half,
+    train_in_float32,
+)
 from rm_recipe.attention import announce_rows
 from rm_recipe.errors import RecipeError, one_line
 from rm_recipe.heads import head_names, initialise, outermost, to_float32
 from rm_recipe.tokenization import load_config
-from rm_recipe.weights import check_safetensors
+from rm_recipe.weights import check_safetensors, saved_as
 
 if TYPE_CHECKING:
     from trl import ModelConfig
@@ -64,7 +70,8 @@ def load_base(
     }
     if config.attn_implementation:
         kwargs["attn_implementation"] = config.attn_implementation
-    dtype = getattr(torch, str(config.dtype), "auto")
+    # What is trained is fp32: in bf16 a step of 1e-5 leaves five of six weights as they are.
+    dtype = getattr(torch, str(config.dtype), "auto") if config.use_peft else torch.float32
     with sft.as_one_model(name, revision, trust_remote_code) as folder:
         if hasattr(load_config(folder, revision, trust_remote_code), "quantization_config"):
             model, new = _load_quantised(folder, name, config, dtype=dtype, **kwargs)
@@ -110,7 +117,19 @@ def _load(name: str, **kwargs: Any) -> tuple[PreTrainedModel, list[str]]:
     other = [key for key in mismatched if not key.startswith(heads)]
     if other:
         raise RecipeError(f"'{name}': its weights do not fit its config.json ({', '.join(other[:3])})")
+    if model.device.type != "meta":
+        _keep_head(model, name, heads, kwargs.get("revision", "main"))
     return model, sorted({key.rpartition(".")[0] for key in [*info["missing_keys"], *mismatched]})
+
+
+def _keep_head(model: PreTrainedModel, name: str, heads: tuple[str, ...], revision: str) -> None:
+    """Gives a head its checkpoint's numbers, if they are there: it was loaded in the body's precision."""
+    for key, saved in saved_as(name, heads, revision):
+        with suppress(AttributeError):  # a name of older versions, which transformers translates
+            parameter = model.get_parameter(key)
+            if parameter.is_floating_point() and parameter.shape == saved.shape:  # neither quantised nor new
+                precision = torch.promote_types(saved.dtype, parameter.dtype)
+                parameter.data = saved.to(parameter.device, precision)
 
 
 def _load_quantised(
@@ -273,6 +292,8 @@ def _load_adapter(
             f"'{name}' has {embeddings}: it is another model now"
         )
     wrapped = PeftModel.from_pretrained(model, path)
+    if train_in_float32(wrapped):  # they were read in the base's precision
+        set_peft_model_state_dict(wrapped, load_peft_weights(path, str(model.device)))
     keep_activations_in_half(wrapped)
     return wrapped.eval()
 
@@ -280,5 +301,5 @@ def _load_adapter(
 def autocast(model: nn.Module) -> AbstractContextManager[Any]:
     """The precision in which the model computes: its body's, where that is a half precision."""
     weight = next(model.parameters())
-    half = weight.dtype in (torch.bfloat16, torch.float16)
+    half = weight.dtype in HALF
     return torch.autocast(weight.device.type, weight.dtype if half else None, enabled=half)

@@ -10,6 +10,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from rm_recipe import adapters, memory
 from rm_recipe.batching import Encoded, padded_rows, shared_rows
+from rm_recipe.heads import to_float32
 from rm_recipe.memory import MemoryPlan, needs_checkpointing, plan
 from rm_recipe.recipe import read_recipe
 
@@ -37,8 +38,10 @@ def small(tmp_path):
 
 def really(config, model_config, training, new, shared: bool, checkpointing: bool) -> tuple[int, int, int]:
     """Bytes of weights, of trained weights, and of the peak beside them, of a step with real tensors."""
-    model = AutoModelForSequenceClassification.from_config(config, dtype=getattr(torch, model_config.dtype))
+    dtype = getattr(torch, model_config.dtype) if model_config.use_peft else torch.float32
+    model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
     model.config.use_cache = False
+    to_float32(model, new[0])
     if model_config.use_peft:
         model = adapters.add_lora(model, model_config, new, autocast=training.bf16)
     if checkpointing:

@@ -38,7 +38,7 @@ def base(folder: Path, seed: int = 0, **keys):
     [("tiny_llama", ["score"]), ("tiny_distilbert", ["classifier", "pre_classifier"])],
 )
 def test_what_the_base_lacks_is_found_and_is_fp32(fixture, expected, request):
-    model, new, _ = base(request.getfixturevalue(fixture), dtype="bfloat16")
+    model, new, _ = base(request.getfixturevalue(fixture), dtype="bfloat16", use_peft=True)
     assert new == expected
     for name in new:
         assert isinstance(model.get_submodule(name), Float32Linear)
@@ -54,7 +54,7 @@ def test_the_heads_start_comes_from_the_seed(tiny_llama):
 
 
 def test_rewards_are_fp32_under_bf16_autocast(tiny_llama):
-    model = base(tiny_llama, dtype="bfloat16")[0]
+    model = base(tiny_llama, dtype="bfloat16", use_peft=True)[0]
     with torch.no_grad(), autocast(model):
         reward = model(input_ids=torch.tensor([[5, 6, 7]])).logits
     assert reward.dtype == torch.float32
@@ -63,7 +63,7 @@ def test_rewards_are_fp32_under_bf16_autocast(tiny_llama):
 
 def test_a_quantised_base_keeps_its_head_in_fp32_and_its_rewards_after_a_forward(tiny_llama):
     """bitsandbytes repacks 4-bit weights in place at the first forward without gradients."""
-    model, _, _ = base(tiny_llama, dtype="bfloat16", load_in_4bit=True)
+    model, _, _ = base(tiny_llama, dtype="bfloat16", load_in_4bit=True, use_peft=True)
     assert type(model.score) is Float32Linear
     projection = model.model.layers[0].self_attn.q_proj
     assert type(projection).__name__ == "Linear4bit"
