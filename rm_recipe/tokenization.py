@@ -137,6 +137,8 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
 def positions(config: Any) -> int | None:
     """How many tokens a model has positions for; None where its config does not say."""
     number = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if number is not None and number <= 0:  # XLNet, whose positions are relative
+        return None
     if number and config.model_type in POSITIONS_AFTER_PADDING:
         number -= config.pad_token_id + 1
     return number
