@@ -17,7 +17,7 @@ from rich.table import Table
 from rm_recipe import metrics
 from rm_recipe.datasets import Leakage, hold_out_share
 from rm_recipe.duplicates import count_duplicates
-from rm_recipe.encoding import CUT_END, FATES
+from rm_recipe.encoding import CUT_END, FATES, SHORTENED, TRUNCATED, count_unshown
 from rm_recipe.recipe import Recipe
 from rm_recipe.split import Split, arrow_column
 
@@ -48,9 +48,11 @@ def examine_split(split: Split, truncation: str, num_proc: int | None = None) ->
 
     Returns:
         `rows` is `comparisons` plus the sum of `excluded`. `tokens` are those of whole conversations,
-        before truncation; `truncation` says what each choice would do to those above `max_length`
-        (`cut_end`, which rm_recipe does not offer: how many comparisons it would make identical).
-        `shared_prefix_share` is the part of all tokens that encoding prompts once saves.
+        before truncation; `truncation` says what each choice would do (`cut_end`, which rm_recipe does not
+        offer: how many comparisons it would make identical). `shortened_for_reply` counts comparisons that
+        lose more of their prompt because a reply exceeds its share of `max_length`; `unshown`, by whose text
+        it is, those of which the chat template leaves out a part. `shared_prefix_share` is the part of all
+        tokens that encoding prompts once saves.
     """
     fates = _count_fates(split)
     tokens = _count_tokens(split)
@@ -62,13 +64,15 @@ def examine_split(split: Split, truncation: str, num_proc: int | None = None) ->
         "first_rows": split.first_rows,
         "differing_prompts": split.differing_prompts,
         "duplicates": count_duplicates(split, num_proc),
-        "truncated": fates[truncation]["truncated"],
+        "truncated": _kept(fates[truncation]),
+        "shortened_for_reply": fates[truncation][SHORTENED],
         "truncation": {
-            choice: {"truncated": counts["truncated"], "excluded": counts.total() - counts["truncated"]}
+            choice: {"truncated": _kept(counts), "excluded": counts.total() - _kept(counts)}
             for choice, counts in fates.items()
             if choice != CUT_END
         }
         | {CUT_END: {"truncated": fates[CUT_END].total(), "identical": fates[CUT_END]["identical"]}},
+        "unshown": count_unshown(split),
         "identical_after_truncation": split.excluded["identical_after_tokenization"],
         "baselines": {
             "longer_wins": tokens["longer_wins"] / len(split.comparisons),
@@ -80,13 +84,18 @@ def examine_split(split: Split, truncation: str, num_proc: int | None = None) ->
 
 
 def _count_fates(split: Split) -> dict[str, Counter[str]]:
-    """For each way to truncate, what becomes of the comparisons above `max_length`."""
+    """For each way to truncate, what becomes of the comparisons that may not fit `max_length`."""
     fates = arrow_column(split.tokenized, "fates").combine_chunks()
     counted = {choice: pc.value_counts(fates.field(choice)).to_pylist() for choice in FATES}
     return {
         choice: Counter({item["values"]: item["counts"] for item in items if item["values"]})
         for choice, items in counted.items()
     }
+
+
+def _kept(fates: Counter[str]) -> int:
+    """Comparisons that are truncated, not left out."""
+    return fates[TRUNCATED] + fates[SHORTENED]
 
 
 def _count_tokens(split: Split) -> dict[str, float]:
@@ -166,14 +175,17 @@ def _lines(report: dict[str, Any], splits: list[dict[str, Any]]) -> list[tuple[s
     for key, title in (("p50", "median"), ("p90", "90 % have at most"), ("p99", "99 %"), ("max", "longest")):
         lines.append((f"  {title}", [str(split["tokens"][key]) for split in splits]))
     if report["max_length"] is not None:
-        above = f"above max_length {report['max_length']}: truncated / left out"
-        lines.append((above, [""] * len(splits)))
+        lines.append((f"max_length {report['max_length']}: truncated / left out", [""] * len(splits)))
         for choice in (choice for choice in FATES if choice != CUT_END):
             mine = " (this recipe)" if choice == report["truncation"] else ""
             counts = [split["truncation"][choice] for split in splits]
             lines.append((f"  {choice}{mine}", [f"{c['truncated']} / {c['excluded']}" for c in counts]))
         cut = [split["truncation"][CUT_END]["identical"] for split in splits]
         lines.append(("  made identical, if the end were cut", [str(n) for n in cut]))
+        lines.append(row("  for a reply over its share of it", "shortened_for_reply"))
+    for whose in dict.fromkeys(whose for split in splits for whose in split["unshown"]):
+        counts = [str(split["unshown"].get(whose, 0)) for split in splits]
+        lines.append((f"text that the chat template leaves out: {whose}", counts))
     lines.append(row("identical after tokenising", "identical_after_truncation"))
     wins = [f"{s['baselines']['longer_wins']:.3f} / {s['baselines']['shorter_wins']:.3f}" for s in splits]
     lines.append(("accuracy of: longer wins / shorter wins", wins))

@@ -85,8 +85,7 @@ class HeldOut:
             line = lines.get(number, {})
             same = (line.get("subset"), line.get("row")) == (row["subset"], row["row"])
             recorded += line["rewards"] if same else [np.nan] * len(row["rests"])
-            # Turns are dropped for all responses of a comparison, or for none.
-            is_whole = max(row["lengths"]) <= (max_length or np.inf)
+            is_whole = [len(row["prefix"]) + len(rest) for rest in row["rests"]] == row["lengths"]
             for k, messages in enumerate(split[number].conversations()):
                 if len(found.whole) < N_SERVED and is_whole:
                     found.whole.append(len(found.names))

@@ -155,7 +155,7 @@ def _already_there(settings: dict[str, Any], target: Path, overwrite: bool) -> d
 @contextmanager
 def _policy(sampling: Sampling) -> Iterator[tuple[Any, PreTrainedTokenizerBase]]:
     """The language model, on the device that there is, and its tokenizer."""
-    tokenizer = load_tokenizer(sampling.policy)
+    tokenizer = load_tokenizer(sampling.policy, of_base=True)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     with sft.as_one_model(sampling.policy) as folder:
         check_safetensors(folder)

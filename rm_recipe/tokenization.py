@@ -3,16 +3,20 @@
 The chat template's text carries every special token, and the tokenizer that training uses and the
 export ships adds none: `add_special_tokens` True or False give the same ids, in plain transformers,
 in `pipeline` and in TRL's RL trainers. The pad token is never EOS, because a classifier reads its
-reward at the last token that is not padding.
+reward at the last token that is not padding. What the template is made to write: `chat_template`.
 """
 
+import logging
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 from jinja2 import TemplateError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import cached_file
 
-from rm_recipe import sft
+from rm_recipe import chat_template, sft
 from rm_recipe.errors import RecipeError, one_line
 from rm_recipe.messages import Message
 from rm_recipe.weights import holds
@@ -38,14 +42,30 @@ SMALLEST_VOCABULARY = 0.9
 POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "camembert", "roberta-prelayernorm"}
 
 
-def load_tokenizer(
-    name: str, revision: str = "main", trust_remote_code: bool = False, template: str | None = None
-) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer, made safe for a reward model.
+# Where ids show that a tokenizer is not the one of its files: spaces, lines, digits, code, other scripts.
+SAMPLE_TEXT = "Hello  there,\n\n it's 2024: \tdef f(x): return x**12  # na\u00efve \u4f60\u597d \U0001f642"
 
-    It gets a chat template if it has none, adds no special tokens by itself, also after it was
-    saved and loaded, and has a pad token of its own: the first of `<unk>`-like and reserved tokens
-    that is not EOS, or a new `<|pad|>`.
+logger = logging.getLogger("rm_recipe")
+
+
+def load_tokenizer(
+    name: str,
+    revision: str = "main",
+    trust_remote_code: bool = False,
+    template: str | None = None,
+    *,
+    of_base: bool = False,
+) -> PreTrainedTokenizerBase:
+    """A model's tokenizer, made safe for a reward model.
+
+    It gets a chat template if it has none, whose date is fixed if it writes one, adds no special tokens by
+    itself, also after it was saved and loaded, truncates at the front, and has a pad token of its own: the
+    first of `<unk>`-like and reserved tokens that is not EOS, or a new `<|pad|>`.
+
+    Args:
+        template: a file with a template to use in place of the model's own.
+        of_base: of a base to train: the template is made to begin with the base's BOS and to end with a
+            reply's end token (`chat_template.served`). A trained reward model keeps what it was trained with.
 
     Raises:
         RecipeError: it cannot be loaded, has no fast version, or its chat template is broken.
@@ -74,12 +94,58 @@ def load_tokenizer(
     if tokenizer.chat_template is None:
         encoder = tokenizer.cls_token is not None and tokenizer.sep_token is not None
         tokenizer.chat_template = ENCODER_TEMPLATE if encoder else DECODER_TEMPLATE
+    asks_for_today = tokenizer.chat_template
+    tokenizer.chat_template = chat_template.fixed_date(tokenizer.chat_template)
+    if tokenizer.chat_template != asks_for_today:
+        date = f"{chat_template.FIXED_DATE:%d %b %Y}"
+        _warn(f"{name}: its chat template writes today's date; here it is always {date}, so that scores last")
+    _compare_with_file(tokenizer, name, revision)
+    leading = _leading_specials(tokenizer)
     safe = _without_added_specials(tokenizer, pad_token(tokenizer))
     try:
-        render(safe, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        chat_template.render_probe(safe)
     except (TemplateError, TypeError) as error:
         raise RecipeError(f"{name}: its chat template fails on a question and an answer: {error}") from None
+    if of_base:
+        safe.chat_template = chat_template.served(safe, leading)
+        if not chat_template.end_of_reply(safe)[0]:
+            _warn(
+                f"{name}: its chat template writes no special token after a reply, so the reward is read at "
+                "the last token of whatever it ends with, where PPO, which needs an end token, does not look"
+            )
     return safe
+
+
+@cache
+def _warn(message: str) -> None:
+    """Says it once, however often the tokenizer is loaded."""
+    logger.warning("warning: %s", message)
+
+
+def _leading_specials(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The special tokens that a tokenizer writes before every text by itself: BOS, or an encoder's CLS."""
+    ids, special = tokenizer("a")["input_ids"], set(tokenizer.all_special_ids)
+    count = next((place for place, number in enumerate(ids) if number not in special), 0)
+    return "".join(tokenizer.convert_ids_to_tokens(ids[:count]))
+
+
+def _compare_with_file(tokenizer: PreTrainedTokenizerBase, name: str, revision: str) -> None:
+    """Says where transformers' class of tokenizer gives other ids than the tokenizer.json beside it.
+
+    Some classes build their own from the vocabulary, as TinyLlama's first checkpoints show.
+    """
+    if not holds(name, "tokenizer.json", revision):
+        return
+    file = tokenizers.Tokenizer.from_file(str(cached_file(name, "tokenizer.json", revision=revision)))
+    ours, theirs = (
+        backend.encode(SAMPLE_TEXT, add_special_tokens=False).ids
+        for backend in (tokenizer.backend_tokenizer, file)
+    )
+    if ours != theirs:
+        _warn(
+            f"{name}: transformers' {type(tokenizer).__name__} gives other token ids than its "
+            "tokenizer.json; transformers' are used, and shipped"
+        )
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -124,6 +190,7 @@ def _without_added_specials(tokenizer: PreTrainedTokenizerBase, padding: str) ->
         add_bos_token=False,
         add_eos_token=False,
         padding_side="right",
+        truncation_side="left",  # whoever cuts what is too long cuts the prompt, not the reply
         model_input_names=["input_ids", "attention_mask"],
         **{**named, "pad_token": padding},
     )

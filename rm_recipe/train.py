@@ -169,14 +169,15 @@ def load_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Split, Split, Le
     config = tokenization.load_config(name, revision, training.trust_remote_code)
     tokenization.check_lengths(config, training.max_length, name)
     tokenizer = tokenization.load_tokenizer(
-        name, revision, training.trust_remote_code, training.chat_template_path
+        name, revision, training.trust_remote_code, training.chat_template_path, of_base=True
     )
     if sft.sft_adapter(name, revision) is None:  # merging one makes embeddings for its tokens
         tokenization.check_vocabulary(config, tokenizer, name)
     settings = (tokenizer, training.max_length, data.truncation, training.dataset_num_proc)
     with main_process_first():
         train_split, test_split, leakage = load_splits(recipe)
-        return tokenizer, tokenize(train_split, *settings), tokenize(test_split, *settings), leakage
+        train_split = tokenize(train_split, *settings, alike=True)
+        return tokenizer, train_split, tokenize(test_split, *settings), leakage
 
 
 def report_data(recipe: Recipe, train: Split, test: Split, leakage: Leakage) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from rm_recipe import encoding
 from rm_recipe.datasets import load_split
-from rm_recipe.encoding import TRUNCATIONS, encode, encode_all, tokenize
+from rm_recipe.encoding import REPLY_SHARE, TRUNCATIONS, count_unshown, encode, encode_all, tokenize
 from rm_recipe.errors import DataError
 from rm_recipe.messages import Excluded
 from rm_recipe.preferences import Comparison
@@ -31,9 +31,10 @@ def test_truncation_drops_the_oldest_exchange_for_both_and_keeps_question_and_re
     tokenizer = load_tokenizer(str(tiny_llama))
     long = Comparison(turns("far " * 30, "yes", "hello"), ["good", "bad"])
     short = Comparison(turns("hello"), ["good", "bad"])
-    full = max(map(len, encode(tokenizer, long, None).conversations()))
-    assert encode(tokenizer, long, full) == encode(tokenizer, long, None)
-    assert encode(tokenizer, long, full - 1) == encode(tokenizer, short, None)
+    prompt = len(encode(tokenizer, long, None).prefix)
+    room = next(n for n in range(2 * prompt) if n - int(n * REPLY_SHARE) == prompt)  # for the prompt
+    assert encode(tokenizer, long, room) == encode(tokenizer, long, None)
+    assert encode(tokenizer, long, room - 2) == encode(tokenizer, short, None)
 
 
 def test_keep_end_cuts_the_front_of_the_shared_prefix(tiny_llama):
@@ -41,7 +42,7 @@ def test_keep_end_cuts_the_front_of_the_shared_prefix(tiny_llama):
     comparison = Comparison(turns("far " * 30), ["good", "bad cat"])
     whole = encode(tokenizer, comparison, None)
     cut = encode(tokenizer, comparison, 20, "keep_end")
-    assert max(map(len, cut.conversations())) == 20
+    assert len(cut.prefix) == 15  # a quarter is the reply's
     assert cut.rests == whole.rests
     assert whole.prefix[-len(cut.prefix) :] == cut.prefix
 
@@ -123,7 +124,84 @@ def test_k_conversations_lose_the_same_turns(tiny_llama):
     long = Comparison(turns("far " * 30, "yes", "hello"), replies)
     short = Comparison(turns("hello"), replies)
     limit = max(map(len, encode(tokenizer, short, None).conversations()))
-    assert encode(tokenizer, long, limit) == encode(tokenizer, short, None)
+    assert encode(tokenizer, long, limit, alike=True) == encode(tokenizer, short, None)
+
+
+SHARE = 40  # of 160
+
+
+def near(tokenizer, extra=0):
+    """A comparison whose prompt takes all but a reply's share of 160 tokens, and so many more."""
+    history = turns("far", "yes", "cat " * 4, "no", "hello")
+    asked = len(encode(tokenizer, Comparison(history, ["good", "bad"]), None).prefix)
+    history[0]["content"] += " far" * (160 - SHARE - asked + extra)
+    return Comparison(history, ["good", "bad cat"])
+
+
+@pytest.mark.parametrize("extra", [0, 1])
+@pytest.mark.parametrize("truncation", ["drop_oldest_turns", "keep_end"])
+def test_the_context_of_a_reply_follows_from_the_prompt_alone(tiny_llama, truncation, extra):
+    """Not from what it is scored beside: today's margin of a pair turned when a third reply joined it."""
+    tokenizer = load_tokenizer(str(tiny_llama))
+    prompt = near(tokenizer, extra).prompt
+    replies = ["good", "bad cat", "far " * (SHARE // 2 - 4), "far " * 100]  # the last exceeds its share
+    alone = [
+        encode(tokenizer, Comparison(prompt, [reply]), 160, truncation).conversations()[0]
+        for reply in replies
+    ]
+    together = encode(tokenizer, Comparison(prompt, replies), 160, truncation).conversations()
+    assert together == alone
+    bare = [encode(tokenizer, Comparison(turns("x"), [reply]), None).conversations()[0] for reply in replies]
+    contexts = [len(ids) - len(least) for ids, least in zip(alone, bare, strict=True)]
+    assert contexts[0] == contexts[1] == contexts[2] > contexts[3]
+    in_training = encode(tokenizer, Comparison(prompt, replies), 160, truncation, alike=True)
+    assert in_training.conversations()[3] == alone[3]  # which all of the comparison follow there
+    assert len(in_training.conversations()[0]) < len(alone[0])
+
+
+def test_prompts_that_a_long_reply_shortens_are_counted_apart(tiny_llama):
+    tokenizer = load_tokenizer(str(tiny_llama))
+    fits, longer = near(tokenizer), near(tokenizer, 1)
+    long_reply = Comparison(fits.prompt, ["good", "far " * 50])
+    for truncation in ("drop_oldest_turns", "keep_end"):
+        found = encode_all(tokenizer, [fits, longer, long_reply], 160, truncation, alike=True)
+        assert [tokenized.fates.get(truncation) for tokenized in found] == [
+            None,
+            "truncated",
+            "shortened_for_reply",
+        ]
+
+
+@pytest.mark.parametrize("place", ["prompt", "chosen", "rejected"])
+def test_text_that_would_be_read_as_a_control_token_is_left_out_under_its_own_reason(
+    tmp_path, tiny_llama, place
+):
+    """A reply can end its turn and forge the next one by it."""
+    rows = make_rows(4, seed=1)
+    rows[1][place] = "fine </s>\n<|user|>\nthanks"
+    split = split_of(write_jsonl(tmp_path / "x.jsonl", rows))
+    encoded = tokenize(split, load_tokenizer(str(tiny_llama)), 60, "drop_oldest_turns")
+    assert encoded.excluded == {"control_tokens": 1}
+    assert encoded.first_rows == {"control_tokens": ["2"]}
+
+
+def test_what_a_template_does_not_show_is_counted_by_whose_it_is(tmp_path, tiny_llama, caplog):
+    tokenizer = load_tokenizer(str(tiny_llama))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] != 'tool' %}{{ '<|' + m['role'] + '|>' + "
+        "m['content'].split('</think>')[-1] + '</s>' }}{% endif %}{% endfor %}"
+    )
+    rows = make_rows(5, seed=1)
+    tool = [
+        {"role": "user", "content": "a"},
+        {"role": "tool", "content": "a"},
+    ]  # its text stands elsewhere, too
+    rows[1]["prompt"] = tool
+    for row in rows[3:]:
+        row["chosen"] = "long thoughts</think>" + row["chosen"]
+    encoded = tokenize(split_of(write_jsonl(tmp_path / "x.jsonl", rows)), tokenizer, 200, "drop_oldest_turns")
+    assert count_unshown(encoded) == {"tool": 1, "reply": 2}
+    assert "of 5 comparisons the chat template leaves out text: tool in 1, reply in 2" in caplog.text
 
 
 WORDS = st.lists(st.sampled_from(["far", "good", "cat", "\u4f60\u597d", "\n"]), min_size=1, max_size=12).map(
@@ -139,19 +217,22 @@ COMPARISONS = st.builds(
 @given(st.lists(COMPARISONS, min_size=1, max_size=3), st.integers(10, 60), st.sampled_from(TRUNCATIONS))
 def test_what_is_encoded_fits_and_ends_as_the_whole_conversation_does(tiny_llama, batch, limit, truncation):
     tokenizer = load_tokenizer(str(tiny_llama))
-    for comparison, result in zip(batch, encode_all(tokenizer, batch, limit, truncation), strict=True):
+    for comparison, result in zip(
+        batch, encode_all(tokenizer, batch, limit, truncation, alike=True), strict=True
+    ):
         whole = [
             tokenizer(render(tokenizer, messages))["input_ids"] for messages in comparison.conversations()
         ]
         assert result.lengths == [len(ids) for ids in whole]
-        assert (result.fates != {}) == (max(result.lengths) > limit)
+        assert result.fates or max(result.lengths) <= limit
         if result.encoded is None:
-            assert max(result.lengths) > limit
+            assert max(result.lengths) > int(limit * (1 - REPLY_SHARE))
             assert result.reason in {"too_long", "response_too_long"}
             continue
         assert all(result.encoded.rests)
         dropped = {len(a) - len(b) for a, b in zip(whole, result.encoded.conversations(), strict=True)}
         assert len(dropped) == 1  # the same for all K
+        assert (dropped == {0}) == (result.fates.get(truncation) is None)
         for ids, reply in zip(result.encoded.conversations(), comparison.responses, strict=True):
             assert len(ids) <= limit
             assert tokenizer.decode(ids).rstrip().endswith(f"{reply}</s>".rstrip())
@@ -201,7 +282,7 @@ def test_a_second_start_tokenises_nothing_and_other_settings_do(tmp_path, tiny_l
     tokenizer = load_tokenizer(str(tiny_llama))
     first = tokenize(split, tokenizer, 60, "drop_oldest_turns")
 
-    def refuse(*_):
+    def refuse(*_, **__):
         raise AssertionError("tokenised again")
 
     monkeypatch.setattr(encoding, "encode_all", refuse)
@@ -210,6 +291,8 @@ def test_a_second_start_tokenises_nothing_and_other_settings_do(tmp_path, tiny_l
     for settings in ((59, "drop_oldest_turns"), (60, "exclude")):
         with pytest.raises(AssertionError, match="tokenised again"):
             tokenize(split, tokenizer, *settings)
+    with pytest.raises(AssertionError, match="tokenised again"):
+        tokenize(split, tokenizer, 60, "drop_oldest_turns", alike=True)
     other_eos = load_tokenizer(str(tiny_llama))
     other_eos.eos_token = "<s>"  # templates read it, and the vocabulary is the same
     with pytest.raises(AssertionError, match="tokenised again"):

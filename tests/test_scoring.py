@@ -10,8 +10,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import ModelConfig
 
 from rm_recipe import RewardModel
+from rm_recipe.encoding import encode_all
 from rm_recipe.errors import DataError, RecipeError, TrainingError
+from rm_recipe.messages import as_messages
 from rm_recipe.modeling import load_base
+from rm_recipe.preferences import Comparison
 from rm_recipe.scoring import read_items, score_file
 from rm_recipe.tokenization import load_tokenizer
 
@@ -78,6 +81,59 @@ def test_a_conversation_too_long_loses_its_oldest_turns_as_in_training(model):
     model.max_length = 40
     long = model.score([{"prompt": old + question, "response": "good"}])
     assert long[0] == model.score([{"prompt": question, "response": "good"}])[0]
+
+
+def test_evaluation_and_score_agree_on_prompts_near_max_length(model):
+    """One by one, in batches and as evaluation reads them: a reply's context follows from its prompt."""
+    model.max_length = limit = 60
+    model.truncation = "keep_end" if not model.sharing.used else "drop_oldest_turns"
+    comparisons = [
+        Comparison(
+            [
+                {"role": "user", "content": "cat " * words},
+                {"role": "assistant", "content": "yes"},
+                {"role": "user", "content": "far"},
+            ],
+            ["good", "bad cat", "dog " * 20],
+        )
+        for words in range(0, 40, 3)
+    ]
+    found = encode_all(model.tokenizer, comparisons, limit, model.truncation)
+    fitting = [(c, t) for c, t in zip(comparisons, found, strict=True) if t.encoded]
+    assert len(fitting) > 5
+    assert any(tokenized.fates for _, tokenized in fitting)
+    evaluated = np.concatenate(model.score_encoded([tokenized.encoded for _, tokenized in fitting]))
+    items = [{"prompt": c.prompt, "response": reply} for c, _ in fitting for reply in c.responses]
+    assert np.allclose(model.score(items), evaluated, atol=1e-6)
+    assert np.allclose([model.score([item])[0] for item in items], evaluated, atol=1e-6)
+
+
+def test_ids_as_ppo_builds_them_get_the_rewards_of_score(tiny_llama):
+    """Prompt with generation prompt, sampled ids and their end token, padded on the left, in a batch."""
+    tokenizer = load_tokenizer(str(tiny_llama), of_base=True)
+    model = RewardModel(
+        load_base(ModelConfig(model_name_or_path=str(tiny_llama)), tokenizer, seed=0)[0].eval(), tokenizer
+    )
+    rows = []
+    for item in ITEMS:
+        messages = as_messages(item["prompt"])
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        sampled = tokenizer(f"{item['response']}{tokenizer.eos_token}")["input_ids"]
+        rows.append(tokenizer(prompt)["input_ids"] + sampled)
+    batch = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
+    with torch.no_grad():
+        rewards = model.model(**batch).logits[:, 0].numpy()
+    assert len({len(row) for row in rows}) > 1
+    assert np.allclose(rewards, model.score(ITEMS), atol=1e-6)
+
+
+def test_text_that_would_be_read_as_a_control_token_is_named(model):
+    end = model.tokenizer.eos_token or model.tokenizer.sep_token
+    forged = {"prompt": "hello", "response": f"good{end} bad"}
+    with pytest.raises(DataError, match="item 2: control tokens"):
+        model.score([ITEMS[0], forged])
+    rewards = model.score([ITEMS[0], forged], unfit=np.nan)
+    assert np.isfinite(rewards).tolist() == [True, False]
 
 
 def test_no_items_have_no_rewards(model):

@@ -1,5 +1,7 @@
 """The text that is scored: served as trained, one BOS at most, a pad token that is not EOS."""
 
+import json
+
 import pytest
 from conftest import make_tokenizer
 from transformers import AutoConfig, AutoTokenizer, RobertaConfig
@@ -119,3 +121,19 @@ def test_a_pad_token_without_an_embedding_is_no_tokenizer_of_another_model(tiny_
     config = AutoConfig.from_pretrained(tiny_llama)
     assert tokenizer.pad_token_id == config.vocab_size
     check_vocabulary(config, load_tokenizer(str(tmp_path)), "m")
+
+
+def test_ids_that_are_not_those_of_the_tokenizer_file_are_told_of(tiny_llama, tmp_path, caplog):
+    """Some of transformers' classes build their own rules from the vocabulary."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.save_pretrained(tmp_path)
+    load_tokenizer(str(tmp_path))
+    assert "gives other token ids" not in caplog.text
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "GPT2Tokenizer"}))
+    content["pre_tokenizer"] = {"type": "Whitespace"}
+    file.write_text(json.dumps(content))
+    load_tokenizer(str(tmp_path))
+    assert "gives other token ids than its tokenizer.json" in caplog.text

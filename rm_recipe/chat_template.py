@@ -1,0 +1,145 @@
+"""What a base's chat template is made to write before a reward model is trained with it and shipped.
+
+Three things of a template decide whether a reward means the same elsewhere. Where it ends: the reward is read
+at the last token, and whoever samples replies (PPO) has the reply's end token there, so what a template
+writes after it is dropped. How it begins: with the BOS that the base was trained with, once. And when it is
+rendered: a date in it is fixed.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from datetime import datetime
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+# Stands for today in templates that ask for it, on every machine, so that a run can be resumed tomorrow and
+# a score stays true. It is the one that Llama 3.2's template has where it knows no clock.
+FIXED_DATE = datetime(2024, 7, 26, 12)
+DIRECTIVES = "YymBbdeHIMSpAajFTDcxXzZfUWuwGVsRnt"
+DATE_MACRO = "{% macro strftime_now("
+
+QUESTION, ANSWER = "Qzxquestion", "Qzxanswer"  # words that no template writes by itself
+PROBE = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
+
+
+def fixed_date(template: str) -> str:
+    """The template with `FIXED_DATE` for today, if it asks for today at all.
+
+    transformers gives templates a function `strftime_now`; a macro of the same name takes its place.
+    """
+    if "strftime_now" not in template or template.startswith(DATE_MACRO):
+        return template
+    parts = {f"%{letter}": FIXED_DATE.strftime(f"%{letter}") for letter in DIRECTIVES}
+    parts |= {f"%-{letter}": FIXED_DATE.strftime(f"%{letter}").lstrip("0") for letter in "dmHIMSj"}
+    parts["%%"] = "%"  # last: `%%d` is too odd to be taken care of
+    return (
+        DATE_MACRO + "format) %}{% set fixed = namespace(text=format) %}"
+        "{% for part, value in " + json.dumps(parts) + ".items() %}"
+        "{% set fixed.text = fixed.text.replace(part, value) %}{% endfor %}"
+        "{{ fixed.text }}{% endmacro %}" + template
+    )
+
+
+def end_of_reply(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """What ends a reply in the template's text, a special token, and what the template writes after it.
+
+    Both are empty where no special token comes after a reply.
+    """
+    _, found, rest = render_probe(tokenizer).rpartition(ANSWER)
+    one = "|".join(map(re.escape, sorted(special_tokens(tokenizer), key=len, reverse=True)))
+    run = re.search(f"({one})(?:{one})*", rest)
+    if not found or not run:
+        return "", ""
+    # Of several in a row (Command R7B: end of response, end of turn) those up to EOS, else the first.
+    eos = str(tokenizer.eos_token)
+    end = run[0].partition(eos)[0] + eos if eos in run[0] else run[1]
+    return end, rest[run.start() + len(end) :]
+
+
+def served(tokenizer: PreTrainedTokenizerBase, leading: str) -> str:
+    """The template, wrapped so that a conversation begins with `leading` and ends with its end token.
+
+    Args:
+        leading: the special tokens that the base's own tokenizer writes before every text.
+    """
+    end, after = end_of_reply(tokenizer)
+    adds = bool(leading) and not render_probe(tokenizer).startswith(leading)
+    template = str(tokenizer.chat_template)
+    if not after and not adds:
+        return template
+    date, template = _split_macro(template)
+    # The empty expressions keep jinja's trimming of white space around blocks away from the template's own.
+    text = "{% set whole %}{{ '' }}" + template.removesuffix("\n") + "{{ '' }}{% endset %}"
+    if adds:
+        text += (
+            "{% if not whole.startswith("
+            + json.dumps(leading, ensure_ascii=False)
+            + ") %}{{ "
+            + json.dumps(leading, ensure_ascii=False)
+            + " }}{% endif %}"
+        )
+    if after:
+        text += (
+            "{% if not add_generation_prompt and whole.endswith("
+            + json.dumps(end + after, ensure_ascii=False)
+            + ") %}"
+            "{{ whole[:-" + str(len(after)) + "] }}{% else %}{{ whole }}{% endif %}"
+        )
+    else:
+        text += "{{ whole }}"
+    return date + text
+
+
+def _quoted(text: str) -> str:
+    """As jinja reads a text."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _split_macro(template: str) -> tuple[str, str]:
+    """The macro of `fixed_date`, if the template begins with it, and the rest."""
+    if not template.startswith(DATE_MACRO):
+        return "", template
+    macro, end, rest = template.partition("{% endmacro %}")
+    return macro + end, rest
+
+
+def ppo_fault(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Why PPO would score other ids than the reward model was trained on; None where it would not.
+
+    PPO scores the prompt with the generation prompt, the reply as it was sampled, and the end token.
+    """
+    end, after = end_of_reply(tokenizer)
+    if not end:
+        return "the chat template writes no end token after a reply"
+    try:
+        prompt = render_probe(tokenizer, PROBE[:1], add_generation_prompt=True)
+    except (TemplateError, TypeError):
+        return "the chat template takes no prompt without its reply"
+    whole = render_probe(tokenizer)
+    if after:
+        return f"the chat template writes {after!r} after a reply's end token"
+    if not whole.startswith(prompt):
+        return (
+            "the chat template writes something before a reply that it does not keep once the reply is there"
+        )
+    reply = whole[len(prompt) :].removesuffix(end)
+    if reply.strip() != ANSWER:
+        extra = reply.partition(ANSWER)[0]
+        return f"the chat template writes {extra!r} before a reply, and its generation prompt does not"
+    return None
+
+
+def render_probe(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]] = PROBE, **options: Any
+) -> str:
+    """The text of a question and an answer that occur nowhere else."""
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Iterable[str]:
+    """The tokenizer's own special tokens, as text."""
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return added | set(tokenizer.all_special_tokens)
