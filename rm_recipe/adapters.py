@@ -38,13 +38,29 @@ def add_lora(
         RecipeError: the target modules match nothing.
     """
     try:
-        wrapped = get_peft_model(model, lora_config(config, new_modules), revision=config.model_revision)
+        settings = lora_config(config, new_modules)
+        settings.exclude_modules = _beside_text(model)
+        wrapped = get_peft_model(model, settings, revision=config.model_revision)
     except ValueError as error:
-        raise RecipeError(f"LoRA cannot be added: {one_line(error)}") from None
+        advice = "; set 'lora_dropout: 0'" if "lora_dropout" in str(error) else ""
+        raise RecipeError(f"LoRA cannot be added: {one_line(error)}{advice}") from None
     train_in_float32(wrapped)
     if autocast:
         keep_activations_in_half(wrapped)
     return wrapped
+
+
+def _beside_text(model: PreTrainedModel) -> str | None:
+    """A regular expression of the modules that read no text, as Gemma 3's vision tower; None if all do.
+
+    No gradient would reach their adapters.
+    """
+    config = model.config
+    if config.get_text_config() is config or config.is_encoder_decoder:
+        return None
+    text = model.get_decoder()
+    name = next(name for name, module in model.named_modules() if module is text)
+    return rf"(?!{re.escape(name)}\.).*"
 
 
 def check_target_modules(model: PreTrainedModel, config: "ModelConfig") -> None:

@@ -180,7 +180,7 @@ def _outline(
     if layers is not None:
         text.num_hidden_layers = layers
         if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[:layers]
+            text.layer_types = (text.layer_types * layers)[:layers]
     with torch.device("meta"):
         dtype = getattr(torch, str(model.dtype), config.dtype) if model.use_peft else torch.float32
         outline = AutoModelForSequenceClassification.from_config(

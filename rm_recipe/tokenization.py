@@ -7,6 +7,7 @@ reward at the last token that is not padding. What the template is made to write
 """
 
 import logging
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,12 @@ ENCODER_TEMPLATE = (
     "{{ message['role'] }}: {{ message['content'] }}{{ sep_token }}"
     "{% endfor %}"
 )
-
+# BART and its like read the reward at the last EOS, and want as many of them in every conversation.
+ENCODER_DECODER_TEMPLATE = (
+    "{{ cls_token }}{% for message in messages %}"
+    "{{ '\\n' if not loop.first }}{{ message['role'] }}: {{ message['content'] }}"
+    "{% endfor %}{{ sep_token }}"
+)
 
 # Of the model's embeddings, what its own tokenizer uses at least: DeepSeek's leaves 2 % in reserve.
 SMALLEST_VOCABULARY = 0.9
@@ -92,8 +98,7 @@ def load_tokenizer(
             )
         tokenizer.chat_template = templates["default"]
     if tokenizer.chat_template is None:
-        encoder = tokenizer.cls_token is not None and tokenizer.sep_token is not None
-        tokenizer.chat_template = ENCODER_TEMPLATE if encoder else DECODER_TEMPLATE
+        tokenizer.chat_template = _plain_template(tokenizer, name, revision, trust_remote_code)
     asks_for_today = tokenizer.chat_template
     tokenizer.chat_template = chat_template.fixed_date(tokenizer.chat_template)
     if tokenizer.chat_template != asks_for_today:
@@ -114,6 +119,17 @@ def load_tokenizer(
                 "the last token of whatever it ends with, where PPO, which needs an end token, does not look"
             )
     return safe
+
+
+def _plain_template(
+    tokenizer: PreTrainedTokenizerBase, name: str, revision: str, trust_remote_code: bool
+) -> str:
+    if tokenizer.cls_token is None or tokenizer.sep_token is None:
+        return DECODER_TEMPLATE
+    with suppress(RecipeError):  # a tokenizer alone
+        if load_config(name, revision, trust_remote_code).is_encoder_decoder:
+            return ENCODER_DECODER_TEMPLATE
+    return ENCODER_TEMPLATE
 
 
 @cache
@@ -220,6 +236,26 @@ def check_lengths(config: Any, max_length: int | None, name: str) -> None:
     there = positions(config)
     if there and (max_length is None or max_length > there):
         raise RecipeError(f"'max_length: {max_length}': {name} has {there} positions; set {there} or less")
+
+
+def check_one_end(config: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuses a template that writes EOS after every turn, for BART and its like.
+
+    Raises:
+        RecipeError: saying what template to take.
+    """
+    if not config.is_encoder_decoder:
+        return
+    turn: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    short, long = (
+        tokenizer(render(tokenizer, turn * n))["input_ids"].count(config.eos_token_id) for n in (1, 2)
+    )
+    if short != long:
+        raise RecipeError(
+            f"{name}: its chat template writes {tokenizer.eos_token} after every turn, and a "
+            f"{config.model_type} classifier wants as many in every conversation; name a template that writes it "
+            "at the end alone as 'chat_template_path'"
+        )
 
 
 def check_vocabulary(config: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
