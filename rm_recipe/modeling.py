@@ -284,18 +284,39 @@ def _load_adapter(
     model.config.rm_recipe = getattr(config, "rm_recipe", None)
     if quantised and base == "dequantized":
         quantisation.dequantize(model)
+    saved = load_peft_weights(path, str(model.device))
+    _fit_embeddings(model, config, saved, len(tokenizer), path, name)
     prepare_for_rewards(model, tokenizer, new)
-    embeddings = model.get_input_embeddings().num_embeddings
-    if embeddings != config.get_text_config().vocab_size:
-        raise RecipeError(
-            f"{path} was trained on a base with {config.get_text_config().vocab_size} embeddings, and "
-            f"'{name}' has {embeddings}: it is another model now"
-        )
     wrapped = PeftModel.from_pretrained(model, path)
     if train_in_float32(wrapped):  # they were read in the base's precision
-        set_peft_model_state_dict(wrapped, load_peft_weights(path, str(model.device)))
+        set_peft_model_state_dict(wrapped, saved)
     keep_activations_in_half(wrapped)
     return wrapped.eval()
+
+
+def _fit_embeddings(
+    model: PreTrainedModel, config: Any, saved: dict[str, torch.Tensor], tokens: int, path: str, base: str
+) -> None:
+    """Gives a base as many embeddings as its adapter was trained with.
+
+    A run of ours says how many in its config. Others, such as TRL's, save none; they may have added a pad
+    token since, with its embedding beside the adapter or without.
+
+    Raises:
+        RecipeError: the base has fewer or more than it had.
+    """
+    layer = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is layer)
+    beside = saved.get(f"base_model.model.{name}.weight")
+    there = layer.num_embeddings
+    wanted = config.get_text_config().vocab_size if beside is None else len(beside)
+    if wanted < there or (beside is None and wanted not in (there, max(there, tokens))):
+        raise RecipeError(
+            f"{path} was trained on a base with {wanted} embeddings, and '{base}' has {there}: it is another "
+            "model now"
+        )
+    if beside is not None and wanted > there:
+        model.resize_token_embeddings(len(beside))
 
 
 def autocast(model: nn.Module) -> AbstractContextManager[Any]:

@@ -6,6 +6,7 @@ in `pipeline` and in TRL's RL trainers. The pad token is never EOS, because a cl
 reward at the last token that is not padding. What the template is made to write: `chat_template`.
 """
 
+import json
 import logging
 from contextlib import suppress
 from functools import cache
@@ -13,8 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+import torch
 from jinja2 import TemplateError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import cached_file
 
 from rm_recipe import chat_template, sft
@@ -43,10 +51,6 @@ ENCODER_DECODER_TEMPLATE = (
 
 # Of the model's embeddings, what its own tokenizer uses at least: DeepSeek's leaves 2 % in reserve.
 SMALLEST_VOCABULARY = 0.9
-
-# Their first position is the one after the pad token's id.
-POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "camembert", "roberta-prelayernorm"}
-
 
 # Where ids show that a tokenizer is not the one of its files: spaces, lines, digits, code, other scripts.
 SAMPLE_TEXT = "Hello  there,\n\n it's 2024: \tdef f(x): return x**12  # na\u00efve \u4f60\u597d \U0001f642"
@@ -218,13 +222,34 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
 
 
 def positions(config: Any) -> int | None:
-    """How many tokens a model has positions for; None where its config does not say."""
+    """How many tokens a model has positions for; None where its config sets no limit.
+
+    Some begin after the padding token's, as RoBERTa does, so the model itself is asked, without weights.
+    """
     number = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if number is not None and number <= 0:  # XLNet, whose positions are relative
+    if number is None or number <= 0:  # XLNet's -1: its positions are relative
         return None
-    if number and config.model_type in POSITIONS_AFTER_PADDING:
-        number -= config.pad_token_id + 1
-    return number
+    return int(number) - _unused_positions(type(config), config.to_json_string(use_diff=False))
+
+
+@cache
+def _unused_positions(kind: type, content: str) -> int:
+    """Of a configuration, by its class and its content."""
+    config = kind.from_dict(json.loads(content))  # type: ignore[attr-defined]
+    vars(config).pop("quantization_config", None)
+    try:
+        with torch.device("meta"):
+            model = AutoModel.from_config(config, trust_remote_code=False)
+    except Exception:  # whatever a foreign architecture raises; who loads it says what
+        return 0
+    return max(
+        (
+            module.padding_idx + 1
+            for name, module in model.named_modules()
+            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+        ),
+        default=0,
+    )
 
 
 def check_lengths(config: Any, max_length: int | None, name: str) -> None:
@@ -253,8 +278,8 @@ def check_one_end(config: Any, tokenizer: PreTrainedTokenizerBase, name: str) ->
     if short != long:
         raise RecipeError(
             f"{name}: its chat template writes {tokenizer.eos_token} after every turn, and a "
-            f"{config.model_type} classifier wants as many in every conversation; name a template that writes it "
-            "at the end alone as 'chat_template_path'"
+            f"{config.model_type} classifier wants as many in every conversation; name a template that "
+            "writes it at the end alone as 'chat_template_path'"
         )
 
 

@@ -274,7 +274,7 @@ ODD = {
 
 @pytest.mark.parametrize("name", ODD)
 def test_an_odd_architecture_trains_and_is_scored_as_it_is_merged(odd_recipe, name):
-    """A norm in ModernBERT's head, BART's one EOS, Gemma 3's vision tower, Mixtral's experts in one tensor."""
+    """A norm in ModernBERT's head, BART's one EOS, Gemma 3's vision tower, Mixtral's experts."""
     result = train_watched(odd_recipe(name, **ODD[name]))
     judge = RewardModel.from_pretrained(result.run)
     items = [{"prompt": row["prompt"], "response": row["chosen"]} for row in turns(4, 7)]

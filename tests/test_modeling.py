@@ -6,13 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from datasets import Dataset
+from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     BitsAndBytesConfig,
 )
-from trl import ModelConfig
+from trl import ModelConfig, RewardConfig, RewardTrainer
 
 from rm_recipe import RewardModel, modeling
 from rm_recipe.batching import split_at_common_prefix
@@ -165,3 +168,45 @@ def test_a_weights_file_that_is_broken_is_named(tiny_llama, tmp_path):
     (tmp_path / "base" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
     with pytest.raises(RecipeError, match="/base' cannot be loaded as a classifier: "):
         base(tmp_path / "base")
+
+
+@pytest.mark.parametrize(
+    "resized", [None, 1, 64], ids=["pads with EOS", "a pad token", "to a multiple of 64"]
+)
+def test_a_reward_adapter_of_trls_on_gpt2_gives_the_rewards_that_it_was_trained_to(
+    tiny_base, tmp_path, resized
+):
+    """Its base has no token to pad with, so that one is added: by whoever trained, or here."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base("gpt2"))
+    tokenizer.unk_token = None
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_base("gpt2"), num_labels=1)
+    if resized:
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=resized)
+    trainer = RewardTrainer(
+        model=model,
+        args=RewardConfig(str(tmp_path), max_steps=1, use_cpu=True, bf16=False, report_to="none"),
+        train_dataset=Dataset.from_list([{"chosen": "good cat", "rejected": "bad dog"}] * 4),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["c_attn"]),
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    judge = RewardModel.from_pretrained(tmp_path / "adapter")
+    assert (len(judge.tokenizer), judge.model.get_input_embeddings().num_embeddings) == (
+        {None: (318, 318), 1: (318, 318), 64: (318, 320)}[resized]
+    )
+    with torch.no_grad():
+        expected = trainer.model.eval()(input_ids=torch.tensor([[5, 6, 7, 8]])).logits.item()
+    found = judge.score_encoded([split_at_common_prefix([[5, 6, 7, 8], [5, 6, 9]])])[0][0]
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_an_adapter_whose_base_has_other_embeddings_now_is_refused(tiny_llama, write_recipe, tmp_path):
+    shutil.copytree(tiny_llama, tmp_path / "base")
+    train(read_recipe(write_recipe(model_name_or_path=str(tmp_path / "base"), max_steps=1)))
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model.resize_token_embeddings(330)
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(RecipeError, match=r"with 317 embeddings, and '.*/base' has 330: it is"):
+        RewardModel.from_pretrained(tmp_path / "run")
