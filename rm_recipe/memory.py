@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForSequenceClassification
 from trl import ModelConfig, RewardConfig
 
-from rm_recipe import adapters, heads
+from rm_recipe import adapters, attention, heads
 from rm_recipe.batching import Encoded, padded_rows, shared_rows
 from rm_recipe.errors import one_line
 
@@ -170,8 +170,7 @@ def _outline(
     layers: int | None = None,
 ) -> nn.Module:
     """The model as it will be trained, with so many layers, without weights."""
-    # By transformers' own attention, not the one for rows on a CPU: this runs on no device.
-    attention = "eager" if config._attn_implementation == "eager" else None
+    chosen = config._attn_implementation
     config = type(config).from_dict(config.to_dict())
     config.use_cache = False  # which checkpointing would warn about
     if hasattr(config, "quantization_config"):
@@ -184,8 +183,10 @@ def _outline(
     with torch.device("meta"):
         dtype = getattr(torch, str(model.dtype), config.dtype) if model.use_peft else torch.float32
         outline = AutoModelForSequenceClassification.from_config(
-            config, dtype=dtype, attn_implementation=attention
+            config, dtype=dtype, attn_implementation="eager" if chosen == "eager" else None
         )
+        if chosen == attention.NAME:
+            outline.set_attn_implementation(chosen)
         for name in new_modules:
             heads.to_float32(outline, name)
         if not model.use_peft:
@@ -217,14 +218,18 @@ def _measure_step(
     outline: Any, training: RewardConfig, batch: Sequence[Encoded], shared: bool, checkpointing: bool
 ) -> int:
     """Peak bytes of two micro-batches' forward and backward beside the weights."""
-    rows = shared_rows(batch, 0) if shared else padded_rows(batch, 0)
+    by_block = attention.by_block(outline)
+    rows = shared_rows(batch, 0, by_block) if shared else padded_rows(batch, 0)
     rows.pop("ends", None)  # the reward head weighs nothing
+    blocks = attention.blocks_of(rows["attention_mask"]) if shared and by_block else []
     if checkpointing:
         outline.gradient_checkpointing_enable({"use_reentrant": False})
     half = torch.bfloat16 if training.bf16 else torch.float16
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, adapters.in_one_product(outline):
         _to_fake(outline)
         inputs = {name: mode.from_tensor(tensor) for name, tensor in rows.items()}
+        if blocks:
+            attention.announce_blocks(inputs["attention_mask"], [mode.from_tensor(each) for each in blocks])
         live = _LiveBytes()
         for parameter in outline.parameters():
             live.count(parameter)

@@ -8,7 +8,7 @@ import yaml
 from conftest import REPOSITORY, make_tokenizer, train_watched
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
-from rm_recipe import adapters, memory
+from rm_recipe import adapters, attention, memory
 from rm_recipe.batching import Encoded, padded_rows, shared_rows
 from rm_recipe.heads import to_float32
 from rm_recipe.memory import MemoryPlan, needs_checkpointing, plan
@@ -36,10 +36,27 @@ def small(tmp_path):
     return make
 
 
-def really(config, model_config, training, new, shared: bool, checkpointing: bool) -> tuple[int, int, int]:
+def test_the_plan_is_of_the_rows_that_a_cpu_computes(small):
+    """Each comparison by itself: scores of the whole batch's tokens squared are no part of it."""
+    config, *parts = small()
+    batch = [Encoded([5] * 120, [[6] * 40, [7] * 48])] * 8
+    dense = plan(config, *parts, batch, shared=True, checkpointing=False).step
+    config._attn_implementation = attention.NAME
+    by_block = plan(config, *parts, batch, shared=True, checkpointing=False).step
+    really_live = really(config, *parts, True, False, batch)[2]
+    assert by_block == pytest.approx(really_live, rel=0.03)
+    assert by_block < dense
+
+
+def really(
+    config, model_config, training, new, shared: bool, checkpointing: bool, batch=BATCH
+) -> tuple[int, int, int]:
     """Bytes of weights, of trained weights, and of the peak beside them, of a step with real tensors."""
     dtype = getattr(torch, model_config.dtype) if model_config.use_peft else torch.float32
-    model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+    by_block = config._attn_implementation == attention.NAME
+    model = AutoModelForSequenceClassification.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    if by_block:
+        model.set_attn_implementation(attention.NAME)
     model.config.use_cache = False
     to_float32(model, new[0])
     if model_config.use_peft:
@@ -47,8 +64,10 @@ def really(config, model_config, training, new, shared: bool, checkpointing: boo
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-    rows = shared_rows(BATCH, 0) if shared else padded_rows(BATCH, 0)
+    rows = shared_rows(batch, 0, by_block) if shared else padded_rows(batch, 0)
     rows.pop("ends", None)
+    if by_block:
+        attention.announce_rows(rows["attention_mask"])
     live = memory._LiveBytes()
     for parameter in model.parameters():
         live.count(parameter)
