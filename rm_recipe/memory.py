@@ -8,8 +8,9 @@ every storage that comes alive is counted. All layers cost the same, so two size
 
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -35,6 +36,10 @@ PROCESS = 0.7e9
 # Without and with checkpointing: measured as resident memory on SmolLM2-135M and MiniLM, glibc's heap.
 HEAP_ON_CPU = (1.25, 4.5)
 SPARE = 0.1  # of a device's memory, for what an allocator cannot use
+# Where Linux says which cgroups a process is in, and their limit, use and files in cache, by version.
+MEMBERSHIP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+CGROUP_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+CGROUP_2 = ("memory.max", "memory.current", "inactive_file")
 
 
 @dataclass(frozen=True)
@@ -144,12 +149,43 @@ def needs_checkpointing(
 
 
 def device_memory(device: torch.device) -> int:
-    """Bytes of memory of a device; on a CPU this process's part of the machine's."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
+    """Bytes of a device that this process may have: what is free, and what it has of it already.
+
+    On a CPU that is its part of what the machine and its container (a cgroup with a limit) leave.
+    """
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory())
-    return int(psutil.virtual_memory().total) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device.type != "cpu":
+        free, _ = torch.accelerator.get_memory_info(device)
+        return int(free + torch.accelerator.memory_reserved(device))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    free = min([int(psutil.virtual_memory().available), *_free_in_containers()])
+    return max(free, 0) // processes + int(psutil.Process().memory_info().rss)
+
+
+def _free_in_containers() -> Iterator[int]:
+    """Of every cgroup around this process that has a limit, what is left of it; cached files can go."""
+    try:
+        lines = MEMBERSHIP.read_text().splitlines()
+    except OSError:  # no Linux
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            root, limit, used, cached = CGROUPS / "memory", *CGROUP_1
+        elif not controllers:
+            root, limit, used, cached = CGROUPS, *CGROUP_2
+        else:
+            continue
+        inside = root / path.lstrip("/")  # which a container may not see: then its own is the root
+        for folder in (inside, *(parent for parent in inside.parents if parent.is_relative_to(root))):
+            try:
+                most = (folder / limit).read_text().strip()
+                counts = dict(each.split() for each in (folder / "memory.stat").read_text().splitlines())
+                if most != "max":
+                    yield int(most) - int((folder / used).read_text()) + int(counts.get(cached, 0))
+            except OSError:
+                continue
 
 
 def is_out_of_memory(error: BaseException) -> bool:

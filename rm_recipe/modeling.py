@@ -174,6 +174,9 @@ def prepare_for_rewards(
     model.config.id2label, model.config.label2id = {0: LABEL}, {LABEL: 0}
     model.config.problem_type = "regression"  # keeps `pipeline` from applying a sigmoid
     vars(model.config).pop("auto_map", None)  # would send who loads the result to code of the base's own
+    for config in (model.config, model.config.get_text_config()):
+        if hasattr(config, "use_cache"):  # keys and values are for who generates; a reward reads a text once
+            config.use_cache = False
     quantisation.keep_layout(model)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))

@@ -24,7 +24,7 @@ from trl import RewardTrainer
 from rm_recipe.attention import by_block
 from rm_recipe.batching import Encoded, padded_rows, shared_rows
 from rm_recipe.checkpoints import fault_of, not_written
-from rm_recipe.distribution import autocast_of, keep_precision, say
+from rm_recipe.distribution import autocast_of, keep_precision, say, without_random_numbers
 from rm_recipe.errors import TrainingError
 from rm_recipe.memory import is_out_of_memory
 from rm_recipe.metrics import pair_indices
@@ -223,8 +223,7 @@ class SharedPrefixRewardTrainer(RewardTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Trainer's, which takes no random number from training: how often is no matter."""
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        with without_random_numbers(self.args.device):
             return super().evaluate(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

@@ -1,6 +1,7 @@
 """The memory plan counts what a real step takes, and decides whether gradients are checkpointed."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -192,3 +193,71 @@ def test_what_the_recipe_says_by_either_name_is_done(write_recipe, capsys):
     keys = {"gradient_checkpointing": "omit", "activation_checkpointing": True, "max_steps": 1}
     assert train_watched(write_recipe(**keys)).model.is_gradient_checkpointing
     assert "gradient checkpointing" not in capsys.readouterr().out
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A function: a machine with so much free memory, whose files say what cgroups leave; and 1 GB of ours."""
+
+    def make(free: float, membership: str, files: dict[str, str]) -> None:
+        monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=int(free)))
+        own = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=int(GB)))
+        monkeypatch.setattr(memory.psutil, "Process", lambda: own)
+        (tmp_path / "membership").write_text(membership)
+        for name, content in files.items():
+            (tmp_path / "cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "cgroup" / name).write_text(content)
+        monkeypatch.setattr(memory, "MEMBERSHIP", tmp_path / "membership")
+        monkeypatch.setattr(memory, "CGROUPS", tmp_path / "cgroup")
+
+    return make
+
+
+def of_version_2(folder: str, limit: str) -> dict[str, str]:
+    stat = "anon 1\ninactive_file 500000000\n"
+    at = f"{folder}memory"
+    return {f"{at}.max": limit, f"{at}.current": "2500000000", f"{at}.stat": stat}
+
+
+def of_version_1(folder: str, limit: str) -> dict[str, str]:
+    at = f"memory/{folder}memory"
+    stat = "total_inactive_file 1000000000\n"
+    return {f"{at}.limit_in_bytes": limit, f"{at}.usage_in_bytes": "3000000000", f"{at}.stat": stat}
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "free"),
+    [
+        ("0::/\n", {}, 20),  # what other processes have is not counted
+        ("0::/\n", of_version_2("", "8000000000\n"), 6),
+        ("0::/job/1\n", of_version_2("job/", "8000000000\n") | of_version_2("job/1/", "max\n"), 6),
+        ("0::/seen/from/the/host\n", of_version_2("", "8000000000\n"), 6),
+        ("0::/\n", of_version_2("", "max\n"), 20),
+        ("3:cpu:/\n4:memory:/docker/abc\n0::/\n", of_version_1("", "8000000000\n"), 6),
+        ("4:memory:/job\n", of_version_1("job/", "9223372036854771712\n"), 20),
+        ("4:memory:/job\n", of_version_1("job/", "1000000000\n"), 0),
+    ],
+)
+def test_memory_is_what_is_free_and_what_a_container_allows(machine, monkeypatch, membership, files, free):
+    machine(20 * GB, membership, files)
+    assert memory.device_memory(CPU) == (free + 1) * GB
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert memory.device_memory(CPU) == (free / 2 + 1) * GB
+
+
+def test_where_nobody_says_what_is_allowed_all_that_is_free_may_be_had(machine, monkeypatch, tmp_path):
+    machine(20 * GB, "", {})
+    monkeypatch.setattr(memory, "MEMBERSHIP", tmp_path / "none")
+    assert memory.device_memory(CPU) == 21 * GB
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+def test_of_an_accelerator_it_is_what_others_leave_and_what_we_have(monkeypatch, kind):
+    device = torch.device(kind, 3)
+    info, reserved = {device: (5_000, 80_000)}, {device: 700}
+    monkeypatch.setattr(torch.accelerator, "get_memory_info", info.get)
+    monkeypatch.setattr(torch.accelerator, "memory_reserved", reserved.get)
+    assert memory.device_memory(device) == 5_700

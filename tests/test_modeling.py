@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from conftest import make_tokenizer
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import (
@@ -13,6 +14,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BartConfig,
     BitsAndBytesConfig,
 )
 from trl import ModelConfig, RewardConfig, RewardTrainer
@@ -210,3 +212,22 @@ def test_an_adapter_whose_base_has_other_embeddings_now_is_refused(tiny_llama, w
     model.save_pretrained(tmp_path / "base")
     with pytest.raises(RecipeError, match=r"with 317 embeddings, and '.*/base' has 330: it is"):
         RewardModel.from_pretrained(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_no_keys_and_values_are_kept_for_a_generation_that_never_comes(tiny_base, name):
+    model = base(tiny_base(name))[0].eval()
+    seen = []
+    model.base_model.register_forward_hook(lambda _, __, output: seen.append(output))
+    model(input_ids=torch.tensor([[2, 5, 6, 7]]))
+    assert seen[0].get("past_key_values") is None
+
+
+def test_an_encoder_decoder_keeps_none_either():
+    keys = {f"{part}_{key}": n for part in ("encoder", "decoder")
+            for key, n in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 16))}  # fmt: skip
+    config = BartConfig(vocab_size=320, d_model=16, num_labels=1, **keys)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    assert model(input_ids=torch.tensor([[0, 5, 2]])).past_key_values is not None
+    modeling.prepare_for_rewards(model, make_tokenizer())
+    assert model(input_ids=torch.tensor([[0, 5, 2]])).past_key_values is None
