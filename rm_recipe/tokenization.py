@@ -229,13 +229,14 @@ def positions(config: Any) -> int | None:
     number = getattr(config.get_text_config(), "max_position_embeddings", None)
     if number is None or number <= 0:  # XLNet's -1: its positions are relative
         return None
-    return int(number) - _unused_positions(type(config), config.to_json_string(use_diff=False))
+    kind: Any = type(config)
+    return int(number) - _unused_positions(kind, config.to_json_string(use_diff=False))
 
 
 @cache
-def _unused_positions(kind: type, content: str) -> int:
+def _unused_positions(kind: Any, content: str) -> int:
     """Of a configuration, by its class and its content."""
-    config = kind.from_dict(json.loads(content))  # type: ignore[attr-defined]
+    config = kind.from_dict(json.loads(content))
     vars(config).pop("quantization_config", None)
     try:
         with torch.device("meta"):

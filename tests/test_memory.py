@@ -200,7 +200,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """A function: a machine with so much free memory, whose files say what cgroups leave; and 1 GB of ours."""
+    """A function: a machine with so much free, whose files say what cgroups leave, and 1 GB of ours."""
 
     def make(free: float, membership: str, files: dict[str, str]) -> None:
         monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=int(free)))
