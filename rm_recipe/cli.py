@@ -193,7 +193,9 @@ def score(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A run folder, an export or a one-label model.")
     ],
-    input: Annotated[Path | None, typer.Option(help='A .jsonl file of {"prompt", "response"}.')] = None,
+    input: Annotated[
+        Path | None, typer.Option(help='A .jsonl or .json file (.gz too) of {"prompt", "response"}.')
+    ] = None,
     output: Annotated[Path | None, typer.Option(help='The same lines with "reward".')] = None,
     prompt: Annotated[str | None, typer.Option(help="One prompt, to score one response.")] = None,
     response: Annotated[str | None, typer.Option(help="Its response.")] = None,

@@ -56,7 +56,10 @@ def load_splits(recipe: Recipe) -> tuple[Split, Split, Leakage]:
     train = load_split(data, None, recipe.training.dataset_num_proc, margins=True)
     test = load_held_out(data, recipe.training.dataset_num_proc)
     if share is not None:
-        train = train.select(~held_out(train, share), "held_out")
+        kept = ~held_out(train, share)
+        if not kept.any():
+            raise DataError(f"all comparisons are held out; {_how_to_hold_out(train, share)}")
+        train = train.select(kept, "held_out")
     for reason in preferences.MARGIN_REASONS if data.margin_column is not None else ():
         faults = arrow_column(train.comparisons, "margin_fault")
         train = train.select(pc.not_equal(faults, reason).to_numpy(), reason, named=True)
@@ -97,7 +100,7 @@ def load_held_out(data: DataArguments, num_proc: int | None = None) -> Split:
     split = load_split(data, None, num_proc)
     comparisons = split.comparisons.select(np.flatnonzero(held_out(split, share)))
     if not len(comparisons):
-        raise DataError("no comparison is held out; set a larger 'test_split_size'")
+        raise DataError(f"no comparison is held out; {_how_to_hold_out(split, share)}")
     return Split(comparisons, len(comparisons))  # the train side counts what cannot be parsed
 
 
@@ -131,6 +134,21 @@ def held_out(split: Split, share: float) -> NDArray[np.bool_]:
     return split.column("prompt_key").view(np.uint64) < np.uint64(share * 2**64)
 
 
+def _how_to_hold_out(split: Split, share: float) -> str:
+    """What to do where `share` leaves nothing on one side: prompts fall on either by their hashes."""
+    hashes = np.unique(split.column("prompt_key").view(np.uint64)) / 2.0**64
+    if len(hashes) == 1:
+        return (
+            "all have the same prompt, so give a test split of your own (a folder with train.jsonl and "
+            "test.jsonl) and set 'leakage: allow'"
+        )
+    n = min(max(1, round(share * len(hashes))), len(hashes) - 1)
+    between = (hashes[n - 1] + hashes[n]) / 2
+    sizes = (round(float(between), digits) for digits in range(1, 18))
+    size = next((size for size in sizes if hashes[n - 1] < size < hashes[n]), between)
+    return f"set 'test_split_size: {size}', which holds out {n} of the {len(hashes)} prompts"
+
+
 def sample(split: Split, size: int | None, seed: int) -> Split:
     """The first `size` comparisons of a shuffle seeded with `seed`; the rest count as `not_sampled`."""
     n = len(split.comparisons)
@@ -161,7 +179,9 @@ def load_split(
     if split is None:
         parts = _by_fraction(parts, found)
     first_rows: dict[str, list[str]] = {}
+    details: dict[str, str] = {}
     for part in parts:
+        details = part.details | details
         for reason, rows_of_part in part.first_rows.items():
             first_rows.setdefault(reason, []).extend(rows_of_part)
     result = Split(
@@ -169,7 +189,9 @@ def load_split(
         sum(part.rows for part in parts),
         sum((part.excluded for part in parts), Counter()),
         {reason: names[:FIRST_ROWS] for reason, names in first_rows.items()},
+        details,
         sum(part.differing_prompts for part in parts),
+        list(dict.fromkeys(name for part in parts for name in part.unread)),
     )
     if not len(result.comparisons):
         name = " and ".join(dict.fromkeys(source.path for source in found))
@@ -177,6 +199,7 @@ def load_split(
         raise DataError(
             f"{name}{where}: no comparison in it ({result.why_excluded()}); a row has "
             f"{preferences.SHAPES_IN_WORDS}, and texts without a prompt are hh-rlhf transcripts"
+            + (f"; columns not read: {', '.join(result.unread)}" if result.unread else "")
         )
     return result
 

@@ -47,12 +47,13 @@ def examine_split(split: Split, truncation: str, num_proc: int | None = None) ->
     """The figures of one split.
 
     Returns:
-        `rows` is `comparisons` plus the sum of `excluded`. `tokens` are those of whole conversations,
-        before truncation; `truncation` says what each choice would do (`cut_end`, which rm_recipe does not
-        offer: how many comparisons it would make identical). `shortened_for_reply` counts comparisons that
-        lose more of their prompt because a reply exceeds its share of `max_length`; `unshown`, by whose text
-        it is, those of which the chat template leaves out a part. `shared_prefix_share` is the part of all
-        tokens that encoding prompts once saves.
+        `rows` is `comparisons` plus the sum of `excluded`; `details` says more of a reason's first row.
+        `columns_not_read` hold something that is part of no comparison.
+        `tokens` are those of whole conversations, before truncation; `truncation` says what each choice would
+        do (`cut_end`, which rm_recipe does not offer: how many comparisons it would make identical).
+        `shortened_for_reply` counts comparisons that lose more of their prompt because a reply exceeds its
+        share of `max_length`; `unshown`, by whose text it is, those of which the chat template leaves out a
+        part. `shared_prefix_share` is the part of all tokens that encoding prompts once saves.
     """
     fates = _count_fates(split)
     tokens = _count_tokens(split)
@@ -62,6 +63,8 @@ def examine_split(split: Split, truncation: str, num_proc: int | None = None) ->
         "pairs": int(tokens["pairs"]),
         "excluded": dict(split.excluded),
         "first_rows": split.first_rows,
+        "details": split.details,
+        "columns_not_read": split.unread,
         "differing_prompts": split.differing_prompts,
         "duplicates": count_duplicates(split, num_proc),
         "truncated": _kept(fates[truncation]),
@@ -137,7 +140,11 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
     for name, figures in splits.items():
         for reason, rows in figures["first_rows"].items():
             more = " ..." if figures["excluded"][reason] > len(rows) else ""
-            say(f"{name}, {reason}: row {', '.join(rows)}{more}")
+            detail = f" ({figures['details'][reason]})" if reason in figures["details"] else ""
+            say(f"{name}, {reason}: row {', '.join(rows)}{more}{detail}")
+    unread = dict.fromkeys(name for figures in splits.values() for name in figures["columns_not_read"])
+    if unread:
+        say(f"Columns not read: {', '.join(unread)}.")
     if report["held_out_by_prompt"] is not None:
         share = report["held_out_by_prompt"]
         say(f"Held out: {share:.0%} of the prompts, with all their comparisons.")

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from rm_recipe import batching, preferences, tokenization
 from rm_recipe.batching import Encoded, split_at_common_prefix
 from rm_recipe.chat_template import special_tokens
-from rm_recipe.errors import DataError
+from rm_recipe.errors import DataError, one_line
 from rm_recipe.messages import Excluded, Message, conversation
 from rm_recipe.passes import run_pass
 from rm_recipe.preferences import Comparison
@@ -38,7 +38,7 @@ class Tokenized:
 
     Attributes:
         encoded: its token ids, None where it is left out.
-        reason: why it is left out, else empty.
+        reason: why it is left out, else empty; `detail` says what the template did, where it refuses.
         lengths: tokens of the K whole conversations.
         fates: where one of them may not fit `max_length`, for each of `FATES` what becomes of the
             comparison: `truncated` (`shortened_for_reply` where a reply exceeds its share), the reason why
@@ -51,6 +51,7 @@ class Tokenized:
     lengths: list[int]
     fates: dict[str, str]
     unshown: str = ""
+    detail: str = ""
 
 
 TRUNCATIONS = ("drop_oldest_turns", "keep_end", "exclude")
@@ -102,17 +103,17 @@ def encode_all(
     alike: bool = False,
 ) -> list[Tokenized]:
     """`encode` for many comparisons, in one call of the tokenizer, with what the doctor reports."""
-    texts: list[list[str] | str] = []  # or the reason why there are none
+    texts: list[list[str] | Excluded] = []  # or why there are none
     for comparison in comparisons:
         try:
             texts.append(_texts(tokenizer, comparison))
         except Excluded as excluded:
-            texts.append(excluded.reason)
+            texts.append(excluded)
     encodings = iter(_ids(tokenizer, [text for group in texts if isinstance(group, list) for text in group]))
     results = []
     for comparison, group in zip(comparisons, texts, strict=True):
-        if isinstance(group, str):
-            results.append(Tokenized(None, group, [], {}))
+        if isinstance(group, Excluded):
+            results.append(Tokenized(None, group.reason, [], {}, detail=group.detail))
             continue
         conversations = [next(encodings) for _ in group]
         results.append(
@@ -183,6 +184,7 @@ def tokenize(
         "fates": dict.fromkeys(FATES, text),
         "unshown": text,
         "excluded": text,
+        "detail": text,
     }
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -198,6 +200,7 @@ def tokenize(
             "fates": [{choice: r.fates.get(choice, "") for choice in FATES} for r in results],
             "unshown": [r.unshown for r in results],
             "excluded": [r.reason for r in results],
+            "detail": [r.detail for r in results],
         }
 
     encoded = run_pass(
@@ -235,8 +238,8 @@ def _texts(tokenizer: PreTrainedTokenizerBase, comparison: Comparison) -> list[s
         raise Excluded("control_tokens")
     try:
         return [render(tokenizer, messages) for messages in comparison.conversations()]
-    except (TemplateError, TypeError):  # such as one that wants user and assistant to alternate
-        raise Excluded("refused_by_template") from None
+    except (TemplateError, TypeError) as error:  # such as one that wants user and assistant to alternate
+        raise Excluded("refused_by_template", f"the template says: {one_line(error)}") from None
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

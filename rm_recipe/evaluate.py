@@ -81,6 +81,8 @@ def evaluate(
     for name in names:
         with main_process_first():
             splits[name] = _load(name, recipe)
+        if splits[name].unread:
+            say(f"{name}: columns not read: {', '.join(splits[name].unread)}")
     judged = _judge(target, splits, with_edits=True)
     other = _judge(against, splits) if against else {}
     content = None
@@ -153,6 +155,8 @@ def _judge(path: str, splits: dict[str, Split], *, with_edits: bool = False) -> 
     for name, whole in splits.items():
         with main_process_first():
             split = tokenize(whole, model.tokenizer, model.max_length, model.truncation)
+        for reason, detail in split.details.items():
+            say(f"{name}: {split.excluded[reason]} left out, {reason}: {detail}")
         rewards = _rewards(model, split.encoded(), "Scoring", [row_name(row) for row in _places(split)])
         score = partial(_rewards, model, bar="Scoring edited replies")
         edits = consistency(model, split, score) if with_edits else {}

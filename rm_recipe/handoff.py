@@ -5,19 +5,26 @@ gives the same rewards to conversations, and more: it reads prompts that are pla
 where TRL would apply no template to them, and it normalises, clips and combines.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
+from rm_recipe.batching import split_at_common_prefix
+from rm_recipe.chat_template import special_tokens
 from rm_recipe.errors import RecipeError
+from rm_recipe.messages import Excluded, Malformed, as_messages, as_reply
 from rm_recipe.scoring import RewardModel
+from rm_recipe.tokenization import render
 
 # (prompts, completions, **columns) -> a reward for each; as `reward_funcs` of TRL's RLOO and GRPO trainers.
 RewardFunction = Callable[..., list[float]]
-Text = str | list[dict[str, str]]
+Text = str | list[dict[str, Any]]
+
+MARK = "Qzxmark"  # a word that no template writes by itself
 
 LEAST_STD = 1e-8  # a batch of equal rewards is whitened to zeros
 
@@ -28,7 +35,8 @@ def reward_function(
     """A reward model as a reward function.
 
     Completions of one prompt share its encoding. A reply that does not fit the model has no reward: NaN,
-    which TRL leaves out.
+    which TRL leaves out; so has a completion that is no reply, or an exchange with tools of which the chat
+    template leaves out a part.
 
     Args:
         path: a run folder, an export or a one-label model.
@@ -49,20 +57,95 @@ def reward_function(
 
     def reward(prompts: Sequence[Text], completions: Sequence[Text], **_: Any) -> list[float]:
         """One reward for each prompt and its completion."""
-        items = [as_item(*pair) for pair in zip(prompts, completions, strict=True)]
-        rewards = (judge.score(items, unfit=np.nan).astype(float) - mean) / std
-        return np.clip(rewards, -limit, limit).tolist()
+        pairs = list(zip(prompts, completions, strict=True))
+        items = {number: item for number, pair in enumerate(pairs) if (item := as_item(*pair))}
+        rewards = np.full(len(pairs), np.nan)
+        rewards[list(items)] = judge.score(list(items.values()), unfit=np.nan)
+        others = {
+            number: ids
+            for number in range(len(pairs))
+            if number not in items and (ids := exchange(judge.tokenizer, *pairs[number], judge.max_length))
+        }
+        scored = judge.score_encoded([split_at_common_prefix([ids]) for ids in others.values()])
+        rewards[list(others)] = [value for values in scored for value in values]
+        return np.clip((rewards - mean) / std, -limit, limit).tolist()
 
     reward.__name__ = Path(path).name  # TRL logs rewards under it
     return reward
 
 
-def as_item(prompt: Text, completion: Text) -> dict[str, Any]:
-    """What `RewardModel.score` takes, of a prompt and a completion as TRL has them: texts or messages."""
-    if isinstance(completion, str):
-        return {"prompt": prompt, "response": completion}
-    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return {"prompt": [*before, *completion[:-1]], "response": completion[-1]["content"]}
+def as_item(prompt: Text, completion: Text) -> dict[str, Any] | None:
+    """What `RewardModel.score` takes, of a prompt and a completion as TRL has them: texts or messages.
+
+    Returns:
+        None where the completion does not end in an assistant's text, or tools have a part in it.
+    """
+    try:
+        before = as_messages(prompt)
+        if isinstance(completion, str):
+            return {"prompt": before, "response": as_reply(prompt, completion)}
+        said = as_messages(completion, "completion")
+    except (Excluded, Malformed):
+        return None
+    roles = [message["role"] for message in said]
+    if "tool" in roles or roles[-1:] != ["assistant"]:
+        return None
+    return {"prompt": [*before, *said[:-1]], "response": as_reply(prompt, said[-1]["content"])}
+
+
+def exchange(
+    tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Any, max_length: int | None
+) -> list[int] | None:
+    """Token ids of an exchange with tools, rendered whole as TRL's own reward path does.
+
+    Returns:
+        None where the template refuses it or leaves out a message or a call, where a text holds a control
+        token, or where it is too long: its turns belong together, so none is dropped.
+    """
+    if not isinstance(completion, list) or not completion:
+        return None
+    try:
+        before = as_messages(prompt) if isinstance(prompt, str) else prompt
+        messages = [_without_parts(message) for message in [*before, *completion]]
+        if any(not (message.get("content") or message.get("tool_calls")) for message in messages):
+            return None
+        control = special_tokens(tokenizer)
+        if any(token in text for text in _texts(messages) for token in control):
+            return None
+        ids: list[int] = tokenizer(render(tokenizer, messages), add_special_tokens=False)["input_ids"]
+        shown = all(MARK in render(tokenizer, marked) for marked in _marked(messages))
+    except Exception:  # whatever a policy wrote, and whatever a template makes of it
+        return None
+    return ids if shown and (max_length is None or len(ids) <= max_length) else None
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in messages, at any depth."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(part)
+
+
+def _without_parts(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with the text of a content in parts; raises Excluded where a part is no text."""
+    if not isinstance(message.get("content"), list):
+        return message
+    text = as_messages([{"role": "user", "content": message["content"]}])[0]["content"]
+    return {**message, "content": text}
+
+
+def _marked(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The messages with `MARK` for a text or the name of a call, for each: does the template show it?"""
+    for n, message in enumerate(messages):
+        changed = [{**message, "content": MARK}] if message.get("content") else []
+        calls = message.get("tool_calls") or []
+        for k, call in enumerate(calls):
+            marked = {**call.get("function", call), "name": MARK}
+            marked = {**call, "function": marked} if "function" in call else marked
+            changed.append({**message, "tool_calls": [*calls[:k], marked, *calls[k + 1 :]]})
+        yield from ([*messages[:n], other, *messages[n + 1 :]] for other in changed)
 
 
 def combine(
@@ -76,7 +159,8 @@ def combine(
 
     The safety score counts where the prompt is marked as one that may bring an unsafe response, or where
     that score, as a probability sigmoid(r), is below the threshold; elsewhere the helpfulness score does.
-    The chosen scores are then whitened: mean 0 and standard deviation 1 over the batch.
+    The chosen scores are then whitened: mean 0 and standard deviation 1 over the batch. What one of the
+    models cannot read has no reward, NaN, whatever the other says.
 
     Args:
         safety, helpfulness: models, or reward functions of the caller's own.
@@ -97,7 +181,9 @@ def combine(
         safe, helpful = (np.array(judge(prompts, completions, **columns), float) for judge in judges)
         marked = np.zeros(len(safe), bool) if is_safety is None else np.array(is_safety, bool)
         # The paper's logit of the sigmoid is the reward itself.
-        rewards = np.where(marked | (_sigmoid(safe) < threshold), safe, helpful)
+        readable = ~(np.isnan(safe) | np.isnan(helpful))
+        unsafe = marked | (_sigmoid(np.where(readable, safe, 0)) < threshold)
+        rewards = np.where(readable, np.where(unsafe, safe, helpful), np.nan)
         return (_whitened(rewards) if whiten else rewards).tolist()
 
     return combined
@@ -108,4 +194,6 @@ def _sigmoid(rewards: NDArray[Any]) -> NDArray[Any]:
 
 
 def _whitened(rewards: NDArray[Any]) -> NDArray[Any]:
+    if np.isnan(rewards).all():
+        return rewards
     return (rewards - np.nanmean(rewards)) / max(float(np.nanstd(rewards)), LEAST_STD)

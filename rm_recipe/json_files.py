@@ -22,6 +22,7 @@ from rm_recipe.errors import DataError
 
 # The columns, by names that no data set has; numbers count lines, of a list its elements, from 1.
 NUMBER, JSON = "rm_recipe_number", "rm_recipe_json"
+_POINTER = b"version https://git-lfs"
 _FEATURES = {NUMBER: hf_datasets.Value("int64"), JSON: hf_datasets.Value("string")}
 
 
@@ -34,13 +35,42 @@ def load_json_rows(file: Path) -> hf_datasets.Dataset:
     source = getsource(sys.modules[__name__])
     try:
         return hf_datasets.Dataset.from_generator(
-            _rows,
+            numbered_rows,
             features=hf_datasets.Features(_FEATURES),
             gen_kwargs={"file": file},
             fingerprint=Hasher.hash([content_hash(file), is_document(file), source]),
         )
     except DatasetGenerationError as error:
         raise (error.__cause__ or error) from None
+
+
+def read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a .jsonl or .json file (.gz too) with their numbers, as training reads them.
+
+    Raises:
+        DataError: there is no such file, or it cannot be read; with the row.
+    """
+    if not file.is_file():
+        raise DataError(f"{file}: {'no such file' if not file.exists() else 'not a file'}")
+    try:
+        for row in numbered_rows(file):
+            yield row[NUMBER], decode(row[JSON])
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise DataError(f"{file}, {unit(file)} {row[NUMBER]}: {error}") from None
+
+
+def unit(file: Path) -> str:
+    """What the numbers of a file's rows count."""
+    return "row" if is_document(file) else "line"
+
+
+def refuse_pointer(file: Path) -> None:
+    """Raises DataError for what Git LFS leaves in a file's place where it has not fetched it."""
+    with file.open("rb") as stream:
+        if stream.read(len(_POINTER)) == _POINTER:
+            raise DataError(f"'{file}' is a Git LFS pointer, not the file itself; fetch it: git lfs pull")
 
 
 def is_document(file: Path) -> bool:
@@ -67,11 +97,14 @@ def decode(text: str) -> dict[str, Any]:
     except (RecursionError, ValueError) as error:  # too deep, or a number of thousands of digits
         raise ValueError(f"not JSON that can be read: {error}") from None
     if not isinstance(row, dict):
-        raise ValueError(f"a row is a JSON object, this is a {type(row).__name__}")
+        hint = "; a file that is one list is named .json" if isinstance(row, list) else ""
+        raise ValueError(f"a row is a JSON object, this is a {type(row).__name__}{hint}")
     return row
 
 
-def _rows(file: Path) -> Iterator[dict[str, Any]]:
+def numbered_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows, still text, with their numbers, in the columns `NUMBER` and `JSON`."""
+    refuse_pointer(file)
     found = False
     try:
         rows = _elements(file) if is_document(file) else None

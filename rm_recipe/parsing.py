@@ -9,7 +9,7 @@ import datasets as hf_datasets
 import pyarrow.compute as pc
 from trl.scripts.utils import DatasetConfig
 
-from rm_recipe import messages, preferences, sources, transcripts
+from rm_recipe import json_files, messages, preferences, sources, transcripts
 from rm_recipe.errors import DataError
 from rm_recipe.json_files import JSON, NUMBER, decode
 from rm_recipe.messages import Excluded, Malformed, Message
@@ -17,7 +17,7 @@ from rm_recipe.passes import run_pass
 from rm_recipe.split import Split, arrow_column, set_excluded_apart
 
 PEEK = 1000  # rows of a JSON file in which its columns have to be found
-_WANTED = set().union(*preferences.SHAPES) | {"subset"}
+_WANTED = set().union(*preferences.SHAPES) | preferences.ALSO_READ
 
 _TEXT = hf_datasets.Value("string")
 _PARSED = {
@@ -31,6 +31,8 @@ _PARSED = {
     "prompt_key": hf_datasets.Value("int64"),
     "prompts_differ": hf_datasets.Value("bool"),
     "excluded": _TEXT,
+    "detail": _TEXT,
+    "unread": hf_datasets.List(_TEXT),
 }
 
 
@@ -50,12 +52,15 @@ def parse_rows(
     """
     file = sources.find_file(source, split)
     place = f"'{file}'" if file else f"'{source.path}', split '{split}'"
-    unit = "line" if file and sources.data_format(file) == ".jsonl" else "row"
+    unit = json_files.unit(file) if file and sources.data_format(file) != ".parquet" else "row"
     _check_columns(rows, source, place, unit, margin_column)
     wanted = _WANTED | {margin_column}
     if source.columns is not None:
         wanted &= set(source.columns)
+    unread = []
     if JSON not in rows.column_names:
+        if source.columns is None:
+            unread = [column for column in rows.column_names if column not in wanted]
         rows = rows.select_columns([column for column in rows.column_names if column in wanted])
 
     def parse(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
@@ -66,7 +71,8 @@ def parse_rows(
             number = row.get(NUMBER, index + 1)
             try:
                 row = decode(row[JSON]) if JSON in row else row
-                row = {key: value for key, value in row.items() if key in wanted}
+                if source.columns is not None:
+                    row = {key: value for key, value in row.items() if key in wanted}
                 parsed.append(_parsed_row(row, number, subset, margin_column, margin_map))
             except (Malformed, ValueError) as fault:
                 raise DataError(f"{place}, {unit} {number}: {fault}") from None
@@ -88,8 +94,9 @@ def parse_rows(
     except UnicodeDecodeError:  # Parquet's reader lets it through, Python's text does not
         raise DataError(f"{place}: not UTF-8 text") from None
     differing = int(pc.sum(arrow_column(parsed, "prompts_differ")).as_py() or 0)
-    parsed = parsed.remove_columns("prompts_differ")
-    return set_excluded_apart(Split(parsed, len(parsed), differing_prompts=differing))
+    unread += pc.unique(pc.list_flatten(arrow_column(parsed, "unread"))).to_pylist()
+    parsed = parsed.remove_columns(["prompts_differ", "unread"])
+    return set_excluded_apart(Split(parsed, len(parsed), differing_prompts=differing, unread=unread))
 
 
 def _check_columns(
@@ -128,7 +135,8 @@ def _parsed_row(
     result: dict[str, Any] = {
         "prompt": [], "responses": [], "ranks": [], "margins": [], "margin_fault": "",
         "subset": name, "row": number, "prompt_key": 0,
-        "prompts_differ": preferences.prompts_differ(row), "excluded": "",
+        "prompts_differ": preferences.prompts_differ(row), "excluded": "", "detail": "",
+        "unread": preferences.unread(row, margin_column),
     }  # fmt: skip
     try:
         try:
@@ -140,7 +148,7 @@ def _parsed_row(
             comparison = preferences.parse_row(row)
     except Excluded as excluded:
         result["prompts_differ"] |= excluded.reason == "differing_prompts"
-        return {**result, "excluded": excluded.reason}
+        return {**result, "excluded": excluded.reason, "detail": excluded.detail}
     for name in ("prompt", "responses", "ranks", "margins"):
         result[name] = getattr(comparison, name)
     return {**result, "prompt_key": text_key(normalised_prompt(comparison.prompt))}

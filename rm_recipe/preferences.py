@@ -6,8 +6,9 @@ that is a fault of the file, not of the row.
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 from rm_recipe.messages import (
@@ -15,9 +16,13 @@ from rm_recipe.messages import (
     Malformed,
     Message,
     as_messages,
+    as_reply,
     check_prompt,
+    check_question,
     check_unicode,
     conversation,
+    in_context,
+    messages_of_text,
 )
 from rm_recipe.transcripts import before_last_reply, parse_transcript
 
@@ -29,6 +34,8 @@ SHAPES: tuple[set[str], ...] = (
     {"instruction", "completions"},  # UltraFeedback as published
     {"input", "output_1", "output_2", "label"},  # LLMBar as published
 )
+# Beside those of its shape, what is read of a row: `tools` leaves it out, a Message cannot say them.
+ALSO_READ = {"system", "tools", "subset"}
 MARGIN_REASONS = ("missing_margin", "negative_margin")  # why a comparison cannot be trained on
 
 SHAPES_IN_WORDS = (
@@ -42,7 +49,7 @@ class Comparison:
     """One prompt and its responses, best first (InstructGPT, arXiv 2203.02155, section 3.5).
 
     Attributes:
-        prompt: the messages before the response, the last one not the assistant's.
+        prompt: the messages before the response.
         responses: texts of the assistant's reply, K >= 2, best first.
         ranks: K ranks, 0 for the best, not decreasing; equal ones are ties. Strictly increasing
             unless given.
@@ -88,8 +95,10 @@ def parse_row(
     """A comparison from a row of one of the `SHAPES`.
 
     Pairs: without a prompt, `chosen` and `rejected` are hh-rlhf transcripts or whole lists of
-    messages. With one, the prompt is a text (one user message) or messages, and the responses are
-    texts, one assistant message, or the whole conversation. Texts are taken as they stand.
+    messages. With one, the prompt is a text (one user message), a transcript or messages, and the responses
+    are texts, what the assistant's side wrote after the prompt, or the whole conversation. What they share
+    is the prompt, where the column holds less, too. Other texts are taken as they stand. A `system` text
+    comes before it all.
 
     Rankings: `responses` of one prompt with `ranks` (1 is best) or `scores` (the highest is best);
     equal ones are ties and give no pair.
@@ -106,13 +115,12 @@ def parse_row(
         Excluded: with the reason.
         Malformed: a value has the wrong type.
     """
-    pair = row.get("chosen") is not None or row.get("rejected") is not None
-    ranking = row.get("responses") is not None or row.get("completions") is not None
-    if row.get("output_1") is not None and not (pair or ranking):
+    kind = _kind(row)
+    if kind == "label":
         prompt, responses, levels = _labelled(row)
     else:
-        prompt, responses, levels = _ranking(row) if ranking and not pair else _pair(row)
-    check_prompt(prompt)
+        prompt, responses, levels = _ranking(row) if kind == "ranking" else _pair(row)
+    prompt = in_context(prompt, row)
     check_unicode([*(message["content"] for message in prompt), *responses])
     if not all(response.strip() for response in responses):
         raise Excluded("empty_response")
@@ -132,19 +140,58 @@ def parse_row(
     return Comparison(prompt, responses, ranks, margins)
 
 
+def _kind(row: Mapping[str, Any]) -> str:
+    """Which of the shapes a row has values for; TRL's columns come first."""
+    if row.get("chosen") is not None or row.get("rejected") is not None:
+        return "pair"
+    if row.get("responses") is not None or row.get("completions") is not None:
+        return "ranking"
+    return "label" if row.get("output_1") is not None else "pair"
+
+
+def unread(row: Mapping[str, Any], margin_column: str | None = None) -> list[str]:
+    """The columns of a row that hold something and are no part of its comparison, and such keys of messages.
+
+    Numbers are no text: a message's `weight` goes unnamed.
+    """
+    columns = {
+        "pair": {"prompt", "chosen", "rejected"},
+        "label": {"input", "output_1", "output_2", "label"},
+        "ranking": {"prompt", "responses", "ranks" if row.get("ranks") is not None else "scores"}
+        if row.get("responses") is not None
+        else {"instruction", "completions"},
+    }[_kind(row)]
+    read = columns | ALSO_READ | {margin_column}
+    names = [name for name, value in row.items() if name not in read and value not in (None, "", [], {})]
+    keys = dict.fromkeys(
+        f"{key} (of messages)"
+        for column in ("prompt", "chosen", "rejected", "responses")
+        for message in (_mappings(row.get(column)) if column in columns else ())
+        for key, value in message.items()
+        if key not in ("role", "content") and isinstance(value, str | list | Mapping) and value
+    )
+    return [*names, *keys]
+
+
+def _mappings(value: Any) -> Iterator[Mapping[str, Any]]:
+    """The mappings in lists, and in lists of lists."""
+    for part in value if isinstance(value, list) else ():
+        yield from [part] if isinstance(part, Mapping) else _mappings(part)
+
+
 def _pair(row: Mapping[str, Any]) -> tuple[list[Message], list[str], list[float]]:
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if chosen is None or rejected is None:
         raise Excluded("missing_response")
-    if row.get("prompt") is None:
-        prompt, best = _split_reply("chosen", chosen)
-        other_prompt, worst = _split_reply("rejected", rejected)
-        if prompt != other_prompt:
-            raise Excluded("differing_prompts")
-    else:
-        prompt = as_messages(row["prompt"])
-        best, worst = _reply("chosen", prompt, chosen), _reply("rejected", prompt, rejected)
-    return prompt, [best, worst], [0.0, 1.0]
+    if row.get("prompt") is not None:
+        return *_split_replies(row["prompt"], {"chosen": chosen, "rejected": rejected}), [0.0, 1.0]
+    conversations = []
+    for column, value in (("chosen", chosen), ("rejected", rejected)):
+        messages = messages_of_text(value) if isinstance(value, str) else as_messages(value, column)
+        conversations.append(_whole([], _transcript(str(value)) if messages is None else messages))
+    prompt, replies = _shared(conversations)
+    check_question(prompt)
+    return prompt, replies, [0.0, 1.0]
 
 
 def _labelled(row: Mapping[str, Any]) -> tuple[list[Message], list[str], list[float]]:
@@ -157,41 +204,44 @@ def _labelled(row: Mapping[str, Any]) -> tuple[list[Message], list[str], list[fl
         raise Excluded("missing_label")
     if row["label"] not in (1, 2):
         raise Malformed("label", "1 or 2, the number of the better output", row["label"])
-    prompt = as_messages(row["input"])
-    outputs = [_reply(column, prompt, row[column]) for column in ("output_1", "output_2")]
+    prompt, outputs = _split_replies(row["input"], {name: row[name] for name in ("output_1", "output_2")})
     return prompt, outputs, [0.0, 1.0] if row["label"] == 1 else [1.0, 0.0]
 
 
 def _ranking(row: Mapping[str, Any]) -> tuple[list[Message], list[str], list[float]]:
     """Prompt, responses and for each a level: the lower, the better."""
+    column = "ranks" if row.get("ranks") is not None or "scores" not in row else "scores"
     if row.get("responses") is None:
+        column = "overall_score"  # UltraFeedback's; where its judge gave none it says N/A
         completions = _list("completions", row["completions"])
         if not all(isinstance(completion, Mapping) for completion in completions):
             raise Malformed("completions", "mappings with response and overall_score", completions)
         row = {
             "prompt": row.get("instruction"),
             "responses": [completion.get("response") for completion in completions],
-            "scores": [completion.get("overall_score") for completion in completions],
+            column: [completion.get(column) for completion in completions],
         }
     if row.get("prompt") is None:
         raise Excluded("empty_prompt")
-    prompt = as_messages(row["prompt"])
     replies = _list("responses", row["responses"])
     if any(reply is None for reply in replies):
         raise Excluded("missing_response")
     if len(replies) < 2:
         raise Excluded("single_response")
-    column, sign = ("ranks", 1) if row.get("ranks") is not None else ("scores", -1)
     levels = _list(column, row.get(column))
     if any(level is None for level in levels) or not levels:
-        raise Excluded("missing_ranks")
+        raise Excluded(f"missing_{column}")
     if not all(_is_number(level) for level in levels):
+        if column == "overall_score":
+            raise Excluded(f"missing_{column}", f"{levels} are no numbers"[:80])
         raise Malformed(column, "a list of numbers", levels)
     if len(levels) != len(replies):
         raise Excluded("ranks_do_not_match")
     if not all(map(_is_finite, levels)):
-        raise Excluded("missing_ranks")
-    return prompt, [_reply("responses", prompt, reply) for reply in replies], [sign * x for x in levels]
+        raise Excluded(f"missing_{column}")
+    sign = 1 if column == "ranks" else -1
+    prompt, texts = _split_replies(row["prompt"], dict(enumerate(replies)))
+    return prompt, texts, [sign * x for x in levels]
 
 
 def _margins(
@@ -239,11 +289,59 @@ def prompts_differ(row: Mapping[str, Any]) -> bool:
 # --- values ----------------------------------------------------------------------------------
 
 
-def _split_reply(column: str, value: Any) -> tuple[list[Message], str]:
-    messages = _transcript(value) if isinstance(value, str) else as_messages(value, column)
-    if not messages or messages[-1]["role"] != "assistant":
+def _split_replies(prompt: Any, responses: Mapping[Any, Any]) -> tuple[list[Message], list[str]]:
+    """The prompt and the replies to it, of the prompt's column and those of the responses.
+
+    Raises:
+        Excluded: `prompt_ends_with_reply` where the column holds a reply already.
+    """
+    empty = isinstance(prompt, str) and not prompt.strip()
+    before = [] if empty else as_messages(prompt)
+    conversations = []
+    for column, value in responses.items():
+        if isinstance(value, str):
+            said = messages_of_text(value) or [_assistant(as_reply(prompt, value))]
+        else:
+            said = as_messages(value, column if isinstance(column, str) else "responses")
+        conversations.append(_whole(before, said))
+    found, replies = _shared(conversations)
+    (check_prompt if len(found) <= len(before) else check_question)(found)
+    return found, replies
+
+
+def _assistant(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+def _whole(prompt: list[Message], said: list[Message]) -> list[Message]:
+    """The whole conversation of a prompt and messages that hold it, or a part of it, or follow it."""
+    if not said or said[-1]["role"] != "assistant":
         raise Excluded("ends_without_reply")
-    return messages[:-1], messages[-1]["content"]
+    n = len(prompt)
+    if any(_same(said[start : start + n], prompt) for start in range(len(said) - n)):
+        return said
+    if len(said) > 1 and _same(prompt[-(len(said) - 1) :], said[:-1]):
+        return [*prompt, said[-1]]
+    if any(message["role"] not in ("assistant", "tool") for message in said):
+        raise Excluded("differing_prompts", "the messages do not hold the prompt")
+    return [*prompt, *said]
+
+
+def _same(one: list[Message], other: list[Message]) -> bool:
+    return [(m["role"], m["content"].strip()) for m in one] == [
+        (m["role"], m["content"].strip()) for m in other
+    ]
+
+
+def _shared(conversations: Sequence[list[Message]]) -> tuple[list[Message], list[str]]:
+    """What whole conversations have in common, and the one reply in which each ends."""
+    n = 0
+    while n < min(map(len, conversations)) - 1 and all(m[n] == conversations[0][n] for m in conversations):
+        n += 1
+    if any(len(messages) > n + 1 for messages in conversations):
+        asked = any(message["role"] in ("user", "system") for m in conversations for message in m[n:])
+        raise Excluded("differing_prompts" if asked else "reply_of_several_messages")
+    return conversations[0][:n], [messages[-1]["content"] for messages in conversations]
 
 
 def _transcript(text: str) -> list[Message]:
@@ -251,16 +349,6 @@ def _transcript(text: str) -> list[Message]:
         return parse_transcript(text.replace("\r\n", "\n"))
     except ValueError:
         raise Excluded("not_a_transcript") from None
-
-
-def _reply(column: str, prompt: list[Message], value: Any) -> str:
-    """The reply of a text, of one assistant message, or of the prompt's messages and one more."""
-    if isinstance(value, str):
-        return value
-    before, reply = _split_reply(column, value)
-    if before not in ([], prompt):
-        raise Excluded("differing_prompts")
-    return reply
 
 
 def _list(column: str, value: Any) -> list[Any]:
@@ -272,7 +360,7 @@ def _list(column: str, value: Any) -> list[Any]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float | Decimal) and not isinstance(value, bool)
 
 
 def _is_finite(number: float) -> bool:

@@ -233,11 +233,33 @@ def check_gradients(model: torch.nn.Module, new_modules: list[str]) -> None:
         more = f" and {len(without) - 5} more" if len(without) > 5 else ""
         raise TrainingError(
             f"preflight: no gradient reaches {', '.join(without[:5])}{more}: training would leave them as "
-            "they are; with gradient_checkpointing, try it without, else name other lora_target_modules"
+            f"they are; {_remedy(base, without, new_modules)}"
         )
     frozen = [name for name, p in model.named_parameters() if p.grad is not None and not p.requires_grad]
     if frozen:
         raise TrainingError(f"preflight: {frozen[0]} is frozen and has a gradient")
+
+
+def _remedy(base: torch.nn.Module, without: list[str], new_modules: list[str]) -> str:
+    """What to do about modules that no gradient reaches."""
+    adapted = [name for name, layer in base.named_modules() if isinstance(layer, LoraLayer)]
+    reached = [name for name in adapted if name not in without]
+    if not reached and getattr(base, "is_gradient_checkpointing", False):
+        return "set 'gradient_checkpointing: false' (or activation_checkpointing), which may cut them off"
+    if not reached or set(without) & set(new_modules):
+        return "this base computes its rewards without them, so take another one"
+    # Adapters on what the forward passes over: the shortest names that leave these out.
+    names = list(dict.fromkeys(_ending(name, without) for name in reached))
+    if len(names) > 12:
+        return f"name 'lora_target_modules' that leave out {without[0]}"
+    return f"set 'lora_target_modules: [{', '.join(names)}]', which leaves them out"
+
+
+def _ending(name: str, others: list[str]) -> str:
+    """The shortest ending of a module's name that none of the others has, as LoRA's targets are matched."""
+    parts = name.split(".")
+    endings = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
+    return next(end for end in endings if not any(f".{other}".endswith(f".{end}") for other in others))
 
 
 def warn(result: Preflight, recipe: Recipe, device: torch.device) -> None:

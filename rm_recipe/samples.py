@@ -9,8 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from rm_recipe.errors import DataError
-from rm_recipe.json_files import JSON, NUMBER, decode, load_json_rows
-from rm_recipe.messages import Excluded, Malformed, Message, as_messages, check_prompt, check_unicode
+from rm_recipe.json_files import read_rows, unit
+from rm_recipe.messages import (
+    Excluded,
+    Malformed,
+    Message,
+    as_messages,
+    as_reply,
+    check_prompt,
+    check_unicode,
+    in_context,
+)
 from rm_recipe.preferences import is_comparison_shape, parse_row
 
 
@@ -48,7 +57,7 @@ def read_prompts(file: Path, most: int | None = None) -> tuple[list[Sample], Cou
     """
     found: dict[str, Sample] = {}
     excluded: Counter[str] = Counter()
-    for number, row in _rows(file):
+    for number, row in read_rows(file):
         with _row(file, number, excluded):
             if row.get("prompt") is None and is_comparison_shape(row):
                 prompt = parse_row(row).prompt
@@ -73,22 +82,23 @@ def read_samples(file: Path, most: int | None = None) -> tuple[list[Sample], Cou
     """
     found: dict[str, Sample] = {}
     excluded: Counter[str] = Counter()
-    for number, row in _rows(file):
+    for number, row in read_rows(file):
         texts = row["responses"] if row.get("responses") is not None else [row.get("response")]
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise DataError(
-                f"{file}, row {number}: expected a 'prompt' and its 'responses', a list of texts, or one "
-                "'response'"
+                f"{file}, {unit(file)} {number}: expected a 'prompt' and its 'responses', a list of texts, "
+                "or one 'response'"
             )
         with _row(file, number, excluded):
             prompt = _prompt(row)
             check_unicode(texts)
+            replies = [as_reply(row["prompt"], str(text)) for text in texts]
             cut = row.get("cut")
-            new = Sample(prompt, texts, bool(row.get("is_safety")), cut if isinstance(cut, int) else None)
+            new = Sample(prompt, replies, bool(row.get("is_safety")), cut if isinstance(cut, int) else None)
             before = found.get(json.dumps(prompt))
             if before is not None:
                 known = None if before.cut is None or new.cut is None else before.cut + new.cut
-                new = replace(before, responses=[*before.responses, *texts], cut=known)
+                new = replace(before, responses=[*before.responses, *replies], cut=known)
             found[json.dumps(prompt)] = new
     return _some(file, found)[:most], excluded
 
@@ -101,7 +111,7 @@ def _row(file: Path, number: int, excluded: Counter[str]) -> Iterator[None]:
     except Excluded as reason:
         excluded[reason.reason] += 1
     except Malformed as fault:
-        raise DataError(f"{file}, row {number}: {fault}") from None
+        raise DataError(f"{file}, {unit(file)} {number}: {fault}") from None
 
 
 def _some(file: Path, found: dict[str, Sample]) -> list[Sample]:
@@ -110,24 +120,10 @@ def _some(file: Path, found: dict[str, Sample]) -> list[Sample]:
     return list(found.values())
 
 
-def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    if not file.is_file():
-        raise DataError(f"{file}: {'no such file' if not file.exists() else 'not a file'}")
-    try:
-        rows = load_json_rows(file)
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror or error}") from None
-    for row in rows:
-        try:
-            yield row[NUMBER], decode(row[JSON])
-        except ValueError as error:
-            raise DataError(f"{file}, row {row[NUMBER]}: {error}") from None
-
-
 def _prompt(row: dict[str, Any]) -> list[Message]:
     if row.get("prompt") is None:
         raise Malformed("prompt", "a text or a list of messages", None)
-    prompt = as_messages(row["prompt"])
+    prompt = in_context(as_messages(row["prompt"]), row)
     check_prompt(prompt)
     check_unicode([message["content"] for message in prompt])
     return prompt

@@ -18,7 +18,8 @@ from rm_recipe.batching import Encoded, padded_rows, shared_rows, split_at_commo
 from rm_recipe.distribution import this_device
 from rm_recipe.encoding import encode
 from rm_recipe.errors import DataError, RecipeError, TrainingError, UnfitError
-from rm_recipe.messages import Excluded, Malformed, as_messages, check_unicode
+from rm_recipe.json_files import read_rows, unit
+from rm_recipe.messages import Excluded, Malformed, as_messages, as_reply, check_unicode, in_context
 from rm_recipe.modeling import autocast, load_trained
 from rm_recipe.preferences import Comparison
 from rm_recipe.recipe_keys import MODEL_FILES, looks_local
@@ -72,16 +73,16 @@ class RewardModel:
         self,
         items: Sequence[dict[str, Any]],
         progress: bool = False,
-        named: str = "item",
+        named: str | Sequence[str] = "item",
         unfit: float | None = None,
     ) -> NDArray[np.float32]:
         """Rewards of `{"prompt": str or messages, "response": str}` items; `(n,)` float32.
 
-        Items with the same prompt share its encoding. A conversation that is too long loses its
-        oldest turns, as in training.
+        A `system` text of an item comes before its prompt. Items with the same prompt share its encoding. A
+        conversation that is too long loses its oldest turns, as in training.
 
         Args:
-            named: what an error calls an item, before its number, which counts from 1.
+            named: what an error calls an item, before its number, which counts from 1; or each one's name.
             unfit: the reward of an item that does not fit the model, which otherwise raises.
 
         Raises:
@@ -90,8 +91,9 @@ class RewardModel:
         groups: dict[str, list[int]] = {}
         conversations: dict[int, list[int]] = {}
         for number, item in enumerate(items):
+            name = f"{named} {number + 1}" if isinstance(named, str) else named[number]
             try:
-                conversations[number] = self._encode(item, f"{named} {number + 1}")
+                conversations[number] = self._encode(item, name)
             except UnfitError:
                 if unfit is None:
                     raise
@@ -115,14 +117,15 @@ class RewardModel:
         if not prompt or not isinstance(response, str):
             raise DataError(f"{name}: expected a 'prompt' and a 'response' text")
         try:
-            comparison = Comparison(as_messages(prompt), [response])
+            comparison = Comparison(in_context(as_messages(prompt), item), [as_reply(prompt, response)])
             check_unicode([*(message["content"] for message in comparison.prompt), response])
             encoded = encode(self.tokenizer, comparison, self.max_length, self.truncation)
         except Excluded as excluded:
             limit = f" (at most {self.max_length} tokens)" if "long" in excluded.reason else ""
-            raise UnfitError(f"{name}: {excluded.reason.replace('_', ' ')}{limit}") from None
+            detail = f": {excluded.detail}" if excluded.detail else ""
+            raise UnfitError(f"{name}: {excluded.reason.replace('_', ' ')}{limit}{detail}") from None
         except Malformed as fault:
-            raise DataError(f"{name}: 'prompt' should be {fault.args[1]}") from None
+            raise DataError(f"{name}: '{fault.args[0]}' should be {fault.args[1]}") from None
         return encoded.conversations()[0]
 
     def score_encoded(
@@ -214,46 +217,32 @@ def find_model(path: str) -> str:
 
 
 def score_file(model_path: str, source: Path, target: Path) -> int:
-    """Adds `"reward"` to every line of a .jsonl file of items; returns how many.
+    """Writes the items of a file as lines with their `"reward"`; returns how many.
 
     Raises:
-        DataError: a line is not such an item; nothing is written.
+        DataError: a row is not such an item; nothing is written.
     """
     if target.is_dir():
         raise DataError(f"{target} is a folder; --output names a file")
     items = read_items(source)
     judge = RewardModel.from_pretrained(model_path)
-    rewards = judge.score(items, progress=True, named=f"{source}, line")
+    rewards = judge.score(list(items.values()), progress=True, named=list(items))
     with whole_file(target) as partial, partial.open("w", encoding="utf-8") as file:
-        for item, reward in zip(items, rewards, strict=True):
+        for item, reward in zip(items.values(), rewards, strict=True):
             file.write(json.dumps({**item, "reward": float(reward)}, ensure_ascii=False) + "\n")
     return len(items)
 
 
-def read_items(source: Path) -> list[dict[str, Any]]:
-    """The `{"prompt", "response"}` items of a .jsonl file.
+def read_items(source: Path) -> dict[str, dict[str, Any]]:
+    """The `{"prompt", "response"}` items of a .jsonl or .json file (.gz too), by file and row.
 
     Raises:
-        DataError: with file and line.
+        DataError: with file and row.
     """
-    try:
-        # Not splitlines(): JSON text may hold U+2028 and the like, which end no line of a file.
-        lines = source.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except FileNotFoundError:
-        raise DataError(f"{source}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{source}: not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise DataError(f"{source}: cannot be read: {error.strerror}") from None
-    if lines == [""]:
-        raise DataError(f"{source}: the file is empty")
-    items = []
-    for number, line in enumerate(lines, 1):
-        try:
-            item = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{source}, line {number}: not JSON: {error}") from None
-        if not isinstance(item, dict) or not item.get("prompt") or not isinstance(item.get("response"), str):
-            raise DataError(f'{source}, line {number}: expected {{"prompt": ..., "response": "..."}}')
-        items.append(item)
+    items = {}
+    for number, item in read_rows(source):
+        name = f"{source}, {unit(source)} {number}"
+        if not item.get("prompt") or not isinstance(item.get("response"), str):
+            raise DataError(f'{name}: expected {{"prompt": ..., "response": "..."}}')
+        items[name] = item
     return items

@@ -12,7 +12,8 @@ from trl.scripts.utils import DatasetConfig
 
 from rm_recipe.artifacts import whole_file
 from rm_recipe.errors import DataError
-from rm_recipe.json_files import content_hash, load_json_rows
+from rm_recipe.json_files import JSON, content_hash, decode, load_json_rows, numbered_rows, refuse_pointer
+from rm_recipe.preferences import is_comparison_shape
 from rm_recipe.recipe_keys import DATA_FORMATS, DataArguments, looks_local
 
 
@@ -72,6 +73,7 @@ def load_rows(source: DatasetConfig, split: str, revision: str | None = None) ->
 
 
 def _load_parquet(file: Path) -> hf_datasets.Dataset:
+    refuse_pointer(file)
     content = content_hash(file)
     unpacked = _unpacked(file, content)
     if not pq.read_metadata(unpacked).num_rows:
@@ -110,12 +112,17 @@ def find_file(source: DatasetConfig, split: str) -> Path | None:
     if path.is_dir():
         path = path / (source.data_dir or "")
         if not path.is_dir():
-            raise DataError(f"'{path}' does not exist; check 'dataset_subsets'")
+            what = "is no folder" if path.exists() else "does not exist"
+            raise DataError(f"'{path}' {what}; check 'dataset_subsets'")
         if source.data_files is None:
             return _split_file(path, split)
         if not isinstance(source.data_files, str):
             raise DataError(f"'{path}': 'data_files' of a local folder is one file's name")
         path = path / source.data_files
+        if path.is_dir():
+            raise DataError(f"'{path}' is a folder; 'data_files' of a local folder is one file's name")
+    elif path.is_file() and (source.data_dir or source.data_files):
+        raise DataError(f"'{path}' is a file and has no subsets or files; name the folder that has them")
     if not path.is_file():
         if looks_local(source.path) or Path(source.path).exists():
             raise DataError(f"'{path}' does not exist")
@@ -138,13 +145,33 @@ def _split_file(folder: Path, split: str) -> Path:
         return found[0]
     if found:
         raise DataError(f"'{folder}' has {len(found)} files for the split '{split}'")
-    files = [path.name for path in sorted(folder.iterdir()) if path.is_file()]
-    others = [name.removesuffix(end) for name in files for end in endings if name.endswith(end)]
+    there = sorted(folder.iterdir())
+    others = [
+        path.name.removesuffix(end)
+        for path in there
+        for end in endings
+        if path.name.endswith(end) and path.is_file() and _may_be_split(path)
+    ]
+    names = [f"{path.name}/" if path.is_dir() else path.name for path in there]
     raise MissingSplitError(
         f"'{folder}' has no file for the split '{split}' "
-        f"({', '.join(split + ending for ending in endings)}); it has {', '.join(files) or 'no files'}",
+        f"({', '.join(split + ending for ending in endings)}); it has {', '.join(names) or 'no files'}",
         others,
     )
+
+
+def _may_be_split(file: Path) -> bool:
+    """Whether a data file holds rows: a .json beside them may say something about the data set instead."""
+    if data_format(file) != ".json":
+        return True
+    try:
+        row = next(numbered_rows(file))[JSON]
+    except DataError:  # damaged, but meant to hold some
+        return True
+    try:
+        return is_comparison_shape(decode(row))
+    except ValueError:  # one object over several lines
+        return False
 
 
 def _unpacked(file: Path, content: str) -> Path:

@@ -31,8 +31,10 @@ class Split:
         rows: rows of the source; `rows == len(comparisons) + sum(excluded.values())`.
         excluded: number of rows by reason.
         first_rows: for each reason the first rows that it was found in, `SUBSET:ROW`.
+        details: for each reason what it was in the first of them, where there is more to say.
         differing_prompts: rows of the source whose transcripts or messages differ before the last
             reply, whatever became of them.
+        unread: columns (and keys of messages) that hold something and are part of no comparison.
         tokenized: after tokenising, all that went into it, also what was left out.
     """
 
@@ -40,7 +42,9 @@ class Split:
     rows: int
     excluded: Counter[str] = field(default_factory=Counter)
     first_rows: dict[str, list[str]] = field(default_factory=dict)
+    details: dict[str, str] = field(default_factory=dict)
     differing_prompts: int = 0
+    unread: list[str] = field(default_factory=list)
     tokenized: hf_datasets.Dataset | None = None
 
     def __getitem__(self, index: int) -> Comparison:
@@ -85,8 +89,9 @@ class Split:
         """Reasons with their numbers and the first row of each, on one line."""
         reasons = []
         for reason, n in self.excluded.items():
-            first = self.first_rows.get(reason)
-            reasons.append(f"{n} {reason}" + (f", first in row {first[0]}" if first else ""))
+            first, detail = self.first_rows.get(reason), self.details.get(reason)
+            where = (f", first in row {first[0]}" if first else "") + (f": {detail}" if detail else "")
+            reasons.append(f"{n} {reason}{where}")
         return "; ".join(reasons) or "no rows"
 
     def column(self, name: str) -> NDArray[Any]:
@@ -121,17 +126,21 @@ def set_excluded_apart(split: Split) -> Split:
     """Moves the rows that carry a reason out of the comparisons and into the counts."""
     reasons = arrow_column(split.comparisons, "excluded")
     found = Counter({v["values"]: v["counts"] for v in pc.value_counts(reasons).to_pylist() if v["values"]})
-    first_rows = dict(split.first_rows)
+    first_rows, details = dict(split.first_rows), dict(split.details)
     for reason in found:
-        first_rows[reason] = split.names(np.flatnonzero(pc.equal(reasons, reason).to_numpy())[:FIRST_ROWS])
+        numbers = np.flatnonzero(pc.equal(reasons, reason).to_numpy())[:FIRST_ROWS]
+        first_rows[reason] = split.names(numbers)
+        detail = split.comparisons[int(numbers[0])]["detail"]
+        details |= {reason: detail} if detail else {}
     comparisons = split.comparisons
     if found:
         comparisons = comparisons.select(np.flatnonzero(pc.equal(reasons, "").to_numpy()))
     return replace(
         split,
-        comparisons=comparisons.remove_columns("excluded"),
+        comparisons=comparisons.remove_columns(["excluded", "detail"]),
         excluded=split.excluded + found,
         first_rows=first_rows,
+        details=details,
     )
 
 

@@ -12,6 +12,16 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 
 
+def is_transcript(text: str) -> bool:
+    """Whether a text is a transcript by its look, and no message that speaks of one.
+
+    It begins with a blank line and a speaker, or with a speaker and ends where the reply is to come.
+    """
+    text = text.replace("\r\n", "\n")
+    begins = text.lstrip().startswith(("Human:", "Assistant:"))
+    return begins and (text.startswith("\n\n") or text.rstrip().endswith("\n\nAssistant:"))
+
+
 def split_turns(text: str) -> list[tuple[str, str]]:
     """A transcript as (speaker, what follows the colon); `join_turns` gives the text back.
 

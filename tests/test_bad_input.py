@@ -3,26 +3,30 @@
 import gzip
 import json
 import random
+import re
 import shutil
 import signal
 import string
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_rows, write_jsonl
+from conftest import HH_RLHF, make_rows, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rm_recipe import cli
-from rm_recipe.errors import RecipeError
+from rm_recipe.datasets import load_split
+from rm_recipe.errors import DataError, RecipeError
 from rm_recipe.messages import Excluded, Malformed
 from rm_recipe.preferences import parse_row
 from rm_recipe.recipe import read_recipe
+from rm_recipe.recipe_keys import DataArguments
+from rm_recipe.scoring import read_items
 
 
 def tree(folder: Path) -> dict[Path, bytes | None]:
@@ -453,3 +457,60 @@ def test_a_long_transcript_takes_no_longer_than_its_length(piece):
     text = "\n\nHuman: a" + piece * (300_000 // len(piece)) + "\n\nAssistant: b"
     with at_most(10), suppress(Excluded, Malformed):
         parse_row({"chosen": text, "rejected": text + "c"})
+
+
+# --- files in the shapes that people have ----------------------------------------------------------
+
+HUNT = HH_RLHF.parent.parent / "hunt"
+needs_hunt = pytest.mark.skipif(not HUNT.is_dir(), reason="the files are not beside the repository")
+NOT_COMPARISONS = {"README.md", "remade", "layouts", "score", "rewardbench_folder"}
+
+
+@needs_hunt
+@pytest.mark.parametrize(
+    "path",
+    sorted(path for folder in (HUNT, HUNT / "layouts") if folder.is_dir() for path in folder.iterdir()),
+    ids=lambda path: path.name,
+)
+def test_a_file_of_peoples_shapes_is_read_or_refused_and_nothing_vanishes(path):
+    """Every text of a row is in its comparison, or the row is counted, or the column or key is named."""
+    if path.name in NOT_COMPARISONS or path.suffix == ".jinja":
+        return
+    try:
+        split = load_split(DataArguments(dataset_name=str(path)), None)
+    except DataError as refusal:
+        assert len(str(refusal).splitlines()) == 1
+        return
+    assert split.rows == len(split.comparisons) + split.excluded.total()
+    if path.suffix != ".jsonl":
+        return
+    rows = dict(enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1))
+    for number in range(len(split.comparisons)):
+        comparison = split[number]
+        read = json.dumps([comparison.prompt, comparison.responses], ensure_ascii=False)
+        row = json.loads(rows[split.comparisons[number]["row"]])
+        for text in texts_of({key: value for key, value in row.items() if key not in split.unread}):
+            assert json.dumps(text, ensure_ascii=False)[1:-1] in read
+
+
+def texts_of(value: Any, key: str = "") -> Iterator[str]:
+    """The texts in a row, of JSON text and transcripts those in it, without roles and types."""
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield from texts_of(part, name)
+    elif isinstance(value, list):
+        for part in value:
+            yield from texts_of(part, key)
+    elif isinstance(value, str) and key not in ("role", "type", "name", "model", "Rating"):
+        if value.startswith("["):
+            yield from texts_of(json.loads(value))
+        else:
+            yield from (said.strip() for said in re.split(r"\n\n(?:Human|Assistant):", value))
+
+
+@needs_hunt
+@pytest.mark.parametrize("name", ["bom.jsonl", "blank_lines.jsonl", "crlf.jsonl", "list.json", "z.jsonl.gz"])
+def test_scores_files_are_read_as_they_are_met(name):
+    items = list(read_items(HUNT / "score" / name).values())
+    assert items[0]["prompt"].startswith("How do I cook rice")
+    assert len(items) > 1

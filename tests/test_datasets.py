@@ -208,10 +208,31 @@ def test_a_mixture_of_single_files_is_held_out_by_prompt(write_recipe, tmp_path)
     assert (0 < len(test.comparisons) < 20, leakage.comparisons) == (True, 0)
 
 
-def test_nothing_held_out_is_one_message(tmp_path):
-    path = write_jsonl(tmp_path / "x.jsonl", make_rows(1, seed=1))
-    with pytest.raises(DataError, match="no comparison is held out; set a larger 'test_split_size'"):
-        load_held_out(data(path, test_split_size=1e-9))
+@pytest.mark.parametrize(("size", "side"), [(1e-9, "no comparison is"), (1 - 1e-9, "all comparisons are")])
+@pytest.mark.parametrize("rows", [2, 3, 16])
+def test_where_one_side_is_empty_the_share_that_is_advised_works(write_recipe, tmp_path, rows, size, side):
+    path = write_jsonl(tmp_path / "x.jsonl", make_rows(rows, seed=1))
+    with pytest.raises(DataError, match=f"{side} held out; set 'test_split_size: ") as caught:
+        load_splits(read_recipe(write_recipe(dataset_name=str(path), test_split_size=size)))
+    advised = float(str(caught.value).split("'test_split_size: ")[1].split("'")[0])
+    train, test, _ = load_splits(read_recipe(write_recipe(dataset_name=str(path), test_split_size=advised)))
+    assert min(len(train.comparisons), len(test.comparisons)) > 0
+    assert f"holds out {len(test.comparisons)} of the {rows} prompts" in str(caught.value)
+
+
+@pytest.mark.parametrize("prompt", ["Write a poem.", "Sing a song.", "Say something."])
+def test_one_prompt_cannot_be_held_out_and_the_advice_works(write_recipe, tmp_path, prompt):
+    rows = [{"prompt": prompt, "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(6)]
+    path = write_jsonl(tmp_path / "x.jsonl", rows)
+    for size in (0.001, 0.999):
+        with pytest.raises(DataError, match="same prompt, so give a test split .* 'leakage: allow'"):
+            load_splits(read_recipe(write_recipe(dataset_name=str(path), test_split_size=size)))
+    write_jsonl(tmp_path / "own" / "train.jsonl", rows[:4])
+    write_jsonl(tmp_path / "own" / "test.jsonl", rows[4:])
+    recipe = read_recipe(write_recipe(dataset_name=str(tmp_path / "own"), leakage="allow"))
+    train, test, leakage = load_splits(recipe)
+    refuse_leakage(recipe, leakage)
+    assert (len(train.comparisons), len(test.comparisons)) == (4, 2)
 
 
 def test_fractions_keep_the_first_of_each_as_trl_does(write_recipe, mixture):

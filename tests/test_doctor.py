@@ -62,7 +62,7 @@ def test_the_report_has_the_contracts_keys_and_its_sums(write_recipe, flawed):
 
 def test_tokens_prefix_share_and_baselines_equal_a_naive_count(write_recipe, tiny_data, tiny_llama):
     figures = report_of(write_recipe())["splits"]["train"]
-    tokenizer = load_tokenizer(str(tiny_llama))
+    tokenizer = load_tokenizer(str(tiny_llama), of_base=True)
     lengths, longer, shared, plain = [], [], 0, 0
     for row in map(json.loads, (tiny_data / "train.jsonl").open()):
         both = [
@@ -100,6 +100,19 @@ def test_the_table_fits_80_columns_and_tells_what_was_found(write_recipe, flawed
     printed = console.export_text()
     assert "pairs in them" in printed
     assert "Held out: 50% of the prompts" in printed
+
+
+def test_reasons_are_told_with_what_they_were_and_columns_that_are_not_read(write_recipe, tmp_path):
+    rows = [{**row, "context": "doc"} for row in make_rows(30, seed=1)]
+    rows[0]["prompt"] = [{"role": "judge", "content": "a"}]
+    path = write_jsonl(tmp_path / "x.jsonl", rows)
+    report = report_of(write_recipe(dataset_name=str(path), test_split_size=0.5))
+    assert report["splits"]["train"]["columns_not_read"] == ["context"]
+    console = Console(width=80, record=True)
+    print_report(report, console)
+    printed = console.export_text()
+    assert "train, unknown_role: row 1 (role 'judge')" in printed
+    assert printed.count("Columns not read: context.") == 1
 
 
 def test_names_in_brackets_are_printed_as_they_are(write_recipe, tmp_path):

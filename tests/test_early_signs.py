@@ -2,7 +2,9 @@
 
 import json
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import test_checkpoints
 import torch
@@ -29,6 +31,11 @@ def said(capsys, logs: list[dict[str, float]], plain: bool = True, max_steps: in
     return [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
 
 
+def warming_up(steps: int) -> SimpleNamespace:
+    """As much of TrainingArguments."""
+    return SimpleNamespace(get_warmup_steps=lambda _: steps)
+
+
 STUCK = {"loss": math.log(2), "accuracy": 0.7}
 SOUND = {"loss": 0.5, "accuracy": 0.75}
 
@@ -39,9 +46,10 @@ SOUND = {"loss": 0.5, "accuracy": 0.75}
         ([SOUND] * 20, []),
         ([STUCK] * 20, ["the loss is 0.693, where it began (ln 2 = 0.693)"]),
         ([STUCK, SOUND, SOUND], []),  # it took a while
-        ([{"loss": 0.6, "accuracy": 0.5}] * 4, ["0.500 of the comparisons are judged right, as by chance"]),
-        ([{"loss": 0.6, "accuracy": 0.3}] * 4, ["0.300 of the comparisons are judged right, as by chance"]),
-        ([{"loss": 0.6, "accuracy": 0.56}] * 2, []),
+        ([{"loss": 0.6, "accuracy": 0.5}] * 4, []),
+        ([{"loss": 0.6, "accuracy": 0.5}] * 20, ["0.500 of the last 1120 comparisons are judged right"]),
+        ([{"loss": 0.6, "accuracy": 0.3}] * 20, ["0.300 of the last 1120 comparisons are judged right"]),
+        ([{"loss": 0.6, "accuracy": 0.56}] * 20, []),
         ([{**SOUND, "ties": 0.04}] * 9, []),
         ([{**SOUND, "ties": 0.06}] * 9, ["6% of the comparisons get equal rewards"]),
         ([{"loss": 0.1, "accuracy": 0.98}] * 2 + [{"eval_accuracy": 0.7}] * 2, ["train accuracy is 0.98"]),
@@ -61,18 +69,43 @@ def test_a_loss_with_margins_does_not_start_at_ln_2(capsys):
 
 
 def test_a_tenth_of_the_steps_and_enough_comparisons_are_waited_for(capsys):
-    assert said(capsys, [STUCK], max_steps=51) == []
-    assert said(capsys, [STUCK, STUCK], max_steps=51) != []
+    assert said(capsys, [STUCK] * 3, max_steps=151) == []
+    assert said(capsys, [STUCK] * 4, max_steps=151) != []
 
 
 def test_of_a_resumed_run_only_what_came_since_the_last_log_counts(capsys):
     signs = EarlySigns(32, held_out=1000, plain=True)
     state = TrainerState(max_steps=100, global_step=50)
     state.log_history = [{"step": 45, "loss": 0.5}, {"step": 50, "eval_accuracy": 0.7}]
-    signs.on_train_begin(None, state, TrainerControl())
+    signs.on_train_begin(warming_up(0), state, TrainerControl())
     signs.on_log(None, state, TrainerControl(), logs={"loss": 0.1, "accuracy": 1.0})  # of 5 steps: 160
     signs.on_evaluate(None, state, TrainerControl(), metrics={"eval_accuracy": 0.7})
     assert "warning" not in capsys.readouterr().out
+
+
+def test_what_was_judged_before_any_update_is_no_sign(capsys):
+    """The first step's loss, and all of a warm-up, are those of the base."""
+    signs, state = EarlySigns(256, held_out=1000, plain=True), TrainerState(max_steps=8)
+    for state.global_step in range(1, 9):
+        signs.on_log(None, state, TrainerControl(), logs=STUCK)
+    assert "warning" not in capsys.readouterr().out
+    signs, state = EarlySigns(256, held_out=1000, plain=True), TrainerState(max_steps=100)
+    signs.on_train_begin(warming_up(40), state, TrainerControl())
+    for state.global_step in range(1, 101):
+        signs.on_log(None, state, TrainerControl(), logs=STUCK if state.global_step <= 41 else SOUND)
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("true", "least", "most"), [(0.5, 0.7, 1.0), (0.55, 0.0, 0.02), (0.6, 0.0, 0.001)])
+def test_a_run_that_learns_a_little_is_rarely_taken_for_one_at_chance(capsys, true, least, most):
+    rng, runs = np.random.default_rng(0), 2000
+    for _ in range(runs):
+        right = rng.binomial(160, true, 20) / 160
+        signs, state = EarlySigns(32, held_out=1000, plain=True), TrainerState(max_steps=100)
+        for accuracy in right:
+            state.global_step += 5
+            signs.on_log(None, state, TrainerControl(), logs={"loss": 0.6, "accuracy": accuracy})
+    assert least <= capsys.readouterr().out.count("as by chance") / runs <= most
 
 
 def contradictory(folder):
@@ -89,7 +122,7 @@ def test_a_real_run_that_cannot_learn_says_so_and_one_that_learns_does_not(write
     keys = {"dataset_name": contradictory(tmp_path / "data"), "logging_steps": 5, "num_train_epochs": 10}
     train(read_recipe(write_recipe(**keys, learning_rate=1e-3)))
     out = capfd.readouterr().out
-    assert out.count("warning: after a tenth of the steps") in (1, 2)
+    assert out.count("warning: after ") in (1, 2)
     train(read_recipe(write_recipe(output_dir=str(tmp_path / "good"), logging_steps=2, num_train_epochs=8)))
     assert "warning:" not in capfd.readouterr().out
 

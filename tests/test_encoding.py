@@ -1,5 +1,6 @@
 """Token ids as they are served; truncation that keeps question and reply, or says what it leaves out."""
 
+import numpy as np
 import pytest
 from conftest import HH_RLHF, hf_datasets_without_cache, make_rows, needs_hh_rlhf, write_jsonl
 from hypothesis import given
@@ -59,6 +60,22 @@ def test_messages_that_the_template_refuses_are_excluded_by_name(tiny_llama):
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(Excluded, match="refused_by_template"):
         encode(tokenizer, Comparison(turns("hi"), ["good", "bad"]), None)
+
+
+def test_what_a_template_says_when_it_refuses_is_told(tiny_llama, tmp_path):
+    tokenizer = load_tokenizer(str(tiny_llama))
+    refuses = "{{ raise_exception('System role not supported') }}"
+    tokenizer.chat_template = (
+        f"{{% if messages[0]['role'] == 'system' %}}{refuses}{{% endif %}}{tokenizer.chat_template}"
+    )
+    rows = make_rows(3, seed=1)
+    rows[1]["prompt"] = [{"role": "system", "content": "Be kind."}, *rows[1]["prompt"]]
+    split = load_split(DataArguments(dataset_name=str(write_jsonl(tmp_path / "x.jsonl", rows))), "test")
+    found = tokenize(split, tokenizer, None, "exclude")
+    assert found.excluded == {"refused_by_template": 1}
+    assert found.details == {"refused_by_template": "the template says: System role not supported"}
+    with pytest.raises(DataError, match="first in row 2: the template says: System role not supported"):
+        tokenize(split.take(np.array([1]), "not_sampled"), tokenizer, None, "exclude")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from conftest import make_recipe, make_tokenizer
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl.data_utils import apply_chat_template
 
 from rm_recipe.errors import RecipeError
 from rm_recipe.evaluate import evaluate
@@ -89,8 +91,86 @@ def test_texts_and_messages_get_the_same_rewards(run):
 
 
 def test_of_several_messages_the_last_one_is_judged_in_the_light_of_the_others():
-    turns = [*as_messages("a", "assistant"), *as_messages("b", "tool"), *as_messages("c", "assistant")]
+    turns = [*as_messages("a", "assistant"), *as_messages("b", "user"), *as_messages("c", "assistant")]
     assert as_item("q", turns) == {"prompt": [*as_messages("q"), *turns[:2]], "response": "c"}
+
+
+CALL = {"type": "function", "function": {"name": "multiply", "arguments": {"a": 6, "b": 7}}}
+CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+RESULT = {"role": "tool", "name": "multiply", "content": "42"}
+# Shows calls, as the templates of models that were trained with tools do.
+WITH_TOOLS = (
+    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] or '' }}"
+    "{% for call in message['tool_calls'] or [] %}{{ call['function']['name'] }}"
+    "({{ call['function']['arguments'] }}){% endfor %}</s>{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def with_tools(run, tmp_path_factory):
+    """The export with a template that shows calls of tools."""
+    folder = tmp_path_factory.mktemp("tools") / "export"
+    shutil.copytree(run / "export", folder)
+    (folder / "chat_template.jinja").write_text(WITH_TOOLS)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        [CALLING, RESULT],
+        [CALLING, RESULT, *as_messages("It is 42.", "assistant")],
+        [{"role": "assistant", "tool_calls": [CALL]}],
+        [CALLING, RESULT, {"role": "assistant", "content": [{"type": "text", "text": "It is 42."}]}],
+    ],
+)
+def test_an_exchange_with_tools_is_scored_whole_as_trls_own_reward_path_does(with_tools, completion):
+    """`_calculate_rewards` of TRL 1.16; where the template does not show all of it, there is no reward."""
+    (found,) = reward_function(with_tools)([as_messages("six times seven?")], [completion])
+    joined = [{**m, "content": "It is 42."} if isinstance(m.get("content"), list) else m for m in completion]
+    model = AutoModelForSequenceClassification.from_pretrained(with_tools).eval()
+    tokenizer = AutoTokenizer.from_pretrained(with_tools)
+    text = apply_chat_template({"messages": as_messages("six times seven?") + joined}, tokenizer)["text"]
+    ids = tokenizer(text=[text], return_tensors="pt", padding=True, add_special_tokens=False)
+    assert "multiply" in text
+    with torch.no_grad():
+        assert found == pytest.approx(model(**ids).logits[0, 0].item(), abs=1e-5)
+
+
+def test_a_completion_that_is_no_reply_has_no_reward_and_is_no_exception(run, with_tools):
+    dropped = with_tools.parent / "dropped"
+    shutil.copytree(with_tools, dropped, dirs_exist_ok=True)
+    only_text = (
+        "{% for m in messages if m['role'] != 'tool' %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
+    )
+    (dropped / "chat_template.jinja").write_text(only_text)
+    prompt = as_messages("six times seven?")
+    none: list = [
+        [], None, [None], 5, [{"role": "assistant", "content": None}], [{"role": "assistant"}], [{}],
+        [{"role": "assistant", "content": [{"type": "image"}]}],
+        [RESULT, {"role": "assistant", "content": None}],
+        [{"role": "assistant", "content": "", "tool_calls": ["no call"]}],
+        [{"role": "assistant", "content": "", "tool_calls": [{**CALL, "id": "</s>"}]}],
+        [CALLING, {**RESULT, "content": "far " * 500}],
+    ]  # fmt: skip
+    assert all(math.isnan(value) for value in reward_function(with_tools)([prompt] * len(none), none))
+    hidden = [
+        [CALLING],
+        [CALLING, RESULT],
+        [*as_messages("a", "assistant"), RESULT, *as_messages("b", "assistant")],
+    ]
+    assert all(math.isnan(value) for value in reward_function(dropped)([prompt] * 3, hidden))
+    mixed = reward_function(with_tools)([prompt] * 3, [as_messages("good", "assistant"), [], "good"])
+    assert mixed[0] == mixed[2]
+    assert math.isnan(mixed[1])
+
+
+def test_content_in_parts_of_text_is_the_text(run):
+    reward = reward_function(run / "export")
+    parts = [
+        {"role": "assistant", "content": [{"type": "text", "text": "go"}, {"type": "text", "text": "od"}]}
+    ]
+    assert reward([as_messages("hello")], [parts]) == reward([as_messages("hello")], ["good"])
 
 
 def test_normalised_rewards_have_held_out_mean_0_and_deviation_1(run, tiny_data):
@@ -134,6 +214,18 @@ def test_two_models_are_combined_by_the_papers_rule():
     assert whitened == pytest.approx((np.array(logits) - np.mean(logits)) / np.std(logits))
     unmarked = combine(scores(*safe), scores(*helpful), threshold=0.0, whiten=False)(*batch)
     assert unmarked == helpful.tolist()
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+def test_what_one_of_two_models_cannot_read_has_no_reward(whiten):
+    """A reply that the safety model cannot read must not get what helpfulness says of it."""
+    nan = math.nan
+    found = combine(scores(nan, 2.0, nan, 1.0), scores(3.0, nan, nan, 4.0), whiten=whiten)(
+        ["q"] * 4, ["a"] * 4
+    )
+    assert [math.isnan(value) for value in found] == [True, True, True, False]
+    marked = combine(scores(2.0), scores(nan), whiten=whiten)(["q"], ["a"], is_safety=[True])
+    assert math.isnan(marked[0])
 
 
 def test_extreme_scores_and_a_batch_of_one_stay_numbers():

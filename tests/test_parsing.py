@@ -134,6 +134,28 @@ def test_the_columns_that_a_mixture_names_are_all_that_is_read(tmp_path):
         subsets(["prompt", "chosen"])
 
 
+@pytest.mark.parametrize("parquet", [False, True])
+def test_columns_that_are_not_read_are_named_once(tmp_path, parquet):
+    rows = [{**row, "context": "doc", "score": 2.5} for row in make_rows(3, seed=1)]
+    path = write_jsonl(tmp_path / "x.jsonl", rows)
+    if parquet:
+        path = tmp_path / "x.parquet"
+        hf_datasets.Dataset.from_list(rows).to_parquet(path)
+    assert parsed(path).unread == ["context", "score"]
+    assert parsed(path, margin_column="score").unread == ["context"]
+    source = DatasetConfig(path=str(path), columns=["prompt", "chosen", "rejected"])
+    named = parse_rows(load_rows(source, "train"), source, "train", "", None, None, None)
+    assert named.unread == []  # the recipe says so
+
+
+def test_a_reason_says_what_it_was_in_its_first_row(tmp_path):
+    row = make_rows(1, seed=1)[0]
+    rows = [row, *({**row, "prompt": [{"role": role, "content": "a"}]} for role in ("judge", "narrator"))]
+    split = parsed(write_jsonl(tmp_path / "x.jsonl", rows))
+    assert split.details == {"unknown_role": "role 'judge'"}
+    assert split.why_excluded() == "2 unknown_role, first in row 2: role 'judge'"
+
+
 def test_a_parquet_files_rows_are_counted_as_rows(tmp_path):
     rows = [*make_rows(2, seed=1), {**make_rows(1, seed=2)[0], "chosen": ""}]
     path = tmp_path / "x.parquet"

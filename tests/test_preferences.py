@@ -1,5 +1,8 @@
 """Rows of data sets become comparisons or a counted reason."""
 
+import json
+from decimal import Decimal
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,6 +14,7 @@ from rm_recipe.preferences import (
     is_comparison_shape,
     parse_row,
     prompts_differ,
+    unread,
     untied_pairs,
 )
 
@@ -70,12 +74,12 @@ def test_a_label_that_names_no_output_is_a_fault_of_the_file(label):
         ({"prompt": "p", "responses": ["a"], "ranks": [1]}, "single_response"),
         ({"prompt": "p", "responses": None, "ranks": [1]}, "missing_response"),
         ({"prompt": "p", "responses": [], "ranks": []}, "single_response"),
-        ({"prompt": "p", "responses": ["a", "b"], "scores": [10**400, 1]}, "missing_ranks"),
+        ({"prompt": "p", "responses": ["a", "b"], "scores": [10**400, 1]}, "missing_scores"),
         ({"prompt": "p", "responses": ["a", None], "ranks": [1, 2]}, "missing_response"),
         ({"prompt": "p", "responses": ["a", "b"], "ranks": [1]}, "ranks_do_not_match"),
         ({"prompt": "p", "responses": ["a", "b"], "ranks": None}, "missing_ranks"),
-        ({"prompt": "p", "responses": ["a", "b"], "scores": [1, None]}, "missing_ranks"),
-        ({"prompt": "p", "responses": ["a", "b"], "scores": [1, float("nan")]}, "missing_ranks"),
+        ({"prompt": "p", "responses": ["a", "b"], "scores": [1, None]}, "missing_scores"),
+        ({"prompt": "p", "responses": ["a", "b"], "scores": [1, float("nan")]}, "missing_scores"),
         ({"prompt": "p", "responses": ["a", "b", "c"], "ranks": [2, 2, 2]}, "all_tied"),
         ({"prompt": "p", "responses": ["a", "b", "a "], "ranks": [1, 2, 3]}, "identical_responses"),
         ({"prompt": None, "responses": ["a", "b"], "ranks": [1, 2]}, "empty_prompt"),
@@ -85,7 +89,7 @@ def test_a_label_that_names_no_output_is_a_fault_of_the_file(label):
         ({"input": "p", "output_1": "a", "output_2": "a", "label": 1}, "identical_responses"),
         ({"prompt": [{"role": "system", "content": "s"}], "chosen": "a", "rejected": "b"}, "empty_prompt"),
         ({"prompt": [USER, REPLY], "chosen": "a", "rejected": "b"}, "prompt_ends_with_reply"),
-        ({"prompt": [{"role": "human", "content": "q"}], "chosen": "a", "rejected": "b"}, "unknown_role"),
+        ({"prompt": [{"role": "judge", "content": "q"}], "chosen": "a", "rejected": "b"}, "unknown_role"),
         ({"prompt": "p", "chosen": "a\ud800", "rejected": "b"}, "invalid_text"),
         ({"prompt": "\ud800p", "chosen": "a", "rejected": "b"}, "invalid_text"),
     ],
@@ -149,6 +153,107 @@ def test_texts_of_an_explicit_prompt_are_taken_as_they_stand():
     assert parse_row({"prompt": " Hi", "chosen": "a ", "rejected": "b"}) == Comparison(
         [{"role": "user", "content": " Hi"}], ["a ", "b"]
     )
+
+
+def said(role: str, text: str) -> dict[str, str]:
+    return {"role": role, "content": text}
+
+
+SYSTEM, MORE = said("system", "Be terse."), said("user", "More?")
+CALLED = [said("assistant", "calling"), said("tool", "42")]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "before", "shared"),
+    [
+        ("Hi", [SYSTEM, USER], [SYSTEM, USER]),  # the column has the question only
+        ("Hi", [USER, REPLY, MORE], [USER, REPLY, MORE]),  # ... or the first of several
+        ("More?", [USER, REPLY, MORE], [USER, REPLY, MORE]),  # ... or the last
+        (" Hi\n", [SYSTEM, USER], [SYSTEM, USER]),
+        ([SYSTEM, USER], [USER], [SYSTEM, USER]),  # the column has more
+        ([USER], CALLED, [USER, *CALLED]),
+        ([USER], [said("assistant", "Let me see.")], [USER, said("assistant", "Let me see.")]),
+        ([], [USER], [USER]),
+        ("", [USER], [USER]),
+        (transcript("Hi") + "\n\nAssistant:", [USER], [USER]),
+        (json.dumps([USER]), [USER], [USER]),
+    ],
+)
+def test_what_chosen_and_rejected_share_is_the_prompt(prompt, before, shared):
+    sides = {side: [*before, said("assistant", side)] for side in ("chosen", "rejected")}
+    expected = Comparison(shared, ["chosen", "rejected"])
+    assert parse_row({"prompt": prompt, **sides}) == expected
+    assert parse_row({"prompt": prompt, **{side: json.dumps(m) for side, m in sides.items()}}) == expected
+    responses = [sides["rejected"], sides["chosen"]]
+    assert parse_row({"prompt": prompt, "responses": responses, "scores": [1, 2]}) == expected
+
+
+@pytest.mark.parametrize("prompt", [transcript("Hi") + "\n\nAssistant:", "Hi", None])
+def test_a_transcript_is_never_twice_in_the_text(prompt):
+    row = {"prompt": prompt, "chosen": transcript("Hi", "good"), "rejected": transcript("Hi", "bad")}
+    assert parse_row(row) == Comparison([USER], ["good", "bad"])
+
+
+def test_a_transcript_as_prompt_has_the_texts_without_white_space_for_replies():
+    """As in dahoas' copies of hh-rlhf, and as hh-rlhf's own are read."""
+    row = {"prompt": transcript("Hi") + "\n\nAssistant:", "chosen": " good", "rejected": " bad "}
+    assert parse_row(row) == Comparison([USER], ["good", "bad"])
+
+
+def test_a_system_column_is_the_system_message():
+    row = {"prompt": "Hi", "chosen": "good", "rejected": "bad"}
+    expected = Comparison([SYSTEM, USER], ["good", "bad"])
+    assert parse_row({**row, "system": "Be terse."}) == expected
+    assert parse_row({**row, "prompt": [SYSTEM, USER], "system": "Be terse.\n"}) == expected
+    ranking = {"prompt": "Hi", "responses": ["good", "bad"], "ranks": [1, 2], "system": "Be terse."}
+    assert parse_row(ranking) == expected
+    assert parse_row({**row, "system": ""}) == parse_row({**row, "system": None}) == parse_row(row)
+    with pytest.raises(Excluded, match="two_system_messages"):
+        parse_row({**row, "prompt": [SYSTEM, USER], "system": "Be kind."})
+    with pytest.raises(Malformed, match="column 'system' should be a text"):
+        parse_row({**row, "system": 5})
+
+
+def test_tools_leave_a_row_out_under_their_name():
+    row = {"prompt": "Hi", "chosen": "good", "rejected": "bad"}
+    assert parse_row({**row, "tools": []}) == parse_row({**row, "tools": None}) == parse_row(row)
+    with pytest.raises(Excluded, match="tools"):
+        parse_row({**row, "tools": [{"type": "function"}]})
+
+
+def test_a_reply_of_several_messages_is_no_text_and_is_counted_as_such():
+    row = {"prompt": "Hi", "chosen": [*CALLED, REPLY], "rejected": [said("assistant", "bad")]}
+    with pytest.raises(Excluded, match="reply_of_several_messages"):
+        parse_row(row)
+
+
+def test_what_is_not_read_of_a_row_is_named():
+    row = {"prompt": "Hi", "chosen": [{**REPLY, "name": "x", "weight": 1}], "rejected": "bad", "system": "s"}
+    more = {"context": "doc", "score": 3, "tags": [], "note": None, "m": 1, "subset": "a", "responses": ["c"]}
+    assert unread({**row, **more}, "m") == ["context", "score", "responses", "name (of messages)"]
+    ranking = {"prompt": "Hi", "responses": ["a", "b"], "ranks": [1, 2], "scores": [2, 1]}
+    assert unread(ranking) == ["scores"]
+    assert unread({"instruction": "a", "completions": [{"response": "a"}], "models": ["b"]}) == ["models"]
+
+
+def test_scores_that_are_no_numbers_are_named_as_the_file_names_them():
+    """UltraFeedback's judge says N/A at times."""
+    row = {
+        "instruction": "Hi",
+        "completions": [{"response": "a", "overall_score": "N/A"}, {"response": "b", "overall_score": 2}],
+    }
+    with pytest.raises(Excluded) as caught:
+        parse_row(row)
+    assert caught.value.reason == "missing_overall_score"
+    assert caught.value.detail == "['N/A', 2] are no numbers"
+    del row["completions"][0]["overall_score"]
+    with pytest.raises(Excluded, match="missing_overall_score"):
+        parse_row(row)
+
+
+def test_decimals_are_numbers():
+    row = {"prompt": "Hi", "responses": ["a", "b"], "scores": [Decimal("1.5"), Decimal("4")]}
+    assert parse_row(row, "scores") == Comparison([USER], ["b", "a"], [0, 1], [2.5])
 
 
 def test_windows_line_breaks_are_no_other_transcript():

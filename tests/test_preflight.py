@@ -7,7 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from conftest import train_watched
+from peft.tuners.lora import LoraLayer
 
 import rm_recipe.train
 from rm_recipe import memory, preflight, reward_trainer
@@ -110,6 +112,46 @@ def test_no_gradient_for_an_adapter_or_the_head_stops_a_run(write_recipe, tmp_pa
             TrainingError, match=f"preflight: no gradient reaches {told}: training would leave"
         ):
             preflight.check_gradients(ready.trainer.model, ready.new_modules)
+
+
+def test_the_targets_that_are_advised_leave_out_what_no_gradient_reaches(write_recipe, tmp_path):
+    """As of a layer that all-linear finds and the forward passes over: ESM's contact head, a vision tower."""
+    passed_over = [f"model.layers.{n}.{name}" for n in (0, 1) for name in ("mlp.up_proj", "self_attn.v_proj")]
+    ready = make_ready(read_recipe(write_recipe(lora_target_modules="all-linear")))
+    preflight.step(ready.trainer, ready.train_split, range(4))
+    base = ready.trainer.model.get_base_model()
+    for name in passed_over:
+        for parameter in base.get_submodule(name).parameters():
+            parameter.grad = None
+    with pytest.raises(
+        TrainingError, match="they are; set 'lora_target_modules: .*', which leaves"
+    ) as caught:
+        preflight.check_gradients(ready.trainer.model, ready.new_modules)
+    advised = str(caught.value).split("'lora_target_modules: ")[1].split("'")[0]
+    assert advised == "[q_proj, k_proj, o_proj, gate_proj, down_proj]"
+    keys = {"lora_target_modules": yaml.safe_load(advised), "output_dir": str(tmp_path / "other")}
+    again = make_ready(read_recipe(write_recipe(**keys))).trainer.model.get_base_model()
+    adapted = {name for name, layer in again.named_modules() if isinstance(layer, LoraLayer)}
+    assert adapted == {name for name, layer in base.named_modules() if isinstance(layer, LoraLayer)} - set(
+        passed_over
+    )
+
+
+def test_without_any_gradient_it_is_checkpointing_or_the_base(write_recipe):
+    ready = make_ready(read_recipe(write_recipe()))
+    ready.trainer.model.zero_grad()
+    base = ready.trainer.model.get_base_model()
+    with pytest.raises(TrainingError, match="this base computes its rewards without them"):
+        preflight.check_gradients(ready.trainer.model, ready.new_modules)
+    base.gradient_checkpointing_enable()
+    with pytest.raises(TrainingError, match="set 'gradient_checkpointing: false'"):
+        preflight.check_gradients(ready.trainer.model, ready.new_modules)
+
+
+def test_an_ending_leaves_out_another_layer_of_the_same_name():
+    others = ["encoder.pooler.dense"]
+    assert preflight._ending("encoder.layer.0.output.dense", others) == "output.dense"
+    assert preflight._ending("encoder.layer.0.query", others) == "query"
 
 
 def test_a_gradient_for_the_base_stops_a_run(write_recipe):

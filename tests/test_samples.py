@@ -40,12 +40,12 @@ def test_replies_are_gathered_by_prompt(tmp_path):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("{", "row 2: not JSON"),
-        ("[]", "row 2: a row is a JSON object"),
-        ('{"prompt": "a"}', "row 2: expected a 'prompt' and its 'responses', a list of texts"),
-        ('{"prompt": "a", "responses": "b"}', "row 2: expected a 'prompt' and its 'responses'"),
-        ('{"prompt": "a", "responses": [1]}', "row 2: expected a 'prompt' and its 'responses'"),
-        ('{"responses": ["b"]}', "row 2: column 'prompt' should be a text or a list of messages"),
+        ("{", "line 2: not JSON"),
+        ("[]", "line 2: a row is a JSON object"),
+        ('{"prompt": "a"}', "line 2: expected a 'prompt' and its 'responses', a list of texts"),
+        ('{"prompt": "a", "responses": "b"}', "line 2: expected a 'prompt' and its 'responses'"),
+        ('{"prompt": "a", "responses": [1]}', "line 2: expected a 'prompt' and its 'responses'"),
+        ('{"responses": ["b"]}', "line 2: column 'prompt' should be a text or a list of messages"),
     ],
 )
 def test_a_faulty_file_of_replies_is_named_with_its_row(tmp_path, line, said):
@@ -57,7 +57,7 @@ def test_a_faulty_file_of_replies_is_named_with_its_row(tmp_path, line, said):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(None, "no such file"), ("", "is empty"), ('{"text": "a"}\n', "row 1: column 'prompt'")],
+    [(None, "no such file"), ("", "is empty"), ('{"text": "a"}\n', "line 1: column 'prompt'")],
 )
 def test_a_faulty_file_of_prompts_is_named(tmp_path, content, said):
     file = tmp_path / "prompts.jsonl"

@@ -1,5 +1,6 @@
 """Rewards do not depend on who asks, in what order, or with how many others."""
 
+import gzip
 import json
 
 import numpy as np
@@ -185,11 +186,12 @@ def test_a_line_too_long_for_the_model_is_named_with_its_file(model, tmp_path, m
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "the file is empty"),
+        (b"", "is empty: it holds no rows"),
         (b'{"prompt": "a", "response": "b"}\n{"prompt"', "line 2: not JSON"),
         (b"[" * 100_000, "line 1: not JSON"),
         (b'{"prompt": "a"}\n', "line 1: expected"),
-        (b'"text"\n', "line 1: expected"),
+        (b'"text"\n', "line 1: a row is a JSON object, this is a str"),
+        (b'\n\n{"prompt": "a"}\n', "line 3: expected"),
         (b"\xff\xfe", "not UTF-8"),
     ],
 )
@@ -206,7 +208,69 @@ def test_a_line_separator_inside_a_text_ends_no_line(tmp_path):
     path.write_text(
         json.dumps({"prompt": "a\u2028b", "response": "c"}, ensure_ascii=False) + "\n", encoding="utf-8"
     )
-    assert read_items(path)[0]["prompt"] == "a\u2028b"
+    assert [item["prompt"] for item in read_items(path).values()] == ["a\u2028b"]
+
+
+LINES = [json.dumps(item).encode() for item in ITEMS]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("bom.jsonl", b"\xef\xbb\xbf" + b"\n".join(LINES)),
+        ("blank.jsonl", b"\n\n".join(LINES) + b"\n\n\n"),
+        ("crlf.jsonl", b"\r\n".join(LINES) + b"\r\n"),
+        ("packed.jsonl.gz", gzip.compress(b"\n".join(LINES))),
+        ("list.json", b"[" + b",\n".join(LINES) + b"]"),
+        ("list.json.gz", gzip.compress(b"[" + b",\n".join(LINES) + b"]")),
+    ],
+)
+def test_score_reads_the_files_that_training_reads(model, tmp_path, monkeypatch, name, content):
+    monkeypatch.setattr(RewardModel, "from_pretrained", lambda _: model)
+    (tmp_path / name).write_bytes(content)
+    assert score_file("m", tmp_path / name, tmp_path / "out.jsonl") == 4
+    scored = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [{key: row[key] for key in ("prompt", "response")} for row in scored] == ITEMS
+    assert [row["reward"] for row in scored] == pytest.approx(model.score(ITEMS).tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "joined", "named"),
+    [("in.jsonl", "%s\n\n%s\n", "in.jsonl, line 3: "), ("in.json", "[\n%s,\n\n%s]", "in.json, row 2: ")],
+)
+def test_a_row_is_named_by_its_number_in_the_file(model, tmp_path, monkeypatch, name, joined, named):
+    model.max_length = 60
+    monkeypatch.setattr(RewardModel, "from_pretrained", lambda _: model)
+    long = json.dumps({"prompt": "hello", "response": "far " * 200})
+    (tmp_path / name).write_text(joined % (LINES[0].decode(), long))
+    with pytest.raises(DataError, match=f"{named}response too long"):
+        score_file("m", tmp_path / name, tmp_path / "out.jsonl")
+
+
+def test_a_prompt_is_read_as_in_training(model):
+    """A transcript and messages as JSON text are the same prompt as the messages."""
+    turns = [
+        {"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": "how are you"},
+    ]  # fmt: skip
+    transcript = "\n\nHuman: hello\n\nAssistant: yes\n\nHuman: how are you\n\nAssistant:"
+    prompts = [turns, transcript, json.dumps(turns), [{**turns[0], "role": "human"}, *turns[1:]]]
+    responses = ["fine", " fine", "fine", "fine"]
+    items = [{"prompt": p, "response": r} for p, r in zip(prompts, responses, strict=True)]
+    assert np.ptp(model.score(items)) == pytest.approx(0, abs=1e-6)
+    system = {"role": "system", "content": "good"}
+    items = [
+        {"prompt": [system, *turns], "response": "fine"},
+        {"prompt": turns, "system": "good", "response": "fine"},
+    ]
+    assert np.ptp(model.score(items)) == pytest.approx(0, abs=1e-6)
+    assert model.score(items)[0] != model.score([{"prompt": turns, "response": "fine"}])[0]
+    with pytest.raises(DataError, match="item 1: tools: the tools that its prompt offers are not rendered"):
+        model.score([{"prompt": turns, "response": "fine", "tools": [{"name": "f"}]}])
+    with pytest.raises(DataError, match="item 1: python repr: write messages as JSON"):
+        model.score([{"prompt": str(turns), "response": "fine"}])
+    with pytest.raises(DataError, match="item 1: unknown role: role 'judge'"):
+        model.score([{"prompt": [{"role": "judge", "content": "a"}], "response": "fine"}])
 
 
 def test_a_failed_scoring_leaves_no_output(tmp_path):

@@ -140,6 +140,42 @@ def test_an_edited_parquet_file_is_read_anew_whatever_its_time(tmp_path):
     assert load_rows(source(path), "train").to_list() == ROWS[:2]
 
 
+def test_a_json_file_beside_the_rows_is_a_split_only_where_it_holds_some(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", ROWS)
+    for name, content in (("infos.json", "{}"), ("state.json", '{\n  "a": 1\n}'), ("list.json", '["a"]')):
+        (tmp_path / name).write_text(content)
+    assert not has_split(source(tmp_path), "test")
+    (tmp_path / "raw.json").write_text(json.dumps(ROWS))
+    with pytest.raises(MissingSplitError) as caught:
+        has_split(source(tmp_path), "test")
+    assert caught.value.others == ["raw", "train"]
+    (tmp_path / "raw.json").write_text("[" + json.dumps(ROWS[0]) + ",]")  # damaged, and meant to hold rows
+    with pytest.raises(MissingSplitError):
+        has_split(source(tmp_path), "test")
+
+
+def test_a_folder_that_is_there_is_never_said_to_be_missing(tmp_path):
+    path = write_jsonl(tmp_path / "sub" / "train.jsonl", ROWS)
+    for entry, said in (
+        ({"path": str(tmp_path), "data_files": "sub"}, "sub' is a folder; 'data_files' of a local folder"),
+        ({"path": str(tmp_path / "sub"), "data_dir": "train.jsonl"}, "train.jsonl' is no folder; check"),
+        ({"path": str(tmp_path), "data_dir": "none"}, "none' does not exist; check 'dataset_subsets'"),
+        ({"path": str(path), "data_dir": "sub"}, "train.jsonl' is a file and has no subsets"),
+    ):
+        with pytest.raises(DataError, match=said):
+            load_rows(DatasetConfig(**entry), "train")
+    with pytest.raises(DataError, match="it has sub/"):
+        load_rows(source(tmp_path), "train")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "a.jsonl.gz"])
+def test_a_pointer_of_git_lfs_is_told_from_a_damaged_file(tmp_path, name):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n"
+    (tmp_path / name).write_text(pointer)
+    with pytest.raises(DataError, match="is a Git LFS pointer, not the file itself; fetch it: git lfs pull"):
+        load_rows(source(tmp_path / name), "train")
+
+
 # --- the Hub, which is not here ----------------------------------------------------------------
 
 

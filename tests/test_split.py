@@ -16,6 +16,7 @@ REASONS = st.sampled_from(["", "", "empty_response", "too_long"])
 def split_of(reasons: list[str]) -> Split:
     n = len(reasons)
     columns = {"row": list(range(1, n + 1)), "subset": ["s"] * n, "excluded": reasons}
+    columns["detail"] = [f"as {reason}" if reason else "" for reason in reasons]
     return Split(hf_datasets.Dataset.from_dict(columns), n)
 
 
@@ -27,6 +28,7 @@ def test_rows_are_comparisons_and_counted_reasons_and_nothing_else(reasons):
     assert split.comparisons["row"][:] == [n for n, reason in enumerate(reasons, 1) if not reason]
     for reason, names in split.first_rows.items():
         assert names == [f"s:{n}" for n, r in enumerate(reasons, 1) if r == reason][:5]
+    assert split.details == {reason: f"as {reason}" for reason in split.excluded}
 
 
 def test_the_largest_batch_is_by_what_its_rows_take():
