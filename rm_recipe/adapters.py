@@ -3,24 +3,27 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rm_recipe.errors import RecipeError, TrainingError, one_line
-from rm_recipe.heads import outermost, saved_tensors
+from rm_recipe.heads import outermost, read_own_precision, saved_tensors
 
 if TYPE_CHECKING:
     from trl import ModelConfig
 
 
 ALL_LINEAR = "all-linear"
+HALF = (torch.bfloat16, torch.float16)
 
 
 def add_lora(
@@ -35,12 +38,29 @@ def add_lora(
         RecipeError: the target modules match nothing.
     """
     try:
-        wrapped = get_peft_model(model, lora_config(config, new_modules), revision=config.model_revision)
+        settings = lora_config(config, new_modules)
+        settings.exclude_modules = _beside_text(model)
+        wrapped = get_peft_model(model, settings, revision=config.model_revision)
     except ValueError as error:
-        raise RecipeError(f"LoRA cannot be added: {one_line(error)}") from None
+        advice = "; set 'lora_dropout: 0'" if "lora_dropout" in str(error) else ""
+        raise RecipeError(f"LoRA cannot be added: {one_line(error)}{advice}") from None
+    train_in_float32(wrapped)
     if autocast:
         keep_activations_in_half(wrapped)
     return wrapped
+
+
+def _beside_text(model: PreTrainedModel) -> str | None:
+    """A regular expression of the modules that read no text, as Gemma 3's vision tower; None if all do.
+
+    No gradient would reach their adapters.
+    """
+    config = model.config
+    if config.get_text_config() is config or config.is_encoder_decoder:
+        return None
+    text = model.get_decoder()
+    name = next(name for name, module in model.named_modules() if module is text)
+    return rf"(?!{re.escape(name)}\.).*"
 
 
 def check_target_modules(model: PreTrainedModel, config: "ModelConfig") -> None:
@@ -119,6 +139,32 @@ def untrained_layers(folder: Path) -> list[str]:
     if untrained and len(untrained) == len(saved):
         raise TrainingError(f"every LoRA adapter saved in {folder} is zero or empty: nothing was learnt")
     return [name.partition(".lora_B.")[0].removeprefix("base_model.model.") for name in untrained]
+
+
+def train_in_float32(model: nn.Module) -> bool:
+    """Makes what is trained in full beside LoRA (`lora_modules_to_save`) fp32; whether anything was not.
+
+    PEFT does so for adapters alone. The layers around are in half precision, and are given that.
+    """
+    found = False
+    for wrapper in model.modules():
+        if not isinstance(wrapper, ModulesToSaveWrapper):
+            continue
+        for copy in wrapper.modules_to_save.values():
+            layers = zip(copy.modules(), wrapper.original_module.modules(), strict=True)
+            for layer, original in layers:
+                weights = [w for w in layer.parameters(recurse=False) if w.dtype in HALF]
+                for weight in weights:
+                    weight.data = weight.data.float()
+                if weights:
+                    found = True
+                    layer.register_forward_pre_hook(read_own_precision)
+                    layer.register_forward_hook(partial(_give_precision_of, original))
+    return found
+
+
+def _give_precision_of(original: nn.Module, _: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
+    return output.to(next(original.parameters(recurse=False)).dtype)
 
 
 def keep_activations_in_half(model: nn.Module) -> None:

@@ -16,36 +16,40 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rm_recipe.batching import visible
+
 NAME = "rm_recipe_rows"
-# Above this, the scores of one comparison (heads x length x length) outgrow what a layer keeps.
-LONGEST_BLOCK = 1024
+# Queries whose scores are computed at once in the backward, times the length of their comparison: the scores
+# of a long comparison (heads x length x length) would outgrow all that a layer keeps.
+SCORES = 1024 * 1024
 
 _blocks: MutableMapping[torch.Tensor, list[torch.Tensor]] = WeakTensorKeyDictionary()
 
 
 def by_block(model: Any) -> bool:
-    """Whether a model computes rows block by block, so that a batch may be one long row."""
+    """Whether a model computes rows block by block, so that a batch is one long row."""
     return bool(model.config._attn_implementation == NAME)
 
 
 def announce_rows(mask: torch.Tensor) -> None:
-    """Makes known that a mask (rows, 1, length, length) bool is that of `batching.shared_rows`.
+    """Makes known what each comparison's tokens attend to, by the labels of `shared_rows(one_row=True)`."""
+    if not mask.dtype.is_floating_point and mask.dtype != torch.bool and mask not in _blocks:
+        _blocks[mask] = blocks_of(mask)
 
-    A comparison starts at each token that attends to nothing before it.
-    """
-    if mask.device.type != "cpu" or mask in _blocks:
-        return
-    length = mask.shape[-1]
-    starts = ~mask[:, 0].tril(-1).any(-1)
-    lengths = starts.flatten().nonzero().flatten().diff(append=torch.tensor([starts.numel()])).tolist()
-    if max(lengths) > LONGEST_BLOCK:
-        return
-    blocks, start = [], 0
-    for size in lengths:
-        row, first = divmod(start, length)
-        block = mask[row, 0, first : first + size, first : first + size]
-        blocks.append(torch.zeros(size, size).masked_fill_(~block, float("-inf")))
-        start += size
+
+def blocks_of(mask: torch.Tensor) -> list[torch.Tensor]:
+    """For each comparison of a row a mask (length, length) to add to scores, 0 or -inf."""
+    comparison_of, response_of = mask[0, 0]
+    _, sizes = comparison_of.unique_consecutive(return_counts=True)
+    blocks = []
+    for own in response_of.split(sizes.tolist()):
+        seen = visible(torch.zeros_like(own)[None], own[None])[0]
+        blocks.append(torch.zeros(seen.shape).masked_fill_(~seen, float("-inf")))
+    return blocks
+
+
+def announce_blocks(mask: torch.Tensor, blocks: list[torch.Tensor]) -> None:
+    """`announce_rows` of a mask that cannot be read, as it has no content."""
     _blocks[mask] = blocks
 
 
@@ -123,23 +127,24 @@ class _BlockAttention(torch.autograd.Function):
     def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """The gradients of query, key and value."""
         query, key, value = context.saved_tensors
-        gradients = []
-        for q, k, v, g, block in _by_block(context.blocks, query * context.scale, key, value, gradient):
+        of_query, of_key, of_value = (torch.zeros_like(each) for each in (query, key, value))
+        whole = (query * context.scale, key, value, gradient, of_query, of_key, of_value)
+        for q, k, v, g, dq, dk, dv, block in _by_block(context.blocks, *whole):
             heads, length, size = k.shape
-            # The query heads of one key head are one product: (key heads, queries of them, head size).
-            q, g = q.reshape(heads, -1, size), g.reshape(heads, -1, g.shape[-1])
-            scores = torch.bmm(q, k.transpose(1, 2)).view(-1, length, length).add_(block.to(q.dtype))
-            p = scores.softmax(-1).view(heads, -1, length)
-            of_scores = torch._softmax_backward_data(torch.bmm(g, v.transpose(1, 2)), p, -1, p.dtype)
-            gradients.append(
-                (
-                    torch.bmm(of_scores, k).view(-1, length, size),
-                    torch.bmm(of_scores.transpose(1, 2), q),
-                    torch.bmm(p.transpose(1, 2), g),
-                )
-            )
-        of_query, of_key, of_value = (torch.cat(parts, dim=1) for parts in zip(*gradients, strict=True))
-        return of_query * context.scale, of_key, of_value, None, None
+            step = max(SCORES // length, 1)
+            for first in range(0, length, step):
+                end = min(first + step, length)  # what comes after a query, it does not see
+                seen_k, seen_v = k[:, :end], v[:, :end]
+                # The query heads of one key head are one product: (key heads, queries of them, head size).
+                some_q, some_g = (x[:, first:end].reshape(heads, -1, x.shape[-1]) for x in (q, g))
+                scores = torch.bmm(some_q, seen_k.transpose(1, 2)).view(-1, end - first, end)
+                p = scores.add_(block[first:end, :end].to(q.dtype)).softmax(-1).view(heads, -1, end)
+                of_p = torch.bmm(some_g, seen_v.transpose(1, 2))
+                of_scores = torch._softmax_backward_data(of_p, p, -1, p.dtype)
+                dq[:, first:end] = torch.bmm(of_scores, seen_k).view(-1, end - first, size)
+                dk[:, :end] += torch.bmm(of_scores.transpose(1, 2), some_q)
+                dv[:, :end] += torch.bmm(p.transpose(1, 2), some_g)
+        return of_query.mul_(context.scale), of_key, of_value, None, None
 
 
 AttentionInterface.register(NAME, row_attention)

@@ -97,11 +97,13 @@ def shared_rows(
     """The rows of one batch of comparisons.
 
     Args:
-        one_row: all in one row, without padding: where attention costs no more for it.
+        one_row: all in one row, without padding, for attention that is computed comparison by comparison.
 
     Returns:
         input_ids, position_ids: (rows, length) int64.
-        attention_mask: (rows, 1, length, length) bool, True where the row's token may attend.
+        attention_mask: (rows, 1, length, length) bool, True where the row's token may attend. With `one_row`
+            (1, 1, 2, length) int64, whose token each is, as the square would be far larger than its blocks:
+            the comparison's number and the response's, from 1, or 0 in the prefix.
         ends: (responses, 2) int64, row and column of each response's last token, responses in the
             order of the batch.
     """
@@ -131,13 +133,15 @@ def shared_rows(
     return {
         "input_ids": input_ids,
         "position_ids": position_ids,
-        "attention_mask": _mask(comparison_of, response_of),
+        "attention_mask": torch.stack([comparison_of, response_of], dim=1)[:, None]
+        if one_row
+        else visible(comparison_of, response_of)[:, None],
         "ends": torch.tensor([end for comparison in ends for end in comparison]),
     }
 
 
-def _mask(comparison_of: torch.Tensor, response_of: torch.Tensor) -> torch.Tensor:
-    """(rows, 1, length, length) bool from two (rows, length) labellings.
+def visible(comparison_of: torch.Tensor, response_of: torch.Tensor) -> torch.Tensor:
+    """(rows, length, length) bool from two (rows, length) labellings.
 
     A token attends to earlier tokens and itself within its comparison: to the prefix and to its
     own response. Padding attends to padding, so that no row of the softmax is empty (NaN).
@@ -145,8 +149,8 @@ def _mask(comparison_of: torch.Tensor, response_of: torch.Tensor) -> torch.Tenso
     length = comparison_of.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     same = comparison_of[:, :, None] == comparison_of[:, None, :]
-    visible = (response_of[:, None, :] == 0) | (response_of[:, :, None] == response_of[:, None, :])
-    return (causal & same & visible)[:, None]
+    own = (response_of[:, None, :] == 0) | (response_of[:, :, None] == response_of[:, None, :])
+    return causal & same & own
 
 
 def padded_rows(batch: Sequence[Encoded], pad_token_id: int) -> dict[str, torch.Tensor]:

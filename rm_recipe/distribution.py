@@ -7,7 +7,7 @@ keeps its silent choices from becoming ours.
 import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -29,6 +29,24 @@ def processes() -> Any:
     Made anew without `cpu`, it would take each of several processes on a CPU for the only one.
     """
     return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def this_device() -> torch.device:
+    """The accelerator of this process, else the CPU.
+
+    Of several it is the one that was chosen, by Accelerate for one, or the launcher's: `LOCAL_RANK`.
+    """
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    if kind is None:
+        return torch.device("cpu")
+    index, rank = torch.accelerator.current_device_index(), int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.device(kind.type, index or (rank if rank < torch.accelerator.device_count() else 0))
+
+
+def without_random_numbers(device: torch.device) -> AbstractContextManager[None]:
+    """What happens within takes no random number from what comes after."""
+    there = [] if device.type in ("cpu", "mps") else [device]
+    return torch.random.fork_rng(there, device_type=device.type if there else "cuda")
 
 
 def say(message: str) -> None:

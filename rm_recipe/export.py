@@ -25,7 +25,7 @@ from rm_recipe.distribution import say
 from rm_recipe.encoding import tokenize
 from rm_recipe.errors import ExportError, RecipeError, one_line
 from rm_recipe.evaluate import read_evaluation
-from rm_recipe.memory import fits_in_float32, float32_bytes, memory_for
+from rm_recipe.memory import device_memory, fits_in_float32, float32_bytes
 from rm_recipe.model_card import FIGURE, write_card
 from rm_recipe.modeling import Base, load_trained
 from rm_recipe.plots import save_reliability
@@ -138,8 +138,9 @@ def body_precision(model: torch.nn.Module) -> torch.dtype:
 
 def float32_device(model: torch.nn.Module) -> torch.device:
     """Where a model is verified in fp32: where it is, or, said, on the CPU if it does not fit there."""
-    device, weights, memory = next(model.parameters()).device, float32_bytes(model), memory_for(model)
-    if fits_in_float32(weights, memory):
+    device, weights = next(model.parameters()).device, float32_bytes(model)
+    memory = device_memory(device)
+    if device.type == "cpu" or fits_in_float32(weights, memory):
         return device
     say(
         f"the model takes {weights / 1e9:.1f} GB in fp32, and the {device.type.upper()} has "

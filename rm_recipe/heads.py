@@ -1,6 +1,7 @@
 """The reward head: found on any architecture, kept in fp32, drawn from the seed, proven saved."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -42,14 +43,35 @@ def outermost(names: list[str]) -> list[str]:
 
 
 def to_float32(model: PreTrainedModel, name: str) -> None:
-    """Replaces the linear layers of a head by fp32 ones with the same weights."""
-    for inner, module in list(model.get_submodule(name).named_modules()):
-        if type(module) is not nn.Linear:
-            continue
-        head = Float32Linear(module.in_features, module.out_features, module.bias is not None)
-        dtype = torch.promote_types(module.weight.dtype, torch.float32)
-        head.load_state_dict(module.state_dict())
-        model.set_submodule(f"{name}.{inner}".rstrip("."), head.to(module.weight.device, dtype))
+    """Makes everything of a head fp32, with the same weights: what it holds, and what its layers read.
+
+    Its linear layers become `Float32Linear`. Another layer, such as ModernBERT's norm between two of them,
+    would meet fp32 with weights in the body's precision.
+    """
+    module = model.get_submodule(name)
+    module.to(torch.promote_types(next(module.parameters()).dtype, torch.float32))
+    for inner, part in list(module.named_modules()):
+        if type(part) is nn.Linear:
+            with torch.device(part.weight.device):
+                head = Float32Linear(part.in_features, part.out_features, part.bias is not None)
+            model.set_submodule(f"{name}.{inner}".rstrip("."), head.to(part.weight.dtype))
+            head.load_state_dict(part.state_dict())
+        elif not isinstance(part, Float32Linear) and any(True for _ in part.parameters(recurse=False)):
+            part.register_forward_pre_hook(read_own_precision)
+
+
+def read_own_precision(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A layer's forward pre-hook: its inputs in the precision of its weights."""
+    dtype = next(layer.parameters(recurse=False)).dtype
+    return tuple(
+        each.to(dtype) if isinstance(each, torch.Tensor) and each.is_floating_point() else each
+        for each in inputs
+    )
+
+
+def is_float32(layer: nn.Module) -> bool:
+    """Whether a layer is one of a head that `to_float32` has made."""
+    return isinstance(layer, Float32Linear) or read_own_precision in layer._forward_pre_hooks.values()
 
 
 def initialise(model: PreTrainedModel, name: str) -> None:

@@ -100,8 +100,8 @@ def judge(name: str, samples: Sequence[Sample], edits: Sequence[dict[str, Any]])
         raise TrainingError(f"{name}: {error}; drawn replies are kept and need not be drawn again") from None
     del model
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
     of_edited = rewards[len(items) :]
     return Judged(name, rewards[: len(items)].reshape(len(samples), -1), of_edited.reshape(len(EDITS), -1))
 

@@ -8,8 +8,9 @@ every storage that comes alive is counted. All layers cost the same, so two size
 
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -22,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForSequenceClassification
 from trl import ModelConfig, RewardConfig
 
-from rm_recipe import adapters
+from rm_recipe import adapters, attention, heads
 from rm_recipe.batching import Encoded, padded_rows, shared_rows
 from rm_recipe.errors import one_line
 
@@ -36,6 +37,10 @@ PROCESS = 0.7e9
 HEAP_ON_CPU = (1.25, 4.5)
 SCORING = 1e9  # for the activations of a batch without gradients, in fp32
 SPARE = 0.1  # of a device's memory, for what an allocator cannot use
+# Where Linux says which cgroups a process is in, and their limit, use and files in cache, by version.
+MEMBERSHIP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+CGROUP_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+CGROUP_2 = ("memory.max", "memory.current", "inactive_file")
 
 
 @dataclass(frozen=True)
@@ -145,12 +150,43 @@ def needs_checkpointing(
 
 
 def device_memory(device: torch.device) -> int:
-    """Bytes of memory of a device; on a CPU this process's part of the machine's."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
+    """Bytes of a device that this process may have: what is free, and what it has of it already.
+
+    On a CPU that is its part of what the machine and its container (a cgroup with a limit) leave.
+    """
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory())
-    return int(psutil.virtual_memory().total) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device.type != "cpu":
+        free, _ = torch.accelerator.get_memory_info(device)
+        return int(free + torch.accelerator.memory_reserved(device))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    free = min([int(psutil.virtual_memory().available), *_free_in_containers()])
+    return max(free, 0) // processes + int(psutil.Process().memory_info().rss)
+
+
+def _free_in_containers() -> Iterator[int]:
+    """Of every cgroup around this process that has a limit, what is left of it; cached files can go."""
+    try:
+        lines = MEMBERSHIP.read_text().splitlines()
+    except OSError:  # no Linux
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            root, limit, used, cached = CGROUPS / "memory", *CGROUP_1
+        elif not controllers:
+            root, limit, used, cached = CGROUPS, *CGROUP_2
+        else:
+            continue
+        inside = root / path.lstrip("/")  # which a container may not see: then its own is the root
+        for folder in (inside, *(parent for parent in inside.parents if parent.is_relative_to(root))):
+            try:
+                most = (folder / limit).read_text().strip()
+                counts = dict(each.split() for each in (folder / "memory.stat").read_text().splitlines())
+                if most != "max":
+                    yield int(most) - int((folder / used).read_text()) + int(counts.get(cached, 0))
+            except OSError:
+                continue
 
 
 def float32_bytes(model: nn.Module) -> int:
@@ -166,16 +202,6 @@ def _numbers(parameter: nn.Parameter) -> int:
 def fits_in_float32(weights: int, memory: float) -> bool:
     """Whether so many bytes of memory hold the weights and what scoring a batch by them takes besides."""
     return weights * (1 + SPARE) + SCORING <= memory
-
-
-def memory_for(model: nn.Module) -> float:
-    """Bytes of a model's device that are free, or are held by it; of a CPU, which can swap, all there are."""
-    device = next(model.parameters()).device
-    if device.type not in ("cuda", "xpu"):
-        return float("inf")
-    torch.accelerator.empty_cache()
-    held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return float(torch.accelerator.get_memory_info(device)[0] + held)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -196,8 +222,7 @@ def _outline(
     layers: int | None = None,
 ) -> nn.Module:
     """The model as it will be trained, with so many layers, without weights."""
-    # By transformers' own attention, not the one for rows on a CPU: this runs on no device.
-    attention = "eager" if config._attn_implementation == "eager" else None
+    chosen = config._attn_implementation
     config = type(config).from_dict(config.to_dict())
     config.use_cache = False  # which checkpointing would warn about
     if hasattr(config, "quantization_config"):
@@ -206,11 +231,16 @@ def _outline(
     if layers is not None:
         text.num_hidden_layers = layers
         if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[:layers]
+            text.layer_types = (text.layer_types * layers)[:layers]
     with torch.device("meta"):
+        dtype = getattr(torch, str(model.dtype), config.dtype) if model.use_peft else torch.float32
         outline = AutoModelForSequenceClassification.from_config(
-            config, dtype=getattr(torch, str(model.dtype), config.dtype), attn_implementation=attention
+            config, dtype=dtype, attn_implementation="eager" if chosen == "eager" else None
         )
+        if chosen == attention.NAME:
+            outline.set_attn_implementation(chosen)
+        for name in new_modules:
+            heads.to_float32(outline, name)
         if not model.use_peft:
             return outline.train()
         half = training.bf16 or training.fp16
@@ -240,14 +270,18 @@ def _measure_step(
     outline: Any, training: RewardConfig, batch: Sequence[Encoded], shared: bool, checkpointing: bool
 ) -> int:
     """Peak bytes of two micro-batches' forward and backward beside the weights."""
-    rows = shared_rows(batch, 0) if shared else padded_rows(batch, 0)
+    by_block = attention.by_block(outline)
+    rows = shared_rows(batch, 0, by_block) if shared else padded_rows(batch, 0)
     rows.pop("ends", None)  # the reward head weighs nothing
+    blocks = attention.blocks_of(rows["attention_mask"]) if shared and by_block else []
     if checkpointing:
         outline.gradient_checkpointing_enable({"use_reentrant": False})
     half = torch.bfloat16 if training.bf16 else torch.float16
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, adapters.in_one_product(outline):
         _to_fake(outline)
         inputs = {name: mode.from_tensor(tensor) for name, tensor in rows.items()}
+        if blocks:
+            attention.announce_blocks(inputs["attention_mask"], [mode.from_tensor(each) for each in blocks])
         live = _LiveBytes()
         for parameter in outline.parameters():
             live.count(parameter)

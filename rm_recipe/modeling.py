@@ -9,12 +9,12 @@ import errno
 import gc
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from peft import PeftConfig, PeftModel, TaskType
+from peft import PeftConfig, PeftModel, TaskType, load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -27,13 +27,19 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import logging
 
 from rm_recipe import quantisation, sft
-from rm_recipe.adapters import add_lora, check_target_modules, keep_activations_in_half
+from rm_recipe.adapters import (
+    HALF,
+    add_lora,
+    check_target_modules,
+    keep_activations_in_half,
+    train_in_float32,
+)
 from rm_recipe.attention import announce_rows
 from rm_recipe.errors import RecipeError, one_line
 from rm_recipe.heads import head_names, initialise, outermost, to_float32
 from rm_recipe.memory import is_out_of_memory
 from rm_recipe.tokenization import load_config
-from rm_recipe.weights import check_safetensors
+from rm_recipe.weights import check_safetensors, saved_as
 
 if TYPE_CHECKING:
     from trl import ModelConfig
@@ -66,7 +72,8 @@ def load_base(
     }
     if config.attn_implementation:
         kwargs["attn_implementation"] = config.attn_implementation
-    dtype = getattr(torch, str(config.dtype), "auto")
+    # What is trained is fp32: in bf16 a step of 1e-5 leaves five of six weights as they are.
+    dtype = getattr(torch, str(config.dtype), "auto") if config.use_peft else torch.float32
     with sft.as_one_model(name, revision, trust_remote_code) as folder:
         if hasattr(load_config(folder, revision, trust_remote_code), "quantization_config"):
             model, new = _load_quantised(folder, name, config, dtype=dtype, **kwargs)
@@ -112,7 +119,19 @@ def _load(name: str, **kwargs: Any) -> tuple[PreTrainedModel, list[str]]:
     other = [key for key in mismatched if not key.startswith(heads)]
     if other:
         raise RecipeError(f"'{name}': its weights do not fit its config.json ({', '.join(other[:3])})")
+    if model.device.type != "meta":
+        _keep_head(model, name, heads, kwargs.get("revision", "main"))
     return model, sorted({key.rpartition(".")[0] for key in [*info["missing_keys"], *mismatched]})
+
+
+def _keep_head(model: PreTrainedModel, name: str, heads: tuple[str, ...], revision: str) -> None:
+    """Gives a head its checkpoint's numbers, if they are there: it was loaded in the body's precision."""
+    for key, saved in saved_as(name, heads, revision):
+        with suppress(AttributeError):  # a name of older versions, which transformers translates
+            parameter = model.get_parameter(key)
+            if parameter.is_floating_point() and parameter.shape == saved.shape:  # neither quantised nor new
+                precision = torch.promote_types(saved.dtype, parameter.dtype)
+                parameter.data = saved.to(parameter.device, precision)
 
 
 def _load_quantised(
@@ -157,6 +176,9 @@ def prepare_for_rewards(
     model.config.id2label, model.config.label2id = {0: LABEL}, {LABEL: 0}
     model.config.problem_type = "regression"  # keeps `pipeline` from applying a sigmoid
     vars(model.config).pop("auto_map", None)  # would send who loads the result to code of the base's own
+    for config in (model.config, model.config.get_text_config()):
+        if hasattr(config, "use_cache"):  # keys and values are for who generates; a reward reads a text once
+            config.use_cache = False
     quantisation.keep_layout(model)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
@@ -281,20 +303,43 @@ def _load_adapter(
     model.config.rm_recipe = getattr(config, "rm_recipe", None)
     if quantised and base == "dequantized":
         quantisation.dequantize(model, device)
+    saved = load_peft_weights(path, str(model.device))
+    _fit_embeddings(model, config, saved, len(tokenizer), path, name)
     prepare_for_rewards(model, tokenizer, new)
-    embeddings = model.get_input_embeddings().num_embeddings
-    if embeddings != config.get_text_config().vocab_size:
-        raise RecipeError(
-            f"{path} was trained on a base with {config.get_text_config().vocab_size} embeddings, and "
-            f"'{name}' has {embeddings}: it is another model now"
-        )
     wrapped = PeftModel.from_pretrained(model, path)
+    if train_in_float32(wrapped):  # they were read in the base's precision
+        set_peft_model_state_dict(wrapped, saved)
     keep_activations_in_half(wrapped)
     return wrapped.eval()
+
+
+def _fit_embeddings(
+    model: PreTrainedModel, config: Any, saved: dict[str, torch.Tensor], tokens: int, path: str, base: str
+) -> None:
+    """Gives a base as many embeddings as its adapter was trained with.
+
+    A run of ours says how many in its config. Others, such as TRL's, save none; they may have added a pad
+    token since, with its embedding beside the adapter or without.
+
+    Raises:
+        RecipeError: the base has fewer or more than it had.
+    """
+    layer = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is layer)
+    beside = saved.get(f"base_model.model.{name}.weight")
+    there = layer.num_embeddings
+    wanted = config.get_text_config().vocab_size if beside is None else len(beside)
+    if wanted < there or (beside is None and wanted not in (there, max(there, tokens))):
+        raise RecipeError(
+            f"{path} was trained on a base with {wanted} embeddings, and '{base}' has {there}: it is another "
+            "model now"
+        )
+    if beside is not None and wanted > there:
+        model.resize_token_embeddings(len(beside))
 
 
 def autocast(model: nn.Module) -> AbstractContextManager[Any]:
     """The precision in which the model computes: its body's, where that is a half precision."""
     weight = next(model.parameters())
-    half = weight.dtype in (torch.bfloat16, torch.float16)
+    half = weight.dtype in HALF
     return torch.autocast(weight.device.type, weight.dtype if half else None, enabled=half)

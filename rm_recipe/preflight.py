@@ -21,7 +21,7 @@ from peft.tuners.lora import LoraLayer
 from transformers.trainer_utils import IntervalStrategy
 
 from rm_recipe.checkpoints import checkpoints
-from rm_recipe.distribution import autocast_of, say
+from rm_recipe.distribution import autocast_of, say, without_random_numbers
 from rm_recipe.errors import RecipeError, TrainingError
 from rm_recipe.fitting import too_little
 from rm_recipe.memory import ADAMW_STATE, device_memory, is_out_of_memory
@@ -183,9 +183,8 @@ def as_before(trainer: SharedPrefixRewardTrainer) -> Iterator[None]:
     if arguments.activation_checkpointing:  # which Trainer turns on when it begins
         kwargs = dict(arguments.activation_checkpointing_kwargs or {})
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs or None)
-    devices = [arguments.device] if arguments.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices):
+        with without_random_numbers(arguments.device):
             yield
     finally:
         model.zero_grad()

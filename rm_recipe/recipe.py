@@ -247,12 +247,12 @@ def _device_values(values: dict[str, Any]) -> dict[str, Any]:
     """
     import torch
 
-    accelerator = torch.cuda.is_available() or torch.backends.mps.is_available()
-    use_cpu = values.get("use_cpu", not accelerator)
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    use_cpu = values.get("use_cpu", accelerator is None)
     bf16, fp16 = values.get("bf16"), values.get("fp16", False)
     if bf16 is None and not fp16:
         bf16 = _cpu_has_bf16() if use_cpu else _gpu_has_bf16()
-        fp16 = not bf16 and not use_cpu and torch.cuda.is_available()
+        fp16 = not (bf16 or use_cpu or accelerator is None or accelerator.type == "mps")
     elif fp16 and use_cpu:
         raise RecipeError("'fp16: true': a CPU computes in bf16 or fp32; leave 'fp16' out")
     elif bf16 and not use_cpu and not _gpu_has_bf16():

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from peft import PeftModel
 from safetensors import SafetensorError
 from torch.nn.functional import logsigmoid
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
@@ -25,7 +24,7 @@ from trl import RewardTrainer
 from rm_recipe.attention import by_block
 from rm_recipe.batching import Encoded, padded_rows, shared_rows
 from rm_recipe.checkpoints import fault_of, not_written
-from rm_recipe.distribution import autocast_of, keep_precision, say
+from rm_recipe.distribution import autocast_of, keep_precision, say, without_random_numbers
 from rm_recipe.errors import TrainingError
 from rm_recipe.memory import is_out_of_memory
 from rm_recipe.metrics import pair_indices
@@ -141,16 +140,17 @@ class SharedPrefixRewardTrainer(RewardTrainer):
         kwargs["data_collator"] = RowCollator(
             tokenizer.pad_token_id, share_prefixes, one_row=by_block(kwargs["model"])
         )
+        # TRL rounds what is trained on a quantised base to bf16, where AdamW's small steps on weights
+        # near 0.02 are lost, and with them the numbers of a head that the base brought.
+        exact = {name: p.data for name, p in kwargs["model"].named_parameters() if p.requires_grad}
         super().__init__(*args, **kwargs)
+        for name, parameter in self.model.named_parameters():
+            if name in exact and parameter.dtype != exact[name].dtype:
+                parameter.data = exact[name].to(parameter.device)
         self._needs_autocast = keep_precision(self.accelerator, self.args)
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(LogLines)
-        # TRL casts what is trained on a quantised base to bf16, where AdamW's small steps on
-        # weights near 0.02 round to nothing.
-        for parameter in self.model.parameters() if isinstance(self.model, PeftModel) else ():
-            if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-                parameter.data = parameter.data.float()
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         return dataset  # tokenised by `encoding.tokenize`
@@ -223,8 +223,7 @@ class SharedPrefixRewardTrainer(RewardTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Trainer's, which takes no random number from training: how often is no matter."""
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        with without_random_numbers(self.args.device):
             return super().evaluate(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

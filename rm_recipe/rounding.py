@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from rm_recipe.heads import Float32Linear
+from rm_recipe.heads import is_float32
 
 Round = Callable[[torch.Tensor], torch.Tensor]
 
@@ -52,7 +52,7 @@ def precisions(
 ) -> Iterator[tuple[nn.Parameter, torch.dtype]]:
     """Every parameter with the precision that it is to be written in."""
     for module in model.modules():
-        precision = head if isinstance(module, Float32Linear) else body
+        precision = head if is_float32(module) else body
         for parameter in module.parameters(recurse=False):
             yield parameter, precision
 

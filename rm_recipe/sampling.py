@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 
 from rm_recipe import sft
 from rm_recipe.artifacts import read_json, whole_file, write_json
+from rm_recipe.distribution import this_device
 from rm_recipe.errors import DataError, RecipeError, one_line
 from rm_recipe.messages import Excluded
 from rm_recipe.modeling import quietly
@@ -156,7 +157,7 @@ def _already_there(settings: dict[str, Any], target: Path, overwrite: bool) -> d
 def _policy(sampling: Sampling) -> Iterator[tuple[Any, PreTrainedTokenizerBase]]:
     """The language model, on the device that there is, and its tokenizer."""
     tokenizer = load_tokenizer(sampling.policy, of_base=True)
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    device = this_device()
     with sft.as_one_model(sampling.policy) as folder:
         check_safetensors(folder)
         kinds = load_config(folder).architectures or []

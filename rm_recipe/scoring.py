@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from rm_recipe.artifacts import whole_file
 from rm_recipe.attention import by_block
 from rm_recipe.batching import Encoded, padded_rows, shared_rows, split_at_common_prefix
+from rm_recipe.distribution import this_device
 from rm_recipe.encoding import encode
 from rm_recipe.errors import DataError, RecipeError, TrainingError, UnfitError
 from rm_recipe.json_files import read_rows, unit
@@ -54,7 +55,7 @@ class RewardModel:
         """Loads a run folder, its `model/`, a merged export or a one-label model from the Hub.
 
         Args:
-            device: where to put it; by default a GPU if there is one.
+            device: where to put it; by default this process's accelerator, if there is one.
 
         Raises:
             RecipeError: there is no such model, or it is not a reward model.
@@ -63,7 +64,7 @@ class RewardModel:
         tokenizer = load_tokenizer(folder)
         model = load_trained(folder, tokenizer)
         if device is None:
-            device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+            device = str(this_device())
         if not getattr(model.config, "quantization_config", None):  # loaded where it is to stay
             model = model.to(device)
         return cls(model, tokenizer)

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rm_recipe.attention import NAME as ROW_ATTENTION
-from rm_recipe.batching import Encoded, shared_rows
+from rm_recipe.batching import Encoded, padded_rows, shared_rows
+from rm_recipe.errors import RecipeError
 from rm_recipe.modeling import add_reward_positions
 
 TOLERANCE = 1e-5
@@ -78,21 +79,12 @@ def measure_sharing(config: Any, attention: str) -> float:
     hundred was seen at 1.2e-5 instead of 6e-7, and trained without sharing.
     """
     own_attention = "sdpa" if attention == ROW_ATTENTION else attention
-    small = copy.deepcopy(config)
+    small = _small(config)
     text = small.get_text_config()
-    text.num_hidden_layers = 2
-    if getattr(text, "layer_types", None):  # one layer of each kind, two where there is one kind
-        kinds = list(dict.fromkeys(text.layer_types))
-        text.layer_types = kinds if len(kinds) > 1 else kinds * 2
-        text.num_hidden_layers = len(text.layer_types)
-    text.vocab_size = VOCABULARY
-    text.pad_token_id, text.bos_token_id, text.eos_token_id = 0, 1, 2
     batch = _random_comparisons()
     conversations = [ids for comparison in batch for ids in comparison.conversations()]
     if getattr(text, "sliding_window", None):  # rows may exceed it, conversations may not
         text.sliding_window = max(map(len, conversations))
-    if hasattr(small, "quantization_config"):
-        del small.quantization_config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForSequenceClassification.from_config(
@@ -109,6 +101,66 @@ def measure_sharing(config: Any, attention: str) -> float:
     with torch.no_grad():
         scored = model(**rows).logits[:, 0]
     return max(float((shared - alone).abs().max()) for shared in (trained, scored))
+
+
+def check_padding(config: Any, name: str) -> None:
+    """Refuses a base whose rewards would depend on how far their batch is padded.
+
+    XLNet's classifier reads its last token, padding or not, and FNet has no mask; the batches of training,
+    of a proof and of who serves the model differ. Measured as `measure_sharing` does.
+
+    Args:
+        config: of the base.
+
+    Raises:
+        RecipeError: they do on a small copy.
+    """
+    try:
+        small = _small(config)
+        small.num_labels = 1
+        with torch.device("meta"):
+            outline = AutoModelForSequenceClassification.from_config(small)
+        if isinstance(getattr(outline, "score", None), torch.nn.Module):
+            return  # a decoder, read at its last token
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = AutoModelForSequenceClassification.from_config(small, dtype=torch.float32)
+        model = model.double().eval()
+        sequences = [Encoded([1], [[3, 4, 5, 2]]), Encoded([1], [[*range(6, 18), 2]])]
+        with torch.no_grad():
+            alone = model(input_ids=torch.tensor(sequences[0].conversations())).logits[0]
+            padded = model(**padded_rows(sequences, 0)).logits[0]
+        difference = float((alone - padded).abs().max())
+    except Exception:  # whatever a foreign architecture raises: the step before training will say what
+        return
+    if difference > TOLERANCE:
+        raise RecipeError(
+            f"'model_name_or_path: {name}': the rewards of this {config.model_type} would depend on how far "
+            f"their batch is padded (by {difference:.1g} on a small copy); take a base of another kind, "
+            "modernbert or deberta-v2 for one"
+        )
+
+
+def _small(config: Any) -> Any:
+    """The configuration of a small copy: a layer of each kind, two at least, and few tokens."""
+    small = copy.deepcopy(config)
+    text = small.get_text_config()
+    text.num_hidden_layers = 2
+    for of_decoder in ("decoder_layers", "num_decoder_layers"):  # BART's and T5's
+        if hasattr(text, of_decoder):
+            setattr(text, of_decoder, 2)
+    if getattr(text, "layer_types", None):  # one layer of each kind, two where there is one kind
+        kinds = list(dict.fromkeys(text.layer_types))
+        text.layer_types = kinds if len(kinds) > 1 else kinds * 2
+        text.num_hidden_layers = len(text.layer_types)
+    for name in small.sub_configs:  # a vision tower, which reads no text
+        if (part := getattr(small, name)) is not text and hasattr(part, "num_hidden_layers"):
+            part.num_hidden_layers = 1
+    text.vocab_size = VOCABULARY
+    text.pad_token_id, text.bos_token_id, text.eos_token_id = 0, 1, 2
+    if hasattr(small, "quantization_config"):
+        del small.quantization_config
+    return small
 
 
 def _random_comparisons() -> list[Encoded]:

@@ -6,14 +6,23 @@ in `pipeline` and in TRL's RL trainers. The pad token is never EOS, because a cl
 reward at the last token that is not padding. What the template is made to write: `chat_template`.
 """
 
+import json
 import logging
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import tokenizers
+import torch
 from jinja2 import TemplateError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import cached_file
 
 from rm_recipe import chat_template, sft
@@ -33,14 +42,15 @@ ENCODER_TEMPLATE = (
     "{{ message['role'] }}: {{ message['content'] }}{{ sep_token }}"
     "{% endfor %}"
 )
-
+# BART and its like read the reward at the last EOS, and want as many of them in every conversation.
+ENCODER_DECODER_TEMPLATE = (
+    "{{ cls_token }}{% for message in messages %}"
+    "{{ '\\n' if not loop.first }}{{ message['role'] }}: {{ message['content'] }}"
+    "{% endfor %}{{ sep_token }}"
+)
 
 # Of the model's embeddings, what its own tokenizer uses at least: DeepSeek's leaves 2 % in reserve.
 SMALLEST_VOCABULARY = 0.9
-
-# Their first position is the one after the pad token's id.
-POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "camembert", "roberta-prelayernorm"}
-
 
 # Where ids show that a tokenizer is not the one of its files: spaces, lines, digits, code, other scripts.
 SAMPLE_TEXT = "Hello  there,\n\n it's 2024: \tdef f(x): return x**12  # na\u00efve \u4f60\u597d \U0001f642"
@@ -92,8 +102,7 @@ def load_tokenizer(
             )
         tokenizer.chat_template = templates["default"]
     if tokenizer.chat_template is None:
-        encoder = tokenizer.cls_token is not None and tokenizer.sep_token is not None
-        tokenizer.chat_template = ENCODER_TEMPLATE if encoder else DECODER_TEMPLATE
+        tokenizer.chat_template = _plain_template(tokenizer, name, revision, trust_remote_code)
     asks_for_today = tokenizer.chat_template
     tokenizer.chat_template = chat_template.fixed_date(tokenizer.chat_template)
     if tokenizer.chat_template != asks_for_today:
@@ -114,6 +123,17 @@ def load_tokenizer(
                 "the last token of whatever it ends with, where PPO, which needs an end token, does not look"
             )
     return safe
+
+
+def _plain_template(
+    tokenizer: PreTrainedTokenizerBase, name: str, revision: str, trust_remote_code: bool
+) -> str:
+    if tokenizer.cls_token is None or tokenizer.sep_token is None:
+        return DECODER_TEMPLATE
+    with suppress(RecipeError):  # a tokenizer alone
+        if load_config(name, revision, trust_remote_code).is_encoder_decoder:
+            return ENCODER_DECODER_TEMPLATE
+    return ENCODER_TEMPLATE
 
 
 @cache
@@ -202,11 +222,35 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
 
 
 def positions(config: Any) -> int | None:
-    """How many tokens a model has positions for; None where its config does not say."""
+    """How many tokens a model has positions for; None where its config sets no limit.
+
+    Some begin after the padding token's, as RoBERTa does, so the model itself is asked, without weights.
+    """
     number = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if number and config.model_type in POSITIONS_AFTER_PADDING:
-        number -= config.pad_token_id + 1
-    return number
+    if number is None or number <= 0:  # XLNet's -1: its positions are relative
+        return None
+    kind: Any = type(config)
+    return int(number) - _unused_positions(kind, config.to_json_string(use_diff=False))
+
+
+@cache
+def _unused_positions(kind: Any, content: str) -> int:
+    """Of a configuration, by its class and its content."""
+    config = kind.from_dict(json.loads(content))
+    vars(config).pop("quantization_config", None)
+    try:
+        with torch.device("meta"):
+            model = AutoModel.from_config(config, trust_remote_code=False)
+    except Exception:  # whatever a foreign architecture raises; who loads it says what
+        return 0
+    return max(
+        (
+            module.padding_idx + 1
+            for name, module in model.named_modules()
+            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+        ),
+        default=0,
+    )
 
 
 def check_lengths(config: Any, max_length: int | None, name: str) -> None:
@@ -218,6 +262,26 @@ def check_lengths(config: Any, max_length: int | None, name: str) -> None:
     there = positions(config)
     if there and (max_length is None or max_length > there):
         raise RecipeError(f"'max_length: {max_length}': {name} has {there} positions; set {there} or less")
+
+
+def check_one_end(config: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuses a template that writes EOS after every turn, for BART and its like.
+
+    Raises:
+        RecipeError: saying what template to take.
+    """
+    if not config.is_encoder_decoder:
+        return
+    turn: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    short, long = (
+        tokenizer(render(tokenizer, turn * n))["input_ids"].count(config.eos_token_id) for n in (1, 2)
+    )
+    if short != long:
+        raise RecipeError(
+            f"{name}: its chat template writes {tokenizer.eos_token} after every turn, and a "
+            f"{config.model_type} classifier wants as many in every conversation; name a template that "
+            "writes it at the end alone as 'chat_template_path'"
+        )
 
 
 def check_vocabulary(config: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> None:

@@ -45,7 +45,7 @@ from rm_recipe.run_folder import (
     identity_of,
 )
 from rm_recipe.run_record import run_record
-from rm_recipe.sharing import Sharing, decide_sharing
+from rm_recipe.sharing import Sharing, check_padding, decide_sharing
 from rm_recipe.split import Split
 
 PROMISE = "rm-recipe: finishing this step and saving it; Ctrl-C again stops at once"
@@ -168,11 +168,13 @@ def load_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Split, Split, Le
     name, revision = str(recipe.model.model_name_or_path), recipe.model.model_revision
     config = tokenization.load_config(name, revision, training.trust_remote_code)
     tokenization.check_lengths(config, training.max_length, name)
+    check_padding(config, name)
     tokenizer = tokenization.load_tokenizer(
         name, revision, training.trust_remote_code, training.chat_template_path, of_base=True
     )
     if sft.sft_adapter(name, revision) is None:  # merging one makes embeddings for its tokens
         tokenization.check_vocabulary(config, tokenizer, name)
+    tokenization.check_one_end(config, tokenizer, name)
     settings = (tokenizer, training.max_length, data.truncation, training.dataset_num_proc)
     with main_process_first():
         train_split, test_split, leakage = load_splits(recipe)

@@ -1,10 +1,16 @@
 """Which weights are read: safetensors files alone. The rest are pickles, and unpickling can run code."""
 
+import json
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rm_recipe.errors import RecipeError
+
+if TYPE_CHECKING:
+    import torch
 
 # Of a whole model, and of an adapter.
 SAFE = {False: ("model.safetensors", "model.safetensors.index.json"), True: ("adapter_model.safetensors",)}
@@ -59,3 +65,24 @@ def check_safetensors(name: str, revision: str = "main", *, adapter: bool = Fals
         fault = pickle_fault(name, revision, adapter=adapter)
     if fault:
         raise RecipeError(fault)
+
+
+def saved_as(
+    name: str, prefixes: tuple[str, ...], revision: str = "main"
+) -> Iterator[tuple[str, "torch.Tensor"]]:
+    """The tensors of a model whose names start so, in the precision that its files have."""
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    single, index = SAFE[False]
+    try:
+        files = {single}
+        cached_file(name, single, revision=revision)
+    except OSError:
+        shards = json.loads(Path(str(cached_file(name, index, revision=revision))).read_text())["weight_map"]
+        files = {file for key, file in shards.items() if key.startswith(prefixes)}
+    for file in sorted(files):
+        with safe_open(cached_file(name, file, revision=revision), framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - no mapping
+                if key.startswith(prefixes):
+                    yield key, tensors.get_tensor(key)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
-from rm_recipe.attention import LONGEST_BLOCK, NAME, announce_rows, row_attention
-from rm_recipe.batching import Encoded, padded_rows, shared_rows
+import rm_recipe.attention as module
+from rm_recipe.attention import NAME, announce_rows, row_attention
+from rm_recipe.batching import Encoded, padded_rows, shared_rows, visible
 from rm_recipe.modeling import add_reward_positions
 from rm_recipe.sharing import decide_sharing
 
@@ -20,6 +21,13 @@ class Layer(torch.nn.Module):
     num_key_value_groups = 2
 
 
+def masks() -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the batch in one row: the labels that blocks are made of, and the whole square."""
+    labels = shared_rows(BATCH, 0, one_row=True)["attention_mask"]
+    comparison_of, response_of = labels[:, 0, 0], labels[:, 0, 1]
+    return labels, visible(comparison_of, response_of)[:, None]
+
+
 def attention(mask: torch.Tensor, **keys):
     """Output and gradients of random queries, keys and values; two query heads for each key head."""
     torch.manual_seed(0)
@@ -32,31 +40,34 @@ def attention(mask: torch.Tensor, **keys):
     return output, [tensor.grad for tensor in tensors]
 
 
-@pytest.mark.parametrize("one_row", [False, True])
+@pytest.mark.parametrize("scores", [1024 * 1024, 30])
 @pytest.mark.parametrize("scaling", [None, 0.3])
-def test_block_by_block_the_output_and_the_gradients_are_those_of_the_whole_mask(scaling, one_row):
-    mask = shared_rows(BATCH, 0, one_row)["attention_mask"]
-    assert (mask.shape[0] == 1) == one_row
-    expected, expected_gradients = attention(mask.clone(), scaling=scaling)
-    announce_rows(mask)
-    output, gradients = attention(mask, scaling=scaling)
+def test_block_by_block_the_output_and_the_gradients_are_those_of_the_whole_mask(
+    scaling, scores, monkeypatch
+):
+    """A few queries at a time too, as of long comparisons."""
+    monkeypatch.setattr(module, "SCORES", scores)
+    labels, square = masks()
+    expected, expected_gradients = attention(square, scaling=scaling)
+    announce_rows(labels)
+    output, gradients = attention(labels, scaling=scaling)
     assert (output - expected).abs().max() <= 1e-12
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
         assert (ours - theirs).abs().max() <= 1e-12
     with torch.no_grad():
         torch.manual_seed(0)
-        tensors = [torch.randn(*mask.shape[::3], 8, dtype=torch.float64) for _ in range(3)]
-        tensors = [each[:, None].expand(-1, 4, -1, -1) for each in tensors]
-        module = torch.nn.Module()
-        scored, _ = row_attention(module, *tensors, mask, scaling=scaling)
-        plain, _ = row_attention(module, *tensors, mask.clone(), scaling=scaling)
+        tensors = [torch.randn(1, 2, square.shape[-1], 8, dtype=torch.float64) for _ in range(3)]
+        tensors = [each[:, None].expand(-1, 2, -1, -1, -1).flatten(1, 2) for each in tensors]
+        layer = torch.nn.Module()
+        scored, _ = row_attention(layer, *tensors, labels, scaling=scaling)
+        plain, _ = row_attention(layer, *tensors, square, scaling=scaling)
     assert (scored - plain).abs().max() <= 1e-12
 
 
 def test_gradients_in_bf16_are_as_close_to_exact_as_those_of_sdpa():
-    mask = shared_rows(BATCH, 0)["attention_mask"]
+    labels, square = masks()
     torch.manual_seed(0)
-    exact = [torch.randn(mask.shape[0], 4, mask.shape[-1], 64, dtype=torch.float64) for _ in range(3)]
+    exact = [torch.randn(1, 4, square.shape[-1], 64, dtype=torch.float64) for _ in range(3)]
 
     def gradients(dtype: torch.dtype, mask: torch.Tensor) -> torch.Tensor:
         tensors = [each.detach().to(dtype, copy=True).requires_grad_() for each in exact]
@@ -64,17 +75,17 @@ def test_gradients_in_bf16_are_as_close_to_exact_as_those_of_sdpa():
         output.double().square().sum().backward()
         return torch.cat([tensor.grad.double().flatten() for tensor in tensors])
 
-    expected = gradients(torch.float64, mask.clone())
-    sdpa = (gradients(torch.bfloat16, mask.clone()) - expected).norm()
-    announce_rows(mask)
-    ours = (gradients(torch.bfloat16, mask) - expected).norm()
+    expected = gradients(torch.float64, square)
+    sdpa = (gradients(torch.bfloat16, square) - expected).norm()
+    announce_rows(labels)
+    ours = (gradients(torch.bfloat16, labels) - expected).norm()
     assert 0 < ours <= 2 * sdpa
 
 
 def test_under_autocast_full_precision_values_keep_theirs_backwards_too():
     """A 4-bit layer gives back its input's precision, whatever autocast says."""
-    mask = shared_rows(BATCH, 0)["attention_mask"]
-    expected, expected_gradients = attention(mask.clone())
+    mask, square = masks()
+    expected, expected_gradients = attention(square)
     announce_rows(mask)
     with torch.autocast("cpu", torch.bfloat16):
         output, gradients = attention(mask)
@@ -82,16 +93,18 @@ def test_under_autocast_full_precision_values_keep_theirs_backwards_too():
     assert max((a - b).abs().max() for a, b in zip(gradients, expected_gradients, strict=True)) <= 1e-12
 
 
-def test_nothing_is_computed_across_comparisons(monkeypatch):
-    """A row's dense attention is what this is there to avoid."""
-    import rm_recipe.attention as module
+LONG = [Encoded(list(range(2, 1092)), [[1] * 4, [2] * 6]), *[Encoded([5] * 40, [[6] * 10, [7] * 12])] * 15]
 
-    mask = shared_rows(BATCH, 0)["attention_mask"]
+
+@pytest.mark.parametrize("batch", [BATCH, LONG], ids=["short", "one long"])
+def test_nothing_is_computed_across_comparisons(monkeypatch, batch):
+    """A row's dense attention is what this is there to avoid; one long comparison made a whole batch so."""
+    mask = shared_rows(batch, 0, one_row=True)["attention_mask"]
     sizes = []
     bmm, fused = torch.bmm, module.scaled_dot_product_attention
 
     def recording(a, b):
-        sizes.append(b.shape[-1])
+        sizes.append(max(a.shape[-1], b.shape[-1]))
         return bmm(a, b)
 
     def recording_fused(query, *args, **kwargs):
@@ -100,20 +113,26 @@ def test_nothing_is_computed_across_comparisons(monkeypatch):
 
     monkeypatch.setattr(module.torch, "bmm", recording)
     monkeypatch.setattr(module, "scaled_dot_product_attention", recording_fused)
+    monkeypatch.setattr(module, "sdpa_attention_forward", None)
     announce_rows(mask)
     attention(mask)
-    assert sizes
-    assert max(sizes) <= max(comparison.length for comparison in BATCH) < mask.shape[-1]
+    lengths = sorted({comparison.length for comparison in batch})
+    assert sum(size in lengths for size in sizes) >= 2 * len(batch)
+    assert max(sizes) <= 2 * lengths[-1] < 2 * mask.shape[-1]  # two query heads of each key head at once
 
 
-def test_a_mask_that_nobody_announced_or_that_is_too_long_goes_to_sdpa(monkeypatch):
-    import rm_recipe.attention as module
+def test_what_a_collator_makes_grows_with_its_tokens_and_not_with_their_square():
+    """A batch of 50,000 tokens had a mask of 2.5 GB."""
+    rows = shared_rows([Encoded([5] * 40, [[6] * 10, [7] * 12])] * 800, 0, one_row=True)
+    assert sum(tensor.nbytes for tensor in rows.values()) < 40 * rows["input_ids"].numel()
 
+
+def test_a_mask_that_nobody_announced_goes_to_sdpa(monkeypatch):
     monkeypatch.setattr(module._BlockAttention, "apply", None)
     attention(torch.ones(1, 1, 6, 6, dtype=torch.bool).tril())
-    long = shared_rows([Encoded(list(range(LONGEST_BLOCK)), [[1], [2]])], 0)["attention_mask"]
-    announce_rows(long)
-    assert long not in module._blocks
+    square = shared_rows(BATCH, 0)["attention_mask"]
+    announce_rows(square)
+    assert square not in module._blocks
 
 
 def test_a_model_with_row_attention_still_scores_plain_batches(tmp_path):
@@ -132,7 +151,7 @@ def test_a_model_with_row_attention_still_scores_plain_batches(tmp_path):
         assert decide_sharing(model, "auto", 64).used
         assert model.config._attn_implementation == NAME
         assert torch.equal(model(**padded).logits, expected)
-        shared = model(**shared_rows(BATCH, 0)).logits
+        shared = model(**shared_rows(BATCH, 0, one_row=True)).logits
     assert (shared - expected).abs().max() <= 1e-5
     model.save_pretrained(tmp_path)
     assert NAME not in (tmp_path / "config.json").read_text()

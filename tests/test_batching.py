@@ -5,7 +5,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rm_recipe.batching import Encoded, choose_rows, pack, padded_rows, shared_rows, split_at_common_prefix
+from rm_recipe.batching import (
+    Encoded,
+    choose_rows,
+    pack,
+    padded_rows,
+    shared_rows,
+    split_at_common_prefix,
+    visible,
+)
 
 PAD = 0
 tokens = st.lists(st.integers(1, 9), min_size=1, max_size=6)
@@ -129,7 +137,8 @@ def test_one_row_holds_the_whole_batch_without_padding_and_each_response_reads_b
     assert rows["input_ids"].shape == (1, sum(comparison.length for comparison in batch))
     ends = rows["ends"].tolist()
     conversations = [ids for comparison in batch for ids in comparison.conversations()]
+    square = visible(rows["attention_mask"][:, 0, 0], rows["attention_mask"][:, 0, 1])
     for (row, column), conversation in zip(ends, conversations, strict=True):
-        seen = rows["attention_mask"][row, 0, column]
+        seen = square[row, column]
         assert rows["input_ids"][row, seen].tolist() == conversation
         assert rows["position_ids"][row, seen].tolist() == list(range(len(conversation)))

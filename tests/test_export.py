@@ -260,14 +260,16 @@ def test_a_model_is_gone_before_the_next_is_loaded(run, monkeypatch):
     assert len(models) == 2
 
 
-def test_a_model_that_fits_its_device_in_fp32_is_verified_there(trained, monkeypatch, capsys):
+def test_a_model_that_does_not_fit_its_device_in_fp32_is_verified_on_the_cpu(trained, monkeypatch, capsys):
     model = RewardModel.from_pretrained(trained("fp32")).model
     assert export_module.float32_device(model) == torch.device("cpu")
+    model = model.to("meta")  # stands for a GPU
+    monkeypatch.setattr(export_module, "device_memory", lambda _: 100e9)
+    assert export_module.float32_device(model) == torch.device("meta")
     assert capsys.readouterr().out == ""
-    with monkeypatch.context() as patch:
-        patch.setattr(export_module, "memory_for", lambda _: 0.5e9)
-        assert export_module.float32_device(model) == torch.device("cpu")
-    assert "GB free: it is verified on the CPU, which takes longer" in capsys.readouterr().out
+    monkeypatch.setattr(export_module, "device_memory", lambda _: 0.5e9)
+    assert export_module.float32_device(model) == torch.device("cpu")
+    assert "has 0.5 GB free: it is verified on the CPU, which takes longer" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["4-bit", "8-bit"])

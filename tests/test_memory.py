@@ -1,6 +1,7 @@
 """The memory plan counts what a real step takes, and decides whether gradients are checkpointed."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ import yaml
 from conftest import REPOSITORY, make_tokenizer, train_watched
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
-from rm_recipe import adapters, memory
+from rm_recipe import adapters, attention, memory
 from rm_recipe.batching import Encoded, padded_rows, shared_rows
-from rm_recipe.memory import MemoryPlan, fits_in_float32, memory_for, needs_checkpointing, plan
+from rm_recipe.heads import to_float32
+from rm_recipe.memory import MemoryPlan, fits_in_float32, needs_checkpointing, plan
 from rm_recipe.recipe import read_recipe
 
 BATCH = [Encoded([5] * 60, [[6] * 20, [7] * 24])] * 4
@@ -35,17 +37,38 @@ def small(tmp_path):
     return make
 
 
-def really(config, model_config, training, new, shared: bool, checkpointing: bool) -> tuple[int, int, int]:
+def test_the_plan_is_of_the_rows_that_a_cpu_computes(small):
+    """Each comparison by itself: scores of the whole batch's tokens squared are no part of it."""
+    config, *parts = small()
+    batch = [Encoded([5] * 120, [[6] * 40, [7] * 48])] * 8
+    dense = plan(config, *parts, batch, shared=True, checkpointing=False).step
+    config._attn_implementation = attention.NAME
+    by_block = plan(config, *parts, batch, shared=True, checkpointing=False).step
+    really_live = really(config, *parts, True, False, batch)[2]
+    assert by_block == pytest.approx(really_live, rel=0.03)
+    assert by_block < dense
+
+
+def really(
+    config, model_config, training, new, shared: bool, checkpointing: bool, batch=BATCH
+) -> tuple[int, int, int]:
     """Bytes of weights, of trained weights, and of the peak beside them, of a step with real tensors."""
-    model = AutoModelForSequenceClassification.from_config(config, dtype=getattr(torch, model_config.dtype))
+    dtype = getattr(torch, model_config.dtype) if model_config.use_peft else torch.float32
+    by_block = config._attn_implementation == attention.NAME
+    model = AutoModelForSequenceClassification.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    if by_block:
+        model.set_attn_implementation(attention.NAME)
     model.config.use_cache = False
+    to_float32(model, new[0])
     if model_config.use_peft:
         model = adapters.add_lora(model, model_config, new, autocast=training.bf16)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-    rows = shared_rows(BATCH, 0) if shared else padded_rows(BATCH, 0)
+    rows = shared_rows(batch, 0, by_block) if shared else padded_rows(batch, 0)
     rows.pop("ends", None)
+    if by_block:
+        attention.announce_rows(rows["attention_mask"])
     live = memory._LiveBytes()
     for parameter in model.parameters():
         live.count(parameter)
@@ -176,4 +199,71 @@ def test_scoring_in_fp32_needs_more_than_the_weights():
     """TinyLlama's: 4.4 GB, on GPUs with 8 and 6 GB."""
     assert fits_in_float32(int(4.4e9), 7.5e9)
     assert not fits_in_float32(int(4.4e9), 5.5e9)
-    assert fits_in_float32(int(28e9), memory_for(torch.nn.Linear(2, 2)))  # a CPU
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A function: a machine with so much free, whose files say what cgroups leave, and 1 GB of ours."""
+
+    def make(free: float, membership: str, files: dict[str, str]) -> None:
+        monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=int(free)))
+        own = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=int(GB)))
+        monkeypatch.setattr(memory.psutil, "Process", lambda: own)
+        (tmp_path / "membership").write_text(membership)
+        for name, content in files.items():
+            (tmp_path / "cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "cgroup" / name).write_text(content)
+        monkeypatch.setattr(memory, "MEMBERSHIP", tmp_path / "membership")
+        monkeypatch.setattr(memory, "CGROUPS", tmp_path / "cgroup")
+
+    return make
+
+
+def of_version_2(folder: str, limit: str) -> dict[str, str]:
+    stat = "anon 1\ninactive_file 500000000\n"
+    at = f"{folder}memory"
+    return {f"{at}.max": limit, f"{at}.current": "2500000000", f"{at}.stat": stat}
+
+
+def of_version_1(folder: str, limit: str) -> dict[str, str]:
+    at = f"memory/{folder}memory"
+    stat = "total_inactive_file 1000000000\n"
+    return {f"{at}.limit_in_bytes": limit, f"{at}.usage_in_bytes": "3000000000", f"{at}.stat": stat}
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "free"),
+    [
+        ("0::/\n", {}, 20),  # what other processes have is not counted
+        ("0::/\n", of_version_2("", "8000000000\n"), 6),
+        ("0::/job/1\n", of_version_2("job/", "8000000000\n") | of_version_2("job/1/", "max\n"), 6),
+        ("0::/seen/from/the/host\n", of_version_2("", "8000000000\n"), 6),
+        ("0::/\n", of_version_2("", "max\n"), 20),
+        ("3:cpu:/\n4:memory:/docker/abc\n0::/\n", of_version_1("", "8000000000\n"), 6),
+        ("4:memory:/job\n", of_version_1("job/", "9223372036854771712\n"), 20),
+        ("4:memory:/job\n", of_version_1("job/", "1000000000\n"), 0),
+    ],
+)
+def test_memory_is_what_is_free_and_what_a_container_allows(machine, monkeypatch, membership, files, free):
+    machine(20 * GB, membership, files)
+    assert memory.device_memory(CPU) == (free + 1) * GB
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert memory.device_memory(CPU) == (free / 2 + 1) * GB
+
+
+def test_where_nobody_says_what_is_allowed_all_that_is_free_may_be_had(machine, monkeypatch, tmp_path):
+    machine(20 * GB, "", {})
+    monkeypatch.setattr(memory, "MEMBERSHIP", tmp_path / "none")
+    assert memory.device_memory(CPU) == 21 * GB
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+def test_of_an_accelerator_it_is_what_others_leave_and_what_we_have(monkeypatch, kind):
+    device = torch.device(kind, 3)
+    info, reserved = {device: (5_000, 80_000)}, {device: 700}
+    monkeypatch.setattr(torch.accelerator, "get_memory_info", info.get)
+    monkeypatch.setattr(torch.accelerator, "memory_reserved", reserved.get)
+    assert memory.device_memory(device) == 5_700

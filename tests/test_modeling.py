@@ -7,13 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from conftest import make_tokenizer
+from datasets import Dataset
+from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BartConfig,
     BitsAndBytesConfig,
 )
-from trl import ModelConfig
+from trl import ModelConfig, RewardConfig, RewardTrainer
 
 from rm_recipe import RewardModel, modeling
 from rm_recipe.batching import split_at_common_prefix
@@ -39,7 +44,7 @@ def base(folder: Path, seed: int = 0, **keys):
     [("tiny_llama", ["score"]), ("tiny_distilbert", ["classifier", "pre_classifier"])],
 )
 def test_what_the_base_lacks_is_found_and_is_fp32(fixture, expected, request):
-    model, new, _ = base(request.getfixturevalue(fixture), dtype="bfloat16")
+    model, new, _ = base(request.getfixturevalue(fixture), dtype="bfloat16", use_peft=True)
     assert new == expected
     for name in new:
         assert isinstance(model.get_submodule(name), Float32Linear)
@@ -55,7 +60,7 @@ def test_the_heads_start_comes_from_the_seed(tiny_llama):
 
 
 def test_rewards_are_fp32_under_bf16_autocast(tiny_llama):
-    model = base(tiny_llama, dtype="bfloat16")[0]
+    model = base(tiny_llama, dtype="bfloat16", use_peft=True)[0]
     with torch.no_grad(), autocast(model):
         reward = model(input_ids=torch.tensor([[5, 6, 7]])).logits
     assert reward.dtype == torch.float32
@@ -64,7 +69,7 @@ def test_rewards_are_fp32_under_bf16_autocast(tiny_llama):
 
 def test_a_quantised_base_keeps_its_head_in_fp32_and_its_rewards_after_a_forward(tiny_llama):
     """bitsandbytes repacks 4-bit weights in place at the first forward without gradients."""
-    model, _, _ = base(tiny_llama, dtype="bfloat16", load_in_4bit=True)
+    model, _, _ = base(tiny_llama, dtype="bfloat16", load_in_4bit=True, use_peft=True)
     assert type(model.score) is Float32Linear
     projection = model.model.layers[0].self_attn.q_proj
     assert type(projection).__name__ == "Linear4bit"
@@ -195,3 +200,64 @@ def test_a_model_that_was_dropped_is_gone_when_the_next_is_loaded(tiny_llama, tm
     dropped = weakref.ref(load_trained(str(tmp_path), tokenizer))
     assert load_trained(str(tmp_path), tokenizer) is not dropped()
     assert dropped() is None
+
+
+@pytest.mark.parametrize(
+    "resized", [None, 1, 64], ids=["pads with EOS", "a pad token", "to a multiple of 64"]
+)
+def test_a_reward_adapter_of_trls_on_gpt2_gives_the_rewards_that_it_was_trained_to(
+    tiny_base, tmp_path, resized
+):
+    """Its base has no token to pad with, so that one is added: by whoever trained, or here."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base("gpt2"))
+    tokenizer.unk_token = None
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_base("gpt2"), num_labels=1)
+    if resized:
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=resized)
+    trainer = RewardTrainer(
+        model=model,
+        args=RewardConfig(str(tmp_path), max_steps=1, use_cpu=True, bf16=False, report_to="none"),
+        train_dataset=Dataset.from_list([{"chosen": "good cat", "rejected": "bad dog"}] * 4),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["c_attn"]),
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    judge = RewardModel.from_pretrained(tmp_path / "adapter")
+    assert (len(judge.tokenizer), judge.model.get_input_embeddings().num_embeddings) == (
+        {None: (318, 318), 1: (318, 318), 64: (318, 320)}[resized]
+    )
+    with torch.no_grad():
+        expected = trainer.model.eval()(input_ids=torch.tensor([[5, 6, 7, 8]])).logits.item()
+    found = judge.score_encoded([split_at_common_prefix([[5, 6, 7, 8], [5, 6, 9]])])[0][0]
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_an_adapter_whose_base_has_other_embeddings_now_is_refused(tiny_llama, write_recipe, tmp_path):
+    shutil.copytree(tiny_llama, tmp_path / "base")
+    train(read_recipe(write_recipe(model_name_or_path=str(tmp_path / "base"), max_steps=1)))
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model.resize_token_embeddings(330)
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(RecipeError, match=r"with 317 embeddings, and '.*/base' has 330: it is"):
+        RewardModel.from_pretrained(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_no_keys_and_values_are_kept_for_a_generation_that_never_comes(tiny_base, name):
+    model = base(tiny_base(name))[0].eval()
+    seen = []
+    model.base_model.register_forward_hook(lambda _, __, output: seen.append(output))
+    model(input_ids=torch.tensor([[2, 5, 6, 7]]))
+    assert seen[0].get("past_key_values") is None
+
+
+def test_an_encoder_decoder_keeps_none_either():
+    keys = {f"{part}_{key}": n for part in ("encoder", "decoder")
+            for key, n in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 16))}  # fmt: skip
+    config = BartConfig(vocab_size=320, d_model=16, num_labels=1, **keys)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    assert model(input_ids=torch.tensor([[0, 5, 2]])).past_key_values is not None
+    modeling.prepare_for_rewards(model, make_tokenizer())
+    assert model(input_ids=torch.tensor([[0, 5, 2]])).past_key_values is None

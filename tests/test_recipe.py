@@ -119,9 +119,15 @@ def test_on_a_cpu_precision_follows_what_the_cpu_can_do(write_recipe, monkeypatc
     assert recipe.model.dtype == dtype
 
 
+def accelerated(monkeypatch, kind: str) -> None:
+    """A machine with such an accelerator, as torch names it."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device(kind))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: kind == "cuda")
+
+
 @pytest.mark.parametrize("has_bf16", [True, False])
 def test_a_gpu_is_used_in_bf16_where_it_has_that_and_in_fp16_elsewhere(monkeypatch, has_bf16):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    accelerated(monkeypatch, "cuda")
     monkeypatch.setattr(
         torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16 or including_emulation
     )
@@ -134,8 +140,7 @@ def test_a_gpu_is_used_in_bf16_where_it_has_that_and_in_fp16_elsewhere(monkeypat
 @pytest.mark.parametrize("has_bf16", [True, False])
 def test_on_apples_gpu_it_is_bf16_or_fp32(monkeypatch, has_bf16):
     """fp16 would need a gradient scaler, which is CUDA's."""
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    accelerated(monkeypatch, "mps")
     monkeypatch.setattr("transformers.utils.is_torch_bf16_gpu_available", lambda: has_bf16)
     values = recipe_module._device_values({"use_peft": True})
     assert (values["use_cpu"], values["bf16"], values["fp16"]) == (False, has_bf16, False)
@@ -145,7 +150,7 @@ def test_on_apples_gpu_it_is_bf16_or_fp32(monkeypatch, has_bf16):
 @pytest.mark.parametrize(("has_bf16", "half"), [(True, "bfloat16"), (False, "float16")])
 def test_a_quantised_base_computes_in_the_gpus_half_precision(monkeypatch, has_bf16, half):
     """On a T4 that is fp16; `dtype: auto` would leave it to the checkpoint."""
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    accelerated(monkeypatch, "cuda")
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: has_bf16)
     for asked in ({}, {"dtype": "auto"}):
         values = recipe_module._device_values({"use_peft": True, "load_in_4bit": True, **asked})
@@ -154,7 +159,7 @@ def test_a_quantised_base_computes_in_the_gpus_half_precision(monkeypatch, has_b
 
 
 def test_bf16_asked_of_a_gpu_without_it_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    accelerated(monkeypatch, "cuda")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     with pytest.raises(RecipeError, match="this GPU has no bfloat16"):
         recipe_module._device_values({"bf16": True})
@@ -218,3 +223,12 @@ def test_whatever_a_recipe_holds_it_is_read_or_refused(values):
         assert "model_name_or_path" in str(caught.value) or "holds" in str(caught.value) or not values
     finally:
         path.unlink()
+
+
+@pytest.mark.parametrize("kind", ["xpu", "npu"])
+def test_what_torch_calls_an_accelerator_is_trained_on(monkeypatch, kind):
+    accelerated(monkeypatch, "privateuseone" if kind == "npu" else kind)
+    for has_bf16 in (True, False):
+        monkeypatch.setattr(recipe_module, "_gpu_has_bf16", lambda has_bf16=has_bf16: has_bf16)
+        values = recipe_module._device_values({})
+        assert (values["use_cpu"], values["bf16"], values["fp16"]) == (False, has_bf16, not has_bf16)

@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import ModelConfig
 
 from rm_recipe import RewardModel
+from rm_recipe.distribution import this_device
 from rm_recipe.encoding import encode_all
 from rm_recipe.errors import DataError, RecipeError, TrainingError
 from rm_recipe.messages import as_messages
@@ -301,3 +302,36 @@ def test_a_model_that_says_no_length_is_given_what_it_has_positions_for(tiny_dis
     assert judge.max_length == 64
     assert long == pytest.approx(judge.score([{"prompt": turns[2:], "response": "fine"}])[0])
     assert long != short
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "current", "rank", "expected"),
+    [
+        ("cuda", 8, 0, "3", "cuda:3"),  # under a launcher, before Accelerate has chosen
+        ("cuda", 8, 5, None, "cuda:5"),  # chosen already
+        ("cuda", 1, 0, "3", "cuda:0"),  # each process sees its own alone
+        ("xpu", 4, 0, "2", "xpu:2"),
+        ("npu", 1, 0, None, "npu:0"),
+        (None, 0, 0, "3", "cpu"),
+    ],
+)
+def test_a_reward_model_goes_to_the_accelerator_of_its_process(
+    monkeypatch, tiny_llama, kind, count, current, rank, expected
+):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    found = torch.device("privateuseone" if kind == "npu" else kind) if kind else None
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: current)
+    assert str(this_device()).replace("privateuseone", "npu") == expected
+
+
+def test_by_default_a_model_is_put_there(monkeypatch, tiny_llama, tmp_path):
+    classifier = AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=1)
+    classifier.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path)
+    monkeypatch.setattr("rm_recipe.scoring.this_device", lambda: torch.device("meta"))
+    assert RewardModel.from_pretrained(tmp_path).model.device.type == "meta"
+    assert RewardModel.from_pretrained(tmp_path, "cpu").model.device.type == "cpu"

@@ -3,11 +3,19 @@
 import json
 
 import pytest
-from conftest import make_tokenizer
-from transformers import AutoConfig, AutoTokenizer, RobertaConfig
+import torch
+from conftest import TINY, make_tokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from rm_recipe.errors import RecipeError
-from rm_recipe.tokenization import check_lengths, check_vocabulary, load_tokenizer, pad_token, render
+from rm_recipe.tokenization import (
+    check_lengths,
+    check_vocabulary,
+    load_tokenizer,
+    pad_token,
+    positions,
+    render,
+)
 
 MESSAGES = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good cat"}]
 
@@ -63,11 +71,43 @@ def test_an_ordinary_word_is_no_pad_token():
     assert pad_token(tokenizer) == "<|reserved_7|>"
 
 
-def test_positions_that_start_after_the_pad_token_are_not_counted():
-    config = RobertaConfig(max_position_embeddings=514, pad_token_id=1)
-    check_lengths(config, 512, "m")
-    with pytest.raises(RecipeError, match="m has 512 positions"):
-        check_lengths(config, 513, "m")
+AFTER_PADDING = [
+    *("camembert", "data2vec-text", "esm", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet"),
+    *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+]
+ODD_KEYS = {
+    "longformer": {"attention_window": [4, 4]},
+    "luke": {"entity_vocab_size": 20, "entity_emb_size": 8},
+    "markuplm": {"max_depth": 4, "xpath_unit_hidden_size": 4},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "lilt": {"channel_shrink_ratio": 1, "hidden_size": 48},
+}
+
+
+@pytest.mark.parametrize("kind", [*AFTER_PADDING, "bert", "electra", "gpt2", "opt", "llama"])
+def test_a_model_runs_on_as_many_tokens_as_it_is_said_to_have_positions_for(kind):
+    """Not on one more where there are embeddings of them, which may begin after the padding token's."""
+    keys = {"vocab_size": 30, "max_position_embeddings": 20, "pad_token_id": 1, "num_labels": 1}
+    config = AutoConfig.for_model(kind, **TINY | keys | ODD_KEYS.get(kind, {}))
+    number = positions(config)
+    assert number == (18 if kind in AFTER_PADDING else 20)
+    check_lengths(config, number, "m")
+    with pytest.raises(RecipeError, match=f"m has {number} positions; set {number} or less"):
+        check_lengths(config, number + 1, "m")
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    with torch.no_grad():
+        assert model(input_ids=torch.full((1, number), 5)).logits.isfinite().all()
+        if kind != "llama":
+            with pytest.raises((IndexError, RuntimeError)):
+                model(input_ids=torch.full((1, number + 1), 5))
+
+
+def test_positions_of_an_esm_that_rotates_and_of_xlnet_are_not_embedded():
+    keys = {"max_position_embeddings": 20, "pad_token_id": 1, "position_embedding_type": "rotary"}
+    rotary = AutoConfig.for_model("esm", **TINY, vocab_size=30, **keys)
+    assert positions(rotary) == 20
+    assert positions(AutoConfig.for_model("xlnet")) is None
+    check_lengths(AutoConfig.for_model("xlnet"), None, "m")
 
 
 def test_more_length_than_positions_is_refused_with_both_numbers(tiny_distilbert):
