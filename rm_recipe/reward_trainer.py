@@ -141,7 +141,10 @@ class SharedPrefixRewardTrainer(RewardTrainer):
         kwargs["data_collator"] = RowCollator(
             tokenizer.pad_token_id, share_prefixes, one_row=by_block(kwargs["model"])
         )
+        # The tokenizer has the template already; TRL would put the file's own text in its place.
+        template, kwargs["args"].chat_template_path = kwargs["args"].chat_template_path, None
         super().__init__(*args, **kwargs)
+        self.args.chat_template_path = template
         self._needs_autocast = keep_precision(self.accelerator, self.args)
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)

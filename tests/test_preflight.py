@@ -222,11 +222,3 @@ def test_out_of_memory_in_training_keeps_the_checkpoint_and_goes_on_with_smaller
     ours = [e["loss"] for e in json.loads((tmp_path / "run" / "run.json").read_text())["log"] if "loss" in e]
     theirs = [e["loss"] for e in json.loads((whole.run / "run.json").read_text())["log"] if "loss" in e]
     assert ours == pytest.approx(theirs, abs=1e-4)
-
-
-def test_auto_find_batch_size_is_honoured(write_recipe, tmp_path, small_gpu):
-    small_gpu(5)
-    train(read_recipe(write_recipe(auto_find_batch_size=True, max_steps=4)))
-    record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert record["steps"] == 4
-    assert (tmp_path / "run" / "model" / "adapter_model.safetensors").is_file()
