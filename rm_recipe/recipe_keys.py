@@ -99,12 +99,13 @@ FIXED_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 _LORA, _BITS = ("use_peft",), ("load_in_4bit",)
+_LOOKS = ("eval_strategy", "early_stopping_patience", "load_best_model_at_end")
 # What does nothing unless one of other keys asks for it: refused where none of these is in the recipe.
 IDLE_KEYS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"), _LORA),
     **dict.fromkeys(("lora_target_parameters", "lora_modules_to_save", "use_rslora", "use_dora"), _LORA),
     **dict.fromkeys(("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"), _BITS),
-    **dict.fromkeys(("eval_steps", "eval_delay"), ("eval_strategy", "early_stopping_patience")),
+    **dict.fromkeys(("eval_steps", "eval_delay"), _LOOKS),
     **dict.fromkeys(("run_name", "project", "trackio_space_id", "trackio_bucket_id"), ("report_to",)),
     "trackio_static_space_id": ("report_to",),
     **dict.fromkeys(("hub_model_id", "hub_private_repo"), ("push_to_hub",)),

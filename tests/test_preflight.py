@@ -65,6 +65,14 @@ def test_it_makes_the_step_on_the_largest_batch_and_moves_what_is_trained(write_
     assert any(moved)  # A of every adapter has no gradient while B is 0
 
 
+def test_it_checkpoints_as_training_does(write_recipe):
+    """`every_n_layers` and `offload` are the model's, the rest goes to torch."""
+    keys = {"activation_checkpointing": True, "gradient_checkpointing": "omit"}
+    recipe = read_recipe(write_recipe(**keys, activation_checkpointing_kwargs={"every_n_layers": 2}))
+    layers = make_ready(recipe).trainer.model.base_model.model.model.layers
+    assert [layer.gradient_checkpointing for layer in layers].count(True) == 1
+
+
 def test_it_says_steps_time_and_peak_memory(write_recipe, tmp_path, capsys):
     recipe = read_recipe(write_recipe())
     check_step(recipe)
