@@ -25,12 +25,24 @@ UNITS = {"": 1e9, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "mib": 2**20, "gi
 def check_base(recipe: Recipe) -> None:
     """Refuses a base that training would refuse, if its configuration is in a folder or the Hub's cache.
 
+    Its tokenizer too, where that is at hand.
+
     Raises:
-        RecipeError: as `modeling.check_base` does, or its configuration cannot be read.
+        RecipeError: as `modeling.check_base` and `tokenization.load_tokenizer` do, or no configuration can
+            be read.
     """
-    folder = folder_at_hand(str(recipe.model.model_name_or_path), recipe.model.model_revision)
-    if folder is not None:
-        modeling.check_base(tokenization.load_config(folder), recipe.model, recipe.training.max_length)
+    name, template = str(recipe.model.model_name_or_path), recipe.training.chat_template_path
+    folder = folder_at_hand(name, recipe.model.model_revision)
+    if folder is None:
+        return
+    config = tokenization.load_config(folder)
+    modeling.check_base(config, recipe.model, recipe.training.max_length)
+    holders = [path for path in (name, folder) if (Path(path) / "tokenizer_config.json").is_file()]
+    if holders or name == folder:
+        template = template if template and Path(template).exists() else None
+        tokenizer = tokenization.load_tokenizer((holders or [folder])[0], template=template)
+        if name == folder:  # an SFT adapter may bring tokens that its base has no embeddings for
+            tokenization.check_vocabulary(config, tokenizer, name)
 
 
 def folder_at_hand(name: str, revision: str) -> str | None:

@@ -263,7 +263,7 @@ def overoptimization(
     temperature: Annotated[float | None, typer.Option(help="1 draws from the policy as it is; 1.")] = None,
     top_p: Annotated[float | None, typer.Option(help="1 draws from all tokens; 1.")] = None,
     top_k: Annotated[int | None, typer.Option(help="0 draws from all tokens; 0.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the draws; 0.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Of the draws; 0.")] = None,
     safety: Annotated[
         str | None, typer.Option(help="A model of safety; with each PROXY, of helpfulness, as in Llama 2.")
     ] = None,

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from trl import ModelConfig
 
 LABEL = "reward"
+NOT_IN_FULL = (
+    "'model_name_or_path: {name}' comes quantised and cannot be trained in full: set 'use_peft: true'"
+)
 
 
 def check_base(base: Any, config: "ModelConfig", max_length: int | None) -> None:
@@ -54,6 +57,8 @@ def check_base(base: Any, config: "ModelConfig", max_length: int | None) -> None
     """
     name = str(config.model_name_or_path)
     check_lengths(base, max_length, name)
+    if hasattr(base, "quantization_config") and not config.use_peft:
+        raise RecipeError(NOT_IN_FULL.format(name=name))
     classifier = outline(base, name, config.attn_implementation)
     if config.use_peft:
         check_target_modules(classifier, config)
@@ -161,10 +166,7 @@ def _load_quantised(
 ) -> tuple[PreTrainedModel, list[str]]:
     """`_load` of a base that comes quantised, which transformers 5.23 cannot outline without weights."""
     if not config.use_peft:
-        raise RecipeError(
-            f"'model_name_or_path: {name}' comes quantised and cannot be trained in full: set "
-            "'use_peft: true'"
-        )
+        raise RecipeError(NOT_IN_FULL.format(name=name))
     try:
         model, new = _load(folder, device_map=quantisation.on_this_device(), **kwargs)
     except RecipeError as error:  # transformers fails to draw weights for a head that is quantised, too

@@ -95,6 +95,32 @@ def test_check_finds_what_training_would_refuse_of_the_base(write_recipe, monkey
             verb(recipe)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("chat_template.jinja", "{% if %}", "its chat template fails"),
+        ("tokenizer.json", "{", "the tokenizer of '.*base' cannot be loaded"),
+        ("config.json", '{"vocab_size": 999}', "are they of different models"),
+        (
+            "config.json",
+            '{"quantization_config": {"quant_method": "gptq", "bits": 4}}',
+            "cannot be trained in full",
+        ),
+    ],
+)
+def test_check_finds_a_tokenizer_or_weights_that_cannot_be_trained(
+    write_recipe, tmp_path, tiny_llama, name, content, message
+):
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    if name == "config.json":
+        content = json.dumps(json.loads((base / name).read_text()) | json.loads(content))
+    (base / name).write_text(content)
+    recipe = read_recipe(write_recipe(model_name_or_path=str(base), use_peft=False))
+    for verb in (check_base, load_data):
+        with pytest.raises(RecipeError, match=message):
+            verb(recipe)
+
+
 @pytest.mark.parametrize("make", [GraniteConfig, CohereConfig], ids=str)
 def test_a_base_without_a_classifier_is_refused_before_the_data_is_read(
     write_recipe, tmp_path, monkeypatch, make
