@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rm_recipe.errors import RecipeError, TrainingError, one_line
 from rm_recipe.heads import outermost, read_own_precision, saved_tensors
+from rm_recipe.recipe_keys import did_you_mean
 
 if TYPE_CHECKING:
     from trl import ModelConfig
@@ -64,7 +66,7 @@ def _beside_text(model: PreTrainedModel) -> str | None:
 
 
 def check_target_modules(model: PreTrainedModel, config: "ModelConfig") -> None:
-    """Refuses `lora_target_modules` that match nothing; PEFT minds only if all of them do.
+    """Refuses names of LoRA's modules that match nothing; PEFT minds only if all `lora_target_modules` do.
 
     Args:
         model: with or without weights.
@@ -90,6 +92,18 @@ def check_target_modules(model: PreTrainedModel, config: "ModelConfig") -> None:
         raise RecipeError(
             f"'lora_target_modules': no layer is called {', '.join(unmatched)}; this model's are {there}"
         )
+    parameters = [name for name, _ in model.named_parameters()]
+    for key, wanted, known in (
+        ("lora_modules_to_save", config.lora_modules_to_save, names),
+        ("lora_target_parameters", config.lora_target_parameters, parameters),
+    ):
+        missing = [
+            part for part in wanted or [] if not any(f".{name}".endswith(f".{part}") for name in known)
+        ]
+        if missing:
+            ends = {name.rpartition(".")[2] for name in known if name}
+            close = get_close_matches(missing[0].rpartition(".")[2], ends, n=1)
+            raise RecipeError(f"'{key}': this model has no {', '.join(missing)}.{did_you_mean(close)}")
 
 
 def target_modules(config: "ModelConfig") -> str | list[str]:

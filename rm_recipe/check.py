@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 
+from rm_recipe import modeling, sft, tokenization
 from rm_recipe.artifacts import write_json
 from rm_recipe.datasets import refuse_leakage
 from rm_recipe.distribution import check_sharding
@@ -13,11 +15,51 @@ from rm_recipe.errors import RecipeError
 from rm_recipe.fitting import Fit, fit_by_config, read_for, shipped_that_fit, what_to_lower
 from rm_recipe.memory import PROCESS, device_memory
 from rm_recipe.recipe import Recipe, is_run_folder
-from rm_recipe.recipe_keys import DEVICE_KEYS
+from rm_recipe.recipe_keys import DEVICE_KEYS, MODEL_FILES
 from rm_recipe.run_folder import DATA_REPORT, changed_keys, check_run_folder
+from rm_recipe.sharing import check_padding
 from rm_recipe.train import load_data, make_ready, report_data
 
 UNITS = {"": 1e9, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+def check_base(recipe: Recipe) -> None:
+    """Refuses a base that training would refuse, if its configuration is in a folder or the Hub's cache.
+
+    Its tokenizer too, where that is at hand.
+
+    Raises:
+        RecipeError: as `modeling.check_base` and `tokenization.load_tokenizer` do, or no configuration can
+            be read.
+    """
+    name, template = str(recipe.model.model_name_or_path), recipe.training.chat_template_path
+    folder = folder_at_hand(name, recipe.model.model_revision)
+    if folder is None:
+        return
+    config = tokenization.load_config(folder)
+    modeling.check_base(config, recipe.model, recipe.training.max_length)
+    check_padding(config, name)
+    holders = [path for path in (name, folder) if (Path(path) / "tokenizer_config.json").is_file()]
+    if holders or name == folder:
+        template = template if template and Path(template).exists() else None
+        tokenizer = tokenization.load_tokenizer((holders or [folder])[0], template=template, of_base=True)
+        if name == folder:  # an SFT adapter may bring tokens that its base has no embeddings for
+            tokenization.check_vocabulary(config, tokenizer, name)
+        tokenization.check_one_end(config, tokenizer, name)
+
+
+def folder_at_hand(name: str, revision: str) -> str | None:
+    """Where a base's config.json is, of an SFT adapter without one its base's; None if it is not here."""
+    if not Path(name).is_dir():
+        found = (try_to_load_from_cache(name, file, revision=revision) for file in MODEL_FILES)
+        path = next((path for path in found if isinstance(path, str)), None)
+        if path is None:
+            return None
+        name = str(Path(path).parent)
+    if (Path(name) / "config.json").is_file():
+        return name
+    adapter = sft.sft_adapter(name)
+    return folder_at_hand(adapter.base_model_name_or_path, adapter.revision or "main") if adapter else None
 
 
 def check_data(recipe: Recipe) -> None:

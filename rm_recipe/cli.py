@@ -6,10 +6,13 @@ until a verb needs them, so that `--help` answers at once.
 
 import errno
 import os
+import re
 import shlex
 import signal
 import sys
 import time
+from importlib.metadata import PackageNotFoundError, requires
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,6 +33,7 @@ app = typer.Typer(
 prepare_app = typer.Typer(help="Make what a recipe needs.", no_args_is_help=True)
 app.add_typer(prepare_app, name="prepare")
 
+MODULES = {"pyyaml": "yaml", "scikit-learn": "sklearn"}  # of packages
 SECONDS_TO_SPEAK = 10  # imports may take one process that much longer than another
 WITH_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
@@ -98,6 +102,7 @@ def check(
     parsed = read_recipe(recipe, context.args, check_inputs=not plan)
     from rm_recipe import check as checks
 
+    checks.check_base(parsed)
     if plan and not checks.check_memory(recipe, context.args, gpu_memory):
         raise typer.Exit(2)
     if data:
@@ -260,7 +265,7 @@ def overoptimization(
     temperature: Annotated[float | None, typer.Option(help="1 draws from the policy as it is; 1.")] = None,
     top_p: Annotated[float | None, typer.Option(help="1 draws from all tokens; 1.")] = None,
     top_k: Annotated[int | None, typer.Option(help="0 draws from all tokens; 0.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the draws; 0.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Of the draws; 0.")] = None,
     safety: Annotated[
         str | None, typer.Option(help="A model of safety; with each PROXY, of helpfulness, as in Llama 2.")
     ] = None,
@@ -316,7 +321,10 @@ def main() -> None:
             fail("interrupted", 128 + (INTERRUPTS.received or signal.SIGINT))
         raise
     except ImportError as error:
-        fail(f"a package is missing: {error}; `pip install -e .` installs what rm_recipe needs", 2)
+        requirement = missing_package(error)
+        if requirement is None:  # a fault of ours, or of a package
+            raise
+        fail(f"a package is missing: {error}; `pip install '{requirement}'` installs it", 2)
     except (RuntimeError, MemoryError) as error:
         from rm_recipe.memory import is_out_of_memory
 
@@ -331,6 +339,21 @@ def main() -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
             raise
         fail(f"{error.strerror}: {error.filename or 'while writing'}", 1)
+
+
+def missing_package(error: ImportError) -> str | None:
+    """The requirement of ours that an import failed for, if that is why it failed: it is not installed."""
+    named = set(re.findall(r"\w[\w-]*", f"{error.name} {error}"))
+    try:
+        requirements = requires("rm-recipe") or []
+    except PackageNotFoundError:  # run from its source
+        return None
+    for requirement in requirements:
+        package = re.split(r"[^\w-]", requirement)[0]
+        module = MODULES.get(package.lower(), package.replace("-", "_"))
+        if {package, module} & named and find_spec(module) is None:
+            return requirement.partition(";")[0].strip()
+    return None
 
 
 def fail(message: str, code: int) -> None:

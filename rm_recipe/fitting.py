@@ -9,21 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification
 
-from rm_recipe import memory, tokenization
+from rm_recipe import memory, modeling, tokenization
 from rm_recipe.batching import Encoded
 from rm_recipe.errors import RecipeError, one_line
 from rm_recipe.heads import head_names
 from rm_recipe.memory import MemoryPlan
-from rm_recipe.recipe import Recipe, read_recipe
+from rm_recipe.recipe import Recipe, read_recipe, shipped
 from rm_recipe.sharing import decide_sharing
 from rm_recipe.split import Split
 
 # TRL's name and transformers' new one, of which its Trainer reads only the second.
 CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
 LARGEST = 128  # comparisons per device; nobody needs more
-SHIPPED = Path(__file__).parent.parent / "recipes"
+SHIPPED = shipped("recipes")
 # The precision of a GPU, on a machine that has none.
 AS_ON_GPU = {"use_cpu": "true", "fp16": "false", "bf16": "true"}
 BatchOf = Callable[[int], Sequence[Encoded]]
@@ -119,12 +118,10 @@ def fit_by_config(recipe: Recipe, device: torch.device, memory_bytes: float) -> 
     training = recipe.training
     name, revision = str(recipe.model.model_name_or_path), recipe.model.model_revision
     config = tokenization.load_config(name, revision)
-    config.num_labels = 1
     text = config.get_text_config()
     if text.pad_token_id is None:  # which the tokenizer would name
         text.pad_token_id = 0
-    with torch.device("meta"):
-        outline = AutoModelForSequenceClassification.from_config(config)
+    outline = modeling.outline(config, name)
     tokenization.check_lengths(config, training.max_length, name)
     sharing = decide_sharing(outline, recipe.data.prefix_sharing, training.max_length, device)
     longest = Encoded([5], [[6] * ((training.max_length or 1024) - 1)] * 2)

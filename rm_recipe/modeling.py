@@ -5,6 +5,7 @@ its rewards tie), so here it is every parameter that the base checkpoint did not
 fp32, trained in full and saved with the adapter.
 """
 
+import copy
 import errno
 import gc
 import types
@@ -14,10 +15,12 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import transformers
 from peft import PeftConfig, PeftModel, TaskType, load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -38,13 +41,58 @@ from rm_recipe.attention import announce_rows
 from rm_recipe.errors import RecipeError, one_line
 from rm_recipe.heads import head_names, initialise, outermost, to_float32
 from rm_recipe.memory import is_out_of_memory
-from rm_recipe.tokenization import load_config
+from rm_recipe.tokenization import check_lengths, load_config
 from rm_recipe.weights import check_safetensors, saved_as
 
 if TYPE_CHECKING:
     from trl import ModelConfig
 
 LABEL = "reward"
+NOT_IN_FULL = (
+    "'model_name_or_path: {name}' comes quantised and cannot be trained in full: set 'use_peft: true'"
+)
+
+
+def check_base(base: Any, config: "ModelConfig", max_length: int | None) -> None:
+    """Refuses by a base's configuration alone what `load_base` would refuse, before any data is read.
+
+    Args:
+        base: its configuration, as `tokenization.load_config` gives it.
+
+    Raises:
+        RecipeError: it has too few positions, transformers has no classifier of its kind, or LoRA's modules
+            are not in it.
+    """
+    name = str(config.model_name_or_path)
+    check_lengths(base, max_length, name)
+    if hasattr(base, "quantization_config") and not config.use_peft:
+        raise RecipeError(NOT_IN_FULL.format(name=name))
+    classifier = outline(base, name, config.attn_implementation)
+    if config.use_peft:
+        check_target_modules(classifier, config)
+        add_lora(classifier, config, head_names(classifier), autocast=False)  # or PEFT refuses it
+
+
+def outline(base: Any, name: str, attn_implementation: str | None = None) -> PreTrainedModel:
+    """The one-label classifier of a configuration, without weights.
+
+    Raises:
+        RecipeError: transformers has none of its kind, or not with this attention.
+    """
+    if type(base) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise RecipeError(
+            f"'model_name_or_path: {name}': transformers {transformers.__version__} has no sequence "
+            f"classifier for '{base.model_type}', and a reward model is one; take a base of another kind, "
+            "llama, qwen3 or modernbert for one"
+        )
+    base = copy.deepcopy(base)
+    base.num_labels = 1
+    chosen = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    try:
+        with torch.device("meta"):
+            return AutoModelForSequenceClassification.from_config(base, **chosen)
+    except (ValueError, ImportError) as error:
+        raise RecipeError(f"'{name}' cannot be loaded as a classifier: {one_line(error)}") from None
 
 
 def load_base(
@@ -139,10 +187,7 @@ def _load_quantised(
 ) -> tuple[PreTrainedModel, list[str]]:
     """`_load` of a base that comes quantised, which transformers 5.23 cannot outline without weights."""
     if not config.use_peft:
-        raise RecipeError(
-            f"'model_name_or_path: {name}' comes quantised and cannot be trained in full: set "
-            "'use_peft: true'"
-        )
+        raise RecipeError(NOT_IN_FULL.format(name=name))
     try:
         model, new = _load(folder, device_map=quantisation.on_this_device(), **kwargs)
     except RecipeError as error:  # transformers fails to draw weights for a head that is quantised, too

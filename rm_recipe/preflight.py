@@ -108,24 +108,21 @@ def measure(
     split: Split,
     sizes: NDArray[np.int64],
 ) -> tuple[float, int, float]:
-    """`steps` of the recipe's batch, or of a smaller one with `auto_find_batch_size`.
+    """`steps_of` the recipe's batch.
 
     Raises:
         RecipeError: they do not fit the device's memory.
     """
     n, seed = recipe.training.per_device_train_batch_size, recipe.training.seed
-    while True:
-        try:
-            return steps_of(trainer, new_modules, split, sizes, n, np.random.default_rng(seed))
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-        trainer.model.zero_grad()
-        trainer.optimizer = None
-        clear_device_cache(garbage_collection=True)
-        if not (trainer.args.auto_find_batch_size and n > 1):
-            raise RecipeError(f"preflight: {too_little(recipe, trainer, new_modules, split)}")
-        n //= 2
+    try:
+        return steps_of(trainer, new_modules, split, sizes, n, np.random.default_rng(seed))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    trainer.model.zero_grad()
+    trainer.optimizer = None
+    clear_device_cache(garbage_collection=True)
+    raise RecipeError(f"preflight: {too_little(recipe, trainer, new_modules, split)}")
 
 
 def steps_of(
@@ -182,7 +179,8 @@ def as_before(trainer: SharedPrefixRewardTrainer) -> Iterator[None]:
     model.train()
     if arguments.activation_checkpointing:  # which Trainer turns on when it begins
         kwargs = dict(arguments.activation_checkpointing_kwargs or {})
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs or None)
+        own = {name: kwargs.pop(name) for name in ("every_n_layers", "offload") if name in kwargs}
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs or None, **own)
     try:
         with without_random_numbers(arguments.device):
             yield

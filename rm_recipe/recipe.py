@@ -18,7 +18,7 @@ import yaml
 
 from rm_recipe.artifacts import whole_file
 from rm_recipe.errors import RecipeError
-from rm_recipe.recipe_faults import cross_faults, input_faults
+from rm_recipe.recipe_faults import build_faults, cross_faults, input_faults
 from rm_recipe.recipe_keys import DEVICE_KEYS, REFUSED_KEYS, DataArguments, HubArguments, check_value
 from rm_recipe.redaction import expanded, hide_secrets, with_tilde
 
@@ -27,6 +27,7 @@ if typing.TYPE_CHECKING:
 
 
 RUN_RECIPE = "recipe.yaml"
+LOOKS = 0.1  # of all steps, after which the best checkpoint is looked for where the recipe says nothing
 RUN_HEADER = ", every key with the value it had"  # what tells a run's recipe.yaml from a user's
 
 
@@ -63,18 +64,31 @@ class Recipe:
             partial.write_text(header + text, encoding="utf-8")
 
 
+def shipped(folder: str) -> Path:
+    """The project's `recipes` or `accelerate_configs`: in the installed package, else beside its source."""
+    inside = Path(__file__).parent / folder
+    return inside if inside.is_dir() else Path(__file__).parent.parent / folder
+
+
+def find_recipe(path: Path) -> Path:
+    """The path; where there is nothing, the shipped recipe that `NAME.yaml` or `recipes/NAME.yaml` names."""
+    ours = shipped("recipes") / path.name
+    named = path.parent in (Path(), Path("recipes"))
+    return ours if named and not path.exists() and ours.is_file() else path
+
+
 def read_recipe(path: str | Path, overrides: Sequence[str] = (), *, check_inputs: bool = True) -> Recipe:
     """Reads, checks and resolves a recipe.
 
     Args:
-        path: the YAML file.
+        path: the YAML file, or the name of a shipped one.
         overrides: `--key value` or `--key=value` strings; they win over the file.
         check_inputs: also require that local model and data paths exist.
 
     Raises:
         RecipeError: with every fault found, a line each.
     """
-    path = Path(path)
+    path = find_recipe(Path(path))
     given, faults = _read_yaml(path)
     line_values, line_faults = _read_overrides(overrides)
     faults += line_faults
@@ -95,7 +109,11 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = (), *, check_inputs
     if faults:
         raise RecipeError("\n".join(faults))
     values.setdefault("output_dir", f"outputs/{path.stem}")
-    return _build(path, values)
+    recipe = _build(path, values)
+    faults = [f"{path}: {fault}" for fault in build_faults(recipe.training, recipe.model)]
+    if faults:
+        raise RecipeError("\n".join(faults))
+    return recipe
 
 
 def is_run_folder(folder: Path) -> bool:
@@ -118,7 +136,8 @@ def saved_values(run: Path) -> dict[str, Any]:
     values, faults = _read_yaml(run / RUN_RECIPE)
     if faults:
         raise RecipeError("\n".join(faults))
-    return expanded(values)
+    # Runs of before recorded a dropout that there was none of.
+    return expanded(values) | _dropout_values(values)
 
 
 def read_run_recipe(run: Path) -> Recipe:
@@ -184,11 +203,9 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def _nearest_recipe(path: Path) -> str:
-    if not path.parent.is_dir():
-        return ""
-    names = [p.name for p in path.parent.glob("*.yaml")]
-    close = difflib.get_close_matches(path.name, names, n=1)
-    return f". Did you mean {path.parent / close[0]}?" if close else ""
+    there = {p.name: p for folder in (shipped("recipes"), path.parent) for p in folder.glob("*.yaml")}
+    close = difflib.get_close_matches(path.name, there, n=1)
+    return f". Did you mean {there[close[0]]}?" if close else ""
 
 
 def _read_overrides(overrides: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -220,7 +237,7 @@ def _read_overrides(overrides: Sequence[str]) -> tuple[dict[str, str], list[str]
 def _build(path: Path, values: dict[str, Any]) -> Recipe:
     from trl import ModelConfig, RewardConfig
 
-    values = _early_stopping_values(values) | values | _device_values(values)
+    values = _best_values(values) | values | _device_values(values) | _dropout_values(values)
     parts: list[Any] = []
     of_hub = {item.name for item in dataclasses.fields(HubArguments)}
     for part in (RewardConfig, ModelConfig, DataArguments, HubArguments):
@@ -271,19 +288,30 @@ def _device_values(values: dict[str, Any]) -> dict[str, Any]:
     return resolved
 
 
-def _early_stopping_values(values: dict[str, Any]) -> dict[str, Any]:
-    """What early stopping needs of Trainer: to look, to look before it saves, and to keep the best."""
-    if not values.get("early_stopping_patience"):
+def _best_values(values: dict[str, Any]) -> dict[str, Any]:
+    """What keeping the best checkpoint needs of Trainer: to look where it saves, and nowhere else."""
+    patience = values.get("early_stopping_patience")
+    if not (patience or values.get("load_best_model_at_end")):
         return {}
-    strategy = values.get("eval_strategy") or values.get("save_strategy") or "steps"
-    return {
-        "eval_strategy": strategy,
-        "save_strategy": strategy,
-        "eval_steps": values.get("save_steps"),
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "eval_accuracy",
-        "restore_callback_states_from_checkpoint": True,  # how many evaluations were no better
-    }
+    saved = values.get("save_strategy")
+    strategy = values.get("eval_strategy") or ("steps" if saved in (None, "best") else saved)
+    resolved = {"eval_strategy": strategy, "save_strategy": strategy}
+    if strategy == "steps":
+        # Trainer would look at every `logging_steps`, save at every 500, and know no best checkpoint.
+        often = values.get("save_steps") or values.get("eval_steps") or LOOKS
+        resolved |= {"eval_steps": often, "save_steps": often}
+    if patience:
+        resolved |= {
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_accuracy",
+            "restore_callback_states_from_checkpoint": True,  # how many evaluations were no better
+        }
+    return resolved
+
+
+def _dropout_values(values: dict[str, Any]) -> dict[str, Any]:
+    """The adapters' dropout that there is: TRL's `disable_dropout` leaves none."""
+    return {"lora_dropout": 0.0} if values.get("disable_dropout", True) else {}
 
 
 def _gpu_has_bf16() -> bool:

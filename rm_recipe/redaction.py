@@ -8,9 +8,14 @@ from typing import Any
 HIDDEN = "***"
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # variables whose values are hidden
 SHORTEST_TOKEN = 8  # a shorter value would be hidden inside words
-# Tokens by their beginnings: Hugging Face's, GitHub's, OpenAI's and its like, AWS's; a URL's user:password.
+# What nobody would make a name of: letters of both cases, with digits among them; or hexadecimal digits.
+_MIXED = r"(?=[A-Za-z0-9]*[a-z])(?=[A-Za-z0-9]*[A-Z])"
+_RANDOM = r"(?:(?=[A-Za-z0-9]{16})(?=[A-Za-z0-9]*[0-9])" + _MIXED + r"|(?=[0-9a-f]{32}))"
+# Tokens by their beginnings: Hugging Face's (letters alone), GitHub's, OpenAI's and its like, AWS's; a URL's
+# user:password.
 _SECRETS = re.compile(
-    r"(?<![A-Za-z0-9])(?:(?:hf|api_org|gh[opsu])_[A-Za-z0-9]{20,}|github_pat_\w{20,}|sk-[\w-]{20,}"
+    rf"(?<![A-Za-z0-9])(?:(?:hf|api_org)_{_MIXED}[A-Za-z0-9]{{20,}}|gh[opsu]_[A-Za-z0-9]{{20,}}"
+    rf"|github_pat_\w{{20,}}|sk-(?:[A-Za-z0-9]*[-_]){{0,8}}?{_RANDOM}[\w-]+"
     r"|AKIA[A-Z0-9]{16})(?![A-Za-z0-9])"
     r"|(?<=://)[^\s/?#@:\"'<>]*:[^\s/?#@\"'<>]+(?=@)"
 )

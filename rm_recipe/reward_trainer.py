@@ -143,7 +143,10 @@ class SharedPrefixRewardTrainer(RewardTrainer):
         # TRL rounds what is trained on a quantised base to bf16, where AdamW's small steps on weights
         # near 0.02 are lost, and with them the numbers of a head that the base brought.
         exact = {name: p.data for name, p in kwargs["model"].named_parameters() if p.requires_grad}
+        # The tokenizer has the template already; TRL would put the file's own text in its place.
+        template, kwargs["args"].chat_template_path = kwargs["args"].chat_template_path, None
         super().__init__(*args, **kwargs)
+        self.args.chat_template_path = template
         for name, parameter in self.model.named_parameters():
             if name in exact and parameter.dtype != exact[name].dtype:
                 parameter.data = exact[name].to(parameter.device)

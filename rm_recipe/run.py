@@ -21,10 +21,10 @@ import psutil
 from rm_recipe.artifacts import read_json
 from rm_recipe.errors import Interrupted, RecipeError, TrainingError
 from rm_recipe.interrupts import INTERRUPTS, UNDER_RUN
-from rm_recipe.recipe import Recipe, is_run_folder, read_recipe
+from rm_recipe.recipe import Recipe, is_run_folder, read_recipe, shipped
 from rm_recipe.recipe_keys import DEVICE_KEYS
 
-CONFIGS = Path(__file__).parent.parent / "accelerate_configs"
+CONFIGS = shipped("accelerate_configs")
 
 
 def run(recipe_path: Path, overrides: Sequence[str], *, overwrite: bool = False) -> None:

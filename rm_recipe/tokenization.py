@@ -185,10 +185,22 @@ def _reserved(token: str) -> bool:
 
 
 def _read_template(template: str) -> str:
-    path = Path(template)
-    if not path.is_file():
-        raise RecipeError(f"'chat_template_path: {template}' does not exist")
-    return path.read_text(encoding="utf-8")
+    """The chat template of a file, or of the tokenizer in a folder or on the Hub, as in TRL."""
+    try:
+        if Path(template).is_file():
+            return Path(template).read_text(encoding="utf-8")
+        found = AutoTokenizer.from_pretrained(template).chat_template
+    except UnicodeDecodeError:
+        raise RecipeError(f"'chat_template_path: {template}' is not UTF-8 text") from None
+    except (OSError, ValueError, ImportError) as error:
+        raise RecipeError(
+            f"'chat_template_path: {template}' is no template's file, and no tokenizer that can be loaded: "
+            f"{one_line(error)}"
+        ) from None
+    found = found.get("default") if isinstance(found, dict) else found
+    if not found:
+        raise RecipeError(f"'chat_template_path: {template}' has no chat template")
+    return str(found)
 
 
 def _without_added_specials(tokenizer: PreTrainedTokenizerBase, padding: str) -> PreTrainedTokenizerFast:

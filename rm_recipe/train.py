@@ -28,7 +28,7 @@ from rm_recipe.distribution import (
 from rm_recipe.doctor import examine, print_report
 from rm_recipe.early_signs import EarlySigns
 from rm_recipe.encoding import tokenize
-from rm_recipe.errors import Interrupted, TrainingError
+from rm_recipe.errors import Interrupted, RecipeError, TrainingError
 from rm_recipe.fitting import CHECKPOINTING, too_little
 from rm_recipe.heads import check_saved_head, head_of
 from rm_recipe.interrupts import INTERRUPTS
@@ -161,13 +161,14 @@ def load_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Split, Split, Le
     """The tokenizer, train and held-out comparisons with their token ids, cached, and the leakage.
 
     Raises:
-        RecipeError: the base is unknown, or has fewer positions than `max_length`.
+        RecipeError: the base is unknown or `modeling.check_base` refuses it, or all comparisons are fewer
+            than the one batch that `dataloader_drop_last` asks for.
         DataError: the data cannot be used, or nothing is left of it.
     """
     training, data = recipe.training, recipe.data
     name, revision = str(recipe.model.model_name_or_path), recipe.model.model_revision
     config = tokenization.load_config(name, revision, training.trust_remote_code)
-    tokenization.check_lengths(config, training.max_length, name)
+    modeling.check_base(config, recipe.model, training.max_length)
     check_padding(config, name)
     tokenizer = tokenization.load_tokenizer(
         name, revision, training.trust_remote_code, training.chat_template_path, of_base=True
@@ -179,7 +180,31 @@ def load_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Split, Split, Le
     with main_process_first():
         train_split, test_split, leakage = load_splits(recipe)
         train_split = tokenize(train_split, *settings, alike=True)
-        return tokenizer, train_split, tokenize(test_split, *settings), leakage
+        test_split = tokenize(test_split, *settings)
+    if training.dataloader_drop_last:
+        check_batches(recipe, train_split, test_split)
+    return tokenizer, train_split, test_split, leakage
+
+
+def check_batches(recipe: Recipe, train_split: Split, test_split: Split) -> None:
+    """Refuses `dataloader_drop_last` where it would drop everything, or comparisons that are held out.
+
+    Raises:
+        RecipeError: with what there is.
+    """
+    training = recipe.training
+    batch, there = training.per_device_train_batch_size * training.world_size, len(train_split.comparisons)
+    if there < batch:
+        raise RecipeError(
+            f"'dataloader_drop_last: true' would drop all of the {there} comparisons: a batch has {batch}"
+        )
+    held_out, batch = len(test_split.comparisons), training.per_device_eval_batch_size * training.world_size
+    if training.eval_strategy != "no" and held_out % batch:
+        raise RecipeError(
+            f"'dataloader_drop_last: true' would drop {held_out % batch} of the {held_out} held-out "
+            "comparisons at each evaluation: leave it out, or choose a 'per_device_eval_batch_size' that "
+            "divides them"
+        )
 
 
 def report_data(recipe: Recipe, train: Split, test: Split, leakage: Leakage) -> dict[str, Any] | None:

@@ -2,10 +2,11 @@
 
 import subprocess
 import sys
+import tomllib
 
 import pytest
 import torch
-from conftest import run_cli
+from conftest import REPOSITORY, run_cli
 
 from rm_recipe import cli
 
@@ -85,7 +86,6 @@ def test_check_says_what_would_be_trained_and_writes_nothing(monkeypatch, capsys
     ("error", "code", "message"),
     [
         (SystemExit(130), 130, "interrupted"),
-        (ImportError("No module named 'peft'"), 2, "a package is missing: No module named 'peft'; `pip"),
         (OSError(28, "No space left on device", "model.bin"), 1, "No space left on device: model.bin"),
     ],
 )  # fmt: skip
@@ -118,6 +118,56 @@ def test_out_of_memory_in_any_verb_is_one_message_that_says_what_to_do(monkeypat
     assert err.startswith("rm-recipe: out of memory (")
     assert "`CUDA_VISIBLE_DEVICES= rm-recipe ...`" in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "requirement"),
+    [
+        (ModuleNotFoundError("No module named 'peft'", name="peft"), "peft~=0.21.2"),
+        (ModuleNotFoundError("No module named 'yaml'", name="yaml"), "pyyaml>=6"),
+        (ModuleNotFoundError("No module named 'trackio'", name="trackio"), "trackio>=0.5"),
+        (ImportError("Please install torch and gguf>=0.10.0 to load a GGUF checkpoint"), "gguf>=0.19"),
+    ],
+    ids=str,
+)
+def test_a_package_of_ours_that_is_not_installed_is_named_with_what_installs_it(
+    monkeypatch, capsys, error, requirement
+):
+    def raise_it(**_):
+        raise error
+
+    declared = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    extras = [f'{line}; extra == "tracking"' for line in declared["optional-dependencies"]["tracking"]]
+    monkeypatch.setattr(cli, "requires", lambda _: [*declared["dependencies"], *extras])
+    there = cli.find_spec
+    gone = ("peft", "yaml", "trackio", "gguf")
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name in gone else there(name))
+    monkeypatch.setattr(cli, "app", raise_it)
+    code, _, err = invoke(monkeypatch, capsys)
+    assert code == 2
+    assert err == f"rm-recipe: a package is missing: {error}; `pip install '{requirement}'` installs it\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("cannot import name 'nothing' from 'rm_recipe.errors'", name="rm_recipe.errors"),
+        ModuleNotFoundError("No module named 'rm_recipe.nothing'", name="rm_recipe.nothing"),
+        ModuleNotFoundError("No module named 'peft.nothing'", name="peft.nothing"),  # peft is there
+        ImportError("cannot import name 'LoraConfig' from 'peft'", name="peft"),
+        ModuleNotFoundError("No module named 'of_nobody'", name="of_nobody"),
+        ImportError("DLL load failed"),
+    ],
+    ids=str,
+)
+def test_any_other_import_that_fails_keeps_its_traceback(monkeypatch, error):
+    def raise_it(**_):
+        raise error
+
+    monkeypatch.setattr(cli, "app", raise_it)
+    with pytest.raises(ImportError) as caught:
+        cli.main()
+    assert caught.value is error
 
 
 def test_a_program_error_keeps_its_traceback(monkeypatch):

@@ -153,6 +153,14 @@ def test_early_stopping_keeps_the_best_checkpoint_by_held_out_accuracy(write_rec
     assert evaluate(str(run))["datasets"]["held_out"]["accuracy"] == best
 
 
+def test_early_stopping_without_save_steps_keeps_the_best_too(write_recipe, tmp_path):
+    train(read_recipe(write_recipe(**STOPPING | {"save_steps": "omit", "num_train_epochs": 4})))
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    accuracies = [entry["eval_accuracy"] for entry in record["log"] if "eval_accuracy" in entry]
+    assert len(accuracies) > 2
+    assert evaluate(str(tmp_path / "run"))["datasets"]["held_out"]["accuracy"] == max(accuracies)
+
+
 def test_early_stopping_goes_on_counting_after_an_interrupt(write_recipe, tmp_path, monkeypatch):
     train(read_recipe(write_recipe(**STOPPING, output_dir=str(tmp_path / "whole"))))
     steps = json.loads((tmp_path / "whole" / "run.json").read_text())["steps"]
@@ -186,9 +194,20 @@ def test_a_run_that_had_stopped_early_is_not_trained_on_when_resumed(write_recip
     assert len(checkpoints(run)) == 3  # save_total_limit, and the best
 
 
+@pytest.mark.parametrize("keys", [{}, {"save_steps": 4}, {"eval_steps": 4}], ids=str)
+@pytest.mark.parametrize("asked", [{"early_stopping_patience": 2}, {"load_best_model_at_end": True}], ids=str)
+def test_the_best_checkpoint_is_looked_for_where_one_is_saved(write_recipe, keys, asked):
+    """Trainer would look at every `logging_steps` and save at every 500: it keeps the last model, unsaid."""
+    training = read_recipe(write_recipe(save_strategy="omit", logging_steps=3, **asked, **keys)).training
+    assert training.eval_steps == training.save_steps == (4 if keys else 0.1)
+    assert training.eval_strategy == training.save_strategy == "steps"
+    assert training.load_best_model_at_end
+
+
 @pytest.mark.parametrize(
     ("keys", "fault"),
     [
+        ({"eval_steps": 1}, "'eval_steps: 1.0' must equal 'save_steps: 2.0', or leave it out"),
         ({"eval_strategy": "no"}, "needs what 'eval_strategy: no' forbids"),
         ({"load_best_model_at_end": False}, "needs what 'load_best_model_at_end: False' forbids"),
         ({"early_stopping_patience": 0}, "'early_stopping_patience: 0' must be above 0"),

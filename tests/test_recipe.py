@@ -15,7 +15,7 @@ from trl import ModelConfig
 from rm_recipe import quantisation
 from rm_recipe import recipe as recipe_module
 from rm_recipe.errors import RecipeError
-from rm_recipe.recipe import read_recipe, read_run_recipe
+from rm_recipe.recipe import read_recipe, read_run_recipe, saved_values
 from rm_recipe.recipe_keys import DataArguments
 
 SHIPPED = sorted((REPOSITORY / "recipes").glob("*.yaml"))
@@ -69,7 +69,7 @@ def test_all_faults_come_in_one_message_each_with_its_place_and_fix(write_recipe
         "key 'hub_token' is not for a recipe",
         "'dataset_test_split: train' must differ from 'dataset_train_split'",
         "'truncation: cut' is not one of drop_oldest_turns, keep_end, exclude.",
-        "'report_to: no_such_tracker' needs a package: `pip install no_such_tracker`",
+        "'report_to: no_such_tracker' is not one of none, all, azure_ml",
         "key 'seed' is given twice",
         "command line: 'num_train_epochs: many' should be a number",
         "command line: --foo has no value",
@@ -232,3 +232,27 @@ def test_what_torch_calls_an_accelerator_is_trained_on(monkeypatch, kind):
         monkeypatch.setattr(recipe_module, "_gpu_has_bf16", lambda has_bf16=has_bf16: has_bf16)
         values = recipe_module._device_values({})
         assert (values["use_cpu"], values["bf16"], values["fp16"]) == (False, has_bf16, not has_bf16)
+
+
+def test_the_adapters_dropout_is_recorded_as_it_is(write_recipe, tmp_path):
+    """TRL's `disable_dropout`, on by default, leaves none, whatever `lora_dropout` says."""
+    assert read_recipe(write_recipe()).resolved()["lora_dropout"] == 0.0
+    with_it = read_recipe(write_recipe(disable_dropout=False))
+    assert with_it.resolved()["lora_dropout"] == with_it.model.lora_dropout == 0.05
+    run = tmp_path / "before"
+    run.mkdir()
+    recipe = read_recipe(write_recipe())
+    recipe.model.lora_dropout = 0.05  # as it was recorded once
+    recipe.save(run / "recipe.yaml")
+    assert saved_values(run)["lora_dropout"] == 0.0
+
+
+def test_a_shipped_recipe_is_found_by_its_name_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("smollm2_offline.yaml", "recipes/smollm2_offline.yaml"):
+        assert read_recipe(name, check_inputs=False).path == REPOSITORY / "recipes" / "smollm2_offline.yaml"
+    with pytest.raises(RecipeError, match="elsewhere/smollm2_offline.yaml: no such recipe"):
+        read_recipe("elsewhere/smollm2_offline.yaml")
+    own = tmp_path / "smollm2_offline.yaml"
+    own.write_text("model_name_or_path: a/b\ndataset_name: c/d\n")
+    assert read_recipe(own.name).model.model_name_or_path == "a/b"

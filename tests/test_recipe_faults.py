@@ -19,6 +19,53 @@ from rm_recipe.recipe import read_recipe
         ({"datasets": [{"path": "x"}]}, "'datasets' and 'dataset_name' exclude each other"),
         ({"datasets": "x"}, "should be a list"),
         ({"save_total_limit": 1}, "'save_total_limit: 1' must be 2 or more: the older checkpoint is what is"),
+        ({"save_steps": 0}, "'save_steps: 0.0' must be above 0"),
+        ({"max_steps": 0}, "'max_steps: 0' must be above 0; leave it out to train 'num_train_epochs'"),
+        ({"seed": -1}, "'seed: -1' must lie between 0 and 4294967295"),
+        ({"data_seed": 2**32}, "'data_seed: 4294967296' must lie between 0 and 4294967295"),
+        ({"center_rewards_coefficient": -0.1}, "'center_rewards_coefficient: -0.1' must not be below 0"),
+        ({"lora_dropout": 0.1}, "'lora_dropout: 0.1' would be switched off by 'disable_dropout'"),
+        ({"neftune_noise_alpha": 5}, "'neftune_noise_alpha' scales its noise by the length of a row"),
+        (
+            {"activation_checkpointing": True},
+            "'gradient_checkpointing' and 'activation_checkpointing' are one thing",
+        ),
+        (
+            {"activation_checkpointing_kwargs": {"layers": 2}},
+            "'activation_checkpointing_kwargs': unknown key 'layers'",
+        ),
+        (
+            {"accelerator_config": {"dispatch_batches": True}},
+            "'accelerator_config': 'dispatch_batches: true' would change how many comparisons make a step",
+        ),
+        ({"metric_for_best_model": "loss"}, "'metric_for_best_model' does nothing without 'load_best_model"),
+        (
+            {"metric_for_best_model": "eval_f1", "load_best_model_at_end": True},
+            "'metric_for_best_model: eval_f1' is not measured in training; accuracy, loss, margin,",
+        ),
+        (
+            {"metric_for_best_model": "acuracy", "lr_scheduler_type": "greedy", "eval_strategy": "steps"},
+            "Did you mean 'accuracy'?",
+        ),
+        ({"save_strategy": "best"}, "'save_strategy: best' needs a 'metric_for_best_model'"),
+        ({"save_strategy": "best"}, "needs evaluations to choose by: 'eval_strategy: steps'"),
+        (
+            {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 4, "eval_steps": 2},
+            "'eval_steps: 2.0' must equal 'save_steps: 4.0', or leave it out",
+        ),
+        (
+            {"lr_scheduler_type": "constant", "warmup_steps": 3},
+            "'warmup_steps' does nothing with 'lr_scheduler_type: constant'",
+        ),
+        (
+            {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"a": 1}},
+            "'lr_scheduler_kwargs' do nothing with 'lr_scheduler_type: constant'",
+        ),
+        ({"report_to": "azure_ml"}, "'report_to: azure_ml' needs a package: `pip install azureml-core`"),
+        ({"report_to": ["weights"]}, "'report_to: weights' is not one of none, all, azure_ml"),
+        ({"report_to": "wand"}, "Did you mean 'wandb'?"),
+        ({"chat_template_path": "t.jinja"}, "'chat_template_path: t.jinja' does not exist"),
+        ({"chat_template_path": __file__}, "a template's file ends in .jinja or .j2"),
         ({"save_only_model": True}, "key 'save_only_model' is not for a recipe: a checkpoint without"),
     ],
 )
@@ -26,6 +73,50 @@ def test_a_fault_is_named_with_its_key(write_recipe, keys, fault):
     with pytest.raises(RecipeError, match="recipe.yaml") as caught:
         read_recipe(write_recipe(**keys))
     assert fault in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "fault"),
+    [
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "One of min_lr or min_lr_rate should be set"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "'lr_scheduler_type: warmup_stable_decay': "),
+        ({"lr_scheduler_kwargs": {"num_cycles": 2}}, "'lr_scheduler_type: linear': "),
+        ({"optim": "galore_adamw"}, "'optim: galore_adamw': You need to install `galore_torch`"),
+        ({"optim": "adamw_torch_xla"}, "'optim: adamw_torch_xla': Trainer failed to import"),
+        ({"optim": "lomo"}, "'optim: lomo' makes its steps within backward"),
+        ({"optim_target_modules": "all-linear"}, "'optim_target_modules' does nothing with 'optim: adamw_t"),
+        ({"optim_args": "alpha=3"}, "'optim_args: alpha=3' changes nothing of 'optim: adamw_torch_fused'"),
+        ({"weight_decay": 0.1, "adam_beta1": 1.5}, "'optim: adamw_torch_fused': Invalid beta parameter"),
+        ({"dataloader_persistent_workers": True}, "persistent_workers option needs num_workers > 0"),
+        ({"dataloader_num_workers": -1}, "the 'dataloader_...' keys: num_workers option should be non-negat"),
+        ({"attn_implementation": "flex_attention"}, "'attn_implementation: flex_attention' cannot train on"),
+        ({"activation_offloading": True}, "on a CPU activations are where it would move them"),
+    ],
+)
+def test_what_cannot_be_made_of_a_recipe_is_named_before_anything_is_loaded(write_recipe, keys, fault):
+    with pytest.raises(RecipeError, match="recipe.yaml") as caught:
+        read_recipe(write_recipe(**keys))
+    assert fault in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"optim": "ademamix", "optim_args": "alpha=3"},
+        {"optim": "adafactor"},
+        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}},
+        {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"},
+        {"save_strategy": "best", "metric_for_best_model": "margin", "eval_strategy": "epoch"},
+        {"disable_dropout": False, "lora_dropout": 0.1},
+        {"neftune_noise_alpha": 5, "prefix_sharing": "off"},
+        {"report_to": "none"},
+        {"seed": 2**32 - 1, "data_seed": 0},
+    ],
+    ids=str,
+)
+def test_what_does_what_it_says_is_accepted(write_recipe, keys):
+    recipe = read_recipe(write_recipe(**keys))
+    assert keys.items() <= recipe.values.items()
 
 
 ABOVE_0 = "'fraction' must be a number above 0 in every entry"

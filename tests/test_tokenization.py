@@ -8,6 +8,8 @@ from conftest import TINY, make_tokenizer
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from rm_recipe.errors import RecipeError
+from rm_recipe.recipe import read_recipe
+from rm_recipe.sharing import Sharing
 from rm_recipe.tokenization import (
     check_lengths,
     check_vocabulary,
@@ -16,6 +18,7 @@ from rm_recipe.tokenization import (
     positions,
     render,
 )
+from rm_recipe.train import load_data, load_model, make_trainer
 
 MESSAGES = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good cat"}]
 
@@ -177,3 +180,55 @@ def test_ids_that_are_not_those_of_the_tokenizer_file_are_told_of(tiny_llama, tm
     file.write_text(json.dumps(content))
     load_tokenizer(str(tmp_path))
     assert "gives other token ids than its tokenizer.json" in caplog.text
+
+
+# --- chat_template_path --------------------------------------------------------------------------
+
+OTHER_TEMPLATE = "{% for message in messages %}{{ message['content'] }}!{{ eos_token }}{% endfor %}"
+
+
+def test_a_template_may_be_a_file_or_the_one_of_another_tokenizer(tiny_llama, tmp_path):
+    (tmp_path / "t.jinja").write_text(OTHER_TEMPLATE)
+    other = make_tokenizer()
+    other.chat_template = OTHER_TEMPLATE
+    other.save_pretrained(tmp_path / "other")
+    for template in ("t.jinja", "other"):
+        tokenizer = load_tokenizer(str(tiny_llama), template=str(tmp_path / template))
+        assert render(tokenizer, MESSAGES) == "hello!</s>good cat!</s>"
+
+
+def test_a_template_that_cannot_be_read_is_one_message(tiny_llama, tmp_path):
+    (tmp_path / "binary.jinja").write_bytes(bytes(range(256)))
+    (tmp_path / "empty").mkdir()
+    other = make_tokenizer()
+    other.chat_template = None
+    other.save_pretrained(tmp_path / "plain")
+    for name, fault in (
+        ("binary.jinja", "binary.jinja' is not UTF-8 text"),
+        ("empty", "empty' is no template's file, and no tokenizer that can be loaded: "),
+        ("gone/hub", "is no template's file, and no tokenizer that can be loaded: "),
+        ("plain", "plain' has no chat template"),
+    ):
+        with pytest.raises(RecipeError, match=f"'chat_template_path: .*{fault}"):
+            load_tokenizer(str(tiny_llama), template=str(tmp_path / name) if "/" not in name else name)
+
+
+@pytest.mark.parametrize("suffix", [".jinja", ""])
+def test_the_template_that_is_trained_with_is_ours_and_not_what_trl_would_read_again(
+    write_recipe, tmp_path, suffix
+):
+    """TRL puts the file's own text into the tokenizer, and fails at a folder's added tokens."""
+    path = tmp_path / f"other{suffix}"
+    if suffix:
+        path.write_text(OTHER_TEMPLATE)
+    else:
+        other = make_tokenizer()
+        other.chat_template = OTHER_TEMPLATE
+        other.save_pretrained(path)
+    recipe = read_recipe(write_recipe(chat_template_path=str(path)))
+    tokenizer, train_split, test_split, _ = load_data(recipe)
+    tokenizer.chat_template = made = f"{tokenizer.chat_template}{{# made safe #}}"
+    model = load_model(recipe, tokenizer)
+    trainer = make_trainer(recipe, tokenizer, *model, train_split, test_split, Sharing(False, "off", None))
+    assert trainer.processing_class.chat_template == made
+    assert recipe.resolved()["chat_template_path"] == str(path)
