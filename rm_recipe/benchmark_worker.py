@@ -54,6 +54,7 @@ def measure_training(recipe: Recipe, what: str) -> dict[str, Any]:
         sharing = settle_step(recipe, model, new_modules, train_split)
         trainer: Any = make_trainer(recipe, tokenizer, model, new_modules, train_split, test_split, sharing)
     else:
+        recipe.training.chat_template_path = None  # what is tokenised already needs none
         trainer = RewardTrainer(
             model=model,
             args=recipe.training,

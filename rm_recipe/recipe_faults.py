@@ -48,7 +48,8 @@ WITHOUT_KWARGS = ("constant", "constant_with_warmup")
 TRACKER_PACKAGES = {"azure_ml": "azureml-core", "flyte": "flytekit", "kubeflow": "kubeflow"}
 # What torch's and transformers' checkpointing take.
 CHECKPOINTING_KWARGS = {
-    "use_reentrant", "preserve_rng_state", "determinism_check", "early_stop", "every_n_layers", "offload",
+    "use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop", "every_n_layers",
+    "offload",
 }  # fmt: skip
 FUSED_INTO_BACKWARD = ("lomo", "adalomo", "layerwise")  # optimizers, by parts of their names
 
