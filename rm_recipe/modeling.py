@@ -174,12 +174,13 @@ def _load(name: str, **kwargs: Any) -> tuple[PreTrainedModel, list[str]]:
 
 def _keep_head(model: PreTrainedModel, name: str, heads: tuple[str, ...], revision: str) -> None:
     """Gives a head its checkpoint's numbers, if they are there: it was loaded in the body's precision."""
-    for key, saved in saved_as(name, heads, revision):
-        with suppress(AttributeError):  # a name of older versions, which transformers translates
-            parameter = model.get_parameter(key)
-            if parameter.is_floating_point() and parameter.shape == saved.shape:  # neither quantised nor new
-                precision = torch.promote_types(saved.dtype, parameter.dtype)
-                parameter.data = saved.to(parameter.device, precision)
+    with suppress(OSError):  # in files that its config names
+        for key, saved in saved_as(name, heads, revision):
+            with suppress(AttributeError):  # a name that transformers translates, as of older versions
+                parameter = model.get_parameter(key)
+                if parameter.is_floating_point() and parameter.shape == saved.shape:  # not quantised or new
+                    precision = torch.promote_types(saved.dtype, parameter.dtype)
+                    parameter.data = saved.to(parameter.device, precision)
 
 
 def _load_quantised(

@@ -70,14 +70,18 @@ def check_safetensors(name: str, revision: str = "main", *, adapter: bool = Fals
 def saved_as(
     name: str, prefixes: tuple[str, ...], revision: str = "main"
 ) -> Iterator[tuple[str, "torch.Tensor"]]:
-    """The tensors of a model whose names start so, in the precision that its files have."""
+    """The tensors of a model whose names start so, in the precision that its files have.
+
+    Raises:
+        OSError: its weights are in files of other names.
+    """
     from safetensors import safe_open
     from transformers.utils import cached_file
 
     single, index = SAFE[False]
     try:
-        files = {single}
         cached_file(name, single, revision=revision)
+        files = {single}
     except OSError:
         shards = json.loads(Path(str(cached_file(name, index, revision=revision))).read_text())["weight_map"]
         files = {file for key, file in shards.items() if key.startswith(prefixes)}
