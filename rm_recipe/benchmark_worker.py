@@ -21,8 +21,8 @@ from trl import RewardTrainer
 from rm_recipe import adapters
 from rm_recipe.artifacts import write_json
 from rm_recipe.batching import Encoded, padded_rows
+from rm_recipe.memory import peak_memory
 from rm_recipe.recipe import Recipe, read_recipe
-from rm_recipe.run_record import peak_memory
 from rm_recipe.scoring import RewardModel
 from rm_recipe.split import Split
 from rm_recipe.train import (

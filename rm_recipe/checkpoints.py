@@ -8,7 +8,9 @@ with another content than it says, does not count, and the one before is used.
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_pt_utils import nested_gather
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, rotate_checkpoints
 
-from rm_recipe.artifacts import sha256, write_json
+from rm_recipe.artifacts import read_json, sha256, write_json
 from rm_recipe.errors import Interrupted, RecipeError, TrainingError, one_line
 from rm_recipe.interrupts import INTERRUPTS
+from rm_recipe.memory import peak_memory, reset_peak_memory
 
 MANIFEST = "manifest.json"
 
@@ -83,6 +86,14 @@ def newest_whole(run: Path) -> tuple[Path | None, dict[Path, str]]:
     return None, faulty
 
 
+def newest_manifest(run: Path) -> dict[str, Any] | None:
+    """Of the newest checkpoint that has one that can be read, whole or not."""
+    for checkpoint in checkpoints(run):
+        with suppress(RecipeError):
+            return read_json(checkpoint / MANIFEST)
+    return None
+
+
 class Checkpoints(TrainerCallback):
     """Finishes each checkpoint with its manifest, and ends training where a signal has asked for it.
 
@@ -90,7 +101,7 @@ class Checkpoints(TrainerCallback):
     before is all there is. Of a run that ends with its best checkpoint, that one is kept besides.
 
     The manifest also keeps what Trainer and TRL have counted since the last log and forget on resuming:
-    with it, a resumed run logs the same losses.
+    with it, a resumed run logs the same losses, and knows what the whole of it took.
 
     Args:
         trainer: the one that this is a callback of.
@@ -103,6 +114,16 @@ class Checkpoints(TrainerCallback):
     ) -> None:
         self._trainer, self._identity, self._resumed = trainer, identity, resumed
         self._stopping = False
+        self._began = time.monotonic()
+        reset_peak_memory()
+
+    def cost(self) -> dict[str, Any]:
+        """Seconds and peak memory of the training so far, over resumes."""
+        before = (self._resumed or {}).get("cost", {"train_seconds": 0.0, "peak_memory_bytes": 0})
+        return {
+            "train_seconds": before["train_seconds"] + time.monotonic() - self._began,
+            "peak_memory_bytes": max(before["peak_memory_bytes"], peak_memory()),
+        }
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -158,9 +179,8 @@ class Checkpoints(TrainerCallback):
                 "metrics": trainer._metrics["train"],
             }
             try:
-                write_manifest(
-                    checkpoint, {"step": state.global_step, **self._identity, "since_last_log": since}
-                )
+                counted = {"step": state.global_step, "since_last_log": since, "cost": self.cost()}
+                write_manifest(checkpoint, {**counted, **self._identity})
             except OSError as error:
                 raise not_written(checkpoint, error) from error
             self._remove_older(args, state)

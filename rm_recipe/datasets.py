@@ -5,7 +5,7 @@ Everything is memory-mapped; `parsing` and `encoding` have the two passes over t
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import datasets as hf_datasets
 import numpy as np
@@ -18,7 +18,7 @@ from rm_recipe.errors import DataError
 from rm_recipe.parsing import parse_rows
 from rm_recipe.recipe import Recipe
 from rm_recipe.recipe_keys import DataArguments
-from rm_recipe.split import FIRST_ROWS, Split, arrow_column
+from rm_recipe.split import FIRST_ROWS, Split, arrow_column, fingerprint
 
 HELD_OUT_SHARE = 0.1  # of the prompts, where a set has a train split only
 
@@ -72,7 +72,8 @@ def load_splits(recipe: Recipe) -> tuple[Split, Split, Leakage]:
         train = train.select(~leaked, "leaked_prompt")
     if not len(train.comparisons):
         raise DataError(f"no comparison is left to train on: {train.why_excluded()}")
-    return sample(train, data.max_train_samples, seed), sample(test, data.max_eval_samples, seed), leakage
+    train = _identified(sample(train, data.max_train_samples, seed))
+    return train, sample(_identified(test), data.max_eval_samples, seed), leakage
 
 
 def refuse_leakage(recipe: Recipe, leakage: Leakage) -> None:
@@ -88,7 +89,7 @@ def refuse_leakage(recipe: Recipe, leakage: Leakage) -> None:
 
 def load_held_out_split(recipe: Recipe) -> Split:
     """The recipe's held-out comparisons, sampled."""
-    split = load_held_out(recipe.data, recipe.training.dataset_num_proc)
+    split = _identified(load_held_out(recipe.data, recipe.training.dataset_num_proc))
     return sample(split, recipe.data.max_eval_samples, recipe.training.seed)
 
 
@@ -132,6 +133,10 @@ def held_out(split: Split, share: float) -> NDArray[np.bool_]:
     A prompt stays on its side whatever the seed, the order and the other prompts are.
     """
     return split.column("prompt_key").view(np.uint64) < np.uint64(share * 2**64)
+
+
+def _identified(split: Split) -> Split:
+    return replace(split, fingerprint=fingerprint(split.comparisons))
 
 
 def _how_to_hold_out(split: Split, share: float) -> str:

@@ -19,7 +19,7 @@ import transformers
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from rm_recipe import batching, preferences, tokenization
+from rm_recipe import batching, chat_template, preferences, tokenization
 from rm_recipe.batching import Encoded, split_at_common_prefix
 from rm_recipe.chat_template import special_tokens
 from rm_recipe.errors import DataError, one_line
@@ -208,7 +208,7 @@ def tokenize(
         encode,
         "Tokenising",
         {**split.comparisons.features, **added},
-        [*settings, sys.modules[__name__], tokenization, batching, preferences],
+        [*settings, sys.modules[__name__], tokenization, chat_template, batching, preferences],
         num_proc,
         batched=True,
     )

@@ -10,22 +10,25 @@ from typing import Any
 import numpy as np
 from accelerate.utils import broadcast_object_list
 from numpy.typing import NDArray
+from transformers.utils import cached_file
 
-from rm_recipe.artifacts import read_json, write_json
+from rm_recipe.artifacts import read_json, sha256, write_json
 from rm_recipe.baselines import Scorer, bag_of_words
 from rm_recipe.batching import Encoded
 from rm_recipe.consistency import consistency
 from rm_recipe.datasets import load_held_out_split, load_split, load_splits
 from rm_recipe.distribution import each_once, main_process_first, processes, say
 from rm_recipe.encoding import tokenize
-from rm_recipe.errors import DataError, RecipeError, TrainingError
+from rm_recipe.errors import DataError, RecipeError, TrainingError, one_line
 from rm_recipe.figures import Scored, summarise
 from rm_recipe.paired import paired_difference
-from rm_recipe.predictions import predictions, write_predictions
+from rm_recipe.predictions import PREDICTIONS, predictions, write_predictions
 from rm_recipe.recipe import Recipe, is_run_folder, read_run_recipe
 from rm_recipe.recipe_keys import DataArguments
 from rm_recipe.report import write_report
-from rm_recipe.scoring import RewardModel
+from rm_recipe.run_folder import changed_data, check_held_out
+from rm_recipe.scoring import RewardModel, find_model
+from rm_recipe.sft import adapter_config
 from rm_recipe.split import Split, arrow_column, row_name
 from rm_recipe.verdict import HELD_OUT, gate
 
@@ -77,6 +80,8 @@ def evaluate(
     recipe = recipe_of(Path(target))
     names = list(dict.fromkeys(datasets or [HELD_OUT]))
     output = _check_arguments(target, recipe, datasets, output)
+    weights = weights_of(target)
+    before = _of_same_model(output, target, weights, names)
     splits = {}
     for name in names:
         with main_process_first():
@@ -95,7 +100,9 @@ def evaluate(
         lines = [
             line for name in names for line in predictions(name, judged[name].split, judged[name].scored)
         ]
-        content = _merge(output, target, recipe, results)
+        content = _merge(before, target, recipe, results, weights)
+        if not before:
+            (output / PREDICTIONS).unlink(missing_ok=True)
         write_predictions(output, lines)
         write_json(output / "evaluation.json", content)
         write_report(output)
@@ -113,6 +120,10 @@ def _check_arguments(
     if output is None and not Path(target).is_dir():
         raise RecipeError(f"{target} is not a local folder; say with --output where the result goes")
     output = output or Path(target)
+    if (output / "proof.json").is_file():
+        raise RecipeError(
+            f"{output} is an export, which stays as it was verified; say with --output where the result goes"
+        )
     there = next(place for place in (output, *output.absolute().parents) if place.exists())
     if not there.is_dir():
         raise RecipeError(f"{there} is a file; --output names a folder")
@@ -135,10 +146,58 @@ def recipe_of(folder: Path) -> Recipe | None:
     return None
 
 
+def weights_of(target: str) -> dict[str, str]:
+    """What tells a model from another one of the same name: its weights' SHA-256, of the Hub its commit.
+
+    Raises:
+        RecipeError: there is no such model.
+    """
+    folder = Path(find_model(target))
+    if not folder.is_dir():
+        name = "config.json" if adapter_config(target, "main") is None else "adapter_config.json"
+        try:
+            return {"commit": Path(cached_file(target, name)).parent.name}
+        except OSError as error:
+            raise RecipeError(f"{target} cannot be loaded: {one_line(error)}") from None
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    return {path.name: sha256(path) for path in files}
+
+
+def _of_same_model(
+    output: Path, target: str, weights: dict[str, str], names: Sequence[str]
+) -> dict[str, Any]:
+    """The evaluation that a folder holds, which the new one is to be merged with.
+
+    In the model's own folder, one of the weights before they changed is of no model any more and gives way.
+    What older versions wrote, without weights, is there taken for the model's.
+
+    Raises:
+        RecipeError: it is another model's.
+    """
+    before, own = read_evaluation(output), output.resolve() == Path(target).resolve()
+    then = before.get("weights", weights if own else None)
+    if not before or then == weights:
+        return before
+    if not own:
+        raise RecipeError(
+            f"{output / 'evaluation.json'} is of another model ({before.get('model')}), and two do not mix; "
+            "give another --output"
+        )
+    if HELD_OUT in before.get("datasets", {}) and HELD_OUT not in names:
+        raise RecipeError(
+            f"{output / 'evaluation.json'} is of this model before its weights changed: first `rm-recipe "
+            f"evaluate {target}`, or give another --output"
+        )
+    say(f"{output / 'evaluation.json'} is of this model before its weights changed: it is written anew")
+    return {}
+
+
 def _load(name: str, recipe: Recipe | None) -> Split:
     if name == HELD_OUT:
         assert recipe is not None
-        return load_held_out_split(recipe)
+        split = load_held_out_split(recipe)
+        check_held_out(recipe.output_dir, split)
+        return split
     data = DataArguments(dataset_name=name)
     if recipe is not None:
         data = replace(data, dataset_test_split=recipe.data.dataset_test_split)
@@ -220,10 +279,17 @@ def _train_split(recipe: Recipe | None) -> Split | None:
     if recipe is None:
         return None
     try:
-        return load_splits(recipe)[0]
+        train = load_splits(recipe)[0]
     except DataError as error:
         say(f"no bag-of-words baseline, as what the recipe trains on cannot be read: {error}")
         return None
+    if changed_data(recipe.output_dir, train=train.fingerprint):
+        say(
+            f"warning: the train comparisons are not those that {recipe.output_dir} was trained with: the "
+            "data changed; so prompts that were trained on are not counted, and no bag of words is trained"
+        )
+        return None
+    return train
 
 
 def _compare(one: Judged, other: Judged) -> dict[str, Any]:
@@ -249,14 +315,29 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _merge(output: Path, target: str, recipe: Recipe | None, results: dict[str, Any]) -> dict[str, Any]:
+def judge_anew(run: Path) -> dict[str, Any]:
+    """The gate of a run's recipe as it is now, on figures that are there; returns the new evaluation."""
+    recipe = read_run_recipe(run)
+    content = _merge(read_evaluation(run), str(run), recipe, {}, weights_of(str(run)))
+    write_json(run / "evaluation.json", content)
+    write_report(run)
+    return content
+
+
+def _merge(
+    before: dict[str, Any],
+    target: str,
+    recipe: Recipe | None,
+    results: dict[str, Any],
+    weights: dict[str, str],
+) -> dict[str, Any]:
     """The earlier evaluation with the new data sets in it; `held_out` is never lost."""
-    before = read_evaluation(output)
     datasets = {**before.get("datasets", {}), **results}
     passed = gate(datasets[HELD_OUT], recipe) if recipe and HELD_OUT in datasets else before.get("gate")
-    name = recipe.model.model_name_or_path if recipe else target
     return {
-        "model": name,
+        "model": target,
+        "base": recipe.model.model_name_or_path if recipe else None,
+        "weights": weights,
         "recipe": recipe.resolved() if recipe else None,
         "datasets": datasets,
         "gate": passed,

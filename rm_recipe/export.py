@@ -24,7 +24,7 @@ from rm_recipe.datasets import load_held_out_split
 from rm_recipe.distribution import say
 from rm_recipe.encoding import tokenize
 from rm_recipe.errors import ExportError, RecipeError, one_line
-from rm_recipe.evaluate import read_evaluation
+from rm_recipe.evaluate import read_evaluation, weights_of
 from rm_recipe.memory import device_memory, fits_in_float32, float32_bytes
 from rm_recipe.model_card import FIGURE, write_card
 from rm_recipe.modeling import Base, load_trained
@@ -39,7 +39,7 @@ from rm_recipe.rounding import (
     to_bfloat16,
     to_eight_bits,
 )
-from rm_recipe.run_folder import FolderLock
+from rm_recipe.run_folder import FolderLock, check_data
 from rm_recipe.scoring import RewardModel, find_model
 from rm_recipe.verdict import HELD_OUT
 
@@ -80,11 +80,12 @@ def export(
     output = output or run / "export"
     check_replaceable(output, overwrite)
     trained = find_model(str(run))
+    check_data(run, recipe)
+    evaluation = evaluation_of(run)
     judge = RewardModel.from_pretrained(run)
     split = tokenize(load_held_out_split(recipe), judge.tokenizer, judge.max_length, judge.truncation)
     lines = [line for line in read_predictions(run) if line["dataset"] == HELD_OUT]
     proof = Proof(judge, HeldOut.of(split, lines))
-    evaluation = read_evaluation(run)
     with FolderLock(run) as lock, whole_folder(output) as folder:
         lock.take()
         body = body_precision(judge.model)
@@ -112,6 +113,20 @@ def export(
         draw_reliability(evaluation, folder)
         write_card(folder, run, _as_typed(output))
     return content
+
+
+def evaluation_of(run: Path) -> dict[str, Any]:
+    """The run's evaluation, which the export takes along; empty if there is none.
+
+    Raises:
+        RecipeError: it is another model's.
+    """
+    evaluation = read_evaluation(run)
+    if evaluation and evaluation.get("weights", weights := weights_of(str(run))) != weights:
+        raise RecipeError(
+            f"{run / 'evaluation.json'} is not of this run's model; remove it, and `rm-recipe evaluate {run}`"
+        )
+    return evaluation
 
 
 def _as_typed(output: Path) -> str:

@@ -7,14 +7,16 @@ first comparison on can be repeated after a fault on the way.
 import hashlib
 import json
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
 import httpx2
 import huggingface_hub
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -42,6 +44,8 @@ ATTEMPTS = 5
 FIRST_WAIT = 2.0  # seconds; doubled after each attempt
 LONGEST_WAIT = 300.0  # the Hub counts requests in windows of five minutes
 TIMEOUT = 120.0  # seconds without a sign of life; huggingface_hub itself would wait for ever
+SILENCE = 20.0  # seconds of an upload by Xet, after which something is said
+WITHOUT_XET = "set HF_HUB_DISABLE_XET=1 to upload without Xet"
 PATHS_AT_ONCE = 500  # the Hub takes a thousand
 PASSING_STATUS = (408, 412, 429)  # and from 500 on; 412: another commit came in between
 # What would be loaded along with, or instead of, the model that is uploaded.
@@ -88,7 +92,7 @@ def push(
         except Exception as error:
             cause = _cause(error)
             fault = _passing(cause).replace(token, "***")
-            if not fault or attempt == ATTEMPTS:
+            if not fault or _of_xet(cause) or attempt == ATTEMPTS:  # Xet has tried again for minutes
                 raise _refusal(error, repo_id, token) from None
             seconds = _wait(cause, attempt)
         # Out of the handler, so that an interrupt of the wait carries no error of a library along.
@@ -155,20 +159,35 @@ def _publish(api: HfApi, repo_id: str, files: dict[str, File], private: bool, ba
         return False
     additions = [CommitOperationAdd(name, files[name].content) for name in different]
     deletions = [CommitOperationDelete(name, is_folder=False) for name in stale]
-    commit = api.create_commit(
-        repo_id,
-        [*additions, *deletions],
-        commit_message=f"Upload a reward model by rm_recipe {__version__}",
-        # What was compared is what is committed to. It also keeps a commit whose answer was lost, and that
-        # a late reader does not see yet, from being made twice.
-        parent_commit=info.sha,
-    )
+    with _not_in_silence():
+        commit = api.create_commit(
+            repo_id,
+            [*additions, *deletions],
+            commit_message=f"Upload a reward model by rm_recipe {__version__}",
+            # What was compared is what is committed to. It also keeps a commit whose answer was lost, and
+            # that a late reader does not see yet, from being made twice.
+            parent_commit=info.sha,
+        )
     wrong = _different(api, repo_id, files, commit.oid)
     if wrong:
         raise PushError(
             f"what arrived at {repo_id} is not what was sent: {', '.join(wrong)}; do not use it; push again"
         )
     return True
+
+
+@contextmanager
+def _not_in_silence() -> Iterator[None]:
+    """Says what may be wrong where an upload takes long: Xet waits for its storage without a word."""
+    message = f"still uploading, by Xet; where no progress shows, {WITHOUT_XET}"
+    timer = threading.Timer(SILENCE, _say, [message])
+    timer.daemon = True
+    if not constants.HF_HUB_DISABLE_XET:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _check_base(api: HfApi, base: str) -> None:
@@ -231,6 +250,8 @@ def _passing(cause: BaseException) -> str:
     # Not faults of the line: an address or a header that no request can have, and being told to stay away.
     if isinstance(cause, httpx2.UnsupportedProtocol | httpx2.LocalProtocolError | OfflineModeIsEnabled):
         return ""
+    if _of_xet(cause):
+        return f"the Hub's Xet storage could not be reached ({_words(cause)})"
     if isinstance(cause, httpx2.TimeoutException | TimeoutError):
         return "the Hub did not answer in time"
     if isinstance(cause, httpx2.ConnectError):
@@ -239,6 +260,11 @@ def _passing(cause: BaseException) -> str:
         return f"the connection to the Hub was lost ({_words(cause)})"
     # A gateway's page of HTML, which huggingface_hub parses before it looks at the status.
     return "the Hub's answer was not JSON" if isinstance(cause, json.JSONDecodeError) else ""
+
+
+def _of_xet(cause: BaseException) -> bool:
+    """Whether hf_xet has failed: it raises Python's own errors, the HTTP client never does."""
+    return isinstance(cause, ConnectionError | TimeoutError) and not constants.HF_HUB_DISABLE_XET
 
 
 def _wait(cause: BaseException, attempt: int) -> float:
@@ -267,6 +293,8 @@ def _refusal(error: BaseException, repo_id: str, token: str) -> RmRecipeError:
     fault = _passing(cause)
     if status == 403:
         message = f"the token may not write to {repo_id} ({_words(cause)})"
+    elif _of_xet(cause):
+        message = f"{fault}; {WITHOUT_XET}; else push again later"
     elif fault:
         message = f"{fault}, {ATTEMPTS} times; push again later, which goes on from what has arrived"
     else:

@@ -1,6 +1,7 @@
 """Rows of a source to comparisons: the first of two cached passes over a data set."""
 
 import hashlib
+import json
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -29,6 +30,7 @@ _PARSED = {
     "margin_fault": _TEXT,
     "row": hf_datasets.Value("int64"),
     "prompt_key": hf_datasets.Value("int64"),
+    "key": hf_datasets.Value("int64"),
     "prompts_differ": hf_datasets.Value("bool"),
     "excluded": _TEXT,
     "detail": _TEXT,
@@ -134,7 +136,7 @@ def _parsed_row(
     name = subset if own is None or own == "" else str(own).encode(errors="replace").decode()
     result: dict[str, Any] = {
         "prompt": [], "responses": [], "ranks": [], "margins": [], "margin_fault": "",
-        "subset": name, "row": number, "prompt_key": 0,
+        "subset": name, "row": number, "prompt_key": 0, "key": 0,
         "prompts_differ": preferences.prompts_differ(row), "excluded": "", "detail": "",
         "unread": preferences.unread(row, margin_column),
     }  # fmt: skip
@@ -151,6 +153,8 @@ def _parsed_row(
         return {**result, "excluded": excluded.reason, "detail": excluded.detail}
     for name in ("prompt", "responses", "ranks", "margins"):
         result[name] = getattr(comparison, name)
+    content = [result[name] for name in ("prompt", "responses", "ranks", "margins")]
+    result["key"] = text_key([json.dumps(content, sort_keys=True)])
     return {**result, "prompt_key": text_key(normalised_prompt(comparison.prompt))}
 
 

@@ -24,10 +24,9 @@ from rm_recipe.checkpoints import checkpoints
 from rm_recipe.distribution import autocast_of, say, without_random_numbers
 from rm_recipe.errors import RecipeError, TrainingError
 from rm_recipe.fitting import too_little
-from rm_recipe.memory import ADAMW_STATE, device_memory, is_out_of_memory
+from rm_recipe.memory import ADAMW_STATE, device_memory, is_out_of_memory, peak_memory
 from rm_recipe.recipe import Recipe
 from rm_recipe.reward_trainer import COLUMNS, SharedPrefixRewardTrainer
-from rm_recipe.run_record import peak_memory
 from rm_recipe.split import Split
 
 TIMED = 3  # batches, as they come, whose time is measured

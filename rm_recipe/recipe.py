@@ -58,10 +58,17 @@ class Recipe:
 
     def save(self, path: Path) -> None:
         """Writes the resolved recipe as YAML that `read_recipe` takes back, the home folder as `~`."""
-        header = f"# {self.path.name}{RUN_HEADER}\n"
-        text = yaml.safe_dump(with_tilde(self.resolved()), sort_keys=False, allow_unicode=True)
-        with whole_file(path) as partial:
-            partial.write_text(header + text, encoding="utf-8")
+        save_values(path, self.resolved(), f"# {self.path.name}{RUN_HEADER}\n")
+
+
+def save_values(path: Path, values: dict[str, Any], header: str = "") -> None:
+    """Writes a run's recipe; without a `header`, under the one that is there."""
+    if not header:
+        with path.open(encoding="utf-8") as file:
+            header = file.readline()
+    text = yaml.safe_dump(with_tilde(values), sort_keys=False, allow_unicode=True)
+    with whole_file(path) as partial:
+        partial.write_text(header + text, encoding="utf-8")
 
 
 def shipped(folder: str) -> Path:

@@ -81,6 +81,7 @@ def render(
     return render_page(
         TEMPLATE,
         model=as_text(evaluation.get("model")) or "unnamed model",
+        base=as_text(evaluation.get("base")),
         headline=_headline(evaluated[HELD_OUT], evaluation.get("gate")) if HELD_OUT in evaluated else None,
         overview=report_tables.data_sets(evaluated),
         data_sets=parts,

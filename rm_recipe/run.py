@@ -41,13 +41,10 @@ def run(recipe_path: Path, overrides: Sequence[str], *, overwrite: bool = False)
         TrainingError: training failed; what it printed says why.
         PushError: the export could not be uploaded.
     """
-    from rm_recipe.datasets import refuse_leakage
-    from rm_recipe.evaluate import evaluate, read_evaluation
     from rm_recipe.evaluation_table import print_evaluation
     from rm_recipe.export import export
     from rm_recipe.hub import check_destination
-    from rm_recipe.run_folder import changed_keys
-    from rm_recipe.train import load_data
+    from rm_recipe.run_folder import adopt, changed_keys, check_data
     from rm_recipe.verdict import HELD_OUT
 
     recipe = read_recipe(recipe_path, overrides, check_inputs=False)
@@ -58,28 +55,23 @@ def run(recipe_path: Path, overrides: Sequence[str], *, overwrite: bool = False)
     folder = recipe.output_dir
 
     before = is_run_folder(folder) and not overwrite
+    finished = before and (folder / "run.json").is_file()
     if before:
-        finished = (folder / "run.json").is_file()
         changed = [key for key in changed_keys(recipe, folder) if not (finished and key in DEVICE_KEYS)]
         if changed:
             raise RecipeError(
                 f"{folder} holds a run of another recipe ({', '.join(changed)} differ); add "
                 "--overwrite to replace it, or give another --output_dir"
             )
-    if before and (folder / "run.json").is_file():
+    if finished:
+        check_data(folder, recipe, train=True)
         skip("train", folder / "model")
+        adopt(recipe, folder)
     else:
         stage("train", "resuming" if before else str(recipe_path))
-        # What is wrong with the data is said here, with its own exit code.
-        refuse_leakage(recipe, load_data(recipe)[-1])
+        examine_data(recipe, resume=before)
         launch_training(recipe, recipe_path, overrides, "--resume" if before else "--overwrite")
-
-    evaluation = read_evaluation(folder)
-    if HELD_OUT in evaluation.get("datasets", {}):
-        skip("evaluate", folder / "evaluation.json")
-    else:
-        stage("evaluate", "held-out comparisons")
-        evaluation = evaluate(str(folder))
+    evaluation = evaluate_run(recipe)
     if is_exported(folder):
         skip("export", folder / "export")
     else:
@@ -90,6 +82,43 @@ def run(recipe_path: Path, overrides: Sequence[str], *, overwrite: bool = False)
     print_summary(folder, recipe_path)
     if recipe.hub.push_to_hub:
         push_export(recipe)
+
+
+def examine_data(recipe: Recipe, *, resume: bool) -> None:
+    """Says what is wrong with the data, with its own exit code, before a training is started.
+
+    Raises:
+        RecipeError, DataError: as `train` does.
+    """
+    from rm_recipe.checkpoints import newest_manifest
+    from rm_recipe.datasets import refuse_leakage
+    from rm_recipe.run_folder import check_same_data, identity_of
+    from rm_recipe.train import load_data
+
+    _, train, test, leakage = load_data(recipe)
+    refuse_leakage(recipe, leakage)
+    manifest = newest_manifest(recipe.output_dir) if resume else None
+    if manifest:
+        check_same_data(recipe.output_dir, manifest, identity_of(train, test))
+
+
+def evaluate_run(recipe: Recipe) -> dict[str, Any]:
+    """Evaluates a run, unless its model was on these comparisons; judges it anew by another gate."""
+    from rm_recipe.evaluate import evaluate, judge_anew, read_evaluation, weights_of
+    from rm_recipe.verdict import HELD_OUT, gate
+
+    folder = recipe.output_dir
+    before = read_evaluation(folder)
+    figures, then = before.get("datasets", {}).get(HELD_OUT), before.get("recipe") or {}
+    same_model = before.get("weights", {}) in ({}, weights_of(str(folder)))
+    if not (figures and same_model and then.get("max_eval_samples") == recipe.data.max_eval_samples):
+        stage("evaluate", "held-out comparisons")
+        return evaluate(str(folder))
+    if before.get("gate") == gate(figures, recipe):
+        skip("evaluate", folder / "evaluation.json")
+        return before
+    stage("evaluate", "the gate alone: the comparisons were scored already")
+    return judge_anew(folder)
 
 
 def is_exported(folder: Path) -> bool:

@@ -10,23 +10,28 @@ from typing import Any
 
 from accelerate import PartialState
 
-from rm_recipe.artifacts import is_scratch, tidy
+from rm_recipe.artifacts import is_scratch, read_json, tidy
 from rm_recipe.checkpoints import newest_whole
+from rm_recipe.datasets import load_splits
 from rm_recipe.distribution import say
-from rm_recipe.errors import RecipeError
+from rm_recipe.errors import DataError, RecipeError
 from rm_recipe.fitting import CHECKPOINTING
-from rm_recipe.recipe import RUN_RECIPE, Recipe, is_run_folder, saved_values
-from rm_recipe.split import Split
+from rm_recipe.recipe import RUN_RECIPE, Recipe, is_run_folder, save_values, saved_values
+from rm_recipe.split import Split, fingerprint_of_tokens
 
 DATA_REPORT = "data_report.json"
 BENCHMARK = "benchmark.json"  # of the machine, not of a run: it may come first and it stays
 
-# Keys that change what is printed or kept, never what is learnt.
+# What a finished run is measured on, and what it has to reach.
+EVALUATION = ("max_eval_samples", "target_accuracy", "gate_statistic")
+
+# Keys that change what is printed, kept or measured, never what is learnt.
 WITHOUT_EFFECT = {
     "output_dir", "save_strategy", "save_steps", "save_total_limit", "logging_steps", "logging_strategy",
     "logging_first_step", "report_to", "run_name", "project", "disable_tqdm", "eval_strategy", "eval_steps",
-    "per_device_eval_batch_size", *CHECKPOINTING,
-    "dataset_num_proc", "log_level", "log_level_replica", "dataloader_pin_memory",
+    "per_device_eval_batch_size", "eval_delay", "eval_on_start", "eval_accumulation_steps", *CHECKPOINTING,
+    "dataset_num_proc", "log_level", "log_level_replica", "dataloader_pin_memory", "dataloader_num_workers",
+    "dataloader_prefetch_factor", "dataloader_persistent_workers", *EVALUATION,
     "push_to_hub", "hub_model_id", "hub_private_repo", "do_train", "do_eval", "do_predict",
 }  # fmt: skip
 
@@ -34,8 +39,11 @@ WITHOUT_EFFECT = {
 # after it has run out of memory.
 ACCUMULATION = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
-# Which checkpoints there are to choose the best from.
-CHOOSING = {"eval_strategy", "eval_steps", "save_strategy", "save_steps"}
+# Which checkpoints there are to choose the best from, and what they are compared on.
+CHOOSING = {
+    "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "save_strategy", "save_steps",
+    "max_eval_samples",
+}  # fmt: skip
 
 
 class FolderLock:
@@ -81,7 +89,9 @@ class FolderLock:
 def changed_keys(recipe: Recipe, run: Path) -> list[str]:
     """The keys in which a recipe differs from a run's, where that changes what is learnt."""
     now, then = recipe.resolved(), saved_values(run)
-    without_effect = WITHOUT_EFFECT - (CHOOSING if recipe.training.load_best_model_at_end else set())
+    plateau = recipe.training.lr_scheduler_type == "reduce_lr_on_plateau"  # which follows evaluations
+    evaluated = recipe.training.load_best_model_at_end or plateau
+    without_effect = WITHOUT_EFFECT - (CHOOSING if evaluated else set())
     if math.prod(now[key] for key in ACCUMULATION) == math.prod(then.get(key, 0) for key in ACCUMULATION):
         without_effect |= set(ACCUMULATION)
     return [key for key in now if key not in without_effect and now[key] != then.get(key)]
@@ -140,14 +150,20 @@ def check_run_folder(
 
 
 def identity_of(train_split: Split, test_split: Split) -> dict[str, Any]:
-    """What has to be the same for a resumed run to equal one that was never interrupted."""
+    """What has to be the same for a resumed run to equal one that was never interrupted.
+
+    Token ids besides texts, as a base's tokenizer or a template's file may be another one by now.
+    """
     return {
-        "data_fingerprints": {
-            "train": train_split.comparisons._fingerprint,
-            "held_out": test_split.comparisons._fingerprint,
-        },
+        **data_identity(train_split, test_split),
+        "tokens": fingerprint_of_tokens(train_split.comparisons),
         "processes": PartialState().num_processes,
     }
+
+
+def data_identity(train_split: Split, test_split: Split) -> dict[str, dict[str, str]]:
+    """What `run.json` and a checkpoint's manifest know a run's comparisons by."""
+    return {"data_fingerprints": {"train": train_split.fingerprint, "held_out": test_split.fingerprint}}
 
 
 def check_identity(run: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
@@ -164,12 +180,81 @@ def check_identity(run: Path, then: dict[str, Any], now: dict[str, Any]) -> None
             f"{run} was started with {then['processes']} process(es), and here are {now['processes']}: they "
             "would meet the comparisons in another order"
         )
-    for name, fingerprint in now["data_fingerprints"].items():
-        if then["data_fingerprints"][name] != fingerprint:
+    check_same_data(run, then, now)
+
+
+def check_same_data(run: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuses to go on with other data; `check_identity` without the processes."""
+    if "tokens" not in then:
+        raise RecipeError(
+            f"{run} was started by an older version of rm_recipe, which knew its data by other fingerprints; "
+            "go on with that version, or start anew with --overwrite"
+        )
+    for name, found in now["data_fingerprints"].items():
+        if then["data_fingerprints"][name] != found:
             raise RecipeError(
                 f"the {name.replace('_', '-')} comparisons are not those that {run} was started with; "
                 "resuming needs the same data, --overwrite starts anew"
             )
+    if then["tokens"] != now["tokens"]:
+        raise RecipeError(
+            f"the base's tokenizer or chat template gives other token ids than those that {run} was started "
+            "with; resuming needs the same, --overwrite starts anew"
+        )
+
+
+def changed_data(run: Path, **now: str) -> list[str]:
+    """Which of these splits, known by their fingerprints, are not those that a finished run was trained with.
+
+    Older versions wrote shorter fingerprints, of another kind, which tell nothing here.
+    """
+    record = run / "run.json"
+    then = read_json(record).get("data_fingerprints", {}) if record.is_file() else {}
+    known = {name: then[name] for name in now if len(then.get(name, "")) == len(now[name])}
+    return [name for name in known if known[name] != now[name]]
+
+
+def check_held_out(run: Path, split: Split) -> None:
+    """Raises RecipeError where the held-out comparisons are not those that were held out from training."""
+    if changed_data(run, held_out=split.fingerprint):
+        raise RecipeError(
+            f"the held-out comparisons are not those that {run} was trained with: the data changed since, "
+            "and what is held out now may have been trained on; restore the data, or train anew with "
+            "--overwrite"
+        )
+
+
+def check_data(run: Path, recipe: Recipe, *, train: bool = False) -> None:
+    """Compares the data as they are now with a finished run's.
+
+    Where only train comparisons changed, or nothing can be read, it is said.
+
+    Args:
+        train: other train comparisons are a reason to refuse, too.
+
+    Raises:
+        RecipeError: what is held out changed.
+    """
+    try:
+        trained, held_out, _ = load_splits(recipe)
+    except DataError as error:
+        say(f"warning: whether the data of {run} changed since training cannot be told: {error}")
+        return
+    check_held_out(run, held_out)
+    if not changed_data(run, train=trained.fingerprint):
+        return
+    message = f"the train comparisons are not those that {run} was trained with: the data changed since"
+    if train:
+        raise RecipeError(f"{message}; restore the data, or train anew with --overwrite")
+    say(f"warning: {message}")
+
+
+def adopt(recipe: Recipe, run: Path) -> None:
+    """Writes into a finished run's recipe what it is measured on from now on, and what it has to reach."""
+    then, now = saved_values(run), recipe.resolved()
+    new = {key: now[key] for key in EVALUATION}
+    if any(then.get(key) != value for key, value in new.items()):
+        save_values(run / RUN_RECIPE, then | new)
 
 
 def claim_run_folder(recipe: Recipe, faulty: Iterable[Path], *, overwrite: bool, lock: FolderLock) -> None:

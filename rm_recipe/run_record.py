@@ -3,17 +3,14 @@
 import importlib.metadata
 import math
 import platform
-import resource
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rm_recipe.recipe import Recipe
 from rm_recipe.reward_trainer import SharedPrefixRewardTrainer
+from rm_recipe.run_folder import data_identity
 from rm_recipe.sharing import Sharing
 from rm_recipe.split import Split
 
@@ -26,17 +23,17 @@ def run_record(
     sharing: Sharing,
     train_split: Split,
     test_split: Split,
-    seconds: float,
+    cost: Mapping[str, Any],
     resumed: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of `run.json`.
 
     Args:
-        seconds: that training took since it was started or resumed.
-        resumed: the manifest of the checkpoint that it was resumed from; speeds count from there.
+        cost: `Checkpoints.cost` of the whole training.
+        resumed: the manifest of the checkpoint that it was resumed from.
     """
     state, training = trainer.state, recipe.training
-    first_step, first_tokens = (resumed["step"], resumed["since_last_log"]["tokens"]) if resumed else (0, 0)
+    seconds = cost["train_seconds"]
     # A gradient norm may overflow in fp16's first steps; JSON has no number for that.
     log = [
         {key: value if math.isfinite(value) else None for key, value in entry.items()}
@@ -44,17 +41,13 @@ def run_record(
     ]
     # Where the recipe has `auto_find_batch_size`, it may be smaller than the recipe's.
     batch = trainer._train_batch_size * training.gradient_accumulation_steps * training.world_size
-    epochs = (state.epoch or 0) * (1 - first_step / max(state.global_step, 1))
-    seen = min((state.global_step - first_step) * batch, round(len(train_split.comparisons) * epochs))
+    seen = min(state.global_step * batch, round(len(train_split.comparisons) * (state.epoch or 0)))
     return {
         "seed": training.seed,
         "versions": {"python": platform.python_version()}
         | {name: package_version(name) for name in PACKAGES},
         "git_commit": git_commit(),
-        "data_fingerprints": {
-            "train": train_split.comparisons._fingerprint,
-            "held_out": test_split.comparisons._fingerprint,
-        },
+        **data_identity(train_split, test_split),
         "comparisons": {
             "train": len(train_split.comparisons),
             "train_excluded": dict(train_split.excluded),
@@ -64,11 +57,10 @@ def run_record(
         "device": str(training.device),
         "processes": training.world_size,
         "steps": state.global_step,
-        "resumed_from_step": first_step,
+        "resumed_from_step": resumed["step"] if resumed else 0,
         "comparisons_per_s": seen / seconds,
-        "tokens_per_s": (trainer._total_train_tokens - first_tokens) / seconds,
-        "train_seconds": seconds,
-        "peak_memory_bytes": peak_memory(),
+        "tokens_per_s": trainer._total_train_tokens / seconds,
+        **cost,
         "final_loss": next((entry["loss"] for entry in reversed(log) if "loss" in entry), None),
         "log": log,
     }
@@ -80,14 +72,6 @@ def package_version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
         return None
-
-
-def peak_memory() -> int:
-    """Peak memory of this process in bytes: CUDA's where there is a GPU, else resident memory."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def git_commit() -> str | None:

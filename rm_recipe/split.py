@@ -1,5 +1,6 @@
 """A split: its comparisons, memory-mapped, and the count of everything that is not among them."""
 
+import hashlib
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,8 +27,8 @@ class Split:
 
     Attributes:
         comparisons: columns `prompt`, `responses`, `ranks`, `margins`, `margin_fault`, `subset`,
-            `row` (counted from 1 in its source; of a .jsonl the line), `prompt_key`; after
-            tokenising `prefix`, `rests`, `lengths`, `fates` (`encoding.Tokenized`).
+            `row` (counted from 1 in its source; of a .jsonl the line), `prompt_key`, `key` (of texts,
+            ranks and margins); after tokenising `prefix`, `rests`, `lengths`, `fates` (`encoding.Tokenized`).
         rows: rows of the source; `rows == len(comparisons) + sum(excluded.values())`.
         excluded: number of rows by reason.
         first_rows: for each reason the first rows that it was found in, `SUBSET:ROW`.
@@ -36,6 +37,8 @@ class Split:
             reply, whatever became of them.
         unread: columns (and keys of messages) that hold something and are part of no comparison.
         tokenized: after tokenising, all that went into it, also what was left out.
+        fingerprint: of a recipe's split, `fingerprint`: of train as it is trained on, of what is held out
+            before sampling.
     """
 
     comparisons: hf_datasets.Dataset
@@ -46,6 +49,7 @@ class Split:
     differing_prompts: int = 0
     unread: list[str] = field(default_factory=list)
     tokenized: hf_datasets.Dataset | None = None
+    fingerprint: str = ""
 
     def __getitem__(self, index: int) -> Comparison:
         row = self.comparisons[index]
@@ -148,3 +152,23 @@ def arrow_column(rows: hf_datasets.Dataset, name: str) -> Any:
     """A column as pyarrow has it, without a Python object for each row."""
     # A format's own `columns` would select after reading: rows out of order are copied as a whole.
     return rows.select_columns(name).with_format("arrow")[:][name]
+
+
+# --- fingerprints ----------------------------------------------------------------------------
+
+
+def fingerprint(comparisons: hf_datasets.Dataset) -> str:
+    """A hash of texts, ranks and margins, in order: of data, not of their place or of the code that reads."""
+    return hashlib.sha256(arrow_column(comparisons, "key").to_numpy().tobytes()).hexdigest()
+
+
+def fingerprint_of_tokens(comparisons: hf_datasets.Dataset) -> str:
+    """A hash of the token ids, in order."""
+    digest = hashlib.sha256()
+    for rows in comparisons.select_columns(["prefix", "rests"]).with_format("arrow").iter(10_000):
+        rests = pc.list_flatten(rows["rests"])
+        for lists in (rows["prefix"], rows["rests"], rests):
+            digest.update(pc.list_value_length(lists).to_numpy().tobytes())
+        for ids in (rows["prefix"], rests):
+            digest.update(pc.list_flatten(ids).to_numpy().tobytes())
+    return digest.hexdigest()

@@ -1,7 +1,6 @@
 """`rm-recipe train RECIPE`: a base model and comparisons in, a trained reward model out."""
 
 import shutil
-import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,8 +98,8 @@ def _train(
     if ready.report is not None:
         write_json(recipe.output_dir / DATA_REPORT, ready.report)
     trainer.add_callback(early_signs_of(recipe, ready))
-    trainer.add_callback(Checkpoints(trainer, identity, manifest))
-    began = time.monotonic()
+    kept = Checkpoints(trainer, identity, manifest)
+    trainer.add_callback(kept)
     try:
         with cheaper_adapters(trainer), INTERRUPTS.deferred(PROMISE):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -109,12 +108,12 @@ def _train(
             raise
         message = too_little(recipe, trainer, new_modules, ready.train_split)
         raise TrainingError(f"step {trainer.state.global_step + 1}: {message}") from None
-    seconds = time.monotonic() - began
+    cost = kept.cost()
     trainer.accelerator.wait_for_everyone()
     save_model(trainer, recipe, ready.tokenizer, start)
     if trainer.is_world_process_zero():
         splits = (ready.train_split, ready.test_split)
-        record = run_record(recipe, trainer, ready.sharing, *splits, seconds, manifest)
+        record = run_record(recipe, trainer, ready.sharing, *splits, cost, manifest)
         write_json(recipe.output_dir / "run.json", record)
     end(trainer)
 

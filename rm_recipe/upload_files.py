@@ -1,7 +1,9 @@
 """What `push` uploads: the files that a proof vouches for, read once, and refused unless all is in order."""
 
 import hashlib
+import sys
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +14,7 @@ from rm_recipe import model_card
 from rm_recipe.artifacts import read_json, sha256
 from rm_recipe.errors import RecipeError
 from rm_recipe.model_card import CARD, FIGURE
-from rm_recipe.recipe import is_run_folder
+from rm_recipe.recipe import is_run_folder, saved_values
 
 WEIGHTS = ".safetensors"
 PROOF, EVALUATION = "proof.json", "evaluation.json"
@@ -50,6 +52,7 @@ def export_files(export: Path, repo_id: str, *, allow_failed_gate: bool) -> dict
     files = _proven(export)
     _check_evaluation(export, allow_failed_gate)
     _check_card(export)
+    _check_data(export)
     card = model_card.for_repository(_text(export / CARD), repo_id)
     more = [name for name in (PROOF, EVALUATION, FIGURE) if (export / name).is_file()]
     return files | _read(export, more) | {CARD: _file(card.encode())}
@@ -77,6 +80,7 @@ def adapter_files(export: Path, repo_id: str, *, allow_failed_gate: bool) -> dic
             f"the adapter's base is the local folder {base}, so nobody else could load it; push the merged "
             "model, without --adapter"
         )
+    _check_data(export)
     card = model_card.adapter_card(export, run, repo_id)
     more = [name for name in ("config.json", *TOKENIZER) if (model / name).is_file()]
     shown = [FIGURE] if FIGURE in card and (export / FIGURE).is_file() else []
@@ -143,6 +147,27 @@ def _check_evaluation(export: Path, allow_failed_gate: bool) -> None:
             else f"{export / EVALUATION} has no gate"
         )
         raise RecipeError(f"{export} has not passed its gate: {why}; --allow-failed-gate uploads it as it is")
+
+
+def _check_data(export: Path) -> None:
+    """Compares the data with what the export's run was trained with, where run and data are here.
+
+    Raises:
+        RecipeError: what is held out changed since.
+    """
+    run = export.resolve().parent
+    if not is_run_folder(run) or not (run / "run.json").is_file():
+        return
+    values = saved_values(run)
+    paths = [entry.get("path") for entry in values.get("datasets") or []] or [values.get("dataset_name")]
+    if not all(Path(str(path)).exists() for path in paths):
+        return
+    # With torch and much else, which an upload needs not.
+    from rm_recipe.recipe import read_run_recipe
+    from rm_recipe.run_folder import check_data
+
+    with redirect_stdout(sys.stderr):  # the URL is all that stdout gets
+        check_data(run, read_run_recipe(run))
 
 
 def _check_card(export: Path) -> None:

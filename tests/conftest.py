@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -322,6 +323,16 @@ def make_recipe(folder: Path, model: Path, data: Path, **keys: Any) -> Path:
 def write_recipe(tmp_path: Path, tiny_llama: Path, tiny_data: Path) -> Callable[..., Path]:
     """`make_recipe` for the tiny Llama, in the test's folder."""
     return partial(make_recipe, tmp_path, tiny_llama, tiny_data)
+
+
+@pytest.fixture
+def as_in_a_terminal() -> Iterator[None]:
+    """As if whoever started the tests ignored no signal, which `nohup` and `&` in a script do."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -87,6 +87,7 @@ class LocalHub:
             is done, but instead of an answer the connection is dropped; "slow", the answer takes two seconds;
             "overtaken", somebody else commits a pytorch_model.bin to every repository just before.
         corrupt: paths whose content is damaged when it is committed.
+        cas: where it sends Xet clients with large files.
     """
 
     def __init__(self) -> None:
@@ -104,6 +105,7 @@ class LocalHub:
         self.log: list[str] = []
         self.faults: list[tuple[str, str, int | str]] = []
         self.corrupt: set[str] = set()
+        self.cas = "http://127.0.0.1:9"  # nobody is there
 
     def __enter__(self) -> "LocalHub":
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
@@ -228,6 +230,8 @@ class LocalHub:
              self._for(READ, known, lambda *at: self._paths_info(*at, form=parse_qs(body.decode())))),
             ("POST", r"/api/models/([^/]+/[^/]+)/preupload/([^/]+)",
              self._for(WRITE, known, lambda *at: self._preupload(*at, files=json.loads(body)["files"]))),
+            ("GET", r"/api/models/([^/]+/[^/]+)/xet-write-token/([^/]+)",
+             self._for(WRITE, known, lambda *_: self._xet_token())),
             ("POST", r"/([^/]+/[^/]+)\.git/info/lfs/objects/(batch)",
              self._for(WRITE, known, lambda *at: self._batch(json.loads(body)["objects"]))),
             ("POST", r"/([^/]+/[^/]+)\.git/info/lfs/(verify)",
@@ -345,6 +349,11 @@ class LocalHub:
                 answer["oid"] = sha256(content) if is_lfs(file["path"], content) else blob_id(content)
             answers.append(answer)
         return Answer(content={"files": answers})
+
+    def _xet_token(self) -> Answer:
+        until = int(time.time()) + 3600
+        token = {"casUrl": self.cas, "exp": until, "accessToken": "of-xet"}
+        return Answer(content=token)
 
     def _batch(self, wishes: list[dict[str, Any]]) -> Answer:
         objects = []

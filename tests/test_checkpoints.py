@@ -1,6 +1,7 @@
 """What is killed goes on from the newest whole checkpoint, and ends with the same bits."""
 
 import errno
+import inspect
 import json
 import os
 import resource
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from transformers import TrainerCallback
 
 import rm_recipe.train
 from rm_recipe import checkpoints as checkpoints_module
-from rm_recipe import cli
+from rm_recipe import cli, json_files, passes
 from rm_recipe.artifacts import tidy
 from rm_recipe.checkpoints import MANIFEST, checkpoints, fault_of, newest_whole
 from rm_recipe.errors import Interrupted, RecipeError, TrainingError
@@ -224,6 +226,45 @@ def test_other_data_and_another_number_of_processes_are_refused(interrupted, tmp
         check_identity(run, manifest, {**manifest, "processes": 2})
     after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert {**before, run / "recipe.yaml": saved.encode()} == after
+
+
+def test_a_reworded_comment_in_our_code_and_a_copy_of_the_data_are_no_other_data(
+    interrupted, tmp_path, tiny_data, monkeypatch
+):
+    run, recipe = interrupted
+    copy = shutil.copytree(tiny_data, tmp_path / "data")
+    for path in (recipe, run / "recipe.yaml"):
+        path.write_text(path.read_text().replace(str(tiny_data), str(copy)))
+
+    def reworded(module):
+        return f"{inspect.getsource(module)}# as it was, in other words\n"
+
+    monkeypatch.setattr(passes, "inspect", SimpleNamespace(getsource=reworded))
+    monkeypatch.setattr(json_files, "getsource", reworded)
+    train(read_recipe(recipe), resume=True)
+    assert (run / "run.json").is_file()
+
+
+def test_another_tokenizer_under_the_same_name_is_refused(interrupted):
+    run, _ = interrupted
+    manifest = json.loads((run / "checkpoint-8" / MANIFEST).read_text())
+    with pytest.raises(RecipeError, match="tokenizer or chat template gives other token ids"):
+        check_identity(run, manifest, {**manifest, "tokens": "0" * 64})
+
+
+def test_a_resumed_run_counts_time_speed_and_memory_of_the_whole_run(interrupted):
+    run, recipe = interrupted
+    path = run / "checkpoint-8" / MANIFEST
+    manifest = json.loads(path.read_text())
+    assert 0 < manifest["cost"]["train_seconds"] < 100
+    path.write_text(json.dumps({**manifest, "cost": {"train_seconds": 1e4, "peak_memory_bytes": 10**15}}))
+    train(read_recipe(recipe), resume=True)
+    record = json.loads((run / "run.json").read_text())
+    assert 1e4 < record["train_seconds"] < 1.1e4
+    assert record["peak_memory_bytes"] == 10**15
+    of_both = {"comparisons_per_s": 2 * 64, "tokens_per_s": record["log"][-1]["num_tokens"]}
+    for name, count in of_both.items():
+        assert record[name] == pytest.approx(count / record["train_seconds"])
 
 
 class FullDiskAt(TrainerCallback):

@@ -55,6 +55,31 @@ def test_a_folder_in_hh_rlhfs_layout_gives_its_subsets_by_name(tmp_path):
     assert split[1].prompt == [{"role": "user", "content": "harmless-base test"}]
 
 
+def test_a_fingerprint_is_of_what_is_compared_in_its_order_and_nothing_else(
+    write_recipe, tiny_data, tmp_path
+):
+    def fingerprints(change=lambda rows: rows, **keys):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        for name in ("train", "test"):
+            rows = [json.loads(line) for line in (tiny_data / f"{name}.jsonl").open()]
+            write_jsonl(folder / f"{name}.jsonl", change(rows) if name == "train" else rows)
+        splits = load_splits(read_recipe(write_recipe(dataset_name=str(folder), **keys)))[:2]
+        return [split.fingerprint for split in splits]
+
+    train, held_out = fingerprints()
+    assert train != held_out
+    assert fingerprints(lambda rows: [{**row, "id": 3} for row in rows]) == [train, held_out]
+    assert fingerprints(max_eval_samples=7) == [train, held_out]
+    changed = [
+        fingerprints(lambda rows: rows[::-1]),
+        fingerprints(lambda rows: rows[1:]),
+        fingerprints(lambda rows: [{**rows[0], "chosen": "good"}, *rows[1:]]),
+        fingerprints(max_train_samples=20),
+    ]
+    assert len({train, *(other for other, _ in changed)}) == 5
+    assert {same for _, same in changed} == {held_out}
+
+
 def test_a_sample_is_a_prefix_of_the_seeds_shuffle(tmp_path):
     split = load_split(data(write_jsonl(tmp_path / "x.jsonl", make_rows(30, seed=1))), "test")
     small, large = sample(split, 5, seed=3), sample(split, 10, seed=3)

@@ -6,32 +6,46 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import make_rows, write_jsonl
+from conftest import make_recipe, make_rows, write_jsonl
 from safetensors.torch import save_file
 from test_cli import invoke
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rm_recipe.errors import DataError, RecipeError, TrainingError
-from rm_recipe.evaluate import evaluate
+from rm_recipe.evaluate import evaluate, weights_of
 from rm_recipe.evaluation_table import print_evaluation
 from rm_recipe.export import export
 from rm_recipe.heads import saved_tensors
 from rm_recipe.predictions import read_predictions
-from rm_recipe.recipe import read_recipe
+from rm_recipe.recipe import read_recipe, read_run_recipe
+from rm_recipe.run import run as run_recipe
+from rm_recipe.run_folder import check_data
 from rm_recipe.scoring import RewardModel
 from rm_recipe.train import train
 from rm_recipe.verdict import HELD_OUT
 
+ADAPTER = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_llama, tiny_data):
+    """The folder of a run, its recipe beside it, and its data, which are its own."""
+    folder = tmp_path_factory.mktemp("trained")
+    data = shutil.copytree(tiny_data, folder / "data")
+    keys = {"num_train_epochs": 1, "learning_rate": 1e-3, "gate_statistic": "accuracy"}
+    train(read_recipe(make_recipe(folder, tiny_llama, data, **keys)))
+    return folder / "run"
+
 
 @pytest.fixture
-def run(write_recipe, tmp_path):
-    train(read_recipe(write_recipe(num_train_epochs=1, learning_rate=1e-3, gate_statistic="accuracy")))
-    return tmp_path / "run"
+def run(trained, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(trained, tmp_path / "run")
 
 
 def test_the_figures_have_the_contracts_keys(run):
     content = evaluate(str(run))
-    assert content.keys() == {"model", "recipe", "datasets", "gate"}
+    assert content.keys() == {"model", "base", "weights", "recipe", "datasets", "gate"}
     figures = content["datasets"][HELD_OUT]
     assert figures.keys() >= {
         "n_comparisons", "n_scored", "excluded", "accuracy", "accuracy_ci95", "ties", "loss",
@@ -101,6 +115,72 @@ def test_comparisons_that_were_trained_on_are_counted(run, tiny_data):
     assert evaluate(str(run), [path])["datasets"][path]["trained_prompts"] == 64
 
 
+@pytest.fixture
+def remade(trained):
+    """A function that writes the rows of train and test anew, until the test ends."""
+    data = trained.parent / "data"
+    kept = {path: path.read_text() for path in data.iterdir()}
+    rows = {path.stem: text.splitlines(keepends=True) for path, text in kept.items()}
+
+    def write(**anew):
+        for name, lines in anew.items():
+            (data / f"{name}.jsonl").write_text("".join(lines))
+
+    yield lambda change: write(**change(rows))
+    for path, text in kept.items():
+        path.write_text(text)
+
+
+def moved(rows):
+    """As a script that shuffles and splits once more makes them: trained on before, held out now."""
+    return {"train": rows["train"][20:] + rows["test"], "test": rows["train"][:20]}
+
+
+def test_where_what_is_held_out_changed_since_training_nothing_goes_on_from_the_run(run, remade, monkeypatch):
+    remade(moved)
+    monkeypatch.setattr(RewardModel, "from_pretrained", None)
+    recipe = run.parent / "recipe.yaml"
+    recipe.write_text((run / "recipe.yaml").read_text())
+    for verb in (
+        lambda: evaluate(str(run)),
+        lambda: export(run),
+        lambda: run_recipe(recipe, ["--output_dir", str(run)]),
+    ):
+        with pytest.raises(RecipeError, match="the held-out comparisons are not those that .*was trained"):
+            verb()
+    assert not (run / "evaluation.json").exists()
+
+
+def test_other_data_are_evaluated_all_the_same_but_without_a_count_of_what_was_trained_on(
+    run, remade, tmp_path, capsys
+):
+    path = str(write_jsonl(tmp_path / "other.jsonl", make_rows(4, seed=9)))
+    remade(moved)
+    figures = evaluate(str(run), [path])["datasets"][path]
+    assert (figures["n_scored"], figures["trained_prompts"]) == (4, None)
+    assert "bag_of_words" not in figures["baselines"]
+    assert "the train comparisons are not those that" in capsys.readouterr().out
+
+
+def test_with_other_train_rows_alone_what_is_held_out_can_be_evaluated_and_the_run_is_not_taken_for_finished(
+    run, remade, capsys
+):
+    remade(lambda rows: {"train": rows["train"][1:]})
+    figures = evaluate(str(run))["datasets"][HELD_OUT]
+    assert (figures["n_scored"], figures["trained_prompts"]) == (40, None)
+    check_data(run, read_run_recipe(run))
+    assert capsys.readouterr().out.count("warning: the train comparisons are not those that") == 2
+    with pytest.raises(RecipeError, match="the train comparisons .*or train anew with --overwrite"):
+        check_data(run, read_run_recipe(run), train=True)
+
+
+def test_where_the_data_are_elsewhere_now_it_is_said_and_nothing_refused(run, trained, capsys):
+    recipe = read_run_recipe(run)
+    recipe.data.dataset_name = str(trained / "gone")
+    check_data(run, recipe, train=True)
+    assert "changed since training cannot be told" in capsys.readouterr().out
+
+
 def test_a_run_whose_training_data_are_gone_can_be_evaluated_elsewhere(
     write_recipe, tiny_data, tmp_path, capsys
 ):
@@ -142,6 +222,53 @@ def test_two_models_are_compared_on_the_comparisons_that_fit_both(run, other_mod
     assert found["only_this"] == sum(mine[row] > other[row] for row in other)
 
 
+def test_two_models_do_not_mix_in_one_evaluation(run, other_model, tiny_data, tiny_llama, tmp_path):
+    path, out = str(tiny_data / "test.jsonl"), tmp_path / "out"
+    content = evaluate(str(run), output=out)
+    assert (content["model"], content["base"]) == (str(run), str(tiny_llama))
+    before = {file: file.read_bytes() for file in out.iterdir()}
+    with pytest.raises(RecipeError, match="is of another model .*run.*give another --output"):
+        evaluate(str(other_model), [path], out)
+    assert {file: file.read_bytes() for file in out.iterdir()} == before
+    alone = evaluate(str(other_model), [path], tmp_path / "alone")
+    assert (alone["model"], alone["base"]) == (str(other_model), None)
+    shutil.copy(out / "evaluation.json", run)
+    with pytest.raises(RecipeError, match="is of another model"):  # nor in the folder of a run
+        evaluate(str(other_model), [path], run)
+    with pytest.raises(RecipeError, match="is not of this run's model"):
+        shutil.copy(tmp_path / "alone" / "evaluation.json", run)
+        export(run)
+
+
+def test_what_a_run_says_of_weights_that_it_has_no_more_gives_way_to_held_out_figures_alone(run, tmp_path):
+    path = str(write_jsonl(tmp_path / "other.jsonl", make_rows(4, seed=9)))
+    evaluate(str(run), [HELD_OUT, path])
+    weights = saved_tensors(run / "model")
+    save_file({name: tensor * 1.5 for name, tensor in weights.items()}, run / "model" / ADAPTER)
+    with pytest.raises(RecipeError, match="before its weights changed: first `rm-recipe evaluate"):
+        evaluate(str(run), [path])
+    assert set(evaluate(str(run))["datasets"]) == {HELD_OUT}
+    assert {line["dataset"] for line in read_predictions(run)} == {HELD_OUT}
+
+
+def test_an_export_is_not_written_into_by_its_evaluation(run, tiny_data):
+    """It was verified, and is what `push` uploads."""
+    folder = shutil.copytree(run / "model", run / "export")
+    (folder / "proof.json").write_text("{}")
+    for output in (None, folder):
+        with pytest.raises(RecipeError, match="is an export, .*say with --output"):
+            evaluate(str(folder), [str(tiny_data / "test.jsonl")], output)
+    assert not (folder / "evaluation.json").exists()
+
+
+def test_a_model_of_the_hub_is_known_by_its_commit(monkeypatch):
+    monkeypatch.setattr("rm_recipe.evaluate.adapter_config", lambda *_: None)
+    monkeypatch.setattr(
+        "rm_recipe.evaluate.cached_file", lambda name, file: f"/hub/{name}/snapshots/3f1/{file}"
+    )
+    assert weights_of("ann/judge") == {"commit": "3f1"}
+
+
 def test_a_model_does_not_differ_from_itself(run):
     found = evaluate(str(run), against=str(run))["datasets"][HELD_OUT]["against"]
     assert (found["difference"], found["ci95"], found["p_value"], found["n"]) == (0, [0, 0], 1, 40)
@@ -153,7 +280,7 @@ def test_rewards_that_are_no_numbers_fail_the_evaluation_and_are_counted(run):
     for name in weights:
         if name.endswith("embed_tokens.weight") or "lora_B" in name:
             weights[name][:] = float("nan")
-    save_file(weights, run / "model" / "adapter_model.safetensors")
+    save_file(weights, run / "model" / ADAPTER)
     with pytest.raises(TrainingError, match="the rewards of 40 of 40 comparisons are not finite numbers"):
         evaluate(str(run))
     assert json.loads((run / "evaluation.json").read_text()) == before

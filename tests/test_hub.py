@@ -387,6 +387,27 @@ def test_a_hub_that_does_not_answer_is_not_waited_for_without_end(hub, export, t
     assert commits(hub) == 1
 
 
+def test_where_xets_storage_is_out_of_reach_the_way_around_it_is_named_and_works(hub, export, tmp_path):
+    """As huggingface_hub uploads unless told otherwise, with fewer attempts of Xet's own than it makes."""
+    brief = {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1", "HF_XET_CLIENT_RETRY_BASE_DELAY": "700ms"}
+    program = "from rm_recipe import cli, hub; hub.SILENCE = 0.1; cli.main()"
+    with_xet = {**environment(hub, tmp_path), **brief}
+    del with_xet["HF_HUB_DISABLE_XET"]
+    command = [sys.executable, "-c", program, "push", str(export), "--repo-id", REPO]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=with_xet)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "still uploading, by Xet; where no progress shows, set HF_HUB_DISABLE_XET=1" in result.stderr
+    assert "rm-recipe: the Hub's Xet storage could not be reached (" in result.stderr
+    assert "set HF_HUB_DISABLE_XET=1 to upload without Xet; else push again later" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert commits(hub) == 0
+    without = {**with_xet, "HF_HUB_DISABLE_XET": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=without)
+    assert (result.returncode, result.stdout) == (0, f"{hub.url}/{REPO}\n"), result.stderr
+    assert "Xet" not in result.stderr
+    assert published(hub) == UPLOADED
+
+
 def test_an_interrupt_leaves_nothing_half_published(hub, export, tmp_path):
     hub.faults.append(("PUT", "/lfs/", "slow"))
     arguments = ["push", str(export), "--repo-id", REPO]
@@ -463,6 +484,23 @@ def test_an_export_that_is_not_in_order_is_refused_before_anything_is_sent(hub, 
     spoil(export)
     refused(push(export), hub, words)
     assert hub.log == []
+
+
+def test_an_export_whose_held_out_data_changed_since_is_refused_where_they_are_here(
+    hub, push, export, tiny_data
+):
+    run = export.parent
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(recipe.replace("ann/pairs", str(tiny_data)))
+    record = json.loads((run / "run.json").read_text())
+    write(run / "run.json", {**record, "data_fingerprints": {"train": "0" * 64, "held_out": "0" * 64}})
+    for options in ([], ["--adapter"]):
+        result = push(export, *options)
+        assert (result.code, result.out) == (2, "")
+        assert "the held-out comparisons are not those that" in result.message
+        assert hub.writes == []
+    (run / "recipe.yaml").write_text(recipe.replace("ann/pairs", str(tiny_data / "gone")))
+    assert push(export).code == 0
 
 
 def test_a_file_that_holds_the_token_is_refused(hub, push, export):

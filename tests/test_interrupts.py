@@ -1,15 +1,20 @@
 """A signal is answered at once, or when there is something saved; and it is never forgotten."""
 
 import os
+import shlex
 import signal
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
+from conftest import REPOSITORY
 
 from rm_recipe import interrupts
 from rm_recipe.interrupts import SIGNALS, Interrupts
 
+pytestmark = pytest.mark.usefixtures("as_in_a_terminal")
 NUMBERS = pytest.mark.parametrize("number", SIGNALS)
 
 
@@ -51,6 +56,31 @@ def test_a_closed_terminal_is_a_request_unless_it_is_to_be_outlived():
     finally:
         signal.signal(signal.SIGHUP, before)
     assert requests.received is None
+
+
+def test_ctrl_c_is_listened_to_also_where_whoever_started_us_ignores_it():
+    """As a script does with what it starts by `&`: `kill -INT` has to save and end it all the same."""
+    requests = Interrupts()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with requests.listening(), pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.slow
+def test_the_tests_of_signals_pass_where_whoever_started_them_ignores_these():
+    """As `nohup` and a script's `&` do. None may wait for ever for what never comes."""
+    files = [f"tests/test_{name}.py" for name in ("interrupts", "passes", "run")]
+    which = ["-m", "not slow", "-k", "test_interrupts or ctrl_c or passed_on"]
+    command = shlex.join([sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", *which, *files])
+    result = subprocess.run(
+        ["sh", "-c", f"trap '' INT HUP; exec {command}"],
+        cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=240,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout
 
 
 def test_one_that_comes_later_stops_at_once(monkeypatch):

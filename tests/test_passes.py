@@ -37,6 +37,7 @@ def test_a_pass_is_computed_once_for_the_same_rows_settings_and_code(tmp_path):
     assert len(calls) == 40
 
 
+@pytest.mark.usefixtures("as_in_a_terminal")
 @pytest.mark.parametrize("processes", [None, 2])
 def test_ctrl_c_is_ctrl_c_however_many_processes_work(processes):
     """With several, datasets raises an error of its own on the way out."""

@@ -236,7 +236,7 @@ def test_a_run_in_the_home_folder_names_it_only_where_the_base_is_looked_for(
     assert str(other) in content["datasets"]
     kept = read_json(run / "evaluation.json")
     assert list(kept["datasets"]) == ["held_out", "~/data/test.jsonl"]
-    assert kept["model"] == "~/model"
+    assert (kept["model"], kept["base"]) == ("~/run", "~/model")
     assert kept["datasets"]["~/data/test.jsonl"]["against"]["model"] == "~/run"
     lines = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     assert [line["dataset"] for line in lines] == ["held_out"] * 40 + ["~/data/test.jsonl"] * 40

@@ -114,7 +114,8 @@ def make_folder(folder, seed=0, n=400, names=("held_out", "data/other"), subsets
     folder.mkdir(parents=True, exist_ok=True)
     predictions = {name: make_lines(generator, name, n) for name in names}
     evaluation = {
-        "model": "models/tiny",
+        "model": "outputs/tiny",
+        "base": "models/tiny",
         "recipe": {"seed": 0},
         "datasets": {name: make_figures(generator, lines, subsets) for name, lines in predictions.items()},
         "gate": {"target": 0.65, "statistic": "ci_low", "value": 0.78, "passed": True},

@@ -15,6 +15,9 @@ from conftest import REPOSITORY, run_cli, write_jsonl
 
 from rm_recipe import RewardModel, run
 from rm_recipe.checkpoints import fault_of
+from rm_recipe.errors import RecipeError
+from rm_recipe.evaluate import evaluate
+from rm_recipe.recipe import read_recipe
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +157,46 @@ def test_a_second_run_skips_what_is_finished_and_says_so(finished):
     assert (folder / "outputs/tiny/run.json").stat().st_mtime_ns == before
 
 
+def test_another_gate_is_judged_anew_and_another_sample_evaluated_without_training(
+    finished, tmp_path, monkeypatch, capsys
+):
+    run_folder = shutil.copytree(finished[0] / "outputs" / "tiny", tmp_path / "run")
+    monkeypatch.chdir(finished[0])
+    monkeypatch.setattr(run, "launch_training", None)
+    monkeypatch.setattr(run, "print_export", lambda _: None)
+    exported = []
+    monkeypatch.setattr("rm_recipe.export.export", lambda *_, **__: exported.append(1))
+    before = json.loads((run_folder / "evaluation.json").read_text())
+    keys = ["--seed", "1", "--output_dir", str(run_folder)]
+    run.run(Path("tiny.yaml"), [*keys, "--target_accuracy", "0.999"])
+    judged = json.loads((run_folder / "evaluation.json").read_text())
+    assert judged["datasets"] == before["datasets"]
+    assert (judged["gate"]["target"], judged["gate"]["passed"]) == (0.999, False)
+    assert "[evaluate] the gate alone" in capsys.readouterr().out
+    run.run(Path("tiny.yaml"), [*keys, "--target_accuracy", "0.999", "--max_eval_samples", "10"])
+    again = json.loads((run_folder / "evaluation.json").read_text())
+    assert again["datasets"]["held_out"]["n_scored"] == 10
+    assert len(exported) == 2
+    evaluate(str(run_folder))  # by the run's own recipe, which says so from now on
+    assert json.loads((run_folder / "evaluation.json").read_text()) == again
+
+
+def test_a_run_that_is_gone_on_with_on_other_data_ends_with_exit_code_2(finished, tmp_path, tiny_data):
+    copy = shutil.copytree(tiny_data, tmp_path / "data")
+    run_folder = shutil.copytree(finished[0] / "outputs" / "tiny", tmp_path / "run")
+    (run_folder / "run.json").unlink()
+    kept = (run_folder / "recipe.yaml").read_text()
+    (run_folder / "recipe.yaml").write_text(kept.replace(str(tiny_data), str(copy)))
+    rows = (copy / "train.jsonl").read_text().splitlines(keepends=True)
+    (copy / "train.jsonl").write_text("".join(rows[1:]))
+    recipe = read_recipe(
+        finished[0] / "tiny.yaml", ["--output_dir", str(run_folder), "--dataset_name", str(copy)]
+    )
+    with pytest.raises(RecipeError, match="the train comparisons are not those that .* was started with"):
+        run.examine_data(recipe, resume=True)
+    run.examine_data(recipe, resume=False)
+
+
 def test_an_export_of_another_evaluation_or_without_its_proof_is_made_again(finished, tmp_path):
     """A push would upload results that are not those of the run, or be refused."""
     run_folder = shutil.copytree(finished[0] / "outputs" / "tiny", tmp_path / "run")
@@ -209,6 +252,7 @@ def test_under_accelerate_launch_a_bad_recipe_prints_our_message_once(finished):
     assert result.stderr.count("unknown key 'lerning_rate'") == 1
 
 
+@pytest.mark.usefixtures("as_in_a_terminal")
 def test_a_signal_is_passed_on_and_a_second_one_as_well(monkeypatch):
     """To a process that answers the first by finishing something long."""
     program = (

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import make_recipe
 
 from rm_recipe.errors import RecipeError
 from rm_recipe.recipe import read_recipe
@@ -23,10 +24,16 @@ with FolderLock(Path(sys.argv[1])) as lock:
 """
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_llama, tiny_data):
+    folder = tmp_path_factory.mktemp("trained")
+    train(read_recipe(make_recipe(folder, tiny_llama, tiny_data, save_strategy="steps", save_steps=4)))
+    return folder / "run"
+
+
 @pytest.fixture
-def run(write_recipe, tmp_path):
-    train(read_recipe(write_recipe(save_strategy="steps", save_steps=4)))
-    return tmp_path / "run"
+def run(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
 
 
 def test_a_used_run_folder_is_refused_without_a_flag(run, write_recipe):
@@ -116,10 +123,17 @@ def test_a_benchmark_may_come_before_a_run_and_outlasts_it(write_recipe, tmp_pat
         ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, []),  # as many in a step
         ({"per_device_train_batch_size": 4}, ["per_device_train_batch_size"]),
         ({"lora_r": 8, "seed": 1}, ["lora_r", "seed"]),
+        ({"target_accuracy": 0.9, "gate_statistic": "accuracy", "max_eval_samples": 9}, []),
     ],
 )
 def test_what_cannot_change_the_result_may_change(run, write_recipe, keys, changed):
     assert sorted(changed_keys(read_recipe(write_recipe(save_strategy="steps", **keys)), run)) == changed
+
+
+def test_what_is_evaluated_matters_where_the_learning_rate_follows_it(run, write_recipe):
+    keys = {"eval_strategy": "steps", "eval_steps": 3, "max_eval_samples": 9}
+    recipe = read_recipe(write_recipe(lr_scheduler_type="reduce_lr_on_plateau", **keys))
+    assert keys.keys() <= set(changed_keys(recipe, run))
 
 
 def test_where_the_best_checkpoint_is_chosen_it_matters_when_one_is_saved(write_recipe, tmp_path):
@@ -128,3 +142,7 @@ def test_where_the_best_checkpoint_is_chosen_it_matters_when_one_is_saved(write_
     train(read_recipe(write_recipe(**best, save_steps=2, eval_steps=2)))
     again = read_recipe(write_recipe(**best, save_steps=1, eval_steps=1))
     assert sorted(changed_keys(again, tmp_path / "run")) == ["eval_steps", "save_steps"]
+    other = read_recipe(
+        write_recipe(**best, save_steps=2, eval_steps=2, max_eval_samples=9, target_accuracy=0.9)
+    )
+    assert changed_keys(other, tmp_path / "run") == ["max_eval_samples"]

@@ -1,12 +1,17 @@
 """`run.json` can always be written, and says how fast and how large a run was."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from datasets import Dataset
 
+import rm_recipe.train
 from rm_recipe.datasets import Split
+from rm_recipe.memory import peak_memory
+from rm_recipe.recipe import read_recipe
 from rm_recipe.run_record import run_record
 from rm_recipe.sharing import Sharing
 
@@ -20,7 +25,8 @@ def record(log: list[dict[str, float]]) -> dict:
     # Half the recipe's batch: what `auto_find_batch_size` found to fit.
     trainer = SimpleNamespace(state=state, _total_train_tokens=500, _train_batch_size=2)
     recipe = SimpleNamespace(training=training)
-    return run_record(recipe, trainer, Sharing(True, "equal", 1e-7), split, split, seconds=4.0)
+    cost = {"train_seconds": 4.0, "peak_memory_bytes": 10**9}
+    return run_record(recipe, trainer, Sharing(True, "equal", 1e-7), split, split, cost)
 
 
 def test_speed_counts_comparisons_over_all_processes():
@@ -28,10 +34,27 @@ def test_speed_counts_comparisons_over_all_processes():
     assert found["comparisons_per_s"] == 16 / 4  # 2 steps of 2 x 2 on 2 processes
     assert found["tokens_per_s"] == 500 / 4
     assert found["final_loss"] == 0.5
-    assert found["peak_memory_bytes"] > 1e8
+    assert (found["train_seconds"], found["peak_memory_bytes"]) == (4.0, 10**9)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_gradient_norm_that_overflowed_does_not_lose_the_record(value):
     found = record([{"loss": 0.7, "grad_norm": value}])
     assert json.loads(json.dumps(found, allow_nan=False))["log"] == [{"loss": 0.7, "grad_norm": None}]
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() or not Path("/proc/self/clear_refs").exists(),
+    reason="resident memory's peak can be reset on Linux alone",
+)
+def test_peak_memory_is_of_the_training_not_of_the_preflight(write_recipe, tmp_path, monkeypatch):
+    before = []
+
+    def preflight(*_):
+        taken = b"x" * 2**29
+        before.append(peak_memory() * bool(taken))
+
+    monkeypatch.setattr(rm_recipe.train, "preflight", preflight)
+    rm_recipe.train.train(read_recipe(write_recipe(max_steps=1)))
+    found = json.loads((tmp_path / "run" / "run.json").read_text())["peak_memory_bytes"]
+    assert 1e8 < found < before[0] - 2**28
