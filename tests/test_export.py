@@ -141,7 +141,8 @@ def test_every_kind_of_run_passes_the_whole_proof(exported, kind):
 
 @pytest.mark.parametrize("kind", ["fp32", "in full", "encoder"])
 def test_without_half_precision_the_tolerance_is_fp32s(exported, kind):
-    assert exported(kind)[0]["tolerance"] == 1e-5
+    proof, _ = exported(kind)
+    assert 1e-5 <= proof["tolerance"] == proof["tolerance_float32"] < 1e-4  # by how sensitive the model is
 
 
 def test_sentence_transformers_applies_no_sigmoid(exported):
