@@ -30,7 +30,7 @@ def fixed_date(template: str) -> str:
 
     transformers gives templates a function `strftime_now`; a macro of the same name takes its place.
     """
-    if "strftime_now" not in template or template.startswith(DATE_MACRO):
+    if "strftime_now" not in template or DATE_MACRO in template:
         return template
     parts = {f"%{letter}": FIXED_DATE.strftime(f"%{letter}") for letter in DIRECTIVES}
     parts |= {f"%-{letter}": FIXED_DATE.strftime(f"%{letter}").lstrip("0") for letter in "dmHIMSj"}
@@ -62,48 +62,36 @@ def end_of_reply(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
 def served(tokenizer: PreTrainedTokenizerBase, leading: str) -> str:
     """The template, wrapped so that a conversation begins with `leading` and ends with its end token.
 
+    BOS stands in it as a text, so that the tokenizer need not name one that it never adds.
+
     Args:
         leading: the special tokens that the base's own tokenizer writes before every text.
     """
+    template, bos = str(tokenizer.chat_template), tokenizer.bos_token
+    set_bos = f"{{% set bos_token = {_quoted(str(bos))} %}}"
+    if bos and "bos_token" in template and not template.startswith(set_bos):
+        template = set_bos + template
     end, after = end_of_reply(tokenizer)
     adds = bool(leading) and not render_probe(tokenizer).startswith(leading)
-    template = str(tokenizer.chat_template)
     if not after and not adds:
         return template
-    date, template = _split_macro(template)
     # The empty expressions keep jinja's trimming of white space around blocks away from the template's own.
     text = "{% set whole %}{{ '' }}" + template.removesuffix("\n") + "{{ '' }}{% endset %}"
     if adds:
         text += (
-            "{% if not whole.startswith("
-            + json.dumps(leading, ensure_ascii=False)
-            + ") %}{{ "
-            + json.dumps(leading, ensure_ascii=False)
-            + " }}{% endif %}"
+            f"{{% if not whole.startswith({_quoted(leading)}) %}}{{{{ {_quoted(leading)} }}}}{{% endif %}}"
         )
-    if after:
-        text += (
-            "{% if not add_generation_prompt and whole.endswith("
-            + json.dumps(end + after, ensure_ascii=False)
-            + ") %}"
-            "{{ whole[:-" + str(len(after)) + "] }}{% else %}{{ whole }}{% endif %}"
-        )
-    else:
-        text += "{{ whole }}"
-    return date + text
+    if not after:
+        return text + "{{ whole }}"
+    return text + (
+        f"{{% if not add_generation_prompt and whole.endswith({_quoted(end + after)}) %}}"
+        f"{{{{ whole[:-{len(after)}] }}}}{{% else %}}{{{{ whole }}}}{{% endif %}}"
+    )
 
 
 def _quoted(text: str) -> str:
     """As jinja reads a text."""
     return json.dumps(text, ensure_ascii=False)
-
-
-def _split_macro(template: str) -> tuple[str, str]:
-    """The macro of `fixed_date`, if the template begins with it, and the rest."""
-    if not template.startswith(DATE_MACRO):
-        return "", template
-    macro, end, rest = template.partition("{% endmacro %}")
-    return macro + end, rest
 
 
 def ppo_fault(tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -270,11 +270,12 @@ def save(
 def leave_out_bos(folder: Path, template: str) -> None:
     """Takes the name of a BOS from the tokenizer, which adds none, if the template does not need it.
 
-    Verl cuts it from the start of texts, since tokenizers add it again: Llama's do.
+    What was trained here has BOS as a text in its template (`chat_template.served`). Verl cuts it from the start of texts, since tokenizers add it again: Llama's do.
     """
     path = folder / "tokenizer_config.json"
     config = read_json(path)
-    if "bos_token" not in template and config.pop("bos_token", None) is not None:
+    needed = "bos_token" in template and "set bos_token" not in template
+    if not needed and config.pop("bos_token", None) is not None:
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

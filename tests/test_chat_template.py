@@ -185,6 +185,8 @@ def test_bos_comes_once_where_the_base_had_it(tmp_path, template):
     assert (ids[0], ids.count(bos)) == (bos, 1)
     prompt = tokenizer.apply_chat_template(MESSAGES[:1], tokenize=False, add_generation_prompt=True)
     assert tokenizer(prompt)["input_ids"].count(bos) == 1
+    tokenizer.bos_token = None  # as in an export, which names none
+    assert tokenizer(render(tokenizer, MESSAGES))["input_ids"] == ids
 
 
 def test_an_encoders_template_is_left_as_it_is(tiny_distilbert):
