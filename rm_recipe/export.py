@@ -270,7 +270,8 @@ def save(
 def leave_out_bos(folder: Path, template: str) -> None:
     """Takes the name of a BOS from the tokenizer, which adds none, if the template does not need it.
 
-    What was trained here has BOS as a text in its template (`chat_template.served`). Verl cuts it from the start of texts, since tokenizers add it again: Llama's do.
+    What was trained here has BOS as a text in its template (`chat_template.served`). Verl cuts it from the
+    start of texts, since tokenizers add it again: Llama's do.
     """
     path = folder / "tokenizer_config.json"
     config = read_json(path)
