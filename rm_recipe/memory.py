@@ -210,12 +210,7 @@ def fits_in_float32(weights: int, memory: float) -> bool:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device had no memory left; a kernel that kills a process on a CPU raises nothing."""
-    none_fits = "No executable batch size" in str(error)  # what Accelerate's `auto_find_batch_size` ends with
-    return (
-        isinstance(error, MemoryError | torch.OutOfMemoryError)
-        or none_fits
-        or should_reduce_batch_size(error)
-    )
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
 def _outline(

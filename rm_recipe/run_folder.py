@@ -32,7 +32,7 @@ WITHOUT_EFFECT = {
     "per_device_eval_batch_size", "eval_delay", "eval_on_start", "eval_accumulation_steps", *CHECKPOINTING,
     "dataset_num_proc", "log_level", "log_level_replica", "dataloader_pin_memory", "dataloader_num_workers",
     "dataloader_prefetch_factor", "dataloader_persistent_workers", *EVALUATION,
-    "push_to_hub", "hub_model_id", "hub_private_repo", "do_train", "do_eval", "do_predict",
+    "push_to_hub", "hub_model_id", "hub_private_repo",
 }  # fmt: skip
 
 # How the comparisons of a step are divided. With smaller batches, and as many more of them, a run goes on

@@ -39,8 +39,7 @@ def run_record(
         {key: value if math.isfinite(value) else None for key, value in entry.items()}
         for entry in state.log_history
     ]
-    # Where the recipe has `auto_find_batch_size`, it may be smaller than the recipe's.
-    batch = trainer._train_batch_size * training.gradient_accumulation_steps * training.world_size
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     seen = min(state.global_step * batch, round(len(train_split.comparisons) * (state.epoch or 0)))
     return {
         "seed": training.seed,

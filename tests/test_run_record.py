@@ -19,11 +19,10 @@ from rm_recipe.sharing import Sharing
 def record(log: list[dict[str, float]]) -> dict:
     split = Split(Dataset.from_dict({"prefix": [[1]] * 10}), 12, {"empty_response": 2})
     training = SimpleNamespace(
-        seed=3, device="cpu", world_size=2, train_batch_size=4, gradient_accumulation_steps=2
+        seed=3, device="cpu", world_size=2, per_device_train_batch_size=2, gradient_accumulation_steps=2
     )
     state = SimpleNamespace(global_step=2, epoch=1.6, log_history=log)
-    # Half the recipe's batch: what `auto_find_batch_size` found to fit.
-    trainer = SimpleNamespace(state=state, _total_train_tokens=500, _train_batch_size=2)
+    trainer = SimpleNamespace(state=state, _total_train_tokens=500)
     recipe = SimpleNamespace(training=training)
     cost = {"train_seconds": 4.0, "peak_memory_bytes": 10**9}
     return run_record(recipe, trainer, Sharing(True, "equal", 1e-7), split, split, cost)
