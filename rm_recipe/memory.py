@@ -340,9 +340,9 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def peak_memory() -> int:
-    """Peak memory of this process in bytes: CUDA's where there is a GPU, else resident memory."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
+    """Peak memory of this process in bytes: the accelerator's where it counts it, else resident memory."""
+    if _counts_memory():
+        return int(torch.accelerator.max_memory_allocated())
     with suppress(OSError):  # other than `getrusage`, it can be reset, and knows nothing of who started us
         found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
         if found:
@@ -351,10 +351,16 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def _counts_memory() -> bool:
+    """Whether there is an accelerator with memory of its own; Apple's is the machine's."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator is not None and accelerator.type != "mps"
+
+
 def reset_peak_memory() -> None:
     """What is taken now is the peak from here on, where the system can do that."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    if _counts_memory():
+        torch.accelerator.reset_peak_memory_stats()
         return
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
