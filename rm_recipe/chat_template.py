@@ -8,8 +8,8 @@ rendered: a date in it is fixed.
 
 import json
 import re
-from collections.abc import Iterable
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 from jinja2 import TemplateError
@@ -49,7 +49,7 @@ def end_of_reply(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     Both are empty where no special token comes after a reply.
     """
     _, found, rest = render_probe(tokenizer).rpartition(ANSWER)
-    one = "|".join(map(re.escape, sorted(special_tokens(tokenizer), key=len, reverse=True)))
+    one = special_tokens(tokenizer).pattern
     run = re.search(f"({one})(?:{one})*", rest)
     if not found or not run:
         return "", ""
@@ -127,7 +127,9 @@ def render_probe(
     return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Iterable[str]:
-    """The tokenizer's own special tokens, as text."""
+@lru_cache(maxsize=64)  # asked for every text, and Llama 3 has 256 of them
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """What finds one of the tokenizer's own special tokens in a text, which it would read as that token."""
     added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return added | set(tokenizer.all_special_tokens)
+    named = sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, named)) or r"(?!)")

@@ -4,7 +4,6 @@
 """
 
 import logging
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -232,9 +231,8 @@ def count_unshown(split: Split) -> dict[str, int]:
 
 def _texts(tokenizer: PreTrainedTokenizerBase, comparison: Comparison) -> list[str]:
     """The K conversations through the chat template; raises Excluded where that cannot be."""
-    special = "|".join(map(re.escape, special_tokens(tokenizer)))
     texts = [*(message["content"] for message in comparison.prompt), *comparison.responses]
-    if special and any(re.search(special, text) for text in texts):
+    if any(map(special_tokens(tokenizer).search, texts)):
         raise Excluded("control_tokens")
     try:
         return [render(tokenizer, messages) for messages in comparison.conversations()]

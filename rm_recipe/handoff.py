@@ -109,8 +109,7 @@ def exchange(
         messages = [_without_parts(message) for message in [*before, *completion]]
         if any(not (message.get("content") or message.get("tool_calls")) for message in messages):
             return None
-        control = special_tokens(tokenizer)
-        if any(token in text for text in _texts(messages) for token in control):
+        if any(map(special_tokens(tokenizer).search, _texts(messages))):
             return None
         ids: list[int] = tokenizer(render(tokenizer, messages), add_special_tokens=False)["input_ids"]
         shown = all(MARK in render(tokenizer, marked) for marked in _marked(messages))
