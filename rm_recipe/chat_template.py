@@ -39,7 +39,7 @@ def fixed_date(template: str) -> str:
         DATE_MACRO + "format) %}{% set fixed = namespace(text=format) %}"
         "{% for part, value in " + json.dumps(parts) + ".items() %}"
         "{% set fixed.text = fixed.text.replace(part, value) %}{% endfor %}"
-        "{{ fixed.text }}{% endmacro %}" + template
+        "{{ fixed.text }}{% endmacro %}{{ '' }}" + _at_start(template)
     )
 
 
@@ -76,7 +76,7 @@ def served(tokenizer: PreTrainedTokenizerBase, leading: str) -> str:
     if not after and not adds:
         return template
     # The empty expressions keep jinja's trimming of white space around blocks away from the template's own.
-    text = "{% set whole %}{{ '' }}" + template.removesuffix("\n") + "{{ '' }}{% endset %}"
+    text = "{% set whole %}{{ '' }}" + _at_start(template).removesuffix("\n") + "{{ '' }}{% endset %}"
     if adds:
         text += (
             f"{{% if not whole.startswith({_quoted(leading)}) %}}{{{{ {_quoted(leading)} }}}}{{% endif %}}"
@@ -87,6 +87,11 @@ def served(tokenizer: PreTrainedTokenizerBase, leading: str) -> str:
         f"{{% if not add_generation_prompt and whole.endswith({_quoted(end + after)}) %}}"
         f"{{{{ whole[:-{len(after)}] }}}}{{% else %}}{{{{ whole }}}}{{% endif %}}"
     )
+
+
+def _at_start(template: str) -> str:
+    """The template without blanks before its first block, which jinja strips at the start of a file alone."""
+    return re.sub(r"^[ \t]+(?=\{[%#])", "", template)
 
 
 def _quoted(text: str) -> str:
@@ -115,8 +120,10 @@ def ppo_fault(tokenizer: PreTrainedTokenizerBase) -> str | None:
         )
     reply = whole[len(prompt) :].removesuffix(end)
     if reply.strip() != ANSWER:
-        extra = reply.partition(ANSWER)[0]
-        return f"the chat template writes {extra!r} before a reply, and its generation prompt does not"
+        before, _, behind = reply.partition(ANSWER)
+        if before.strip():
+            return f"the chat template writes {before!r} before a reply, and its generation prompt does not"
+        return f"the chat template writes {behind!r} between a reply and its end token"
     return None
 
 

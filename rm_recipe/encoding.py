@@ -283,21 +283,21 @@ def _fit(
 ) -> tuple[Encoded, str]:
     """The conversations as they fit, and how: `TRUNCATED`, `SHORTENED`, or nothing where they are whole."""
     how = ""
-    if max_length is not None and max(map(len, conversations)) > max_length - _share(max_length):
-        groups = [list(range(len(conversations)))] if alike else [[k] for k in range(len(conversations))]
-        fitted: list[list[int]] = []
-        for group in groups:
+    groups = [list(range(len(conversations)))] if alike else [[k] for k in range(len(conversations))]
+    fitted: list[list[int]] = []
+    for group in groups:
+        whole = ids = [conversations[k] for k in group]
+        if max_length is not None and max(map(len, whole)) > max_length - _share(max_length):
             part = replace(
                 comparison,
                 responses=[comparison.responses[k] for k in group],
                 ranks=[comparison.ranks[k] for k in group],
             )
-            whole = [conversations[k] for k in group]
             ids, shortened = _truncate(tokenizer, part, whole, max_length, truncation)
             if ids != whole:
                 how = SHORTENED if shortened or how == SHORTENED else TRUNCATED
-            fitted += ids
-        conversations = fitted
+        fitted += ids
+    conversations = fitted
     if _identical(conversations, comparison.ranks):
         raise Excluded("identical_after_tokenization")
     return split_at_common_prefix(conversations), how
@@ -373,7 +373,8 @@ def _cut_front(
     An encoder reads its reward at that token. The first `question` tokens may be cut, the replies
     behind them never.
     """
-    kept = 1 if conversations[0][0] in tokenizer.all_special_ids else 0
+    first = tokenizer.convert_ids_to_tokens(conversations[0][0])
+    kept = 1 if special_tokens(tokenizer).fullmatch(first) else 0
     if kept + over >= question:
         raise Excluded("too_long")
     return [ids[:kept] + ids[kept + over :] for ids in conversations]

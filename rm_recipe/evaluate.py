@@ -168,15 +168,14 @@ def _of_same_model(
 ) -> dict[str, Any]:
     """The evaluation that a folder holds, which the new one is to be merged with.
 
-    In the model's own folder, one of the weights before they changed is of no model any more and gives way.
-    What older versions wrote, without weights, is there taken for the model's.
+    In the model's own folder, one of the weights before they changed is of no model any more and gives way;
+    so does what older versions wrote, without weights: they cut prompts by another rule.
 
     Raises:
         RecipeError: it is another model's.
     """
     before, own = read_evaluation(output), output.resolve() == Path(target).resolve()
-    then = before.get("weights", weights if own else None)
-    if not before or then == weights:
+    if not before or before.get("weights") == weights:
         return before
     if not own:
         raise RecipeError(
@@ -185,10 +184,10 @@ def _of_same_model(
         )
     if HELD_OUT in before.get("datasets", {}) and HELD_OUT not in names:
         raise RecipeError(
-            f"{output / 'evaluation.json'} is of this model before its weights changed: first `rm-recipe "
-            f"evaluate {target}`, or give another --output"
+            f"{output / 'evaluation.json'} is of this model before it, or rm_recipe, changed: first "
+            f"`rm-recipe evaluate {target}`, or give another --output"
         )
-    say(f"{output / 'evaluation.json'} is of this model before its weights changed: it is written anew")
+    say(f"{output / 'evaluation.json'} is of this model before it, or rm_recipe, changed: it is written anew")
     return {}
 
 

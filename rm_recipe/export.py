@@ -119,12 +119,13 @@ def evaluation_of(run: Path) -> dict[str, Any]:
     """The run's evaluation, which the export takes along; empty if there is none.
 
     Raises:
-        RecipeError: it is another model's.
+        RecipeError: it is another model's, or of an older version of rm_recipe.
     """
     evaluation = read_evaluation(run)
-    if evaluation and evaluation.get("weights", weights := weights_of(str(run))) != weights:
+    if evaluation and evaluation.get("weights") != weights_of(str(run)):
         raise RecipeError(
-            f"{run / 'evaluation.json'} is not of this run's model; remove it, and `rm-recipe evaluate {run}`"
+            f"{run / 'evaluation.json'} is not of this run's model as it is now; first "
+            f"`rm-recipe evaluate {run}`"
         )
     return evaluation
 

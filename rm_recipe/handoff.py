@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from rm_recipe.batching import split_at_common_prefix
 from rm_recipe.chat_template import special_tokens
 from rm_recipe.errors import RecipeError
-from rm_recipe.messages import Excluded, Malformed, as_messages, as_reply
+from rm_recipe.messages import KEYS_LEFT_OUT, Excluded, Malformed, as_messages
 from rm_recipe.scoring import RewardModel
 from rm_recipe.tokenization import render
 
@@ -24,6 +24,8 @@ from rm_recipe.tokenization import render
 RewardFunction = Callable[..., list[float]]
 Text = str | list[dict[str, Any]]
 
+# What a message says that no template is sure to show, and training leaves out.
+THOUGHTS = [key for key, reason in KEYS_LEFT_OUT.items() if reason == "reasoning_content"]
 MARK = "Qzxmark"  # a word that no template writes by itself
 
 LEAST_STD = 1e-8  # a batch of equal rewards is whitened to zeros
@@ -81,16 +83,18 @@ def as_item(prompt: Text, completion: Text) -> dict[str, Any] | None:
         None where the completion does not end in an assistant's text, or tools have a part in it.
     """
     try:
-        before = as_messages(prompt)
+        # What is a text here was one to the policy, too, whatever it looks like.
+        before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else as_messages(prompt)
         if isinstance(completion, str):
-            return {"prompt": before, "response": as_reply(prompt, completion)}
+            return {"prompt": before, "response": completion} if before else None
         said = as_messages(completion, "completion")
     except (Excluded, Malformed):
         return None
     roles = [message["role"] for message in said]
-    if "tool" in roles or roles[-1:] != ["assistant"]:
+    with_tools = any(message["role"] == "tool" for message in [*before, *said])
+    if with_tools or not before or roles[-1:] != ["assistant"]:
         return None
-    return {"prompt": [*before, *said[:-1]], "response": as_reply(prompt, said[-1]["content"])}
+    return {"prompt": [*before, *said[:-1]], "response": said[-1]["content"]}
 
 
 def exchange(
@@ -99,15 +103,20 @@ def exchange(
     """Token ids of an exchange with tools, rendered whole as TRL's own reward path does.
 
     Returns:
-        None where the template refuses it or leaves out a message or a call, where a text holds a control
-        token, or where it is too long: its turns belong together, so none is dropped.
+        None where it ends in a question, where the template refuses it or leaves out a message or a call,
+        where a message has thoughts beside its text, where a text holds a control token, or where it is too
+        long: its turns belong together, so none is dropped.
     """
-    if not isinstance(completion, list) or not completion:
+    if not isinstance(completion, list) or not completion or not prompt:
         return None
     try:
-        before = as_messages(prompt) if isinstance(prompt, str) else prompt
+        before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if completion[-1]["role"] not in ("assistant", "tool"):
+            return None
         messages = [_without_parts(message) for message in [*before, *completion]]
         if any(not (message.get("content") or message.get("tool_calls")) for message in messages):
+            return None
+        if any(message.get(key) for message in messages for key in THOUGHTS):
             return None
         if any(map(special_tokens(tokenizer).search, _texts(messages))):
             return None

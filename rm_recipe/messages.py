@@ -107,7 +107,7 @@ def in_context(prompt: list[Message], row: Mapping[str, Any]) -> list[Message]:
         Excluded: `two_system_messages` that differ, or `tools`, which no `Message` can offer.
         Malformed: it is no text.
     """
-    if row.get("tools") not in (None, [], {}, "", "[]"):
+    if row.get("tools") not in (None, [], {}, "", "[]", "{}", "null"):
         raise Excluded("tools", "the tools that its prompt offers are not rendered")
     system = row.get("system")
     if system is None or system == "":

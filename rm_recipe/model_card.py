@@ -17,7 +17,7 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from rm_recipe.artifacts import read_json
-from rm_recipe.compatibility import needs_transformers_5
+from rm_recipe.compatibility import READ_ALIKE, needs_transformers_5
 from rm_recipe.markdown import Verbatim, code, plain
 from rm_recipe.recipe import saved_values
 from rm_recipe.recipe_keys import looks_local
@@ -229,6 +229,8 @@ def _versions(config: dict[str, Any]) -> Verbatim:
     """Which transformers reads it."""
     if needs_transformers_5(config):
         return Verbatim("It needs transformers 5: transformers 4 has no words for its positions.")
+    if config.get("model_type") not in READ_ALIKE:
+        return Verbatim("It is for transformers 5; no model of its kind was tried in transformers 4.")
     text = "transformers 4.57 and 5 read it alike."
     if config.get("attn_logit_softcapping"):  # Gemma 2
         text += (

@@ -322,7 +322,8 @@ def _whole(prompt: list[Message], said: list[Message]) -> list[Message]:
         return said
     if len(said) > 1 and _same(prompt[-(len(said) - 1) :], said[:-1]):
         return [*prompt, said[-1]]
-    if any(message["role"] not in ("assistant", "tool") for message in said):
+    follows = ("user",) if prompt[-1]["role"] == "system" else ("assistant", "tool")
+    if said[0]["role"] not in follows:
         raise Excluded("differing_prompts", "the messages do not hold the prompt")
     return [*prompt, *said]
 

@@ -44,7 +44,9 @@ ROUNDINGS = 3
 DRAWS = 4  # of weights moved at random; all sequences share a draw, so one would say little
 PLAIN_SCORING = Path(__file__).with_name("plain_scoring.py")
 
-ENCODER = "it is an encoder, which reads its reward at the first token; PPO trainers read it at the last"
+ENCODER = (
+    "PPO trainers apply a head called `score` to the last token, as decoders have it; this model has none"
+)
 UNSAMPLED = (
     "the replies tried begin within their prompt's last token or hold the pad token: no policy samples them"
 )
@@ -188,7 +190,10 @@ class Proof:
         recorded = self.held_out.recorded
         known = ~np.isnan(recorded)
         if known.any():
-            claim = "the run no longer gives the rewards of its predictions.jsonl; has its base changed?"
+            claim = (
+                "the run no longer gives the rewards of its predictions.jsonl; has its base changed? If not, "
+                "evaluate it anew"
+            )
             before = np.where(known, recorded, self.evaluated)
             allowed = self.float32 + ROUNDINGS * self.rounding  # in other batches, perhaps on another device
             self.moved["recorded"] = self.compare(claim, before, self.evaluated, allowed)

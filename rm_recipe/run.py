@@ -110,7 +110,7 @@ def evaluate_run(recipe: Recipe) -> dict[str, Any]:
     folder = recipe.output_dir
     before = read_evaluation(folder)
     figures, then = before.get("datasets", {}).get(HELD_OUT), before.get("recipe") or {}
-    same_model = before.get("weights", {}) in ({}, weights_of(str(folder)))
+    same_model = before.get("weights") == weights_of(str(folder))
     if not (figures and same_model and then.get("max_eval_samples") == recipe.data.max_eval_samples):
         stage("evaluate", "held-out comparisons")
         return evaluate(str(folder))

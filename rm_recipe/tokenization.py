@@ -144,8 +144,8 @@ def _warn(message: str) -> None:
 
 def _leading_specials(tokenizer: PreTrainedTokenizerBase) -> str:
     """The special tokens that a tokenizer writes before every text by itself: BOS, or an encoder's CLS."""
-    ids, special = tokenizer("a")["input_ids"], set(tokenizer.all_special_ids)
-    count = next((place for place, number in enumerate(ids) if number not in special), 0)
+    bare, ids = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
+    count = next(place for place in range(len(ids)) if ids[place : place + len(bare)] == bare)
     return "".join(tokenizer.convert_ids_to_tokens(ids[:count]))
 
 
