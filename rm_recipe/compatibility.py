@@ -21,10 +21,10 @@ NESTED_OF = {
 # All that Phi 3's scaling may hold in transformers 4.
 PHI3 = ("type", "short_factor", "long_factor")
 # Kinds of which tiny models, saved so, gave the same rewards in transformers 4.57 as in 5.23, to 1e-6.
-READ_ALIKE = set(
+READ_ALIKE = (
     "albert bert biogpt deberta-v2 distilbert electra gemma gemma2 gemma3_text glm gpt2 gpt_bigcode gpt_neox "
     "gptj helium llama mistral mixtral modernbert mpnet opt persimmon phi phi3 qwen2 qwen2_moe qwen3 roberta "
-    "smollm3 stablelm starcoder2 xlm-roberta".split()  # noqa: SIM905 - shorter to read so
+    "smollm3 stablelm starcoder2 xlm-roberta"
 )
 GENERIC, GENERIC_OF_4 = "TokenizersBackend", "PreTrainedTokenizerFast"
 

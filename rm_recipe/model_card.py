@@ -229,7 +229,7 @@ def _versions(config: dict[str, Any]) -> Verbatim:
     """Which transformers reads it."""
     if needs_transformers_5(config):
         return Verbatim("It needs transformers 5: transformers 4 has no words for its positions.")
-    if config.get("model_type") not in READ_ALIKE:
+    if config.get("model_type") not in READ_ALIKE.split():
         return Verbatim("It is for transformers 5; no model of its kind was tried in transformers 4.")
     text = "transformers 4.57 and 5 read it alike."
     if config.get("attn_logit_softcapping"):  # Gemma 2
