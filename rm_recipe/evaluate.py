@@ -178,9 +178,11 @@ def _of_same_model(
     if not before or before.get("weights") == weights:
         return before
     if not own:
+        whose = (
+            f"of another model ({before.get('model')})" if "weights" in before else "of an older rm_recipe"
+        )
         raise RecipeError(
-            f"{output / 'evaluation.json'} is of another model ({before.get('model')}), and two do not mix; "
-            "give another --output"
+            f"{output / 'evaluation.json'} is {whose}, and two do not mix; give another --output"
         )
     if HELD_OUT in before.get("datasets", {}) and HELD_OUT not in names:
         raise RecipeError(
@@ -317,7 +319,9 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
 def judge_anew(run: Path) -> dict[str, Any]:
     """The gate of a run's recipe as it is now, on figures that are there; returns the new evaluation."""
     recipe = read_run_recipe(run)
-    content = _merge(read_evaluation(run), str(run), recipe, {}, weights_of(str(run)))
+    before = read_evaluation(run)
+    held_out = {HELD_OUT: before["datasets"][HELD_OUT]}
+    content = _merge(before, str(run), recipe, held_out, weights_of(str(run)))
     write_json(run / "evaluation.json", content)
     write_report(run)
     return content
@@ -333,11 +337,13 @@ def _merge(
     """The earlier evaluation with the new data sets in it; `held_out` is never lost."""
     datasets = {**before.get("datasets", {}), **results}
     passed = gate(datasets[HELD_OUT], recipe) if recipe and HELD_OUT in datasets else before.get("gate")
+    # Of the recipe stands what `held_out` was evaluated by.
+    of_held_out = recipe is not None and (HELD_OUT in results or not before)
     return {
         "model": target,
         "base": recipe.model.model_name_or_path if recipe else None,
         "weights": weights,
-        "recipe": recipe.resolved() if recipe else None,
+        "recipe": recipe.resolved() if recipe and of_held_out else before.get("recipe"),
         "datasets": datasets,
         "gate": passed,
     }

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from importlib.util import find_spec
 from pathlib import Path
 
 import httpx2
@@ -182,7 +183,7 @@ def _not_in_silence() -> Iterator[None]:
     message = f"still uploading, by Xet; where no progress shows, {WITHOUT_XET}"
     timer = threading.Timer(SILENCE, _say, [message])
     timer.daemon = True
-    if not constants.HF_HUB_DISABLE_XET:
+    if _uploads_by_xet():
         timer.start()
     try:
         yield
@@ -264,7 +265,11 @@ def _passing(cause: BaseException) -> str:
 
 def _of_xet(cause: BaseException) -> bool:
     """Whether hf_xet has failed: it raises Python's own errors, the HTTP client never does."""
-    return isinstance(cause, ConnectionError | TimeoutError) and not constants.HF_HUB_DISABLE_XET
+    return isinstance(cause, ConnectionError | TimeoutError) and _uploads_by_xet()
+
+
+def _uploads_by_xet() -> bool:
+    return not constants.HF_HUB_DISABLE_XET and find_spec("hf_xet") is not None
 
 
 def _wait(cause: BaseException, attempt: int) -> float:

@@ -322,7 +322,7 @@ def _whole(prompt: list[Message], said: list[Message]) -> list[Message]:
         return said
     if len(said) > 1 and _same(prompt[-(len(said) - 1) :], said[:-1]):
         return [*prompt, said[-1]]
-    follows = ("user",) if prompt[-1]["role"] == "system" else ("assistant", "tool")
+    follows = ["assistant", "tool", *["user"] * (prompt[-1]["role"] == "system")]
     if said[0]["role"] not in follows:
         raise Excluded("differing_prompts", "the messages do not hold the prompt")
     return [*prompt, *said]

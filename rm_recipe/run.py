@@ -126,7 +126,8 @@ def is_exported(folder: Path) -> bool:
     export = folder / "export"
     try:
         proof, shown = read_json(export / "proof.json"), read_json(export / "evaluation.json")
-        return bool(proof["passed"] and proof["files"]) and shown == read_json(folder / "evaluation.json")
+        current = proof["passed"] and proof["files"] and "ppo" in proof["contracts"]  # older ones lack it
+        return bool(current) and shown == read_json(folder / "evaluation.json")
     except (RecipeError, KeyError):
         return False
 

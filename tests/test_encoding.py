@@ -176,6 +176,31 @@ def test_the_context_of_a_reply_follows_from_the_prompt_alone(tiny_llama, trunca
     assert len(in_training.conversations()[0]) < len(alone[0])
 
 
+@pytest.mark.parametrize("truncation", ["drop_oldest_turns", "keep_end"])
+def test_the_context_follows_from_the_prompt_where_a_thinking_prompt_is_longer_than_what_is_rendered(
+    tiny_llama, truncation
+):
+    tokenizer = load_tokenizer(str(tiny_llama))
+    tokenizer.chat_template += "{% if add_generation_prompt %}{{ '<think> far far far far ' * 3 }}{% endif %}"
+    replies = ["yes", "far " * 60]
+    for words in range(60, 110):
+        prompt = turns("far " * words, "yes", "hello")
+        together = encode(tokenizer, Comparison(prompt, replies), 160, truncation).conversations()
+        assert (
+            together[0] == encode(tokenizer, Comparison(prompt, ["yes"]), 160, truncation).conversations()[0]
+        )
+
+
+def test_a_run_and_its_export_cut_alike(tiny_llama):
+    """The export's tokenizer names no BOS, which stays in front of what `keep_end` leaves all the same."""
+    tokenizer = load_tokenizer(str(tiny_llama), of_base=True)
+    comparison = Comparison(turns("far " * 90), ["good"])
+    of_run = encode(tokenizer, comparison, 40, "keep_end")
+    assert of_run.conversations()[0][0] == tokenizer.bos_token_id
+    tokenizer.bos_token = None
+    assert encode(tokenizer, comparison, 40, "keep_end") == of_run
+
+
 def test_prompts_that_a_long_reply_shortens_are_counted_apart(tiny_llama):
     tokenizer = load_tokenizer(str(tiny_llama))
     fits, longer = near(tokenizer), near(tokenizer, 1)

@@ -245,10 +245,15 @@ def test_what_a_run_says_of_weights_that_it_has_no_more_gives_way_to_held_out_fi
     evaluate(str(run), [HELD_OUT, path])
     weights = saved_tensors(run / "model")
     save_file({name: tensor * 1.5 for name, tensor in weights.items()}, run / "model" / ADAPTER)
-    with pytest.raises(RecipeError, match="before its weights changed: first `rm-recipe evaluate"):
+    with pytest.raises(RecipeError, match="before it, or rm_recipe, changed: first `rm-recipe evaluate"):
         evaluate(str(run), [path])
     assert set(evaluate(str(run))["datasets"]) == {HELD_OUT}
     assert {line["dataset"] for line in read_predictions(run)} == {HELD_OUT}
+    older = json.loads((run / "evaluation.json").read_text())
+    del older["weights"]  # as before prompts were cut by another rule
+    (run / "evaluation.json").write_text(json.dumps(older))
+    with pytest.raises(RecipeError, match="or rm_recipe, changed"):
+        evaluate(str(run), [path])
 
 
 def test_an_export_is_not_written_into_by_its_evaluation(run, tiny_data):

@@ -173,6 +173,8 @@ CALLED = [said("assistant", "calling"), said("tool", "42")]
         ([SYSTEM, USER], [USER], [SYSTEM, USER]),  # the column has more
         ([USER], CALLED, [USER, *CALLED]),
         ([USER], [said("assistant", "Let me see.")], [USER, said("assistant", "Let me see.")]),
+        ([SYSTEM], [USER], [SYSTEM, USER]),
+        ([USER], [REPLY, MORE], [USER, REPLY, MORE]),
         ([], [USER], [USER]),
         ("", [USER], [USER]),
         (transcript("Hi") + "\n\nAssistant:", [USER], [USER]),

@@ -206,6 +206,10 @@ def test_an_export_of_another_evaluation_or_without_its_proof_is_made_again(fini
     for path, content in (
         (evaluation, json.dumps({**json.loads(kept[evaluation]), "model": "another"})),
         (proof, json.dumps({key: value for key, value in json.loads(kept[proof]).items() if key != "files"})),
+        (
+            proof,
+            json.dumps(json.loads(kept[proof]) | {"contracts": {"transformers": True}}),
+        ),  # an older one's
         (proof, "{"),
     ):
         path.write_text(content)
