@@ -161,7 +161,14 @@ def test_a_sliding_window_is_obeyed_where_conversations_are_longer(trained):
         assert cut == pytest.approx(reward, abs=1e-6)  # two layers see no further than twice 15 tokens
 
 
-@pytest.mark.parametrize("name", [*ARCHITECTURES, *VARIANTS])
+# Each takes a fresh process: of every kind of head and position one is enough for `make test`.
+EXPORTED = ("llama", "gpt2", "deberta")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n in EXPORTED else pytest.mark.slow) for n in (*ARCHITECTURES, *VARIANTS)],
+)
 def test_the_export_gives_the_rewards_that_were_trained(trained, name, tmp_path):
     result = trained(name)
     export(result.run, tmp_path / "export")
