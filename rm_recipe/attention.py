@@ -7,6 +7,7 @@ Registered with transformers under `NAME`; for every other mask it is transforme
 """
 
 from collections.abc import Iterator, MutableMapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,18 +73,22 @@ def row_attention(
     Returns:
         (rows, length, heads, head size), and no attention weights.
     """
-    blocks = None if attention_mask is None or dropout else _blocks.get(attention_mask)
+    if attention_mask is not None:
+        announce_rows(attention_mask)  # a reentrant checkpoint hands its backward another tensor
+    blocks = None if attention_mask is None else _blocks.get(attention_mask)
     if blocks is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     rows, heads, length, size = query.shape
     # (heads, tokens of all rows, head size), in the precision in which autocast left the values.
-    flat = [
+    query, key, value = (
         each.transpose(0, 1).reshape(each.shape[1], rows * length, -1).to(value.dtype)
         for each in (query, key, value)
-    ]
-    output = _BlockAttention.apply(*flat, blocks, size**-0.5 if scaling is None else scaling)  # type: ignore[no-untyped-call]
+    )
+    # With dropout torch's own backward, which knows what was dropped.
+    kernel = partial(_fused, dropout=dropout) if dropout else _BlockAttention.apply
+    output = kernel(query, key, value, blocks, size**-0.5 if scaling is None else scaling)
     return output.transpose(0, 1).reshape(rows, length, heads, -1), None
 
 
@@ -91,6 +96,26 @@ def _by_block(blocks: list[torch.Tensor], *tensors: torch.Tensor) -> Iterator[tu
     sizes = [len(block) for block in blocks]
     split = (torch.split(each, sizes, dim=1) for each in tensors)
     return zip(*split, blocks, strict=True)
+
+
+def _fused(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    blocks: list[torch.Tensor],
+    scale: float,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Torch's kernel for each block; all tensors (heads, tokens, head size)."""
+    grouped = len(query) != len(key)
+    with torch.autocast("cpu", enabled=False):  # the precision is chosen already
+        parts = [
+            scaled_dot_product_attention(
+                q[None], k[None], v[None], block.to(q.dtype), dropout, scale=scale, enable_gqa=grouped
+            )[0]
+            for q, k, v, block in _by_block(blocks, query, key, value)
+        ]
+    return torch.cat(parts, dim=1)
 
 
 class _BlockAttention(torch.autograd.Function):
@@ -113,15 +138,7 @@ class _BlockAttention(torch.autograd.Function):
         """All tensors (heads, tokens, head size); `blocks` their masks in order, 0 or -inf."""
         context.save_for_backward(query, key, value)
         context.blocks, context.scale = blocks, scale
-        grouped = len(query) != len(key)
-        with torch.autocast("cpu", enabled=False):  # the precision is chosen already
-            parts = [
-                scaled_dot_product_attention(
-                    q[None], k[None], v[None], attn_mask=block.to(q.dtype), scale=scale, enable_gqa=grouped
-                )[0]
-                for q, k, v, block in _by_block(blocks, query, key, value)
-            ]
-        return torch.cat(parts, dim=1)
+        return _fused(query, key, value, blocks, scale)
 
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

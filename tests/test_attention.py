@@ -1,14 +1,20 @@
 """Row attention gives what `sdpa` gives, forwards and backwards, and takes over nothing else."""
 
+import json
+
 import pytest
 import torch
+from conftest import TINY_BASES, make_recipe, make_tokenizer
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 import rm_recipe.attention as module
+from rm_recipe import check
 from rm_recipe.attention import NAME, announce_rows, row_attention
 from rm_recipe.batching import Encoded, padded_rows, shared_rows, visible
 from rm_recipe.modeling import add_reward_positions
+from rm_recipe.recipe import read_recipe
 from rm_recipe.sharing import decide_sharing
+from rm_recipe.train import train
 
 BATCH = [
     Encoded([5, 6, 7], [[8, 9], [4]]),
@@ -125,6 +131,84 @@ def test_what_a_collator_makes_grows_with_its_tokens_and_not_with_their_square()
     """A batch of 50,000 tokens had a mask of 2.5 GB."""
     rows = shared_rows([Encoded([5] * 40, [[6] * 10, [7] * 12])] * 800, 0, one_row=True)
     assert sum(tensor.nbytes for tensor in rows.values()) < 40 * rows["input_ids"].numel()
+
+
+def test_a_mask_made_again_is_computed_by_the_same_blocks(monkeypatch):
+    """As a reentrant checkpoint does, which detaches what it is given."""
+    labels, square = masks()
+    expected, expected_gradients = attention(square)
+    monkeypatch.setattr(module, "sdpa_attention_forward", None)
+    output, gradients = attention(labels.detach())
+    assert (output - expected).abs().max() <= 1e-12
+    assert max((a - b).abs().max() for a, b in zip(gradients, expected_gradients, strict=True)) <= 1e-12
+
+
+def test_dropout_drops_weights_of_a_comparison_and_scales_up_the_others(monkeypatch):
+    monkeypatch.setattr(module, "sdpa_attention_forward", None)  # it would compute the whole square
+    labels, square = masks()
+    rows, length = 1, labels.shape[-1]
+    torch.manual_seed(0)
+    query, key = torch.randn(2, rows, 4, length, 8, dtype=torch.float64)
+    value = torch.eye(length, dtype=torch.float64).expand(rows, 4, -1, -1)  # the output is the weights
+
+    def weights(**keys):
+        output, _ = row_attention(torch.nn.Module(), query, key, value, labels, **keys)
+        return output.transpose(1, 2)
+
+    whole, dropped = weights(), weights(dropout=0.5)
+    kept = dropped != 0
+    assert not kept[~square.expand_as(kept)].any()
+    assert 0.4 < kept[square.expand_as(kept)].double().mean() < 0.6
+    assert (dropped - 2 * whole)[kept].abs().max() <= 1e-12
+
+
+@pytest.fixture
+def base_with_dropout(tmp_path):
+    """A folder of a kind of `TINY_BASES` by its name, whose attention drops one weight of ten."""
+
+    def make(name: str):
+        tokenizer = make_tokenizer()
+        kind, config = TINY_BASES[name](len(tokenizer))
+        config.attention_dropout = 0.1  # a number of the layers, no module: `disable_dropout` misses it
+        torch.manual_seed(0)
+        kind.from_config(config).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return make
+
+
+def losses(folder, base, data, **keys) -> list[float]:
+    folder.mkdir()
+    train(read_recipe(make_recipe(folder, base, data, max_steps=3, logging_steps=1, **keys)))
+    log = json.loads((folder / "run" / "run.json").read_text())
+    assert log["prefix_sharing"]["used"] == (keys.get("prefix_sharing") != "off")
+    return [entry["loss"] for entry in log["log"] if "loss" in entry]
+
+
+@pytest.mark.parametrize(("name", "keys"), [("gpt2", {"disable_dropout": False}), ("llama", {})])
+def test_a_base_with_dropout_in_its_attention_trains_on_shared_rows(
+    base_with_dropout, tiny_data, tmp_path, name, keys
+):
+    found = losses(tmp_path / "shared", base_with_dropout(name), tiny_data, **keys)
+    assert len(found) == 3
+    assert all(0 < loss < 2 for loss in found)
+
+
+def test_a_reentrant_checkpoint_changes_no_loss(tiny_base, tiny_data, tmp_path):
+    keys = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    found = losses(tmp_path / "shared", tiny_base("gpt2"), tiny_data, **keys)
+    expected = losses(tmp_path / "padded", tiny_base("gpt2"), tiny_data, prefix_sharing="off")
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_base_with_dropout_in_its_attention_is_planned(
+    base_with_dropout, tiny_data, tmp_path, name, capsys, monkeypatch
+):
+    monkeypatch.setattr("rm_recipe.fitting.LARGEST", 8)  # no search for the largest batch
+    assert check.check_memory(make_recipe(tmp_path, base_with_dropout(name), tiny_data), [])
+    assert "GB" in capsys.readouterr().out
 
 
 def test_a_mask_that_nobody_announced_goes_to_sdpa(monkeypatch):

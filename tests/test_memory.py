@@ -49,6 +49,13 @@ def test_the_plan_is_of_the_rows_that_a_cpu_computes(small):
     assert by_block < dense
 
 
+def test_dropout_in_attention_is_planned_as_a_cpu_computes_it(small):
+    config, *parts = small()
+    config._attn_implementation, config.attention_dropout = attention.NAME, 0.1
+    planned = plan(config, *parts, BATCH, shared=True, checkpointing=False).step
+    assert planned == pytest.approx(really(config, *parts, True, False)[2], rel=0.03)
+
+
 def really(
     config, model_config, training, new, shared: bool, checkpointing: bool, batch=BATCH
 ) -> tuple[int, int, int]:

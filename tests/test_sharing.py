@@ -6,20 +6,25 @@ import pytest
 import torch
 from conftest import REPOSITORY
 from transformers import (
+    AlbertConfig,
     AutoModelForSequenceClassification,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    PerceiverConfig,
     Qwen2Config,
+    T5Config,
 )
 from trl import ModelConfig
 
+from rm_recipe import sharing as module
 from rm_recipe.batching import padded_rows, shared_rows, split_at_common_prefix
 from rm_recipe.messages import conversation
 from rm_recipe.modeling import add_reward_positions, load_base
-from rm_recipe.sharing import decide_sharing, measure_sharing
+from rm_recipe.sharing import check_padding, decide_sharing, measure_sharing
 from rm_recipe.tokenization import load_tokenizer
 
 SMALL = {
@@ -137,6 +142,50 @@ def test_past_the_sliding_window_rows_hold_one_conversation_because_shared_ones_
 def test_an_encoder_never_shares(tiny_distilbert):
     model = AutoModelForSequenceClassification.from_pretrained(tiny_distilbert, num_labels=1)
     assert decide_sharing(model, "auto", 64).reason == "distilbert has no causal classifier"
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The numbers of parameters of the copies that are made with weights."""
+    sizes = []
+    from_config = AutoModelForSequenceClassification.from_config
+
+    def watched(*args, **keys):
+        model = from_config(*args, **keys)
+        sizes.append(sum(p.numel() for p in model.parameters() if p.device.type != "meta"))
+        assert sizes[-1] <= 1e8, "the copy is no small one"
+        return model
+
+    monkeypatch.setattr(module.AutoModelForSequenceClassification, "from_config", watched)
+    return sizes
+
+
+def test_padding_is_checked_on_a_copy_that_costs_less_than_a_second_or_not_at_all(made, monkeypatch):
+    """ALBERT took 5 s of every command, Perceiver 33, and T5-11B 7.5 GB."""
+    monkeypatch.setattr(torch.nn.Module, "double", lambda model: model)  # half the time of this test
+    check_padding(PerceiverConfig(), "m")
+    assert made[0] == 0 < made[1] <= module.LARGEST_COPY
+    made.clear()
+    check_padding(AlbertConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12), "m")
+    assert 0 < made[1] < 1e7
+    for config in (AlbertConfig(), T5Config(d_model=1024, d_ff=65536, num_heads=128, d_kv=128)):
+        made.clear()
+        check_padding(config, "m")
+        assert made == [0]
+
+
+def test_sharing_is_proven_on_a_copy_without_the_width_of_feed_forward_layers(made):
+    """Of a Llama of 7B, a copy took 3 GB, most of it these."""
+    wide = {**SMALL, "intermediate_size": 10**5, "num_key_value_heads": 2}
+    for config in (LlamaConfig(**wide), GPT2Config(vocab_size=50, n_embd=32, n_head=4, n_inner=10**5)):
+        assert measure_sharing(config, "sdpa") <= 1e-5
+    assert max(made) < 1e6
+
+
+def test_sharing_is_proven_for_a_mixture_of_experts():
+    """Their grouped kernels raise in float64, so that none shared."""
+    config = MixtralConfig(**SMALL, intermediate_size=48, num_key_value_heads=2, num_local_experts=4)
+    assert measure_sharing(config, "sdpa") <= 1e-5
 
 
 def test_off_means_off():
