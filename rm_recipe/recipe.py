@@ -354,9 +354,7 @@ def _true_values(values: dict[str, Any]) -> dict[str, Any]:
 def _of_today(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """A resolved recipe without what older code let into it, and notes of what it said that does nothing."""
     dropped = {
-        key: reason
-        for key, (only, reason) in FIXED_KEYS.items()
-        if key in values and values[key] not in only
+        key: reason for key, (only, reason) in FIXED_KEYS.items() if key in values and values[key] not in only
     }
     kept = {key: value for key, value in values.items() if key not in REFUSED_KEYS.keys() | dropped.keys()}
     notes = [f"'{key}: {shown(values[key])}' is left out: {reason}" for key, reason in dropped.items()]

@@ -42,7 +42,7 @@ POSITIVE = (
 BEST_FORBIDS = {"eval_strategy": ("no",), "save_strategy": ("no",)}
 EARLY_STOPPING_FORBIDS = BEST_FORBIDS | {"save_strategy": ("no", "best"), "load_best_model_at_end": (False,)}
 
-OFF = (None, False, "no", "none", [], ["none"])  # of keys that switch others on
+OFF: tuple[Any, ...] = (None, False, "no", "none", [], ["none"])  # of keys that switch others on
 STRATEGIES = {"eval_strategy": "save_strategy", "save_strategy": "eval_strategy"}
 
 LARGEST_SEED = 2**32 - 1  # NumPy takes no larger one
@@ -128,7 +128,7 @@ def pair_faults(values: dict[str, Any], places: Sequence[dict[str, Any]]) -> lis
     A recipe's keys may stay where the command line switches off what they belong to.
     """
     faults = [
-        f"'{key}' does nothing with '{name}: {shown(place[name])}': leave one of the two out"
+        f"'{key}' does nothing with '{name}: {shown(place[name])}': leave one of them out"
         for place in places
         for key, needed in IDLE_KEYS.items()
         if place.get(key) is not None and all(values.get(name) in OFF for name in needed)
@@ -139,13 +139,13 @@ def pair_faults(values: dict[str, Any], places: Sequence[dict[str, Any]]) -> lis
         # To keep the best, it saves where it evaluates.
         name = STRATEGIES.get(own, own) if keeps and own not in values else own
         faults += [
-            f"'{key}' does nothing with '{name}: {place[name]}': leave one of the two out"
+            f"'{key}' does nothing with '{name}: {place[name]}': leave one of them out"
             for place in places
             if place.get(key) is not None and place.get(name) in idle and values.get(name) in idle
         ]
     if values.get("max_steps", -1) > 0:
         faults += [
-            f"'num_train_epochs' does nothing with 'max_steps: {place['max_steps']}': leave one of the two out"
+            f"'num_train_epochs' does nothing with 'max_steps: {place['max_steps']}': leave one of them out"
             for place in places
             if {"max_steps", "num_train_epochs"} <= place.keys() and place["max_steps"] > 0
         ]
