@@ -253,9 +253,13 @@ def test_the_adapters_dropout_is_recorded_as_it_is(write_recipe, tmp_path):
 def as_before(path: Path, recipe: Recipe, **keys: Any) -> Path:
     """A resolved recipe as older code wrote it, with every field of TRL's."""
     older = {
-        "do_train": False, "do_eval": False, "do_predict": False, "local_rank": -1, "lora_dropout": 0.05,
+        "do_train": False,
+        "do_eval": False,
+        "do_predict": False,
+        "local_rank": -1,
+        "lora_dropout": 0.05,
         "dtype": "bfloat16",
-    }  # fmt: skip
+    }
     recipe.save(path)
     save_values(path, yaml.safe_load(path.read_text()) | older | keys)
     return path
@@ -286,14 +290,21 @@ def test_what_an_older_release_let_in_without_effect_is_left_out_of_its_run_and_
 @pytest.mark.parametrize(
     "keys",
     [
-        {"use_peft": False}, {"warmup_steps": 3}, {"early_stopping_patience": 2, "save_strategy": "omit"},
-        {"load_best_model_at_end": True, "save_strategy": "epoch"}, {"fsdp": "full_shard"}, {"fsdp": True},
+        {"use_peft": False},
+        {"warmup_steps": 3},
+        {"early_stopping_patience": 2, "save_strategy": "omit"},
+        {"load_best_model_at_end": True, "save_strategy": "epoch"},
+        {"fsdp": "full_shard"},
+        {"fsdp": True},
         {"save_strategy": "best", "metric_for_best_model": "margin", "eval_strategy": "epoch"},
-        {"report_to": None}, {"train_sampling_strategy": "sequential"}, {"load_in_4bit": True},
-        {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"}, {"max_steps": 2},
+        {"report_to": None},
+        {"train_sampling_strategy": "sequential"},
+        {"load_in_4bit": True},
+        {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"},
+        {"max_steps": 2},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_every_runs_recipe_can_be_trained_with_again(write_recipe, tmp_path, keys):
     recipe = read_recipe(write_recipe(**keys))
     recipe.save(tmp_path / "saved.yaml")
