@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 
 from rm_recipe import modeling, sft, tokenization
 from rm_recipe.artifacts import write_json
@@ -49,10 +50,19 @@ def check_base(recipe: Recipe) -> None:
 
 
 def folder_at_hand(name: str, revision: str) -> str | None:
-    """Where a base's config.json is, of an SFT adapter without one its base's; None if it is not here."""
+    """Where a base's config.json is, of an SFT adapter without one its base's; None if it is not here.
+
+    Raises:
+        RecipeError: the name is neither a folder that is there nor one that the Hub could know.
+    """
     if not Path(name).is_dir():
         found = (try_to_load_from_cache(name, file, revision=revision) for file in MODEL_FILES)
-        path = next((path for path in found if isinstance(path, str)), None)
+        try:
+            path = next((path for path in found if isinstance(path, str)), None)
+        except HFValidationError:
+            raise RecipeError(
+                f"'model_name_or_path: {name}' does not exist, and is no Hub id: NAME or USER/NAME"
+            ) from None
         if path is None:
             return None
         name = str(Path(path).parent)

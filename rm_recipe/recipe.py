@@ -19,7 +19,15 @@ import yaml
 from rm_recipe.artifacts import whole_file
 from rm_recipe.errors import RecipeError
 from rm_recipe.recipe_faults import build_faults, cross_faults, input_faults
-from rm_recipe.recipe_keys import DEVICE_KEYS, REFUSED_KEYS, DataArguments, HubArguments, check_value
+from rm_recipe.recipe_keys import (
+    DEVICE_KEYS,
+    FIXED_KEYS,
+    REFUSED_KEYS,
+    DataArguments,
+    HubArguments,
+    check_value,
+    shown,
+)
 from rm_recipe.redaction import expanded, hide_secrets, with_tilde
 
 if typing.TYPE_CHECKING:
@@ -33,7 +41,10 @@ RUN_HEADER = ", every key with the value it had"  # what tells a run's recipe.ya
 
 @dataclass
 class Recipe:
-    """A parsed recipe; `values` holds every key that it or the device resolution gave a value."""
+    """A parsed recipe; `values` holds every key that it or the device resolution gave a value.
+
+    `notes` are for whoever trains by it: what it says and training does not do.
+    """
 
     path: Path
     values: dict[str, Any]
@@ -41,6 +52,7 @@ class Recipe:
     model: "ModelConfig" = field(repr=False)
     data: DataArguments = field(repr=False)
     hub: HubArguments = field(repr=False, default_factory=HubArguments)
+    notes: list[str] = field(repr=False, default_factory=list)
 
     @property
     def output_dir(self) -> Path:
@@ -97,10 +109,15 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = (), *, check_inputs
     """
     path = find_recipe(Path(path))
     given, faults = _read_yaml(path)
+    notes: list[str] = []
+    if is_resolved(path):
+        given, notes = _of_today(given)
     line_values, line_faults = _read_overrides(overrides)
     faults += line_faults
     values: dict[str, Any] = {}
+    places: list[dict[str, Any]] = []
     for source, items in ((str(path), given), ("command line", line_values)):
+        places.append({})
         for key, value in items.items():
             fault, parsed = check_value(key, value, from_text=items is line_values)
             if not fault and hide_secrets(parsed) != parsed:  # a run would keep and show it
@@ -109,14 +126,17 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = (), *, check_inputs
                 faults.append(f"{source}: {fault}")
                 values.pop(key, None)
             else:
-                values[key] = expanded(parsed)
-    faults += [f"{path}: {fault}" for fault in cross_faults(values, given | line_values)]
+                values[key] = places[-1][key] = expanded(parsed)
+    if is_resolved(path):  # which holds every key, asked for or not
+        places = places[1:]
+    faults += [f"{path}: {fault}" for fault in cross_faults(values, given | line_values, places)]
     if check_inputs:
         faults += [f"{path}: {fault}" for fault in input_faults(values)]
     if faults:
         raise RecipeError("\n".join(faults))
     values.setdefault("output_dir", f"outputs/{path.stem}")
     recipe = _build(path, values)
+    recipe.notes += notes
     faults = [f"{path}: {fault}" for fault in build_faults(recipe.training, recipe.model)]
     if faults:
         raise RecipeError("\n".join(faults))
@@ -126,8 +146,11 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = (), *, check_inputs
 def is_run_folder(folder: Path) -> bool:
     """Whether a run was started in this folder: its recipe.yaml is one that `Recipe.save` wrote."""
     path = folder / RUN_RECIPE
-    if not path.is_file():
-        return False
+    return path.is_file() and is_resolved(path)
+
+
+def is_resolved(path: Path) -> bool:
+    """Whether a recipe is one that `Recipe.save` wrote, wherever it was copied since."""
     with path.open(encoding="utf-8", errors="replace") as file:
         return file.readline().rstrip().endswith(RUN_HEADER)
 
@@ -143,8 +166,7 @@ def saved_values(run: Path) -> dict[str, Any]:
     values, faults = _read_yaml(run / RUN_RECIPE)
     if faults:
         raise RecipeError("\n".join(faults))
-    # Runs of before recorded a dropout that there was none of.
-    return expanded(values) | _dropout_values(values)
+    return expanded(values) | _true_values(values)  # older code recorded what was asked for
 
 
 def read_run_recipe(run: Path) -> Recipe:
@@ -244,7 +266,8 @@ def _read_overrides(overrides: Sequence[str]) -> tuple[dict[str, str], list[str]
 def _build(path: Path, values: dict[str, Any]) -> Recipe:
     from trl import ModelConfig, RewardConfig
 
-    values = _best_values(values) | values | _device_values(values) | _dropout_values(values)
+    asked = values.get("dtype", "float32")
+    values = _best_values(values) | values | _device_values(values) | _true_values(values)
     parts: list[Any] = []
     of_hub = {item.name for item in dataclasses.fields(HubArguments)}
     for part in (RewardConfig, ModelConfig, DataArguments, HubArguments):
@@ -259,7 +282,10 @@ def _build(path: Path, values: dict[str, Any]) -> Recipe:
     # one process trains on one GPU, `accelerate launch` on more.
     if training.n_gpu > 1:
         training._n_gpu = 1
-    return Recipe(path, values, training, model, data, hub)
+    notes = []
+    if asked != "float32" and not values.get("use_peft"):
+        notes.append(f"dtype: float32, not {asked}: weights that are trained in full are kept in fp32")
+    return Recipe(path, values, training, model, data, hub, notes)
 
 
 def _device_values(values: dict[str, Any]) -> dict[str, Any]:
@@ -288,7 +314,7 @@ def _device_values(values: dict[str, Any]) -> dict[str, Any]:
         resolved["dtype"] = half if values.get("use_peft") else "float32"
     if use_cpu and "dataloader_pin_memory" not in values:
         resolved["dataloader_pin_memory"] = False
-    if "report_to" not in values:
+    if values.get("report_to") is None:
         resolved["report_to"] = "none"  # trackers are asked for, never found by chance
     if "disable_tqdm" not in values:
         resolved["disable_tqdm"] = False
@@ -316,9 +342,23 @@ def _best_values(values: dict[str, Any]) -> dict[str, Any]:
     return resolved
 
 
-def _dropout_values(values: dict[str, Any]) -> dict[str, Any]:
-    """The adapters' dropout that there is: TRL's `disable_dropout` leaves none."""
-    return {"lora_dropout": 0.0} if values.get("disable_dropout", True) else {}
+def _true_values(values: dict[str, Any]) -> dict[str, Any]:
+    """What is so whatever a recipe says of it.
+
+    TRL's `disable_dropout` leaves the adapters no dropout, and what is trained in full is fp32.
+    """
+    found: dict[str, Any] = {"lora_dropout": 0.0} if values.get("disable_dropout", True) else {}
+    return found if values.get("use_peft") else found | {"dtype": "float32"}
+
+
+def _of_today(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A resolved recipe without what older code let into it, and notes of what it said that does nothing."""
+    dropped = {
+        key: reason for key, (only, reason) in FIXED_KEYS.items() if key in values and values[key] not in only
+    }
+    kept = {key: value for key, value in values.items() if key not in REFUSED_KEYS.keys() | dropped.keys()}
+    notes = [f"'{key}: {shown(values[key])}' is left out: {reason}" for key, reason in dropped.items()]
+    return kept | _true_values(kept), notes
 
 
 def _gpu_has_bf16() -> bool:

@@ -111,6 +111,14 @@ IDLE_KEYS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("hub_model_id", "hub_private_repo"), ("push_to_hub",)),
 }
 
+# What does nothing with some values of another key.
+IDLE_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
+    "eval_steps": ("eval_strategy", ("epoch",)),
+    "save_steps": ("save_strategy", ("no", "epoch", "best")),
+    "save_total_limit": ("save_strategy", ("no",)),
+    "logging_steps": ("logging_strategy", ("no", "epoch")),
+}
+
 _BATCH = "'per_device_train_batch_size', times 'gradient_accumulation_steps' for a step"
 # Names of older releases and of other tools (LLaMA-Factory, axolotl): what to write here.
 FOREIGN_KEYS = {
@@ -119,8 +127,10 @@ FOREIGN_KEYS = {
     "adapter": "'use_peft: true', and 'load_in_4bit: true' for QLoRA",
     "finetuning_type": "'use_peft: true', or false for all weights",
     "base_model": "'model_name_or_path'",
+    "model": "'model_name_or_path'",
     "model_name": "'model_name_or_path'",
     "adapter_name_or_path": "'model_name_or_path', which may be an SFT adapter's folder",
+    "tokenizer": "nothing: the tokenizer is the base model's",
     "tokenizer_name_or_path": "nothing: the tokenizer is the base model's",
     "template": "'chat_template_path': a template's file, or another model; else it is the base model's",
     "chat_template": "'chat_template_path': a template's file, or another model; else it is the base model's",
@@ -149,6 +159,7 @@ FOREIGN_KEYS = {
     "lr": "'learning_rate'",
     "optimizer": "'optim'",
     "lr_scheduler": "'lr_scheduler_type'",
+    "gradient_clipping": "'max_grad_norm'",
     "warmup_ratio": "'warmup_steps'; below 1 it is a share of all steps",
     "evaluation_strategy": "'eval_strategy'",
     "evals_per_epoch": "'eval_strategy: steps' and 'eval_steps'; below 1 they are a share of all steps",
@@ -163,6 +174,10 @@ FOREIGN_KEYS = {
     "bnb_4bit_compute_dtype": "'bf16' or 'fp16', which a quantised base computes in",
     "flash_attn": "'attn_implementation'",
     "flash_attention": "'attn_implementation'",
+    **dict.fromkeys(
+        ("flash_attention_2", "use_flash_attention_2"), "'attn_implementation: flash_attention_2'"
+    ),
+    "fp16_opt_level": "'fp16'",
     "no_cuda": "'use_cpu'",
     "logging_dir": "nothing: a tracker's own variable says it, TENSORBOARD_LOGGING_DIR for one",
     "wandb_project": "'report_to: wandb' and the variable WANDB_PROJECT",
@@ -261,6 +276,7 @@ def key_types() -> dict[str, tuple[Any, Any]]:
                 hint = hints[item.name]
                 choices = item.metadata.get("choices") or _choices(hint)
                 types[item.name] = (hint, list(choices) if choices else None)
+    types["fsdp"] = (bool | str | None, None)  # as transformers takes it, and as a run's recipe has it
     return types
 
 
@@ -282,7 +298,7 @@ def check_value(key: str, value: Any, from_text: bool) -> tuple[str | None, Any]
     if key in FOREIGN_KEYS:
         return f"unknown key '{key}'. Here it is {FOREIGN_KEYS[key]}", None
     if key not in types:
-        close = difflib.get_close_matches(key, types.keys() - REFUSED_KEYS.keys(), n=1)
+        close = difflib.get_close_matches(key, types.keys() - REFUSED_KEYS.keys() - FIXED_KEYS.keys(), n=1)
         return f"unknown key '{key}'.{did_you_mean(close)}", None
     hint, choices = types[key]
     if from_text:
@@ -301,8 +317,7 @@ def check_value(key: str, value: Any, from_text: bool) -> tuple[str | None, Any]
     parsed = _adapter(hint).validate_python(value)
     only, reason = FIXED_KEYS.get(key, ((parsed,), ""))
     if parsed not in only:
-        shown = "true" if parsed is True else "false" if parsed is False else parsed
-        return f"'{key}: {shown}': {reason}", None
+        return f"'{key}: {shown(parsed)}': {reason}", None
     return None, parsed
 
 
@@ -319,6 +334,11 @@ def fits(value: Any, hint: Any) -> bool:
     return not isinstance(value, bool) or bool in (hint, *typing.get_args(hint))
 
 
+def shown(value: Any) -> Any:
+    """A value as a recipe has it."""
+    return {"True": "true", "False": "false", "None": "null"}.get(str(value), value)
+
+
 def did_you_mean(close: list[str]) -> str:
     """The nearest name as a question, nothing if none is near."""
     return f" Did you mean '{close[0]}'?" if close else ""
@@ -328,6 +348,8 @@ def _from_text(text: str, hint: Any) -> Any:
     """A command-line value: lists, mappings and null in YAML's notation, the rest as written."""
     if text.strip().lower() in ("null", "none", "~"):
         return None
+    if {bool, str} <= set(typing.get_args(hint)) and text.lower() in ("true", "false"):
+        return text.lower() == "true"
     if text.lstrip().startswith(("[", "{")):
         try:
             return yaml.safe_load(text)

@@ -15,7 +15,7 @@ _RANDOM = r"(?:(?=[A-Za-z0-9]{16})(?=[A-Za-z0-9]*[0-9])" + _MIXED + r"|(?=[0-9a-
 # user:password.
 _SECRETS = re.compile(
     rf"(?<![A-Za-z0-9])(?:(?:hf|api_org)_{_MIXED}[A-Za-z0-9]{{20,}}|gh[opsu]_[A-Za-z0-9]{{20,}}"
-    rf"|github_pat_\w{{20,}}|sk-(?:[A-Za-z0-9]*[-_]){{0,8}}?{_RANDOM}[\w-]+"
+    rf"|github_pat_\w{{20,}}|sk-(?:proj|ant|svcacct|or)-[\w-]{{20,}}|sk-(?:[A-Za-z0-9]*[-_]){{0,8}}?{_RANDOM}[\w-]+"
     r"|AKIA[A-Z0-9]{16})(?![A-Za-z0-9])"
     r"|(?<=://)[^\s/?#@:\"'<>]*:[^\s/?#@\"'<>]+(?=@)"
 )

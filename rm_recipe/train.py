@@ -92,6 +92,8 @@ def _train(
 ) -> None:
     """Trains in a folder that is ours, from a checkpoint with its manifest if there is one."""
     trainer, new_modules = ready.trainer, ready.new_modules
+    for note in recipe.notes:
+        say(note)
     start = head_of(trainer.model, new_modules)
     if recipe.hub.push_to_hub:
         say("push_to_hub: training uploads nothing; `rm-recipe run` uploads the proven export at its end")

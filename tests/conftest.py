@@ -313,6 +313,9 @@ def make_recipe(folder: Path, model: Path, data: Path, **keys: Any) -> Path:
         "seed": 0,
         **keys,
     }
+    for key, idle in (("lora_r", keys.get("use_peft") is False), ("num_train_epochs", "max_steps" in keys)):
+        if idle and key not in keys:
+            del values[key]
     path = folder / "recipe.yaml"
     lines = (f"{key}: {json.dumps(value)}\n" for key, value in values.items() if value != "omit")
     path.write_text("".join(lines))

@@ -66,7 +66,10 @@ LINEAR_LAYERS = {
 
 SET_UPS = {
     **{name: (name, {}) for name in TINY_BASES},
-    **{f"{name} in full": (name, {"use_peft": False}) for name in TINY_ENCODERS},
+    **{
+        f"{name} in full": (name, {"use_peft": False, "lora_target_modules": "omit"})
+        for name in TINY_ENCODERS
+    },
     "rslora": ("llama", {"use_rslora": True, "lora_alpha": 16}),
     "dora": ("llama", {"use_dora": True}),
     "dora of gpt2": ("gpt2", {"use_dora": True}),
@@ -90,7 +93,7 @@ def trained(finished, write_recipe, tiny_base, tmp_path_factory):
             common = {"max_steps": 2, "learning_rate": LEARNING_RATE, "lora_target_modules": "all-linear"}
             run = tmp_path_factory.mktemp("trained") / "run"
             recipe = write_recipe(
-                model_name_or_path=str(tiny_base(base)), output_dir=str(run), **common, **keys
+                model_name_or_path=str(tiny_base(base)), output_dir=str(run), **common | keys
             )
             finished[name] = train_watched(recipe)
         return finished[name]

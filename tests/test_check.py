@@ -150,6 +150,12 @@ def test_a_base_is_at_hand_in_the_hubs_cache_and_elsewhere_it_is_not_asked_for(
     check_base(read_recipe(write_recipe(model_name_or_path="bob/base", max_length=513)))
 
 
+@pytest.mark.parametrize("name", ["org/na me", "/nope/x/y", "a--b"])
+def test_a_name_that_is_no_folder_and_no_hub_id_is_one_message(write_recipe, name):
+    with pytest.raises(RecipeError, match=f"'model_name_or_path: {name}' does not exist, and is no Hub id"):
+        check_base(read_recipe(write_recipe(model_name_or_path=name), check_inputs=False))
+
+
 def test_an_sft_adapters_base_is_looked_at(tmp_path, tiny_llama):
     LoraConfig(base_model_name_or_path=str(tiny_llama), task_type="CAUSAL_LM").save_pretrained(
         tmp_path / "sft"

@@ -122,7 +122,13 @@ def with_callback(monkeypatch):
     return give
 
 
-BY_EPOCH = {"eval_strategy": "epoch", "save_strategy": "epoch", "logging_strategy": "epoch"}
+BY_EPOCH = {
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "logging_strategy": "epoch",
+    "save_steps": "omit",
+    "logging_steps": "omit",
+}
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,6 @@ def test_an_installed_package_finds_recipes_and_accelerate_configs_outside_the_c
 
 @pytest.mark.slow
 def test_the_wheel_holds_every_recipe_and_accelerate_config(tmp_path):
-    pytest.importorskip("hatchling", reason="the build backend is not installed")
     source = shutil.copytree(REPOSITORY, tmp_path / "source", ignore=lambda *_: [".git", ".venv", "outputs"])
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*pip, "--wheel-dir", str(tmp_path), str(source)], check=True)

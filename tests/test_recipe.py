@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from trl import ModelConfig
 from rm_recipe import quantisation
 from rm_recipe import recipe as recipe_module
 from rm_recipe.errors import RecipeError
-from rm_recipe.recipe import read_recipe, read_run_recipe, saved_values
+from rm_recipe.recipe import Recipe, read_recipe, read_run_recipe, save_values, saved_values
 from rm_recipe.recipe_keys import DataArguments
+from rm_recipe.run_folder import changed_keys
+from rm_recipe.train import train
 
 SHIPPED = sorted((REPOSITORY / "recipes").glob("*.yaml"))
 
@@ -245,6 +248,84 @@ def test_the_adapters_dropout_is_recorded_as_it_is(write_recipe, tmp_path):
     recipe.model.lora_dropout = 0.05  # as it was recorded once
     recipe.save(run / "recipe.yaml")
     assert saved_values(run)["lora_dropout"] == 0.0
+
+
+def as_before(path: Path, recipe: Recipe, **keys: Any) -> Path:
+    """A resolved recipe as older code wrote it, with every field of TRL's."""
+    older = {
+        "do_train": False,
+        "do_eval": False,
+        "do_predict": False,
+        "local_rank": -1,
+        "lora_dropout": 0.05,
+        "dtype": "bfloat16",
+    }
+    recipe.save(path)
+    save_values(path, yaml.safe_load(path.read_text()) | older | keys)
+    return path
+
+
+def test_what_an_older_release_resolved_is_read_with_what_it_really_did(write_recipe, tmp_path):
+    recipe = read_recipe(write_recipe())
+    path = as_before(tmp_path / "saved.yaml", recipe)
+    again = read_recipe(path, ["--max_steps", "3"])
+    assert again.training.max_steps == 3
+    assert again.resolved() == recipe.resolved() | {"max_steps": 3, "dtype": "bfloat16"}
+    assert again.notes == []
+
+
+def test_what_an_older_release_let_in_without_effect_is_left_out_of_its_run_and_named(write_recipe, tmp_path):
+    path = as_before(tmp_path / "saved.yaml", read_recipe(write_recipe()), bf16_full_eval=True)
+    recipe = read_recipe(path)
+    assert not recipe.training.bf16_full_eval
+    assert recipe.notes == [
+        "'bf16_full_eval: true' is left out: evaluation computes as training does: 'bf16: true'"
+    ]
+    text = path.read_text().partition("\n")[2]
+    path.write_text(text)  # without the line that says whose it is, it is a user's
+    with pytest.raises(RecipeError, match="'bf16_full_eval: true': evaluation computes"):
+        read_recipe(path)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"use_peft": False},
+        {"warmup_steps": 3},
+        {"early_stopping_patience": 2, "save_strategy": "omit"},
+        {"load_best_model_at_end": True, "save_strategy": "epoch"},
+        {"fsdp": "full_shard"},
+        {"fsdp": True},
+        {"save_strategy": "best", "metric_for_best_model": "margin", "eval_strategy": "epoch"},
+        {"report_to": None},
+        {"train_sampling_strategy": "sequential"},
+        {"load_in_4bit": True},
+        {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"},
+        {"max_steps": 2},
+    ],
+    ids=str,
+)
+def test_every_runs_recipe_can_be_trained_with_again(write_recipe, tmp_path, keys):
+    recipe = read_recipe(write_recipe(**keys))
+    recipe.save(tmp_path / "saved.yaml")
+    again = read_recipe(tmp_path / "saved.yaml")
+    assert again.resolved() == recipe.resolved()
+    assert again.notes == []
+
+
+def test_a_recipe_trained_in_full_is_recorded_as_fp32_and_that_is_said_once(write_recipe, tmp_path, capsys):
+    recipe = read_recipe(write_recipe(use_peft=False, dtype="bfloat16", max_steps=1))
+    assert recipe.model.dtype == "float32"
+    train(recipe)
+    said = "dtype: float32, not bfloat16: weights that are trained in full are kept in fp32"
+    assert capsys.readouterr().out.count(said) == 1
+    run = tmp_path / "run"
+    assert saved_values(run)["dtype"] == "float32"
+    (run / "recipe.yaml").write_text(
+        (run / "recipe.yaml").read_text().replace("dtype: float32", "dtype: bfloat16")
+    )
+    assert changed_keys(recipe, run) == []  # older code recorded what was asked for
+    assert read_recipe(write_recipe(dtype="bfloat16")).notes == []
 
 
 def test_a_shipped_recipe_is_found_by_its_name_from_anywhere(tmp_path, monkeypatch):

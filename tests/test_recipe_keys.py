@@ -144,10 +144,7 @@ def lora_layer(trainer):
     return trainer.model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
 
 
-LORA = {"lora_r": 3, "lora_alpha": 12, "lora_target_parameters": ["k_proj.weight"]}
-FOUR_BITS = {"bnb_4bit_quant_type": "fp4", "use_bnb_nested_quant": True, "bnb_4bit_quant_storage": "bfloat16"}
-
-# Tests of what a field does, in a file that names it.
+# Tests of what a field does: in a file that names it, or one of this file.
 SHOWN_BY_TESTS = {
     "model_name_or_path": "test_modeling.py",
     "dtype": "test_recipe.py",
@@ -173,9 +170,11 @@ SHOWN_BY_TESTS = {
     "fsdp": "test_distribution.py",
     "push_to_hub": "test_published.py",
     "hub_model_id": "test_published.py",
-    "hub_private_repo": "test_recipe_keys.py",
-    "lora_target_parameters": "test_recipe_keys.py",
-    **dict.fromkeys(FOUR_BITS, "test_recipe_keys.py"),
+    "hub_private_repo": "test_the_repository_that_is_made_is_as_private_as_the_recipe_says",
+    "lora_target_parameters": "test_lora_and_four_bits_are_as_the_keys_say",
+    "bnb_4bit_quant_type": "test_lora_and_four_bits_are_as_the_keys_say",
+    "bnb_4bit_quant_storage": "test_lora_and_four_bits_are_as_the_keys_say",
+    "use_bnb_nested_quant": "test_lora_and_four_bits_are_as_the_keys_say",
 }
 
 _TRAINER, _TRACKERS = "transformers.trainer", "transformers.integrations.integration_utils"
@@ -239,7 +238,10 @@ def test_a_key_of_trl_is_what_the_trainer_does(trainer, key):
 
 @pytest.mark.parametrize("key", SHOWN_BY_TESTS)
 def test_a_key_of_trl_has_a_test_that_names_it(key):
-    text = (Path(__file__).parent / SHOWN_BY_TESTS[key]).read_text()
+    where = SHOWN_BY_TESTS[key]
+    path = Path(__file__).parent / where
+    text = path.read_text() if path.suffix else inspect.getsource(globals()[where])
+    assert path != Path(__file__)  # where this very table names it
     assert re.search(rf"\b{key}\b", text)
 
 
@@ -256,7 +258,9 @@ def test_every_field_of_trl_is_refused_or_shown_to_do_what_it_says():
 
 
 def test_lora_and_four_bits_are_as_the_keys_say():
-    config = ModelConfig(use_peft=True, load_in_4bit=True, **LORA, **FOUR_BITS)
+    lora = {"lora_r": 3, "lora_alpha": 12, "lora_target_parameters": ["k_proj.weight"]}
+    bits = {"bnb_4bit_quant_type": "fp4", "use_bnb_nested_quant": True, "bnb_4bit_quant_storage": "bfloat16"}
+    config = ModelConfig(use_peft=True, load_in_4bit=True, **lora, **bits)
     assert adapters.lora_config(config, ["score"]).target_parameters == ["k_proj.weight"]
     made = quantisation.settings(config, skip=["score"])
     assert made.bnb_4bit_quant_type == "fp4"
@@ -311,12 +315,20 @@ def test_another_tools_name_leads_to_the_key_that_there_is(key):
         ("dataset_config", "x"), ("group_by_length", True), ("lora_rank", 8), ("save_safetensors", True),
         ("val_set_size", 0.1), ("micro_batch_size", 1), ("batch_size", 1), ("dataset_text_field", "x"),
         ("lr", 1e-4), ("epochs", 1), ("cutoff_len", 1), ("sequence_len", 1), ("quantization_bit", 4),
-        ("flash_attn", True), ("no_cuda", True),
+        ("flash_attn", True), ("no_cuda", True), ("flash_attention_2", True), ("use_flash_attention_2", True),
+        ("tokenizer", "x"), ("gradient_clipping", 1.0), ("fp16_opt_level", "O1"),
     ],
 )  # fmt: skip
 def test_the_names_that_users_bring_are_known(write_recipe, key, value):
     with pytest.raises(RecipeError, match=f"unknown key '{key}'. Here it is "):
         read_recipe(write_recipe(**{key: value}))
+
+
+def test_a_hint_leads_to_no_key_that_is_refused_too():
+    for key in (*REFUSED_KEYS, *FIXED_KEYS, "include_inputs_for_metrics", "fp16_full_evals"):
+        fault, _ = check_value(f"{key}s", 1, from_text=False)
+        suggested = re.findall(r"Did you mean '(\w+)'", fault)
+        assert not {*suggested} & {*REFUSED_KEYS, *FIXED_KEYS}
 
 
 @pytest.mark.parametrize("key", IDLE_KEYS)

@@ -82,6 +82,8 @@ def test_a_home_that_is_a_link_is_replaced_by_both_names(monkeypatch, tmp_path):
         ("ghp_" + "a1" * 18, "***"),
         ("sk-" + "aB3" * 16 + " x", "*** x"),
         ("sk-proj-" + "aB3_" * 3 + "aB3" * 12 + "-_c", "***"),
+        ("sk-proj-Zr_9-" + "aB3" * 4 + "_" + "Cd4" * 5 + "-" + "Xy7" * 5, "***"),
+        ("sk-svcacct-" + "aB3_" * 30, "***"),
         ("sk-ant-api03-" + "Zx9" * 20, "***"),
         ("sk-or-v1-" + "0af3" * 16, "***"),
         ("hf_" + "aBcDeFgH" * 4 + "xy", "***"),

@@ -185,7 +185,7 @@ def test_every_recipe_trains_evaluates_and_exports_on_a_tiny_model_of_its_kind(
         "model_name_or_path": tiny_base(encoder or "llama"), "dataset_name": tiny_data,
         "dataset_subsets": None, "max_length": 128, "max_train_samples": None,
         "max_eval_samples": None, "max_steps": 2,
-        "output_dir": tmp_path / "run", "use_cpu": "true", "disable_tqdm": "true", "num_train_epochs": 1,
+        "output_dir": tmp_path / "run", "use_cpu": "true", "disable_tqdm": "true",
     }  # fmt: skip
     if path.stem == "smollm2_offline":
         overrides["lora_target_modules"] = r".*layers\.1\..*_proj"  # its upper half
