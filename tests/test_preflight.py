@@ -22,7 +22,13 @@ DROPOUT = {"lora_dropout": 0.1, "disable_dropout": False, "max_steps": 5, "loggi
 
 
 @pytest.mark.parametrize(
-    "keys", [{}, {"gradient_checkpointing": True}, {"use_peft": False}, {"load_in_4bit": True}]
+    "keys",
+    [
+        {},
+        {"gradient_checkpointing": True},
+        {"use_peft": False, "lora_dropout": "omit"},
+        {"load_in_4bit": True},
+    ],
 )
 def test_a_run_is_the_same_with_it_and_without(write_recipe, tmp_path, monkeypatch, keys):
     """To the bit, with dropout: it takes no random number from training and leaves no trace."""
