@@ -93,19 +93,10 @@ def load_tokenizer(
         raise RecipeError(f"{name}: its tokenizer has no fast version, which rm_recipe needs")
     if template is not None:
         tokenizer.chat_template = _read_template(template)
-    elif isinstance(tokenizer.chat_template, dict):  # what is shipped is what is rendered, alone
-        templates = tokenizer.chat_template
-        if "default" not in templates:
-            raise RecipeError(
-                f"{name}: none of its chat templates ({', '.join(templates)}) is called default; name a "
-                "file with one as 'chat_template_path'"
-            )
-        tokenizer.chat_template = templates["default"]
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = _plain_template(tokenizer, name, revision, trust_remote_code)
-    asks_for_today = tokenizer.chat_template
-    tokenizer.chat_template = chat_template.fixed_date(tokenizer.chat_template)
-    if tokenizer.chat_template != asks_for_today:
+    own = _one_template(tokenizer, name)
+    own = own if own is not None else _plain_template(tokenizer, name, revision, trust_remote_code)
+    tokenizer.chat_template = chat_template.fixed_date(own)
+    if tokenizer.chat_template != own:
         date = f"{chat_template.FIXED_DATE:%d %b %Y}"
         _warn(f"{name}: its chat template writes today's date; here it is always {date}, so that scores last")
     _compare_with_file(tokenizer, name, revision)
@@ -123,6 +114,19 @@ def load_tokenizer(
                 "the last token of whatever it ends with, where PPO, which needs an end token, does not look"
             )
     return safe
+
+
+def _one_template(tokenizer: PreTrainedTokenizerBase, name: str) -> str | None:
+    """The template, of several the default one: what is shipped is what is rendered, alone."""
+    templates = tokenizer.chat_template
+    if not isinstance(templates, dict):
+        return templates
+    if "default" not in templates:
+        raise RecipeError(
+            f"{name}: none of its chat templates ({', '.join(templates)}) is called default; name a "
+            "file with one as 'chat_template_path'"
+        )
+    return str(templates["default"])
 
 
 def _plain_template(
@@ -145,7 +149,7 @@ def _warn(message: str) -> None:
 def _leading_specials(tokenizer: PreTrainedTokenizerBase) -> str:
     """The special tokens that a tokenizer writes before every text by itself: BOS, or an encoder's CLS."""
     bare, ids = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
-    count = next(place for place in range(len(ids)) if ids[place : place + len(bare)] == bare)
+    count = next((place for place in range(len(ids)) if ids[place : place + len(bare)] == bare), 0)
     return "".join(tokenizer.convert_ids_to_tokens(ids[:count]))
 
 
