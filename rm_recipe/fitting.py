@@ -65,12 +65,14 @@ def fit(
     shared: bool,
     device: torch.device,
     memory_bytes: float,
+    larger: bool = True,
 ) -> Fit:
     """Plans a recipe's training step on a device.
 
     Args:
         config: of the one-label classifier.
         batch_of: the largest batch of so many comparisons.
+        larger: look for the largest batch that fits where the recipe's does, which takes long.
 
     Raises:
         UnplannableError: for whatever reason.
@@ -95,7 +97,7 @@ def fit(
     without = plan(n, False) if not said else None
     checkpointing = bool(said) or (said is None and without is not None and not without.fits(memory_bytes))
     planned = without if without is not None and not checkpointing else plan(n, True)
-    fitting, too_many = (n, LARGEST + 1) if planned.fits(memory_bytes) else (0, n)
+    fitting, too_many = (n, LARGEST + 1 if larger else n + 1) if planned.fits(memory_bytes) else (0, n)
     while too_many - fitting > 1:
         middle = min(
             (fitting + too_many) // 2, max(2 * fitting, 1)
@@ -109,7 +111,7 @@ def fit(
     )
 
 
-def fit_by_config(recipe: Recipe, device: torch.device, memory_bytes: float) -> Fit:
+def fit_by_config(recipe: Recipe, device: torch.device, memory_bytes: float, larger: bool = True) -> Fit:
     """`fit` by the base's configuration, for conversations of `max_length` tokens that share none.
 
     Raises:
@@ -127,7 +129,7 @@ def fit_by_config(recipe: Recipe, device: torch.device, memory_bytes: float) -> 
     longest = Encoded([5], [[6] * ((training.max_length or 1024) - 1)] * 2)
     return fit(
         outline.config, recipe, head_names(outline), lambda n: [longest] * n,
-        shared=sharing.used, device=device, memory_bytes=memory_bytes,
+        shared=sharing.used, device=device, memory_bytes=memory_bytes, larger=larger,
     )  # fmt: skip
 
 
@@ -156,7 +158,7 @@ def too_little(recipe: Recipe, trainer: Any, new_modules: Sequence[str], split: 
     try:
         found = fit(
             trainer.model.config, recipe, new_modules, lambda n: split.longest(n, shared),
-            shared=shared, device=device, memory_bytes=there,
+            shared=shared, device=device, memory_bytes=there, larger=False,
         )  # fmt: skip
     except UnplannableError:
         return f"{what}, of {there / 1e9:.1f} GB; take {smaller}"
@@ -199,7 +201,7 @@ def shipped_that_fit(device: torch.device, memory_bytes: float) -> tuple[list[st
         try:
             if not (is_here or reachable):
                 unknown.append(path.stem)
-            elif fit_by_config(recipe, device, memory_bytes).fits:
+            elif fit_by_config(recipe, device, memory_bytes, larger=False).fits:
                 fitting.append(path.stem)
         except UnplannableError:
             unknown.append(path.stem)
