@@ -81,8 +81,8 @@ def export(
     check_replaceable(output, overwrite)
     trained = find_model(str(run))
     check_data(run, recipe)
-    evaluation = evaluation_of(run)
     judge = RewardModel.from_pretrained(run)
+    evaluation = evaluation_of(run)
     split = tokenize(load_held_out_split(recipe), judge.tokenizer, judge.max_length, judge.truncation)
     lines = [line for line in read_predictions(run) if line["dataset"] == HELD_OUT]
     proof = Proof(judge, HeldOut.of(split, lines))
