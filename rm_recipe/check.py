@@ -164,6 +164,9 @@ def print_fit(found: Fit, recipe: Recipe, device: torch.device) -> None:
     else:
         print(f"gradient checkpointing: {'on' if found.checkpointing else 'not needed'}")
     print(f"largest per_device_train_batch_size that fits: {found.largest}")
+    print(f"evaluation: about {plan.evaluation / 1e9:.1f} GB")
+    on_cpu = "" if plan.export <= found.memory else ", which does not fit: on the CPU"
+    print(f"export, verified in fp32: about {plan.export / 1e9:.1f} GB{on_cpu}")
     if found.fits:
         return
     print(f"instead: {what_to_lower(found, recipe)}")

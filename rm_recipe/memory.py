@@ -58,6 +58,7 @@ class MemoryPlan:
         step: gradients, what the forward keeps for the backward, and what both need on the way, for the
             largest batch.
         heap: by how much an allocator multiplies what a step asks of it.
+        float32: the weights of the merged model in fp32, in which an export is verified.
     """
 
     weights: int
@@ -65,6 +66,17 @@ class MemoryPlan:
     step: int
     heap: float = 1.0
     trained: int = 0
+    float32: int = 0
+
+    @property
+    def evaluation(self) -> float:
+        """What scoring takes, without gradients."""
+        return self.weights + SCORING + PROCESS
+
+    @property
+    def export(self) -> float:
+        """What an export takes where it is verified on the device."""
+        return self.float32 * (1 + SPARE) + SCORING + PROCESS
 
     @property
     def peak(self) -> int:
@@ -117,6 +129,7 @@ def plan(
         step=round(bytes_of_step + dequantised),
         heap=HEAP_ON_CPU[checkpointing] if (device or training.device).type == "cpu" else 1.0,
         trained=sum(p.numel() * p.element_size() for p in trained),
+        float32=4 * sum(p.numel() for p in whole.parameters()),
     )
 
 

@@ -176,6 +176,7 @@ def test_the_table_has_every_part_and_sums_up(write_recipe, capsys):
     for part in ("base ", "adapters and head", "optimizer", "activations and gradients of 8", "fits 8.0 GB"):
         assert part in out
     assert "gradient checkpointing: not needed\nlargest per_device_train_batch_size that fits: " in out
+    assert re.search(r"\nevaluation: about [12]\.\d GB\nexport, verified in fp32: about [12]\.\d GB\n", out)
     assert max(map(len, out.splitlines())) <= 80
 
 
