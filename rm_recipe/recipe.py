@@ -115,9 +115,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = (), *, check_inputs
     line_values, line_faults = _read_overrides(overrides)
     faults += line_faults
     values: dict[str, Any] = {}
-    places: list[dict[str, Any]] = []
     for source, items in ((str(path), given), ("command line", line_values)):
-        places.append({})
         for key, value in items.items():
             fault, parsed = check_value(key, value, from_text=items is line_values)
             if not fault and hide_secrets(parsed) != parsed:  # a run would keep and show it
@@ -126,10 +124,8 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = (), *, check_inputs
                 faults.append(f"{source}: {fault}")
                 values.pop(key, None)
             else:
-                values[key] = places[-1][key] = expanded(parsed)
-    if is_resolved(path):  # which holds every key, asked for or not
-        places = places[1:]
-    faults += [f"{path}: {fault}" for fault in cross_faults(values, given | line_values, places)]
+                values[key] = expanded(parsed)
+    faults += [f"{path}: {fault}" for fault in cross_faults(values, given | line_values)]
     if check_inputs:
         faults += [f"{path}: {fault}" for fault in input_faults(values)]
     if faults:

@@ -6,14 +6,12 @@ Every check returns its faults as text; `recipe.read_recipe` collects them all.
 import difflib
 import math
 import typing
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rm_recipe.errors import one_line
 from rm_recipe.recipe_keys import (
     IDLE_KEYS,
-    IDLE_WITH,
     MODEL_FILES,
     OFFLINE_DATA,
     OFFLINE_ENCODER,
@@ -24,7 +22,6 @@ from rm_recipe.recipe_keys import (
     did_you_mean,
     fits,
     looks_local,
-    shown,
 )
 from rm_recipe.weights import pickle_fault
 
@@ -42,8 +39,6 @@ POSITIVE = (
 BEST_FORBIDS = {"eval_strategy": ("no",), "save_strategy": ("no",)}
 EARLY_STOPPING_FORBIDS = BEST_FORBIDS | {"save_strategy": ("no", "best"), "load_best_model_at_end": (False,)}
 
-OFF: tuple[Any, ...] = (None, False, "no", "none", [], ["none"])  # of keys that switch others on
-STRATEGIES = {"eval_strategy": "save_strategy", "save_strategy": "eval_strategy"}
 
 LARGEST_SEED = 2**32 - 1  # NumPy takes no larger one
 METRICS = ("accuracy", "loss", "margin", "mean_reward", "ties")  # of a comparison, which training measures
@@ -60,14 +55,11 @@ CHECKPOINTING_KWARGS = {
 FUSED_INTO_BACKWARD = ("lomo", "adalomo", "layerwise")  # optimizers, by parts of their names
 
 
-def cross_faults(
-    values: dict[str, Any], given: dict[str, Any], places: Sequence[dict[str, Any]]
-) -> list[str]:
+def cross_faults(values: dict[str, Any], given: dict[str, Any]) -> list[str]:
     """What is missing, out of range or in contradiction.
 
     Args:
         given: has the faulty keys too.
-        places: what the file says, and the command line.
     """
     faults = [
         f"'{key}: {values[key]}' must be above 0"
@@ -114,42 +106,11 @@ def cross_faults(
     return [
         *faults,
         *idle_faults(values),
-        *pair_faults(values, places),
         *number_faults(values),
         *best_faults(values),
         *schedule_faults(values),
         *tracker_faults(values),
     ]
-
-
-def pair_faults(values: dict[str, Any], places: Sequence[dict[str, Any]]) -> list[str]:
-    """Keys that would do nothing beside another, where one place says both.
-
-    A recipe's keys may stay where the command line switches off what they belong to.
-    """
-    faults = [
-        f"'{key}' does nothing with '{name}: {shown(place[name])}': leave one of them out"
-        for place in places
-        for key, needed in IDLE_KEYS.items()
-        if place.get(key) is not None and all(values.get(name) in OFF for name in needed)
-        for name in [name for name in needed if name in place and place[name] in OFF][:1]
-    ]
-    keeps = values.get("early_stopping_patience") or values.get("load_best_model_at_end")
-    for key, (own, idle) in IDLE_WITH.items():
-        # To keep the best, it saves where it evaluates.
-        name = STRATEGIES.get(own, own) if keeps and own not in values else own
-        faults += [
-            f"'{key}' does nothing with '{name}: {place[name]}': leave one of them out"
-            for place in places
-            if place.get(key) is not None and place.get(name) in idle and values.get(name) in idle
-        ]
-    if values.get("max_steps", -1) > 0:
-        faults += [
-            f"'num_train_epochs' does nothing with 'max_steps: {place['max_steps']}': leave one of them out"
-            for place in places
-            if {"max_steps", "num_train_epochs"} <= place.keys() and place["max_steps"] > 0
-        ]
-    return faults
 
 
 def idle_faults(values: dict[str, Any]) -> list[str]:

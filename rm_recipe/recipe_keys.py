@@ -111,13 +111,6 @@ IDLE_KEYS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("hub_model_id", "hub_private_repo"), ("push_to_hub",)),
 }
 
-# What does nothing with some values of another key.
-IDLE_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
-    "eval_steps": ("eval_strategy", ("epoch",)),
-    "save_steps": ("save_strategy", ("no", "epoch", "best")),
-    "save_total_limit": ("save_strategy", ("no",)),
-    "logging_steps": ("logging_strategy", ("no", "epoch")),
-}
 
 _BATCH = "'per_device_train_batch_size', times 'gradient_accumulation_steps' for a step"
 # Names of older releases and of other tools (LLaMA-Factory, axolotl): what to write here.
