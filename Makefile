@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-with-constraints
 
 .DEFAULT_GOAL := help
-.PHONY: help setup compat train test test-all benchmark overoptimization lint format clean
+.PHONY: help setup compat train test test-all gpu benchmark overoptimization lint format clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -47,6 +47,18 @@ test-all: setup ## The slow tests too
 
 # The development copy of hh-rlhf, where it lies beside the repository.
 HH_RLHF := ../shared/data/hh-rlhf
+
+# Where PYTHON has the packages already, as on a machine without a package index, it is used as it is.
+GPU_DATA ?= $(if $(wildcard $(HH_RLHF)),$(HH_RLHF),data/offline)
+MODELS ?= models
+OUTPUT ?= outputs/gpu
+
+gpu: ## On a machine with a GPU: its tests and measurements, in ten minutes [OUTPUT=folder]
+	@if $(PYTHON) -c 'import trl, peft, bitsandbytes' 2> /dev/null; then python=$(PYTHON); \
+		else $(MAKE) --no-print-directory setup && python=$(BIN)/python || exit 1; fi; \
+	test -d $(MODELS)/smollm2-135m-instruct || $$python -m rm_recipe prepare offline || exit 1; \
+	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} HF_HUB_OFFLINE=1 \
+		$$python tests/gpu/measure.py --output $(OUTPUT) --data $(GPU_DATA) --models $(MODELS) $(GPU_ARGUMENTS)
 
 benchmark: setup ## Speed and memory against stock TRL (about half an hour each on two cores)
 	@$(BIN)/rm-recipe prepare offline

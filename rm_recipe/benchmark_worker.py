@@ -75,8 +75,8 @@ def measure_training(recipe: Recipe, what: str) -> dict[str, Any]:
     return {
         "comparisons": len(timed) * recipe.training.train_batch_size,
         "seconds": steps.times[-1] - steps.times[warm_up],
-        "tokens": sum(real for real, _ in timed),
-        "padding": sum(everything - real for real, everything in timed),
+        "tokens": int(sum(real for real, _ in timed)),
+        "padding": int(sum(everything - real for real, everything in timed)),
         "losses": of_steps,
         "peak_memory_bytes": peak_memory(),
         "flop_per_token": (4 if recipe.model.use_peft else 6) * parameters,
@@ -141,18 +141,17 @@ def _losses_of(trainer: Any) -> list[torch.Tensor]:
     return losses
 
 
-def _tokens_of(trainer: Any, pad_token_id: int) -> list[tuple[int, int]]:
-    """A list that fills with the real tokens and all tokens of each micro-batch, in order."""
-    tokens: list[tuple[int, int]] = []
-    collate = trainer.data_collator
+def _tokens_of(trainer: Any, pad_token_id: int) -> list[tuple[torch.Tensor, int]]:
+    """A list that fills with the real tokens () and all tokens of each micro-batch, in order."""
+    tokens: list[tuple[torch.Tensor, int]] = []
+    compute = trainer.compute_loss
 
-    def counting(examples: Any) -> Any:
-        batch = collate(examples)
-        ids = batch["input_ids"]
-        tokens.append((int((ids != pad_token_id).sum()), ids.numel()))
-        return batch
+    def counting(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        ids = inputs["input_ids"]
+        tokens.append(((ids != pad_token_id).sum(), ids.numel()))
+        return compute(model, inputs, *args, **kwargs)
 
-    trainer.data_collator = counting
+    trainer.compute_loss = counting
     return tokens
 
 

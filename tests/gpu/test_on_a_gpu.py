@@ -1,0 +1,147 @@
+"""What a GPU computes is what a CPU and stock TRL compute, and running out of its memory is told.
+
+Run by `make gpu`, or by `pytest -m gpu` with CUDA_VISIBLE_DEVICES set.
+"""
+
+import json
+from contextlib import suppress
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_rows, write_jsonl
+
+from rm_recipe.benchmark_worker import measure_training
+from rm_recipe.distribution import autocast_of
+from rm_recipe.errors import RecipeError
+from rm_recipe.evaluate import evaluate
+from rm_recipe.export import export
+from rm_recipe.preflight import preflight
+from rm_recipe.recipe import read_recipe
+from rm_recipe.scoring import RewardModel
+from rm_recipe.train import load_data, load_model, make_trainer, settle_step, train
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+ON_GPU = {"use_cpu": False}
+FOUR_BITS = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": True}
+IN_FULL = {"use_peft": False, "lora_r": "omit", "learning_rate": 1e-3}
+FUSED = {"aten::_cudnn_attention_forward", "aten::_efficient_attention_forward"}  # both take a mask
+PRECISIONS = {
+    "fp32": ({}, 1e-4),
+    "bf16": ({"bf16": True}, 0.01),
+    "fp16": ({"fp16": True}, 0.01),
+    "4 bits": ({"bf16": True, **FOUR_BITS}, 0.01),
+    "in full": (IN_FULL, 1e-4),
+    "in full, bf16": ({"bf16": True, **IN_FULL}, 0.01),
+}
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_losses_equal_stock_trl(write_recipe, name):
+    keys, tolerance = PRECISIONS[name]
+    keys = {**ON_GPU, "max_steps": 6, **keys, "learning_rate": 1e-3}
+    path = write_recipe(per_device_train_batch_size=4, gradient_accumulation_steps=2, **keys)
+    stock, ours = (measure_training(read_recipe(path), what) for what in ("stock", "ours"))
+    assert ours["tokens"] < stock["tokens"]  # prefixes are shared
+    assert np.allclose(stock["losses"], ours["losses"], rtol=0, atol=tolerance)
+
+
+def batch_on_gpu(write_recipe, **keys):
+    """A trainer on the GPU and the inputs of its first batch."""
+    recipe = read_recipe(write_recipe(**ON_GPU, bf16=True, **keys))
+    tokenizer, train_split, test_split, _ = load_data(recipe)
+    model, new_modules = load_model(recipe, tokenizer)
+    sharing = settle_step(recipe, model, new_modules, train_split)
+    trainer = make_trainer(recipe, tokenizer, model, new_modules, train_split, test_split, sharing)
+    return trainer, next(iter(trainer.get_train_dataloader()))
+
+
+def test_the_attention_of_rows_is_computed_by_a_fused_kernel(write_recipe):
+    trainer, inputs = batch_on_gpu(write_recipe)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        with autocast_of(trainer.args):
+            loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(inputs))
+        loss.backward()
+    called = {event.key for event in profile.key_averages()}
+    assert called & FUSED
+    assert "aten::_scaled_dot_product_attention_math" not in called
+
+
+def test_one_worker_that_makes_the_batches_gives_the_same_losses(write_recipe):
+    path = write_recipe(**ON_GPU, max_steps=4, per_device_train_batch_size=8)
+    alone, fed = (
+        measure_training(read_recipe(path, ["--dataloader_num_workers", n]), "ours") for n in ("0", "1")
+    )
+    assert np.allclose(alone["losses"], fed["losses"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["fp32", "fp16", "4 bits"])
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(write_recipe, tmp_path, name):
+    keys = {**ON_GPU, **PRECISIONS[name][0], "save_strategy": "steps", "save_steps": 4, "max_steps": 8}
+    rewards = {}
+    items = [{"prompt": row["prompt"], "response": row["chosen"]} for row in make_rows(16, seed=3)]
+    for run, stop in (("whole", None), ("resumed", 4)):
+        recipe = read_recipe(write_recipe(**keys, output_dir=str(tmp_path / run)))
+        if stop:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("rm_recipe.train.save_model", interrupt)
+                with suppress(InterruptedError):
+                    train(read_recipe(recipe.path))
+            for later in sorted((tmp_path / run).glob("checkpoint-*"))[1:]:
+                later.rename(tmp_path / "later")
+            train(read_recipe(recipe.path), resume=True)
+        else:
+            train(recipe)
+        rewards[run] = RewardModel.from_pretrained(tmp_path / run).score(items)
+    assert np.allclose(rewards["whole"], rewards["resumed"], rtol=0, atol=1e-4)
+
+
+def interrupt(*_, **__):
+    raise InterruptedError
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_a_run_is_evaluated_exported_and_verified(write_recipe, tmp_path, name):
+    recipe = read_recipe(write_recipe(**ON_GPU, **PRECISIONS[name][0]))
+    train(recipe)
+    run = recipe.output_dir
+    assert json.loads((run / "run.json").read_text())["peak_memory_bytes"] > 0
+    evaluate(str(run))
+    held_out = json.loads((run / "evaluation.json").read_text())["datasets"]["held_out"]
+    assert held_out["accuracy"] > 0.9
+    export(run)
+    proof = json.loads((run / "export" / "proof.json").read_text())
+    assert proof["passed"]
+    assert proof["accuracy"]["merged"] == pytest.approx(held_out["accuracy"], abs=0.05)
+    items = [{"prompt": row["prompt"], "response": row["chosen"]} for row in make_rows(16, seed=3)]
+    on_gpu, on_cpu = (
+        RewardModel.from_pretrained(run / "export", device=device).score(items) for device in ("cuda", "cpu")
+    )
+    spread = np.abs(on_gpu).max()
+    assert np.allclose(on_gpu, on_cpu, rtol=0, atol=0.02 * spread)
+
+
+def test_running_out_of_memory_says_what_to_lower(write_recipe, tmp_path):
+    rows = make_rows(64, seed=1)
+    for row in rows:
+        row["chosen"], row["rejected"] = row["chosen"] + " good" * 300, row["rejected"] + " bad" * 300
+    data = tmp_path / "long"
+    write_jsonl(data / "train.jsonl", rows)
+    write_jsonl(data / "test.jsonl", make_rows(8, seed=2))
+    recipe = read_recipe(
+        write_recipe(**ON_GPU, dataset_name=str(data), max_length=512, per_device_train_batch_size=64)
+    )
+    tokenizer, train_split, test_split, _ = load_data(recipe)
+    model, new_modules = load_model(recipe, tokenizer)
+    sharing = settle_step(recipe, model, new_modules, train_split)
+    trainer = make_trainer(recipe, tokenizer, model, new_modules, train_split, test_split, sharing)
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 60e6) / total)
+    try:
+        with pytest.raises(RecipeError, match="out of memory.*per_device_train_batch_size"):
+            preflight(recipe, trainer, new_modules, train_split, test_split)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
