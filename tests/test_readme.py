@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, make_rows, run_cli, write_jsonl
 
-from rm_recipe.evaluate import evaluate
-from rm_recipe.export import export
-from rm_recipe.json_files import decode
-from rm_recipe.preferences import parse_row
-from rm_recipe.recipe import read_recipe
-from rm_recipe.run import print_summary
-from rm_recipe.train import train
+from rm_recipe.data.formats import parse_row
+from rm_recipe.data.json_files import decode
+from rm_recipe.evaluation.evaluate import evaluate
+from rm_recipe.exporting.export import export
+from rm_recipe.recipe.reader import read_recipe
+from rm_recipe.tools.pipeline import print_summary
+from rm_recipe.training.train import train
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
