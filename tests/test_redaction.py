@@ -16,9 +16,8 @@ from rm_recipe.errors import RecipeError
 from rm_recipe.evaluation.evaluate import evaluate
 from rm_recipe.evaluation.report import write_report
 from rm_recipe.exporting.export import export
-from rm_recipe.files import read_json, write_json
+from rm_recipe.files import expanded, hide_secrets, read_json, redact, redacted, with_tilde, write_json
 from rm_recipe.recipe.reader import read_recipe, read_run_recipe, saved_values
-from rm_recipe.redaction import expanded, hide_secrets, redact, redacted, with_tilde
 from rm_recipe.tools.pipeline import run as run_recipe
 from rm_recipe.training.run_folder import changed_keys
 from rm_recipe.training.train import train

@@ -7,24 +7,24 @@ that is a fault of the file, not of the row.
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
+from rm_recipe.data.comparison import Comparison, untied_pairs
 from rm_recipe.data.messages import (
     Excluded,
     Malformed,
     Message,
     as_messages,
     as_reply,
+    before_last_reply,
     check_prompt,
     check_question,
     check_unicode,
-    conversation,
     in_context,
     messages_of_text,
+    parse_transcript,
 )
-from rm_recipe.data.transcripts import before_last_reply, parse_transcript
 
 # The columns that a row is recognised by, the first that fits; then what is missing, in words.
 SHAPES: tuple[set[str], ...] = (
@@ -42,41 +42,6 @@ SHAPES_IN_WORDS = (
     "chosen and rejected (and perhaps prompt), or prompt, responses and ranks or scores, or (LLMBar) input, "
     "output_1, output_2 and label"
 )
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One prompt and its responses, best first (InstructGPT, arXiv 2203.02155, section 3.5).
-
-    Attributes:
-        prompt: the messages before the response.
-        responses: texts of the assistant's reply, K >= 2, best first.
-        ranks: K ranks, 0 for the best, not decreasing; equal ones are ties. Strictly increasing
-            unless given.
-        margins: how much better the first of each of `untied_pairs(ranks)` is (Llama 2, arXiv 2307.09288,
-            section 3.2.2); empty where nothing is known.
-        subset: the part of the data set that the row comes from.
-    """
-
-    prompt: list[Message]
-    responses: list[str]
-    ranks: list[int] = field(default_factory=list)
-    margins: list[float] = field(default_factory=list)
-    subset: str = ""
-
-    def __post_init__(self) -> None:
-        if not self.ranks:
-            self.ranks.extend(range(len(self.responses)))
-
-    def conversations(self) -> list[list[Message]]:
-        """The K whole conversations, each ending in its response."""
-        return [conversation(self.prompt, response) for response in self.responses]
-
-
-def untied_pairs(ranks: Sequence[int]) -> list[tuple[int, int]]:
-    """The pairs (better, worse) that K ranks, best first, give: K choose 2 of them without ties."""
-    k = len(ranks)
-    return [(i, j) for i in range(k) for j in range(i + 1, k) if ranks[i] < ranks[j]]
 
 
 # --- rows ------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Everything is memory-mapped; `parsing` and `encoding` have the two passes over t
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import datasets as hf_datasets
 import numpy as np
@@ -13,10 +14,11 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from trl.scripts.utils import DatasetConfig
 
-from rm_recipe.data import formats, sources
+from rm_recipe.data import formats, loading
 from rm_recipe.data.dataset import FIRST_ROWS, Split, arrow_column, fingerprint
 from rm_recipe.data.loading import parse_rows
-from rm_recipe.errors import DataError
+from rm_recipe.errors import DataError, RecipeError
+from rm_recipe.files import read_json
 from rm_recipe.recipe.reader import Recipe
 from rm_recipe.recipe.schema import DataArguments
 
@@ -113,8 +115,8 @@ def hold_out_share(data: DataArguments) -> float | None:
     """
     if data.test_split_size is not None:
         return data.test_split_size
-    found = sources.sources_of(data)
-    there = [sources.has_split(source, data.dataset_test_split, data.dataset_revision) for source in found]
+    found = loading.sources_of(data)
+    there = [loading.has_split(source, data.dataset_test_split, data.dataset_revision) for source in found]
     if all(there):
         return None
     if any(there):
@@ -174,12 +176,12 @@ def load_split(
     Raises:
         DataError: a source cannot be read, or no row in it is a comparison.
     """
-    found = sources.sources_of(data)
+    found = loading.sources_of(data)
     column = data.margin_column if margins else None
     parts = []
     for source in found:
-        name = sources.label(source, of_mixture=bool(data.datasets))
-        rows = sources.load_rows(source, split or source.split, data.dataset_revision)
+        name = loading.label(source, of_mixture=bool(data.datasets))
+        rows = loading.load_rows(source, split or source.split, data.dataset_revision)
         parts.append(parse_rows(rows, source, split or source.split, name, column, data.margin_map, num_proc))
     if split is None:
         parts = _by_fraction(parts, found)
@@ -222,3 +224,24 @@ def _by_fraction(parts: list[Split], found: list[DatasetConfig]) -> list[Split]:
         part.take(np.arange(min(size, len(part.comparisons))), "not_in_fraction")
         for part, size in zip(parts, sizes, strict=True)
     ]
+
+
+def changed_data(run: Path, **now: str) -> list[str]:
+    """Which of these splits, known by their fingerprints, are not those that a finished run was trained with.
+
+    Older versions wrote shorter fingerprints, of another kind, which tell nothing here.
+    """
+    record = run / "run.json"
+    then = read_json(record).get("data_fingerprints", {}) if record.is_file() else {}
+    known = {name: then[name] for name in now if len(then.get(name, "")) == len(now[name])}
+    return [name for name in known if known[name] != now[name]]
+
+
+def check_held_out(run: Path, split: Split) -> None:
+    """Raises RecipeError where the held-out comparisons are not those that were held out from training."""
+    if changed_data(run, held_out=split.fingerprint):
+        raise RecipeError(
+            f"the held-out comparisons are not those that {run} was trained with: the data changed since, "
+            "and what is held out now may have been trained on; restore the data, or train anew with "
+            "--overwrite"
+        )

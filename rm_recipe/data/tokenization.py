@@ -16,19 +16,17 @@ import pyarrow.compute as pc
 import tokenizers
 import transformers
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import (
+    PreTrainedTokenizerBase,
+)
 
-from rm_recipe.data import chat_template, formats
+from rm_recipe.data import chat_template
+from rm_recipe.data import comparison as comparison_module
 from rm_recipe.data.chat_template import special_tokens
-from rm_recipe.data.dataset import Split, arrow_column, set_excluded_apart
-from rm_recipe.data.formats import Comparison
+from rm_recipe.data.comparison import Comparison, Encoded, split_at_common_prefix
+from rm_recipe.data.dataset import Split, arrow_column, run_pass, set_excluded_apart
 from rm_recipe.data.messages import Excluded, Message, conversation
-from rm_recipe.data.passes import run_pass
 from rm_recipe.errors import DataError, one_line
-from rm_recipe.model import shared_prefix
-from rm_recipe.model import tokenizer as tokenizer_module
-from rm_recipe.model.shared_prefix import Encoded, split_at_common_prefix
-from rm_recipe.model.tokenizer import render
 
 logger = logging.getLogger("rm_recipe")
 
@@ -209,7 +207,7 @@ def tokenize(
         encode,
         "Tokenising",
         {**split.comparisons.features, **added},
-        [*settings, sys.modules[__name__], tokenizer_module, chat_template, shared_prefix, formats],
+        [*settings, sys.modules[__name__], chat_template, comparison_module],
         num_proc,
         batched=True,
     )
@@ -380,3 +378,8 @@ def _cut_front(
     if kept + over >= question:
         raise Excluded("too_long")
     return [ids[:kept] + ids[kept + over :] for ids in conversations]
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
+    """The text that is scored: the conversation through the chat template."""
+    return str(tokenizer.apply_chat_template(messages, tokenize=False))

@@ -12,25 +12,22 @@ from accelerate.utils import broadcast_object_list
 from numpy.typing import NDArray
 from transformers.utils import cached_file
 
+from rm_recipe.data.comparison import Encoded
 from rm_recipe.data.dataset import Split, arrow_column, row_name
-from rm_recipe.data.splits import load_held_out_split, load_split, load_splits
+from rm_recipe.data.splits import changed_data, check_held_out, load_held_out_split, load_split, load_splits
 from rm_recipe.data.tokenization import tokenize
 from rm_recipe.errors import DataError, RecipeError, TrainingError, one_line
-from rm_recipe.evaluation.baselines import Scorer, bag_of_words
 from rm_recipe.evaluation.findings import HELD_OUT, gate
-from rm_recipe.evaluation.paired import paired_difference
-from rm_recipe.evaluation.predictions import PREDICTIONS, predictions, write_predictions
-from rm_recipe.evaluation.probes import consistency
+from rm_recipe.evaluation.metrics import paired_difference
+from rm_recipe.evaluation.probes import Scorer, bag_of_words, consistency
 from rm_recipe.evaluation.report import write_report
-from rm_recipe.evaluation.summary import Scored, summarise
+from rm_recipe.evaluation.summary import PREDICTIONS, Scored, predictions, summarise, write_predictions
 from rm_recipe.files import read_json, sha256, write_json
-from rm_recipe.model.sft import adapter_config
-from rm_recipe.model.shared_prefix import Encoded
+from rm_recipe.model.source import adapter_config
+from rm_recipe.processes import each_once, main_process_first, processes, say
 from rm_recipe.recipe.reader import Recipe, is_run_folder, read_run_recipe
 from rm_recipe.recipe.schema import DataArguments
 from rm_recipe.scoring import RewardModel, find_model
-from rm_recipe.training.distributed import each_once, main_process_first, processes, say
-from rm_recipe.training.run_folder import changed_data, check_held_out
 
 FAULTY_NAMED = 5  # comparisons without a finite reward, in the message
 

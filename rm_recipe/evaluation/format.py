@@ -2,17 +2,11 @@
 
 import json
 import math
-import re
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 MISSING = "\N{EN DASH}"
 LARGEST_TABLE = 50
-# Controls except tab and newline, surrogates, marks of direction, characters without a width, tags.
-_HIDDEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f"
-    "\ufeff\ufff9-\ufffb\ufffe\uffff\U000e0000-\U000e007f]"
-)
 
 
 @dataclass(frozen=True)
@@ -37,26 +31,6 @@ class Table:
     def strips(self) -> bool:
         """Whether a column draws intervals."""
         return any(row.strip for row in self.rows)
-
-
-def visible(text: str) -> str:
-    """The text with nothing hidden in it: what has no shape of its own gets one.
-
-    Controls become their pictures (U+2400 and on), marks of direction and characters without a width
-    their number in brackets, surrogates U+FFFD. Tab, newline and joiners inside words stay.
-    """
-    return _HIDDEN.sub(_stand_in, text.replace("\r\n", "\n"))
-
-
-def _stand_in(match: re.Match[str]) -> str:
-    code = ord(match[0])
-    if code < 0x20:
-        return chr(0x2400 + code)
-    if code == 0x7F:
-        return "\u2421"
-    if code < 0xA0 or 0xD800 <= code <= 0xDFFF or code in (0xFFFE, 0xFFFF):
-        return "\ufffd"
-    return f"[U+{code:04X}]"
 
 
 def shorten(text: str, length: int) -> str:

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
-from rm_recipe.evaluation.format import visible
+from rm_recipe.files import visible
 
 Array = NDArray[np.float64]
 Points = Sequence[tuple[float, float]]

@@ -8,14 +8,17 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import datasets as hf_datasets
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
 
+from rm_recipe.data.comparison import Array, Comparison, Encoded, pair_indices
 from rm_recipe.data.dataset import Split
-from rm_recipe.data.formats import Comparison
 from rm_recipe.data.messages import Excluded
 from rm_recipe.data.tokenization import encode
-from rm_recipe.model.shared_prefix import Encoded
+from rm_recipe.evaluation.metrics import pair_weights
 from rm_recipe.scoring import RewardModel
 
 N_COMPARISONS = 64  # that are tried, spread over the split
@@ -85,3 +88,38 @@ def _moved(before: NDArray[Any], after: NDArray[Any]) -> dict[str, float]:
         "share_up": float((change > 0).mean()),
         "wins": float(overtakes.mean()) if was_right.any() else 0.0,
     }
+
+
+# --- baselines: rules that a reward model has to beat ------------------------------------------
+
+Scorer = Callable[[Sequence[str]], Array]
+
+
+def bag_of_words(comparisons: hf_datasets.Dataset) -> Scorer | None:
+    """A Bradley-Terry model that knows which words a response has, and nothing else.
+
+    Logistic regression on the difference of the two responses' tf-idf vectors, without an intercept
+    (scikit-learn). The prompt is the same on both sides, so it drops out.
+
+    Args:
+        comparisons: to learn from, with the columns `responses` and `ranks` (`split.Split`).
+
+    Returns:
+        what gives `(n,)` scores to n responses; None where no two responses share a word.
+    """
+    responses, ranks = comparisons["responses"][:], comparisons["ranks"][:]
+    # A word that stands in one response only has no second one to help with.
+    words = TfidfVectorizer(min_df=2, sublinear_tf=True)
+    try:
+        vectors = words.fit_transform(response for own in responses for response in own)
+    except ValueError:  # no word is left
+        return None
+    better, worse, owner = pair_indices(ranks)
+    # Every other pair the other way round: the regression wants both outcomes.
+    sides = np.where(np.arange(len(better)) % 2, 1, -1)
+    differences = (vectors[better] - vectors[worse]).multiply(sides[:, None]).tocsr()
+    regression = LogisticRegression(fit_intercept=False, max_iter=1000)
+    if len(sides) < 2:
+        return None
+    regression.fit(differences, sides, sample_weight=pair_weights(owner))
+    return lambda texts: np.asarray(words.transform(texts) @ regression.coef_[0])

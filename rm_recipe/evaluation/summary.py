@@ -1,19 +1,33 @@
 """The figures that `evaluation.json` has for a data set, from the rewards of its comparisons."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rm_recipe.data.comparison import (
+    Array,
+    Indices,
+    agreement,
+    mean_by_comparison,
+    pair_indices,
+    pairwise_agreement,
+)
 from rm_recipe.data.dataset import Split
 from rm_recipe.evaluation import metrics
-from rm_recipe.evaluation.biases import accuracy_by_bucket, accuracy_by_subset, rank_correlation
-from rm_recipe.evaluation.calibration import calibrate
-from rm_recipe.evaluation.metrics import Array, Indices
-from rm_recipe.evaluation.paired import paired_difference
+from rm_recipe.evaluation.metrics import (
+    accuracy_by_bucket,
+    accuracy_by_subset,
+    calibrate,
+    paired_difference,
+    rank_correlation,
+)
+from rm_recipe.files import read_json_lines, redacted, whole_file
 
 
 @dataclass(frozen=True)
@@ -52,7 +66,7 @@ class Scored:
     @cached_property
     def pairs(self) -> tuple[Indices, Indices, Indices]:
         """`metrics.pair_indices`: better, worse, comparison."""
-        return metrics.pair_indices(self.ranks)
+        return pair_indices(self.ranks)
 
     @cached_property
     def margins(self) -> Array:
@@ -67,12 +81,12 @@ class Scored:
     @cached_property
     def right_pairs(self) -> Array:
         """1, 0, or 1/2 for equal rewards; `(pairs,)`."""
-        return metrics.agreement(self.margins, np.zeros_like(self.margins))
+        return agreement(self.margins, np.zeros_like(self.margins))
 
     @cached_property
     def right(self) -> Array:
         """The mean of `right_pairs` over each comparison; `(comparisons,)`."""
-        return metrics.mean_by_comparison(self.right_pairs, self.pairs[2])
+        return mean_by_comparison(self.right_pairs, self.pairs[2])
 
     def by_comparison(self, flat: NDArray[Any]) -> list[NDArray[Any]]:
         """Values `(responses,)` as one array `(K,)` for each comparison."""
@@ -92,7 +106,7 @@ def summarise(scored: Scored, rules: Mapping[str, Array]) -> dict[str, Any]:
     result = metrics.PreferenceAccuracy().compute(
         chosen=scored.rewards[better], rejected=scored.rewards[worse], comparison=comparison
     )
-    right_by = {name: metrics.pairwise_agreement(values, scored.ranks) for name, values in rules.items()}
+    right_by = {name: pairwise_agreement(values, scored.ranks) for name, values in rules.items()}
     differences = {name: paired_difference(scored.right, right) for name, right in right_by.items()}
     best = max(right_by, key=lambda name: float(right_by[name].mean()))
     return {
@@ -133,3 +147,67 @@ def _length(scored: Scored) -> dict[str, float | None]:
         "accuracy_chosen_longer": float(scored.right_pairs[longer].mean()) if longer.any() else None,
         "accuracy_chosen_shorter": float(scored.right_pairs[shorter].mean()) if shorter.any() else None,
     }
+
+
+# --- `predictions.jsonl`: one line a comparison ------------------------------------------------
+
+PREDICTIONS = "predictions.jsonl"
+SHOWN = 10  # of each kind
+
+
+def predictions(name: str, split: Split, scored: Scored) -> list[dict[str, Any]]:
+    """The lines of a data set's scored comparisons, as JSON has them.
+
+    `row` is the comparison's place in its source, `margin` and `correct` are means over its untied pairs.
+    `shown` stands on the `SHOWN` most confident mistakes (`mistake`) and on the closest of the others
+    (`close`); these alone carry their `text`.
+    """
+    margins = mean_by_comparison(scored.margins, scored.pairs[2])
+    rewards = scored.by_comparison(scored.rewards)
+    lengths = scored.by_comparison(scored.response_tokens)
+    rows, subsets = split.column("row"), scored.subsets
+    lines: list[dict[str, Any]] = [
+        {
+            "dataset": name,
+            "index": index,
+            "row": int(rows[index]),
+            "subset": subsets[index],
+            "rewards": rewards[index].tolist(),
+            "ranks": list(scored.ranks[index]),
+            "margin": float(margins[index]),
+            "correct": float(scored.right[index]),
+            "tokens": [int(scored.prompt_tokens[index] + length) for length in lengths[index]],
+            "response_tokens": lengths[index].tolist(),
+            "turns": int(scored.turns[index]),
+        }
+        for index in range(len(rewards))
+    ]
+    for kind, indices in examples(margins, scored.right).items():
+        for index in indices:
+            comparison = split[index]
+            text = {"prompt": comparison.prompt, "responses": comparison.responses}
+            lines[index] |= {"shown": kind, "text": text}
+    return lines
+
+
+def examples(margins: Array, right: Array) -> dict[str, list[int]]:
+    """Numbers of the most confident mistakes, worst first, and of the closest of the other comparisons."""
+    mistakes = [int(i) for i in np.argsort(margins, kind="stable") if right[i] < 0.5][:SHOWN]
+    nearest = (int(i) for i in np.argsort(np.abs(margins), kind="stable"))
+    close = [i for i in nearest if i not in mistakes][:SHOWN]
+    return {"mistake": mistakes, "close": close}
+
+
+def read_predictions(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a folder's `predictions.jsonl`; empty if there is none."""
+    path = folder / PREDICTIONS
+    return read_json_lines(path) if path.is_file() else []
+
+
+def write_predictions(folder: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Replaces the lines of the data sets that `lines` are of, redacted, and keeps the others'."""
+    lines = redacted(lines)
+    replaced = {line["dataset"] for line in lines}
+    kept = [line for line in read_predictions(folder) if line["dataset"] not in replaced]
+    with whole_file(folder / PREDICTIONS) as partial, partial.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in [*kept, *lines])

@@ -19,11 +19,39 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from rm_recipe.evaluation.findings import HELD_OUT, best_baseline, gate_words, readings, rule
 from rm_recipe.evaluation.format import decimal, interval, limits, mapping, whole
 from rm_recipe.exporting.compatibility import READ_ALIKE, needs_transformers_5
-from rm_recipe.exporting.markdown import Verbatim, code, plain
-from rm_recipe.files import read_json
+from rm_recipe.files import read_json, redact, visible
 from rm_recipe.recipe.reader import saved_values
 from rm_recipe.recipe.schema import looks_local
-from rm_recipe.redaction import redact
+
+# --- text that means nothing in Markdown -------------------------------------------------------
+
+_SPECIAL = re.compile(r"[\\`*\[\]<>|#]")
+
+
+class Verbatim(str):
+    """Text that is Markdown already, or stands in a block of code: `plain` leaves it alone."""
+
+    __slots__ = ()
+
+
+def plain(text: str) -> str:
+    """The text as it is read, on one line: no markup, no HTML, no end of a table's cell."""
+    return text if isinstance(text, Verbatim) else _SPECIAL.sub(r"\\\g<0>", _one_line(text))
+
+
+def code(text: str) -> Verbatim:
+    """The text as a span of code, whatever backticks there are in it."""
+    text = _one_line(text)
+    fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
+    space = " " if text.startswith("`") or text.endswith("`") else ""
+    return Verbatim(f"{fence}{space}{text}{space}{fence}")
+
+
+def _one_line(text: str) -> str:
+    return visible(" ".join(text.split()))
+
+
+# --- the model card ----------------------------------------------------------------------------
 
 TEMPLATE = "model_card.md.jinja"
 CARD = "README.md"

@@ -23,25 +23,28 @@ from rm_recipe.errors import ExportError, RecipeError, one_line
 from rm_recipe.evaluation.evaluate import read_evaluation, weights_of
 from rm_recipe.evaluation.findings import HELD_OUT
 from rm_recipe.evaluation.plots import save_reliability
-from rm_recipe.evaluation.predictions import read_predictions
+from rm_recipe.evaluation.summary import read_predictions
 from rm_recipe.exporting.card import FIGURE, write_card
 from rm_recipe.exporting.compatibility import for_transformers_4
-from rm_recipe.exporting.rounding import (
+from rm_recipe.exporting.verify import (
+    ROUNDINGS,
+    HeldOut,
+    Proof,
+    largest,
     layers_that_multiply,
     precisions,
     rounded_inputs,
     to_bfloat16,
     to_eight_bits,
 )
-from rm_recipe.exporting.verify import ROUNDINGS, HeldOut, Proof, largest
-from rm_recipe.files import read_json, sha256, whole_folder, write_json
-from rm_recipe.model import quantisation
+from rm_recipe.files import FolderLock, read_json, sha256, whole_folder, write_json
+from rm_recipe.model import lora
 from rm_recipe.model.memory import device_memory, fits_in_float32, float32_bytes
 from rm_recipe.model.reward_model import Base, load_trained
+from rm_recipe.processes import say
 from rm_recipe.recipe.reader import is_run_folder, read_run_recipe
 from rm_recipe.scoring import RewardModel, find_model
-from rm_recipe.training.distributed import say
-from rm_recipe.training.run_folder import FolderLock, check_data
+from rm_recipe.training.run_folder import check_data
 
 MergeBase = Literal["dequantized", "original"]
 NO_SIGMOID = {"activation_fn": "torch.nn.modules.linear.Identity"}  # what its CrossEncoder reads
@@ -173,7 +176,7 @@ def compute_in_float32(proof: Proof, trained: str) -> Base | None:
     """
     judge = proof.judge
     quantised = bool(getattr(judge.model.config, "quantization_config", None))
-    layers = quantisation.eight_bit_layers(judge.model)
+    layers = lora.eight_bit_layers(judge.model)
     if layers:
         half = body_precision(judge.model) != torch.float32
         load_base(proof, trained, "dequantized")
@@ -187,7 +190,7 @@ def compute_in_float32(proof: Proof, trained: str) -> Base | None:
         proof.step("precision", "the de-quantised model is not what was evaluated", exact, noise)
         proof.measure_float32()
         return "dequantized"
-    quantisation.compute_in_float32(judge.model)
+    lora.compute_in_float32(judge.model)
     if not quantised:
         judge.model.to(float32_device(judge.model))
     judge.model.float()

@@ -12,26 +12,29 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from numpy.typing import NDArray
 from torch import nn
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from rm_recipe.data.chat_template import ppo_fault
+from rm_recipe.data.comparison import Encoded, pairwise_agreement
 from rm_recipe.data.dataset import Split
 from rm_recipe.data.messages import Message, conversation
+from rm_recipe.data.tokenization import render
 from rm_recipe.errors import ExportError
-from rm_recipe.evaluation.metrics import pairwise_agreement
-from rm_recipe.exporting.contracts import trl_rewards
-from rm_recipe.exporting.rounding import layers_that_multiply, moved_weights, rounded_inputs, to_bfloat16
 from rm_recipe.files import read_json
-from rm_recipe.model.shared_prefix import Encoded
-from rm_recipe.model.tokenizer import render
+from rm_recipe.model.head import is_float32
+from rm_recipe.model.reward_model import quietly
 from rm_recipe.scoring import RewardModel
 
 N_SEQUENCES = 64  # at least, as far as there are as many
@@ -375,3 +378,114 @@ def _score_anew(request: dict[str, Any]) -> dict[str, Any]:
             f"plain transformers cannot use the export: {answer['error']}; nothing was exported"
         )
     return answer
+
+
+# --- what rounding does to rewards, measured on the model itself -------------------------------
+# Weights that will be rounded are moved at random by as much as rounding may move them; inputs of layers are
+# rounded as layers that multiply in fewer bits round them.
+
+Round = Callable[[torch.Tensor], torch.Tensor]
+
+
+def to_eight_bits(values: torch.Tensor) -> torch.Tensor:
+    """The nearest of 255 even steps up to the largest of each row, as LLM.int8 (arXiv 2208.07339)."""
+    step = values.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    return (values / step).round() * step
+
+
+def to_bfloat16(values: torch.Tensor) -> torch.Tensor:
+    """The nearest numbers that bf16 has, in the precision that they came in."""
+    return values.bfloat16().to(values.dtype)
+
+
+def layers_that_multiply(model: nn.Module) -> list[str]:
+    """The names of the layers with a weight matrix to multiply by."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+
+
+@contextmanager
+def rounded_inputs(model: nn.Module, layers: Sequence[str], rounded: Round) -> Iterator[None]:
+    """Within it, the layers of these names read `rounded(input)`."""
+
+    def before(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (rounded(inputs[0]), *inputs[1:])
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(before) for name in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def precisions(
+    model: nn.Module, body: torch.dtype, head: torch.dtype
+) -> Iterator[tuple[nn.Parameter, torch.dtype]]:
+    """Every parameter with the precision that it is to be written in."""
+    for module in model.modules():
+        precision = head if is_float32(module) else body
+        for parameter in module.parameters(recurse=False):
+            yield parameter, precision
+
+
+@contextmanager
+def moved_weights(model: nn.Module, body: torch.dtype, head: torch.dtype, seed: int) -> Iterator[None]:
+    """Within it, the weights that these precisions cannot hold are off by up to half their last place."""
+    generator = torch.Generator().manual_seed(seed)
+    kept: dict[int, tuple[nn.Parameter, torch.Tensor]] = {}  # once, where several modules share it
+    for parameter, precision in precisions(model, body, head):
+        weights = parameter.data
+        if id(parameter) in kept or torch.equal(weights, weights.to(precision).to(weights.dtype)):
+            continue
+        kept[id(parameter)] = parameter, weights.to("cpu")  # a GPU may not hold them twice
+        _, exponents = torch.frexp(weights)
+        half = torch.ldexp(torch.full_like(weights, torch.finfo(precision).eps / 4), exponents)
+        share = torch.rand(weights.shape, generator=generator).to(weights.device) * 2 - 1
+        parameter.data = weights + share * half * (weights != 0)
+    try:
+        yield
+    finally:
+        for parameter, weights in kept.values():
+            parameter.data = weights.to(parameter.device)
+
+
+# --- contracts: what an export promises to the programs that use it next -----------------------
+
+
+def trl_rewards(
+    folder: Path, conversations: Sequence[list[Message]], device: torch.device | None = None
+) -> list[float]:
+    """The rewards that TRL's `RLOOTrainer(reward_funcs="folder")` sees, by its own code.
+
+    The trainer is made with a policy of one tiny layer, and asked for the rewards of these conversations in
+    place of its own samples. TRL 1.16's GRPOTrainer scores by the same lines.
+
+    Args:
+        device: where it scores, by default on a GPU if there is one.
+    """
+    from trl import RLOOConfig, RLOOTrainer
+
+    prompts = [messages[:-1] for messages in conversations]
+    rows = [{"prompt": prompt} for prompt in prompts]
+    with tempfile.TemporaryDirectory() as policy, quietly():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size)).save_pretrained(policy)
+        tokenizer.save_pretrained(policy)
+        settings = RLOOConfig(
+            policy,
+            per_device_train_batch_size=2,
+            num_generations=2,
+            use_cpu=device.type == "cpu" if device else not torch.accelerator.is_available(),
+            bf16=False,
+            report_to="none",
+            disable_tqdm=True,
+        )
+        if settings.n_gpu > 1:  # several visible GPUs would mean nn.DataParallel, which TRL refuses
+            settings._n_gpu = 1
+        trainer = RLOOTrainer(
+            policy, str(folder), settings, Dataset.from_list(rows), processing_class=tokenizer
+        )
+        replies = [messages[-1:] for messages in conversations]
+        rewards = trainer._calculate_rewards(rows, prompts, replies, [[0]] * len(rows))
+    return [float(reward) for reward in rewards[:, 0]]

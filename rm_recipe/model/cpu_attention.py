@@ -17,8 +17,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from rm_recipe.model.shared_prefix import visible
-
 NAME = "rm_recipe_rows"
 # Queries whose scores are computed at once in the backward, times the length of their comparison: the scores
 # of a long comparison (heads x length x length) would outgrow all that a layer keeps.
@@ -166,3 +164,16 @@ class _BlockAttention(torch.autograd.Function):
 
 AttentionInterface.register(NAME, row_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def visible(comparison_of: torch.Tensor, response_of: torch.Tensor) -> torch.Tensor:
+    """(rows, length, length) bool from two (rows, length) labellings.
+
+    A token attends to earlier tokens and itself within its comparison: to the prefix and to its
+    own response. Padding attends to padding, so that no row of the softmax is empty (NaN).
+    """
+    length = comparison_of.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    same = comparison_of[:, :, None] == comparison_of[:, None, :]
+    own = (response_of[:, None, :] == 0) | (response_of[:, :, None] == response_of[:, None, :])
+    return causal & same & own

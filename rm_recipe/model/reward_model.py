@@ -8,6 +8,7 @@ fp32, trained in full and saved with the adapter.
 import copy
 import errno
 import gc
+import tempfile
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -21,7 +22,9 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -30,7 +33,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import logging
 
 from rm_recipe.errors import RecipeError, one_line
-from rm_recipe.model import quantisation, sft
+from rm_recipe.model import lora, source
 from rm_recipe.model.cpu_attention import announce_rows
 from rm_recipe.model.head import head_names, initialise, outermost, to_float32
 from rm_recipe.model.lora import (
@@ -40,12 +43,15 @@ from rm_recipe.model.lora import (
     keep_activations_in_half,
     train_in_float32,
 )
-from rm_recipe.model.memory import is_out_of_memory
-from rm_recipe.model.source import check_safetensors, saved_as
-from rm_recipe.model.tokenizer import check_lengths, load_config
+from rm_recipe.model.source import check_safetensors, load_config, saved_as, sft_adapter
+from rm_recipe.model.tokenizer import check_lengths
+from rm_recipe.processes import is_out_of_memory
+from rm_recipe.recipe.weights import holds
 
 if TYPE_CHECKING:
+    from peft import PeftConfig
     from trl import ModelConfig
+
 
 LABEL = "reward"
 NOT_IN_FULL = (
@@ -122,7 +128,7 @@ def load_base(
         kwargs["attn_implementation"] = config.attn_implementation
     # What is trained is fp32: in bf16 a step of 1e-5 leaves five of six weights as they are.
     dtype = getattr(torch, str(config.dtype), "auto") if config.use_peft else torch.float32
-    with sft.as_one_model(name, revision, trust_remote_code) as folder:
+    with as_one_model(name, revision, trust_remote_code) as folder:
         if hasattr(load_config(folder, revision, trust_remote_code), "quantization_config"):
             model, new = _load_quantised(folder, name, config, dtype=dtype, **kwargs)
         else:
@@ -134,8 +140,8 @@ def load_base(
                 check_target_modules(outline, config)
                 add_lora(outline, config, head, autocast=False)  # or PEFT refuses it
             if config.load_in_4bit or config.load_in_8bit:
-                kwargs["quantization_config"] = quantisation.settings(config, skip=head)
-                kwargs["device_map"] = quantisation.on_this_device()
+                kwargs["quantization_config"] = lora.settings(config, skip=head)
+                kwargs["device_map"] = lora.on_this_device()
             model, new = _load(folder, dtype=dtype, **kwargs)
     model.name_or_path = model.config._name_or_path = name  # where the adapter will look for its base
     prepare_for_rewards(model, tokenizer, new)
@@ -190,10 +196,10 @@ def _load_quantised(
     if not config.use_peft:
         raise RecipeError(NOT_IN_FULL.format(name=name))
     try:
-        model, new = _load(folder, device_map=quantisation.on_this_device(), **kwargs)
+        model, new = _load(folder, device_map=lora.on_this_device(), **kwargs)
     except RecipeError as error:  # transformers fails to draw weights for a head that is quantised, too
-        raise RecipeError(f"{error}; it {quantisation.ADVICE}") from None
-    quantisation.check_head_is_whole(model, new, name)
+        raise RecipeError(f"{error}; it {lora.ADVICE}") from None
+    lora.check_head_is_whole(model, new, name)
     check_target_modules(model, config)
     return model, new
 
@@ -225,7 +231,7 @@ def prepare_for_rewards(
     for config in (model.config, model.config.get_text_config()):
         if hasattr(config, "use_cache"):  # keys and values are for who generates; a reward reads a text once
             config.use_cache = False
-    quantisation.keep_layout(model)
+    lora.keep_layout(model)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
@@ -300,7 +306,7 @@ def load_trained(
     """
     gc.collect()  # frees models that were dropped: with its own forward bound to it each is a circle
     config = load_config(path)
-    adapter = sft.adapter_config(path)
+    adapter = source.adapter_config(path)
     if adapter is not None:
         return _load_adapter(path, adapter, config, tokenizer, base, device)
     if config.num_labels != 1:
@@ -334,8 +340,8 @@ def _load_adapter(
     quantised = config.to_dict().get("quantization_config")
     if quantised:
         elsewhere = device is not None and base == "original"
-        kwargs["device_map"] = {"": str(device)} if elsewhere else quantisation.on_this_device()
-    with sft.as_one_model(name, revision) as folder:
+        kwargs["device_map"] = {"": str(device)} if elsewhere else lora.on_this_device()
+    with as_one_model(name, revision) as folder:
         comes_quantised = hasattr(load_config(folder, revision), "quantization_config")
         if base == "original" and comes_quantised:
             raise RecipeError(f"'{name}' comes quantised: there is no original to merge into")
@@ -348,7 +354,7 @@ def _load_adapter(
         raise RecipeError(f"{path} has no trained {', '.join(untrained)}: its rewards would be random")
     model.config.rm_recipe = getattr(config, "rm_recipe", None)
     if quantised and base == "dequantized":
-        quantisation.dequantize(model, device)
+        lora.dequantize(model, device)
     saved = load_peft_weights(path, str(model.device))
     _fit_embeddings(model, config, saved, len(tokenizer), path, name)
     prepare_for_rewards(model, tokenizer, new)
@@ -389,3 +395,68 @@ def autocast(model: nn.Module) -> AbstractContextManager[Any]:
     weight = next(model.parameters())
     half = weight.dtype in HALF
     return torch.autocast(weight.device.type, weight.dtype if half else None, enabled=half)
+
+
+# --- an SFT adapter as the start: merged into its base first -----------------------------------
+# InstructGPT initialises the reward model from the SFT model (arXiv 2203.02155, section 3.5), and what
+# week 1 of a course leaves behind is often a LoRA adapter. A reward model needs its own adapter on a plain
+# model, so the SFT adapter becomes part of the base, each time it is loaded.
+
+
+@contextmanager
+def as_one_model(name: str, revision: str = "main", trust_remote_code: bool = False) -> Iterator[str]:
+    """Within it, a name under which transformers finds a whole model.
+
+    That is `name` itself, or for an SFT adapter a temporary folder with the merged model: on disk,
+    because a model can only be quantised while it is loaded.
+
+    Raises:
+        RecipeError: the adapter is not one of a language model, it or its base is a pickle, or
+            its base cannot be loaded.
+    """
+    adapter = sft_adapter(name, revision)
+    if adapter is None:
+        yield name
+        return
+    if adapter.is_prompt_learning:
+        kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
+        raise RecipeError(f"the SFT adapter '{name}' is of type {kind}, which cannot be merged into its base")
+    with tempfile.TemporaryDirectory(prefix="rm-recipe-sft-", ignore_cleanup_errors=True) as folder:
+        try:
+            merged = _merge(name, revision, adapter, trust_remote_code)
+            # Not in the format of a base that came quantised, which transformers cannot go back to.
+            merged.save_pretrained(folder, save_original_format=False)
+            del merged
+        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, UnpicklingError) as error:
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise
+            raise RecipeError(f"the SFT adapter '{name}' cannot be loaded: {one_line(error)}") from None
+        yield folder
+
+
+def _merge(name: str, revision: str, adapter: "PeftConfig", trust_remote_code: bool) -> PreTrainedModel:
+    from peft import PeftModel
+
+    check_safetensors(name, revision, adapter=True)
+    base_name, base_revision = str(adapter.base_model_name_or_path), adapter.revision or "main"
+    check_safetensors(base_name, base_revision)
+    base = AutoModelForCausalLM.from_pretrained(
+        base_name,
+        revision=base_revision,
+        dtype="auto",
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+    )
+    if hasattr(base.config, "quantization_config"):  # SFT was QLoRA on a base that comes quantised
+        lora.dequantize(base)
+    if holds(name, "tokenizer_config.json", revision):
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
+        size = len(tokenizer)
+        if size > base.get_input_embeddings().num_embeddings:  # SFT has added tokens
+            base.resize_token_embeddings(size)
+    merged: PreTrainedModel = PeftModel.from_pretrained(base, name, revision=revision).merge_and_unload(
+        progressbar=False
+    )
+    return merged

@@ -3,53 +3,22 @@
 import json
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from rm_recipe.errors import RecipeError
+import torch
+from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
+from transformers import (
+    AutoConfig,
+)
+from transformers.utils import cached_file
+
+from rm_recipe.errors import RecipeError, one_line
+from rm_recipe.recipe.weights import SAFE, holds, pickle_fault
 
 if TYPE_CHECKING:
     import torch
-
-# Of a whole model, and of an adapter.
-SAFE = {False: ("model.safetensors", "model.safetensors.index.json"), True: ("adapter_model.safetensors",)}
-PICKLED = {False: ("pytorch_model.bin", "pytorch_model.bin.index.json"), True: ("adapter_model.bin",)}
-
-
-def holds(name: str, file: str, revision: str = "main") -> bool:
-    """Whether a folder or a Hub repository has a file; the Hub is asked once.
-
-    Raises:
-        OSError, httpx.HTTPError: the Hub has nothing under that name, or cannot be reached.
-    """
-    return (Path(name) / file).is_file() if Path(name).is_dir() else _on_hub(name, file, revision)
-
-
-@cache
-def _on_hub(name: str, file: str, revision: str) -> bool:
-    from transformers.utils.hub import has_file
-
-    return bool(has_file(name, file, revision))
-
-
-def pickle_fault(name: str, revision: str = "main", *, adapter: bool = False) -> str:
-    """What is wrong with a model or adapter whose weights are a pickle; else nothing.
-
-    Raises:
-        OSError, httpx.HTTPError: as `holds` does.
-    """
-    if any(holds(name, file, revision) for file in SAFE[adapter]):
-        return ""
-    for file in PICKLED[adapter]:
-        if holds(name, file, revision):
-            how = "PeftModel.from_pretrained(BASE, ...)" if adapter else "AutoModel.from_pretrained(...)"
-            return (
-                f"'{name}' has its weights in {file} alone, a pickle, which can run code when it is read, "
-                f"and no {SAFE[adapter][0]}; if you trust it, convert it by transformers: `{how}` and "
-                "`.save_pretrained(FOLDER)`, the tokenizer likewise"
-            )
-    return ""
+    from peft import PeftConfig
 
 
 def check_safetensors(name: str, revision: str = "main", *, adapter: bool = False) -> None:
@@ -76,7 +45,6 @@ def saved_as(
         OSError: its weights are in files of other names.
     """
     from safetensors import safe_open
-    from transformers.utils import cached_file
 
     single, index = SAFE[False]
     try:
@@ -90,3 +58,49 @@ def saved_as(
             for key in tensors.keys():  # noqa: SIM118 - no mapping
                 if key.startswith(prefixes):
                     yield key, tensors.get_tensor(key)
+
+
+def load_config(name: str, revision: str = "main", trust_remote_code: bool = False) -> Any:
+    """The model's configuration, of an adapter without one its base's.
+
+    Raises:
+        RecipeError: nothing can be loaded under that name.
+    """
+    adapter = adapter_config(name, revision)
+    try:
+        if adapter is not None and not holds(name, "config.json", revision):
+            name, revision = adapter.base_model_name_or_path, adapter.revision or "main"
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"'model_name_or_path: {name}' cannot be loaded: {one_line(error)}") from None
+
+
+def adapter_config(name: str, revision: str = "main") -> "PeftConfig | None":
+    """What PEFT knows of an adapter, in a folder or on the Hub; None where `name` is no adapter.
+
+    Raises:
+        RecipeError: it cannot be read, or the Hub has nothing under that name.
+    """
+    try:
+        if not holds(name, "adapter_config.json", revision):
+            return None
+        from peft import PeftConfig
+
+        return PeftConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError, TypeError, KeyError, httpx.HTTPError) as error:
+        raise RecipeError(f"'model_name_or_path: {name}' cannot be loaded: {one_line(error)}") from None
+
+
+def sft_adapter(name: str, revision: str = "main") -> "PeftConfig | None":
+    """`adapter_config` of a language model's adapter.
+
+    Raises:
+        RecipeError: it is a classifier's.
+    """
+    adapter = adapter_config(name, revision)
+    if adapter is not None and adapter.task_type == "SEQ_CLS":
+        raise RecipeError(
+            f"'model_name_or_path: {name}' is the adapter of a classifier, perhaps of a reward model; to "
+            "train that further, start from its export"
+        )
+    return adapter

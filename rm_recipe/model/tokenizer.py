@@ -17,7 +17,6 @@ import tokenizers
 import torch
 from jinja2 import TemplateError
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoTokenizer,
     PreTrainedTokenizerBase,
@@ -27,9 +26,11 @@ from transformers.utils import cached_file
 
 from rm_recipe.data import chat_template
 from rm_recipe.data.messages import Message
+from rm_recipe.data.tokenization import render
 from rm_recipe.errors import RecipeError, one_line
-from rm_recipe.model import sft
-from rm_recipe.model.source import holds
+from rm_recipe.model import source
+from rm_recipe.model.source import load_config
+from rm_recipe.recipe.weights import holds
 
 # For models without a template: a name and a colon before each message, as in hh-rlhf, and EOS at
 # the end, where a decoder's reward is read.
@@ -81,7 +82,7 @@ def load_tokenizer(
     Raises:
         RecipeError: it cannot be loaded, has no fast version, or its chat template is broken.
     """
-    adapter = sft.adapter_config(name, revision)
+    adapter = source.adapter_config(name, revision)
     try:
         if adapter is not None and not holds(name, "tokenizer_config.json", revision):
             name, revision = adapter.base_model_name_or_path, adapter.revision or "main"
@@ -233,11 +234,6 @@ def _without_added_specials(tokenizer: PreTrainedTokenizerBase, padding: str) ->
     )
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
-    """The text that is scored: the conversation through the chat template."""
-    return str(tokenizer.apply_chat_template(messages, tokenize=False))
-
-
 def positions(config: Any) -> int | None:
     """How many tokens a model has positions for; None where its config sets no limit.
 
@@ -321,18 +317,3 @@ def check_vocabulary(config: Any, tokenizer: PreTrainedTokenizerBase, name: str)
             f"{name}: its tokenizer has {len(tokenizer)} tokens and the model {size} embeddings{example}; "
             "are they of different models?"
         )
-
-
-def load_config(name: str, revision: str = "main", trust_remote_code: bool = False) -> Any:
-    """The model's configuration, of an adapter without one its base's.
-
-    Raises:
-        RecipeError: nothing can be loaded under that name.
-    """
-    adapter = sft.adapter_config(name, revision)
-    try:
-        if adapter is not None and not holds(name, "config.json", revision):
-            name, revision = adapter.base_model_name_or_path, adapter.revision or "main"
-        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"'model_name_or_path: {name}' cannot be loaded: {one_line(error)}") from None

@@ -14,6 +14,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+# TRL's name and transformers' new one, of which its Trainer reads only the second.
+CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
+
+
 # What `rm-recipe prepare offline` makes (tools/offline.py); named here for the hint that says so.
 OFFLINE_MODEL = "models/smollm2-135m-instruct"
 OFFLINE_ENCODER = "models/all-minilm-l6-v2"

@@ -18,11 +18,12 @@ import torch
 from transformers import TrainerCallback
 from trl import RewardTrainer
 
+from rm_recipe.data.comparison import Encoded
 from rm_recipe.data.dataset import Split
 from rm_recipe.files import write_json
 from rm_recipe.model import lora
 from rm_recipe.model.memory import peak_memory
-from rm_recipe.model.shared_prefix import Encoded, padded_rows
+from rm_recipe.model.shared_prefix import padded_rows
 from rm_recipe.recipe.reader import Recipe, read_recipe
 from rm_recipe.scoring import RewardModel
 from rm_recipe.training.train import (

@@ -11,11 +11,19 @@ from huggingface_hub.errors import HFValidationError
 from rm_recipe.data.splits import refuse_leakage
 from rm_recipe.errors import RecipeError
 from rm_recipe.files import write_json
-from rm_recipe.model import reward_model, sft
-from rm_recipe.model.fitting import Fit, fit_by_config, read_for, shipped_that_fit, what_to_lower
-from rm_recipe.model.memory import PROCESS, device_memory
-from rm_recipe.model.sharing import check_padding
-from rm_recipe.model.tokenizer import check_one_end, check_vocabulary, load_config, load_tokenizer
+from rm_recipe.model import reward_model, source
+from rm_recipe.model.memory import (
+    PROCESS,
+    Fit,
+    device_memory,
+    fit_by_config,
+    read_for,
+    shipped_that_fit,
+    what_to_lower,
+)
+from rm_recipe.model.shared_prefix import check_padding
+from rm_recipe.model.source import load_config
+from rm_recipe.model.tokenizer import check_one_end, check_vocabulary, load_tokenizer
 from rm_recipe.recipe.reader import Recipe, is_run_folder
 from rm_recipe.recipe.schema import DEVICE_KEYS, MODEL_FILES
 from rm_recipe.training.distributed import check_sharding
@@ -69,7 +77,7 @@ def folder_at_hand(name: str, revision: str) -> str | None:
         name = str(Path(path).parent)
     if (Path(name) / "config.json").is_file():
         return name
-    adapter = sft.sft_adapter(name)
+    adapter = source.sft_adapter(name)
     return folder_at_hand(adapter.base_model_name_or_path, adapter.revision or "main") if adapter else None
 
 

@@ -41,8 +41,8 @@ def run(recipe_path: Path, overrides: Sequence[str], *, overwrite: bool = False)
         TrainingError: training failed; what it printed says why.
         PushError: the export could not be uploaded.
     """
-    from rm_recipe.evaluation.evaluation_table import print_evaluation
     from rm_recipe.evaluation.findings import HELD_OUT
+    from rm_recipe.evaluation.report import print_evaluation
     from rm_recipe.exporting.export import export
     from rm_recipe.exporting.push import check_destination
     from rm_recipe.training.run_folder import adopt, changed_keys, check_data

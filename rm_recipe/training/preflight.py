@@ -22,11 +22,11 @@ from transformers.trainer_utils import IntervalStrategy
 
 from rm_recipe.data.dataset import Split
 from rm_recipe.errors import RecipeError, TrainingError
-from rm_recipe.model.fitting import too_little
-from rm_recipe.model.memory import ADAMW_STATE, device_memory, is_out_of_memory, peak_memory
+from rm_recipe.model.memory import ADAMW_STATE, device_memory, peak_memory, too_little
+from rm_recipe.processes import is_out_of_memory, say
 from rm_recipe.recipe.reader import Recipe
 from rm_recipe.training.checkpoints import checkpoints
-from rm_recipe.training.distributed import autocast_of, say, without_random_numbers
+from rm_recipe.training.distributed import autocast_of, without_random_numbers
 from rm_recipe.training.trainer import COLUMNS, SharedPrefixRewardTrainer
 
 TIMED = 3  # batches, as they come, whose time is measured

@@ -1,23 +1,21 @@
 """The folder of a run: may it be used, is it the same run, and what of it is gone on from."""
 
 import math
-import os
 import shutil
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
 from rm_recipe.data.dataset import Split, fingerprint_of_tokens
-from rm_recipe.data.splits import load_splits
+from rm_recipe.data.splits import changed_data, check_held_out, load_splits
 from rm_recipe.errors import DataError, RecipeError
-from rm_recipe.files import is_scratch, read_json, tidy
-from rm_recipe.model.fitting import CHECKPOINTING
+from rm_recipe.files import FolderLock, is_scratch, tidy
+from rm_recipe.processes import say
 from rm_recipe.recipe.reader import RUN_RECIPE, Recipe, is_run_folder, save_values, saved_values
+from rm_recipe.recipe.schema import CHECKPOINTING
 from rm_recipe.training.checkpoints import newest_whole
-from rm_recipe.training.distributed import say
 
 DATA_REPORT = "data_report.json"
 BENCHMARK = "benchmark.json"  # of the machine, not of a run: it may come first and it stays
@@ -44,46 +42,6 @@ CHOOSING = {
     "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "save_strategy", "save_steps",
     "max_eval_samples",
 }  # fmt: skip
-
-
-class FolderLock:
-    """Keeps other processes from working in a run's folder while this one does, by `flock` on the folder.
-
-    A process that was killed holds none. Where the system or the disk knows no such lock, there is none.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._held = folder, -1
-
-    def __enter__(self) -> "FolderLock":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._held >= 0:
-            os.close(self._held)
-            self._held = -1
-
-    def take(self) -> None:
-        """Takes it once the folder is there.
-
-        Raises:
-            RecipeError: another process has it.
-        """
-        if self._held >= 0 or not self._folder.is_dir():
-            return
-        with suppress(ImportError):
-            import fcntl
-
-            self._held = os.open(self._folder, os.O_RDONLY)
-            try:
-                fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self.__exit__()
-                raise RecipeError(
-                    f"another process is at work in {self._folder}: wait for it, or end it"
-                ) from None
-            except OSError:
-                self.__exit__()
 
 
 def changed_keys(recipe: Recipe, run: Path) -> list[str]:
@@ -200,27 +158,6 @@ def check_same_data(run: Path, then: dict[str, Any], now: dict[str, Any]) -> Non
         raise RecipeError(
             f"the base's tokenizer or chat template gives other token ids than those that {run} was started "
             "with; resuming needs the same, --overwrite starts anew"
-        )
-
-
-def changed_data(run: Path, **now: str) -> list[str]:
-    """Which of these splits, known by their fingerprints, are not those that a finished run was trained with.
-
-    Older versions wrote shorter fingerprints, of another kind, which tell nothing here.
-    """
-    record = run / "run.json"
-    then = read_json(record).get("data_fingerprints", {}) if record.is_file() else {}
-    known = {name: then[name] for name in now if len(then.get(name, "")) == len(now[name])}
-    return [name for name in known if known[name] != now[name]]
-
-
-def check_held_out(run: Path, split: Split) -> None:
-    """Raises RecipeError where the held-out comparisons are not those that were held out from training."""
-    if changed_data(run, held_out=split.fingerprint):
-        raise RecipeError(
-            f"the held-out comparisons are not those that {run} was trained with: the data changed since, "
-            "and what is held out now may have been trained on; restore the data, or train anew with "
-            "--overwrite"
         )
 
 

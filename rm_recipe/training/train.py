@@ -1,6 +1,11 @@
 """`rm-recipe train RECIPE`: a base model and comparisons in, a trained reward model out."""
 
+import importlib.metadata
+import math
+import platform
 import shutil
+import subprocess
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,35 +22,29 @@ from rm_recipe.data.doctor import examine, print_report
 from rm_recipe.data.splits import Leakage, load_splits, refuse_leakage
 from rm_recipe.data.tokenization import tokenize
 from rm_recipe.errors import Interrupted, RecipeError, TrainingError
-from rm_recipe.files import read_json, whole_folder, write_json
-from rm_recipe.model import lora, memory, reward_model, sft
-from rm_recipe.model.fitting import CHECKPOINTING, too_little
+from rm_recipe.files import FolderLock, read_json, whole_folder, write_json
+from rm_recipe.model import lora, memory, reward_model, source
 from rm_recipe.model.head import check_saved_head, head_of
-from rm_recipe.model.memory import is_out_of_memory
-from rm_recipe.model.sharing import Sharing, check_padding, decide_sharing
-from rm_recipe.model.tokenizer import check_one_end, check_vocabulary, load_config, load_tokenizer
+from rm_recipe.model.memory import too_little
+from rm_recipe.model.shared_prefix import Sharing, check_padding, decide_sharing
+from rm_recipe.model.source import load_config
+from rm_recipe.model.tokenizer import check_one_end, check_vocabulary, load_tokenizer
+from rm_recipe.processes import is_out_of_memory, main_process_first, say, wait_for_main_process
 from rm_recipe.recipe.reader import Recipe
+from rm_recipe.recipe.schema import CHECKPOINTING
 from rm_recipe.training.checkpoints import MANIFEST, Checkpoints, newest_whole, not_written
-from rm_recipe.training.distributed import (
-    check_sharding,
-    end,
-    main_process_first,
-    say,
-    wait_for_main_process,
-    whole_weights,
-)
+from rm_recipe.training.distributed import check_sharding, end, whole_weights
 from rm_recipe.training.interrupts import INTERRUPTS
 from rm_recipe.training.monitoring import EarlySigns
 from rm_recipe.training.preflight import preflight
 from rm_recipe.training.run_folder import (
     DATA_REPORT,
-    FolderLock,
     check_identity,
     check_run_folder,
     claim_run_folder,
+    data_identity,
     identity_of,
 )
-from rm_recipe.training.run_record import run_record
 from rm_recipe.training.trainer import COLUMNS, SharedPrefixRewardTrainer
 
 PROMISE = "rm-recipe: finishing this step and saving it; Ctrl-C again stops at once"
@@ -175,7 +174,7 @@ def load_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Split, Split, Le
     tokenizer = load_tokenizer(
         name, revision, training.trust_remote_code, training.chat_template_path, of_base=True
     )
-    if sft.sft_adapter(name, revision) is None:  # merging one makes embeddings for its tokens
+    if source.sft_adapter(name, revision) is None:  # merging one makes embeddings for its tokens
         check_vocabulary(config, tokenizer, name)
     check_one_end(config, tokenizer, name)
     settings = (tokenizer, training.max_length, data.truncation, training.dataset_num_proc)
@@ -343,3 +342,73 @@ def save_model(
         untrained = lora.untrained_layers(folder)
     if untrained:
         say(f"no gradient has reached the adapters of {', '.join(untrained)}")
+
+
+# --- `run.json`: enough to repeat a run and to judge its cost ----------------------------------
+
+PACKAGES = ("torch", "trl", "transformers", "datasets", "peft", "accelerate", "bitsandbytes", "rm-recipe")
+
+
+def run_record(
+    recipe: Recipe,
+    trainer: SharedPrefixRewardTrainer,
+    sharing: Sharing,
+    train_split: Split,
+    test_split: Split,
+    cost: Mapping[str, Any],
+    resumed: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The content of `run.json`.
+
+    Args:
+        cost: `Checkpoints.cost` of the whole training.
+        resumed: the manifest of the checkpoint that it was resumed from.
+    """
+    state, training = trainer.state, recipe.training
+    seconds = cost["train_seconds"]
+    # A gradient norm may overflow in fp16's first steps; JSON has no number for that.
+    log = [
+        {key: value if math.isfinite(value) else None for key, value in entry.items()}
+        for entry in state.log_history
+    ]
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    seen = min(state.global_step * batch, round(len(train_split.comparisons) * (state.epoch or 0)))
+    return {
+        "seed": training.seed,
+        "versions": {"python": platform.python_version()}
+        | {name: package_version(name) for name in PACKAGES},
+        "git_commit": git_commit(),
+        **data_identity(train_split, test_split),
+        "comparisons": {
+            "train": len(train_split.comparisons),
+            "train_excluded": dict(train_split.excluded),
+            "held_out": len(test_split.comparisons),
+        },
+        "prefix_sharing": sharing.as_dict(),
+        "device": str(training.device),
+        "processes": training.world_size,
+        "steps": state.global_step,
+        "resumed_from_step": resumed["step"] if resumed else 0,
+        "comparisons_per_s": seen / seconds,
+        "tokens_per_s": trainer._total_train_tokens / seconds,
+        **cost,
+        "final_loss": next((entry["loss"] for entry in reversed(log) if "loss" in entry), None),
+        "log": log,
+    }
+
+
+def package_version(package: str) -> str | None:
+    """The installed version, None if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return None
+
+
+def git_commit() -> str | None:
+    """The commit of the source that runs, None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

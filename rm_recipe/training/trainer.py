@@ -21,14 +21,14 @@ from transformers import ProgressCallback, TrainerControl, TrainerState, Trainin
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import RewardTrainer
 
+from rm_recipe.data.comparison import Encoded, pair_indices
 from rm_recipe.data.dataset import row_name
 from rm_recipe.errors import TrainingError
-from rm_recipe.evaluation.metrics import pair_indices
 from rm_recipe.model.cpu_attention import by_block
-from rm_recipe.model.memory import is_out_of_memory
-from rm_recipe.model.shared_prefix import Encoded, padded_rows, shared_rows
+from rm_recipe.model.shared_prefix import padded_rows, shared_rows
+from rm_recipe.processes import is_out_of_memory, say
 from rm_recipe.training.checkpoints import fault_of, not_written
-from rm_recipe.training.distributed import autocast_of, keep_precision, say, without_random_numbers
+from rm_recipe.training.distributed import autocast_of, keep_precision, without_random_numbers
 
 TIED = 1e-6  # rewards that differ by no more say nothing of a comparison
 FAULTY_NAMED = 5  # comparisons whose loss is not finite, in the message

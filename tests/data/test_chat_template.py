@@ -9,7 +9,8 @@ from transformers import AutoTokenizer
 
 from rm_recipe.data import chat_template
 from rm_recipe.data.chat_template import ppo_fault
-from rm_recipe.model.tokenizer import load_tokenizer, render
+from rm_recipe.data.tokenization import render
+from rm_recipe.model.tokenizer import load_tokenizer
 
 MESSAGES = [
     {"role": "user", "content": "hello"},

@@ -7,11 +7,11 @@ import pytest
 from conftest import HH_RLHF, make_rows, needs_hh_rlhf, write_jsonl
 from rich.console import Console
 
+from rm_recipe.data.comparison import Comparison
 from rm_recipe.data.doctor import examine, examine_split, print_report
-from rm_recipe.data.formats import Comparison
 from rm_recipe.data.splits import load_splits
-from rm_recipe.data.tokenization import tokenize
-from rm_recipe.model.tokenizer import load_tokenizer, render
+from rm_recipe.data.tokenization import render, tokenize
+from rm_recipe.model.tokenizer import load_tokenizer
 from rm_recipe.recipe.reader import read_recipe
 from rm_recipe.training.train import load_data
 

@@ -4,7 +4,7 @@ import random
 
 from conftest import WORDS, write_jsonl
 
-from rm_recipe.data.duplicates import SIMILAR, count_duplicates, shingles
+from rm_recipe.data.doctor import SIMILAR, count_duplicates, shingles
 from rm_recipe.data.splits import load_split
 from rm_recipe.recipe.schema import DataArguments
 

@@ -7,12 +7,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rm_recipe.data import tokenization
-from rm_recipe.data.formats import Comparison
+from rm_recipe.data.comparison import Comparison
 from rm_recipe.data.messages import Excluded
 from rm_recipe.data.splits import load_split
-from rm_recipe.data.tokenization import REPLY_SHARE, TRUNCATIONS, count_unshown, encode, encode_all, tokenize
+from rm_recipe.data.tokenization import (
+    REPLY_SHARE,
+    TRUNCATIONS,
+    count_unshown,
+    encode,
+    encode_all,
+    render,
+    tokenize,
+)
 from rm_recipe.errors import DataError
-from rm_recipe.model.tokenizer import load_tokenizer, render
+from rm_recipe.model.tokenizer import load_tokenizer
 from rm_recipe.recipe.schema import DataArguments
 
 

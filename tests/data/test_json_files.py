@@ -7,7 +7,7 @@ import os
 import pytest
 from conftest import make_rows, write_jsonl
 
-from rm_recipe.data.json_files import JSON, NUMBER, content_hash, decode, load_json_rows
+from rm_recipe.data.loading import JSON, NUMBER, content_hash, decode, load_json_rows
 from rm_recipe.errors import DataError
 
 ROWS = make_rows(3, seed=1)

@@ -8,10 +8,9 @@ from hypothesis import strategies as st
 from trl.scripts.utils import DatasetConfig
 
 from rm_recipe.data import loading
+from rm_recipe.data.comparison import Comparison
 from rm_recipe.data.dataset import Split
-from rm_recipe.data.formats import Comparison
-from rm_recipe.data.loading import parse_rows, text_key
-from rm_recipe.data.sources import load_rows
+from rm_recipe.data.loading import load_rows, parse_rows, text_key
 from rm_recipe.errors import DataError
 
 

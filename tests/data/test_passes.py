@@ -7,8 +7,8 @@ import threading
 import datasets as hf_datasets
 import pytest
 
-from rm_recipe.data import passes
-from rm_recipe.data.passes import processes, run_pass
+from rm_recipe.data import dataset
+from rm_recipe.data.dataset import processes, run_pass
 from rm_recipe.errors import TrainingError
 
 NUMBERS = {"number": hf_datasets.Value("int64")}
@@ -31,9 +31,9 @@ def test_a_pass_is_computed_once_for_the_same_rows_settings_and_code(tmp_path):
         rows = hf_datasets.load_dataset("json", data_files=str(tmp_path / "n.jsonl"), split="train")
         return run_pass(rows, double, "Doubling", NUMBERS, depends_on)["number"][:]
 
-    assert run("a", passes) == run("a", passes) == [2 * n for n in range(20)]
+    assert run("a", dataset) == run("a", dataset) == [2 * n for n in range(20)]
     assert len(calls) == 20
-    run("b", passes)
+    run("b", dataset)
     assert len(calls) == 40
 
 

@@ -7,15 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rm_recipe.data.formats import (
-    MARGIN_REASONS,
-    Comparison,
-    is_comparison_shape,
-    parse_row,
-    prompts_differ,
-    unread,
-    untied_pairs,
-)
+from rm_recipe.data.comparison import Comparison, untied_pairs
+from rm_recipe.data.formats import MARGIN_REASONS, is_comparison_shape, parse_row, prompts_differ, unread
 from rm_recipe.data.messages import Excluded, Malformed
 
 USER = {"role": "user", "content": "Hi"}

@@ -10,9 +10,8 @@ import pytest
 from conftest import make_rows, write_jsonl
 from trl.scripts.utils import DatasetConfig
 
-from rm_recipe.data import sources
-from rm_recipe.data.json_files import JSON, decode
-from rm_recipe.data.sources import MissingSplitError, has_split, label, load_rows, sources_of
+from rm_recipe.data import loading
+from rm_recipe.data.loading import JSON, MissingSplitError, decode, has_split, label, load_rows, sources_of
 from rm_recipe.errors import DataError
 from rm_recipe.recipe.schema import DataArguments
 
@@ -190,7 +189,7 @@ def hub(monkeypatch):
             raise ValueError(f"Unknown split \"{arguments['split']}\". Should be one of ['train', 'test'].")
         return hf_datasets.Dataset.from_list(ROWS)
 
-    monkeypatch.setattr(sources.hf_datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(loading.hf_datasets, "load_dataset", load_dataset)
     return asked
 
 
@@ -219,7 +218,7 @@ def test_a_set_that_the_hub_does_not_give_is_one_message(monkeypatch):
     def fail(**_):
         raise ConnectionError("Couldn't reach\nthe Hub")
 
-    monkeypatch.setattr(sources.hf_datasets, "load_dataset", fail)
+    monkeypatch.setattr(loading.hf_datasets, "load_dataset", fail)
     with pytest.raises(DataError, match="'a/b' cannot be loaded from the Hub: Couldn't reach the Hub"):
         load_rows(source("a/b"), "train")
 
@@ -229,7 +228,7 @@ def test_a_full_disk_is_not_blamed_on_the_data(monkeypatch, tmp_path):
         raise hf_datasets.exceptions.DatasetGenerationError("x") from OSError(errno.ENOSPC, "No space")
 
     path = write_parquet(tmp_path / "x.parquet", ROWS)
-    monkeypatch.setattr(sources.hf_datasets, "load_dataset", fail)
+    monkeypatch.setattr(loading.hf_datasets, "load_dataset", fail)
     with pytest.raises(OSError, match="No space"):
         load_rows(source(path), "train")
     monkeypatch.setattr(hf_datasets.Dataset, "from_generator", fail)

@@ -7,8 +7,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rm_recipe.data.comparison import Encoded
 from rm_recipe.data.dataset import Split, set_excluded_apart
-from rm_recipe.model.shared_prefix import Encoded
 
 REASONS = st.sampled_from(["", "", "empty_response", "too_long"])
 

@@ -9,7 +9,7 @@ from conftest import HH_RLHF, needs_hh_rlhf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rm_recipe.data.transcripts import before_last_reply, join_turns, parse_transcript, split_turns
+from rm_recipe.data.messages import before_last_reply, join_turns, parse_transcript, split_turns
 
 # Pieces in which markers, white space and other scripts meet.
 PIECES = st.sampled_from(

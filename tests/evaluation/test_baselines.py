@@ -3,7 +3,7 @@
 import numpy as np
 from datasets import Dataset
 
-from rm_recipe.evaluation.baselines import bag_of_words
+from rm_recipe.evaluation.probes import bag_of_words
 
 
 def comparisons(*pairs: list[str]) -> Dataset:

@@ -5,8 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rm_recipe.evaluation.biases import BUCKETS, accuracy_by_bucket, accuracy_by_subset, rank_correlation
-from rm_recipe.evaluation.metrics import accuracy_interval
+from rm_recipe.evaluation.metrics import (
+    BUCKETS,
+    accuracy_by_bucket,
+    accuracy_by_subset,
+    accuracy_interval,
+    rank_correlation,
+)
 
 
 def test_a_few_whole_numbers_get_a_bucket_each():

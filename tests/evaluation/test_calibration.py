@@ -7,8 +7,13 @@ import pytest
 from scipy.optimize import minimize_scalar
 from sklearn.calibration import calibration_curve
 
-from rm_recipe.evaluation.calibration import FEWEST, calibrate, expected_calibration_error, fit_temperature
-from rm_recipe.evaluation.metrics import bradley_terry_loss
+from rm_recipe.evaluation.metrics import (
+    FEWEST,
+    bradley_terry_loss,
+    calibrate,
+    expected_calibration_error,
+    fit_temperature,
+)
 
 ONE_EACH = np.arange(2000)
 

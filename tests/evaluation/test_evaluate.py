@@ -13,9 +13,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rm_recipe.errors import DataError, RecipeError, TrainingError
 from rm_recipe.evaluation.evaluate import evaluate, weights_of
-from rm_recipe.evaluation.evaluation_table import print_evaluation
 from rm_recipe.evaluation.findings import HELD_OUT
-from rm_recipe.evaluation.predictions import read_predictions
+from rm_recipe.evaluation.report import print_evaluation
+from rm_recipe.evaluation.summary import read_predictions
 from rm_recipe.exporting.export import export
 from rm_recipe.model.head import saved_tensors
 from rm_recipe.recipe.reader import read_recipe, read_run_recipe

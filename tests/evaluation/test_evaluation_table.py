@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from rm_recipe.evaluation.evaluation_table import print_evaluation
+from rm_recipe.evaluation.report import print_evaluation
 
 FIGURES = {
     "n_scored": 990, "excluded": {"too_long": 10}, "accuracy": 0.7, "accuracy_ci95": [0.67, 0.73], "ties": 0,

@@ -7,16 +7,14 @@ import pytest
 from scipy.stats import kendalltau
 from sklearn.metrics import accuracy_score, log_loss
 
+from rm_recipe.data.comparison import agreement, pair_indices, pairwise_agreement
 from rm_recipe.evaluation.metrics import (
     PreferenceAccuracy,
     RankingAgreement,
     accuracy_interval,
-    agreement,
     best_of_k,
     bradley_terry_loss,
     kendall_tau,
-    pair_indices,
-    pairwise_agreement,
 )
 
 

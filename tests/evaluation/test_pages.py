@@ -4,7 +4,7 @@ import pytest
 from jinja2 import UndefinedError
 from markupsafe import Markup
 
-from rm_recipe.evaluation.pages import render_page
+from rm_recipe.evaluation.report import render_page
 from rm_recipe.overoptimization.page import TEMPLATE
 
 EMPTY = {"proxies": "", "gold": "", "verdicts": [], "curves": [], "proxies_in_detail": [], "drawn": []}
@@ -25,7 +25,7 @@ def test_text_is_escaped_made_visible_and_redacted(monkeypatch):
 
 
 def test_markup_of_our_own_passes():
-    from rm_recipe.evaluation.report_predictions import Picture
+    from rm_recipe.evaluation.report import Picture
 
     picture = Picture("t", Markup("<svg></svg>"), "n")
     assert "<svg></svg>" in page(curves=[picture])

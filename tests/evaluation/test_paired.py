@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from rm_recipe.evaluation.paired import EXACT_BELOW, paired_difference
+from rm_recipe.evaluation.metrics import EXACT_BELOW, paired_difference
 
 
 def test_the_difference_and_who_is_right_alone_by_hand():

@@ -5,7 +5,7 @@ from datasets import Dataset
 from test_figures import make_scored
 
 from rm_recipe.data.dataset import Split
-from rm_recipe.evaluation.predictions import SHOWN, examples, predictions, read_predictions, write_predictions
+from rm_recipe.evaluation.summary import SHOWN, examples, predictions, read_predictions, write_predictions
 
 
 def make_split(n: int) -> Split:

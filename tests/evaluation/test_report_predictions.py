@@ -2,7 +2,7 @@
 
 import re
 
-from rm_recipe.evaluation.report_predictions import LONGEST_TEXT, Predictions, by_data_set, examples, pictures
+from rm_recipe.evaluation.report import LONGEST_TEXT, Predictions, by_data_set, examples, pictures
 
 TEXT = {"prompt": [{"role": "user", "content": "Why?"}], "responses": ["Because.", "No."]}
 

@@ -2,7 +2,7 @@
 
 import re
 
-from rm_recipe.evaluation.report_run import cost, data_tables, leakage_words, training_pictures, versions
+from rm_recipe.evaluation.report import cost, data_tables, leakage_words, training_pictures, versions
 
 LOG = [
     {"step": 10, "loss": 0.69, "accuracy": 0.5, "learning_rate": 1e-4, "grad_norm": None},

@@ -2,15 +2,8 @@
 
 import pytest
 
-from rm_recipe.evaluation import report_tables
-from rm_recipe.evaluation.report_tables import (
-    BUCKETS,
-    best_baseline,
-    buckets,
-    consistency,
-    data_sets,
-    subsets,
-)
+from rm_recipe.evaluation import report
+from rm_recipe.evaluation.report import BUCKETS, best_baseline, buckets, consistency, data_sets, subsets
 
 ONE_ARGUMENT = ("baselines", "other_model", "ranking", "subsets", "length", "consistency", "excluded")
 
@@ -23,8 +16,8 @@ def cells(table):
 @pytest.mark.parametrize("value", [None, {}, [], 1], ids=repr)
 def test_a_table_without_figures_is_absent(name, value):
     keys = {"other_model": "against"}
-    assert getattr(report_tables, name)({}) is None
-    assert getattr(report_tables, name)({keys.get(name, name): value}) is None
+    assert getattr(report, name)({}) is None
+    assert getattr(report, name)({keys.get(name, name): value}) is None
 
 
 @pytest.mark.parametrize("key", BUCKETS)
@@ -60,7 +53,7 @@ def test_the_best_baseline_is_the_one_with_the_highest_accuracy():
 
 
 def test_baselines_say_how_far_the_model_is_ahead():
-    table = report_tables.baselines(
+    table = report.baselines(
         {
             "baselines": {"bag_of_words": 0.61},
             "against_baselines": {
@@ -72,7 +65,7 @@ def test_baselines_say_how_far_the_model_is_ahead():
 
 
 def test_baselines_of_an_older_file_have_no_empty_columns():
-    assert report_tables.baselines({"baselines": {"longer_wins": 0.48}}).head == ["rule", "accuracy"]
+    assert report.baselines({"baselines": {"longer_wins": 0.48}}).head == ["rule", "accuracy"]
 
 
 def test_the_largest_subsets_come_first():
@@ -90,10 +83,10 @@ def test_an_edits_change_is_also_told_in_standard_deviations():
 
 
 def test_left_out_is_told_as_a_share_of_all():
-    table = report_tables.excluded({"n_comparisons": 200, "excluded": {"too_long": 10, "empty_response": 0}})
+    table = report.excluded({"n_comparisons": 200, "excluded": {"too_long": 10, "empty_response": 0}})
     assert cells(table) == [["too long", "10", "5.0 %"]]
 
 
 def test_length_leaves_out_what_could_not_be_computed():
-    table = report_tables.length({"length": {"spearman": None, "accuracy_chosen_longer": 0.84}})
+    table = report.length({"length": {"spearman": None, "accuracy_chosen_longer": 0.84}})
     assert cells(table) == [["accuracy where the chosen response is longer", "0.840"]]

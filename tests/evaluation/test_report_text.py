@@ -21,9 +21,9 @@ from rm_recipe.evaluation.format import (
     strip,
     table,
     values,
-    visible,
     whole,
 )
+from rm_recipe.files import visible
 
 NO_NUMBERS = [None, True, "1", float("nan"), float("inf"), 10**400, [], {}]
 

@@ -33,12 +33,12 @@ from transformers import (
     Qwen2Config,
 )
 
+from rm_recipe.data.comparison import Encoded
 from rm_recipe.data.messages import conversation
+from rm_recipe.data.tokenization import render
 from rm_recipe.evaluation.evaluate import evaluate
 from rm_recipe.exporting.compatibility import for_transformers_4, needs_transformers_5
 from rm_recipe.exporting.export import export
-from rm_recipe.model.shared_prefix import Encoded
-from rm_recipe.model.tokenizer import render
 from rm_recipe.recipe.reader import read_recipe
 from rm_recipe.scoring import RewardModel
 from rm_recipe.tools.offline import save_base_model

@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoModelForSequenceClassification
 from trl import RLOOConfig
 
-from rm_recipe.exporting.contracts import trl_rewards
+from rm_recipe.exporting.verify import trl_rewards
 from rm_recipe.model.tokenizer import load_tokenizer
 from rm_recipe.scoring import RewardModel
 

@@ -22,7 +22,7 @@ from rm_recipe.evaluation.evaluate import evaluate
 from rm_recipe.exporting import export as export_module
 from rm_recipe.exporting import verify as proof_module
 from rm_recipe.exporting.export import export
-from rm_recipe.model import quantisation
+from rm_recipe.model import lora
 from rm_recipe.model.memory import float32_bytes
 from rm_recipe.model.reward_model import load_trained
 from rm_recipe.recipe.reader import read_recipe
@@ -419,14 +419,14 @@ def test_a_merge_that_moves_the_rewards_is_refused(run, monkeypatch):
 @of_kind("4-bit", "8-bit")
 def test_a_base_that_is_de_quantised_wrongly_is_refused(run, monkeypatch):
     """It is loaded anew, so the merge alone would be exact: peft#1836 again."""
-    right = quantisation.dequantize
+    right = lora.dequantize
 
     def wrongly(model, device):
         right(model, device)
         for parameter in model.base_model.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
 
-    monkeypatch.setattr(quantisation, "dequantize", wrongly)
+    monkeypatch.setattr(lora, "dequantize", wrongly)
     with pytest.raises(ExportError, match=r"de-quantis(ing|ed) .*: held-out comparison"):
         export(run)
     assert not (run / "export").exists()

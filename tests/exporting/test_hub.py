@@ -376,7 +376,8 @@ def test_a_hub_that_cannot_be_reached_is_named_as_such(hub, export, tmp_path):
 
 def test_a_hub_that_does_not_answer_is_not_waited_for_without_end(hub, export, tmp_path):
     hub.faults.append(("POST", "/repos/create", "slow"))
-    program = "from rm_recipe import cli, hub; hub.TIMEOUT, hub.FIRST_WAIT = 0.5, 0.0; cli.main()"
+    program = "from rm_recipe import cli\nfrom rm_recipe.exporting import push\n"
+    program += "push.TIMEOUT, push.FIRST_WAIT = 0.5, 0.0; cli.main()"
     result = subprocess.run(
         [sys.executable, "-c", program, "push", str(export), "--repo-id", REPO],
         capture_output=True, text=True, check=False, env=environment(hub, tmp_path),
@@ -389,7 +390,9 @@ def test_a_hub_that_does_not_answer_is_not_waited_for_without_end(hub, export, t
 def test_where_xets_storage_is_out_of_reach_the_way_around_it_is_named_and_works(hub, export, tmp_path):
     """As huggingface_hub uploads unless told otherwise, with fewer attempts of Xet's own than it makes."""
     brief = {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1", "HF_XET_CLIENT_RETRY_BASE_DELAY": "700ms"}
-    program = "from rm_recipe import cli, hub; hub.SILENCE = 0.1; cli.main()"
+    program = (
+        "from rm_recipe import cli\nfrom rm_recipe.exporting import push; push.SILENCE = 0.1; cli.main()"
+    )
     with_xet = {**environment(hub, tmp_path), **brief}
     del with_xet["HF_HUB_DISABLE_XET"]
     command = [sys.executable, "-c", program, "push", str(export), "--repo-id", REPO]

@@ -8,8 +8,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from rm_recipe.evaluation.format import visible
-from rm_recipe.exporting.markdown import Verbatim, code, plain
+from rm_recipe.exporting.card import Verbatim, code, plain
+from rm_recipe.files import visible
 
 NASTY = st.text(alphabet="ab `*_[]()<>|#!\\~-=+&;:/\"'\n\t1.", max_size=30) | st.text(max_size=20)
 RENDERER = MarkdownIt("commonmark", {"html": True}).enable("table")

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from rm_recipe.exporting.rounding import (
+from rm_recipe.exporting.verify import (
     layers_that_multiply,
     moved_weights,
     rounded_inputs,

@@ -4,7 +4,7 @@ import pytest
 from made_up_export import MODEL_FILES, REFUSED, failed_gate, make_export, no_card, no_gate, write
 
 from rm_recipe.errors import RecipeError
-from rm_recipe.exporting.upload_files import File, adapter_files, export_files, is_repo_id
+from rm_recipe.exporting.push import File, adapter_files, export_files, is_repo_id
 
 EXTRAS = {"README.md", "proof.json", "evaluation.json", "reliability.png"}
 

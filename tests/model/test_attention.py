@@ -8,10 +8,10 @@ from conftest import TINY_BASES, make_recipe, make_tokenizer
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 import rm_recipe.model.cpu_attention as module
-from rm_recipe.model.cpu_attention import NAME, announce_rows, row_attention
+from rm_recipe.data.comparison import Encoded
+from rm_recipe.model.cpu_attention import NAME, announce_rows, row_attention, visible
 from rm_recipe.model.reward_model import add_reward_positions
-from rm_recipe.model.shared_prefix import Encoded, padded_rows, shared_rows, visible
-from rm_recipe.model.sharing import decide_sharing
+from rm_recipe.model.shared_prefix import decide_sharing, padded_rows, shared_rows
 from rm_recipe.recipe.reader import read_recipe
 from rm_recipe.tools import check
 from rm_recipe.training.train import train
@@ -206,7 +206,7 @@ def test_a_reentrant_checkpoint_changes_no_loss(tiny_base, tiny_data, tmp_path):
 def test_a_base_with_dropout_in_its_attention_is_planned(
     base_with_dropout, tiny_data, tmp_path, name, capsys, monkeypatch
 ):
-    monkeypatch.setattr("rm_recipe.model.fitting.LARGEST", 8)  # no search for the largest batch
+    monkeypatch.setattr("rm_recipe.model.memory.LARGEST", 8)  # no search for the largest batch
     assert check.check_memory(make_recipe(tmp_path, base_with_dropout(name), tiny_data), [])
     assert "GB" in capsys.readouterr().out
 

@@ -5,15 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rm_recipe.model.shared_prefix import (
-    Encoded,
-    choose_rows,
-    pack,
-    padded_rows,
-    shared_rows,
-    split_at_common_prefix,
-    visible,
-)
+from rm_recipe.data.comparison import Encoded, split_at_common_prefix
+from rm_recipe.model.cpu_attention import visible
+from rm_recipe.model.shared_prefix import choose_rows, pack, padded_rows, shared_rows
 
 PAD = 0
 tokens = st.lists(st.integers(1, 9), min_size=1, max_size=6)

@@ -9,8 +9,8 @@ from transformers import AutoConfig
 
 from rm_recipe.cli import app
 from rm_recipe.errors import RecipeError
-from rm_recipe.model import fitting, memory
-from rm_recipe.model.fitting import fit_by_config, read_for, shipped_that_fit, what_to_lower, with_batch_of
+from rm_recipe.model import memory
+from rm_recipe.model.memory import fit_by_config, read_for, shipped_that_fit, what_to_lower, with_batch_of
 from rm_recipe.recipe.reader import read_recipe
 from rm_recipe.tools.check import check_memory, parse_bytes
 
@@ -51,7 +51,7 @@ def test_the_largest_batch_is_the_largest_that_fits(planned):
         assert found.largest == n
         assert found.fits is (n >= 8)
     assert planned(room_for(one.plan.peak) - 100, gradient_checkpointing=False)[0].largest == 0
-    assert planned(1e12, larger=True)[0].largest == fitting.LARGEST
+    assert planned(1e12, larger=True)[0].largest == memory.LARGEST
 
 
 def test_checkpointing_is_said_to_be_needed_where_only_that_fits(planned):
@@ -142,15 +142,15 @@ def hub(monkeypatch, tiny_llama):
                 return AutoConfig.from_pretrained(tiny_llama)
             raise RecipeError("the Hub cannot be reached")
 
-        monkeypatch.setattr(fitting.tokenization, "load_config", load_config)
-        monkeypatch.setattr(fitting.tokenization, "check_lengths", lambda *_: None)
+        monkeypatch.setattr(memory.tokenization, "load_config", load_config)
+        monkeypatch.setattr(memory.tokenization, "check_lengths", lambda *_: None)
         monkeypatch.chdir(REPOSITORY / "tests")  # where no offline model lies
         return asked
 
     return answers
 
 
-RECIPES = sorted(path.stem for path in fitting.SHIPPED.glob("*.yaml"))
+RECIPES = sorted(path.stem for path in memory.SHIPPED.glob("*.yaml"))
 
 
 @pytest.mark.parametrize(("room", "fits"), [(1e12, True), (memory.PROCESS, False)])

@@ -9,10 +9,11 @@ import yaml
 from conftest import REPOSITORY, make_tokenizer, train_watched
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
+from rm_recipe.data.comparison import Encoded
 from rm_recipe.model import cpu_attention, lora, memory
 from rm_recipe.model.head import to_float32
 from rm_recipe.model.memory import MemoryPlan, fits_in_float32, needs_checkpointing, plan
-from rm_recipe.model.shared_prefix import Encoded, padded_rows, shared_rows
+from rm_recipe.model.shared_prefix import padded_rows, shared_rows
 from rm_recipe.recipe.reader import read_recipe
 
 BATCH = [Encoded([5] * 60, [[6] * 20, [7] * 24])] * 4

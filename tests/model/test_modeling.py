@@ -21,12 +21,12 @@ from transformers import (
 from trl import ModelConfig, RewardConfig, RewardTrainer
 
 from rm_recipe import RewardModel
+from rm_recipe.data.comparison import split_at_common_prefix
 from rm_recipe.errors import RecipeError
 from rm_recipe.model import reward_model
 from rm_recipe.model.head import Float32Linear
-from rm_recipe.model.quantisation import check_head_is_whole
+from rm_recipe.model.lora import check_head_is_whole
 from rm_recipe.model.reward_model import autocast, load_base, load_trained
-from rm_recipe.model.shared_prefix import split_at_common_prefix
 from rm_recipe.model.tokenizer import load_tokenizer
 from rm_recipe.recipe.reader import read_recipe
 from rm_recipe.training.train import train

@@ -16,10 +16,9 @@ from trl import ModelConfig
 from rm_recipe import RewardModel
 from rm_recipe.errors import RecipeError
 from rm_recipe.exporting.export import export
-from rm_recipe.model import quantisation, source
-from rm_recipe.model import sft as sft_module
-from rm_recipe.model.reward_model import load_base
-from rm_recipe.model.sft import as_one_model
+from rm_recipe.model import lora, source
+from rm_recipe.model import source as source_module
+from rm_recipe.model.reward_model import as_one_model, load_base
 from rm_recipe.model.tokenizer import load_tokenizer
 from rm_recipe.recipe.reader import read_recipe
 from rm_recipe.training.train import load_data, train
@@ -162,10 +161,10 @@ def test_the_hub_is_asked_once_and_a_proxy_that_fails_is_named(monkeypatch):
 
     monkeypatch.setattr(source, "_on_hub", cache(answer))
     for _ in range(3):
-        assert sft_module.adapter_config("user/model", "v1") is None
+        assert source_module.adapter_config("user/model", "v1") is None
     assert asked == [("user/model", "adapter_config.json", "v1")]
     with pytest.raises(RecipeError, match="'model_name_or_path: user/behind-a-proxy' cannot be loaded: 407"):
-        sft_module.adapter_config("user/behind-a-proxy")
+        source_module.adapter_config("user/behind-a-proxy")
 
 
 def test_an_adapter_on_a_base_that_comes_quantised_is_merged_into_what_it_was_trained_on(
@@ -177,7 +176,7 @@ def test_an_adapter_on_a_base_that_comes_quantised_is_merged_into_what_it_was_tr
     quantised.save_pretrained(tmp_path / "base")
     load_tokenizer(str(tiny_llama)).save_pretrained(tmp_path / "base")
     causal = save_adapter(tmp_path / "sft", tmp_path / "base").eval()
-    quantisation.keep_layout(causal)
+    lora.keep_layout(causal)
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
         expected = causal(ids, output_hidden_states=True).hidden_states[-1]

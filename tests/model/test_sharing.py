@@ -20,11 +20,17 @@ from transformers import (
 )
 from trl import ModelConfig
 
+from rm_recipe.data.comparison import split_at_common_prefix
 from rm_recipe.data.messages import conversation
-from rm_recipe.model import sharing as module
+from rm_recipe.model import shared_prefix as module
 from rm_recipe.model.reward_model import add_reward_positions, load_base
-from rm_recipe.model.shared_prefix import padded_rows, shared_rows, split_at_common_prefix
-from rm_recipe.model.sharing import check_padding, decide_sharing, measure_sharing
+from rm_recipe.model.shared_prefix import (
+    check_padding,
+    decide_sharing,
+    measure_sharing,
+    padded_rows,
+    shared_rows,
+)
 from rm_recipe.model.tokenizer import load_tokenizer
 
 SMALL = {
@@ -86,7 +92,7 @@ def test_a_forward_that_ignores_positions_fails_the_proof(monkeypatch):
         rows["position_ids"] = torch.arange(rows["input_ids"].shape[1]).expand_as(rows["input_ids"])
         return rows
 
-    monkeypatch.setattr("rm_recipe.model.sharing.shared_rows", without_positions)
+    monkeypatch.setattr("rm_recipe.model.shared_prefix.shared_rows", without_positions)
     assert measure_sharing(CONFIGS["llama"], "sdpa") > 1e-4
     assert not decide_sharing(classifier("llama"), "auto", 64).used
 

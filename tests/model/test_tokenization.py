@@ -7,16 +7,10 @@ import torch
 from conftest import TINY, make_tokenizer
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from rm_recipe.data.tokenization import render
 from rm_recipe.errors import RecipeError
-from rm_recipe.model.sharing import Sharing
-from rm_recipe.model.tokenizer import (
-    check_lengths,
-    check_vocabulary,
-    load_tokenizer,
-    pad_token,
-    positions,
-    render,
-)
+from rm_recipe.model.shared_prefix import Sharing
+from rm_recipe.model.tokenizer import check_lengths, check_vocabulary, load_tokenizer, pad_token, positions
 from rm_recipe.recipe.reader import read_recipe
 from rm_recipe.training.train import load_data, load_model, make_trainer
 

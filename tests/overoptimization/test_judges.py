@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rm_recipe.overoptimization.best_of_n import standardised
-from rm_recipe.overoptimization.judges import Judged, comparable, ensemble
+from rm_recipe.overoptimization.experiment import Judged, comparable, ensemble
 from rm_recipe.overoptimization.replies import Sample
 
 

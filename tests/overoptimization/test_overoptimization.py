@@ -14,9 +14,8 @@ from rm_recipe import RewardModel
 from rm_recipe.errors import DataError, RecipeError, TrainingError
 from rm_recipe.exporting.export import export
 from rm_recipe.overoptimization.best_of_n import curve, spread
-from rm_recipe.overoptimization.experiment import default_output, overoptimization
-from rm_recipe.overoptimization.judges import MEAN, WORST
-from rm_recipe.overoptimization.sampling import Sampling
+from rm_recipe.overoptimization.experiment import MEAN, WORST, default_output, overoptimization
+from rm_recipe.overoptimization.replies import Sampling
 from rm_recipe.recipe.reader import read_recipe
 from rm_recipe.rl import combine
 from rm_recipe.scoring import RewardModel as Scorer

@@ -9,8 +9,7 @@ import pytest
 from test_best_of_n import simulated
 from test_exploits import SAMPLES
 
-from rm_recipe.overoptimization.experiment import compare
-from rm_recipe.overoptimization.judges import Judged
+from rm_recipe.overoptimization.experiment import Judged, compare
 from rm_recipe.overoptimization.page import write_overoptimization
 
 PROXY, GOLD = simulated(30, replies=8)

@@ -7,12 +7,7 @@ from test_best_of_n import simulated
 
 from rm_recipe.overoptimization.best_of_n import curve
 from rm_recipe.overoptimization.exploits import by_edit
-from rm_recipe.overoptimization.overoptimization_text import (
-    lost_prompts,
-    print_overoptimization,
-    verdict,
-    warnings,
-)
+from rm_recipe.overoptimization.page import lost_prompts, print_overoptimization, verdict, warnings
 
 PROXY, PEAKED = simulated(200)
 NOISE = np.random.default_rng(5).normal(size=PROXY.shape)

@@ -8,7 +8,7 @@ import pytest
 from test_best_of_n import simulated
 
 from rm_recipe.overoptimization.best_of_n import curve
-from rm_recipe.overoptimization.plots_best_of_n import Panel, best_of_n, save_best_of_n
+from rm_recipe.overoptimization.page import Panel, best_of_n, save_best_of_n
 
 PROXY, GOLD = simulated(40, replies=32)
 CURVES = {"proxy": curve(PROXY, PROXY).as_dict(), "gold": curve(PROXY, GOLD).as_dict()}

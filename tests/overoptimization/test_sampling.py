@@ -9,9 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rm_recipe.errors import DataError, RecipeError
-from rm_recipe.overoptimization import sampling as sampling_module
-from rm_recipe.overoptimization.replies import Sample, read_samples
-from rm_recipe.overoptimization.sampling import Sampling, sample, settings_file
+from rm_recipe.overoptimization import replies as sampling_module
+from rm_recipe.overoptimization.replies import Sample, Sampling, read_samples, sample, settings_file
 
 PROMPTS = [Sample([{"role": "user", "content": text}], []) for text in ("hello", "how are you", "yes")]
 

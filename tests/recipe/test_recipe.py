@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from trl import ModelConfig
 
 from rm_recipe.errors import RecipeError
-from rm_recipe.model import quantisation
+from rm_recipe.model import lora
 from rm_recipe.recipe import reader as recipe_module
 from rm_recipe.recipe.reader import Recipe, read_recipe, read_run_recipe, save_values, saved_values
 from rm_recipe.recipe.schema import DataArguments
@@ -158,7 +158,7 @@ def test_a_quantised_base_computes_in_the_gpus_half_precision(monkeypatch, has_b
     for asked in ({}, {"dtype": "auto"}):
         values = recipe_module._device_values({"use_peft": True, "load_in_4bit": True, **asked})
         config = ModelConfig(load_in_4bit=True, dtype=values["dtype"])
-        assert quantisation.settings(config, skip=[]).bnb_4bit_compute_dtype == getattr(torch, half)
+        assert lora.settings(config, skip=[]).bnb_4bit_compute_dtype == getattr(torch, half)
 
 
 def test_bf16_asked_of_a_gpu_without_it_is_refused(monkeypatch):

@@ -15,8 +15,7 @@ from trl import DatasetMixtureConfig, ModelConfig, RewardConfig
 
 from rm_recipe.errors import RecipeError
 from rm_recipe.model import lora as lora_module
-from rm_recipe.model import quantisation
-from rm_recipe.model.sharing import Sharing
+from rm_recipe.model.shared_prefix import Sharing
 from rm_recipe.recipe.reader import read_recipe
 from rm_recipe.recipe.schema import (
     FIXED_KEYS,
@@ -263,7 +262,7 @@ def test_lora_and_four_bits_are_as_the_keys_say():
     bits = {"bnb_4bit_quant_type": "fp4", "use_bnb_nested_quant": True, "bnb_4bit_quant_storage": "bfloat16"}
     config = ModelConfig(use_peft=True, load_in_4bit=True, **lora, **bits)
     assert lora_module.lora_config(config, ["score"]).target_parameters == ["k_proj.weight"]
-    made = quantisation.settings(config, skip=["score"])
+    made = lora_module.settings(config, skip=["score"])
     assert made.bnb_4bit_quant_type == "fp4"
     assert made.bnb_4bit_use_double_quant
     assert str(made.bnb_4bit_quant_storage) == "torch.bfloat16"

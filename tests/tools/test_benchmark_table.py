@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from rm_recipe.tools.benchmark_table import print_benchmark, summarise
+from rm_recipe.tools.benchmark import print_benchmark, summarise
 
 SCORING = {"plain": [1, 2], "ours": [4, 10], "max_reward_difference": 0.0, "comparisons": 3}
 

@@ -30,10 +30,11 @@ from safetensors.torch import load_file
 from rm_recipe.errors import RecipeError
 from rm_recipe.evaluation.evaluate import evaluate
 from rm_recipe.evaluation.findings import HELD_OUT
+from rm_recipe.processes import each_once
 from rm_recipe.recipe.reader import read_recipe
 from rm_recipe.scoring import RewardModel
 from rm_recipe.training.checkpoints import fault_of
-from rm_recipe.training.distributed import check_sharding, each_once, keep_precision
+from rm_recipe.training.distributed import check_sharding, keep_precision
 from rm_recipe.training.train import train
 
 CONFIGS = {path.stem: path for path in (REPOSITORY / "accelerate_configs").glob("*.yaml")}

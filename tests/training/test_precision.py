@@ -7,10 +7,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import ModelConfig
 
 from rm_recipe import RewardModel
+from rm_recipe.data.comparison import Encoded
 from rm_recipe.model.memory import plan
 from rm_recipe.model.reward_model import load_base
-from rm_recipe.model.shared_prefix import Encoded
-from rm_recipe.model.tokenizer import load_config, load_tokenizer
+from rm_recipe.model.source import load_config
+from rm_recipe.model.tokenizer import load_tokenizer
 from rm_recipe.recipe.reader import read_recipe
 
 ITEMS = [{"prompt": "hello 3 cat", "response": r} for r in ("good good", "bad bad", "the dog sat far away")]

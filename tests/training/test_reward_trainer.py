@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, GPT2Config, LlamaConfig, TrainerCallback
 from trl import ModelConfig, RewardConfig, RewardTrainer
 
-from rm_recipe.data.formats import untied_pairs
+from rm_recipe.data.comparison import split_at_common_prefix, untied_pairs
 from rm_recipe.data.messages import conversation
 from rm_recipe.data.splits import load_split
 from rm_recipe.data.tokenization import TRUNCATIONS, tokenize
@@ -23,8 +23,7 @@ from rm_recipe.errors import TrainingError
 from rm_recipe.model.cpu_attention import NAME as ROW_ATTENTION
 from rm_recipe.model.lora import add_lora
 from rm_recipe.model.reward_model import add_reward_positions, prepare_for_rewards
-from rm_recipe.model.shared_prefix import split_at_common_prefix
-from rm_recipe.model.sharing import decide_sharing
+from rm_recipe.model.shared_prefix import decide_sharing
 from rm_recipe.model.tokenizer import load_tokenizer
 from rm_recipe.recipe.schema import DataArguments
 from rm_recipe.training.trainer import COLUMNS, SharedPrefixRewardTrainer

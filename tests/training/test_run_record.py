@@ -11,9 +11,9 @@ from datasets import Dataset
 import rm_recipe.training.train
 from rm_recipe.data.splits import Split
 from rm_recipe.model.memory import peak_memory
-from rm_recipe.model.sharing import Sharing
+from rm_recipe.model.shared_prefix import Sharing
 from rm_recipe.recipe.reader import read_recipe
-from rm_recipe.training.run_record import run_record
+from rm_recipe.training.train import run_record
 
 
 def record(log: list[dict[str, float]]) -> dict:
