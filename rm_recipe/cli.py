@@ -374,7 +374,7 @@ def fail(message: str, code: int) -> None:
         print(f"rm-recipe: {redact(message)}", file=sys.stderr, flush=True)
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        # Taken down in order, DDP may wait for ever for a thread of its group (`distribution.end`).
+        # Taken down in order, DDP may wait for ever for a thread of its group (`distributed.end`).
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)

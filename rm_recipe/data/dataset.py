@@ -34,7 +34,8 @@ class Split:
     Attributes:
         comparisons: columns `prompt`, `responses`, `ranks`, `margins`, `margin_fault`, `subset`,
             `row` (counted from 1 in its source; of a .jsonl the line), `prompt_key`, `key` (of texts,
-            ranks and margins); after tokenising `prefix`, `rests`, `lengths`, `fates` (`encoding.Tokenized`).
+            ranks and margins); after tokenising `prefix`, `rests`, `lengths`, `fates`
+            (`tokenization.Tokenized`).
         rows: rows of the source; `rows == len(comparisons) + sum(excluded.values())`.
         excluded: number of rows by reason.
         first_rows: for each reason the first rows that it was found in, `SUBSET:ROW`.

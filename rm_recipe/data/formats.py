@@ -1,4 +1,4 @@
-"""What a comparison is, and the shapes in which data sets write one.
+"""The shapes in which data sets write a comparison.
 
 A row of a data set becomes a `Comparison` or raises `Excluded` with the reason under which it is
 counted; nothing is skipped in silence. A value that is not of the shape at all raises `Malformed`:
@@ -243,7 +243,7 @@ def _margins(
 def prompts_differ(row: Mapping[str, Any]) -> bool:
     """Whether two transcripts differ before the last `Assistant:` of either.
 
-    Such a row is a comparison all the same where the name stands inside a reply (`transcripts`).
+    Such a row is a comparison all the same where the name stands inside a reply (`messages`).
     """
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if row.get("prompt") is not None or not (isinstance(chosen, str) and isinstance(rejected, str)):

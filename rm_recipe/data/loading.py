@@ -219,7 +219,7 @@ def label(source: DatasetConfig, of_mixture: bool) -> str:
 
 
 def load_rows(source: DatasetConfig, split: str, revision: str | None = None) -> hf_datasets.Dataset:
-    """The rows of one split, memory-mapped: their own columns, or `json_files`' two.
+    """The rows of one split, memory-mapped: their own columns, or the two of `_FEATURES`.
 
     Raises:
         MissingSplitError: the set has others.
@@ -374,7 +374,7 @@ def _as_data_error(error: Exception, source: DatasetConfig, file: Path | None, s
 
 # --- JSON files as numbered lines of text, decoded later ---------------------------------------
 # Readers that fix the types of columns from a file's beginning turn a later number or message list
-# into text without a word, or refuse a sound file. Here a line stays text until `parsing` reads it.
+# into text without a word, or refuse a sound file. Here a line stays text until `parse_rows` reads it.
 
 # The columns, by names that no data set has; numbers count lines, of a list its elements, from 1.
 NUMBER, JSON = "rm_recipe_number", "rm_recipe_json"

@@ -1,7 +1,7 @@
 """Which comparisons a recipe trains on and which it holds out.
 
 What is held out by prompt depends on the prompt alone, what is sampled on the seed alone.
-Everything is memory-mapped; `parsing` and `encoding` have the two passes over the rows.
+Everything is memory-mapped; `loading` and `tokenization` have the two passes over the rows.
 """
 
 from collections import Counter

@@ -1,6 +1,6 @@
 """Comparisons to token ids: whole conversations, truncated alike, split at their common prefix.
 
-`tokenize` is the second of two cached passes over a data set; the first is `parsing`.
+`tokenize` is the second of two cached passes over a data set; the first is in `loading`.
 """
 
 import logging

@@ -40,7 +40,7 @@ class Judged:
         split: tokenised by its tokenizer.
         scored: the comparisons that fit it, with their rewards.
         numbers: which of the data set's comparisons these are, `(comparisons,)`.
-        edits: `consistency.consistency`, where it was asked for.
+        edits: `probes.consistency`, where it was asked for.
     """
 
     split: Split

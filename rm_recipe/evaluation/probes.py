@@ -102,7 +102,7 @@ def bag_of_words(comparisons: hf_datasets.Dataset) -> Scorer | None:
     (scikit-learn). The prompt is the same on both sides, so it drops out.
 
     Args:
-        comparisons: to learn from, with the columns `responses` and `ranks` (`split.Split`).
+        comparisons: to learn from, with the columns `responses` and `ranks` (`dataset.Split`).
 
     Returns:
         what gives `(n,)` scores to n responses; None where no two responses share a word.

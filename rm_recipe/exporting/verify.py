@@ -306,7 +306,7 @@ class Proof:
         allowed: float,
         device: torch.device,
     ) -> None:
-        """What `handoff` and the card promise: plain transformers, its pipeline, TRL's and PPO trainers."""
+        """What `rl` and the card promise: plain transformers, its pipeline, TRL's and PPO trainers."""
         assert "rm_recipe" not in answer["modules"]
         ids = [
             self.judge.tokenizer(render(self.judge.tokenizer, messages))["input_ids"] for messages in texts

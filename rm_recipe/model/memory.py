@@ -107,7 +107,7 @@ def plan(
 
     Args:
         config: of the one-label classifier, a transformers configuration.
-        new_modules: trained in full beside LoRA, as `modeling.load_base` finds them.
+        new_modules: trained in full beside LoRA, as `reward_model.load_base` finds them.
         batch: the comparisons of the largest batch.
         shared: whether they share prefixes.
         device: that it will run on, by default this machine's.
@@ -381,7 +381,7 @@ def reset_peak_memory() -> None:
 
 
 # --- what fits a device ------------------------------------------------------------------------
-# All of it by the memory plan (`memory.plan`), from the model's configuration alone: no weights are read.
+# All of it by the memory plan (`plan`), from the model's configuration alone: no weights are read.
 
 LARGEST = 128  # comparisons per device; nobody needs more
 SHIPPED = shipped("recipes")

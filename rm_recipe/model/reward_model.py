@@ -63,7 +63,7 @@ def check_base(base: Any, config: "ModelConfig", max_length: int | None) -> None
     """Refuses by a base's configuration alone what `load_base` would refuse, before any data is read.
 
     Args:
-        base: its configuration, as `tokenization.load_config` gives it.
+        base: its configuration, as `source.load_config` gives it.
 
     Raises:
         RecipeError: it has too few positions, transformers has no classifier of its kind, or LoRA's modules

@@ -7,7 +7,7 @@ The responses of a comparison share their prompt, so the prompt is encoded once:
 in one row. Position ids restart at `len(prefix)` for every response and a mask lets a response
 see the prefix and itself, never a sibling: for a causal model that is the same function as one
 sequence at a time. Several comparisons fill one row. Everything here is plain tensors and lists;
-`modeling.add_reward_positions` is the forward that reads them.
+`reward_model.add_reward_positions` is the forward that reads them.
 """
 
 import copy
@@ -198,7 +198,7 @@ def decide_sharing(
 def measure_sharing(config: Any, attention: str) -> float:
     """Largest reward difference between shared rows and one sequence at a time.
 
-    One sequence at a time is computed by transformers' own attention, rows by `attention`. The model is
+    One sequence at a time is computed by transformers' own attention, rows by `cpu_attention`. The model is
     a random copy of `config` with two layers and a small vocabulary, on the CPU. It
     computes in float64, where rounding cannot be taken for a difference: in float32 one start in some
     hundred was seen at 1.2e-5 instead of 6e-7, and trained without sharing.

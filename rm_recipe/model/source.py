@@ -1,4 +1,4 @@
-"""Which weights are read: safetensors files alone. The rest are pickles, and unpickling can run code."""
+"""A base in a folder or on the Hub: its configuration, its adapter if it is one, and its safetensors files."""
 
 import json
 from collections.abc import Iterator

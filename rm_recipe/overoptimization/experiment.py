@@ -164,7 +164,7 @@ def ensembles(proxies: Sequence[Judged]) -> list[Judged]:
 def with_safety(
     safety: Judged, helpful: Judged, samples: Sequence[Sample], places: Sequence[tuple[int, int]]
 ) -> Judged:
-    """Two models as one, as `handoff.combine` has it."""
+    """Two models as one, as `rl.combine` has it."""
 
     def both(safe: Array, useful: Array, is_safety: Array) -> Array:
         reward = combine(lambda *_, **__: safe.ravel().tolist(), lambda *_, **__: useful.ravel().tolist(),
@@ -210,7 +210,7 @@ def overoptimization(
         samples: a file of replies.
         max_prompts: as many are taken, the first ones.
         safety: a model with which each proxy, then the model of helpfulness, is combined as in Llama 2
-            (`handoff.combine`).
+            (`rl.combine`).
         output: a folder, by default `overoptimization/` in the first proxy's run.
         overwrite: whether replies that were drawn otherwise may be replaced.
 

@@ -39,7 +39,7 @@ def check_base(recipe: Recipe) -> None:
     Its tokenizer too, where that is at hand.
 
     Raises:
-        RecipeError: as `modeling.check_base` and `tokenization.load_tokenizer` do, or no configuration can
+        RecipeError: as `reward_model.check_base` and `tokenizer.load_tokenizer` do, or no configuration can
             be read.
     """
     name, template = str(recipe.model.model_name_or_path), recipe.training.chat_template_path

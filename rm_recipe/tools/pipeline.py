@@ -136,7 +136,7 @@ def push_export(recipe: Recipe) -> None:
     """Uploads what `run` has exported to where the recipe says.
 
     Raises:
-        RecipeError, PushError: as `hub.push` does; the export stays.
+        RecipeError, PushError: as `push.push` does; the export stays.
     """
     from rm_recipe.exporting.push import push
 

@@ -1,4 +1,4 @@
-"""Several processes: who speaks, who waits for whom, and how the work of scoring is shared.
+"""Training in several processes: what is sharded, and in which precision.
 
 The engine is Accelerate's: DDP, FSDP2 or DeepSpeed, by the file in `accelerate_configs/`. What is here
 keeps its silent choices from becoming ours.

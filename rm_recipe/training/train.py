@@ -162,7 +162,7 @@ def load_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Split, Split, Le
     """The tokenizer, train and held-out comparisons with their token ids, cached, and the leakage.
 
     Raises:
-        RecipeError: the base is unknown or `modeling.check_base` refuses it, or all comparisons are fewer
+        RecipeError: the base is unknown or `reward_model.check_base` refuses it, or all comparisons are fewer
             than the one batch that `dataloader_drop_last` asks for.
         DataError: the data cannot be used, or nothing is left of it.
     """
@@ -295,7 +295,7 @@ def make_trainer(
 
 
 def cheaper_adapters(trainer: SharedPrefixRewardTrainer) -> AbstractContextManager[None]:
-    """`adapters.in_one_product`, except where the adapters' weights are sharded: it reads them whole."""
+    """`lora.in_one_product`, except where the adapters' weights are sharded: it reads them whole."""
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return nullcontext()
     return lora.in_one_product(trainer.model)

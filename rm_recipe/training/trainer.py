@@ -37,7 +37,7 @@ COLUMNS = ["prefix", "rests", "ranks", "margins", "subset", "row"]
 
 @dataclass
 class RowCollator:
-    """Tokenised comparisons to model inputs; see `batching` for the two layouts.
+    """Tokenised comparisons to model inputs; see `shared_prefix` for the two layouts.
 
     Attributes:
         share: shared-prefix rows where True, one conversation a row otherwise.
@@ -125,7 +125,7 @@ class LogLines(ProgressCallback):
 
 
 class SharedPrefixRewardTrainer(RewardTrainer):
-    """`trl.RewardTrainer` for datasets with the columns of `COLUMNS` (`split.Split`).
+    """`trl.RewardTrainer` for datasets with the columns of `COLUMNS` (`dataset.Split`).
 
     The loss is -log sigmoid(r_chosen - r_rejected - margin), its mean over the untied pairs of each
     comparison (InstructGPT, arXiv 2203.02155, equation 1; the margin: Llama 2, 2307.09288, equation 2)
@@ -156,7 +156,7 @@ class SharedPrefixRewardTrainer(RewardTrainer):
             self.add_callback(LogLines)
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-        return dataset  # tokenised by `encoding.tokenize`
+        return dataset  # tokenised by `data.tokenization.tokenize`
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = COLUMNS

@@ -142,8 +142,8 @@ def hub(monkeypatch, tiny_llama):
                 return AutoConfig.from_pretrained(tiny_llama)
             raise RecipeError("the Hub cannot be reached")
 
-        monkeypatch.setattr(memory.tokenization, "load_config", load_config)
-        monkeypatch.setattr(memory.tokenization, "check_lengths", lambda *_: None)
+        monkeypatch.setattr(memory.source, "load_config", load_config)
+        monkeypatch.setattr(memory.tokenizer, "check_lengths", lambda *_: None)
         monkeypatch.chdir(REPOSITORY / "tests")  # where no offline model lies
         return asked
 

@@ -17,9 +17,9 @@ from rm_recipe import RewardModel
 from rm_recipe.errors import RecipeError
 from rm_recipe.exporting.export import export
 from rm_recipe.model import lora, source
-from rm_recipe.model import source as source_module
 from rm_recipe.model.reward_model import as_one_model, load_base
 from rm_recipe.model.tokenizer import load_tokenizer
+from rm_recipe.recipe import weights
 from rm_recipe.recipe.reader import read_recipe
 from rm_recipe.training.train import load_data, train
 
@@ -159,12 +159,12 @@ def test_the_hub_is_asked_once_and_a_proxy_that_fails_is_named(monkeypatch):
             raise httpx.ProxyError("407 Proxy Authentication Required")
         return False
 
-    monkeypatch.setattr(source, "_on_hub", cache(answer))
+    monkeypatch.setattr(weights, "_on_hub", cache(answer))
     for _ in range(3):
-        assert source_module.adapter_config("user/model", "v1") is None
+        assert source.adapter_config("user/model", "v1") is None
     assert asked == [("user/model", "adapter_config.json", "v1")]
     with pytest.raises(RecipeError, match="'model_name_or_path: user/behind-a-proxy' cannot be loaded: 407"):
-        source_module.adapter_config("user/behind-a-proxy")
+        source.adapter_config("user/behind-a-proxy")
 
 
 def test_an_adapter_on_a_base_that_comes_quantised_is_merged_into_what_it_was_trained_on(
