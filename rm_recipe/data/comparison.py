@@ -6,10 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rm_recipe.data.messages import (
-    Message,
-    conversation,
-)
+from rm_recipe.data.messages import Message, conversation
 
 
 @dataclass(frozen=True)

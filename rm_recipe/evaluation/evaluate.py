@@ -21,8 +21,15 @@ from rm_recipe.evaluation.findings import HELD_OUT, gate
 from rm_recipe.evaluation.metrics import paired_difference
 from rm_recipe.evaluation.probes import Scorer, bag_of_words, consistency
 from rm_recipe.evaluation.report import write_report
-from rm_recipe.evaluation.summary import PREDICTIONS, Scored, predictions, summarise, write_predictions
-from rm_recipe.files import read_json, sha256, write_json
+from rm_recipe.evaluation.summary import (
+    PREDICTIONS,
+    Scored,
+    predictions,
+    read_evaluation,
+    summarise,
+    write_predictions,
+)
+from rm_recipe.files import sha256, write_json
 from rm_recipe.model.source import adapter_config
 from rm_recipe.processes import each_once, main_process_first, processes, say
 from rm_recipe.recipe.reader import Recipe, is_run_folder, read_run_recipe
@@ -305,12 +312,6 @@ def _compare(one: Judged, other: Judged) -> dict[str, Any]:
 
 
 # --- evaluation.json -------------------------------------------------------------------------
-
-
-def read_evaluation(folder: Path) -> dict[str, Any]:
-    """The content of a folder's `evaluation.json`; empty if there is none."""
-    path = folder / "evaluation.json"
-    return read_json(path) if path.is_file() else {}
 
 
 def judge_anew(run: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from rm_recipe.evaluation.metrics import (
     paired_difference,
     rank_correlation,
 )
-from rm_recipe.files import read_json_lines, redacted, whole_file
+from rm_recipe.files import read_json, read_json_lines, redacted, whole_file
 
 
 @dataclass(frozen=True)
@@ -211,3 +211,12 @@ def write_predictions(folder: Path, lines: Sequence[dict[str, Any]]) -> None:
     kept = [line for line in read_predictions(folder) if line["dataset"] not in replaced]
     with whole_file(folder / PREDICTIONS) as partial, partial.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(line) + "\n" for line in [*kept, *lines])
+
+
+# --- evaluation.json -------------------------------------------------------------------------
+
+
+def read_evaluation(folder: Path) -> dict[str, Any]:
+    """The content of a folder's `evaluation.json`; empty if there is none."""
+    path = folder / "evaluation.json"
+    return read_json(path) if path.is_file() else {}

@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 from rm_recipe.data.splits import load_held_out_split
 from rm_recipe.data.tokenization import tokenize
 from rm_recipe.errors import ExportError, RecipeError, one_line
-from rm_recipe.evaluation.evaluate import read_evaluation, weights_of
+from rm_recipe.evaluation.evaluate import weights_of
 from rm_recipe.evaluation.findings import HELD_OUT
 from rm_recipe.evaluation.plots import save_reliability
-from rm_recipe.evaluation.summary import read_predictions
+from rm_recipe.evaluation.summary import read_evaluation, read_predictions
 from rm_recipe.exporting.card import FIGURE, write_card
 from rm_recipe.exporting.compatibility import for_transformers_4
 from rm_recipe.exporting.verify import (

@@ -1,4 +1,4 @@
-"""A base in a folder or on the Hub: its configuration, its adapter if it is one, and its safetensors files."""
+"""A base in a folder or on the Hub: its configuration, an SFT adapter's, and its safetensors files."""
 
 import json
 from collections.abc import Iterator

@@ -104,8 +104,9 @@ def examine_data(recipe: Recipe, *, resume: bool) -> None:
 
 def evaluate_run(recipe: Recipe) -> dict[str, Any]:
     """Evaluates a run, unless its model was on these comparisons; judges it anew by another gate."""
-    from rm_recipe.evaluation.evaluate import evaluate, judge_anew, read_evaluation, weights_of
+    from rm_recipe.evaluation.evaluate import evaluate, judge_anew, weights_of
     from rm_recipe.evaluation.findings import HELD_OUT, gate
+    from rm_recipe.evaluation.summary import read_evaluation
 
     folder = recipe.output_dir
     before = read_evaluation(folder)
