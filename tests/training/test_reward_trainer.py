@@ -291,7 +291,8 @@ def test_two_ranks_hold_the_gradients_of_one_process_on_both_their_batches(tmp_p
         "num_processes: 2\nnum_machines: 1\nmain_process_port: 0\nmixed_precision: 'no'\n"
     )
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "two.yaml")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY / "tests")}
+    paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     command = [sys.executable, *launch, str(TWO_RANKS), str(tmp_path)]
     result = subprocess.run(
         command, capture_output=True, text=True, check=False, env=environment, timeout=120
