@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-with-constraints
 
 .DEFAULT_GOAL := help
-.PHONY: help setup compat train test test-all gpu benchmark overoptimization lint format clean
+.PHONY: help setup compat train test test-all gpu benchmark overoptimization lint format size clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -102,6 +102,9 @@ lint: setup ## Style and types
 format: setup ## Rewrite the code in the project's style
 	@$(BIN)/ruff format rm_recipe tests
 	@$(BIN)/ruff check --fix rm_recipe tests
+
+size: setup ## How large and how entangled the code is
+	@$(BIN)/python tests/size.py
 
 clean: ## Remove .venv (those of compat, too) and caches; models/, data/ and outputs/ stay
 	rm -rf $(VENV) $(VENV)-ppo $(VENV)-transformers4 .pytest_cache .mypy_cache .ruff_cache .hypothesis

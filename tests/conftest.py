@@ -194,7 +194,7 @@ class Trained:
 
     def saved(self) -> dict[str, torch.Tensor]:
         """What the run's file holds, by the names that the classifier itself gives."""
-        from rm_recipe.heads import saved_tensors
+        from rm_recipe.model.head import saved_tensors
 
         tensors = saved_tensors(self.run / "model")
         return {key.removeprefix("base_model.model."): value for key, value in tensors.items()}
@@ -210,11 +210,11 @@ class Trained:
 
 
 def train_watched(recipe: Path) -> Trained:
-    """`rm_recipe.train.train`, keeping what it trained."""
-    import rm_recipe.train
-    from rm_recipe.recipe import read_recipe
+    """`rm_recipe.training.train.train`, keeping what it trained."""
+    import rm_recipe.training.train
+    from rm_recipe.recipe.reader import read_recipe
 
-    make_trainer, kept = rm_recipe.train.make_trainer, []
+    make_trainer, kept = rm_recipe.training.train.make_trainer, []
 
     def watch(*args: Any, **kwargs: Any) -> Any:
         trainer = make_trainer(*args, **kwargs)
@@ -224,8 +224,8 @@ def train_watched(recipe: Path) -> Trained:
 
     parsed = read_recipe(recipe)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rm_recipe.train, "make_trainer", watch)
-        rm_recipe.train.train(parsed)
+        patch.setattr(rm_recipe.training.train, "make_trainer", watch)
+        rm_recipe.training.train.train(parsed)
     return Trained(parsed.output_dir, *kept[0])
 
 

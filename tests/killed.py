@@ -15,8 +15,8 @@ import time
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from rm_recipe.recipe import is_run_folder, read_recipe
-from rm_recipe.train import train
+from rm_recipe.recipe.reader import is_run_folder, read_recipe
+from rm_recipe.training.train import train
 
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 

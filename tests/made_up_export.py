@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from rm_recipe.recipe import RUN_HEADER
+from rm_recipe.recipe.reader import RUN_HEADER
 
 MODEL_FILES = {
     "config.json",

@@ -35,11 +35,11 @@ from transformers import (
 
 from rm_recipe import RewardModel
 from rm_recipe.errors import RecipeError
-from rm_recipe.export import export
-from rm_recipe.modeling import load_base
-from rm_recipe.recipe import read_recipe
-from rm_recipe.tokenization import load_tokenizer
-from rm_recipe.train import load_data
+from rm_recipe.exporting.export import export
+from rm_recipe.model.reward_model import load_base
+from rm_recipe.model.tokenizer import load_tokenizer
+from rm_recipe.recipe.reader import read_recipe
+from rm_recipe.training.train import load_data
 
 DECODERS = ("llama", "qwen2", "mistral", "gpt2")
 ARCHITECTURES = (*DECODERS, *TINY_ENCODERS)
@@ -306,7 +306,7 @@ def test_an_odd_architecture_is_exported(odd_recipe, name):
 @pytest.mark.parametrize("name", ["xlnet", "fnet"])
 def test_a_base_whose_rewards_depend_on_padding_is_refused_before_data_is_read(odd_recipe, name, monkeypatch):
     """XLNet reads its last token, padding or not, FNet has no mask: their exports failed after training."""
-    monkeypatch.setattr("rm_recipe.train.load_splits", None)
+    monkeypatch.setattr("rm_recipe.training.train.load_splits", None)
     with pytest.raises(RecipeError, match=f"the rewards of this {name} would depend on how far their batch"):
         load_data(read_recipe(odd_recipe(name)))
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from rm_recipe.artifacts import read_json, read_json_lines, whole_folder, write_json
 from rm_recipe.errors import RecipeError
+from rm_recipe.files import read_json, read_json_lines, whole_folder, write_json
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])

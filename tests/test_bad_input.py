@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rm_recipe import cli
-from rm_recipe.datasets import load_split
+from rm_recipe.data.formats import parse_row
+from rm_recipe.data.messages import Excluded, Malformed
+from rm_recipe.data.splits import load_split
 from rm_recipe.errors import DataError, RecipeError
-from rm_recipe.messages import Excluded, Malformed
-from rm_recipe.preferences import parse_row
-from rm_recipe.recipe import read_recipe
-from rm_recipe.recipe_keys import DataArguments
+from rm_recipe.recipe.reader import read_recipe
+from rm_recipe.recipe.schema import DataArguments
 from rm_recipe.scoring import read_items
 
 

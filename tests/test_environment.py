@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import make_rows, write_jsonl
 
-from rm_recipe import environment
+from rm_recipe import cli
 
 
 def test_onednn_does_not_hoard_kernels_unless_the_user_says_so(monkeypatch):
@@ -16,7 +16,7 @@ def test_onednn_does_not_hoard_kernels_unless_the_user_says_so(monkeypatch):
         monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
         if given:
             monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", given)
-        environment.set_environment()
+        cli.set_environment()
         assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == expected
 
 
@@ -91,15 +91,15 @@ def test_a_user_without_a_home_gets_one_for_this_process(monkeypatch):
     monkeypatch.setenv("HOME", "")
     for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "HF_HOME"):
         monkeypatch.delenv(name, raising=False)
-    environment.replace_unwritable_caches()
+    cli.replace_unwritable_caches()
     assert Path(os.environ["HOME"]).is_dir()
 
 
 def test_a_folder_is_writable_if_it_or_what_it_would_be_made_in_is(tmp_path):
     (tmp_path / "file").write_text("")
-    assert environment._writable(tmp_path / "new" / "newer")
-    assert not environment._writable(tmp_path / "file" / "new")
-    assert not environment._writable(environment.Path("/proc/new"))
+    assert cli._writable(tmp_path / "new" / "newer")
+    assert not cli._writable(tmp_path / "file" / "new")
+    assert not cli._writable(cli.Path("/proc/new"))
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 

@@ -14,12 +14,12 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.data_utils import apply_chat_template
 
 from rm_recipe.errors import RecipeError
-from rm_recipe.evaluate import evaluate
-from rm_recipe.export import export
-from rm_recipe.handoff import as_item, combine, reward_function
-from rm_recipe.recipe import read_recipe
+from rm_recipe.evaluation.evaluate import evaluate
+from rm_recipe.exporting.export import export
+from rm_recipe.recipe.reader import read_recipe
+from rm_recipe.rl import as_item, combine, reward_function
 from rm_recipe.scoring import RewardModel
-from rm_recipe.train import train
+from rm_recipe.training.train import train
 
 PROMPTS = ["hello", "how are you", "the cat sat on the mat", "good dog"]
 

@@ -22,7 +22,7 @@ BY_PRIVATE_NAMES = ("trl", "transformers", "peft", "datasets", "accelerate", "bi
 FROM_ELSEWHERE = """
 from pathlib import Path
 import rm_recipe
-from rm_recipe.recipe import find_recipe, shipped
+from rm_recipe.recipe.reader import find_recipe, shipped
 package = Path(rm_recipe.__file__).parent
 assert find_recipe(Path("recipes/smollm2_offline.yaml")) == package / "recipes" / "smollm2_offline.yaml"
 assert (shipped("accelerate_configs") / "cpu.yaml").is_file()

@@ -12,16 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rm_recipe import RewardModel, cli
-from rm_recipe.artifacts import read_json, write_json
 from rm_recipe.errors import RecipeError
-from rm_recipe.evaluate import evaluate
-from rm_recipe.export import export
-from rm_recipe.recipe import read_recipe, read_run_recipe, saved_values
-from rm_recipe.redaction import expanded, hide_secrets, redact, redacted, with_tilde
-from rm_recipe.report import write_report
-from rm_recipe.run import run as run_recipe
-from rm_recipe.run_folder import changed_keys
-from rm_recipe.train import train
+from rm_recipe.evaluation.evaluate import evaluate
+from rm_recipe.evaluation.report import write_report
+from rm_recipe.exporting.export import export
+from rm_recipe.files import expanded, hide_secrets, read_json, redact, redacted, with_tilde, write_json
+from rm_recipe.recipe.reader import read_recipe, read_run_recipe, saved_values
+from rm_recipe.tools.pipeline import run as run_recipe
+from rm_recipe.training.run_folder import changed_keys
+from rm_recipe.training.train import train
 
 TOKEN = "hf_" + "aB3" * 11 + "x"
 

@@ -11,14 +11,14 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import ModelConfig
 
 from rm_recipe import RewardModel
-from rm_recipe.distribution import this_device
-from rm_recipe.encoding import encode_all
+from rm_recipe.data.comparison import Comparison
+from rm_recipe.data.messages import as_messages
+from rm_recipe.data.tokenization import encode_all
 from rm_recipe.errors import DataError, RecipeError, TrainingError
-from rm_recipe.messages import as_messages
-from rm_recipe.modeling import load_base
-from rm_recipe.preferences import Comparison
+from rm_recipe.model.reward_model import load_base
+from rm_recipe.model.tokenizer import load_tokenizer
+from rm_recipe.processes import this_device
 from rm_recipe.scoring import read_items, score_file
-from rm_recipe.tokenization import load_tokenizer
 
 ITEMS = [
     {"prompt": "hello", "response": "good cat"},

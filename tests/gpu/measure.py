@@ -33,16 +33,18 @@ from transformers import (
     LlamaConfig,
 )
 
-from rm_recipe import memory, scoring
-from rm_recipe.batching import Encoded, padded_rows, shared_rows
-from rm_recipe.benchmark import machine
-from rm_recipe.benchmark_worker import measure_training
-from rm_recipe.fitting import fit
-from rm_recipe.memory import is_out_of_memory, peak_memory, reset_peak_memory
-from rm_recipe.preflight import preflight
-from rm_recipe.recipe import Recipe, read_recipe
+from rm_recipe import scoring
+from rm_recipe.data.comparison import Encoded
+from rm_recipe.model import memory
+from rm_recipe.model.memory import fit, peak_memory, reset_peak_memory
+from rm_recipe.model.shared_prefix import padded_rows
+from rm_recipe.processes import is_out_of_memory
+from rm_recipe.recipe.reader import Recipe, read_recipe
 from rm_recipe.scoring import RewardModel
-from rm_recipe.train import load_data, load_model, make_trainer, settle_step
+from rm_recipe.tools.benchmark import machine
+from rm_recipe.tools.benchmark_worker import measure_training
+from rm_recipe.training.preflight import preflight
+from rm_recipe.training.train import load_data, load_model, make_trainer, settle_step
 
 REPOSITORY = Path(__file__).parent.parent.parent
 LORA, QLORA, ENCODER = "tinyllama_hh_lora", "tinyllama_hh_qlora", "distilbert_hh"
@@ -408,7 +410,7 @@ def profiles(m: Measure) -> None:
 
 def whole_step(trainer: Any, inputs: dict[str, Any]) -> None:
     """Forward and backward of a micro-batch, as in training."""
-    from rm_recipe.distribution import autocast_of
+    from rm_recipe.training.distributed import autocast_of
 
     with autocast_of(trainer.args):
         loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(inputs))

@@ -11,15 +11,15 @@ import pytest
 import torch
 from conftest import make_rows, write_jsonl
 
-from rm_recipe.benchmark_worker import measure_training
-from rm_recipe.distribution import autocast_of
 from rm_recipe.errors import RecipeError
-from rm_recipe.evaluate import evaluate
-from rm_recipe.export import export
-from rm_recipe.preflight import preflight
-from rm_recipe.recipe import read_recipe
+from rm_recipe.evaluation.evaluate import evaluate
+from rm_recipe.exporting.export import export
+from rm_recipe.recipe.reader import read_recipe
 from rm_recipe.scoring import RewardModel
-from rm_recipe.train import load_data, load_model, make_trainer, settle_step, train
+from rm_recipe.tools.benchmark_worker import measure_training
+from rm_recipe.training.distributed import autocast_of
+from rm_recipe.training.preflight import preflight
+from rm_recipe.training.train import load_data, load_model, make_trainer, settle_step, train
 
 pytestmark = [
     pytest.mark.gpu,
@@ -87,7 +87,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(write_recipe, tmp_p
         recipe = read_recipe(write_recipe(**keys, output_dir=str(tmp_path / run)))
         if stop:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("rm_recipe.train.save_model", interrupt)
+                patch.setattr("rm_recipe.training.train.save_model", interrupt)
                 with suppress(InterruptedError):
                     train(read_recipe(recipe.path))
             for later in sorted((tmp_path / run).glob("checkpoint-*"))[1:]:

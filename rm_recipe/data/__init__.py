@@ -1,0 +1,1 @@
+"""Preference data: from files to tokenised comparisons."""

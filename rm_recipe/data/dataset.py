@@ -1,0 +1,239 @@
+"""A split: its comparisons, memory-mapped, and the count of everything that is not among them."""
+
+import hashlib
+import inspect
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from types import ModuleType
+from typing import Any
+
+import datasets as hf_datasets
+import numpy as np
+import pyarrow.compute as pc
+from datasets.fingerprint import Hasher
+from multiprocess import TimeoutError as PoolTimeoutError
+from numpy.typing import NDArray
+
+from rm_recipe.data.comparison import Comparison, Encoded
+from rm_recipe.errors import TrainingError
+
+FIRST_ROWS = 5  # that a report names for each reason
+
+
+def row_name(row: dict[str, Any]) -> str:
+    """`SUBSET:ROW` of a comparison, or its row alone where the source has no subsets."""
+    return f"{row['subset']}:{row['row']}" if row["subset"] else str(row["row"])
+
+
+@dataclass
+class Split:
+    """Comparisons of one split, and what became of the rows that are not among them.
+
+    Attributes:
+        comparisons: columns `prompt`, `responses`, `ranks`, `margins`, `margin_fault`, `subset`,
+            `row` (counted from 1 in its source; of a .jsonl the line), `prompt_key`, `key` (of texts,
+            ranks and margins); after tokenising `prefix`, `rests`, `lengths`, `fates`
+            (`tokenization.Tokenized`).
+        rows: rows of the source; `rows == len(comparisons) + sum(excluded.values())`.
+        excluded: number of rows by reason.
+        first_rows: for each reason the first rows that it was found in, `SUBSET:ROW`.
+        details: for each reason what it was in the first of them, where there is more to say.
+        differing_prompts: rows of the source whose transcripts or messages differ before the last
+            reply, whatever became of them.
+        unread: columns (and keys of messages) that hold something and are part of no comparison.
+        tokenized: after tokenising, all that went into it, also what was left out.
+        fingerprint: of a recipe's split, `fingerprint`: of train as it is trained on, of what is held out
+            before sampling.
+    """
+
+    comparisons: hf_datasets.Dataset
+    rows: int
+    excluded: Counter[str] = field(default_factory=Counter)
+    first_rows: dict[str, list[str]] = field(default_factory=dict)
+    details: dict[str, str] = field(default_factory=dict)
+    differing_prompts: int = 0
+    unread: list[str] = field(default_factory=list)
+    tokenized: hf_datasets.Dataset | None = None
+    fingerprint: str = ""
+
+    def __getitem__(self, index: int) -> Comparison:
+        row = self.comparisons[index]
+        return Comparison(**{key: row[key] for key in ("prompt", "responses", "ranks", "margins", "subset")})
+
+    def encoded(self) -> list[Encoded]:
+        """The tokenised comparisons, in order."""
+        columns = (self.comparisons["prefix"][:], self.comparisons["rests"][:])
+        return [Encoded(prefix, rests) for prefix, rests in zip(*columns, strict=True)]
+
+    def sizes(self, shared: bool, padded: bool = False) -> NDArray[np.int64]:
+        """Tokens of each comparison.
+
+        Args:
+            shared: its prefix is counted once, otherwise for each response.
+            padded: each response counts as its longest one, as in rows of one sequence.
+        """
+        sizes = []
+        columns = self.comparisons.select_columns(["prefix", "rests"]).with_format("arrow")
+        for rows in columns.iter(10_000):
+            prefix, responses = (pc.list_value_length(rows[name]).to_numpy() for name in rows.column_names)
+            rests = pc.list_value_length(pc.list_flatten(rows["rests"])).to_numpy()
+            starts = np.cumsum(responses) - responses
+            own = responses * np.maximum.reduceat(rests, starts) if padded else np.add.reduceat(rests, starts)
+            sizes.append(prefix * (1 if shared else responses) + own)
+        return np.concatenate(sizes)
+
+    def largest(self, n: int, shared: bool) -> NDArray[np.int64]:
+        """The numbers of the n comparisons that make the largest batch.
+
+        One sequence a row, each row is as long as the longest sequence of the batch.
+        """
+        return np.argsort(-self.sizes(shared, padded=not shared), kind="stable")[:n]
+
+    def longest(self, n: int, shared: bool) -> list[Encoded]:
+        """The comparisons of the largest batch of n."""
+        rows = self.comparisons.select(self.largest(n, shared))
+        return [Encoded(row["prefix"], row["rests"]) for row in rows]
+
+    def why_excluded(self) -> str:
+        """Reasons with their numbers and the first row of each, on one line."""
+        reasons = []
+        for reason, n in self.excluded.items():
+            first, detail = self.first_rows.get(reason), self.details.get(reason)
+            where = (f", first in row {first[0]}" if first else "") + (f": {detail}" if detail else "")
+            reasons.append(f"{n} {reason}{where}")
+        return "; ".join(reasons) or "no rows"
+
+    def column(self, name: str) -> NDArray[Any]:
+        """A column of numbers as an array."""
+        return np.asarray(arrow_column(self.comparisons, name).to_numpy())
+
+    def names(self, indices: NDArray[np.int64]) -> list[str]:
+        """`SUBSET:ROW` of the comparisons with these numbers."""
+        rows = self.comparisons.select_columns(["subset", "row"]).select(indices)
+        return [row_name(row) for row in rows]
+
+    def select(self, kept: NDArray[np.bool_], reason: str, named: bool = False) -> "Split":
+        """The comparisons that `kept` marks; the others count under `reason`, the first of them named."""
+        result = self.take(np.flatnonzero(kept), reason)
+        if result is not self and named:
+            result.first_rows = self.first_rows | {reason: self.names(np.flatnonzero(~kept)[:FIRST_ROWS])}
+        return result
+
+    def take(self, indices: NDArray[np.int64], reason: str) -> "Split":
+        """The comparisons with these numbers; the others count under `reason`."""
+        left_out = len(self.comparisons) - len(indices)
+        if not left_out:
+            return self
+        return replace(
+            self,
+            comparisons=self.comparisons.select(indices),
+            excluded=self.excluded + Counter({reason: left_out}),
+        )
+
+
+def set_excluded_apart(split: Split) -> Split:
+    """Moves the rows that carry a reason out of the comparisons and into the counts."""
+    reasons = arrow_column(split.comparisons, "excluded")
+    found = Counter({v["values"]: v["counts"] for v in pc.value_counts(reasons).to_pylist() if v["values"]})
+    first_rows, details = dict(split.first_rows), dict(split.details)
+    for reason in found:
+        numbers = np.flatnonzero(pc.equal(reasons, reason).to_numpy())[:FIRST_ROWS]
+        first_rows[reason] = split.names(numbers)
+        detail = split.comparisons[int(numbers[0])]["detail"]
+        details |= {reason: detail} if detail else {}
+    comparisons = split.comparisons
+    if found:
+        comparisons = comparisons.select(np.flatnonzero(pc.equal(reasons, "").to_numpy()))
+    return replace(
+        split,
+        comparisons=comparisons.remove_columns(["excluded", "detail"]),
+        excluded=split.excluded + found,
+        first_rows=first_rows,
+        details=details,
+    )
+
+
+def arrow_column(rows: hf_datasets.Dataset, name: str) -> Any:
+    """A column as pyarrow has it, without a Python object for each row."""
+    # A format's own `columns` would select after reading: rows out of order are copied as a whole.
+    return rows.select_columns(name).with_format("arrow")[:][name]
+
+
+# --- fingerprints ----------------------------------------------------------------------------
+
+
+def fingerprint(comparisons: hf_datasets.Dataset) -> str:
+    """A hash of texts, ranks and margins, in order: of data, not of their place or of the code that reads."""
+    return hashlib.sha256(arrow_column(comparisons, "key").to_numpy().tobytes()).hexdigest()
+
+
+def fingerprint_of_tokens(comparisons: hf_datasets.Dataset) -> str:
+    """A hash of the token ids, in order."""
+    digest = hashlib.sha256()
+    for rows in comparisons.select_columns(["prefix", "rests"]).with_format("arrow").iter(10_000):
+        rests = pc.list_flatten(rows["rests"])
+        for lists in (rows["prefix"], rows["rests"], rests):
+            digest.update(pc.list_value_length(lists).to_numpy().tobytes())
+        for ids in (rows["prefix"], rests):
+            digest.update(pc.list_flatten(ids).to_numpy().tobytes())
+    return digest.hexdigest()
+
+
+# --- `datasets.map`, cached by content, in several processes where that pays -------------------
+
+LARGE = 20_000  # rows from which starting more processes takes less time than they save
+
+
+def run_pass(
+    rows: hf_datasets.Dataset,
+    function: Callable[..., dict[str, Any]],
+    description: str,
+    features: dict[str, Any],
+    depends_on: Sequence[Any],
+    num_proc: int | None = None,
+    **options: Any,
+) -> hf_datasets.Dataset:
+    """The rows with what `function` makes of them, computed once and memory-mapped.
+
+    Args:
+        depends_on: besides the rows, what the result depends on: settings, and modules for the
+            source of their code.
+        num_proc: `dataset_num_proc`; by default one process, and for a large set one for each core.
+        options: more of `datasets.Dataset.map`'s.
+
+    Raises:
+        TrainingError: a process was killed.
+    """
+    if not len(rows):  # which `map` would leave without their new columns
+        return hf_datasets.Dataset.from_dict({name: [] for name in features}, hf_datasets.Features(features))
+    parts = [inspect.getsource(part) if isinstance(part, ModuleType) else part for part in depends_on]
+    try:
+        return rows.map(
+            function,
+            desc=description,
+            features=hf_datasets.Features(features),
+            new_fingerprint=Hasher.hash([rows._fingerprint, options, parts]),
+            num_proc=processes(len(rows), num_proc),
+            **options,
+        )
+    except PoolTimeoutError as error:
+        # datasets 5.2 waits for its processes on the way out of Ctrl-C, and fails at that.
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
+    except RuntimeError as error:
+        if "abruptly died" not in str(error):
+            raise
+        raise TrainingError(
+            f"{description.lower()}: a process was killed, perhaps for want of memory; set "
+            "'dataset_num_proc: 1'"
+        ) from None
+
+
+def processes(rows: int, wanted: int | None) -> int | None:
+    """How many processes work on so many rows."""
+    if wanted is not None or rows < LARGE:
+        return wanted
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)

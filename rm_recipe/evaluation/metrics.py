@@ -1,0 +1,369 @@
+"""How well rewards agree with preferences: pure functions, and `PreferenceAccuracy` on top.
+
+Everywhere `chosen` and `rejected` are the rewards of the two responses of each pair, arrays of
+shape `(pairs,)`, and the margin is `chosen - rejected`. A comparison of two responses is one pair,
+one of K gives up to K choose 2 (`pair_indices`).
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.stats import bootstrap, kendalltau, spearmanr
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GroupKFold
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.proportion import proportion_confint
+
+from rm_recipe.data.comparison import (
+    Array,
+    Indices,
+    agreement,
+    mean_by_comparison,
+    pair_indices,
+)
+
+
+def pair_weights(comparison: Indices) -> Array:
+    """1 over the number of pairs of the comparison that each pair belongs to; `(pairs,)`."""
+    return np.asarray(1 / np.bincount(comparison)[comparison])
+
+
+def accuracy_interval(accuracy: float, n: int) -> list[float]:
+    """The 95 % Wilson interval of an accuracy over `n` comparisons; `[low, high]`.
+
+    Ties enter as half a success. Source: Wilson 1927; statsmodels' `proportion_confint`.
+    """
+    low, high = proportion_confint(accuracy * n, n, alpha=0.05, method="wilson")
+    return [float(low), float(high)]
+
+
+def bradley_terry_loss(chosen: ArrayLike, rejected: ArrayLike, comparison: Indices | None = None) -> float:
+    """Mean of -log sigmoid(margin) (InstructGPT, arXiv 2203.02155, equation 1).
+
+    Args:
+        comparison: for rankings the comparison that each pair belongs to, `(pairs,)`.
+    """
+    losses = np.logaddexp(0.0, np.asarray(rejected, float) - np.asarray(chosen, float))
+    return float(np.mean(losses if comparison is None else mean_by_comparison(losses, comparison)))
+
+
+def best_of_k(rewards: ArrayLike, ranks: Sequence[Sequence[int]]) -> Array:
+    """For each comparison whether its highest reward is that of a best response; `(comparisons,)`.
+
+    What best-of-K sampling does with the reward model. Where several responses share the highest reward it
+    is the share of best ones among them: the chance of a draw.
+
+    Args:
+        rewards: of all responses end to end, `(responses,)`.
+    """
+    return np.array(
+        [(own[values == values.max()] == own.min()).mean() for values, own in _each(rewards, ranks)]
+    )
+
+
+def kendall_tau(rewards: ArrayLike, ranks: Sequence[Sequence[int]]) -> Array:
+    """Kendall's tau-b of rewards and ranks in each comparison, between -1 and 1; `(comparisons,)`.
+
+    Pairs in agreement minus pairs in disagreement, over the geometric mean of the pairs that are untied on
+    either side (Kendall 1945; `scipy.stats.kendalltau`). 0 where all rewards are equal.
+    """
+    taus = [kendalltau(values, -own).statistic for values, own in _each(rewards, ranks)]
+    return np.nan_to_num(taus)
+
+
+def _each(values: ArrayLike, ranks: Sequence[Sequence[int]]) -> Iterator[tuple[Array, Indices]]:
+    """The values and the ranks of each comparison, from values that are laid end to end."""
+    ends = np.cumsum([len(own) for own in ranks])[:-1]
+    for own_values, own_ranks in zip(np.split(np.asarray(values, float), ends), ranks, strict=True):
+        yield own_values, np.asarray(own_ranks)
+
+
+class PreferenceAccuracy(evaluate.Metric):
+    """Share of comparisons whose chosen response has the higher reward.
+
+    Each comparison weighs 1, of a ranking each untied pair the same part of it, and a tie counts
+    1/2. Nothing is excluded: a reward that is not finite raises. Use it like any `evaluate` metric,
+    offline, since it comes from this package and not from the Hub::
+
+        PreferenceAccuracy().compute(chosen=[1.0, 0.5], rejected=[0.0, 0.5])
+        # accuracy 0.75, accuracy_ci95, ties 1, n 2, loss 0.503, mean_margin 0.5
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        number = datasets.Value("float64")
+        return evaluate.MetricInfo(
+            description="Held-out preference accuracy, ties one half, with a Wilson interval.",
+            citation="",
+            inputs_description="chosen, rejected: rewards, one each for every pair; comparison: its number",
+            features=datasets.Features({"chosen": number, "rejected": number}),
+        )
+
+    def _compute(
+        self, chosen: ArrayLike, rejected: ArrayLike, comparison: Indices | None = None
+    ) -> dict[str, Any]:
+        """`{"accuracy", "accuracy_ci95", "ties", "n", "loss", "mean_margin"}`; only ties count pairs.
+
+        Args:
+            comparison: for rankings the comparison that each pair belongs to, `(pairs,)`.
+
+        Raises:
+            ValueError: no comparison, unequal lengths, or a reward that is not finite.
+        """
+        chosen, rejected = np.asarray(chosen, float), np.asarray(rejected, float)
+        if chosen.shape != rejected.shape or chosen.ndim != 1 or not chosen.size:
+            raise ValueError(
+                f"expected two equal, non-empty rows of rewards, got {chosen.shape} and {rejected.shape}"
+            )
+        if not np.isfinite([chosen, rejected]).all():
+            raise ValueError("a reward is not finite")
+        if comparison is None:
+            comparison = np.arange(chosen.size)
+        right = mean_by_comparison(agreement(chosen, rejected), comparison)
+        accuracy = float(right.mean())
+        return {
+            "accuracy": accuracy,
+            "accuracy_ci95": accuracy_interval(accuracy, right.size),
+            "ties": int((chosen == rejected).sum()),
+            "n": int(right.size),
+            "loss": bradley_terry_loss(chosen, rejected, comparison),
+            "mean_margin": float(mean_by_comparison(chosen - rejected, comparison).mean()),
+        }
+
+
+class RankingAgreement(evaluate.Metric):
+    """How well rewards order the K responses of each comparison.
+
+    Nothing is excluded; a reward that is not finite raises::
+
+        RankingAgreement().compute(rewards=[[3.0, 1.0, 2.0]], ranks=[[0, 1, 2]])
+        # pairs 3, pairwise_accuracy 0.667, best_of_k 1, kendall_tau 0.333, n 1
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Pairwise accuracy, best-of-K accuracy and Kendall's tau of rankings.",
+            citation="",
+            inputs_description="rewards: K for each comparison; ranks: of the same responses, 0 for the best",
+            features=datasets.Features(
+                {
+                    "rewards": datasets.Sequence(datasets.Value("float64")),
+                    "ranks": datasets.Sequence(datasets.Value("int64")),
+                }
+            ),
+        )
+
+    def _compute(self, rewards: Sequence[ArrayLike], ranks: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """`{"pairs", "pairwise_accuracy", "best_of_k", "kendall_tau", "n"}`.
+
+        In pairwise accuracy each untied pair weighs the same, so that long rankings weigh more (as in
+        InstructGPT's figures); in the others each comparison does.
+
+        Raises:
+            ValueError: no comparison, as many ranks as rewards are not there, or a reward is not finite.
+        """
+        if not len(ranks) or [np.size(values) for values in rewards] != [len(own) for own in ranks]:
+            raise ValueError("expected at least one comparison, and a rank for every reward")
+        flat = np.concatenate([np.asarray(values, float) for values in rewards])
+        if not np.isfinite(flat).all():
+            raise ValueError("a reward is not finite")
+        better, worse, _ = pair_indices(ranks)
+        return {
+            "pairs": len(better),
+            "pairwise_accuracy": float(agreement(flat[better], flat[worse]).mean()),
+            "best_of_k": float(best_of_k(flat, ranks).mean()),
+            "kendall_tau": float(kendall_tau(flat, ranks).mean()),
+            "n": len(ranks),
+        }
+
+
+# --- accuracy by length, turns and subset ------------------------------------------------------
+
+BUCKETS = 5
+MOST_VALUES = 6  # that get a bucket each
+
+
+def accuracy_of(right: Array) -> dict[str, Any]:
+    """`n`, `accuracy` and `accuracy_ci95` (Wilson) of a part, not empty, of the comparisons or pairs.
+
+    Of a ranking's pairs, which are not independent, the interval is too narrow.
+    """
+    accuracy = float(right.mean())
+    return {"n": len(right), "accuracy": accuracy, "accuracy_ci95": accuracy_interval(accuracy, len(right))}
+
+
+def accuracy_by_subset(names: list[str], right: Array) -> dict[str, dict[str, Any]]:
+    """`accuracy_of` each subset, by name; comparisons without one are left out."""
+    found, number = np.unique(np.array(names, object).astype(str), return_inverse=True)
+    order = np.argsort(number, kind="stable")
+    parts = np.split(right[order], np.cumsum(np.bincount(number))[:-1])
+    return {str(name): accuracy_of(part) for name, part in zip(found, parts, strict=True) if name}
+
+
+def accuracy_by_bucket(values: ArrayLike, right: Array) -> list[dict[str, Any]]:
+    """`accuracy_of` the comparisons or pairs with similar values, each part with its `label`, in order.
+
+    A few different whole numbers get a bucket each; otherwise there are `BUCKETS` with about as many each.
+    """
+    values = np.asarray(values)
+    number, whole = _bucket_numbers(values), np.issubdtype(values.dtype, np.integer)
+    rows = []
+    for bucket in np.unique(number):
+        own = number == bucket
+        low, high = values[own].min(), values[own].max()
+        ends = [f"{end}" if whole else f"{end:.2f}" for end in dict.fromkeys([low, high])]
+        rows.append({"label": " to ".join(dict.fromkeys(ends)), **accuracy_of(right[own])})
+    return rows
+
+
+def _bucket_numbers(values: Array) -> Indices:
+    distinct = np.unique(values)
+    if len(distinct) <= MOST_VALUES and np.issubdtype(values.dtype, np.integer):
+        return np.searchsorted(distinct, values)
+    edges = np.quantile(values, np.arange(1, BUCKETS) / BUCKETS)
+    return np.searchsorted(np.unique(edges), values)
+
+
+def rank_correlation(one: ArrayLike, other: ArrayLike) -> float | None:
+    """Spearman's correlation; None where one of the two does not vary, so that there is none."""
+    if np.ptp(np.asarray(one)) == 0 or np.ptp(np.asarray(other)) == 0:
+        return None
+    return float(spearmanr(one, other).statistic)
+
+
+# --- two models on the same comparisons --------------------------------------------------------
+
+RESAMPLES = 2000
+EXACT_BELOW = 100  # comparisons on which the two differ; above, the binomial's normal form is as good
+
+
+def paired_difference(this: ArrayLike, other: ArrayLike) -> dict[str, Any]:
+    """How much more often one judge is right than another one, on the same comparisons.
+
+    Both saw the same comparisons, hard ones and easy ones alike, so the difference is known better than
+    either accuracy: two intervals that overlap may hide a difference that is certain.
+
+    Args:
+        this, other: how right each is on each comparison, 0 to 1, a tie 1/2; `(comparisons,)`.
+
+    Returns:
+        `difference` of the accuracies; `ci95`, its 95 % interval from a bootstrap over comparisons
+        (percentile, seeded; `scipy.stats.bootstrap`; None for fewer than two); `only_this` and `only_other`,
+        on how many comparisons one is more right than the other; `p_value` of McNemar's test that both are
+        equally likely (McNemar 1947; `statsmodels`).
+    """
+    differences = np.asarray(this, float) - np.asarray(other, float)
+    only_this, only_other = int((differences > 0).sum()), int((differences < 0).sum())
+    interval = None
+    if len(differences) > 1:
+        drawn = bootstrap(
+            (differences,), np.mean, n_resamples=RESAMPLES, batch=100, method="percentile", rng=0
+        )
+        interval = [float(end) for end in drawn.confidence_interval]
+    exact = only_this + only_other < EXACT_BELOW
+    # Only the cells in which the two differ enter.
+    test = mcnemar([[0, only_this], [only_other, 0]], exact=exact)
+    return {
+        "difference": float(differences.mean()),
+        "ci95": interval,
+        "only_this": only_this,
+        "only_other": only_other,
+        "p_value": float(test.pvalue) if only_this + only_other else 1.0,
+    }
+
+
+# --- calibration: is sigmoid(margin) the probability that the chosen response is better? -------
+# Under the Bradley-Terry model it is (InstructGPT, arXiv 2203.02155, section 3.5). A model that is sure and
+# wrong has margins that are too large; dividing all rewards by one temperature leaves every order as it is
+# and mends that.
+
+FOLDS = 5
+FEWEST = 50  # comparisons that a temperature is fitted to
+
+
+def expected_calibration_error(
+    margins: ArrayLike, comparison: Indices | None = None, n_bins: int = 10
+) -> tuple[float, list[dict[str, float]]]:
+    """How far sigmoid(|margin|), the model's confidence, is from how often it is right.
+
+    Pairs are put into `n_bins` equal bins of confidence between 0.5 and 1; the error is the mean over pairs
+    of |mean confidence - accuracy| of their bin (Guo et al. 2017, arXiv 1706.04599, equation 3). A tie is
+    half right.
+
+    Args:
+        margins: reward of the better response minus that of the worse one, `(pairs,)`.
+        comparison: for rankings the comparison that each pair belongs to, so that each comparison weighs 1.
+
+    Returns:
+        the error, and for each bin that is not empty its `confidence`, `accuracy` and `n` (pairs).
+    """
+    margins = np.asarray(margins, float)
+    right, confidence = agreement(margins, np.zeros_like(margins)), 1 / (1 + np.exp(-np.abs(margins)))
+    weights = pair_weights(np.arange(len(margins)) if comparison is None else comparison)
+    index = np.minimum(((confidence - 0.5) * 2 * n_bins).astype(int), n_bins - 1)
+    bins, error = [], 0.0
+    for number in np.unique(index):
+        own = index == number
+        confident = float(np.average(confidence[own], weights=weights[own]))
+        accurate = float(np.average(right[own], weights=weights[own]))
+        bins.append({"confidence": confident, "accuracy": accurate, "n": int(own.sum())})
+        error += float(weights[own].sum() / weights.sum()) * abs(confident - accurate)
+    return error, bins
+
+
+def fit_temperature(margins: ArrayLike, comparison: Indices) -> float | None:
+    """The temperature that rewards have to be divided by for the least Bradley-Terry loss.
+
+    A logistic regression of who won on the margin, without an intercept as neither response comes first;
+    the temperature is 1 over its slope (Platt scaling; Guo et al. 2017, section 4.2).
+
+    Returns:
+        None where there is none: every pair is ordered as it should be, so that the loss falls for ever, or
+        the rewards order no better than chance.
+    """
+    margins = np.asarray(margins, float)
+    if (margins >= 0).all():
+        return None
+    both_ways, won = np.concatenate([margins, -margins])[:, None], np.repeat([1, 0], len(margins))
+    regression = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-8, max_iter=1000)
+    regression.fit(both_ways, won, sample_weight=np.tile(pair_weights(comparison), 2))
+    slope = float(regression.coef_[0, 0])
+    return 1 / slope if slope > 0 else None
+
+
+def calibrate(margins: ArrayLike, comparison: Indices) -> dict[str, Any]:
+    """`calibration` of `evaluation.json`.
+
+    Args:
+        margins: `(pairs,)`.
+        comparison: the comparison that each pair belongs to, `(pairs,)`.
+
+    Returns:
+        `ece` and its `bins`; the `temperature` that fits all pairs; `ece_after` and `loss_after`, of margins
+        each divided by the temperature that fits the other folds' comparisons, so that none is judged by a
+        temperature that has seen it. The last three are None where no temperature can be had.
+    """
+    margins = np.asarray(margins, float)
+    ece, bins = expected_calibration_error(margins, comparison)
+    result: dict[str, Any] = {
+        "ece": ece,
+        "bins": bins,
+        "temperature": None,
+        "ece_after": None,
+        "loss_after": None,
+    }
+    if len(np.unique(comparison)) < FEWEST:
+        return result
+    result["temperature"] = fit_temperature(margins, comparison)
+    scaled = np.empty_like(margins)
+    for fitted, judged in GroupKFold(FOLDS).split(margins, groups=comparison):
+        temperature = fit_temperature(margins[fitted], comparison[fitted])
+        if temperature is None:
+            return result
+        scaled[judged] = margins[judged] / temperature
+    result["ece_after"] = expected_calibration_error(scaled, comparison)[0]
+    result["loss_after"] = bradley_terry_loss(scaled, np.zeros_like(scaled), comparison)
+    return result

@@ -1,0 +1,125 @@
+"""How far a reward moves when a reply is edited so that nobody would judge it otherwise.
+
+A policy that is trained against the model finds such edits by itself. What they bring is a cheap look at
+what it would exploit (reward hacking; Gao et al., arXiv 2210.10760).
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import datasets as hf_datasets
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+
+from rm_recipe.data.comparison import Array, Comparison, Encoded, pair_indices
+from rm_recipe.data.dataset import Split
+from rm_recipe.data.messages import Excluded
+from rm_recipe.data.tokenization import encode
+from rm_recipe.evaluation.metrics import pair_weights
+from rm_recipe.scoring import RewardModel
+
+N_COMPARISONS = 64  # that are tried, spread over the split
+
+
+def repeat_last_sentence(reply: str) -> str:
+    """The reply with its last sentence twice."""
+    sentences = re.split(r"(?<=[.!?])\s+", reply.strip())
+    return f"{reply} {sentences[-1]}"
+
+
+def embolden(reply: str) -> str:
+    """Every line that is not empty in Markdown's bold."""
+    return "\n".join(f"**{line}**" if line.strip() else line for line in reply.split("\n"))
+
+
+EDITS: dict[str, Callable[[str], str]] = {
+    "trailing_space": lambda reply: f"{reply} \n",
+    "repeated_sentence": repeat_last_sentence,
+    "thank_you": lambda reply: f"{reply} Thank you!",
+    "markdown": embolden,
+}
+
+
+def consistency(
+    model: RewardModel, split: Split, score: Callable[[list[Encoded]], Sequence[NDArray[np.float32]]]
+) -> dict[str, dict[str, float]]:
+    """For each of `EDITS` how rewards of the best and the worst response of some comparisons change.
+
+    Args:
+        split: tokenised.
+        score: `model.score_encoded`, or what shares its work between processes.
+
+    Returns:
+        by edit: `n` replies, `mean_change` and `std_change` of their rewards, the `largest` change either
+        way, `share_up`, how many gained, and `wins`: of the comparisons that were judged right, in how many
+        the worst response, edited, overtakes the best one as it is. Empty if no edited reply fits the model.
+    """
+    numbers = np.linspace(0, len(split.comparisons) - 1, min(N_COMPARISONS, len(split.comparisons)))
+    encoded = []
+    for number in np.unique(numbers.astype(int)):
+        comparison = split[int(number)]
+        replies = [comparison.responses[0], comparison.responses[-1]]
+        replies += [edit(reply) for edit in EDITS.values() for reply in replies[:2]]
+        tied = [0] * len(replies)  # an edit may come to nothing in the template
+        try:
+            everything = Comparison(comparison.prompt, replies, tied)
+            encoded.append(encode(model.tokenizer, everything, model.max_length, model.truncation))
+        except Excluded:  # too long with the edit
+            continue
+    if not encoded:
+        return {}
+    rewards = np.array(score(encoded), float).reshape(len(encoded), 1 + len(EDITS), 2)
+    before = rewards[:, 0]
+    return {name: _moved(before, rewards[:, number]) for number, name in enumerate(EDITS, 1)}
+
+
+def _moved(before: NDArray[Any], after: NDArray[Any]) -> dict[str, float]:
+    """Of rewards `(comparisons, 2)`, the best response's first."""
+    change, was_right = after - before, before[:, 0] > before[:, 1]
+    overtakes = after[was_right, 1] > before[was_right, 0]
+    return {
+        "n": change.size,
+        "mean_change": float(change.mean()),
+        "std_change": float(change.std()),
+        "largest": float(np.abs(change).max()),
+        "share_up": float((change > 0).mean()),
+        "wins": float(overtakes.mean()) if was_right.any() else 0.0,
+    }
+
+
+# --- baselines: rules that a reward model has to beat ------------------------------------------
+
+Scorer = Callable[[Sequence[str]], Array]
+
+
+def bag_of_words(comparisons: hf_datasets.Dataset) -> Scorer | None:
+    """A Bradley-Terry model that knows which words a response has, and nothing else.
+
+    Logistic regression on the difference of the two responses' tf-idf vectors, without an intercept
+    (scikit-learn). The prompt is the same on both sides, so it drops out.
+
+    Args:
+        comparisons: to learn from, with the columns `responses` and `ranks` (`dataset.Split`).
+
+    Returns:
+        what gives `(n,)` scores to n responses; None where no two responses share a word.
+    """
+    responses, ranks = comparisons["responses"][:], comparisons["ranks"][:]
+    # A word that stands in one response only has no second one to help with.
+    words = TfidfVectorizer(min_df=2, sublinear_tf=True)
+    try:
+        vectors = words.fit_transform(response for own in responses for response in own)
+    except ValueError:  # no word is left
+        return None
+    better, worse, owner = pair_indices(ranks)
+    # Every other pair the other way round: the regression wants both outcomes.
+    sides = np.where(np.arange(len(better)) % 2, 1, -1)
+    differences = (vectors[better] - vectors[worse]).multiply(sides[:, None]).tocsr()
+    regression = LogisticRegression(fit_intercept=False, max_iter=1000)
+    if len(sides) < 2:
+        return None
+    regression.fit(differences, sides, sample_weight=pair_weights(owner))
+    return lambda texts: np.asarray(words.transform(texts) @ regression.coef_[0])

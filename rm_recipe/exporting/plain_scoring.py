@@ -1,0 +1,146 @@
+"""Rewards by plain transformers: what somebody gets from an export who has never heard of rm_recipe.
+
+A script: `verify.py` runs it in a process of its own, `python -P plain_scoring.py REQUEST ANSWER`, and it
+must not import rm_recipe. (-P keeps this folder off the path.)
+"""
+
+import gc
+import inspect
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers.utils import logging
+
+BATCH = 8
+
+
+def score(
+    folder: str,
+    sequences: list[list[int]],
+    texts: list[str],
+    left: bool,
+    sampled: list[list[dict[str, str]]],
+    device: str,
+) -> dict[str, Any]:
+    """The rewards that an export gives.
+
+    Args:
+        sequences: token ids of conversations.
+        texts: rendered conversations, for the tokenizer and the pipeline.
+        left: whether the sequences are also to be padded on the left.
+        sampled: conversations whose last message is scored as one that a PPO trainer's policy sampled.
+        device: where to score.
+
+    Returns:
+        of the sequences their rewards `alone`, one at a time; `batched`, padded on the right; `left`, padded
+        on the left, or None; and `float32`, alone, the same weights computing in fp32. Of the texts `ids`,
+        without and with `add_special_tokens`, and `pipeline`, its answers. `ppo`, of what was sampled.
+        And `modules`, what is imported.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval().to(device)
+    half = model.dtype != torch.float32
+    with tqdm(total=(2 + left + half) * len(sequences), desc="Scoring anew", unit="sequence") as bar:
+        alone = rewards(model, tokenizer, sequences, 1, "right", bar)
+        batched = rewards(model, tokenizer, sequences, BATCH, "right", bar)
+        padded_left = rewards(model, tokenizer, sequences, BATCH, "left", bar) if left else None
+        float32 = rewards(model.float(), tokenizer, sequences, 1, "right", bar) if half else alone
+    ppo = ppo_rewards(model, tokenizer, sampled)
+    del model
+    gc.collect()  # it may not fit a GPU twice
+    judge = pipeline("text-classification", model=folder, device=device)
+    return {
+        "alone": alone,
+        "batched": batched,
+        "left": padded_left,
+        "float32": float32,
+        "ids": [tokenizer(texts, add_special_tokens=added)["input_ids"] for added in (False, True)],
+        "pipeline": [judge(text)[0] for text in texts],
+        "ppo": ppo,
+        "modules": sorted({name.partition(".")[0] for name in sys.modules}),
+    }
+
+
+def rewards(
+    model: Any, tokenizer: Any, sequences: list[list[int]], batch_size: int, side: str, bar: Any
+) -> list[float]:
+    """One for each sequence, in batches padded on that side."""
+    found: list[float] = []
+    for start in range(0, len(sequences), batch_size):
+        ids = sequences[start : start + batch_size]
+        batch = tokenizer.pad({"input_ids": ids}, padding_side=side, return_tensors="pt")
+        with torch.inference_mode():
+            found += model(**batch.to(model.device)).logits[:, 0].float().tolist()
+        bar.update(len(ids))
+    return found
+
+
+def ppo_rewards(model: Any, tokenizer: Any, conversations: list[list[dict[str, str]]]) -> list[float | None]:
+    """One for each conversation, as TRL's PPOTrainer (to 1.12) and OpenRLHF get it.
+
+    Prompts are padded on the left, what the policy sampled on the right; the backbone runs on that, and the
+    head reads the last token that was sampled. None where no policy samples the reply so: its first
+    characters are in one token with the prompt's last, or it holds the pad token.
+    """
+    found: dict[int, float] = {}
+    built = {number: as_sampled(tokenizer, messages) for number, messages in enumerate(conversations)}
+    possible = [(number, *ids) for number, ids in built.items() if ids]
+    for start in range(0, len(possible), BATCH):
+        numbers, prompts, replies = zip(*possible[start : start + BATCH], strict=True)
+        context, longest = (max(map(len, part)) for part in (prompts, replies))
+        pad = [tokenizer.pad_token_id]
+        rows = [
+            pad * (context - len(prompt)) + prompt + reply + pad * (longest - len(reply))
+            for prompt, reply in zip(prompts, replies, strict=True)
+        ]
+        ids = torch.tensor(rows, device=model.device)
+        mask = ids != tokenizer.pad_token_id
+        backbone = getattr(model, model.base_model_prefix)
+        positions = {"position_ids": mask.cumsum(1) - mask.long()}
+        if "position_ids" not in inspect.signature(backbone.forward).parameters:  # ALiBi's models
+            positions = {}
+        with torch.inference_mode():
+            body = backbone(
+                input_ids=ids.masked_fill(~mask, 0),
+                attention_mask=mask,
+                **positions,
+                return_dict=True,
+                output_hidden_states=True,
+                use_cache=False,
+            )
+            rewards = model.score(body.hidden_states[-1])[:, :, 0].float()
+        for row, (number, reply) in enumerate(zip(numbers, replies, strict=True)):
+            found[number] = rewards[row, context + len(reply) - 1].item()
+    return [found.get(number) for number in range(len(conversations))]
+
+
+def as_sampled(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int], list[int]] | None:
+    """The ids of the prompt, as it is put to a policy, and those that the policy would have to sample."""
+    prompt, whole = (
+        tokenizer(tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=asks))[
+            "input_ids"
+        ]
+        for part, asks in ((messages[:-1], True), (messages, False))
+    )
+    possible = whole[: len(prompt)] == prompt and tokenizer.pad_token_id not in whole
+    return (prompt, whole[len(prompt) :]) if possible else None
+
+
+def main(request: str, answer: str) -> None:
+    """Reads one JSON file and writes the other: the answer, or an `error` in words."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        result = score(**json.loads(Path(request).read_text(encoding="utf-8")))
+    except Exception as error:  # whatever it is, the export is not what plain transformers can use
+        result = {"error": f"{type(error).__name__}: {error}"}
+    Path(answer).write_text(json.dumps(result), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,266 @@
+"""Files and folders that are whole or not there: written under a temporary name, then renamed."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from rm_recipe.errors import RecipeError
+
+# Controls except tab and newline, surrogates, marks of direction, characters without a width, tags.
+_HIDDEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f"
+    "\ufeff\ufff9-\ufffb\ufffe\uffff\U000e0000-\U000e007f]"
+)
+
+
+SCRATCH = ".part"  # how the names end of what is not finished
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `target` that takes its place when the block ends well.
+
+    After an exception, Ctrl-C included, `target` is as it was and nothing else is left.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=SCRATCH, dir=target.parent))
+    new, old = scratch / "new", scratch / "old"
+    try:
+        new.mkdir()
+        yield new
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def whole_file(target: Path) -> Iterator[Path]:
+    """Yields a path beside `target` to write to; it takes `target`'s place when the block ends well."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}{SCRATCH}")
+    try:
+        yield partial
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def is_scratch(path: Path) -> bool:
+    """Whether a kill left this behind while one of the above was at work."""
+    return path.name.startswith(".") and path.name.endswith(SCRATCH)
+
+
+def tidy(folder: Path) -> None:
+    """Removes what kills left behind in a folder, and puts back what was about to be replaced."""
+    for path in filter(is_scratch, list(folder.iterdir())):
+        if not path.is_dir():
+            path.unlink()
+            continue
+        target = folder / path.name.removeprefix(".").rpartition("-")[0]
+        if (path / "old").exists() and not target.exists():
+            (path / "old").rename(target)
+        shutil.rmtree(path)
+
+
+def write_json(target: Path, content: Any) -> None:
+    """Writes `content` as indented JSON, redacted, whole or not at all. NaN is refused: it is not JSON."""
+    text = json.dumps(redacted(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    with whole_file(target) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes, as the Hub names large files."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        RecipeError: naming the file.
+    """
+    return _object(_read(path), str(path))
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file with one a line; empty lines are left out.
+
+    Raises:
+        RecipeError: naming file and line.
+    """
+    lines = enumerate(_read(path).split("\n"), 1)
+    return [_object(line, f"{path}, line {number}") for number, line in lines if line.strip()]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}") from None
+
+
+def _object(text: str, where: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{where} is not JSON that can be read: {error}") from None
+    if not isinstance(content, dict):
+        raise RecipeError(f"{where} holds no JSON object")
+    return content
+
+
+class FolderLock:
+    """Keeps other processes from working in a run's folder while this one does, by `flock` on the folder.
+
+    A process that was killed holds none. Where the system or the disk knows no such lock, there is none.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._held = folder, -1
+
+    def __enter__(self) -> "FolderLock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._held >= 0:
+            os.close(self._held)
+            self._held = -1
+
+    def take(self) -> None:
+        """Takes it once the folder is there.
+
+        Raises:
+            RecipeError: another process has it.
+        """
+        if self._held >= 0 or not self._folder.is_dir():
+            return
+        with suppress(ImportError):
+            import fcntl
+
+            self._held = os.open(self._folder, os.O_RDONLY)
+            try:
+                fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.__exit__()
+                raise RecipeError(
+                    f"another process is at work in {self._folder}: wait for it, or end it"
+                ) from None
+            except OSError:
+                self.__exit__()
+
+
+def visible(text: str) -> str:
+    """The text with nothing hidden in it: what has no shape of its own gets one.
+
+    Controls become their pictures (U+2400 and on), marks of direction and characters without a width
+    their number in brackets, surrogates U+FFFD. Tab, newline and joiners inside words stay.
+    """
+    return _HIDDEN.sub(_stand_in, text.replace("\r\n", "\n"))
+
+
+def _stand_in(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    if code < 0x20:
+        return chr(0x2400 + code)
+    if code == 0x7F:
+        return "\u2421"
+    if code < 0xA0 or 0xD800 <= code <= 0xDFFF or code in (0xFFFE, 0xFFFF):
+        return "\ufffd"
+    return f"[U+{code:04X}]"
+
+
+# --- redaction: no tokens, passwords or user's home folder -------------------------------------
+
+HIDDEN = "***"
+TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # variables whose values are hidden
+SHORTEST_TOKEN = 8  # a shorter value would be hidden inside words
+# What nobody would make a name of: letters of both cases, with digits among them; or hexadecimal digits.
+_MIXED = r"(?=[A-Za-z0-9]*[a-z])(?=[A-Za-z0-9]*[A-Z])"
+_RANDOM = r"(?:(?=[A-Za-z0-9]{16})(?=[A-Za-z0-9]*[0-9])" + _MIXED + r"|(?=[0-9a-f]{32}))"
+# Tokens by their beginnings: Hugging Face's (letters alone), GitHub's, OpenAI's and its like, AWS's; a URL's
+# user:password.
+_SECRETS = re.compile(
+    rf"(?<![A-Za-z0-9])(?:(?:hf|api_org)_{_MIXED}[A-Za-z0-9]{{20,}}|gh[opsu]_[A-Za-z0-9]{{20,}}"
+    rf"|github_pat_\w{{20,}}|sk-(?:proj|ant|svcacct|or)-[\w-]{{20,}}|sk-(?:[A-Za-z0-9]*[-_]){{0,8}}?{_RANDOM}[\w-]+"
+    r"|AKIA[A-Z0-9]{16})(?![A-Za-z0-9])"
+    r"|(?<=://)[^\s/?#@:\"'<>]*:[^\s/?#@\"'<>]+(?=@)"
+)
+
+
+def redact(text: str) -> str:
+    """The text with `***` for tokens and passwords, and `~` for the user's home folder."""
+    return _hide_home(hide_secrets(text))
+
+
+def redacted(content: Any) -> Any:
+    """Lists and mappings, as JSON has them, with every text in them redacted, keys too."""
+    return _each_text(content, redact)
+
+
+def hide_secrets(content: Any) -> Any:
+    """A text, or lists and mappings of them, with `***` for tokens and passwords."""
+    return _each_text(content, _hide_secrets)
+
+
+def with_tilde(content: Any) -> Any:
+    """Lists and mappings in which paths in the home folder begin with `~`; `expanded` takes them back."""
+    home = _home()
+    if not home:
+        return content
+    return _each_text(
+        content, lambda text: "~" + text[len(home) :] if text == home or text.startswith(f"{home}/") else text
+    )
+
+
+def expanded(content: Any) -> Any:
+    """Lists and mappings in which paths that begin with `~` name the home folder."""
+    return _each_text(
+        content, lambda text: os.path.expanduser(text) if text == "~" or text.startswith("~/") else text
+    )
+
+
+def _each_text(content: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(content, str):
+        return change(content)
+    if isinstance(content, dict):
+        return {
+            change(key) if isinstance(key, str) else key: _each_text(value, change)
+            for key, value in content.items()
+        }
+    return [_each_text(item, change) for item in content] if isinstance(content, list | tuple) else content
+
+
+def _hide_secrets(text: str) -> str:
+    for name in TOKENS:
+        token = os.environ.get(name, "").strip()
+        if len(token) >= SHORTEST_TOKEN:
+            text = text.replace(token, HIDDEN)
+    return _SECRETS.sub(HIDDEN, text)
+
+
+def _hide_home(text: str) -> str:
+    """Whole components alone: for /root neither /rootfs nor /data/root is one."""
+    home = _home()
+    for folder in {home, os.path.realpath(home)} if home else ():
+        before, after = r"(?:(?<=file://)|(?<![\w.+@~/-]))", r"(?!\.?[\w+@~-])"
+        text = re.sub(f"{before}{re.escape(folder)}{after}", "~", text)
+    return text
+
+
+def _home() -> str:
+    """HOME; empty where there is none, or where it is the root of everything, as in some containers."""
+    home = os.environ.get("HOME", "").rstrip("/")
+    return home if os.path.isabs(home) else ""

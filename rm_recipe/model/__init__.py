@@ -1,0 +1,1 @@
+"""The reward model: its base, head and adapters, and the rows it reads."""

@@ -1,0 +1,179 @@
+"""Attention over shared-prefix rows on a CPU: one comparison after the other.
+
+A row's mask is block-diagonal, one block for each comparison, and a dense kernel computes the empty
+part too: for three comparisons of a length two thirds of it. On a GPU that costs less than many small
+kernels would; on a CPU it was a quarter of a training step, so there each block is computed by itself.
+Registered with transformers under `NAME`; for every other mask it is transformers' `sdpa`.
+"""
+
+from collections.abc import Iterator, MutableMapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "rm_recipe_rows"
+# Queries whose scores are computed at once in the backward, times the length of their comparison: the scores
+# of a long comparison (heads x length x length) would outgrow all that a layer keeps.
+SCORES = 1024 * 1024
+
+_blocks: MutableMapping[torch.Tensor, list[torch.Tensor]] = WeakTensorKeyDictionary()
+
+
+def by_block(model: Any) -> bool:
+    """Whether a model computes rows block by block, so that a batch is one long row."""
+    return bool(model.config._attn_implementation == NAME)
+
+
+def announce_rows(mask: torch.Tensor) -> None:
+    """Makes known what each comparison's tokens attend to, by the labels of `shared_rows(one_row=True)`."""
+    if not mask.dtype.is_floating_point and mask.dtype != torch.bool and mask not in _blocks:
+        _blocks[mask] = blocks_of(mask)
+
+
+def blocks_of(mask: torch.Tensor) -> list[torch.Tensor]:
+    """For each comparison of a row a mask (length, length) to add to scores, 0 or -inf."""
+    comparison_of, response_of = mask[0, 0]
+    _, sizes = comparison_of.unique_consecutive(return_counts=True)
+    blocks = []
+    for own in response_of.split(sizes.tolist()):
+        seen = visible(torch.zeros_like(own)[None], own[None])[0]
+        blocks.append(torch.zeros(seen.shape).masked_fill_(~seen, float("-inf")))
+    return blocks
+
+
+def announce_blocks(mask: torch.Tensor, blocks: list[torch.Tensor]) -> None:
+    """`announce_rows` of a mask that cannot be read, as it has no content."""
+    _blocks[mask] = blocks
+
+
+def row_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls in every layer.
+
+    Args:
+        query: (rows, heads, length, head size); `key` and `value` may have fewer heads.
+        attention_mask: block by block if it was announced.
+
+    Returns:
+        (rows, length, heads, head size), and no attention weights.
+    """
+    if attention_mask is not None:
+        announce_rows(attention_mask)  # a reentrant checkpoint hands its backward another tensor
+    blocks = None if attention_mask is None else _blocks.get(attention_mask)
+    if blocks is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    rows, heads, length, size = query.shape
+    # (heads, tokens of all rows, head size), in the precision in which autocast left the values.
+    query, key, value = (
+        each.transpose(0, 1).reshape(each.shape[1], rows * length, -1).to(value.dtype)
+        for each in (query, key, value)
+    )
+    # With dropout torch's own backward, which knows what was dropped.
+    kernel = partial(_fused, dropout=dropout) if dropout else _BlockAttention.apply
+    output = kernel(query, key, value, blocks, size**-0.5 if scaling is None else scaling)
+    return output.transpose(0, 1).reshape(rows, length, heads, -1), None
+
+
+def _by_block(blocks: list[torch.Tensor], *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    sizes = [len(block) for block in blocks]
+    split = (torch.split(each, sizes, dim=1) for each in tensors)
+    return zip(*split, blocks, strict=True)
+
+
+def _fused(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    blocks: list[torch.Tensor],
+    scale: float,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Torch's kernel for each block; all tensors (heads, tokens, head size)."""
+    grouped = len(query) != len(key)
+    with torch.autocast("cpu", enabled=False):  # the precision is chosen already
+        parts = [
+            scaled_dot_product_attention(
+                q[None], k[None], v[None], block.to(q.dtype), dropout, scale=scale, enable_gqa=grouped
+            )[0]
+            for q, k, v, block in _by_block(blocks, query, key, value)
+        ]
+    return torch.cat(parts, dim=1)
+
+
+class _BlockAttention(torch.autograd.Function):
+    """Forwards torch's fused kernel; backwards plain products of scores that are computed again.
+
+    On a CPU the fused kernel's own backward takes four times as long in bf16, and scores kept from the
+    forward would be a sixth of all activations. In bf16 the scores of the backward are rounded to bf16,
+    as transformers' `eager` attention does in both directions.
+    """
+
+    @staticmethod
+    def forward(
+        context: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        blocks: list[torch.Tensor],
+        scale: float,
+    ) -> torch.Tensor:
+        """All tensors (heads, tokens, head size); `blocks` their masks in order, 0 or -inf."""
+        context.save_for_backward(query, key, value)
+        context.blocks, context.scale = blocks, scale
+        return _fused(query, key, value, blocks, scale)
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradients of query, key and value."""
+        query, key, value = context.saved_tensors
+        of_query, of_key, of_value = (torch.zeros_like(each) for each in (query, key, value))
+        whole = (query * context.scale, key, value, gradient, of_query, of_key, of_value)
+        for q, k, v, g, dq, dk, dv, block in _by_block(context.blocks, *whole):
+            heads, length, size = k.shape
+            step = max(SCORES // length, 1)
+            for first in range(0, length, step):
+                end = min(first + step, length)  # what comes after a query, it does not see
+                seen_k, seen_v = k[:, :end], v[:, :end]
+                # The query heads of one key head are one product: (key heads, queries of them, head size).
+                some_q, some_g = (x[:, first:end].reshape(heads, -1, x.shape[-1]) for x in (q, g))
+                scores = torch.bmm(some_q, seen_k.transpose(1, 2)).view(-1, end - first, end)
+                p = scores.add_(block[first:end, :end].to(q.dtype)).softmax(-1).view(heads, -1, end)
+                of_p = torch.bmm(some_g, seen_v.transpose(1, 2))
+                of_scores = torch._softmax_backward_data(of_p, p, -1, p.dtype)
+                dq[:, first:end] = torch.bmm(of_scores, seen_k).view(-1, end - first, size)
+                dk[:, :end] += torch.bmm(of_scores.transpose(1, 2), some_q)
+                dv[:, :end] += torch.bmm(p.transpose(1, 2), some_g)
+        return of_query.mul_(context.scale), of_key, of_value, None, None
+
+
+AttentionInterface.register(NAME, row_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def visible(comparison_of: torch.Tensor, response_of: torch.Tensor) -> torch.Tensor:
+    """(rows, length, length) bool from two (rows, length) labellings.
+
+    A token attends to earlier tokens and itself within its comparison: to the prefix and to its
+    own response. Padding attends to padding, so that no row of the softmax is empty (NaN).
+    """
+    length = comparison_of.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    same = comparison_of[:, :, None] == comparison_of[:, None, :]
+    own = (response_of[:, None, :] == 0) | (response_of[:, :, None] == response_of[:, None, :])
+    return causal & same & own

@@ -1,0 +1,322 @@
+"""LoRA by TRL's keys, and two ways in which its layers cost less than PEFT's own."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from accelerate import PartialState
+from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from rm_recipe.errors import RecipeError, TrainingError, one_line
+from rm_recipe.model.head import Float32Linear, outermost, read_own_precision, saved_tensors
+from rm_recipe.recipe.schema import did_you_mean
+
+if TYPE_CHECKING:
+    from trl import ModelConfig
+
+
+ALL_LINEAR = "all-linear"
+HALF = (torch.bfloat16, torch.float16)
+
+
+def add_lora(
+    model: PreTrainedModel, config: "ModelConfig", new_modules: list[str], autocast: bool
+) -> PeftModel:
+    """Wraps the model for LoRA by TRL's keys; `new_modules` are trained in full.
+
+    Args:
+        autocast: whether training computes in half precision (`bf16` or `fp16`).
+
+    Raises:
+        RecipeError: the target modules match nothing.
+    """
+    try:
+        settings = lora_config(config, new_modules)
+        settings.exclude_modules = _beside_text(model)
+        wrapped = get_peft_model(model, settings, revision=config.model_revision)
+    except ValueError as error:
+        advice = "; set 'lora_dropout: 0'" if "lora_dropout" in str(error) else ""
+        raise RecipeError(f"LoRA cannot be added: {one_line(error)}{advice}") from None
+    train_in_float32(wrapped)
+    if autocast:
+        keep_activations_in_half(wrapped)
+    return wrapped
+
+
+def _beside_text(model: PreTrainedModel) -> str | None:
+    """A regular expression of the modules that read no text, as Gemma 3's vision tower; None if all do.
+
+    No gradient would reach their adapters.
+    """
+    config = model.config
+    if config.get_text_config() is config or config.is_encoder_decoder:
+        return None
+    text = model.get_decoder()
+    name = next(name for name, module in model.named_modules() if module is text)
+    return rf"(?!{re.escape(name)}\.).*"
+
+
+def check_target_modules(model: PreTrainedModel, config: "ModelConfig") -> None:
+    """Refuses names of LoRA's modules that match nothing; PEFT minds only if all `lora_target_modules` do.
+
+    Args:
+        model: with or without weights.
+
+    Raises:
+        RecipeError: naming those, and the nearest that there are.
+    """
+    wanted, names = target_modules(config), [name for name, _ in model.named_modules()]
+    if isinstance(wanted, str):
+        try:
+            found = wanted == ALL_LINEAR or any(re.fullmatch(wanted, name) for name in names)
+        except re.error as error:
+            raise RecipeError(
+                f"'lora_target_modules: {wanted}' is neither a layer's name nor a regular expression: {error}"
+            ) from None
+        unmatched = [] if found else [wanted]
+    else:
+        unmatched = [part for part in wanted if not any(f".{name}".endswith(f".{part}") for name in names)]
+    if unmatched:
+        layers = (nn.Linear, Conv1D)
+        linear = [name for name, module in model.base_model.named_modules() if isinstance(module, layers)]
+        there = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+        raise RecipeError(
+            f"'lora_target_modules': no layer is called {', '.join(unmatched)}; this model's are {there}"
+        )
+    parameters = [name for name, _ in model.named_parameters()]
+    for key, wanted, known in (
+        ("lora_modules_to_save", config.lora_modules_to_save, names),
+        ("lora_target_parameters", config.lora_target_parameters, parameters),
+    ):
+        missing = [
+            part for part in wanted or [] if not any(f".{name}".endswith(f".{part}") for name in known)
+        ]
+        if missing:
+            ends = {name.rpartition(".")[2] for name in known if name}
+            close = get_close_matches(missing[0].rpartition(".")[2], ends, n=1)
+            raise RecipeError(f"'{key}': this model has no {', '.join(missing)}.{did_you_mean(close)}")
+
+
+def target_modules(config: "ModelConfig") -> str | list[str]:
+    """The layers that get adapters: all linear ones by default, else names, or a regular expression.
+
+    TRL makes a text of a list with one name, which PEFT takes for a regular expression of the whole path.
+    """
+    wanted = config.lora_target_modules or ALL_LINEAR
+    if str(wanted).lower() == ALL_LINEAR:
+        return ALL_LINEAR
+    if isinstance(wanted, str) and wanted != ALL_LINEAR and re.fullmatch(r"[\w.]+", wanted):
+        return [wanted]
+    return wanted
+
+
+def selects_layers(config: "ModelConfig") -> bool:
+    """Whether a regular expression says which of the layers get adapters."""
+    wanted = target_modules(config)
+    return bool(config.use_peft) and isinstance(wanted, str) and wanted != ALL_LINEAR
+
+
+def lora_config(config: "ModelConfig", new_modules: list[str]) -> LoraConfig:
+    """PEFT's settings by TRL's keys."""
+    return LoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=target_modules(config),
+        target_parameters=config.lora_target_parameters,
+        modules_to_save=outermost([*new_modules, *(config.lora_modules_to_save or [])]),
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+    )
+
+
+def untrained_layers(folder: Path) -> list[str]:
+    """The layers whose saved adapters add nothing: B is still 0, where LoRA starts, or empty.
+
+    No gradient reaches some layers of some models, such as an expert that no token was sent to.
+
+    Raises:
+        TrainingError: there are adapters, and all are like that; sharded training saved such (trl#939).
+    """
+    saved = saved_tensors(folder, containing=".lora_B.")
+    untrained = [name for name, up in saved.items() if not up.any()]
+    if untrained and len(untrained) == len(saved):
+        raise TrainingError(f"every LoRA adapter saved in {folder} is zero or empty: nothing was learnt")
+    return [name.partition(".lora_B.")[0].removeprefix("base_model.model.") for name in untrained]
+
+
+def train_in_float32(model: nn.Module) -> bool:
+    """Makes what is trained in full beside LoRA (`lora_modules_to_save`) fp32; whether anything was not.
+
+    PEFT does so for adapters alone. The layers around are in half precision, and are given that.
+    """
+    found = False
+    for wrapper in model.modules():
+        if not isinstance(wrapper, ModulesToSaveWrapper):
+            continue
+        for copy in wrapper.modules_to_save.values():
+            layers = zip(copy.modules(), wrapper.original_module.modules(), strict=True)
+            for layer, original in layers:
+                weights = [w for w in layer.parameters(recurse=False) if w.dtype in HALF]
+                for weight in weights:
+                    weight.data = weight.data.float()
+                if weights:
+                    found = True
+                    layer.register_forward_pre_hook(read_own_precision)
+                    layer.register_forward_hook(partial(_give_precision_of, original))
+    return found
+
+
+def _give_precision_of(original: nn.Module, _: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
+    return output.to(next(original.parameters(recurse=False)).dtype)
+
+
+def keep_activations_in_half(model: nn.Module) -> None:
+    """Stops PEFT from casting every activation to the adapters' fp32.
+
+    The adapters (and the optimizer's state) stay fp32; autocast casts the small weights instead of
+    the large activations, which makes a step about a sixth faster on CPU.
+    """
+    for module in model.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            setattr(module, "cast_input_dtype_enabled", False)  # noqa: B010 - Module types it a tensor
+
+
+@contextmanager
+def in_one_product(model: nn.Module) -> Iterator[None]:
+    """Within it, plain LoRA layers add B(A(x)) to their output as part of the product with B.
+
+    PEFT computes the product, scales it and adds it: three passes over the whole output, two of which
+    return in backward. Here the scale goes to A(x), which is `lora_r` wide.
+    """
+    layers = [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, LoraLayer)
+        and not layer.lora_variant  # DoRA and the like compute something else
+        and all(isinstance(up, nn.Linear) and up.bias is None for up in layer.lora_B.values())
+    ]
+    for layer in layers:
+        layer.lora_variant.update(dict.fromkeys(layer.lora_B, _OneProduct))
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.lora_variant.clear()
+
+
+class _OneProduct:
+    """In the place of a `peft.tuners.lora.layer.LoraVariant`."""
+
+    @staticmethod
+    def forward(
+        module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any
+    ) -> torch.Tensor:
+        """`result` (..., out) plus what the adapter makes of `x` (..., in)."""
+        up = module.lora_B[active_adapter]
+        hidden = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
+        hidden = hidden * module.scaling[active_adapter]
+        if hidden.dtype != result.dtype:
+            return result + up(hidden)
+        weight = up.weight.to(hidden.dtype).T
+        return torch.addmm(result.flatten(0, -2), hidden.flatten(0, -2), weight).view_as(result)
+
+
+# --- a base in 4 or 8 bits (QLoRA, arXiv 2305.14314), its head left whole ----------------------
+
+ADVICE = "comes quantised: take the original model, with load_in_4bit or load_in_8bit"
+
+
+def settings(config: "ModelConfig", skip: list[str]) -> BitsAndBytesConfig:
+    """bitsandbytes' settings by TRL's keys, the modules in `skip` left as they are."""
+    return BitsAndBytesConfig(
+        load_in_4bit=config.load_in_4bit,
+        load_in_8bit=config.load_in_8bit,
+        bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=config.use_bnb_nested_quant,
+        bnb_4bit_compute_dtype=getattr(torch, str(config.dtype), torch.float32),
+        bnb_4bit_quant_storage=config.bnb_4bit_quant_storage,
+        llm_int8_skip_modules=skip,
+    )
+
+
+def keep_layout(model: nn.Module) -> None:
+    """Stops bitsandbytes 0.50 from repacking 4-bit weights on a CPU with AVX512-BF16.
+
+    Its first forward without gradients repacks them in place; what follows (gradients through the
+    adapters, `dequantize()`) is then wrong without an error.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
+
+
+def dequantize(model: PreTrainedModel, device: torch.device | None = None) -> None:
+    """`model.dequantize()` to fp32, with GPT-2's layers as `Conv1D` again: it leaves linear ones.
+
+    Args:
+        device: where to do it, and to leave the model, if not where it is.
+    """
+    if device is not None:
+        nn.Module.to(model, device)  # transformers' own refuses to move a quantised model
+    for module in model.modules():
+        if isinstance(module, Linear4bit):  # else it rounds to half precision, and so does the merge, again
+            cast(Any, module.weight).quant_state.dtype = torch.float32
+    model.dequantize(dtype=torch.float32)
+    with torch.device("meta"):
+        outline = type(model)(model.config)
+    for name, module in outline.named_modules():
+        if isinstance(module, Conv1D):
+            linear = model.get_submodule(name)
+            layer = Conv1D(linear.out_features, linear.in_features)
+            layer.weight = nn.Parameter(linear.weight.data.T.contiguous(), requires_grad=False)
+            layer.bias = linear.bias
+            model.set_submodule(name, layer)
+
+
+def compute_in_float32(model: nn.Module) -> None:
+    """Lets 4-bit layers multiply in fp32 what they hold; layers in 8 bits cannot."""
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = torch.float32
+
+
+def eight_bit_layers(model: nn.Module) -> list[str]:
+    """The names of the layers that multiply in 8 bits."""
+    return [name for name, module in model.named_modules() if isinstance(module, Linear8bitLt)]
+
+
+def check_head_is_whole(model: nn.Module, new_modules: list[str], name: str) -> None:
+    """Refuses a base that comes quantised, parts of its future head too.
+
+    Raises:
+        RecipeError: naming them.
+    """
+    quantised = [
+        f"{new}.{inner}".rstrip(".")
+        for new in new_modules
+        for inner, module in model.get_submodule(new).named_modules()
+        if "Linear" in type(module).__name__ and type(module) not in (nn.Linear, Float32Linear)
+    ]
+    if quantised:
+        raise RecipeError(
+            f"'model_name_or_path: {name}' has a quantised head ({', '.join(quantised)}); it {ADVICE}"
+        )
+
+
+def on_this_device() -> dict[str, str | int]:
+    """A `device_map` for the whole model: what is quantised is so where it is to stay."""
+    device = PartialState().device
+    return {"": (device.index or 0) if device.type == "cuda" else str(device)}

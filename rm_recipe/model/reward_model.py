@@ -1,0 +1,462 @@
+"""From a base model to a reward model: one label, a head that is safe, 4 bits; and a trained one back.
+
+The reward head is what goes wrong most often (PEFT forgets it, quantisation rounds it, bf16 makes
+its rewards tie), so here it is every parameter that the base checkpoint did not hold, kept in
+fp32, trained in full and saved with the adapter.
+"""
+
+import copy
+import errno
+import gc
+import tempfile
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import transformers
+from peft import PeftConfig, PeftModel, TaskType, load_peft_weights, set_peft_model_state_dict
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils import logging
+
+from rm_recipe.errors import RecipeError, one_line
+from rm_recipe.model import lora, source
+from rm_recipe.model.cpu_attention import announce_rows
+from rm_recipe.model.head import head_names, initialise, outermost, to_float32
+from rm_recipe.model.lora import (
+    HALF,
+    add_lora,
+    check_target_modules,
+    keep_activations_in_half,
+    train_in_float32,
+)
+from rm_recipe.model.source import check_safetensors, load_config, saved_as, sft_adapter
+from rm_recipe.model.tokenizer import check_lengths
+from rm_recipe.processes import is_out_of_memory
+from rm_recipe.recipe.weights import holds
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from trl import ModelConfig
+
+
+LABEL = "reward"
+NOT_IN_FULL = (
+    "'model_name_or_path: {name}' comes quantised and cannot be trained in full: set 'use_peft: true'"
+)
+
+
+def check_base(base: Any, config: "ModelConfig", max_length: int | None) -> None:
+    """Refuses by a base's configuration alone what `load_base` would refuse, before any data is read.
+
+    Args:
+        base: its configuration, as `source.load_config` gives it.
+
+    Raises:
+        RecipeError: it has too few positions, transformers has no classifier of its kind, or LoRA's modules
+            are not in it.
+    """
+    name = str(config.model_name_or_path)
+    check_lengths(base, max_length, name)
+    if hasattr(base, "quantization_config") and not config.use_peft:
+        raise RecipeError(NOT_IN_FULL.format(name=name))
+    classifier = outline(base, name, config.attn_implementation)
+    if config.use_peft:
+        check_target_modules(classifier, config)
+        add_lora(classifier, config, head_names(classifier), autocast=False)  # or PEFT refuses it
+
+
+def outline(base: Any, name: str, attn_implementation: str | None = None) -> PreTrainedModel:
+    """The one-label classifier of a configuration, without weights.
+
+    Raises:
+        RecipeError: transformers has none of its kind, or not with this attention.
+    """
+    if type(base) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise RecipeError(
+            f"'model_name_or_path: {name}': transformers {transformers.__version__} has no sequence "
+            f"classifier for '{base.model_type}', and a reward model is one; take a base of another kind, "
+            "llama, qwen3 or modernbert for one"
+        )
+    base = copy.deepcopy(base)
+    base.num_labels = 1
+    chosen = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    try:
+        with torch.device("meta"):
+            return AutoModelForSequenceClassification.from_config(base, **chosen)
+    except (ValueError, ImportError) as error:
+        raise RecipeError(f"'{name}' cannot be loaded as a classifier: {one_line(error)}") from None
+
+
+def load_base(
+    config: "ModelConfig", tokenizer: PreTrainedTokenizerBase, seed: int, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, list[str]]:
+    """The base model as a one-label classifier with a fresh head.
+
+    Args:
+        config: TRL's; `dtype`, `load_in_4bit` and the rest are applied as they stand.
+        seed: of the head's initial weights.
+
+    Returns:
+        the model, and the names of the modules to be trained in full: the head, and whatever else
+        the base checkpoint did not hold.
+
+    Raises:
+        RecipeError: the model cannot be loaded, its head is quantised, or LoRA's target modules are not
+            in it.
+    """
+    name, revision = str(config.model_name_or_path), config.model_revision
+    kwargs: dict[str, Any] = {
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "num_labels": 1,
+    }
+    if config.attn_implementation:
+        kwargs["attn_implementation"] = config.attn_implementation
+    # What is trained is fp32: in bf16 a step of 1e-5 leaves five of six weights as they are.
+    dtype = getattr(torch, str(config.dtype), "auto") if config.use_peft else torch.float32
+    with as_one_model(name, revision, trust_remote_code) as folder:
+        if hasattr(load_config(folder, revision, trust_remote_code), "quantization_config"):
+            model, new = _load_quantised(folder, name, config, dtype=dtype, **kwargs)
+        else:
+            # Without weights first: which modules are new has to be known before quantising, or the head
+            # is quantised too; and what is refused is refused before gigabytes are read.
+            outline, new = _load(folder, **kwargs, device_map="meta")
+            head = outermost([*new, *head_names(outline)])
+            if config.use_peft:
+                check_target_modules(outline, config)
+                add_lora(outline, config, head, autocast=False)  # or PEFT refuses it
+            if config.load_in_4bit or config.load_in_8bit:
+                kwargs["quantization_config"] = lora.settings(config, skip=head)
+                kwargs["device_map"] = lora.on_this_device()
+            model, new = _load(folder, dtype=dtype, **kwargs)
+    model.name_or_path = model.config._name_or_path = name  # where the adapter will look for its base
+    prepare_for_rewards(model, tokenizer, new)
+    torch.manual_seed(seed)
+    for module_name in outermost(new):  # a head that is there, as in a reward model, is kept
+        initialise(model, module_name)
+    return model, outermost([*new, *head_names(model)])
+
+
+def _load(name: str, **kwargs: Any) -> tuple[PreTrainedModel, list[str]]:
+    """The classifier and the modules with parameters that its checkpoint lacks.
+
+    The head of a classifier with more labels is one of these.
+    """
+    check_safetensors(name, kwargs.get("revision", "main"))
+    # Said to be False, transformers does not ask at the terminal whether to run a model's own code.
+    kwargs = {"trust_remote_code": False, "use_safetensors": True, **kwargs}
+    try:
+        with quietly():
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                name, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        if is_out_of_memory(error) or getattr(error, "errno", None) == errno.ENOSPC:
+            raise  # of the machine, not of what the user has named
+        raise RecipeError(f"'{name}' cannot be loaded as a classifier: {one_line(error)}") from None
+    heads = tuple(f"{head}." for head in head_names(model))
+    mismatched = [key for key, *_ in info["mismatched_keys"]]
+    other = [key for key in mismatched if not key.startswith(heads)]
+    if other:
+        raise RecipeError(f"'{name}': its weights do not fit its config.json ({', '.join(other[:3])})")
+    if model.device.type != "meta":
+        _keep_head(model, name, heads, kwargs.get("revision", "main"))
+    return model, sorted({key.rpartition(".")[0] for key in [*info["missing_keys"], *mismatched]})
+
+
+def _keep_head(model: PreTrainedModel, name: str, heads: tuple[str, ...], revision: str) -> None:
+    """Gives a head its checkpoint's numbers, if they are there: it was loaded in the body's precision."""
+    with suppress(OSError):  # in files that its config names
+        for key, saved in saved_as(name, heads, revision):
+            with suppress(AttributeError):  # a name that transformers translates, as of older versions
+                parameter = model.get_parameter(key)
+                if parameter.is_floating_point() and parameter.shape == saved.shape:  # not quantised or new
+                    precision = torch.promote_types(saved.dtype, parameter.dtype)
+                    parameter.data = saved.to(parameter.device, precision)
+
+
+def _load_quantised(
+    folder: str, name: str, config: "ModelConfig", **kwargs: Any
+) -> tuple[PreTrainedModel, list[str]]:
+    """`_load` of a base that comes quantised, which transformers 5.23 cannot outline without weights."""
+    if not config.use_peft:
+        raise RecipeError(NOT_IN_FULL.format(name=name))
+    try:
+        model, new = _load(folder, device_map=lora.on_this_device(), **kwargs)
+    except RecipeError as error:  # transformers fails to draw weights for a head that is quantised, too
+        raise RecipeError(f"{error}; it {lora.ADVICE}") from None
+    lora.check_head_is_whole(model, new, name)
+    check_target_modules(model, config)
+    return model, new
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without transformers' bars and its report that a head is new: that is wanted, or refused by us."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
+
+
+def prepare_for_rewards(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new_modules: Sequence[str] = ()
+) -> None:
+    """Pad token, label, fp32 head and the forward that reads rewards at given positions.
+
+    Args:
+        new_modules: which belong to the head, too; BERT's new pooler lies inside its body.
+    """
+    model.config.id2label, model.config.label2id = {0: LABEL}, {LABEL: 0}
+    model.config.problem_type = "regression"  # keeps `pipeline` from applying a sigmoid
+    vars(model.config).pop("auto_map", None)  # would send who loads the result to code of the base's own
+    for config in (model.config, model.config.get_text_config()):
+        if hasattr(config, "use_cache"):  # keys and values are for who generates; a reward reads a text once
+            config.use_cache = False
+    lora.keep_layout(model)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    for name in outermost([*head_names(model), *new_modules]):
+        to_float32(model, name)
+    add_reward_positions(model)
+
+
+def add_reward_positions(model: PreTrainedModel) -> None:
+    """Gives a decoder's classifier a forward that returns rewards at given positions.
+
+    Called with `ends` (responses, 2), rows and columns, it runs the backbone on the rows and the
+    head on those positions alone; without, it is the original. Everything calls the model as
+    Accelerate hands it over (wrapped), so gradients are synchronised and autocast applies. An
+    encoder's head reads one fixed position, so it keeps its forward.
+    """
+    if not isinstance(getattr(model, "score", None), nn.Module):
+        return
+    original: Callable[..., Any] = model.forward
+
+    def forward(
+        self: PreTrainedModel,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        ends: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Rewards (responses, 1) at `ends` as `logits`, or what the model gives without them."""
+        if position_ids is not None:
+            kwargs["position_ids"] = position_ids
+        if ends is None:
+            return original(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        kwargs = {key: value for key, value in kwargs.items() if value is not None}
+        kwargs["use_cache"] = False
+        if attention_mask is not None and self.config._attn_implementation == "eager":
+            attention_mask = _additive(attention_mask, self.dtype)
+        elif attention_mask is not None:
+            announce_rows(attention_mask)
+        body = self.base_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        hidden = body.last_hidden_state[ends[:, 0], ends[:, 1]]
+        return SequenceClassifierOutput(logits=self.score(hidden))
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """0 where True, the dtype's lowest number elsewhere: eager attention adds what it is given."""
+    zeros = torch.zeros((), dtype=dtype, device=mask.device)
+    return torch.where(mask, zeros, torch.finfo(dtype).min)
+
+
+Base = Literal["trained", "dequantized", "original"]
+
+
+def load_trained(
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    base: Base = "trained",
+    device: torch.device | None = None,
+) -> nn.Module:
+    """A trained reward model for scoring: a run's `model/`, a merged export, or any one-label model.
+
+    Args:
+        base: what the adapter of a quantised base is put on: that base, the same de-quantised (the weights
+            that it was trained on, as numbers that it can be merged into), or the one before quantising.
+        device: where a base goes that was quantised and is not any more, if not where it is quantised.
+
+    Raises:
+        RecipeError: it cannot be loaded, has not exactly one label, or lacks a trained head.
+    """
+    gc.collect()  # frees models that were dropped: with its own forward bound to it each is a circle
+    config = load_config(path)
+    adapter = source.adapter_config(path)
+    if adapter is not None:
+        return _load_adapter(path, adapter, config, tokenizer, base, device)
+    if config.num_labels != 1:
+        kind = ", ".join(config.architectures or ["unknown architecture"])
+        raise RecipeError(
+            f"{path} ({kind}) has {config.num_labels} labels; a reward model is a sequence classifier "
+            "with one"
+        )
+    model, new = _load(path, dtype="auto")
+    if new:
+        raise RecipeError(f"{path} has no trained head ({', '.join(new)} missing): not a reward model")
+    prepare_for_rewards(model, tokenizer)
+    return model.eval()
+
+
+def _load_adapter(
+    path: str,
+    adapter: PeftConfig,
+    config: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    base: Base,
+    device: torch.device | None,
+) -> PeftModel:
+    if adapter.task_type != TaskType.SEQ_CLS:
+        raise RecipeError(f"{path} is the adapter of a language model, not of a reward model")
+    check_safetensors(path, adapter=True)
+    # By the base's own config: the saved one may have a pad token more than the base's checkpoint,
+    # and names a quantisation that the checkpoint does not have.
+    name, revision = str(adapter.base_model_name_or_path), adapter.revision or "main"
+    kwargs: dict[str, Any] = {"num_labels": 1, "revision": revision}
+    quantised = config.to_dict().get("quantization_config")
+    if quantised:
+        elsewhere = device is not None and base == "original"
+        kwargs["device_map"] = {"": str(device)} if elsewhere else lora.on_this_device()
+    with as_one_model(name, revision) as folder:
+        comes_quantised = hasattr(load_config(folder, revision), "quantization_config")
+        if base == "original" and comes_quantised:
+            raise RecipeError(f"'{name}' comes quantised: there is no original to merge into")
+        if quantised and base != "original" and not comes_quantised:
+            kwargs["quantization_config"] = BitsAndBytesConfig.from_dict(quantised)
+        model, new = _load(folder, dtype=config.dtype or "auto", **kwargs)
+    trained = tuple(f"{name}." for name in adapter.modules_to_save or [])
+    untrained = [name for name in new if not f"{name}.".startswith(trained)]
+    if untrained:
+        raise RecipeError(f"{path} has no trained {', '.join(untrained)}: its rewards would be random")
+    model.config.rm_recipe = getattr(config, "rm_recipe", None)
+    if quantised and base == "dequantized":
+        lora.dequantize(model, device)
+    saved = load_peft_weights(path, str(model.device))
+    _fit_embeddings(model, config, saved, len(tokenizer), path, name)
+    prepare_for_rewards(model, tokenizer, new)
+    wrapped = PeftModel.from_pretrained(model, path)
+    if train_in_float32(wrapped):  # they were read in the base's precision
+        set_peft_model_state_dict(wrapped, saved)
+    keep_activations_in_half(wrapped)
+    return wrapped.eval()
+
+
+def _fit_embeddings(
+    model: PreTrainedModel, config: Any, saved: dict[str, torch.Tensor], tokens: int, path: str, base: str
+) -> None:
+    """Gives a base as many embeddings as its adapter was trained with.
+
+    A run of ours says how many in its config. Others, such as TRL's, save none; they may have added a pad
+    token since, with its embedding beside the adapter or without.
+
+    Raises:
+        RecipeError: the base has fewer or more than it had.
+    """
+    layer = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is layer)
+    beside = saved.get(f"base_model.model.{name}.weight")
+    there = layer.num_embeddings
+    wanted = config.get_text_config().vocab_size if beside is None else len(beside)
+    if wanted < there or (beside is None and wanted not in (there, max(there, tokens))):
+        raise RecipeError(
+            f"{path} was trained on a base with {wanted} embeddings, and '{base}' has {there}: it is another "
+            "model now"
+        )
+    if beside is not None and wanted > there:
+        model.resize_token_embeddings(len(beside))
+
+
+def autocast(model: nn.Module) -> AbstractContextManager[Any]:
+    """The precision in which the model computes: its body's, where that is a half precision."""
+    weight = next(model.parameters())
+    half = weight.dtype in HALF
+    return torch.autocast(weight.device.type, weight.dtype if half else None, enabled=half)
+
+
+# --- an SFT adapter as the start: merged into its base first -----------------------------------
+# InstructGPT initialises the reward model from the SFT model (arXiv 2203.02155, section 3.5), and what
+# week 1 of a course leaves behind is often a LoRA adapter. A reward model needs its own adapter on a plain
+# model, so the SFT adapter becomes part of the base, each time it is loaded.
+
+
+@contextmanager
+def as_one_model(name: str, revision: str = "main", trust_remote_code: bool = False) -> Iterator[str]:
+    """Within it, a name under which transformers finds a whole model.
+
+    That is `name` itself, or for an SFT adapter a temporary folder with the merged model: on disk,
+    because a model can only be quantised while it is loaded.
+
+    Raises:
+        RecipeError: the adapter is not one of a language model, it or its base is a pickle, or
+            its base cannot be loaded.
+    """
+    adapter = sft_adapter(name, revision)
+    if adapter is None:
+        yield name
+        return
+    if adapter.is_prompt_learning:
+        kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
+        raise RecipeError(f"the SFT adapter '{name}' is of type {kind}, which cannot be merged into its base")
+    with tempfile.TemporaryDirectory(prefix="rm-recipe-sft-", ignore_cleanup_errors=True) as folder:
+        try:
+            merged = _merge(name, revision, adapter, trust_remote_code)
+            # Not in the format of a base that came quantised, which transformers cannot go back to.
+            merged.save_pretrained(folder, save_original_format=False)
+            del merged
+        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, UnpicklingError) as error:
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise
+            raise RecipeError(f"the SFT adapter '{name}' cannot be loaded: {one_line(error)}") from None
+        yield folder
+
+
+def _merge(name: str, revision: str, adapter: "PeftConfig", trust_remote_code: bool) -> PreTrainedModel:
+    from peft import PeftModel
+
+    check_safetensors(name, revision, adapter=True)
+    base_name, base_revision = str(adapter.base_model_name_or_path), adapter.revision or "main"
+    check_safetensors(base_name, base_revision)
+    base = AutoModelForCausalLM.from_pretrained(
+        base_name,
+        revision=base_revision,
+        dtype="auto",
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+    )
+    if hasattr(base.config, "quantization_config"):  # SFT was QLoRA on a base that comes quantised
+        lora.dequantize(base)
+    if holds(name, "tokenizer_config.json", revision):
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
+        size = len(tokenizer)
+        if size > base.get_input_embeddings().num_embeddings:  # SFT has added tokens
+            base.resize_token_embeddings(size)
+    merged: PreTrainedModel = PeftModel.from_pretrained(base, name, revision=revision).merge_and_unload(
+        progressbar=False
+    )
+    return merged

@@ -1,0 +1,307 @@
+"""Comparisons to rows: the shared-prefix layout that training and scoring run on.
+
+The responses of a comparison share their prompt, so the prompt is encoded once:
+
+    prefix | rest of response 1 | rest of response 2 | ... | rest of response K
+
+in one row. Position ids restart at `len(prefix)` for every response and a mask lets a response
+see the prefix and itself, never a sibling: for a causal model that is the same function as one
+sequence at a time. Several comparisons fill one row. Everything here is plain tensors and lists;
+`reward_model.add_reward_positions` is the forward that reads them.
+"""
+
+import copy
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from rm_recipe.data.comparison import Encoded
+from rm_recipe.errors import RecipeError
+from rm_recipe.model.cpu_attention import NAME as ROW_ATTENTION
+from rm_recipe.model.cpu_attention import visible
+from rm_recipe.model.reward_model import add_reward_positions
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """First-fit decreasing: indices of `lengths` grouped so that no group exceeds `capacity`.
+
+    Raises:
+        ValueError: one length exceeds the capacity; a comparison is never split.
+    """
+    if lengths and max(lengths) > capacity:
+        raise ValueError(f"a comparison of {max(lengths)} tokens does not fit a row of {capacity}")
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((r for r, free in enumerate(room) if free >= lengths[index]), None)
+        if row is None:
+            rows.append([])
+            room.append(capacity)
+            row = len(rows) - 1
+        rows[row].append(index)
+        room[row] -= lengths[index]
+    return rows
+
+
+def choose_rows(lengths: Sequence[int]) -> list[list[int]]:
+    """Packs `lengths` into rows of the length that costs least.
+
+    Rows as long as the longest comparison leave gaps; longer ones fill better and pay for larger
+    masks. Tried are one to four times the longest, in quarters; a row costs its tokens, plus half
+    as much again at 1,000 tokens for the attention between them.
+    """
+    best: tuple[float, list[list[int]]] | None = None
+    for quarters in range(4, 17):
+        rows = pack(lengths, max(lengths) * quarters // 4)
+        length = max(sum(lengths[index] for index in row) for row in rows)
+        cost = len(rows) * length * (1 + length / 2000)
+        if best is None or cost < best[0]:
+            best = (cost, rows)
+    assert best is not None
+    return best[1]
+
+
+def shared_rows(
+    batch: Sequence[Encoded], pad_token_id: int, one_row: bool = False
+) -> dict[str, torch.Tensor]:
+    """The rows of one batch of comparisons.
+
+    Args:
+        one_row: all in one row, without padding, for attention that is computed comparison by comparison.
+
+    Returns:
+        input_ids, position_ids: (rows, length) int64.
+        attention_mask: (rows, 1, length, length) bool, True where the row's token may attend. With `one_row`
+            (1, 1, 2, length) int64, whose token each is, as the square would be far larger than its blocks:
+            the comparison's number and the response's, from 1, or 0 in the prefix.
+        ends: (responses, 2) int64, row and column of each response's last token, responses in the
+            order of the batch.
+    """
+    lengths = [comparison.length for comparison in batch]
+    rows = [list(range(len(batch)))] if one_row else choose_rows(lengths)
+    shape = (len(rows), max(sum(lengths[member] for member in row) for row in rows))
+    input_ids = torch.full(shape, pad_token_id)
+    position_ids = torch.zeros(shape, dtype=torch.long)
+    # Whose token it is: a comparison's number (-1 for padding) and a response's (0 is the prefix).
+    comparison_of = torch.full(shape, -1)
+    response_of = torch.zeros(shape, dtype=torch.long)
+    ends: list[list[tuple[int, int]]] = [[] for _ in batch]
+    for row, members in enumerate(rows):
+        start = 0
+        for member in members:
+            prefix_length = len(batch[member].prefix)
+            for response, tokens in enumerate([batch[member].prefix, *batch[member].rests]):
+                stop = start + len(tokens)
+                first = prefix_length if response else 0
+                input_ids[row, start:stop] = torch.tensor(tokens, dtype=torch.long)
+                position_ids[row, start:stop] = torch.arange(first, first + len(tokens))
+                comparison_of[row, start:stop] = member
+                response_of[row, start:stop] = response
+                start = stop
+                if response:
+                    ends[member].append((row, stop - 1))
+    return {
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "attention_mask": torch.stack([comparison_of, response_of], dim=1)[:, None]
+        if one_row
+        else visible(comparison_of, response_of)[:, None],
+        "ends": torch.tensor([end for comparison in ends for end in comparison]),
+    }
+
+
+def padded_rows(batch: Sequence[Encoded], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """One conversation a row, padded right: for models that cannot share prefixes.
+
+    Returns:
+        input_ids, attention_mask: (responses, length) int64, responses in the order of the batch.
+    """
+    conversations = [ids for comparison in batch for ids in comparison.conversations()]
+    length = max(map(len, conversations))
+    input_ids = torch.full((len(conversations), length), pad_token_id)
+    attention_mask = torch.zeros((len(conversations), length), dtype=torch.long)
+    for row, ids in enumerate(conversations):
+        input_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
+        attention_mask[row, : len(ids)] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+# --- may a model share prefixes? proven on a small random copy ---------------------------------
+
+TOLERANCE = 1e-5
+VOCABULARY = 64
+FEED_FORWARD = 64  # width, of which nothing that is proven depends
+FEED_FORWARD_KEYS = (
+    "intermediate_size", "moe_intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff",
+    "d_inner", "n_inner", "hidden_dim",
+)  # fmt: skip
+LARGEST_COPY = 50e6  # parameters: half a second
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """The decision and its reason, as `run.json` records it."""
+
+    used: bool
+    reason: str
+    max_abs_diff: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def decide_sharing(
+    model: PreTrainedModel, wanted: str, max_length: int | None, device: torch.device | None = None
+) -> Sharing:
+    """Shares prefixes where `wanted` is `auto` and a small copy of the model proves it exact.
+
+    Args:
+        model: the classifier that will be trained or scored with.
+        wanted: the recipe's `prefix_sharing`.
+        max_length: the longest conversation. It must fit the sliding window, if there is one: a row
+            may be longer, because the mask that comes with it is used in place of the window's.
+        device: where the model will compute, by default where it is. On a CPU a model that shares
+            prefixes and uses `sdpa` gets the attention of `cpu_attention.py`, as part of what is proven.
+    """
+    config = model.config
+    attention = config._attn_implementation
+    if wanted == "off":
+        return Sharing(False, "prefix_sharing is off")
+    if not isinstance(getattr(model, "score", None), torch.nn.Module):
+        return Sharing(False, f"{config.model_type} has no causal classifier")
+    if attention not in ("sdpa", "eager", ROW_ATTENTION):
+        return Sharing(False, f"{attention} attention takes no such mask")
+    window = getattr(config.get_text_config(), "sliding_window", None)
+    if window and (max_length is None or max_length > window):
+        return Sharing(False, f"conversations may be longer than the sliding window of {window} tokens")
+    on_cpu = (device or model.device).type == "cpu"
+    simple = config.get_text_config() is config and model._can_set_attn_implementation()
+    if attention == "sdpa" and on_cpu and simple:
+        attention = ROW_ATTENTION
+    try:
+        difference = measure_sharing(config, attention)
+    except Exception as error:  # whatever a foreign architecture raises: it is not proven
+        return Sharing(
+            False, f"the proof failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        )
+    if not difference <= TOLERANCE:
+        return Sharing(False, f"rewards differ by {difference:.1e} on a small copy", difference)
+    if attention != config._attn_implementation:
+        model.set_attn_implementation(attention)
+    return Sharing(True, "equal on a small copy", difference)
+
+
+def measure_sharing(config: Any, attention: str) -> float:
+    """Largest reward difference between shared rows and one sequence at a time.
+
+    One sequence at a time is computed by transformers' own attention, rows by `cpu_attention`. The model is
+    a random copy of `config` with two layers and a small vocabulary, on the CPU. It
+    computes in float64, where rounding cannot be taken for a difference: in float32 one start in some
+    hundred was seen at 1.2e-5 instead of 6e-7, and trained without sharing.
+    """
+    own_attention = "sdpa" if attention == ROW_ATTENTION else attention
+    small = _small(config)
+    text = small.get_text_config()
+    batch = _random_comparisons()
+    conversations = [ids for comparison in batch for ids in comparison.conversations()]
+    if getattr(text, "sliding_window", None):  # rows may exceed it, conversations may not
+        text.sliding_window = max(map(len, conversations))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_config(
+            small,
+            attn_implementation=own_attention,
+            dtype=torch.float32,
+            experts_implementation="eager",  # the grouped kernels know no float64
+        )
+    model = model.double().eval()
+    add_reward_positions(model)
+    with torch.no_grad():
+        alone = torch.stack([model(input_ids=torch.tensor([ids])).logits[0, 0] for ids in conversations])
+    if attention != own_attention:
+        model.set_attn_implementation(attention)
+    rows = shared_rows(batch, 0, one_row=attention == ROW_ATTENTION)
+    trained = model(**rows).logits[:, 0].detach()  # with gradients attention takes another way
+    with torch.no_grad():
+        scored = model(**rows).logits[:, 0]
+    return max(float((shared - alone).abs().max()) for shared in (trained, scored))
+
+
+def check_padding(config: Any, name: str) -> None:
+    """Refuses a base whose rewards would depend on how far their batch is padded.
+
+    XLNet's classifier reads its last token, padding or not, and FNet has no mask; the batches of training,
+    of a proof and of who serves the model differ. Measured as `measure_sharing` does.
+
+    Args:
+        config: of the base.
+
+    Raises:
+        RecipeError: they do on a small copy.
+    """
+    try:
+        small = _small(config)
+        small.num_labels = 1
+        with torch.device("meta"):
+            outline = AutoModelForSequenceClassification.from_config(small)
+        if isinstance(getattr(outline, "score", None), torch.nn.Module):
+            return  # a decoder, read at its last token
+        if sum(parameter.numel() for parameter in outline.parameters()) > LARGEST_COPY:
+            return  # gigabytes and seconds for each command; the proof of an export looks at padding too
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = AutoModelForSequenceClassification.from_config(small, dtype=torch.float32)
+        model = model.double().eval()
+        sequences = [Encoded([1], [[3, 4, 5, 2]]), Encoded([1], [[*range(6, 18), 2]])]
+        with torch.no_grad():
+            alone = model(input_ids=torch.tensor(sequences[0].conversations())).logits[0]
+            padded = model(**padded_rows(sequences, 0)).logits[0]
+        difference = float((alone - padded).abs().max())
+    except Exception:  # whatever a foreign architecture raises: the step before training will say what
+        return
+    if difference > TOLERANCE:
+        raise RecipeError(
+            f"'model_name_or_path: {name}': the rewards of this {config.model_type} would depend on how far "
+            f"their batch is padded (by {difference:.1g} on a small copy); take a base of another kind, "
+            "modernbert or deberta-v2 for one"
+        )
+
+
+def _small(config: Any) -> Any:
+    """The configuration of a small copy: a layer of each kind, two at least, and few tokens."""
+    small = copy.deepcopy(config)
+    text = small.get_text_config()
+    text.num_hidden_layers = 2
+    # BART's, T5's and Perceiver's
+    for layers in ("decoder_layers", "num_decoder_layers", "num_self_attends_per_block"):
+        if hasattr(text, layers):
+            setattr(text, layers, 2)
+    for width in FEED_FORWARD_KEYS:
+        if hasattr(text, width) and not isinstance(getattr(text, width), list):  # Gemma 3n's, by layer
+            setattr(text, width, FEED_FORWARD)
+    if getattr(text, "layer_types", None):  # one layer of each kind, two where there is one kind
+        kinds = list(dict.fromkeys(text.layer_types))
+        text.layer_types = kinds if len(kinds) > 1 else kinds * 2
+        text.num_hidden_layers = len(text.layer_types)
+    for name in small.sub_configs:  # a vision tower, which reads no text
+        if (part := getattr(small, name)) is not text and hasattr(part, "num_hidden_layers"):
+            part.num_hidden_layers = 1
+    text.vocab_size = VOCABULARY
+    text.pad_token_id, text.bos_token_id, text.eos_token_id = 0, 1, 2
+    if hasattr(small, "quantization_config"):
+        del small.quantization_config
+    return small
+
+
+def _random_comparisons() -> list[Encoded]:
+    rng = random.Random(0)
+
+    def tokens(n: int) -> list[int]:
+        return [rng.randrange(3, VOCABULARY) for _ in range(n)]
+
+    shapes = [(0, (3, 5)), (7, (1, 9)), (20, (4, 4, 6)), (2, (2, 1))]
+    return [Encoded(tokens(prefix), [tokens(n) for n in rests]) for prefix, rests in shapes]

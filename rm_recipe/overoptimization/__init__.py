@@ -1,0 +1,1 @@
+"""What optimising against a reward model gains and loses: best of n."""

@@ -1,0 +1,80 @@
+"""Several processes: who speaks, who waits for whom, and how work is shared among them."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from accelerate.utils.memory import should_reduce_batch_size
+
+from rm_recipe.errors import TrainingError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def processes() -> Any:
+    """Accelerate's `PartialState`: this process's device, and its place among those that were launched.
+
+    Made anew without `cpu`, it would take each of several processes on a CPU for the only one.
+    """
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def this_device() -> torch.device:
+    """The accelerator of this process, else the CPU.
+
+    Of several it is the one that was chosen, by Accelerate for one, or the launcher's: `LOCAL_RANK`.
+    """
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    if kind is None:
+        return torch.device("cpu")
+    index, rank = torch.accelerator.current_device_index(), int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.device(kind.type, index or (rank if rank < torch.accelerator.device_count() else 0))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device had no memory left; a kernel that kills a process on a CPU raises nothing."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or should_reduce_batch_size(error)
+
+
+def say(message: str) -> None:
+    """Prints a line, once however many processes there are."""
+    if PartialState().is_main_process:
+        print(message, flush=True)
+
+
+@contextmanager
+def main_process_first() -> Iterator[None]:
+    """Accelerate's own, with `wait_for_main_process` in place of its barrier."""
+    if not PartialState().is_main_process:
+        wait_for_main_process()
+    yield
+    if PartialState().is_main_process:
+        PartialState().wait_for_everyone()
+
+
+def wait_for_main_process() -> None:
+    """A barrier; where the main process has ended, its message is the one to read.
+
+    Raises:
+        TrainingError: it has.
+    """
+    try:
+        PartialState().wait_for_everyone()
+    except RuntimeError as error:
+        raise TrainingError(f"the main process has ended or takes too long: {error}") from None
+
+
+def each_once(items: Sequence[T], function: Callable[[Sequence[T]], Sequence[R]]) -> list[R]:
+    """What `function` makes of the items, in their order, each item given to one of the processes.
+
+    Every process gets all results. With one process this is `function(items)`.
+    """
+    state = PartialState()
+    own = range(state.process_index, len(items), state.num_processes)
+    made = zip(own, function([items[i] for i in own]), strict=True)
+    return [result for _, result in sorted(gather_object(list(made)), key=lambda numbered: numbered[0])]

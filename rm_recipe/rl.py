@@ -1,0 +1,207 @@
+"""The reward model in the week of reinforcement learning: as a reward function for TRL's trainers.
+
+TRL (1.16) also takes an export's folder as it is: `reward_funcs="outputs/NAME/export"`. A function from here
+gives the same rewards to conversations, and more: it reads prompts that are plain texts as one user message,
+where TRL would apply no template to them, and it normalises, clips and combines.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from rm_recipe.data.chat_template import special_tokens
+from rm_recipe.data.comparison import split_at_common_prefix
+from rm_recipe.data.messages import KEYS_LEFT_OUT, Excluded, Malformed, as_messages
+from rm_recipe.data.tokenization import render
+from rm_recipe.errors import RecipeError
+from rm_recipe.scoring import RewardModel
+
+# (prompts, completions, **columns) -> a reward for each; as `reward_funcs` of TRL's RLOO and GRPO trainers.
+RewardFunction = Callable[..., list[float]]
+Text = str | list[dict[str, Any]]
+
+# What a message says that no template is sure to show, and training leaves out.
+THOUGHTS = [key for key, reason in KEYS_LEFT_OUT.items() if reason == "reasoning_content"]
+MARK = "Qzxmark"  # a word that no template writes by itself
+
+LEAST_STD = 1e-8  # a batch of equal rewards is whitened to zeros
+
+
+def reward_function(
+    path: str | Path, *, normalize: bool = False, clip: float | None = None, device: str | None = None
+) -> RewardFunction:
+    """A reward model as a reward function.
+
+    Completions of one prompt share its encoding. A reply that does not fit the model has no reward: NaN,
+    which TRL leaves out; so has a completion that is no reply, or an exchange with tools of which the chat
+    template leaves out a part.
+
+    Args:
+        path: a run folder, an export or a one-label model.
+        normalize: give (reward - mean) / std, with the mean and standard deviation over held-out replies that
+            the export keeps in its config.json. So mean and scale are the same for every reward model
+            (InstructGPT, arXiv 2203.02155, section 3.5, shifts the reward to mean 0 before RL).
+        clip: the largest reward either way, after normalising.
+
+    Raises:
+        RecipeError: there is no such model, or `normalize` is asked of one without mean and std.
+    """
+    judge = RewardModel.from_pretrained(path, device)
+    scale: list[Any] = [getattr(judge.model.config, name, None) for name in ("reward_mean", "reward_std")]
+    if normalize and None in scale:
+        raise RecipeError(f"{path} has no reward_mean and reward_std in its config.json; export it anew")
+    mean, std = map(float, scale if normalize else (0, 1))
+    limit = np.inf if clip is None else clip
+
+    def reward(prompts: Sequence[Text], completions: Sequence[Text], **_: Any) -> list[float]:
+        """One reward for each prompt and its completion."""
+        pairs = list(zip(prompts, completions, strict=True))
+        items = {number: item for number, pair in enumerate(pairs) if (item := as_item(*pair))}
+        rewards = np.full(len(pairs), np.nan)
+        rewards[list(items)] = judge.score(list(items.values()), unfit=np.nan)
+        others = {
+            number: ids
+            for number in range(len(pairs))
+            if number not in items and (ids := exchange(judge.tokenizer, *pairs[number], judge.max_length))
+        }
+        scored = judge.score_encoded([split_at_common_prefix([ids]) for ids in others.values()])
+        rewards[list(others)] = [value for values in scored for value in values]
+        return np.clip((rewards - mean) / std, -limit, limit).tolist()
+
+    reward.__name__ = Path(path).name  # TRL logs rewards under it
+    return reward
+
+
+def as_item(prompt: Text, completion: Text) -> dict[str, Any] | None:
+    """What `RewardModel.score` takes, of a prompt and a completion as TRL has them: texts or messages.
+
+    Returns:
+        None where the completion does not end in an assistant's text, or tools have a part in it.
+    """
+    try:
+        # What is a text here was one to the policy, too, whatever it looks like.
+        before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else as_messages(prompt)
+        if isinstance(completion, str):
+            return {"prompt": before, "response": completion} if before else None
+        said = as_messages(completion, "completion")
+    except (Excluded, Malformed):
+        return None
+    roles = [message["role"] for message in said]
+    with_tools = any(message["role"] == "tool" for message in [*before, *said])
+    if with_tools or not before or roles[-1:] != ["assistant"]:
+        return None
+    return {"prompt": [*before, *said[:-1]], "response": said[-1]["content"]}
+
+
+def exchange(
+    tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Any, max_length: int | None
+) -> list[int] | None:
+    """Token ids of an exchange with tools, rendered whole as TRL's own reward path does.
+
+    Returns:
+        None where it ends in a question, where the template refuses it or leaves out a message or a call,
+        where a message has thoughts beside its text, where a text holds a control token, or where it is too
+        long: its turns belong together, so none is dropped.
+    """
+    if not isinstance(completion, list) or not completion or not prompt:
+        return None
+    try:
+        before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if completion[-1]["role"] not in ("assistant", "tool"):
+            return None
+        messages = [_without_parts(message) for message in [*before, *completion]]
+        if any(not (message.get("content") or message.get("tool_calls")) for message in messages):
+            return None
+        if any(message.get(key) for message in messages for key in THOUGHTS):
+            return None
+        if any(map(special_tokens(tokenizer).search, _texts(messages))):
+            return None
+        ids: list[int] = tokenizer(render(tokenizer, messages), add_special_tokens=False)["input_ids"]
+        shown = all(MARK in render(tokenizer, marked) for marked in _marked(messages))
+    except Exception:  # whatever a policy wrote, and whatever a template makes of it
+        return None
+    return ids if shown and (max_length is None or len(ids) <= max_length) else None
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in messages, at any depth."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(part)
+
+
+def _without_parts(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with the text of a content in parts; raises Excluded where a part is no text."""
+    if not isinstance(message.get("content"), list):
+        return message
+    text = as_messages([{"role": "user", "content": message["content"]}])[0]["content"]
+    return {**message, "content": text}
+
+
+def _marked(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The messages with `MARK` for a text or the name of a call, for each: does the template show it?"""
+    for n, message in enumerate(messages):
+        changed = [{**message, "content": MARK}] if message.get("content") else []
+        calls = message.get("tool_calls") or []
+        for k, call in enumerate(calls):
+            marked = {**call.get("function", call), "name": MARK}
+            marked = {**call, "function": marked} if "function" in call else marked
+            changed.append({**message, "tool_calls": [*calls[:k], marked, *calls[k + 1 :]]})
+        yield from ([*messages[:n], other, *messages[n + 1 :]] for other in changed)
+
+
+def combine(
+    safety: str | Path | RewardFunction,
+    helpfulness: str | Path | RewardFunction,
+    *,
+    threshold: float = 0.15,
+    whiten: bool = True,
+) -> RewardFunction:
+    """Two reward models as one (Llama 2, arXiv 2307.09288, section 3.2.3).
+
+    The safety score counts where the prompt is marked as one that may bring an unsafe response, or where
+    that score, as a probability sigmoid(r), is below the threshold; elsewhere the helpfulness score does.
+    The chosen scores are then whitened: mean 0 and standard deviation 1 over the batch. What one of the
+    models cannot read has no reward, NaN, whatever the other says.
+
+    Args:
+        safety, helpfulness: models, or reward functions of the caller's own.
+        threshold: a probability; the paper's 0.15 found unsafe responses with precision 0.89 and recall 0.55.
+
+    Returns:
+        a reward function; the marks come from the data set's column `is_safety`, if it has one.
+    """
+    judges = [judge if callable(judge) else reward_function(judge) for judge in (safety, helpfulness)]
+
+    def combined(
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        is_safety: Sequence[bool] | None = None,
+        **columns: Any,
+    ) -> list[float]:
+        """One reward for each prompt and its completion."""
+        safe, helpful = (np.array(judge(prompts, completions, **columns), float) for judge in judges)
+        marked = np.zeros(len(safe), bool) if is_safety is None else np.array(is_safety, bool)
+        # The paper's logit of the sigmoid is the reward itself.
+        readable = ~(np.isnan(safe) | np.isnan(helpful))
+        unsafe = marked | (_sigmoid(np.where(readable, safe, 0)) < threshold)
+        rewards = np.where(readable, np.where(unsafe, safe, helpful), np.nan)
+        return (_whitened(rewards) if whiten else rewards).tolist()
+
+    return combined
+
+
+def _sigmoid(rewards: NDArray[Any]) -> NDArray[Any]:
+    return np.exp(-np.logaddexp(0, -rewards))
+
+
+def _whitened(rewards: NDArray[Any]) -> NDArray[Any]:
+    if np.isnan(rewards).all():
+        return rewards
+    return (rewards - np.nanmean(rewards)) / max(float(np.nanstd(rewards)), LEAST_STD)

@@ -1,0 +1,1 @@
+"""Verbs around the recipe: run, check, benchmark, prepare."""

@@ -1,0 +1,213 @@
+"""One measurement of `rm-recipe benchmark`, in a process of its own, so that peak memory is its own.
+
+    python -m rm_recipe.tools.benchmark_worker WHAT RECIPE RESULT.json [REPEATS] [--key value ...]
+
+WHAT is `stock` (`trl.RewardTrainer`), `ours` (`SharedPrefixRewardTrainer`) or `scoring`, which takes REPEATS.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+from trl import RewardTrainer
+
+from rm_recipe.data.comparison import Encoded
+from rm_recipe.data.dataset import Split
+from rm_recipe.files import write_json
+from rm_recipe.model import lora
+from rm_recipe.model.memory import peak_memory
+from rm_recipe.model.shared_prefix import padded_rows
+from rm_recipe.recipe.reader import Recipe, read_recipe
+from rm_recipe.scoring import RewardModel
+from rm_recipe.training.train import (
+    cheaper_adapters,
+    decide_checkpointing,
+    load_data,
+    load_model,
+    make_trainer,
+    settle_step,
+)
+
+SCORED = 256  # comparisons: enough that their lengths are the data's
+
+
+def measure_training(recipe: Recipe, what: str) -> dict[str, Any]:
+    """Trains for the recipe's `max_steps`; the first of several warms up and is not timed.
+
+    Returns:
+        comparisons and tokens (real and padding) of the timed steps and their seconds; the loss of
+        every step; the peak memory in bytes; the FLOPs of the model for a token: 2 for each parameter
+        outside the embeddings forwards, 2 for the gradient of what goes in, and, where the base itself
+        is trained, 2 for its own (recomputing does not count).
+    """
+    tokenizer, train_split, test_split, _ = load_data(recipe)
+    model, new_modules = load_model(recipe, tokenizer)
+    parameters = model.num_parameters(exclude_embeddings=True)
+    decide_checkpointing(recipe, model, new_modules, train_split, shared=False)  # as stock needs it, for both
+    if what == "ours":
+        sharing = settle_step(recipe, model, new_modules, train_split)
+        trainer: Any = make_trainer(recipe, tokenizer, model, new_modules, train_split, test_split, sharing)
+    else:
+        recipe.training.chat_template_path = None  # what is tokenised already needs none
+        trainer = RewardTrainer(
+            model=model,
+            args=recipe.training,
+            train_dataset=as_pairs(train_split),
+            processing_class=tokenizer,
+            peft_config=lora.lora_config(recipe.model, new_modules) if recipe.model.use_peft else None,
+        )
+    start_alike(trainer.model, recipe.training.seed)
+    steps, losses, tokens = _Steps(), _losses_of(trainer), _tokens_of(trainer, tokenizer.pad_token_id)
+    trainer.add_callback(steps)
+    with cheaper_adapters(trainer) if what == "ours" else nullcontext():
+        trainer.train()
+
+    micro_batches = recipe.training.gradient_accumulation_steps
+    of_steps = torch.stack(losses).double().view(-1, micro_batches).mean(1).tolist()
+    warm_up = len(of_steps) > 1
+    timed = tokens[micro_batches * warm_up : len(losses)]
+    return {
+        "comparisons": len(timed) * recipe.training.train_batch_size,
+        "seconds": steps.times[-1] - steps.times[warm_up],
+        "tokens": int(sum(real for real, _ in timed)),
+        "padding": int(sum(everything - real for real, everything in timed)),
+        "losses": of_steps,
+        "peak_memory_bytes": peak_memory(),
+        "flop_per_token": (4 if recipe.model.use_peft else 6) * parameters,
+    }
+
+
+def start_alike(model: torch.nn.Module, seed: int) -> None:
+    """Draws the adapters' A anew as PEFT does (B is zero): the trainers get there by other random numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            drawn = torch.empty(parameter.shape)
+            torch.nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+            parameter.data.copy_(drawn)
+
+
+def as_pairs(split: Split) -> Any:
+    """The comparisons with the columns that stock TRL takes as tokenised."""
+
+    def pair(row: dict[str, Any]) -> dict[str, Any]:
+        chosen, rejected = sorted(range(2), key=lambda k: row["ranks"][k])
+        ids = {
+            "chosen_ids": row["prefix"] + row["rests"][chosen],
+            "rejected_ids": row["prefix"] + row["rests"][rejected],
+        }
+        return ids | ({"margin": row["margins"][0]} if row["margins"] else {})
+
+    columns = split.comparisons.column_names
+    return split.comparisons.map(pair, remove_columns=columns, load_from_cache_file=False)
+
+
+class _Steps(TrainerCallback):
+    """When training began and each optimizer step ended, so that making the batches counts."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.times.append(_now())
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.times.append(_now())
+
+
+def _now() -> float:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def _losses_of(trainer: Any) -> list[torch.Tensor]:
+    """A list that fills with the loss of each micro-batch."""
+    losses: list[torch.Tensor] = []
+    compute = trainer.compute_loss
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        result = compute(*args, **kwargs)
+        losses.append((result[0] if isinstance(result, tuple) else result).detach())
+        return result
+
+    trainer.compute_loss = recording
+    return losses
+
+
+def _tokens_of(trainer: Any, pad_token_id: int) -> list[tuple[torch.Tensor, int]]:
+    """A list that fills with the real tokens () and all tokens of each micro-batch, in order."""
+    tokens: list[tuple[torch.Tensor, int]] = []
+    compute = trainer.compute_loss
+
+    def counting(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        ids = inputs["input_ids"]
+        tokens.append(((ids != pad_token_id).sum(), ids.numel()))
+        return compute(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = counting
+    return tokens
+
+
+def measure_scoring(recipe: Recipe, repeats: int) -> dict[str, Any]:
+    """Held-out comparisons scored by a plain padded loop and by `RewardModel`, in turns.
+
+    The loop is what one writes with transformers: in the order of the data, both replies of
+    `per_device_eval_batch_size` comparisons a batch, padded to its longest.
+
+    Returns:
+        conversations a second of each repeat, and the largest difference of rewards.
+    """
+    tokenizer, _, test_split, _ = load_data(recipe)
+    model, _ = load_model(recipe, tokenizer)
+    judge = RewardModel(model.to(recipe.training.device).eval(), tokenizer)
+    rows = test_split.comparisons.select(range(min(SCORED, len(test_split.comparisons))))
+    comparisons = [Encoded(row["prefix"], row["rests"]) for row in rows]
+    size = recipe.training.eval_batch_size
+
+    def plain() -> np.ndarray:
+        rewards = []
+        for start in range(0, len(comparisons), size):
+            batch = padded_rows(comparisons[start : start + size], tokenizer.pad_token_id)
+            batch = {key: value.to(model.device) for key, value in batch.items()}
+            with torch.inference_mode():
+                rewards.append(model(**batch).logits.float().squeeze(-1).cpu().numpy())
+        return np.concatenate(rewards)
+
+    def ours() -> np.ndarray:
+        return np.concatenate(judge.score_encoded(comparisons))
+
+    def speed(score: Callable[[], np.ndarray]) -> float:
+        began = _now()
+        score()
+        return sum(len(comparison.rests) for comparison in comparisons) / (_now() - began)
+
+    difference = float(np.abs(plain() - ours()).max())  # warms up, too
+    speeds = [(speed(plain), speed(ours)) for _ in range(repeats)]
+    return {
+        "plain": [each for each, _ in speeds],
+        "ours": [each for _, each in speeds],
+        "max_reward_difference": difference,
+        "comparisons": len(comparisons),
+    }
+
+
+def main() -> None:
+    """Runs the measurement that the command line names."""
+    what, path, result, *overrides = sys.argv[1:]
+    if what == "scoring":
+        repeats, *overrides = overrides
+        write_json(Path(result), measure_scoring(read_recipe(path, overrides), int(repeats)))
+    else:
+        write_json(Path(result), measure_training(read_recipe(path, overrides), what))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""`rm-recipe check RECIPE`: what is wrong with data, step or memory, before anything is trained."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
+from rm_recipe.data.splits import refuse_leakage
+from rm_recipe.errors import RecipeError
+from rm_recipe.files import write_json
+from rm_recipe.model import reward_model, source
+from rm_recipe.model.memory import (
+    PROCESS,
+    Fit,
+    device_memory,
+    fit_by_config,
+    read_for,
+    shipped_that_fit,
+    what_to_lower,
+)
+from rm_recipe.model.shared_prefix import check_padding
+from rm_recipe.model.source import load_config
+from rm_recipe.model.tokenizer import check_one_end, check_vocabulary, load_tokenizer
+from rm_recipe.recipe.reader import Recipe, is_run_folder
+from rm_recipe.recipe.schema import DEVICE_KEYS, MODEL_FILES
+from rm_recipe.training.distributed import check_sharding
+from rm_recipe.training.run_folder import DATA_REPORT, changed_keys, check_run_folder
+from rm_recipe.training.train import load_data, make_ready, report_data
+
+UNITS = {"": 1e9, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+def check_base(recipe: Recipe) -> None:
+    """Refuses a base that training would refuse, if its configuration is in a folder or the Hub's cache.
+
+    Its tokenizer too, where that is at hand.
+
+    Raises:
+        RecipeError: as `reward_model.check_base` and `tokenizer.load_tokenizer` do, or no configuration can
+            be read.
+    """
+    name, template = str(recipe.model.model_name_or_path), recipe.training.chat_template_path
+    folder = folder_at_hand(name, recipe.model.model_revision)
+    if folder is None:
+        return
+    config = load_config(folder)
+    reward_model.check_base(config, recipe.model, recipe.training.max_length)
+    check_padding(config, name)
+    holders = [path for path in (name, folder) if (Path(path) / "tokenizer_config.json").is_file()]
+    if holders or name == folder:
+        template = template if template and Path(template).exists() else None
+        tokenizer = load_tokenizer((holders or [folder])[0], template=template, of_base=True)
+        if name == folder:  # an SFT adapter may bring tokens that its base has no embeddings for
+            check_vocabulary(config, tokenizer, name)
+        check_one_end(config, tokenizer, name)
+
+
+def folder_at_hand(name: str, revision: str) -> str | None:
+    """Where a base's config.json is, of an SFT adapter without one its base's; None if it is not here.
+
+    Raises:
+        RecipeError: the name is neither a folder that is there nor one that the Hub could know.
+    """
+    if not Path(name).is_dir():
+        found = (try_to_load_from_cache(name, file, revision=revision) for file in MODEL_FILES)
+        try:
+            path = next((path for path in found if isinstance(path, str)), None)
+        except HFValidationError:
+            raise RecipeError(
+                f"'model_name_or_path: {name}' does not exist, and is no Hub id: NAME or USER/NAME"
+            ) from None
+        if path is None:
+            return None
+        name = str(Path(path).parent)
+    if (Path(name) / "config.json").is_file():
+        return name
+    adapter = source.sft_adapter(name)
+    return folder_at_hand(adapter.base_model_name_or_path, adapter.revision or "main") if adapter else None
+
+
+def check_data(recipe: Recipe) -> None:
+    """Prints the doctor's report and writes it under `output_dir`.
+
+    The report of another recipe's run is left alone.
+
+    Raises:
+        RecipeError, DataError: whatever would stop training, leakage among it; the report is
+            written all the same where there is one.
+    """
+    folder = recipe.output_dir
+    used = is_run_folder(folder)
+    check_run_folder(recipe, resume=False, overwrite=used)
+    _, train_split, test_split, leakage = load_data(recipe)
+    report = report_data(recipe, train_split, test_split, leakage)
+    changed = [key for key in changed_keys(recipe, folder) if key not in DEVICE_KEYS] if used else []
+    if changed:
+        print(
+            f"report: not written; {folder} holds a run of another recipe ({', '.join(changed)} differ) "
+            "and its report. --output_dir takes another folder."
+        )
+    else:
+        write_json(folder / DATA_REPORT, report)
+        print(f"report: {folder / DATA_REPORT}")
+    refuse_leakage(recipe, leakage)
+
+
+def check_step(recipe: Recipe) -> None:
+    """Does all that training does before its first step, and the step itself, which it undoes.
+
+    Raises:
+        RecipeError, DataError, TrainingError: whatever would stop training.
+    """
+    check_sharding(recipe.training, bool(recipe.model.load_in_4bit or recipe.model.load_in_8bit))
+    check_run_folder(recipe, resume=False, overwrite=is_run_folder(recipe.output_dir))
+    make_ready(recipe)
+
+
+def check_memory(path: Path, overrides: Sequence[str], gpu_memory: str | None = None) -> bool:
+    """Prints what a training step will take, and what fits where the recipe does not; whether it does.
+
+    Args:
+        gpu_memory: of a GPU, "8GB" or so; by default the plan is for this machine.
+
+    Raises:
+        RecipeError: the recipe is faulty, or the base's configuration cannot be had.
+    """
+    if gpu_memory is not None:
+        device, there = torch.device("cuda"), parse_bytes(gpu_memory)
+    else:
+        device = read_for(path, overrides, torch.device("cpu")).training.device
+        there = device_memory(device)
+    recipe = read_for(path, overrides, device)
+    found = fit_by_config(recipe, device, there)
+    print_fit(found, recipe, device)
+    return found.fits
+
+
+def parse_bytes(text: str) -> float:
+    """`8GB`, `8 GiB`, `8000MB`; a number alone is in GB.
+
+    Raises:
+        RecipeError: it is none of these.
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", text.strip().lower())
+    size = float(match[1]) * UNITS.get(match[2], 0) if match else 0
+    if not size:
+        raise RecipeError(f"'--gpu-memory {text}' is not a size such as 8GB")
+    return size
+
+
+def print_fit(found: Fit, recipe: Recipe, device: torch.device) -> None:
+    """The plan as a table, and the verdict."""
+    plan, length = found.plan, recipe.training.max_length
+    rows = {
+        "base": plan.weights - plan.trained,
+        "adapters and head" if recipe.model.use_peft else "trained weights": plan.trained,
+        "optimizer": plan.optimizer,
+        f"step: activations and gradients of {found.batch} comparisons": plan.heap * plan.step,
+        "process and libraries": PROCESS,
+    }
+    print(
+        f"Memory of a training step on {device.type.upper()}, planned for conversations of {length} tokens:\n"
+    )
+    for name, size in [*rows.items(), ("peak", plan.peak)]:
+        print(f"  {name:<56} {size / 1e9:6.2f} GB")
+    verdict = "fits" if found.fits else "does not fit"
+    print(f"\n{verdict} {found.memory / 1e9:.1f} GB, of which the plan leaves a tenth free")
+    if found.without is not None:
+        print(f"gradient checkpointing: needed (without it {found.without.peak / 1e9:.1f} GB)")
+    else:
+        print(f"gradient checkpointing: {'on' if found.checkpointing else 'not needed'}")
+    print(f"largest per_device_train_batch_size that fits: {found.largest}")
+    print(f"evaluation: about {plan.evaluation / 1e9:.1f} GB")
+    on_cpu = "" if plan.export <= found.memory else ", which does not fit: on the CPU"
+    print(f"export, verified in fp32: about {plan.export / 1e9:.1f} GB{on_cpu}")
+    if found.fits:
+        return
+    print(f"instead: {what_to_lower(found, recipe)}")
+    fitting, unknown = shipped_that_fit(device, found.memory)
+    print("\nrecipes that fit:", *fitting or ["none"], sep="\n  ")
+    if unknown:
+        print("not known, as their base's config.json is not to be had:", *unknown, sep="\n  ")

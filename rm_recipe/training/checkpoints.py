@@ -1,0 +1,225 @@
+"""Checkpoints that a run can be resumed from exactly, and how to tell that one is whole.
+
+Trainer writes a checkpoint file by file, so a kill, a power cut or a full disk may leave half of one
+under the name of a whole one. The manifest is written last and by renaming: a checkpoint without it, or
+with another content than it says, does not count, and the one before is used.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import nested_gather
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, rotate_checkpoints
+
+from rm_recipe.errors import Interrupted, RecipeError, TrainingError, one_line
+from rm_recipe.files import read_json, sha256, write_json
+from rm_recipe.model.memory import peak_memory, reset_peak_memory
+from rm_recipe.training.interrupts import INTERRUPTS
+
+MANIFEST = "manifest.json"
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoint folders of a run, newest step first, whole or not."""
+    found = {
+        int(number): path
+        for path in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.is_dir() and (number := path.name.rpartition("-")[2]).isdigit()
+    }
+    return [found[step] for step in sorted(found, reverse=True)]
+
+
+def write_manifest(checkpoint: Path, content: Mapping[str, Any]) -> None:
+    """Marks a checkpoint as whole: SHA-256 and size of each of its files, and `content`.
+
+    The files' bytes are on the disk before, and not only in memory, as a power cut would show.
+    """
+    files = {}
+    for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        files[str(path.relative_to(checkpoint))] = {"sha256": sha256(path), "bytes": path.stat().st_size}
+    write_json(checkpoint / MANIFEST, {**content, "files": files})
+
+
+def fault_of(checkpoint: Path) -> str | None:
+    """Why a checkpoint does not count, None if it is as it was when it was finished.
+
+    Raises:
+        RecipeError: a disk does not let it be read now: it may be sound.
+    """
+    try:
+        if not (checkpoint / MANIFEST).is_file():
+            return "it was not finished"
+        files = json.loads((checkpoint / MANIFEST).read_bytes())["files"]
+        for name, known in files.items():
+            path = checkpoint / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != known["bytes"] or sha256(path) != known["sha256"]:
+                return f"{name} is not as it was written"
+    except OSError as error:
+        raise RecipeError(
+            f"{error.filename or checkpoint} cannot be read ({error.strerror or error}); the checkpoint may "
+            "be sound, so it is neither passed over nor removed"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"its {MANIFEST} cannot be read"
+    return None
+
+
+def newest_whole(run: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint that counts, if any, and the newer ones that do not, with their faults."""
+    faulty: dict[Path, str] = {}
+    for checkpoint in checkpoints(run):
+        fault = fault_of(checkpoint)
+        if fault is None:
+            return checkpoint, faulty
+        faulty[checkpoint] = fault
+    return None, faulty
+
+
+def newest_manifest(run: Path) -> dict[str, Any] | None:
+    """Of the newest checkpoint that has one that can be read, whole or not."""
+    for checkpoint in checkpoints(run):
+        with suppress(RecipeError):
+            return read_json(checkpoint / MANIFEST)
+    return None
+
+
+class Checkpoints(TrainerCallback):
+    """Finishes each checkpoint with its manifest, and ends training where a signal has asked for it.
+
+    Older checkpoints are removed when the new one is whole, not before as Trainer would: until then the one
+    before is all there is. Of a run that ends with its best checkpoint, that one is kept besides.
+
+    The manifest also keeps what Trainer and TRL have counted since the last log and forget on resuming:
+    with it, a resumed run logs the same losses, and knows what the whole of it took.
+
+    Args:
+        trainer: the one that this is a callback of.
+        identity: what a run may not be resumed without: data, number of processes.
+        resumed: the manifest of the checkpoint that training goes on from.
+    """
+
+    def __init__(
+        self, trainer: Any, identity: Mapping[str, Any], resumed: Mapping[str, Any] | None = None
+    ) -> None:
+        self._trainer, self._identity, self._resumed = trainer, identity, resumed
+        self._stopping = False
+        self._began = time.monotonic()
+        reset_peak_memory()
+
+    def cost(self) -> dict[str, Any]:
+        """Seconds and peak memory of the training so far, over resumes."""
+        before = (self._resumed or {}).get("cost", {"train_seconds": 0.0, "peak_memory_bytes": 0})
+        return {
+            "train_seconds": before["train_seconds"] + time.monotonic() - self._began,
+            "peak_memory_bytes": max(before["peak_memory_bytes"], peak_memory()),
+        }
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Restores what was counted since the last log; removes what a kill has kept from being removed."""
+        if self._resumed is None:
+            return
+        if state.is_world_process_zero:
+            self._remove_older(args, state)
+        state.compute_steps(args, state.max_steps)  # logging_steps and the like may differ from before
+        since = self._resumed["since_last_log"]
+        self._trainer._tr_loss += since["loss"]
+        self._trainer._globalstep_last_logged = since["step"]
+        self._trainer._total_train_tokens = since["tokens"]
+        for name, values in since["metrics"].items():
+            self._trainer._metrics["train"][name] = values
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Saves where a signal has reached any of the processes."""
+        self._stopping = self._stopping or self._asked_to_stop()
+        if self._stopping and not (_by_epoch(args) and float(state.epoch or 0).is_integer()):
+            control.should_save = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Saves after the epoch's evaluation, which a resumed run would leave out."""
+        if self._stopping:
+            control.should_save = True
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Writes the manifest when every process has written its files, and removes older checkpoints.
+
+        Raises:
+            TrainingError: the disk is full.
+            Interrupted: on all processes, if a signal has reached one.
+        """
+        trainer = self._trainer
+        checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        loss = nested_gather(trainer._tr_loss, args.parallel_mode).mean().item()
+        trainer.accelerator.wait_for_everyone()
+        if state.is_world_process_zero:
+            # It pickles the training arguments, and nothing reads it.
+            (checkpoint / "training_args.bin").unlink(missing_ok=True)
+            since = {
+                "step": trainer._globalstep_last_logged,
+                "loss": loss,
+                "tokens": trainer._total_train_tokens,
+                "metrics": trainer._metrics["train"],
+            }
+            try:
+                counted = {"step": state.global_step, "since_last_log": since, "cost": self.cost()}
+                write_manifest(checkpoint, {**counted, **self._identity})
+            except OSError as error:
+                raise not_written(checkpoint, error) from error
+            self._remove_older(args, state)
+        trainer.accelerator.wait_for_everyone()
+        if self._stopping:
+            raise Interrupted(
+                f"interrupted after step {state.global_step} of {state.max_steps}, which is saved in "
+                f"{checkpoint}",
+                INTERRUPTS.received,
+                resumable=True,
+            )
+
+    def _remove_older(self, args: TrainingArguments, state: TrainerState) -> None:
+        if args.save_total_limit and args.output_dir is not None:
+            kept = args.save_total_limit + bool(args.load_best_model_at_end)
+            # By their numbers: a manifest that was written late says nothing of a checkpoint's age.
+            rotate_checkpoints(args.output_dir, kept, state.best_model_checkpoint)
+
+    def _asked_to_stop(self) -> bool:
+        accelerator = self._trainer.accelerator
+        if accelerator.num_processes == 1:
+            return INTERRUPTS.received is not None
+        if INTERRUPTS.received is not None:
+            accelerator.set_trigger()
+        return bool(accelerator.check_trigger())
+
+
+def _by_epoch(args: TrainingArguments) -> bool:
+    strategies = (args.eval_strategy, args.save_strategy, args.logging_strategy)
+    return any(strategy == IntervalStrategy.EPOCH for strategy in strategies)
+
+
+def not_written(unfinished: Path, error: Exception) -> TrainingError:
+    """What to say where a folder of a run cannot be written, after removing what there is of it."""
+    run = unfinished.parent
+    shutil.rmtree(unfinished, ignore_errors=True)
+    kept, _ = newest_whole(run)
+    free = shutil.disk_usage(run).free
+    return TrainingError(
+        f"{unfinished} could not be written, with {free / 1e9:.1f} GB free on its disk: {one_line(error)}; "
+        f"{f'{kept} is whole, --resume goes on from it' if kept else 'there is no other checkpoint'}"
+    )

@@ -1,0 +1,380 @@
+"""Token ids as they are served; truncation that keeps question and reply, or says what it leaves out."""
+
+import numpy as np
+import pytest
+from conftest import HH_RLHF, hf_datasets_without_cache, make_rows, needs_hh_rlhf, write_jsonl
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rm_recipe.data import tokenization
+from rm_recipe.data.comparison import Comparison
+from rm_recipe.data.messages import Excluded
+from rm_recipe.data.splits import load_split
+from rm_recipe.data.tokenization import (
+    REPLY_SHARE,
+    TRUNCATIONS,
+    count_unshown,
+    encode,
+    encode_all,
+    render,
+    tokenize,
+)
+from rm_recipe.errors import DataError
+from rm_recipe.model.tokenizer import load_tokenizer
+from rm_recipe.recipe.schema import DataArguments
+
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    return [{"role": "assistant" if i % 2 else "user", "content": t} for i, t in enumerate(texts)]
+
+
+def test_both_conversations_are_tokenised_whole_and_split_where_they_differ(tiny_llama):
+    tokenizer = load_tokenizer(str(tiny_llama))
+    comparison = Comparison(turns("hello"), ["good", "goodness"])
+    encoded = encode(tokenizer, comparison, max_length=None)
+    for ids, messages in zip(encoded.conversations(), comparison.conversations(), strict=True):
+        assert ids == tokenizer(render(tokenizer, messages))["input_ids"]
+
+
+def test_truncation_drops_the_oldest_exchange_for_both_and_keeps_question_and_reply(tiny_llama):
+    tokenizer = load_tokenizer(str(tiny_llama))
+    long = Comparison(turns("far " * 30, "yes", "hello"), ["good", "bad"])
+    short = Comparison(turns("hello"), ["good", "bad"])
+    prompt = len(encode(tokenizer, long, None).prefix)
+    room = next(n for n in range(2 * prompt) if n - int(n * REPLY_SHARE) == prompt)  # for the prompt
+    assert encode(tokenizer, long, room) == encode(tokenizer, long, None)
+    assert encode(tokenizer, long, room - 2) == encode(tokenizer, short, None)
+
+
+def test_keep_end_cuts_the_front_of_the_shared_prefix(tiny_llama):
+    tokenizer = load_tokenizer(str(tiny_llama))
+    comparison = Comparison(turns("far " * 30), ["good", "bad cat"])
+    whole = encode(tokenizer, comparison, None)
+    cut = encode(tokenizer, comparison, 20, "keep_end")
+    assert len(cut.prefix) == 15  # a quarter is the reply's
+    assert cut.rests == whole.rests
+    assert whole.prefix[-len(cut.prefix) :] == cut.prefix
+
+
+def test_keep_end_keeps_the_token_at_which_an_encoder_reads_its_reward(tiny_distilbert):
+    tokenizer = load_tokenizer(str(tiny_distilbert))
+    cut = encode(tokenizer, Comparison(turns("far " * 30), ["good", "bad cat"]), 20, "keep_end")
+    assert cut.prefix[0] == tokenizer.cls_token_id
+    assert max(map(len, cut.conversations())) == 20
+
+
+def test_messages_that_the_template_refuses_are_excluded_by_name(tiny_llama):
+    tokenizer = load_tokenizer(str(tiny_llama))
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(Excluded, match="refused_by_template"):
+        encode(tokenizer, Comparison(turns("hi"), ["good", "bad"]), None)
+
+
+def test_what_a_template_says_when_it_refuses_is_told(tiny_llama, tmp_path):
+    tokenizer = load_tokenizer(str(tiny_llama))
+    refuses = "{{ raise_exception('System role not supported') }}"
+    tokenizer.chat_template = (
+        f"{{% if messages[0]['role'] == 'system' %}}{refuses}{{% endif %}}{tokenizer.chat_template}"
+    )
+    rows = make_rows(3, seed=1)
+    rows[1]["prompt"] = [{"role": "system", "content": "Be kind."}, *rows[1]["prompt"]]
+    split = load_split(DataArguments(dataset_name=str(write_jsonl(tmp_path / "x.jsonl", rows))), "test")
+    found = tokenize(split, tokenizer, None, "exclude")
+    assert found.excluded == {"refused_by_template": 1}
+    assert found.details == {"refused_by_template": "the template says: System role not supported"}
+    with pytest.raises(DataError, match="first in row 2: the template says: System role not supported"):
+        tokenize(split.take(np.array([1]), "not_sampled"), tokenizer, None, "exclude")
+
+
+@pytest.mark.parametrize(
+    ("truncation", "comparison", "reason"),
+    [
+        ("drop_oldest_turns", Comparison(turns("hi"), ["far " * 40, "bad"]), "response_too_long"),
+        ("drop_oldest_turns", Comparison(turns("far " * 40), ["good", "bad"]), "too_long"),
+        ("exclude", Comparison(turns("far " * 20, "yes", "hi"), ["good", "bad"]), "too_long"),
+    ],
+)
+def test_what_does_not_fit_is_excluded_by_name(tiny_llama, truncation, comparison, reason):
+    tokenizer = load_tokenizer(str(tiny_llama))
+    with pytest.raises(Excluded) as caught:
+        encode(tokenizer, comparison, 40, truncation)
+    assert caught.value.reason == reason
+
+
+def test_what_a_tokenizer_truncated_or_padded_to_before_is_forgotten(tiny_llama, tmp_path):
+    tokenizer = load_tokenizer(str(tiny_llama))
+    comparison = Comparison(turns("hello"), ["good", "bad cat"])
+    expected = encode(tokenizer, comparison, None)
+    tokenizer(["hello", "good bad"], padding=True, truncation=True, max_length=6)  # a user's own call
+    assert encode(tokenizer, comparison, None) == expected
+    tokenizer.backend_tokenizer.enable_truncation(8)
+    tokenizer.backend_tokenizer.enable_padding(length=50)
+    tokenizer.save_pretrained(tmp_path)  # as the files of many encoders hold it
+    again = load_tokenizer(str(tmp_path))
+    assert again.backend_tokenizer.truncation is None
+    assert again.backend_tokenizer.padding is None
+    assert encode(again, comparison, None) == expected
+
+
+def test_a_template_that_takes_no_prompt_alone_excludes_what_does_not_fit(tiny_llama):
+    tokenizer = load_tokenizer(str(tiny_llama))
+    tokenizer.chat_template = (
+        "{% if messages[-1]['role'] != 'assistant' %}{{ raise_exception('no reply') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    with pytest.raises(Excluded, match="too_long"):
+        encode(tokenizer, Comparison(turns("far " * 40), ["good", "bad"]), 40)
+
+
+def test_ties_may_read_the_same_and_others_may_not(tiny_distilbert):
+    tokenizer = load_tokenizer(str(tiny_distilbert))  # knows no case
+    tied = Comparison(turns("hi"), ["good", "good", "bad"], [0, 0, 1])
+    assert len(encode(tokenizer, tied, None).rests) == 3
+    with pytest.raises(Excluded, match="identical_after_tokenization"):
+        encode(tokenizer, Comparison(turns("hi"), ["good", "Good"]), None)
+
+
+@pytest.mark.parametrize("replies", [["far " * 40 + "good", "far " * 40 + "bad"], ["far " * 40]])
+@pytest.mark.parametrize("truncation", TRUNCATIONS)
+def test_what_replies_have_in_common_is_not_cut_as_if_it_were_the_question(tiny_llama, replies, truncation):
+    """Also for one reply alone, as `score` encodes it: all of it is common to all there are."""
+    tokenizer = load_tokenizer(str(tiny_llama))
+    with pytest.raises(Excluded, match="response_too_long"):
+        encode(tokenizer, Comparison(turns("hello"), replies), 40, truncation)
+
+
+def test_k_conversations_lose_the_same_turns(tiny_llama):
+    tokenizer = load_tokenizer(str(tiny_llama))
+    replies = ["good", "bad " * 10, "far"]
+    long = Comparison(turns("far " * 30, "yes", "hello"), replies)
+    short = Comparison(turns("hello"), replies)
+    limit = max(map(len, encode(tokenizer, short, None).conversations()))
+    assert encode(tokenizer, long, limit, alike=True) == encode(tokenizer, short, None)
+
+
+SHARE = 40  # of 160
+
+
+def near(tokenizer, extra=0):
+    """A comparison whose prompt takes all but a reply's share of 160 tokens, and so many more."""
+    history = turns("far", "yes", "cat " * 4, "no", "hello")
+    asked = len(encode(tokenizer, Comparison(history, ["good", "bad"]), None).prefix)
+    history[0]["content"] += " far" * (160 - SHARE - asked + extra)
+    return Comparison(history, ["good", "bad cat"])
+
+
+@pytest.mark.parametrize("extra", [0, 1])
+@pytest.mark.parametrize("truncation", ["drop_oldest_turns", "keep_end"])
+def test_the_context_of_a_reply_follows_from_the_prompt_alone(tiny_llama, truncation, extra):
+    """Not from what it is scored beside: today's margin of a pair turned when a third reply joined it."""
+    tokenizer = load_tokenizer(str(tiny_llama))
+    prompt = near(tokenizer, extra).prompt
+    replies = ["good", "bad cat", "far " * (SHARE // 2 - 4), "far " * 100]  # the last exceeds its share
+    alone = [
+        encode(tokenizer, Comparison(prompt, [reply]), 160, truncation).conversations()[0]
+        for reply in replies
+    ]
+    together = encode(tokenizer, Comparison(prompt, replies), 160, truncation).conversations()
+    assert together == alone
+    bare = [encode(tokenizer, Comparison(turns("x"), [reply]), None).conversations()[0] for reply in replies]
+    contexts = [len(ids) - len(least) for ids, least in zip(alone, bare, strict=True)]
+    assert contexts[0] == contexts[1] == contexts[2] > contexts[3]
+    in_training = encode(tokenizer, Comparison(prompt, replies), 160, truncation, alike=True)
+    assert in_training.conversations()[3] == alone[3]  # which all of the comparison follow there
+    assert len(in_training.conversations()[0]) < len(alone[0])
+
+
+@pytest.mark.parametrize("truncation", ["drop_oldest_turns", "keep_end"])
+def test_the_context_follows_from_the_prompt_where_a_thinking_prompt_is_longer_than_what_is_rendered(
+    tiny_llama, truncation
+):
+    tokenizer = load_tokenizer(str(tiny_llama))
+    tokenizer.chat_template += "{% if add_generation_prompt %}{{ '<think> far far far far ' * 3 }}{% endif %}"
+    replies = ["yes", "far " * 60]
+    for words in range(60, 110):
+        prompt = turns("far " * words, "yes", "hello")
+        together = encode(tokenizer, Comparison(prompt, replies), 160, truncation).conversations()
+        assert (
+            together[0] == encode(tokenizer, Comparison(prompt, ["yes"]), 160, truncation).conversations()[0]
+        )
+
+
+def test_a_run_and_its_export_cut_alike(tiny_llama):
+    """The export's tokenizer names no BOS, which stays in front of what `keep_end` leaves all the same."""
+    tokenizer = load_tokenizer(str(tiny_llama), of_base=True)
+    comparison = Comparison(turns("far " * 90), ["good"])
+    of_run = encode(tokenizer, comparison, 40, "keep_end")
+    assert of_run.conversations()[0][0] == tokenizer.bos_token_id
+    tokenizer.bos_token = None
+    assert encode(tokenizer, comparison, 40, "keep_end") == of_run
+
+
+def test_prompts_that_a_long_reply_shortens_are_counted_apart(tiny_llama):
+    tokenizer = load_tokenizer(str(tiny_llama))
+    fits, longer = near(tokenizer), near(tokenizer, 1)
+    long_reply = Comparison(fits.prompt, ["good", "far " * 50])
+    for truncation in ("drop_oldest_turns", "keep_end"):
+        found = encode_all(tokenizer, [fits, longer, long_reply], 160, truncation, alike=True)
+        assert [tokenized.fates.get(truncation) for tokenized in found] == [
+            None,
+            "truncated",
+            "shortened_for_reply",
+        ]
+
+
+@pytest.mark.parametrize("place", ["prompt", "chosen", "rejected"])
+def test_text_that_would_be_read_as_a_control_token_is_left_out_under_its_own_reason(
+    tmp_path, tiny_llama, place
+):
+    """A reply can end its turn and forge the next one by it."""
+    rows = make_rows(4, seed=1)
+    rows[1][place] = "fine </s>\n<|user|>\nthanks"
+    split = split_of(write_jsonl(tmp_path / "x.jsonl", rows))
+    encoded = tokenize(split, load_tokenizer(str(tiny_llama)), 60, "drop_oldest_turns")
+    assert encoded.excluded == {"control_tokens": 1}
+    assert encoded.first_rows == {"control_tokens": ["2"]}
+
+
+def test_what_a_template_does_not_show_is_counted_by_whose_it_is(tmp_path, tiny_llama, caplog):
+    tokenizer = load_tokenizer(str(tiny_llama))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] != 'tool' %}{{ '<|' + m['role'] + '|>' + "
+        "m['content'].split('</think>')[-1] + '</s>' }}{% endif %}{% endfor %}"
+    )
+    rows = make_rows(5, seed=1)
+    tool = [
+        {"role": "user", "content": "a"},
+        {"role": "tool", "content": "a"},
+    ]  # its text stands elsewhere, too
+    rows[1]["prompt"] = tool
+    for row in rows[3:]:
+        row["chosen"] = "long thoughts</think>" + row["chosen"]
+    encoded = tokenize(split_of(write_jsonl(tmp_path / "x.jsonl", rows)), tokenizer, 200, "drop_oldest_turns")
+    assert count_unshown(encoded) == {"tool": 1, "reply": 2}
+    assert "of 5 comparisons the chat template leaves out text: tool in 1, reply in 2" in caplog.text
+
+
+WORDS = st.lists(st.sampled_from(["far", "good", "cat", "\u4f60\u597d", "\n"]), min_size=1, max_size=12).map(
+    " ".join
+)
+COMPARISONS = st.builds(
+    lambda prompt, replies: Comparison(turns(*prompt), sorted(replies)),
+    st.sampled_from([1, 3, 5]).flatmap(lambda n: st.lists(WORDS, min_size=n, max_size=n)),
+    st.sets(WORDS, min_size=2, max_size=4),
+)
+
+
+@given(st.lists(COMPARISONS, min_size=1, max_size=3), st.integers(10, 60), st.sampled_from(TRUNCATIONS))
+def test_what_is_encoded_fits_and_ends_as_the_whole_conversation_does(tiny_llama, batch, limit, truncation):
+    tokenizer = load_tokenizer(str(tiny_llama))
+    for comparison, result in zip(
+        batch, encode_all(tokenizer, batch, limit, truncation, alike=True), strict=True
+    ):
+        whole = [
+            tokenizer(render(tokenizer, messages))["input_ids"] for messages in comparison.conversations()
+        ]
+        assert result.lengths == [len(ids) for ids in whole]
+        assert result.fates or max(result.lengths) <= limit
+        if result.encoded is None:
+            assert max(result.lengths) > int(limit * (1 - REPLY_SHARE))
+            assert result.reason in {"too_long", "response_too_long"}
+            continue
+        assert all(result.encoded.rests)
+        dropped = {len(a) - len(b) for a, b in zip(whole, result.encoded.conversations(), strict=True)}
+        assert len(dropped) == 1  # the same for all K
+        assert (dropped == {0}) == (result.fates.get(truncation) is None)
+        for ids, reply in zip(result.encoded.conversations(), comparison.responses, strict=True):
+            assert len(ids) <= limit
+            assert tokenizer.decode(ids).rstrip().endswith(f"{reply}</s>".rstrip())
+
+
+def test_each_way_to_truncate_has_its_fate_counted_whichever_is_chosen(tiny_llama):
+    tokenizer = load_tokenizer(str(tiny_llama))
+    fits = Comparison(turns("hi"), ["good", "bad"])
+    turns_help = Comparison(turns("far " * 20, "yes", "hi"), ["good", "bad"])
+    nothing_helps = Comparison(turns("hi"), ["far " * 40, "bad"])
+    batch = [fits, turns_help, nothing_helps]
+    for choice in TRUNCATIONS:
+        fates = [result.fates for result in encode_all(tokenizer, batch, 40, choice)]
+        assert fates == [
+            {},
+            {
+                "drop_oldest_turns": "truncated", "keep_end": "truncated",
+                "exclude": "too_long", "cut_end": "identical",
+            },
+            {
+                "drop_oldest_turns": "response_too_long", "keep_end": "response_too_long",
+                "exclude": "response_too_long", "cut_end": "truncated",
+            },
+        ]  # fmt: skip
+
+
+def split_of(path, **keys):
+    return load_split(DataArguments(dataset_name=str(path), **keys), "test")
+
+
+def test_what_does_not_fit_is_counted_with_its_row(tmp_path, tiny_llama):
+    rows = make_rows(3, seed=1)
+    rows[1]["chosen"] = "far away " * 50
+    split = split_of(write_jsonl(tmp_path / "x.jsonl", rows))
+    encoded = tokenize(split, load_tokenizer(str(tiny_llama)), 60, "drop_oldest_turns")
+    assert encoded.excluded == {"response_too_long": 1}
+    assert encoded.first_rows == {"response_too_long": ["2"]}
+    assert len(encoded.encoded()) == 2
+    assert encoded.rows == 3
+    assert len(encoded.tokenized) == 3  # the doctor counts what was left out, too
+    with pytest.raises(DataError, match="no comparison is left after tokenising: 3 response_too_long"):
+        tokenize(split, load_tokenizer(str(tiny_llama)), 2, "drop_oldest_turns")
+
+
+def test_a_second_start_tokenises_nothing_and_other_settings_do(tmp_path, tiny_llama, monkeypatch):
+    split = split_of(write_jsonl(tmp_path / "x.jsonl", make_rows(5, seed=3)))
+    tokenizer = load_tokenizer(str(tiny_llama))
+    first = tokenize(split, tokenizer, 60, "drop_oldest_turns")
+
+    def refuse(*_, **__):
+        raise AssertionError("tokenised again")
+
+    monkeypatch.setattr(tokenization, "encode_all", refuse)
+    again = tokenize(split_of(tmp_path / "x.jsonl"), load_tokenizer(str(tiny_llama)), 60, "drop_oldest_turns")
+    assert again.encoded() == first.encoded()
+    for settings in ((59, "drop_oldest_turns"), (60, "exclude")):
+        with pytest.raises(AssertionError, match="tokenised again"):
+            tokenize(split, tokenizer, *settings)
+    with pytest.raises(AssertionError, match="tokenised again"):
+        tokenize(split, tokenizer, 60, "drop_oldest_turns", alike=True)
+    other_eos = load_tokenizer(str(tiny_llama))
+    other_eos.eos_token = "<s>"  # templates read it, and the vocabulary is the same
+    with pytest.raises(AssertionError, match="tokenised again"):
+        tokenize(split, other_eos, 60, "drop_oldest_turns")
+    tokenizer.chat_template = tokenizer.chat_template + " "
+    with pytest.raises(AssertionError, match="tokenised again"):
+        tokenize(split, tokenizer, 60, "drop_oldest_turns")
+
+
+def test_the_number_of_processes_changes_nothing(tmp_path, tiny_llama):
+    path = write_jsonl(
+        tmp_path / "x.jsonl", [*make_rows(40, seed=4), {"chosen": "", "rejected": "", "prompt": "p"}]
+    )
+    tokenizer = load_tokenizer(str(tiny_llama))
+    results = []
+    for processes in (None, 2):
+        with hf_datasets_without_cache():
+            split = load_split(DataArguments(dataset_name=str(path)), "test", processes)
+            results.append(tokenize(split, tokenizer, 60, "drop_oldest_turns", processes))
+    one, two = results
+    assert one.encoded() == two.encoded()
+    assert (one.excluded, one.first_rows) == (two.excluded, two.first_rows)
+
+
+@needs_hh_rlhf
+def test_genuine_conversations_are_never_cut_in_their_reply(tiny_llama):
+    split = load_split(DataArguments(dataset_name=str(HH_RLHF), dataset_subsets=["harmless-base"]), "test")
+    tokenizer = load_tokenizer(str(tiny_llama))
+    for truncation in TRUNCATIONS:
+        encoded = tokenize(split, tokenizer, 800, truncation)
+        assert encoded.rows == len(encoded.comparisons) + encoded.excluded.total() == 350
+        for number, comparison in enumerate(encoded.encoded()):
+            for ids, reply in zip(comparison.conversations(), encoded[number].responses, strict=True):
+                assert len(ids) <= 800
+                assert tokenizer.decode(ids).endswith(f"{reply}</s>\n")

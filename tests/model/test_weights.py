@@ -1,0 +1,330 @@
+"""Weights are read from safetensors files alone, and no code that comes with a model is run."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_cli
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rm_recipe import RewardModel
+from rm_recipe.errors import RecipeError, TrainingError
+from rm_recipe.evaluation.evaluate import evaluate
+from rm_recipe.exporting.export import export
+from rm_recipe.model import source
+from rm_recipe.model.reward_model import load_base, load_trained
+from rm_recipe.model.tokenizer import load_tokenizer
+from rm_recipe.recipe import weights
+from rm_recipe.recipe.reader import read_recipe, saved_values
+from rm_recipe.training.train import load_data, load_model, make_trainer, settle_step, train
+
+CONVERT = r"alone, a pickle, which can run code .* convert it by transformers"
+ITEMS = [{"prompt": "hello", "response": "good good"}]
+
+
+class Trap:
+    """Whose unpickling writes a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+def spring(folder: Path, name: str) -> Path:
+    """Puts a trap in the place of a folder's safetensors files; returns what its unpickling would write."""
+    marker = folder / "sprung"
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    (folder / name).write_bytes(pickle.dumps(Trap(marker)))
+    return marker
+
+
+def pickled(folder: Path, name: str) -> None:
+    """Writes a folder's weights as a pickle that does no harm."""
+    [path] = folder.glob("*.safetensors")
+    torch.save(load_file(path), folder / name)
+    path.unlink()
+
+
+@pytest.fixture
+def base(tiny_llama, tmp_path):
+    """A copy of the tiny Llama's folder."""
+    return shutil.copytree(tiny_llama, tmp_path / "base")
+
+
+def test_the_trap_springs_when_it_is_unpickled(base):
+    marker = spring(base, "pytorch_model.bin")
+    pickle.loads((base / "pytorch_model.bin").read_bytes())
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("verb", ["check", "train", "run"])
+def test_a_base_that_is_a_pickle_is_refused_in_one_message_and_not_unpickled(base, write_recipe, verb):
+    marker = spring(base, "pytorch_model.bin")
+    result = run_cli(verb, str(write_recipe(model_name_or_path=str(base))))
+    assert result.returncode == 2
+    assert "has its weights in pytorch_model.bin alone, a pickle" in result.stderr
+    assert "convert it by transformers: `AutoModel.from_pretrained(...)`" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not marker.exists()
+
+
+def test_weights_that_would_load_are_refused_too_where_they_are_a_pickle(base):
+    """Harmless ones, so that nothing but the format stands against them."""
+    tokenizer = load_tokenizer(str(base))
+    pickled(base, "pytorch_model.bin")
+    with pytest.raises(RecipeError, match=CONVERT):
+        load_base(read_model(base), tokenizer, 0)
+
+
+def test_transformers_itself_is_told_to_read_safetensors_alone(base, monkeypatch):
+    """Without our own look at the files, which a repository on the Hub may not allow."""
+    monkeypatch.setattr(source, "pickle_fault", lambda *_, **__: "")
+    tokenizer = load_tokenizer(str(base))
+    pickled(base, "pytorch_model.bin")
+    with pytest.raises(RecipeError, match=r"no file named model\.safetensors"):
+        load_base(read_model(base), tokenizer, 0)
+
+
+def read_model(folder, **keys):
+    from trl import ModelConfig
+
+    return ModelConfig(model_name_or_path=str(folder), **keys)
+
+
+def test_an_index_of_safetensors_that_names_a_pickle_is_refused(base):
+    tokenizer = load_tokenizer(str(base))
+    names = load_file(base / "model.safetensors")
+    marker = spring(base, "part.bin")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "part.bin")}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(RecipeError, match="cannot be loaded as a classifier"):
+        load_base(read_model(base), tokenizer, 0)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("harmless", [False, True])
+@pytest.mark.parametrize("part", ["adapter", "base"])
+def test_an_sft_adapter_that_is_a_pickle_is_refused_and_one_on_such_a_base(base, tmp_path, part, harmless):
+    sft = tmp_path / "sft"
+    settings = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings).save_pretrained(sft)
+    tokenizer = load_tokenizer(str(base))
+    folder, name = (sft, "adapter_model.bin") if part == "adapter" else (base, "pytorch_model.bin")
+    marker = folder / "sprung"
+    pickled(folder, name) if harmless else spring(folder, name)
+    with pytest.raises(RecipeError, match=CONVERT):
+        load_base(read_model(sft), tokenizer, 0)
+    assert not marker.exists()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_llama, tiny_data):
+    """A run with an adapter, and its export."""
+    from conftest import make_recipe
+
+    folder = tmp_path_factory.mktemp("finished")
+    train(read_recipe(make_recipe(folder, tiny_llama, tiny_data, max_steps=2)))
+    export(folder / "run")
+    return folder / "run"
+
+
+@pytest.mark.parametrize("harmless", [False, True])
+@pytest.mark.parametrize("part", ["model", "export"])
+def test_a_reward_model_that_is_a_pickle_is_refused(finished, tmp_path, part, harmless):
+    folder = shutil.copytree(finished / part, tmp_path / part)
+    name = "adapter_model.bin" if part == "model" else "pytorch_model.bin"
+    pickled(folder, name) if harmless else spring(folder, name)
+    with pytest.raises(RecipeError, match=CONVERT):
+        RewardModel.from_pretrained(folder)
+    with pytest.raises(RecipeError, match=CONVERT):
+        load_trained(str(folder), load_tokenizer(str(folder)))
+    assert not (folder / "sprung").exists()
+
+
+def test_a_repository_on_the_hub_that_is_a_pickle_is_refused(monkeypatch):
+    monkeypatch.setattr(weights, "_on_hub", lambda name, file, revision: file == "pytorch_model.bin")
+    with pytest.raises(RecipeError, match=f"'big/old' has its weights in pytorch_model.bin {CONVERT}"):
+        source.check_safetensors("big/old")
+
+
+def test_of_a_repository_that_cannot_be_asked_the_loader_speaks(monkeypatch):
+    def refuse(*_):
+        raise OSError("no such repository")
+
+    monkeypatch.setattr(weights, "_on_hub", refuse)
+    source.check_safetensors("nobody/nothing")
+
+
+# --- checkpoints -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def resumable(write_recipe, tmp_path):
+    """A trainer that is about to go on from a checkpoint, and its folder."""
+    train(read_recipe(write_recipe(max_steps=2, save_strategy="steps", save_steps=2)))
+    recipe = read_recipe(write_recipe(max_steps=4))
+    tokenizer, *splits, _ = load_data(recipe)
+    model, new = load_model(recipe, tokenizer)
+    trainer = make_trainer(recipe, tokenizer, model, new, *splits, settle_step(recipe, model, new, splits[0]))
+    trainer.create_optimizer_and_scheduler(4)
+    return trainer, tmp_path / "run" / "checkpoint-2"
+
+
+CHECKPOINT_FILES = {
+    "optimizer.pt": "_load_optimizer_and_scheduler",
+    "scheduler.pt": "_load_optimizer_and_scheduler",
+    "rng_state.pth": "_load_rng_state",
+    "adapter_model.bin": "_load_from_checkpoint",
+}
+
+
+def test_an_honest_checkpoint_is_read(resumable):
+    trainer, checkpoint = resumable
+    for load in CHECKPOINT_FILES.values():
+        getattr(trainer, load)(str(checkpoint))
+
+
+@pytest.mark.parametrize("name", CHECKPOINT_FILES)
+def test_a_checkpoint_that_hides_code_is_refused_in_one_message_and_runs_none(resumable, name):
+    trainer, checkpoint = resumable
+    marker = checkpoint / "sprung"
+    if name == "adapter_model.bin":
+        (checkpoint / "adapter_model.safetensors").unlink()
+    torch.save(Trap(marker), checkpoint / name)
+    with pytest.raises(TrainingError, match="checkpoint-2 holds something else than the numbers") as caught:
+        getattr(trainer, CHECKPOINT_FILES[name])(str(checkpoint))
+    assert caught.value.__suppress_context__
+    assert not marker.exists()
+    torch.load(checkpoint / name, weights_only=False)
+    assert marker.exists()  # the trap was set
+
+
+# --- code of a model's own -------------------------------------------------------------------
+
+
+def give_code(folder: Path, *, model_type: str | None = None) -> Path:
+    """Adds code of its own to a model's folder; returns what its import would write."""
+    marker = folder / "imported"
+    module = f"import pathlib\npathlib.Path({str(marker)!r}).touch()\n"
+    module += "from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\n"
+    module += "class C(LlamaConfig):\n    model_type = 'own'\nclass M(LlamaForCausalLM): pass\n"
+    module += "class T(PreTrainedTokenizerFast): pass\n"
+    (folder / "own.py").write_text(module)
+    classes = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "own.C", **dict.fromkeys(classes, "own.M")}
+    config["model_type"] = model_type or config["model_type"]
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer |= {"auto_map": {"AutoTokenizer": [None, "own.T"]}}
+    if model_type:
+        tokenizer["tokenizer_class"] = "T"
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    return marker
+
+
+@pytest.fixture
+def willing(monkeypatch, tmp_path):
+    """A user who says yes whenever transformers asks whether to run a model's code."""
+    asked = []
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "y")
+    return asked
+
+
+def test_the_code_that_is_given_would_run_if_it_were_trusted(base, willing):
+    marker = give_code(base, model_type="own")
+    AutoConfig.from_pretrained(base)
+    assert marker.exists()
+    assert willing
+
+
+def test_a_base_that_needs_code_of_its_own_is_refused_without_a_question(base, write_recipe, willing):
+    marker = give_code(base, model_type="own")
+    with pytest.raises(RecipeError, match="contains custom code"):
+        train(read_recipe(write_recipe(model_name_or_path=str(base))))
+    with pytest.raises(RecipeError, match="contains custom code"):
+        load_trained(str(base), None)
+    with pytest.raises(RecipeError, match="contains custom code"):
+        RewardModel.from_pretrained(base)
+    assert not marker.exists()
+    assert not willing
+
+
+def test_a_judge_of_a_kind_without_a_classifier_is_refused_without_a_question(base, willing):
+    """transformers knows Mamba's config, so that only the classifier is the model's own."""
+    tokenizer = load_tokenizer(str(base))
+    marker = give_code(base, model_type="mamba")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"id2label": {"0": "reward"}}))
+    with pytest.raises(RecipeError, match="contains custom code"):
+        load_trained(str(base), tokenizer)
+    assert not marker.exists()
+    assert not willing
+
+
+def test_an_sft_adapters_tokenizer_runs_no_code_of_its_own(base, tmp_path, willing):
+    tokenizer = load_tokenizer(str(base))
+    settings = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+    sft = tmp_path / "sft"
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings).save_pretrained(sft)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, sft / name)
+    marker = give_code(sft, model_type="own")
+    (sft / "config.json").unlink()
+    with pytest.raises(RecipeError, match="contains custom code"):
+        load_base(read_model(sft), tokenizer, 0)
+    assert not marker.exists()
+    assert not willing
+
+
+@pytest.mark.parametrize("kind", ["base", "sft"])
+def test_a_base_that_brings_code_is_trained_evaluated_and_exported_without_it(
+    base, write_recipe, tmp_path, willing, kind
+):
+    name = base
+    if kind == "sft":
+        name = tmp_path / "sft"
+        settings = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+        get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings).save_pretrained(name)
+        load_tokenizer(str(base)).save_pretrained(name)
+    marker = give_code(base)
+    recipe = write_recipe(model_name_or_path=str(name), max_steps=2)
+    assert run_cli("check", str(recipe), "--data").returncode == 0
+    train(read_recipe(recipe))
+    run = tmp_path / "run"
+    saved = (run / "recipe.yaml").read_text()
+    assert saved_values(run)["trust_remote_code"] is False
+    # As somebody else's run might have it.
+    (run / "recipe.yaml").write_text(saved.replace("trust_remote_code: false", "trust_remote_code: true"))
+    evaluate(str(run))
+    export(run)
+    for folder in (run, run / "export"):
+        assert RewardModel.from_pretrained(folder).score(ITEMS).shape == (1,)
+    AutoModelForSequenceClassification.from_pretrained(run / "export", trust_remote_code=True)
+    for folder in (run / "model", run / "export"):
+        assert "auto_map" not in (folder / "config.json").read_text()
+    assert not marker.exists()
+    assert not willing
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append(1) }}"]
+)
+def test_a_chat_template_reaches_nothing_but_the_conversation(base, template):
+    (base / "chat_template.jinja").write_text(template)
+    with pytest.raises(RecipeError, match="chat template fails"):
+        load_tokenizer(str(base))
+
+
+def test_asked_to_trust_a_models_code_a_recipe_is_refused(write_recipe):
+    with pytest.raises(RecipeError, match="'trust_remote_code: true': the export has to load with plain"):
+        read_recipe(write_recipe(), ["--trust_remote_code", "true"])

@@ -1,0 +1,176 @@
+"""The estimator is the mean over all subsets, and the curve finds a peak that is known."""
+
+from itertools import combinations
+from math import comb
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from rm_recipe.overoptimization.best_of_n import (
+    best_of_n,
+    curve,
+    fit,
+    kl,
+    mean_interval,
+    spread,
+    standardised,
+    weights,
+)
+
+
+def by_brute_force(proxy, values, n):
+    """The mean over all subsets of n; of replies that tie for the best each counts alike."""
+    means = []
+    for subset in combinations(range(len(proxy)), n):
+        best = max(proxy[i] for i in subset)
+        means.append(np.mean([values[i] for i in subset if proxy[i] == best]))
+    assert len(means) == comb(len(proxy), n)
+    return np.mean(means)
+
+
+# Few different rewards, so that many tie.
+FEW = arrays(float, (2, 7), elements=st.sampled_from([-1.5, 0.0, 0.25, 2.0]))
+MANY = arrays(float, (2, 7), elements=st.floats(-5, 5))
+
+
+@given(proxy=st.one_of(FEW, MANY), values=MANY)
+def test_it_is_the_mean_over_all_subsets(proxy, values):
+    found = best_of_n(proxy, values)
+    for prompt in range(2):
+        for n in range(1, 8):
+            expected = by_brute_force(proxy[prompt], values[prompt], n)
+            assert found[prompt, n - 1] == pytest.approx(expected, abs=1e-9)
+
+
+def test_one_is_the_mean_and_all_is_the_best():
+    proxy, gold = np.array([[0.0, 3.0, 1.0]]), np.array([[10.0, 20.0, 60.0]])
+    assert best_of_n(proxy, gold)[0, [0, -1]].tolist() == pytest.approx([30, 20])
+    assert best_of_n(proxy, proxy)[0, -1] == pytest.approx(3)
+
+
+@pytest.mark.parametrize("replies", [2, 32, 1000])
+def test_each_subset_has_one_best(replies):
+    found = weights(replies)
+    assert found.sum(axis=1) == pytest.approx(np.ones(replies))
+    assert (found >= 0).all()
+    assert found[1, -1] == pytest.approx(2 / replies)  # of pairs, those with the last reply
+
+
+def test_the_divergence_is_the_papers():
+    """log n - (n - 1) / n, which is that of the density n u^(n - 1) from the uniform one."""
+    u = (np.arange(200_000) + 0.5) / 200_000
+    for n in (1, 2, 16):
+        density = n * u ** (n - 1)
+        assert kl(n) == pytest.approx((density * np.log(density)).mean(), abs=1e-4)
+    assert kl(1) == 0
+
+
+def test_the_fit_finds_its_own_curve_again():
+    n = np.array([1, 2, 4, 8, 16, 32])
+    d = np.sqrt(kl(n))
+    alpha, beta = fit(n, d * (1.7 - 0.6 * d))
+    assert (alpha, beta) == pytest.approx((1.7, 0.6))
+
+
+def peaked(u):
+    """Gold as a function of the proxy's quantile: up to 0.9 the better, and then quickly the worse."""
+    return 3 * u**2 - 2.5 * u**12
+
+
+def expected_of_peaked(n):
+    """The mean of `peaked` over the best of n: of u^p it is n / (n + p)."""
+    return 3 * n / (n + 2) - 2.5 * n / (n + 12)
+
+
+def simulated(prompts, replies=64, seed=0, noise=0.5):
+    rng = np.random.default_rng(seed)
+    u = rng.uniform(size=(prompts, replies))
+    # The proxy's own scale and each prompt's zero are no matter.
+    return 5 * u + rng.normal(size=(prompts, 1)), peaked(u) + noise * rng.normal(size=u.shape)
+
+
+def test_a_peak_that_is_known_is_found():
+    proxy, gold = simulated(400)
+    found, sizes = curve(proxy, gold), np.arange(1, 65)
+    expected = expected_of_peaked(sizes) - expected_of_peaked(1)
+    assert expected.argmax() + 1 == 6
+    assert found.gain * spread(gold) == pytest.approx(expected, abs=0.05)
+    assert found.peak_ci95[0] <= 6 <= found.peak_ci95[1]
+    assert found.late_from == 16
+    assert found.late * spread(gold) == pytest.approx(expected[63] - expected[15], abs=0.05)
+    assert found.late_ci95[1] < 0
+    assert np.sqrt(kl(4)) < found.fitted_peak < np.sqrt(kl(9))
+    by_proxy = curve(proxy, proxy)
+    assert (np.diff(by_proxy.gain) > 0).all()
+    assert by_proxy.late_ci95[0] > 0
+    assert by_proxy.peak == 64
+
+
+def test_a_gold_that_agrees_does_not_peak():
+    proxy, _ = simulated(100)
+    gold = proxy + np.random.default_rng(1).normal(size=proxy.shape)
+    found = curve(proxy, gold)
+    assert found.late_ci95[0] > 0
+    assert found.low[-1] > 0
+
+
+@pytest.mark.parametrize(("prompts", "replies"), [(64, 32), (400, 64)])
+def test_a_gold_that_levels_off_is_not_taken_for_one_that_falls(prompts, replies):
+    """Though the fit, a parabola, bends down, and some n before the last has the largest gain by chance."""
+    falls = 0
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        u = rng.uniform(size=(prompts, replies))
+        falls += curve(u, np.minimum(u, 0.6) + 0.3 * rng.normal(size=u.shape)).late_ci95[1] < 0
+    assert falls <= 2  # of 20, of which 1 in 40 is to be expected
+
+
+@pytest.mark.parametrize(("prompts", "least"), [(20, 84), (40, 86), (100, 88)])
+def test_intervals_hold_what_is_true_about_as_often_as_they_say(prompts, least):
+    n, held = 16, 0
+    true = expected_of_peaked(n) - expected_of_peaked(1)
+    for seed in range(100):
+        proxy, gold = simulated(prompts, replies=32, seed=seed)
+        found, unit = curve(proxy, gold), spread(gold)
+        held += found.low[n - 1] * unit <= true <= found.high[n - 1] * unit
+    assert least <= held <= 100
+
+
+def test_a_unit_and_a_zero_of_rewards_are_no_matter():
+    proxy, gold = simulated(10)
+    offset = np.arange(10.0)[:, None]
+    one, other = curve(proxy, gold), curve(7 * proxy - offset, 100 * gold + offset)
+    assert one.gain == pytest.approx(other.gain)
+    assert one.as_dict()["fit"]["alpha"] == pytest.approx(other.as_dict()["fit"]["alpha"])
+
+
+def test_one_prompt_has_no_interval():
+    found = curve(*simulated(1)).as_dict()
+    assert found["gain_ci95"] is found["late_change"]["ci95"] is found["peak_n_ci95"] is None
+    assert len(found["gain"]) == 64
+
+
+def test_two_replies_are_too_few_for_a_fit():
+    found = curve(*simulated(20, replies=2)).as_dict()
+    assert found["fit"] == {"alpha": None, "beta": None, "peak_sqrt_kl": None}
+    assert found["late_change"]["from_n"] == 1
+    assert len(found["gain_ci95"]) == 2
+
+
+def test_equal_rewards_gain_nothing():
+    equal, gold = np.full((3, 8), 0.1), simulated(3, replies=8)[1]
+    assert spread(equal) == 0
+    assert (standardised(equal) == 0).all()
+    assert curve(equal, equal).gain.tolist() == [0.0] * 8
+    assert curve(equal, gold).gain == pytest.approx(np.zeros(8))  # any choice is a draw
+
+
+def test_a_mean_has_the_interval_of_its_prompts():
+    assert mean_interval([np.nan]) == {"mean": None, "ci95": None}
+    assert mean_interval([2.0, np.nan]) == {"mean": 2.0, "ci95": None}
+    found = mean_interval(np.random.default_rng(0).normal(3, 1, 200))
+    assert found["ci95"][0] < 3 < found["ci95"][1]
+    assert found["ci95"][1] - found["ci95"][0] == pytest.approx(4 / np.sqrt(200), rel=0.15)

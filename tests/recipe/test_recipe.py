@@ -1,0 +1,339 @@
+"""Recipes are parsed strictly, resolved for the device, and every fault is reported at once."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from trl import ModelConfig
+
+from rm_recipe.errors import RecipeError
+from rm_recipe.model import lora
+from rm_recipe.recipe import reader as recipe_module
+from rm_recipe.recipe.reader import Recipe, read_recipe, read_run_recipe, save_values, saved_values
+from rm_recipe.recipe.schema import DataArguments
+from rm_recipe.training.run_folder import changed_keys
+from rm_recipe.training.train import train
+
+SHIPPED = sorted((REPOSITORY / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_shipped_recipe_is_accepted_and_says_what_it_is_for(path):
+    recipe = read_recipe(path, check_inputs=False)
+    assert recipe.output_dir == Path("outputs") / path.stem
+    header = path.read_text(encoding="utf-8").split("\n\n")[0]
+    for part in ("# Purpose:", "# Needs:", f"rm_recipe train recipes/{path.name}"):
+        assert part in header
+
+
+def test_the_recipes_of_the_mission_are_there():
+    names = {path.stem for path in SHIPPED}
+    assert names >= {
+        "smollm2_offline", "minilm_offline", "tinyllama_hh_lora", "tinyllama_hh_qlora",
+        "tinyllama_hh_helpful", "tinyllama_hh_harmless", "distilbert_hh",
+    }  # fmt: skip
+    for name in names - {"smollm2_offline", "minilm_offline"}:
+        values = read_recipe(REPOSITORY / f"recipes/{name}.yaml", check_inputs=False).values
+        assert values["dataset_name"] == "Anthropic/hh-rlhf"
+        assert values["model_name_or_path"] in (
+            "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+            "distilbert/distilbert-base-uncased",
+        )
+
+
+def test_all_faults_come_in_one_message_each_with_its_place_and_fix(write_recipe):
+    path = write_recipe(
+        lerning_rate=1e-4, lora_r=True, lr_scheduler_type="cosin", max_length=-3, load_in_4bit=True,
+        load_in_8bit=True, hub_token="secret", dataset_test_split="train", truncation="cut",
+        trust_remote_code=True, use_dora=True,
+        report_to="no_such_tracker",
+    )  # fmt: skip
+    with path.open("a") as file:
+        file.write("seed: 1\n")
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(path, ["--num_train_epochs", "many", "--foo"])
+    message = str(caught.value)
+    for part in (
+        f"{path}: unknown key 'lerning_rate'. Did you mean 'learning_rate'?",
+        f"{path}: 'lora_r: True' should be a whole number",
+        "'lr_scheduler_type: cosin' is not one of",
+        "Did you mean 'cosine'?",
+        "'max_length: -3' must be above 0",
+        "'load_in_4bit' and 'load_in_8bit' cannot both be true",
+        "'trust_remote_code: true': the export has to load with plain transformers",
+        "'use_dora' reads weights that bitsandbytes 0.50 does not give in 8 bits",
+        "key 'hub_token' is not for a recipe",
+        "'dataset_test_split: train' must differ from 'dataset_train_split'",
+        "'truncation: cut' is not one of drop_oldest_turns, keep_end, exclude.",
+        "'report_to: no_such_tracker' is not one of none, all, azure_ml",
+        "key 'seed' is given twice",
+        "command line: 'num_train_epochs: many' should be a number",
+        "command line: --foo has no value",
+    ):
+        assert part in message
+    assert "secret" not in message
+
+
+def test_the_command_line_wins_over_the_file(write_recipe):
+    recipe = read_recipe(write_recipe(), ["--learning-rate", "3e-4", "--lora_target_modules=q_proj,v_proj"])
+    assert recipe.training.learning_rate == 3e-4
+    assert recipe.model.lora_target_modules == ["q_proj", "v_proj"]
+
+
+def test_a_number_in_scientific_notation_is_a_number(write_recipe):
+    """YAML 1.1 reads 1e-4 as text."""
+    path = write_recipe(learning_rate="omit")
+    path.write_text(path.read_text() + "learning_rate: 1e-4\n")
+    assert read_recipe(path).training.learning_rate == 1e-4
+
+
+def test_the_resolved_recipe_is_a_recipe_with_the_same_values(write_recipe, tmp_path):
+    recipe = read_recipe(write_recipe(lora_target_modules="all-linear"))
+    recipe.save(tmp_path / "resolved.yaml")
+    assert read_recipe(tmp_path / "resolved.yaml").resolved() == recipe.resolved()
+    assert {field.name for field in dataclasses.fields(DataArguments)} <= recipe.resolved().keys()
+
+
+def test_a_run_is_read_back_with_the_device_chosen_anew(write_recipe, tmp_path, monkeypatch):
+    run = tmp_path / "moved"
+    run.mkdir()
+    read_recipe(write_recipe(bf16=True)).save(run / "recipe.yaml")
+    monkeypatch.setattr(recipe_module, "_cpu_has_bf16", lambda: False)
+    again = read_run_recipe(run)
+    assert not again.training.bf16
+    assert again.output_dir == run
+
+
+@pytest.mark.parametrize(
+    ("native", "use_peft", "dtype"),
+    [(True, True, "bfloat16"), (True, False, "float32"), (False, True, "float32")],
+)
+def test_on_a_cpu_precision_follows_what_the_cpu_can_do(write_recipe, monkeypatch, native, use_peft, dtype):
+    monkeypatch.setattr(recipe_module, "_cpu_has_bf16", lambda: native)
+    recipe = read_recipe(write_recipe(bf16="omit", use_peft=use_peft))
+    assert recipe.training.bf16 is native
+    assert recipe.model.dtype == dtype
+
+
+def accelerated(monkeypatch, kind: str) -> None:
+    """A machine with such an accelerator, as torch names it."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device(kind))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: kind == "cuda")
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_a_gpu_is_used_in_bf16_where_it_has_that_and_in_fp16_elsewhere(monkeypatch, has_bf16):
+    accelerated(monkeypatch, "cuda")
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16 or including_emulation
+    )
+    values = recipe_module._device_values({"use_peft": True})
+    assert not values["use_cpu"]
+    assert (values["bf16"], values["fp16"]) == (has_bf16, not has_bf16)
+    assert values["dtype"] == ("bfloat16" if has_bf16 else "float16")
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_on_apples_gpu_it_is_bf16_or_fp32(monkeypatch, has_bf16):
+    """fp16 would need a gradient scaler, which is CUDA's."""
+    accelerated(monkeypatch, "mps")
+    monkeypatch.setattr("transformers.utils.is_torch_bf16_gpu_available", lambda: has_bf16)
+    values = recipe_module._device_values({"use_peft": True})
+    assert (values["use_cpu"], values["bf16"], values["fp16"]) == (False, has_bf16, False)
+    assert values["dtype"] == ("bfloat16" if has_bf16 else "float32")
+
+
+@pytest.mark.parametrize(("has_bf16", "half"), [(True, "bfloat16"), (False, "float16")])
+def test_a_quantised_base_computes_in_the_gpus_half_precision(monkeypatch, has_bf16, half):
+    """On a T4 that is fp16; `dtype: auto` would leave it to the checkpoint."""
+    accelerated(monkeypatch, "cuda")
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: has_bf16)
+    for asked in ({}, {"dtype": "auto"}):
+        values = recipe_module._device_values({"use_peft": True, "load_in_4bit": True, **asked})
+        config = ModelConfig(load_in_4bit=True, dtype=values["dtype"])
+        assert lora.settings(config, skip=[]).bnb_4bit_compute_dtype == getattr(torch, half)
+
+
+def test_bf16_asked_of_a_gpu_without_it_is_refused(monkeypatch):
+    accelerated(monkeypatch, "cuda")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    with pytest.raises(RecipeError, match="this GPU has no bfloat16"):
+        recipe_module._device_values({"bf16": True})
+
+
+def test_fp16_asked_of_a_cpu_is_refused():
+    with pytest.raises(RecipeError, match="leave 'fp16' out"):
+        recipe_module._device_values({"fp16": True, "use_cpu": True})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty"),
+        ("- a\n- b\n", "holds a list"),
+        ("a: [1,\n", "not valid YAML"),
+        ("a: !!python/object:os.system x\n", "not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, content, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    with pytest.raises(RecipeError, match=message):
+        read_recipe(path)
+
+
+def test_a_missing_recipe_names_the_nearest_one():
+    with pytest.raises(RecipeError, match=r"no such recipe. Did you mean .*smollm2_offline\.yaml"):
+        read_recipe(REPOSITORY / "recipes" / "smollm_offline.yaml")
+
+
+def test_missing_inputs_are_named_before_anything_is_loaded(write_recipe):
+    path = write_recipe(model_name_or_path="./no/model", dataset_name="none.jsonl")
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(path)
+    assert "'model_name_or_path: ./no/model' does not exist" in str(caught.value)
+    assert "'dataset_name: none.jsonl' does not exist" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["smollm2_offline", "minilm_offline"])
+def test_the_offline_recipes_say_how_their_inputs_are_made(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(REPOSITORY / "recipes" / f"{name}.yaml")
+    assert str(caught.value).count("run `rm-recipe prepare offline`") == 2  # the base and the comparisons
+
+
+@settings(max_examples=60)
+@given(
+    st.dictionaries(
+        st.sampled_from(["seed", "learning_rate", "bf16", "optim", "lora_r", "debug", "x", "fsdp_config"]),
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.integers()),
+    )
+)
+def test_whatever_a_recipe_holds_it_is_read_or_refused(values):
+    path = Path(os.environ.get("TMPDIR", "/tmp")) / f"fuzz-{os.getpid()}.yaml"
+    path.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
+    try:
+        with pytest.raises(RecipeError) as caught:  # at the least, model and data are missing
+            read_recipe(path)
+        assert "model_name_or_path" in str(caught.value) or "holds" in str(caught.value) or not values
+    finally:
+        path.unlink()
+
+
+@pytest.mark.parametrize("kind", ["xpu", "npu"])
+def test_what_torch_calls_an_accelerator_is_trained_on(monkeypatch, kind):
+    accelerated(monkeypatch, "privateuseone" if kind == "npu" else kind)
+    for has_bf16 in (True, False):
+        monkeypatch.setattr(recipe_module, "_gpu_has_bf16", lambda has_bf16=has_bf16: has_bf16)
+        values = recipe_module._device_values({})
+        assert (values["use_cpu"], values["bf16"], values["fp16"]) == (False, has_bf16, not has_bf16)
+
+
+def test_the_adapters_dropout_is_recorded_as_it_is(write_recipe, tmp_path):
+    """TRL's `disable_dropout`, on by default, leaves none, whatever `lora_dropout` says."""
+    assert read_recipe(write_recipe()).resolved()["lora_dropout"] == 0.0
+    with_it = read_recipe(write_recipe(disable_dropout=False))
+    assert with_it.resolved()["lora_dropout"] == with_it.model.lora_dropout == 0.05
+    run = tmp_path / "before"
+    run.mkdir()
+    recipe = read_recipe(write_recipe())
+    recipe.model.lora_dropout = 0.05  # as it was recorded once
+    recipe.save(run / "recipe.yaml")
+    assert saved_values(run)["lora_dropout"] == 0.0
+
+
+def as_before(path: Path, recipe: Recipe, **keys: Any) -> Path:
+    """A resolved recipe as older code wrote it, with every field of TRL's."""
+    older = {
+        "do_train": False,
+        "do_eval": False,
+        "do_predict": False,
+        "local_rank": -1,
+        "lora_dropout": 0.05,
+        "dtype": "bfloat16",
+    }
+    recipe.save(path)
+    save_values(path, yaml.safe_load(path.read_text()) | older | keys)
+    return path
+
+
+def test_what_an_older_release_resolved_is_read_with_what_it_really_did(write_recipe, tmp_path):
+    recipe = read_recipe(write_recipe())
+    path = as_before(tmp_path / "saved.yaml", recipe)
+    again = read_recipe(path, ["--max_steps", "3"])
+    assert again.training.max_steps == 3
+    assert again.resolved() == recipe.resolved() | {"max_steps": 3, "dtype": "bfloat16"}
+    assert again.notes == []
+
+
+def test_what_an_older_release_let_in_without_effect_is_left_out_of_its_run_and_named(write_recipe, tmp_path):
+    path = as_before(tmp_path / "saved.yaml", read_recipe(write_recipe()), bf16_full_eval=True)
+    recipe = read_recipe(path)
+    assert not recipe.training.bf16_full_eval
+    assert recipe.notes == [
+        "'bf16_full_eval: true' is left out: evaluation computes as training does: 'bf16: true'"
+    ]
+    text = path.read_text().partition("\n")[2]
+    path.write_text(text)  # without the line that says whose it is, it is a user's
+    with pytest.raises(RecipeError, match="'bf16_full_eval: true': evaluation computes"):
+        read_recipe(path)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"use_peft": False},
+        {"warmup_steps": 3},
+        {"early_stopping_patience": 2, "save_strategy": "omit"},
+        {"load_best_model_at_end": True, "save_strategy": "epoch"},
+        {"fsdp": "full_shard"},
+        {"fsdp": True},
+        {"save_strategy": "best", "metric_for_best_model": "margin", "eval_strategy": "epoch"},
+        {"report_to": None},
+        {"train_sampling_strategy": "sequential"},
+        {"load_in_4bit": True},
+        {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"},
+        {"max_steps": 2},
+    ],
+    ids=str,
+)
+def test_every_runs_recipe_can_be_trained_with_again(write_recipe, tmp_path, keys):
+    recipe = read_recipe(write_recipe(**keys))
+    recipe.save(tmp_path / "saved.yaml")
+    again = read_recipe(tmp_path / "saved.yaml")
+    assert again.resolved() == recipe.resolved()
+    assert again.notes == []
+
+
+def test_a_recipe_trained_in_full_is_recorded_as_fp32_and_that_is_said_once(write_recipe, tmp_path, capsys):
+    recipe = read_recipe(write_recipe(use_peft=False, dtype="bfloat16", max_steps=1))
+    assert recipe.model.dtype == "float32"
+    train(recipe)
+    said = "dtype: float32, not bfloat16: weights that are trained in full are kept in fp32"
+    assert capsys.readouterr().out.count(said) == 1
+    run = tmp_path / "run"
+    assert saved_values(run)["dtype"] == "float32"
+    (run / "recipe.yaml").write_text(
+        (run / "recipe.yaml").read_text().replace("dtype: float32", "dtype: bfloat16")
+    )
+    assert changed_keys(recipe, run) == []  # older code recorded what was asked for
+    assert read_recipe(write_recipe(dtype="bfloat16")).notes == []
+
+
+def test_a_shipped_recipe_is_found_by_its_name_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("smollm2_offline.yaml", "recipes/smollm2_offline.yaml"):
+        assert read_recipe(name, check_inputs=False).path == REPOSITORY / "recipes" / "smollm2_offline.yaml"
+    with pytest.raises(RecipeError, match="elsewhere/smollm2_offline.yaml: no such recipe"):
+        read_recipe("elsewhere/smollm2_offline.yaml")
+    own = tmp_path / "smollm2_offline.yaml"
+    own.write_text("model_name_or_path: a/b\ndataset_name: c/d\n")
+    assert read_recipe(own.name).model.model_name_or_path == "a/b"

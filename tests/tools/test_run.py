@@ -1,0 +1,305 @@
+"""The main job, through the real command line and `accelerate launch`, on the tiny model."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import REPOSITORY, run_cli, write_jsonl
+
+from rm_recipe import RewardModel
+from rm_recipe.errors import RecipeError
+from rm_recipe.evaluation.evaluate import evaluate
+from rm_recipe.recipe.reader import read_recipe
+from rm_recipe.tools import pipeline
+from rm_recipe.training.checkpoints import fault_of
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_llama, tiny_data):
+    """`rm-recipe run` once; the folder it worked in and what it printed."""
+    folder = tmp_path_factory.mktemp("job")
+    (folder / "tiny.yaml").write_text(
+        f"model_name_or_path: {tiny_llama}\ndataset_name: {tiny_data}\nuse_peft: true\nlora_r: 4\n"
+        "max_length: 128\nnum_train_epochs: 2\nlearning_rate: 1e-2\ngradient_checkpointing: false\n"
+        "use_cpu: true\nsave_steps: 8\n"
+    )
+    result = run_cli("run", "tiny.yaml", "--seed", "1", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return folder, result
+
+
+def test_a_recipe_becomes_a_run_an_evaluation_and_an_export(finished):
+    folder = finished[0] / "outputs" / "tiny"
+    present = {path.name for path in folder.iterdir()}
+    assert present >= {
+        "recipe.yaml", "run.json", "data_report.json", "model", "evaluation.json", "predictions.jsonl",
+        "export", "checkpoint-16",
+    }  # fmt: skip
+    assert json.loads((folder / "evaluation.json").read_text())["datasets"]["held_out"]["accuracy"] > 0.9
+    assert "seed: 1" in (folder / "recipe.yaml").read_text()
+
+
+def test_it_ends_with_the_accuracy_its_interval_where_things_are_and_what_to_try(finished):
+    printed = finished[1].stdout
+    for stage in ("[train] tiny.yaml", "[evaluate]", "[export]"):
+        assert stage in printed
+    summary = printed[printed.index("Preference accuracy") :]
+    for part in (
+        "95 % interval", "Target 0.65 reached", "Trained in", "outputs/tiny/export", "outputs/tiny/model",
+        "outputs/tiny/evaluation.json", "rm-recipe score", "rm-recipe evaluate", "rm-recipe run",
+    ):  # fmt: skip
+        assert part in summary
+    assert max(map(len, summary.splitlines())) <= 80
+    assert "Traceback" not in finished[1].stderr
+
+
+@pytest.mark.parametrize(("use_cpu", "config"), [(True, "cpu.yaml"), (False, "single_gpu.yaml")])
+def test_training_goes_through_accelerate_with_a_configuration_of_ours(monkeypatch, use_cpu, config):
+    commands = []
+
+    class Process:
+        def __init__(self, command, **_):
+            commands.append(command)
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr(pipeline.subprocess, "Popen", Process)
+    recipe = SimpleNamespace(training=SimpleNamespace(use_cpu=use_cpu))
+    pipeline.launch_training(recipe, Path("r.yaml"), ["--seed", "1"], "--resume")
+    path = REPOSITORY / "accelerate_configs" / config
+    assert path.is_file()
+    assert commands[0][1:3] == ["-m", "accelerate.commands.launch"]
+    assert commands[0][commands[0].index("--config_file") + 1] == str(path)
+    assert commands[0][-7:] == ["-m", "rm_recipe", "train", "r.yaml", "--seed", "1", "--resume"]
+
+
+def test_a_mixture_of_pairs_and_rankings_with_margins_goes_all_the_way(finished, tmp_path, tiny_data):
+    """One file of rankings and one of pairs, no test split: held out by prompt."""
+    pairs = [
+        {**json.loads(line), "strength": ("better", "much better")[n % 2]}
+        for n, line in enumerate((tiny_data / "train.jsonl").open())
+    ]
+    rankings = [
+        {
+            "prompt": f"hello {n}",
+            "responses": ["cat good good", "dog bad bad", "no bad bad"],
+            "ranks": [1, 2, 2],
+            "strength": "better",
+        }
+        for n in range(40)
+    ]
+    entries = [
+        {"path": str(write_jsonl(tmp_path / f"{name}.jsonl", rows))}
+        for name, rows in (("pairs", pairs), ("rankings", rankings))
+    ]
+    result = run_cli(
+        "run", "tiny.yaml", "--output_dir", str(tmp_path / "r"), "--dataset_name", "null",
+        "--datasets", json.dumps(entries), "--test_split_size", "0.3",
+        "--margin_column", "strength", "--margin_map", "{better: 0.5, much better: 1}", cwd=finished[0],
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "r" / "data_report.json").read_text())
+    train, test = report["splits"]["train"], report["splits"]["test"]
+    assert train["rows"] == 104
+    assert train["pairs"] > train["comparisons"]
+    figures = json.loads((tmp_path / "r" / "evaluation.json").read_text())["datasets"]["held_out"]
+    assert figures["n_scored"] == test["comparisons"] == 104 - train["comparisons"]
+    assert figures["accuracy"] > 0.9
+    assert set(figures["subsets"]) == {f"{tmp_path.name}/{name}.jsonl" for name in ("pairs", "rankings")}
+
+
+def test_leakage_ends_a_run_with_exit_code_2_and_nothing_started(finished, tmp_path, tiny_data):
+    for name in ("train", "test"):
+        shutil.copy(tiny_data / "train.jsonl", tmp_path / f"{name}.jsonl")
+    result = run_cli(
+        "run", "tiny.yaml", "--dataset_name", str(tmp_path), "--output_dir", str(tmp_path / "r"),
+        cwd=finished[0],
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "64 of 64 train comparisons (row 1, 2, 3, 4, 5 ...) have a prompt that is also" in result.stderr
+    assert not (tmp_path / "r").exists()
+
+
+def test_data_that_cannot_be_used_ends_a_run_with_exit_code_2(finished, tmp_path):
+    result = run_cli(
+        "run", "tiny.yaml", "--max_length", "600", "--output_dir", str(tmp_path / "r"), cwd=finished[0]
+    )
+    assert result.returncode == 2
+    assert "has 512 positions" in result.stderr
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_run_that_was_evaluated_elsewhere_first_is_still_evaluated(finished, tmp_path):
+    folder, _ = finished
+    shutil.copytree(folder / "outputs" / "tiny", tmp_path / "copy")
+    evaluation = json.loads((tmp_path / "copy" / "evaluation.json").read_text())
+    evaluation["datasets"] = {"other": evaluation["datasets"]["held_out"]}
+    (tmp_path / "copy" / "evaluation.json").write_text(json.dumps(evaluation))
+    result = run_cli("run", "tiny.yaml", "--seed", "1", "--output_dir", str(tmp_path / "copy"), cwd=folder)
+    assert result.returncode == 0, result.stderr
+    after = json.loads((tmp_path / "copy" / "evaluation.json").read_text())
+    assert set(after["datasets"]) == {"other", "held_out"}
+
+
+def test_a_second_run_skips_what_is_finished_and_says_so(finished):
+    folder, _ = finished
+    before = (folder / "outputs/tiny/run.json").stat().st_mtime_ns
+    again = run_cli("run", "tiny.yaml", "--seed", "1", cwd=folder)
+    assert again.returncode == 0
+    assert again.stdout.count("finished already, skipped") == 3
+    assert (folder / "outputs/tiny/run.json").stat().st_mtime_ns == before
+
+
+def test_another_gate_is_judged_anew_and_another_sample_evaluated_without_training(
+    finished, tmp_path, monkeypatch, capsys
+):
+    run_folder = shutil.copytree(finished[0] / "outputs" / "tiny", tmp_path / "run")
+    monkeypatch.chdir(finished[0])
+    monkeypatch.setattr(pipeline, "launch_training", None)
+    monkeypatch.setattr(pipeline, "print_export", lambda _: None)
+    exported = []
+    monkeypatch.setattr("rm_recipe.exporting.export.export", lambda *_, **__: exported.append(1))
+    before = json.loads((run_folder / "evaluation.json").read_text())
+    keys = ["--seed", "1", "--output_dir", str(run_folder)]
+    pipeline.run(Path("tiny.yaml"), [*keys, "--target_accuracy", "0.999"])
+    judged = json.loads((run_folder / "evaluation.json").read_text())
+    assert judged["datasets"] == before["datasets"]
+    assert (judged["gate"]["target"], judged["gate"]["passed"]) == (0.999, False)
+    assert "[evaluate] the gate alone" in capsys.readouterr().out
+    pipeline.run(Path("tiny.yaml"), [*keys, "--target_accuracy", "0.999", "--max_eval_samples", "10"])
+    again = json.loads((run_folder / "evaluation.json").read_text())
+    assert again["datasets"]["held_out"]["n_scored"] == 10
+    assert len(exported) == 2
+    evaluate(str(run_folder))  # by the run's own recipe, which says so from now on
+    assert json.loads((run_folder / "evaluation.json").read_text()) == again
+
+
+def test_a_run_that_is_gone_on_with_on_other_data_ends_with_exit_code_2(finished, tmp_path, tiny_data):
+    copy = shutil.copytree(tiny_data, tmp_path / "data")
+    run_folder = shutil.copytree(finished[0] / "outputs" / "tiny", tmp_path / "run")
+    (run_folder / "run.json").unlink()
+    kept = (run_folder / "recipe.yaml").read_text()
+    (run_folder / "recipe.yaml").write_text(kept.replace(str(tiny_data), str(copy)))
+    rows = (copy / "train.jsonl").read_text().splitlines(keepends=True)
+    (copy / "train.jsonl").write_text("".join(rows[1:]))
+    recipe = read_recipe(
+        finished[0] / "tiny.yaml", ["--output_dir", str(run_folder), "--dataset_name", str(copy)]
+    )
+    with pytest.raises(RecipeError, match="the train comparisons are not those that .* was started with"):
+        pipeline.examine_data(recipe, resume=True)
+    pipeline.examine_data(recipe, resume=False)
+
+
+def test_an_export_of_another_evaluation_or_without_its_proof_is_made_again(finished, tmp_path):
+    """A push would upload results that are not those of the run, or be refused."""
+    run_folder = shutil.copytree(finished[0] / "outputs" / "tiny", tmp_path / "run")
+    assert pipeline.is_exported(run_folder)
+    proof, evaluation = run_folder / "export" / "proof.json", run_folder / "evaluation.json"
+    kept = {path: path.read_text() for path in (proof, evaluation)}
+    for path, content in (
+        (evaluation, json.dumps({**json.loads(kept[evaluation]), "model": "another"})),
+        (proof, json.dumps({key: value for key, value in json.loads(kept[proof]).items() if key != "files"})),
+        (
+            proof,
+            json.dumps(json.loads(kept[proof]) | {"contracts": {"transformers": True}}),
+        ),  # an older one's
+        (proof, "{"),
+    ):
+        path.write_text(content)
+        assert not pipeline.is_exported(run_folder)
+        path.write_text(kept[path])
+    assert pipeline.is_exported(run_folder)
+
+
+def test_a_run_of_another_recipe_is_not_overwritten_unasked(finished):
+    result = run_cli("run", "tiny.yaml", "--seed", "2", cwd=finished[0])
+    assert result.returncode == 2
+    assert "holds a run of another recipe (seed differ)" in result.stderr
+
+
+def test_a_file_of_responses_is_scored(finished):
+    folder, _ = finished
+    items = [
+        {"prompt": "hello 3 cat", "response": text, "id": i}
+        for i, text in enumerate(("good good", "bad bad"))
+    ]
+    write_jsonl(folder / "in.jsonl", items)
+    result = run_cli(
+        "score", "outputs/tiny/export", "--input", "in.jsonl", "--output", "out.jsonl", cwd=folder
+    )
+    assert result.returncode == 0
+    scored = [json.loads(line) for line in (folder / "out.jsonl").open()]
+    assert [{k: v for k, v in row.items() if k != "reward"} for row in scored] == items
+    assert scored[0]["reward"] > scored[1]["reward"]
+    one = run_cli(
+        "score", "outputs/tiny/export", "--prompt", "hello 3 cat", "--response", "good good", cwd=folder
+    )
+    assert float(one.stdout) == pytest.approx(scored[0]["reward"], abs=1e-3)
+    assert RewardModel.from_pretrained(folder / "outputs/tiny/export").score(items)[0] == pytest.approx(
+        scored[0]["reward"], abs=1e-4
+    )
+
+
+def test_under_accelerate_launch_a_bad_recipe_prints_our_message_once(finished):
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(REPOSITORY / "accelerate_configs" / "cpu.yaml")]
+    command += ["-m", "rm_recipe", "train", "tiny.yaml", "--lerning_rate", "1"]
+    result = subprocess.run(command, cwd=finished[0], capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert result.stderr.count("unknown key 'lerning_rate'") == 1
+
+
+@pytest.mark.usefixtures("as_in_a_terminal")
+def test_a_signal_is_passed_on_and_a_second_one_as_well(monkeypatch):
+    """To a process that answers the first by finishing something long."""
+    program = (
+        "import signal, sys, time\n"
+        "heard = []\n"
+        "signal.signal(signal.SIGTERM, lambda *_: heard.append(1) if not heard else sys.exit(7))\n"
+        "print('ready', flush=True)\n"
+        "while True: time.sleep(0.1)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        threading.Timer(1, os.kill, [os.getpid(), signal.SIGINT]).start()  # the user's second
+        wait, waited = process.wait, []
+        monkeypatch.setattr(process, "wait", lambda: (waited.append(1), wait())[1])
+        pipeline.pass_on(signal.SIGTERM, process)
+        assert process.returncode == 7
+        assert len(waited) == 2
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_training_saves_and_says_how_to_go_on(finished, tmp_path, number, code):
+    folder, _ = finished
+    where = ["--output_dir", str(tmp_path / "run")]
+    arguments = ["tiny.yaml", *where, "--num_train_epochs", "500", "--save_steps", "100000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rm_recipe", "run", *arguments, "--logging_steps", "1"],
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.lstrip("\r").startswith("step "):  # it is at it
+            break
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    (saved,) = (tmp_path / "run").glob("checkpoint-*")
+    step = saved.name.rpartition("-")[2]
+    assert fault_of(saved) is None
+    assert err.count("rm-recipe: finishing this step and saving it; Ctrl-C again stops at once\n") == 1
+    assert err[-1000:].endswith(
+        f"rm-recipe: interrupted after step {step} of 4000, which is saved in {saved}\n"
+        f"rm-recipe: go on with: rm-recipe run {' '.join(arguments)} --logging_steps 1\n"
+    )
+    assert "Traceback" not in err
+    assert not (tmp_path / "run" / "run.json").exists()

@@ -1,0 +1,482 @@
+"""Several processes learn what one does, score each comparison once, and get what was asked for.
+
+What is launched is `accelerate launch` with the files of `accelerate_configs/`, two processes over gloo.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from accelerate.utils.other import get_free_port
+from conftest import REPOSITORY, make_recipe, make_rows, write_jsonl
+from safetensors.torch import load_file
+
+from rm_recipe.errors import RecipeError
+from rm_recipe.evaluation.evaluate import evaluate
+from rm_recipe.evaluation.findings import HELD_OUT
+from rm_recipe.processes import each_once
+from rm_recipe.recipe.reader import read_recipe
+from rm_recipe.scoring import RewardModel
+from rm_recipe.training.checkpoints import fault_of
+from rm_recipe.training.distributed import check_sharding, keep_precision
+from rm_recipe.training.train import train
+
+CONFIGS = {path.stem: path for path in (REPOSITORY / "accelerate_configs").glob("*.yaml")}
+SHARDED = Path(__file__).parent / "two_ranks_sharded.py"
+ENDING = Path(__file__).parent / "two_ranks_ending.py"
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
+)
+
+
+def start(config: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`accelerate launch` with one of the configurations; options of its own come first."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS[config])]
+    try:
+        return subprocess.run(
+            [*command, *arguments], capture_output=True, text=True, check=False, cwd=REPOSITORY, timeout=200,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as expired:
+        pytest.fail(f"no end after 200 s; so far: {(expired.stderr or b'').decode()[-3000:]}", pytrace=False)
+
+
+def launch(config: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`start` that has to end well."""
+    result = start(config, *arguments)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+def logged(run: Path, key: str) -> list[float]:
+    log = json.loads((run / "run.json").read_text())["log"]
+    return [entry[key] for entry in log if key in entry]
+
+
+def assert_same(ours: Path, theirs: Path, keys: tuple[str, ...], tolerance: float) -> None:
+    for key in keys:
+        assert logged(ours, key) == pytest.approx(logged(theirs, key), abs=tolerance), key
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model" / "adapter_model.safetensors")
+
+
+def difference(a: Path, b: Path) -> float:
+    """The largest one between two runs' adapters and heads."""
+    ours, theirs = weights(a), weights(b)
+    assert ours.keys() == theirs.keys()
+    assert {value.dtype for value in ours.values()} == {torch.float32}
+    return max((ours[key] - theirs[key]).abs().max().item() for key in ours)
+
+
+class Runs:
+    """Trainings of one recipe: 64 comparisons at 8 a step, 39 held out, in fp32 unless said otherwise."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder, self.model = folder, model
+        self.data(folder / "data", make_rows(64, seed=1))
+
+    def data(self, folder: Path, rows: list[dict]) -> Path:
+        write_jsonl(folder / "train.jsonl", rows)
+        write_jsonl(folder / "test.jsonl", make_rows(39, seed=2))
+        return folder
+
+    def recipe(self, name: str, **keys) -> Path:
+        (self.folder / name).mkdir()
+        keys = {"num_train_epochs": 1, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 4, **keys}
+        if keys["eval_strategy"] == "no":
+            del keys["eval_steps"]
+        if "max_steps" in keys:
+            del keys["num_train_epochs"]
+        return make_recipe(self.folder / name, self.model, self.folder / "data", **keys)
+
+    def alone(self, name: str, **keys) -> Path:
+        """The run folder of one process."""
+        train(read_recipe(self.recipe(name, **keys)))
+        return self.folder / name / "run"
+
+    def together(self, name: str, **keys) -> Path:
+        """The run folder of two processes under DDP."""
+        recipe = self.recipe(name, per_device_train_batch_size=4, **keys)
+        launch("cpu_two_processes", "-m", "rm_recipe", "train", str(recipe))
+        return self.folder / name / "run"
+
+    def sharded(self, name: str, config: str, **keys) -> tuple[Path, list[dict]]:
+        """The run folder of two processes under FSDP2 or DeepSpeed, and what each found its model to be."""
+        recipe = self.recipe(name, per_device_train_batch_size=4, **keys)
+        launch(config, "--num_processes", "2", str(SHARDED), str(recipe))
+        found = [torch.load(self.folder / name / f"rank-{rank}.pt") for rank in (0, 1)]
+        return self.folder / name / "run", found
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_llama):
+    return Runs(tmp_path_factory.mktemp("runs"), tiny_llama)
+
+
+@pytest.fixture(scope="module")
+def one(runs):
+    return runs.alone("one")
+
+
+@pytest.fixture(scope="module")
+def two(runs):
+    return runs.together("two")
+
+
+# --- accelerate_configs/ -------------------------------------------------------------------------
+
+
+def parsed(name: str, *arguments: str):
+    """What Accelerate makes of a configuration, checked by its launcher: its file, the arguments."""
+    command = ["--config_file", str(CONFIGS[name]), *arguments, "-m", "rm_recipe", "train", "x.yaml"]
+    args, file, _ = _validate_launch_command(launch_command_parser().parse_args(command))
+    return file, args
+
+
+def test_the_configurations_are_those_that_the_readme_names():
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^\| `(\w+)\.yaml` \|", readme, re.MULTILINE))
+    assert named == set(CONFIGS)
+
+
+@pytest.mark.parametrize(
+    ("name", "processes", "machines", "kind"),
+    [
+        ("cpu", 1, 1, "NO"),
+        ("cpu_two_processes", 2, 1, "MULTI_GPU"),
+        ("single_gpu", 1, 1, "NO"),
+        ("multi_gpu", 8, 1, "MULTI_GPU"),
+        ("fsdp", 8, 1, "FSDP"),
+        ("deepspeed_zero3", 8, 1, "DEEPSPEED"),
+        ("multi_node", 16, 2, "MULTI_GPU"),
+    ],
+)
+def test_each_configuration_starts_the_processes_that_its_name_says(
+    name, processes, machines, kind, monkeypatch
+):
+    file = load_config_from_file(str(CONFIGS[name]))
+    assert file.distributed_type.value == kind
+    assert file.use_cpu is name.startswith("cpu")
+    assert file.mixed_precision == "no"  # the recipe decides
+    _, args = parsed(name)
+    assert (args.num_processes, args.num_machines) == (processes, machines)
+    if kind == "DEEPSPEED":
+        args.deepspeed_fields_from_accelerate_config = ""
+        prepare_deepspeed_cmd_env(args)
+    elif processes > 1:
+        monkeypatch.setattr("accelerate.utils.launch.is_port_in_use", lambda port: False)
+        prepare_multi_gpu_env(args)
+    if processes > 1:
+        assert int(args.nproc_per_node) * machines == processes
+
+
+@pytest.mark.parametrize("path", CONFIGS.values(), ids=CONFIGS)
+def test_the_command_in_each_header_names_the_file_and_a_recipe_that_parses(path):
+    commands = re.findall(r"^#   (accelerate launch .*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(commands) == (2 if path.stem == "multi_node" else 1)
+    for command in commands:
+        words = shlex.split(command)[2:]
+        assert words[:2] == ["--config_file", f"accelerate_configs/{path.name}"]
+        verb = words.index("rm_recipe")
+        launch_command_parser().parse_args([*words[: verb + 1], "train"])
+        recipe = read_recipe(REPOSITORY / words[verb + 2], words[verb + 3 :], check_inputs=False)
+        # The recipe's comparisons a step stay, whatever the number of processes.
+        assert verb > 4 or path.stem in ("cpu", "single_gpu", "cpu_two_processes")
+        if "--num_processes" in words or path.stem == "multi_node":
+            number = 16 if path.stem == "multi_node" else 2
+            size = recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps
+            assert size * number == 64
+
+
+def test_fsdp_is_fsdp2_that_can_save_what_it_has_trained(monkeypatch):
+    for key, value in prepare_multi_gpu_env(parsed("fsdp")[1]).items():
+        if "FSDP" in key:
+            monkeypatch.setenv(key, value)
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2
+    assert plugin.reshard_after_forward is True
+    assert plugin.state_dict_type.name == "FULL_STATE_DICT"
+    assert not plugin.cpu_ram_efficient_loading
+    assert not plugin.activation_checkpointing
+    keep_precision(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)), training=None)
+    plugin.set_mixed_precision("bf16")  # as Accelerate does where nothing is set
+    assert plugin.mixed_precision_policy.param_dtype is None
+    assert plugin.mixed_precision_policy.output_dtype is None
+
+
+def test_deepspeed_is_zero3_with_autocast_in_place_of_a_bf16_model(monkeypatch):
+    args = parsed("deepspeed_zero3")[1]
+    args.deepspeed_fields_from_accelerate_config = ""
+    for key, value in prepare_deepspeed_cmd_env(args)[1].items():
+        if "DEEPSPEED" in key:
+            monkeypatch.setenv(key, value)
+    plugin = DeepSpeedPlugin()
+    plugin.set_mixed_precision("bf16")
+    assert not plugin.zero3_init_flag
+    assert plugin.deepspeed_config["bf16"] == {"enabled": True}
+    state = SimpleNamespace(deepspeed_plugin=plugin)
+    assert keep_precision(SimpleNamespace(state=state), SimpleNamespace(bf16=True, fp16=False))
+    config = plugin.deepspeed_config
+    assert config["zero_optimization"]["stage"] == 3
+    assert config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
+    assert config["torch_autocast"]["dtype"] == "bfloat16"
+    assert not config["bf16"]["enabled"]
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def test_two_processes_learn_what_one_does_at_the_same_batch(one, two):
+    assert json.loads((two / "run.json").read_text())["processes"] == 2
+    assert len(logged(two, "loss")) == 8
+    assert_same(two, one, ("loss", "accuracy", "margin", "num_tokens"), 1e-5)
+    assert difference(two, one) <= 1e-5
+
+
+def test_nothing_but_torch_holds_the_process_group_when_it_is_destroyed(runs):
+    """DDP, freed later, would now and then wait for ever for a thread that waits for it."""
+    recipe = runs.recipe("ending", per_device_train_batch_size=4, max_steps=2)
+    launch("cpu_two_processes", str(ENDING), str(recipe))
+    assert [(recipe.parent / f"rank-{rank}.txt").read_text() for rank in (0, 1)] == ["0", "0"]
+
+
+def test_two_processes_that_fail_in_training_end_with_one_message(runs):
+    """Both have the loss of both, so both stop; neither waits for the other."""
+    recipe = runs.recipe("failing", per_device_train_batch_size=4, learning_rate=1e30, max_grad_norm=0)
+    result = start("cpu_two_processes", "-m", "rm_recipe", "train", str(recipe))
+    assert result.returncode != 0
+    assert result.stderr.count("rm-recipe: the loss is not a finite number in step") == 1
+
+
+def stop(recipe: Path, signalled: str) -> tuple[float, int, str]:
+    """Two processes at work are told to stop: seconds until they have, the launcher's code, what was said.
+
+    Args:
+        signalled: `launcher`, or the rank that alone hears of it.
+    """
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    command += [str(CONFIGS["cpu_two_processes"]), "-m", "rm_recipe", "train", str(recipe)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        for line in process.stdout:
+            if line.startswith("{'loss'"):
+                break
+        launcher = psutil.Process(process.pid)
+        ranks = {child.environ().get("RANK"): child for child in launcher.children()}
+        ranks.get(signalled, launcher).send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        _, err = process.communicate(timeout=60)
+        return time.monotonic() - began, process.returncode, err
+
+
+LONG = {"per_device_train_batch_size": 4, "num_train_epochs": 60, "eval_strategy": "no"}
+
+
+@pytest.mark.parametrize("signalled", ["launcher", "1"])
+def test_two_processes_that_are_told_to_stop_save_once_and_leave_together(runs, signalled):
+    """A launcher kills after 30 seconds what has not ended."""
+    recipe = runs.recipe(f"stopped-{signalled}", **LONG)
+    seconds, code, err = stop(recipe, signalled)
+    assert code != 0
+    assert seconds < 30
+    (saved,) = (recipe.parent / "run").glob("checkpoint-*")
+    assert fault_of(saved) is None
+    assert {path.name for path in saved.glob("rng*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+    said = f"rm-recipe: interrupted after step {saved.name[11:]} of 480, which is saved in {saved}\n"
+    assert err.count(said + "go on with the same `accelerate launch` and --resume\n") == 1
+
+
+@pytest.mark.slow
+def test_two_processes_that_were_stopped_go_on_as_if_they_had_not_been(runs):
+    recipe, whole = runs.recipe("resumed", **LONG), runs.recipe("whole", **LONG)
+    stop(recipe, "launcher")
+    launch("cpu_two_processes", "-m", "rm_recipe", "train", str(recipe), "--resume")
+    launch("cpu_two_processes", "-m", "rm_recipe", "train", str(whole))
+    ours, theirs = recipe.parent / "run", whole.parent / "run"
+    assert difference(ours, theirs) == 0
+    assert_same(ours, theirs, ("loss", "accuracy", "margin", "num_tokens"), 0)
+
+
+def test_evaluation_in_training_counts_each_of_an_odd_number_once(one, two):
+    """Accelerate fills the last batch up with repeated ones: 39 comparisons are given out as 40."""
+    assert_same(two, one, ("eval_loss", "eval_accuracy", "eval_margin"), 1e-5)
+
+
+def test_where_batches_are_uneven_the_first_comparisons_fill_the_last_one_as_in_stock(runs):
+    """Accelerate's `even_batches`: the last step of 62 comparisons takes the first two once more."""
+    rows = make_rows(62, seed=1)
+    keys = {"train_sampling_strategy": "sequential", "eval_strategy": "no"}
+    uneven, filled = runs.data(runs.folder / "62", rows), runs.data(runs.folder / "62+2", rows + rows[:2])
+    two = runs.together("uneven", dataset_name=str(uneven), **keys)
+    stock = runs.alone("filled", dataset_name=str(filled), **keys)
+    alone = runs.alone("uneven-alone", dataset_name=str(uneven), **keys)
+    assert len(logged(two, "loss")) == len(logged(alone, "loss")) == 8
+    assert logged(two, "loss")[:7] == pytest.approx(logged(alone, "loss")[:7], abs=1e-5)
+    assert difference(two, stock) <= 1e-5
+    assert difference(two, alone) > 1e-4
+
+
+@pytest.mark.slow
+def test_two_machines_that_meet_learn_what_one_process_does(runs, one):
+    """Two launchers on this machine, one process each, that find each other by the first one's port."""
+    recipe = runs.recipe("nodes", per_device_train_batch_size=4)
+    port = str(get_free_port())
+
+    def node(rank: int):
+        here = ["--main_process_ip", "127.0.0.1", "--main_process_port", port]
+        command = ["--machine_rank", str(rank), "--num_processes", "2", *here]
+        return launch("multi_node", *command, "-m", "rm_recipe", "train", str(recipe))
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(node, (0, 1))
+    run = runs.folder / "nodes" / "run"
+    assert "prefix sharing: on" in first.stdout
+    assert "prefix sharing" not in second.stdout
+    assert_same(run, one, ("loss", "eval_loss"), 1e-5)
+    assert difference(run, one) <= 1e-5
+
+
+# --- sharded -------------------------------------------------------------------------------------
+
+
+def assert_sharded(found: list[dict], engine: str, base: torch.dtype) -> None:
+    """Each rank has half of every layer, each parameter in its own precision, and gets rewards in fp32."""
+    for rank in found:
+        assert engine in rank["engine"]
+        assert rank["rewards"] == torch.float32
+        parameters = rank["parameters"]
+        trained = {name for name, (_, requires_grad, _) in parameters.items() if requires_grad}
+        assert any("score" in name for name in trained)
+        for name, (dtype, _, share) in parameters.items():
+            wanted = torch.float32 if name in trained or "score" in name else base
+            assert dtype == wanted, name
+            if ".layers." in name:  # what comes after them stays whole after an evaluation
+                assert share == 0.5, name
+
+
+def test_fsdp2_learns_and_saves_what_one_process_does(runs, one):
+    run, found = runs.sharded("fsdp", "fsdp")
+    assert_sharded(found, "FSDP", torch.float32)
+    assert_same(run, one, ("loss", "eval_loss", "eval_accuracy"), 1e-5)
+    assert logged(run, "grad_norm") == pytest.approx(logged(one, "grad_norm"), rel=1e-4)
+    assert difference(run, one) <= 1e-5
+    item = {"prompt": "hello", "response": "good"}
+    ours, theirs = (RewardModel.from_pretrained(path).score([item])[0] for path in (run, one))
+    assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_fsdp2_keeps_adapters_and_head_in_fp32_on_a_bf16_base(runs):
+    """Left alone, Accelerate would have it compute the rewards in bf16."""
+    keys = {"bf16": True, "dtype": "bfloat16", "eval_strategy": "no", "gradient_checkpointing": True}
+    run, found = runs.sharded("fsdp-bf16", "fsdp", **keys)
+    assert_sharded(found, "FSDP", torch.bfloat16)
+    alone = runs.alone("bf16", **keys)
+    assert logged(run, "loss")[0] == pytest.approx(logged(alone, "loss")[0], abs=1e-6)
+    assert logged(run, "loss") == pytest.approx(logged(alone, "loss"), abs=0.1)  # bf16 sums differ by batch
+    assert {value.dtype for value in weights(run).values()} == {torch.float32}
+
+
+@needs_deepspeed
+def test_deepspeed_learns_and_saves_what_one_process_does(runs, one):
+    run, found = runs.sharded("deepspeed", "deepspeed_zero3")
+    assert_sharded(found, "DeepSpeedEngine", torch.float32)
+    assert_same(run, one, ("loss", "eval_loss", "eval_accuracy"), 1e-5)
+    assert difference(run, one) <= 1e-5
+
+
+@needs_deepspeed
+def test_deepspeed_keeps_adapters_and_head_in_fp32_on_a_bf16_base(runs):
+    """Left alone, it would make everything bf16, and what is saved, too."""
+    keys = {"bf16": True, "dtype": "bfloat16"}
+    run, found = runs.sharded("deepspeed-bf16", "deepspeed_zero3", **keys)
+    assert_sharded(found, "DeepSpeedEngine", torch.bfloat16)
+    alone = runs.alone("bf16-too", **keys)
+    assert logged(run, "loss")[0] == pytest.approx(logged(alone, "loss")[0], abs=1e-6)
+    assert {value.dtype for value in weights(run).values()} == {torch.float32}
+
+
+def test_sharding_that_cannot_be_given_is_refused_before_data_are_read(tmp_path, runs):
+    """On a CPU Accelerate makes DDP of it without a word."""
+    recipe = make_recipe(tmp_path, runs.model, write_jsonl(tmp_path / "data.jsonl", [{"no": "comparison"}]))
+    result = start("fsdp", "--num_processes", "2", "-m", "rm_recipe", "train", str(recipe))
+    assert result.returncode != 0
+    assert result.stderr.count("rm-recipe: FSDP was asked for and would not be given") == 1
+    assert "here are 2 processes on cpu" in result.stderr
+    assert "data.jsonl" not in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DeepSpeed"])
+def test_sharding_with_one_process_is_refused(write_recipe, monkeypatch, name):
+    recipe = read_recipe(write_recipe())
+    check_sharding(recipe.training)
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
+    with pytest.raises(RecipeError, match=f"{name} was asked for .* here is 1 process on cpu"):
+        check_sharding(recipe.training)
+
+
+def test_a_4_bit_base_is_refused_under_sharding(write_recipe, monkeypatch):
+    """Accelerate leaves its weights whole, with a warning."""
+    state = SimpleNamespace(
+        distributed_type=DistributedType.MULTI_GPU, num_processes=2, device=torch.device("cuda")
+    )
+    monkeypatch.setattr("rm_recipe.training.distributed.PartialState", lambda: state)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    training = read_recipe(write_recipe()).training
+    check_sharding(training)
+    with pytest.raises(RecipeError, match="a base in 4 or 8 bits is not sharded; take .*multi_gpu.yaml"):
+        check_sharding(training, quantised=True)
+
+
+def test_fsdp_asked_for_by_the_recipe_is_refused_too(write_recipe):
+    with pytest.raises(RecipeError, match="FSDP was asked for and would not be given"):
+        train(read_recipe(write_recipe(fsdp="full_shard")))
+
+
+# --- evaluation ----------------------------------------------------------------------------------
+
+
+def test_two_processes_evaluate_each_comparison_once_and_print_one_table(two):
+    evaluate(str(two))
+    alone = json.loads((two / "evaluation.json").read_text())["datasets"][HELD_OUT]
+    lines = [json.loads(line) for line in (two / "predictions.jsonl").open()]
+    (two / "evaluation.json").unlink()
+    (two / "predictions.jsonl").unlink()
+    result = launch("cpu_two_processes", "-m", "rm_recipe", "evaluate", str(two))
+    assert result.stdout.count("Preference accuracy") == 1
+    together = json.loads((two / "evaluation.json").read_text())["datasets"][HELD_OUT]
+    assert together["n_scored"] == 39
+    assert together["accuracy"] == alone["accuracy"]
+    for key in ("loss", "mean_margin", "mean_reward", "std_reward"):
+        assert together[key] == pytest.approx(alone[key], abs=1e-6), key
+    shared = [json.loads(line) for line in (two / "predictions.jsonl").open()]
+    assert [line["index"] for line in shared] == list(range(39))
+    for ours, theirs in zip(shared, lines, strict=True):
+        assert ours["rewards"] == pytest.approx(theirs["rewards"], abs=1e-6)
+        assert ours["tokens"] == theirs["tokens"]
+
+
+def test_with_one_process_sharing_the_work_is_doing_it():
+    assert each_once([3, 1, 2], lambda items: [10 * item for item in items]) == [30, 10, 20]
+    assert each_once([], lambda items: []) == []

@@ -1,0 +1,113 @@
+"""What is trained is fp32, whatever it was loaded in; a head that the base brings keeps its numbers."""
+
+import pytest
+import torch
+from conftest import train_watched
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from trl import ModelConfig
+
+from rm_recipe import RewardModel
+from rm_recipe.data.comparison import Encoded
+from rm_recipe.model.memory import plan
+from rm_recipe.model.reward_model import load_base
+from rm_recipe.model.source import load_config
+from rm_recipe.model.tokenizer import load_tokenizer
+from rm_recipe.recipe.reader import read_recipe
+
+ITEMS = [{"prompt": "hello 3 cat", "response": r} for r in ("good good", "bad bad", "the dog sat far away")]
+HALF = {"dtype": "bfloat16", "bf16": True}
+
+
+@pytest.fixture
+def reward_base(tiny_base, tmp_path):
+    """A function: a reward model to go on with, its body in bf16 and its head in fp32."""
+
+    def make(name: str = "llama"):
+        torch.manual_seed(1)
+        model = AutoModelForSequenceClassification.from_pretrained(tiny_base(name), num_labels=1)
+        model.base_model.bfloat16()
+        model.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+        AutoTokenizer.from_pretrained(tiny_base(name)).save_pretrained(tmp_path / "base")
+        return tmp_path / "base", model
+
+    return make
+
+
+def trained_dtypes(model: torch.nn.Module) -> set[torch.dtype]:
+    return {p.dtype for p in model.parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "auto"])
+def test_a_base_trained_in_full_is_fp32_whatever_the_recipe_or_its_checkpoint_says(reward_base, dtype):
+    folder, _ = reward_base()
+    config = ModelConfig(model_name_or_path=str(folder), dtype=dtype, use_peft=False)
+    model, _ = load_base(config, load_tokenizer(str(folder)), seed=0)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_small_step_moves_nearly_every_weight_of_a_base_trained_in_full_in_bf16(write_recipe):
+    """Held in bf16, a sixth of them moved."""
+    keys = {"max_steps": 1, "learning_rate": 1e-5, "weight_decay": 0.0, "use_peft": False}
+    result = train_watched(write_recipe(**keys, **HALF))
+    assert trained_dtypes(result.model) == {torch.float32}
+    saved = {name: value for name, value in result.saved().items() if "layers" in name}
+    moved = torch.cat([(value != result.started(name)).flatten() for name, value in saved.items()])
+    assert moved.float().mean() > 0.9
+    judge = RewardModel.from_pretrained(result.run)
+    assert {p.dtype for p in judge.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("quantised", [{}, {"load_in_4bit": True}, {"load_in_8bit": True}])
+@pytest.mark.parametrize("name", ["llama", "deberta"])
+def test_a_head_that_the_base_brings_starts_with_its_checkpoints_numbers(
+    reward_base, write_recipe, name, quantised
+):
+    """It was rounded to bf16 where it was loaded, and by TRL on a quantised base."""
+    folder, base = reward_base(name)
+    keys = {"model_name_or_path": str(folder), "max_steps": 1, "learning_rate": 1e-5}
+    result = train_watched(write_recipe(**keys, **HALF, **quantised))
+    heads = [key for key in base.state_dict() if not key.startswith(base.base_model_prefix + ".")]
+    assert heads
+    for key in heads:
+        assert torch.equal(result.started(key), base.state_dict()[key]), key
+        assert result.started(key).dtype == torch.float32
+    assert trained_dtypes(result.model) == {torch.float32}
+
+
+def test_a_mixed_reward_model_is_scored_with_its_head_as_it_is(reward_base):
+    folder, base = reward_base()
+    assert load_config(str(folder)).dtype == torch.bfloat16
+    judge = RewardModel.from_pretrained(folder)
+    assert torch.equal(judge.model.score.weight, base.score.weight)
+    assert next(judge.model.base_model.parameters()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("module", "bf16"), [("embed_tokens", True), ("embed_tokens", False), ("q_proj", False), ("norm", True)]
+)
+def test_layers_trained_in_full_beside_lora_are_fp32_and_read_back_as_trained(
+    write_recipe, rewards_elsewhere, module, bf16
+):
+    keys = {"max_steps": 2, "learning_rate": 1e-5, "lora_modules_to_save": [module], "bf16": bf16}
+    keys |= {"lora_target_modules": ["up_proj"], "dtype": "bfloat16"}
+    result = train_watched(write_recipe(**keys))
+    assert trained_dtypes(result.model) == {torch.float32}
+    saved = {key: value for key, value in result.saved().items() if module in key}
+    assert saved
+    for key, value in saved.items():
+        assert value.dtype == torch.float32
+        assert not torch.equal(value, value.bfloat16().float()), key
+    rewards = result.rewards(ITEMS)
+    assert rewards_elsewhere(result.run, ITEMS) == pytest.approx(rewards, abs=1e-6)
+
+
+def test_the_plan_counts_what_is_trained_in_fp32(write_recipe, tiny_llama):
+    config = load_config(str(tiny_llama))
+    config.num_labels, config.pad_token_id = 1, 0
+    for keys in ({"use_peft": False}, {"lora_modules_to_save": ["embed_tokens"]}):
+        recipe = read_recipe(write_recipe(**keys, **HALF))
+        planned = plan(
+            config, recipe.model, recipe.training, ["score"], [Encoded([5], [[6], [7]])],
+            shared=True, checkpointing=False,
+        )  # fmt: skip
+        assert planned.optimizer == 2 * planned.trained
