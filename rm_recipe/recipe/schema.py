@@ -355,12 +355,13 @@ def check_values(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 def _fault(place: tuple[int | str, ...], items: list[Any]) -> str:
     """A line on what is wrong at a place: a key, or (`datasets`, number, key)."""
-    where, key, model, value = "", str(place[-1]), recipe_keys(), str(shown(items[0]["input"]))
+    where, key, model = "", str(place[-1]), recipe_keys()
     if len(place) > 1:
         where, key, model = f"'datasets', entry {int(place[1]) + 1}: ", str(place[-1]), entry_keys()
     if items[0]["type"] == "extra_forbidden":
         return where + _unknown(key, model)
     reasons = [str(item.get("ctx", {}).get("error") or item["msg"].replace("Input", "")) for item in items]
+    value = str(shown(items[0]["input"]))
     choices = re.findall(r"'([^']+)'", str(items[0].get("ctx", {}).get("expected", "")))
     reason = " or ".join(dict.fromkeys(reasons)) + did_you_mean(value, choices)
     return f"{where}'{key}: {hide_secrets(value)}'{reason}"

@@ -153,9 +153,8 @@ def parse_bytes(text: str) -> float:
 def print_fit(found: Fit, recipe: Recipe, device: torch.device) -> None:
     """Print the plan as a table, and whether it fits."""
     plan = found.plan
-    print(
-        f"Memory of a step on {device.type.upper()}, for {recipe.training.max_length} tokens a conversation:\n"
-    )
+    length, on = recipe.training.max_length, device.type.upper()
+    print(f"Memory of a training step on {on}, planned for conversations of {length} tokens:\n")
     for name, size in (
         ("base", plan.weights - plan.trained),
         ("adapters and head" if recipe.model.use_peft else "trained weights", plan.trained),
