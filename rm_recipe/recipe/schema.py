@@ -109,7 +109,6 @@ tokenizer tokenizer_name_or_path: nothing: the tokenizer is the base model's
 template chat_template: 'chat_template_path': a template's file, or another model; else it is the base model's
 dataset dataset_dir: 'dataset_name'
 dataset_config: 'dataset_subsets', or 'datasets' with a 'name' for each
-dataset_text_field: nothing: columns are prompt, chosen and rejected, or as README lists them
 val_set_size val_size: 'test_split_size', a share
 max_samples: 'max_train_samples' and 'max_eval_samples'
 preprocessing_num_workers dataset_processes: 'dataset_num_proc'
@@ -119,26 +118,17 @@ batch_size train_batch_size micro_batch_size: 'per_device_train_batch_size' and 
 eval_batch_size: 'per_device_eval_batch_size'
 epochs num_epochs: 'num_train_epochs'
 lr: 'learning_rate'
-optimizer: 'optim'
-lr_scheduler: 'lr_scheduler_type'
 gradient_clipping: 'max_grad_norm'
 warmup_ratio: 'warmup_steps'; below 1 it is a share of all steps
 evaluation_strategy: 'eval_strategy'
-evals_per_epoch: 'eval_strategy: steps' and 'eval_steps'; below 1 they are a share of all steps
-saves_per_epoch: 'save_steps'; below 1 they are a share of all steps
 lora_rank: 'lora_r'
 lora_target: 'lora_target_modules'
-lora_target_linear: 'lora_target_modules: all-linear'
-additional_target: 'lora_modules_to_save'
 quantization_bit: 'load_in_4bit: true' or 'load_in_8bit: true'
-double_quantization bnb_4bit_use_double_quant: 'use_bnb_nested_quant'
 bnb_4bit_compute_dtype: 'bf16' or 'fp16', which a quantised base computes in
 flash_attn flash_attention flash_attention_2 use_flash_attention_2: 'attn_implementation: flash_attention_2'
-fp16_opt_level: 'fp16'
 no_cuda: 'use_cpu'
 logging_dir: nothing: a tracker's own variable says it, TENSORBOARD_LOGGING_DIR for one
 use_wandb wandb_project: 'report_to: wandb' and the variable WANDB_PROJECT
-save_safetensors: nothing: weights are always saved as safetensors
 overwrite_output_dir: `rm-recipe train RECIPE --overwrite`
 num_labels reward_model stage: nothing: it is always a reward model, of one label
 """
@@ -163,7 +153,9 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(_POSITIVE.split(), (lambda x: x > 0, "must be above 0")),
     **dict.fromkeys(["seed", "data_seed"], _SEED),
     "max_steps": (lambda x: x > 0 or x == -1, "must be above 0; leave it out to train 'num_train_epochs'"),
-    "center_rewards_coefficient": (lambda x: x >= 0, "must not be below 0"),
+    **dict.fromkeys(
+        ["center_rewards_coefficient", "dataloader_num_workers"], (lambda x: x >= 0, "must not be below 0")
+    ),
     "test_split_size": (lambda x: 0 < x < 1, "must lie between 0 and 1"),
     "target_accuracy": (lambda x: 0 <= x <= 1, "must lie between 0 and 1"),
     "save_total_limit": (lambda x: x >= 2, "must be 2 or more: one is left where the newest is cut off"),

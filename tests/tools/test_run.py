@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, run_cli, write_jsonl
 
-from rm_recipe.errors import RecipeError
+from rm_recipe.errors import DataError, RecipeError
 from rm_recipe.evaluation.evaluate import evaluate
 from rm_recipe.recipe.reader import read_recipe
 from rm_recipe.tools import pipeline
@@ -21,14 +21,20 @@ from rm_recipe.training.checkpoints import fault_of
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_llama, tiny_data):
-    """`rm-recipe run` once; the folder it worked in and what it printed."""
-    folder = tmp_path_factory.mktemp("job")
+    """`rm-recipe run` once, in an ASCII locale with a space, a colon and umlauts in every path.
+
+    The folder it worked in, and what it printed.
+    """
+    folder = tmp_path_factory.mktemp("job") / "Übung 2: modèles"
+    folder.mkdir()
+    (folder / "le modèle").symlink_to(tiny_llama)
     (folder / "tiny.yaml").write_text(
-        f"model_name_or_path: {tiny_llama}\ndataset_name: {tiny_data}\nuse_peft: true\nlora_r: 4\n"
+        f"model_name_or_path: le modèle\ndataset_name: {tiny_data}\nuse_peft: true\nlora_r: 4\n"
         "max_length: 128\nnum_train_epochs: 2\nlearning_rate: 1e-2\ngradient_checkpointing: false\n"
-        "use_cpu: true\nsave_steps: 8\n"
+        "use_cpu: true\nsave_steps: 8\n",
+        encoding="utf-8",
     )
-    result = run_cli("run", "tiny.yaml", "--seed", "1", cwd=folder)
+    result = run_cli("run", "tiny.yaml", "--seed", "1", cwd=folder, LC_ALL="C")
     assert result.returncode == 0, result.stderr
     return folder, result
 
@@ -105,30 +111,22 @@ def test_a_mixture_of_pairs_and_rankings_with_margins_goes_all_the_way(finished,
     assert set(figures["subsets"]) == {f"{tmp_path.name}/{name}.jsonl" for name in ("pairs", "rankings")}
 
 
-def test_leakage_ends_a_run_with_exit_code_2_and_nothing_started(finished, tmp_path, tiny_data):
+def test_leakage_ends_a_run_before_anything_is_started(finished, tmp_path, tiny_data, monkeypatch):
+    monkeypatch.chdir(finished[0])
     for name in ("train", "test"):
         shutil.copy(tiny_data / "train.jsonl", tmp_path / f"{name}.jsonl")
-    result = run_cli(
-        "run",
-        "tiny.yaml",
-        "--dataset_name",
-        str(tmp_path),
-        "--output_dir",
-        str(tmp_path / "r"),
-        cwd=finished[0],
-    )
-    assert result.returncode == 2
-    assert "64 of 64 train comparisons (row 1, 2, 3, 4, 5 ...) have a prompt that is also" in result.stderr
+    keys = ["--dataset_name", str(tmp_path), "--output_dir", str(tmp_path / "r")]
+    with pytest.raises(DataError, match="64 of 64 train comparisons .* have a prompt that is also"):
+        pipeline.run(Path("tiny.yaml"), keys)
     assert not (tmp_path / "r").exists()
 
 
-def test_a_second_run_skips_what_is_finished_and_says_so(finished):
-    folder, _ = finished
-    before = (folder / "outputs/tiny/run.json").stat().st_mtime_ns
-    again = run_cli("run", "tiny.yaml", "--seed", "1", cwd=folder)
-    assert again.returncode == 0
-    assert again.stdout.count("finished already, skipped") == 3
-    assert (folder / "outputs/tiny/run.json").stat().st_mtime_ns == before
+def test_a_second_run_skips_what_is_finished_and_says_so(finished, monkeypatch, capsys):
+    monkeypatch.chdir(finished[0])
+    before = Path("outputs/tiny/run.json").stat().st_mtime_ns
+    pipeline.run(Path("tiny.yaml"), ["--seed", "1"])
+    assert capsys.readouterr().out.count("finished already, skipped") == 3
+    assert Path("outputs/tiny/run.json").stat().st_mtime_ns == before
 
 
 def test_another_gate_is_judged_anew_and_another_sample_evaluated_without_training(
@@ -186,10 +184,10 @@ def test_an_export_of_another_evaluation_or_without_its_proof_is_made_again(fini
     assert not pipeline.is_exported(run_folder)
 
 
-def test_a_run_of_another_recipe_is_not_overwritten_unasked(finished):
-    result = run_cli("run", "tiny.yaml", "--seed", "2", cwd=finished[0])
-    assert result.returncode == 2
-    assert "holds a run of another recipe (seed differ)" in result.stderr
+def test_a_run_of_another_recipe_is_not_overwritten_unasked(finished, monkeypatch):
+    monkeypatch.chdir(finished[0])
+    with pytest.raises(RecipeError, match=r"holds a run of another recipe \(seed differ\)"):
+        pipeline.run(Path("tiny.yaml"), ["--seed", "2"])
 
 
 def test_a_file_of_responses_is_scored_as_each_is_alone(finished):
