@@ -283,24 +283,10 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_recipe(folder: Path, model: Path, data: Path, **keys: Any) -> Path:
     """Writes a recipe for a tiny model into a folder; keyword arguments win."""
-    values = {
-        "model_name_or_path": str(model),
-        "dataset_name": str(data),
-        "output_dir": str(folder / "run"),
-        "use_peft": True,
-        "lora_r": 4,
-        "max_length": 128,
-        "num_train_epochs": 2,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1e-2,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-        "seed": 0,
-        **keys,
-    }
+    values = {"model_name_or_path": str(model), "dataset_name": str(data), "output_dir": str(folder / "run")}
+    values |= {"use_peft": True, "lora_r": 4, "max_length": 128, "num_train_epochs": 2, "learning_rate": 1e-2}
+    values |= {"per_device_train_batch_size": 8, "gradient_checkpointing": False, "save_strategy": "no"}
+    values |= {"use_cpu": True, "bf16": False, "disable_tqdm": True, "seed": 0, **keys}
     for key, idle in (("lora_r", keys.get("use_peft") is False), ("num_train_epochs", "max_steps" in keys)):
         if idle and key not in keys:
             del values[key]
