@@ -275,7 +275,7 @@ def _build(path: Path, values: dict[str, Any]) -> Recipe:
     notes = []
     if asked != "float32" and not values.get("use_peft"):
         notes.append(f"dtype: float32, not {asked}: weights that are trained in full are kept in fp32")
-    return Recipe(path, values, *parts, notes)
+    return Recipe(path, values, *parts, notes=notes)
 
 
 def _device_values(values: dict[str, Any]) -> dict[str, Any]:
