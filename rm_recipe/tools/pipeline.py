@@ -92,14 +92,14 @@ def examine_data(recipe: Recipe, *, resume: bool) -> None:
     """
     from rm_recipe.data.splits import refuse_leakage
     from rm_recipe.training.checkpoints import newest_manifest
-    from rm_recipe.training.run_folder import check_same_data, identity_of
+    from rm_recipe.training.run_folder import check_identity, identity_of
     from rm_recipe.training.train import load_data
 
     _, train, test, leakage = load_data(recipe)
     refuse_leakage(recipe, leakage)
     manifest = newest_manifest(recipe.output_dir) if resume else None
     if manifest:
-        check_same_data(recipe.output_dir, manifest, identity_of(train, test))
+        check_identity(recipe.output_dir, manifest, identity_of(train, test))
 
 
 def evaluate_run(recipe: Recipe) -> dict[str, Any]:

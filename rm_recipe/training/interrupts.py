@@ -4,7 +4,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -13,15 +12,14 @@ from typing import Any
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 LAUNCHED = ("RANK", "ACCELERATE_MIXED_PRECISION")  # in the environment by a launcher
 UNDER_RUN = "RM_RECIPE_RUN"  # in that of a training of `rm-recipe run`, which passes on each signal once
-# A launcher passes on the Ctrl-C that the terminal has sent to all: one request, not two.
-SECONDS_OF_ONE_REQUEST = 3.0
 
 
 class Interrupts:
     """What SIGINT, SIGTERM and SIGHUP do in this process while somebody listens.
 
     They raise KeyboardInterrupt, or, within `deferred`, are noted in `received` for the block to answer.
-    One that comes later, when the user does not want to wait, raises at once.
+    A second one, of a user who does not want to wait, raises at once; not under a launcher, which passes on
+    what the terminal has sent to all: there one request comes as two signals.
 
     Attributes:
         received: the signal that was first, None if there was none. Python prints and forgets an exception
@@ -31,7 +29,6 @@ class Interrupts:
     def __init__(self) -> None:
         self.received: int | None = None
         self._deferred: str | None = None
-        self._first = 0.0
         self._process = 0
         self._listening = False
 
@@ -71,24 +68,14 @@ class Interrupts:
             if number == signal.SIGTERM:
                 os._exit(128 + number)
             return
-        now = time.monotonic()
-        if self.received is None:
-            self.received, self._first = number, now
-        elif self._deferred is not None and now - self._first < self._seconds_of_one_request():
-            return
-        elif self._deferred is not None:
-            raise KeyboardInterrupt
-        if self._deferred is None:
+        first, self.received = self.received is None, self.received or number
+        launched = any(name in os.environ for name in LAUNCHED) and UNDER_RUN not in os.environ
+        if self._deferred is None or not (first or launched):
             raise KeyboardInterrupt
         # Not by `print`: the signal may have come amid one.
-        if os.environ.get("RANK", "0") == "0":
+        if first and os.environ.get("RANK", "0") == "0":
             with suppress(OSError):  # the terminal may be gone
                 os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{self._deferred}\n".encode())
-
-    @staticmethod
-    def _seconds_of_one_request() -> float:
-        launched = any(name in os.environ for name in LAUNCHED) and UNDER_RUN not in os.environ
-        return SECONDS_OF_ONE_REQUEST if launched else 0.0
 
 
 INTERRUPTS = Interrupts()
