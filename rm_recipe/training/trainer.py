@@ -8,7 +8,6 @@ metrics, which count comparisons instead of averaging batches.
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,8 +22,6 @@ from rm_recipe.data.dataset import row_name
 from rm_recipe.errors import TrainingError
 from rm_recipe.model.cpu_attention import by_block
 from rm_recipe.model.shared_prefix import padded_rows, shared_rows
-from rm_recipe.processes import say
-from rm_recipe.training.checkpoints import fault_of
 from rm_recipe.training.distributed import autocast_of, keep_precision, without_random_numbers
 
 TIED = 1e-6  # rewards that differ by no more say nothing of a comparison
@@ -145,15 +142,6 @@ class SharedPrefixRewardTrainer(RewardTrainer):
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
-
-    def _load_best_model(self) -> None:
-        """Trainer's, of a checkpoint that is as it was written; else what was trained last stays."""
-        best = Path(str(self.state.best_model_checkpoint))
-        fault = fault_of(best)
-        if fault is None:
-            super()._load_best_model()
-        else:
-            say(f"warning: {best}, the best, does not count: {fault}; the model is the last one instead")
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Trainer's, which takes no random number from training: how often is no matter."""
