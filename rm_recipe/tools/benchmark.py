@@ -227,18 +227,14 @@ def summarise(results: dict[str, list[dict[str, Any]]], scoring: dict[str, Any] 
         "tuned_peak_memory": _ratio(memory["ours"], memory["stock_tuned"]),
         "scoring": _ratio(scoring["ours"], scoring["plain"]) if scoring else None,
     }
-    differences = [None]
-    stock = results["stock"] or results["stock_tuned"]  # the same samples at either batch
-    if stock:
+    content["max_loss_difference"], stock = None, results["stock"] or results["stock_tuned"]
+    if stock:  # the same samples at either batch
         pairs = zip(stock[0]["losses"], results["ours"][0]["losses"], strict=True)
-        differences = [abs(a - b) for a, b in pairs]
-    content["first_loss_difference"] = differences[0]
-    content["max_loss_difference"] = max(differences)
+        content["max_loss_difference"] = max(abs(a - b) for a, b in pairs)
     content["scoring"] = scoring and {
         "plain_conversations_per_s": statistics.median(scoring["plain"]),
         "conversations_per_s": statistics.median(scoring["ours"]),
         "max_reward_difference": scoring["max_reward_difference"],
-        "comparisons": scoring["comparisons"],
     }
     return content
 
@@ -259,7 +255,6 @@ def _medians(repeats: list[dict[str, Any]]) -> dict[str, Any] | None:
     tokens_per_s = statistics.median(result["tokens"] / result["seconds"] for result in repeats)
     return {
         "comparisons_per_s": statistics.median(map(speed, repeats)),
-        "comparisons_per_s_each": [speed(result) for result in repeats],
         "tokens_per_s": tokens_per_s,
         "padding_share": first["padding"] / (first["padding"] + first["tokens"]),
         "peak_memory_bytes": round(statistics.median(result["peak_memory_bytes"] for result in repeats)),
@@ -275,56 +270,35 @@ def print_benchmark(content: dict[str, Any], console: Console | None = None) -> 
         content: what `benchmark.json` holds.
     """
     table = Table(title="Training", title_justify="left")
-    table.add_column("trainer")
-    for heading in ("comparisons/s", "tokens/s", "padding", "peak memory", "TFLOP/s"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    tuned = content["setting"]["stock_batch"]
-    for key, name in (
-        ("stock", "stock TRL"),
-        ("stock_tuned", f"stock, batch {tuned}"),
-        ("ours", "rm_recipe"),
-    ):
-        table.add_row(name, *_cells(content[key]))
-    console = console or Console()
+    for heading in ("trainer", "comparisons/s", "tokens/s", "padding", "peak memory", "TFLOP/s"):
+        table.add_column(heading, justify="left" if heading == "trainer" else "right", no_wrap=True)
+    tuned = f"stock, batch {content['setting']['stock_batch']}"
+    for key, name in (("stock", "stock TRL"), ("stock_tuned", tuned), ("ours", "rm_recipe")):
+        figures = content[key]
+        cells = (
+            ["out of memory"]
+            if figures is None
+            else [
+                f"{figures['comparisons_per_s']:.2f}",
+                f"{figures['tokens_per_s']:.0f}",
+                f"{figures['padding_share']:.0%}",
+                f"{figures['peak_memory_bytes'] / 1e9:.2f} GB",
+                f"{figures['tflops']:.3g}",
+            ]
+        )
+        table.add_row(name, *cells)
+    console, ratio, scoring = console or Console(), content["ratio"], content["scoring"]
     console.print(table)
-    for sentence in _sentences(content):
-        console.print(sentence, highlight=False)
-
-
-def _cells(figures: dict[str, Any] | None) -> list[str]:
-    if figures is None:
-        return ["out of memory"]
-    return [
-        f"{figures['comparisons_per_s']:.2f}",
-        f"{figures['tokens_per_s']:.0f}",
-        f"{figures['padding_share']:.0%}",
-        f"{figures['peak_memory_bytes'] / 1e9:.2f} GB",
-        f"{figures['tflops']:.3g}",
-    ]
-
-
-def _sentences(content: dict[str, Any]) -> list[str]:
-    ratio, scoring = content["ratio"], content["scoring"]
-    sentences = ["Tokens without padding."]
-    if ratio["comparisons_per_s"]:
-        sentences.append(
-            f"{ratio['comparisons_per_s']:.2f} times stock TRL's speed at {ratio['peak_memory']:.2f} of its "
-            "memory."
-        )
-    if ratio["tuned_comparisons_per_s"]:
-        sentences.append(
-            f"{ratio['tuned_comparisons_per_s']:.2f} times stock TRL at its best batch, at "
-            f"{ratio['tuned_peak_memory']:.2f} of the memory of batch {content['setting']['stock_batch']}."
-        )
+    sentences = {
+        "comparisons_per_s": "{comparisons_per_s:.2f} times stock TRL's speed, {peak_memory:.2f} of memory",
+        "tuned_comparisons_per_s": "{tuned_comparisons_per_s:.2f} times stock TRL's speed at its best batch",
+        "scoring": "{scoring:.2f} times the speed of scoring in padded batches in the data's order",
+    }
+    for key, sentence in sentences.items():
+        if ratio[key]:
+            console.print(sentence.format(**ratio), highlight=False)
     if content["max_loss_difference"] is not None:
-        sentences.append(
-            f"Losses differ by {content['first_loss_difference']:.1e} in the first step and by at most "
-            f"{content['max_loss_difference']:.1e} in {len(content['ours']['losses'])}."
+        rewards = f"; rewards by at most {scoring['max_reward_difference']:.1e}" if scoring else ""
+        console.print(
+            f"Losses differ by at most {content['max_loss_difference']:.1e}{rewards}.", highlight=False
         )
-    if scoring:
-        sentences.append(
-            f"Scoring: {scoring['conversations_per_s']:.1f} conversations/s, {ratio['scoring']:.2f} times a "
-            f"loop over padded batches in the data's order ({scoring['plain_conversations_per_s']:.1f}); "
-            f"rewards differ by at most {scoring['max_reward_difference']:.1e}."
-        )
-    return sentences if scoring else [*sentences, "Scoring: the padded loop ran out of memory."]

@@ -18,7 +18,12 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import nested_gather
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, rotate_checkpoints
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    IntervalStrategy,
+    rotate_checkpoints,
+    sort_checkpoints,
+)
 
 from rm_recipe.errors import Interrupted, RecipeError, TrainingError, one_line
 from rm_recipe.files import read_json, sha256, write_json
@@ -31,12 +36,7 @@ MANIFEST = "manifest.json"
 
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoint folders of a run, newest step first, whole or not."""
-    found = {
-        int(number): path
-        for path in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if path.is_dir() and (number := path.name.rpartition("-")[2]).isdigit()
-    }
-    return [found[step] for step in sorted(found, reverse=True)]
+    return [Path(path) for path in reversed(sort_checkpoints(str(run)))]
 
 
 def write_manifest(checkpoint: Path, content: Mapping[str, Any]) -> None:

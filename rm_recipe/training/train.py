@@ -163,18 +163,14 @@ def refuse_dropping(recipe: Recipe, train_split: Split, test_split: Split) -> No
     Raises:
         RecipeError: with what there is.
     """
-    training = recipe.training
-    batch, there = training.per_device_train_batch_size * training.world_size, len(train_split.comparisons)
-    of_eval, held_out = training.per_device_eval_batch_size * training.world_size, len(test_split.comparisons)
-    if there < batch:
-        fault = f"all of the {there} comparisons: a batch has {batch}"
-    elif training.eval_strategy != "no" and held_out % of_eval:
-        fault = f"{held_out % of_eval} of the {held_out} held-out comparisons at each evaluation"
-    else:
-        return
-    raise RecipeError(
-        f"'dataloader_drop_last: true' would drop {fault}. Leave it out, or choose other batch sizes"
-    )
+    training, there, held_out = recipe.training, len(train_split.comparisons), len(test_split.comparisons)
+    batch = training.per_device_train_batch_size * training.world_size
+    of_eval = training.per_device_eval_batch_size * training.world_size
+    fault = f"all of the {there} comparisons: a batch has {batch}" if there < batch else ""
+    if training.eval_strategy != "no" and held_out % of_eval:
+        fault = fault or f"{held_out % of_eval} of the {held_out} held-out comparisons at each evaluation"
+    if fault:
+        raise RecipeError(f"'dataloader_drop_last: true' would drop {fault}; leave it out")
 
 
 def report_data(recipe: Recipe, train: Split, test: Split, leakage: Leakage) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DeepSpeedPlugin, DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from accelerate.utils.other import get_free_port
 from conftest import REPOSITORY, make_recipe, make_rows, write_jsonl
@@ -196,22 +196,6 @@ def test_the_command_in_each_header_names_the_file_and_a_recipe_that_parses(path
             assert size * number == 64
 
 
-def test_fsdp_is_fsdp2_that_can_save_what_it_has_trained(monkeypatch):
-    for key, value in prepare_multi_gpu_env(parsed("fsdp")).items():
-        if "FSDP" in key:
-            monkeypatch.setenv(key, value)
-    plugin = FullyShardedDataParallelPlugin()
-    assert plugin.fsdp_version == 2
-    assert plugin.reshard_after_forward is True
-    assert plugin.state_dict_type.name == "FULL_STATE_DICT"
-    assert not plugin.cpu_ram_efficient_loading
-    assert not plugin.activation_checkpointing
-    keep_precision(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)), training=None)
-    plugin.set_mixed_precision("bf16")  # as Accelerate does where nothing is set
-    assert plugin.mixed_precision_policy.param_dtype is None
-    assert plugin.mixed_precision_policy.output_dtype is None
-
-
 def test_deepspeed_is_zero3_with_autocast_in_place_of_a_bf16_model(monkeypatch):
     args = parsed("deepspeed_zero3")
     args.deepspeed_fields_from_accelerate_config = ""
@@ -238,6 +222,8 @@ def test_two_processes_learn_what_one_does_at_the_same_batch(one, two):
     assert json.loads((two / "run.json").read_text())["processes"] == 2
     assert len(logged(two, "loss")) == 8
     assert_same(two, one, ("loss", "accuracy", "margin", "num_tokens"), 1e-5)
+    # Accelerate fills the last batch up with repeated ones: 39 held-out comparisons are given out as 40.
+    assert_same(two, one, ("eval_loss", "eval_accuracy", "eval_margin"), 1e-5)
     assert difference(two, one) <= 1e-5
 
 
@@ -255,6 +241,20 @@ def test_two_processes_that_fail_in_training_end_with_one_message(runs):
     result = start("cpu_two_processes", "-m", "rm_recipe", "train", str(recipe))
     assert result.returncode != 0
     assert result.stderr.count("rm-recipe: the loss is not a finite number in step") == 1
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_tells_that_train_prompts_are_held_out(runs):
+    """The other would have ended it before it had finished its report."""
+    rows = make_rows(64, seed=1)
+    data = runs.data(runs.folder / "leaky", rows)
+    write_jsonl(data / "test.jsonl", rows)
+    recipe = runs.recipe("leaking", dataset_name=str(data))
+    result = start("cpu_two_processes", "-m", "rm_recipe", "train", str(recipe))
+    assert result.returncode != 0
+    assert result.stderr.count("rm-recipe: 64 of 64 train comparisons") == 1
+    assert result.stdout.count("Leakage: 64 train comparisons on 64 held-out prompts, not allowed") == 1
+    assert not (recipe.parent / "run").exists()
 
 
 def stop(recipe: Path, signalled: str) -> tuple[float, int, str]:
@@ -306,11 +306,6 @@ def test_two_processes_that_were_stopped_go_on_as_if_they_had_not_been(runs):
     ours, theirs = recipe.parent / "run", whole.parent / "run"
     assert difference(ours, theirs) == 0
     assert_same(ours, theirs, ("loss", "accuracy", "margin", "num_tokens"), 0)
-
-
-def test_evaluation_in_training_counts_each_of_an_odd_number_once(one, two):
-    """Accelerate fills the last batch up with repeated ones: 39 comparisons are given out as 40."""
-    assert_same(two, one, ("eval_loss", "eval_accuracy", "eval_margin"), 1e-5)
 
 
 @pytest.mark.slow
@@ -366,9 +361,17 @@ def assert_sharded(found: list[dict], engine: str, base: torch.dtype) -> None:
                 assert share == 0.5, name
 
 
-def test_fsdp2_learns_and_saves_what_one_process_does(runs, one):
-    run, found = runs.sharded("fsdp", "fsdp")
-    assert_sharded(found, "FSDP", torch.float32)
+ENGINES = {"fsdp": "FSDP", "deepspeed_zero3": "DeepSpeedEngine"}
+SHARDED_BY = [
+    pytest.param("fsdp"),
+    pytest.param("deepspeed_zero3", marks=needs_deepspeed),
+]
+
+
+@pytest.mark.parametrize("config", SHARDED_BY)
+def test_sharded_over_two_processes_a_model_learns_and_saves_what_one_process_does(runs, one, config):
+    run, found = runs.sharded(config, config)
+    assert_sharded(found, ENGINES[config], torch.float32)
     assert_same(run, one, ("loss", "eval_loss", "eval_accuracy"), 1e-5)
     assert logged(run, "grad_norm") == pytest.approx(logged(one, "grad_norm"), rel=1e-4)
     assert difference(run, one) <= 1e-5
@@ -378,33 +381,15 @@ def test_fsdp2_learns_and_saves_what_one_process_does(runs, one):
 
 
 @pytest.mark.slow
-def test_fsdp2_keeps_adapters_and_head_in_fp32_on_a_bf16_base(runs):
-    """Left alone, Accelerate would have it compute the rewards in bf16."""
+@pytest.mark.parametrize("config", SHARDED_BY)
+def test_sharded_adapters_and_head_stay_fp32_on_a_bf16_base(runs, config):
+    """Left alone, Accelerate would have rewards computed in bf16, and what DeepSpeed saves be bf16 too."""
     keys = {"bf16": True, "dtype": "bfloat16", "eval_strategy": "no", "gradient_checkpointing": True}
-    run, found = runs.sharded("fsdp-bf16", "fsdp", **keys)
-    assert_sharded(found, "FSDP", torch.bfloat16)
-    alone = runs.alone("bf16", **keys)
+    run, found = runs.sharded(f"{config}-bf16", config, **keys)
+    assert_sharded(found, ENGINES[config], torch.bfloat16)
+    alone = runs.alone(f"{config}-alone", **keys)
     assert logged(run, "loss")[0] == pytest.approx(logged(alone, "loss")[0], abs=1e-6)
     assert logged(run, "loss") == pytest.approx(logged(alone, "loss"), abs=0.1)  # bf16 sums differ by batch
-    assert {value.dtype for value in weights(run).values()} == {torch.float32}
-
-
-@needs_deepspeed
-def test_deepspeed_learns_and_saves_what_one_process_does(runs, one):
-    run, found = runs.sharded("deepspeed", "deepspeed_zero3")
-    assert_sharded(found, "DeepSpeedEngine", torch.float32)
-    assert_same(run, one, ("loss", "eval_loss", "eval_accuracy"), 1e-5)
-    assert difference(run, one) <= 1e-5
-
-
-@needs_deepspeed
-def test_deepspeed_keeps_adapters_and_head_in_fp32_on_a_bf16_base(runs):
-    """Left alone, it would make everything bf16, and what is saved, too."""
-    keys = {"bf16": True, "dtype": "bfloat16"}
-    run, found = runs.sharded("deepspeed-bf16", "deepspeed_zero3", **keys)
-    assert_sharded(found, "DeepSpeedEngine", torch.bfloat16)
-    alone = runs.alone("bf16-too", **keys)
-    assert logged(run, "loss")[0] == pytest.approx(logged(alone, "loss")[0], abs=1e-6)
     assert {value.dtype for value in weights(run).values()} == {torch.float32}
 
 
