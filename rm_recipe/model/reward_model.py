@@ -231,6 +231,9 @@ def prepare_for_rewards(
     for config in (model.config, model.config.get_text_config()):
         if hasattr(config, "use_cache"):  # keys and values are for who generates; a reward reads a text once
             config.use_cache = False
+    # On Hopper and later torch prefers cuDNN's attention, which takes a second to plan for each shape of a
+    # batch that it has not seen yet, and nearly every batch has one of its own.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     lora.keep_layout(model)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
