@@ -138,12 +138,10 @@ def load_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Split, Split, Le
     """
     training, data = recipe.training, recipe.data
     name, revision = str(recipe.model.model_name_or_path), recipe.model.model_revision
-    config = load_config(name, revision, training.trust_remote_code)
+    config = load_config(name, revision)
     reward_model.check_base(config, recipe.model, training.max_length)
     check_padding(config, name)
-    tokenizer = load_tokenizer(
-        name, revision, training.trust_remote_code, training.chat_template_path, of_base=True
-    )
+    tokenizer = load_tokenizer(name, revision, training.chat_template_path, of_base=True)
     if source.sft_adapter(name, revision) is None:  # merging one makes embeddings for its tokens
         check_vocabulary(config, tokenizer, name)
     check_one_end(config, tokenizer, name)
@@ -187,9 +185,7 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Any,
     training = recipe.training
     set_seed(training.seed)
     with whole_weights():
-        model, new_modules = reward_model.load_base(
-            recipe.model, tokenizer, training.seed, training.trust_remote_code
-        )
+        model, new_modules = reward_model.load_base(recipe.model, tokenizer, training.seed)
     model.config.rm_recipe = {
         "max_length": training.max_length,
         "truncation": recipe.data.truncation,
