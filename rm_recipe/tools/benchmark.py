@@ -41,7 +41,7 @@ NO_MEMORY = "OutOfMemoryError|out of memory|ALLOC_FAILED|can't allocate memory|M
 def benchmark(
     recipe: Recipe, *, steps: int, repeats: int, stock_batch: int | None = None, output: Path | None = None
 ) -> dict[str, Any]:
-    """Measures, prints a table and writes `benchmark.json`.
+    """Measure, print a table and write `benchmark.json`.
 
     Args:
         steps: optimizer steps of each training; the first warms up and is not timed.
@@ -85,7 +85,7 @@ def benchmark(
 
 
 def check_comparable(recipe: Recipe, steps: int, repeats: int, stock_batch: int | None) -> None:
-    """Raises RecipeError where stock TRL cannot train on the same samples; reads the data."""
+    """Raise RecipeError where stock TRL cannot train on the same samples; reads the data."""
     if steps < 2 or repeats < 1:
         raise RecipeError("benchmark needs --steps of at least 2 (the first warms up) and 1 --repeats")
     batch = recipe.training.train_batch_size * recipe.training.gradient_accumulation_steps
@@ -132,7 +132,7 @@ def measure(recipe: Recipe, folder: Path, what: str, *words: str) -> dict[str, A
 
 
 def run_worker(command: list[str]) -> bool:
-    """Runs a measurement; whether there was memory enough.
+    """Run a measurement; whether there was memory enough.
 
     Raises:
         TrainingError: it failed otherwise.
@@ -264,7 +264,7 @@ def _medians(repeats: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def print_benchmark(content: dict[str, Any], console: Console | None = None) -> None:
-    """Prints the figures as a table of 80 columns, and the ratios in words.
+    """Print the figures as a table of 80 columns, and the ratios in words.
 
     Args:
         content: what `benchmark.json` holds.

@@ -39,7 +39,7 @@ SCORED = 256  # comparisons: enough that their lengths are the data's
 
 
 def measure_training(recipe: Recipe, what: str) -> dict[str, Any]:
-    """Trains for the recipe's `max_steps`; the first of several warms up and is not timed.
+    """Train for the recipe's `max_steps`; the first of several warms up and is not timed.
 
     Returns:
         comparisons and tokens (real and padding) of the timed steps and their seconds; the loss of
@@ -85,7 +85,7 @@ def measure_training(recipe: Recipe, what: str) -> dict[str, Any]:
 
 
 def start_alike(model: torch.nn.Module, seed: int) -> None:
-    """Draws the adapters' A anew as PEFT does (B is zero): the trainers get there by other random numbers."""
+    """Draw the adapters' A anew as PEFT does (B is zero): the trainers get there by other random numbers."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
@@ -110,7 +110,7 @@ def as_pairs(split: Split) -> Any:
 
 
 class Watch(TrainerCallback):
-    """Notes when training began and each optimizer step ended, so that making the batches counts.
+    """Note when training began and each optimizer step ended, so that making the batches counts.
 
     And of each micro-batch, in order, its loss (), its real tokens () and all of its tokens.
     """
@@ -187,7 +187,7 @@ def measure_scoring(recipe: Recipe, repeats: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs the measurement that the command line names."""
+    """Run the measurement that the command line names."""
     what, path, target, *words = sys.argv[1:]
     if what == "scoring":
         result = measure_scoring(read_recipe(path, words[1:]), int(words[0]))

@@ -18,11 +18,10 @@ from typing import Any
 
 import psutil
 
-from rm_recipe.errors import Interrupted, RecipeError, TrainingError
+from rm_recipe.errors import INTERRUPTS, UNDER_RUN, Interrupted, RecipeError, TrainingError
 from rm_recipe.files import read_json
 from rm_recipe.recipe.reader import Recipe, is_run_folder, read_recipe, shipped
 from rm_recipe.recipe.schema import DEVICE_KEYS
-from rm_recipe.training.interrupts import INTERRUPTS, UNDER_RUN
 
 CONFIGS = shipped("accelerate_configs")
 

@@ -25,11 +25,10 @@ from transformers.trainer_utils import (
     sort_checkpoints,
 )
 
-from rm_recipe.errors import Interrupted, RecipeError, TrainingError, one_line
+from rm_recipe.errors import INTERRUPTS, Interrupted, RecipeError, TrainingError, one_line
 from rm_recipe.files import read_json, sha256, write_json
 from rm_recipe.model.memory import peak_memory, reset_peak_memory
 from rm_recipe.processes import is_out_of_memory
-from rm_recipe.training.interrupts import INTERRUPTS
 
 MANIFEST = "manifest.json"
 
@@ -40,7 +39,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def write_manifest(checkpoint: Path, content: Mapping[str, Any]) -> None:
-    """Marks a checkpoint as whole: SHA-256 and size of each of its files, and `content`.
+    """Mark a checkpoint as whole: SHA-256 and size of each of its files, and `content`.
 
     The files' bytes are on the disk before, and not only in memory, as a power cut would show.
     """
@@ -96,7 +95,7 @@ def newest_manifest(run: Path) -> dict[str, Any] | None:
 
 
 class Checkpoints(TrainerCallback):
-    """Finishes each checkpoint with its manifest, and ends training where a signal has asked for it.
+    """Finish each checkpoint with its manifest, and end training where a signal has asked for it.
 
     Older checkpoints are removed when the new one is whole, not before as Trainer would (so its own
     `save_total_limit` is None): until then the one before is all there is. Of a run that ends with its best
@@ -129,7 +128,7 @@ class Checkpoints(TrainerCallback):
         }
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
-        """Restores what was counted since the last log; removes what a kill has kept from being removed."""
+        """Restore what was counted since the last log; remove what a kill has kept from being removed."""
         if self._resumed is None:
             return
         if state.is_world_process_zero:
@@ -144,7 +143,7 @@ class Checkpoints(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Saves where a signal has reached any of the processes; at an epoch's end after its evaluation."""
+        """Save where a signal has reached any of the processes; at an epoch's end after its evaluation."""
         accelerator, received = self._trainer.accelerator, INTERRUPTS.received is not None
         if accelerator.num_processes > 1:
             if received:
@@ -156,12 +155,12 @@ class Checkpoints(TrainerCallback):
             control.should_save = True
 
     def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
-        """Saves after the epoch's evaluation, which a resumed run would leave out."""
+        """Save after the epoch's evaluation, which a resumed run would leave out."""
         if self._stopping:
             control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
-        """Writes the manifest when every process has written its files, and removes older checkpoints.
+        """Write the manifest when every process has written its files, and remove older checkpoints.
 
         Raises:
             Interrupted: on all processes, if a signal has reached one.
@@ -203,7 +202,7 @@ def checkpoint_of(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def remove_unread(folder: Path) -> None:
-    """Removes what Trainer and PEFT put beside a model and nothing reads.
+    """Remove what Trainer and PEFT put beside a model and nothing reads.
 
     The pickled training arguments may hold a Hub token, and PEFT's empty card names the folder of the base.
     """
@@ -213,7 +212,7 @@ def remove_unread(folder: Path) -> None:
 
 @contextmanager
 def told_in_one_message(trainer: Any, out_of_memory: Callable[[], str]) -> Iterator[None]:
-    """Turns what can end a training into one message, with what is kept, and ends the progress bars.
+    """Turn what can end a training into one message, with what is kept, and end the progress bars.
 
     Args:
         out_of_memory: what to say where a step has found no memory.

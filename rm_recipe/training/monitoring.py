@@ -22,7 +22,7 @@ SIGNIFICANT = 1e-3  # probability of such a gap by chance, below which it is non
 
 
 class EarlySigns(TrainerCallback):
-    """Looks at what is logged; warns of a loss that stays, of chance, of equal rewards and of overfitting.
+    """Look at what is logged; warn of a loss that stays, of chance, of equal rewards and of overfitting.
 
     Args:
         comparisons_of_step: how many an optimizer step has.
@@ -43,7 +43,7 @@ class EarlySigns(TrainerCallback):
         self._last_step = max((log["step"] for log in state.log_history if "loss" in log), default=0)
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
-        """Looks at loss, accuracy and ties of the training steps since the last log.
+        """Look at loss, accuracy and ties of the training steps since the last log.
 
         At loss and accuracy once, when there is enough: who looks at every log finds chance sooner or later.
         """
@@ -78,7 +78,7 @@ class EarlySigns(TrainerCallback):
     def on_evaluate(
         self, args: Any, state: TrainerState, control: Any, metrics: Any = None, **_: Any
     ) -> None:
-        """Compares held-out accuracy with that of the training steps before."""
+        """Compare held-out accuracy with that of the training steps before."""
         held_out = (metrics or {}).get("eval_accuracy")
         n, train = self._recent(ENOUGH, "accuracy")
         if (
@@ -117,5 +117,5 @@ class EarlySigns(TrainerCallback):
 
 
 def warn(text: str) -> None:
-    """Prints a warning above a progress bar, if there is one."""
+    """Print a warning above a progress bar, if there is one."""
     tqdm.write(f"warning: {text}")

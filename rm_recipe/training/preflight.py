@@ -64,7 +64,7 @@ def preflight(
     train_split: Split,
     test: Split,
 ) -> Preflight | None:
-    """Makes a training step on the largest batch and undoes it.
+    """Make a training step on the largest batch and undo it.
 
     Args:
         new_modules: the head, and whatever else is trained in full beside LoRA.
@@ -105,7 +105,7 @@ def preflight(
 def measure(
     trainer: SharedPrefixRewardTrainer, new_modules: list[str], split: Split, sizes: NDArray[np.int64]
 ) -> tuple[float, int, float]:
-    """Makes steps on the largest batch, as it takes most memory, and on some that come as they come.
+    """Make steps on the largest batch, as it takes most memory, and on some that come as they come.
 
     The largest is made twice, with the optimizer's step between, as the second one meets what a training
     keeps: gradients of the micro-batch before, and the optimizer's state.
@@ -169,7 +169,7 @@ def as_before(trainer: SharedPrefixRewardTrainer) -> Iterator[None]:
 
 
 def check_gradients(model: torch.nn.Module, new_modules: list[str]) -> None:
-    """Refuses a step in which an adapter or the head has no gradient, or something frozen has one.
+    """Refuse a step in which an adapter or the head has no gradient, or something frozen has one.
 
     Of an adapter B counts: at the start B is 0, and A's gradient with it. An expert that no token was
     sent to has none, so where there are experts they are left out.
@@ -208,7 +208,7 @@ def check_gradients(model: torch.nn.Module, new_modules: list[str]) -> None:
 
 
 def warn(result: Preflight, recipe: Recipe) -> None:
-    """Says what is odd about a step, though it can be made."""
+    """Say what is odd about a step, though it can be made."""
     plain = recipe.training.center_rewards_coefficient is None and recipe.data.margin_column is None
     if plain and abs(result.loss - math.log(2)) > FAR_FROM_START:
         say(

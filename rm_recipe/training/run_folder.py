@@ -12,13 +12,12 @@ from accelerate import PartialState
 
 from rm_recipe.data.dataset import Split, fingerprint_of_tokens
 from rm_recipe.data.splits import changed_data, check_held_out, load_splits
-from rm_recipe.errors import DataError, Interrupted, RecipeError
+from rm_recipe.errors import INTERRUPTS, DataError, Interrupted, RecipeError
 from rm_recipe.files import FolderLock, is_scratch, read_json, tidy
 from rm_recipe.processes import say
 from rm_recipe.recipe.reader import RUN_RECIPE, Recipe, is_run_folder, save_values, saved_values
 from rm_recipe.recipe.schema import CHECKPOINTING
 from rm_recipe.training.checkpoints import MANIFEST, newest_whole
-from rm_recipe.training.interrupts import INTERRUPTS
 
 DATA_REPORT = "data_report.json"
 BENCHMARK = "benchmark.json"  # of the machine, not of a run: it may come first and it stays
@@ -56,7 +55,7 @@ def changed_keys(recipe: Recipe, run: Path) -> list[str]:
 
 
 def check_run_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
-    """Refuses a folder that this run may not use.
+    """Refuse a folder that this run may not use.
 
     Raises:
         RecipeError: it is used and neither flag is given, it is no run folder, it belongs to
@@ -108,7 +107,7 @@ class Run:
     identity: dict[str, Any] = field(default_factory=dict)
 
     def find_checkpoint(self) -> None:
-        """Finds what to go on from, and says what it is and which newer ones do not count."""
+        """Find what to go on from, and say what it is and which newer ones do not count."""
         folder, now = self.recipe.output_dir, self.recipe.resolved()
         if any(now[key] != saved_values(folder).get(key) for key in ACCUMULATION):
             say(
@@ -125,7 +124,7 @@ class Run:
             say(f"resuming from {self.checkpoint}")
 
     def begin(self, train_split: Split, test_split: Split) -> None:
-        """Makes the folder this run's and writes the recipe; with `overwrite` it removes the run before.
+        """Make the folder this run's and write the recipe; with `overwrite` remove the run before.
 
         Checkpoints that do not count go too, as rotation would keep them instead of whole ones.
 
@@ -150,7 +149,7 @@ class Run:
 
 @contextmanager
 def open_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> Iterator[Run]:
-    """Checks that a run may use its folder and keeps other processes out of it.
+    """Check that a run may use its folder and keep other processes out of it.
 
     Raises:
         RecipeError: as `check_run_folder` does, or another process is at work in it.
@@ -186,7 +185,7 @@ def identity_of(train_split: Split, test_split: Split) -> dict[str, Any]:
 
 
 def check_identity(run: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuses to go on with other data, token ids or another number of processes.
+    """Refuse to go on with other data, token ids or another number of processes.
 
     Args:
         then: a checkpoint's manifest.
@@ -209,7 +208,7 @@ def check_identity(run: Path, then: dict[str, Any], now: dict[str, Any]) -> None
 
 
 def check_data(run: Path, recipe: Recipe, *, train: bool = False) -> None:
-    """Compares the data as they are now with a finished run's.
+    """Compare the data as they are now with a finished run's.
 
     Where only train comparisons changed, or nothing can be read, it is said.
 
@@ -234,7 +233,7 @@ def check_data(run: Path, recipe: Recipe, *, train: bool = False) -> None:
 
 
 def adopt(recipe: Recipe, run: Path) -> None:
-    """Writes into a finished run's recipe what it is measured on from now on, and what it has to reach."""
+    """Write into a finished run's recipe what it is measured on from now on, and what it has to reach."""
     then, now = saved_values(run), recipe.resolved()
     new = {key: now[key] for key in EVALUATION}
     if any(then.get(key) != value for key, value in new.items()):
@@ -242,7 +241,7 @@ def adopt(recipe: Recipe, run: Path) -> None:
 
 
 def empty(folder: Path) -> None:
-    """Removes a run from its folder: first what says that it is finished, last what says that it is a run."""
+    """Remove a run from its folder: first what says that it is finished, last what says that it is a run."""
     order = {"run.json": 0, RUN_RECIPE: 2}
     for path in sorted(folder.iterdir(), key=lambda path: order.get(path.name, 1)):
         if path.name == BENCHMARK:

@@ -26,7 +26,7 @@ from rm_recipe.data.dataset import Split
 from rm_recipe.data.doctor import examine, print_report
 from rm_recipe.data.splits import Leakage, load_splits, refuse_leakage
 from rm_recipe.data.tokenization import tokenize
-from rm_recipe.errors import RecipeError
+from rm_recipe.errors import INTERRUPTS, RecipeError
 from rm_recipe.files import whole_folder, write_json
 from rm_recipe.model import lora, memory, reward_model, source
 from rm_recipe.model.head import check_saved_head, head_of
@@ -39,7 +39,6 @@ from rm_recipe.recipe.reader import Recipe
 from rm_recipe.recipe.schema import CHECKPOINTING
 from rm_recipe.training.checkpoints import Checkpoints, not_written, remove_unread, told_in_one_message
 from rm_recipe.training.distributed import check_sharding, end, whole_weights
-from rm_recipe.training.interrupts import INTERRUPTS
 from rm_recipe.training.monitoring import EarlySigns
 from rm_recipe.training.preflight import preflight
 from rm_recipe.training.run_folder import DATA_REPORT, Run, open_run
@@ -49,7 +48,7 @@ PROMISE = "rm-recipe: finishing this step and saving it; Ctrl-C again stops at o
 
 
 def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> None:
-    """Trains a reward model by a recipe: `model/`, `run.json`, `data_report.json` in its run folder.
+    """Train a reward model by a recipe: `model/`, `run.json`, `data_report.json` in its run folder.
 
     Args:
         resume: go on from the newest checkpoint in the run folder.
@@ -84,7 +83,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> N
             trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
         cost = kept.cost()
         trainer.accelerator.wait_for_everyone()
-        save_model(trainer, recipe, ready.tokenizer, start)
+        save_model(trainer, recipe, start)
         if trainer.is_world_process_zero():
             write_json(recipe.output_dir / "run.json", run_record(recipe, ready, run, cost))
         end(trainer)
@@ -97,7 +96,6 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> N
 class Ready:
     """Everything that a training is made of; `report` is the doctor's, None but on the main process."""
 
-    tokenizer: PreTrainedTokenizerBase
     train_split: Split
     test_split: Split
     report: dict[str, Any] | None
@@ -107,7 +105,7 @@ class Ready:
 
 
 def make_ready(recipe: Recipe) -> Ready:
-    """Loads data and model, makes the trainer, and lets it make one step that is undone.
+    """Load data and model, make the trainer, and let it make one step that is undone.
 
     Nothing is left behind, whatever fails.
 
@@ -125,7 +123,7 @@ def make_ready(recipe: Recipe) -> Ready:
         shown = preflight(recipe, trainer, new_modules, train_split, test_split)
     if shown:
         say(str(shown))
-    return Ready(tokenizer, train_split, test_split, report, new_modules, sharing, trainer)
+    return Ready(train_split, test_split, report, new_modules, sharing, trainer)
 
 
 def load_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Split, Split, Leakage]:
@@ -156,7 +154,7 @@ def load_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Split, Split, Le
 
 
 def refuse_dropping(recipe: Recipe, train_split: Split, test_split: Split) -> None:
-    """Refuses `dataloader_drop_last` where it would drop everything, or comparisons that are held out.
+    """Refuse `dataloader_drop_last` where it would drop everything, or comparisons that are held out.
 
     Raises:
         RecipeError: with what there is.
@@ -172,7 +170,7 @@ def refuse_dropping(recipe: Recipe, train_split: Split, test_split: Split) -> No
 
 
 def report_data(recipe: Recipe, train: Split, test: Split, leakage: Leakage) -> dict[str, Any] | None:
-    """Prints the doctor's table and returns its report; None but on the main process."""
+    """Print the doctor's table and return its report; None but on the main process."""
     if not PartialState().is_main_process:
         return None
     report = examine(recipe, train, test, leakage)
@@ -210,7 +208,7 @@ def settle_step(recipe: Recipe, model: Any, new_modules: list[str], train_split:
 def decide_checkpointing(
     recipe: Recipe, model: Any, new_modules: list[str], train_split: Split, shared: bool
 ) -> None:
-    """Settles `gradient_checkpointing` by the memory plan, unless the recipe does."""
+    """Settle `gradient_checkpointing` by the memory plan, unless the recipe does."""
     if any(key in recipe.values for key in CHECKPOINTING):
         return
     training = recipe.training
@@ -266,7 +264,7 @@ def cheaper_adapters(trainer: SharedPrefixRewardTrainer) -> AbstractContextManag
 
 
 def add_callbacks(recipe: Recipe, ready: Ready, run: Run) -> Checkpoints:
-    """Adds what watches a training, and what finishes its checkpoints, which it returns."""
+    """Add what watches a training, and what finishes its checkpoints, which is returned."""
     training = recipe.training
     each = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     plain = training.center_rewards_coefficient is None and recipe.data.margin_column is None
@@ -279,13 +277,8 @@ def add_callbacks(recipe: Recipe, ready: Ready, run: Run) -> Checkpoints:
 # --- after -----------------------------------------------------------------------------------
 
 
-def save_model(
-    trainer: SharedPrefixRewardTrainer,
-    recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase,
-    start: dict[str, torch.Tensor],
-) -> None:
-    """Writes `model/` (adapter or model, head, config, tokenizer) and reads it back.
+def save_model(trainer: SharedPrefixRewardTrainer, recipe: Recipe, start: dict[str, torch.Tensor]) -> None:
+    """Write `model/` (adapter or model, head, config, tokenizer) and read it back.
 
     Raises:
         TrainingError: it cannot be written; the head is missing from what was saved, or has not moved from
@@ -299,7 +292,6 @@ def save_model(
         with whole_folder(target) as folder:
             trainer.save_model(str(folder))
             trainer.accelerator.unwrap_model(trainer.model).config.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
             remove_unread(folder)
             check_saved_head(folder, start)
             untrained = lora.untrained_layers(folder)

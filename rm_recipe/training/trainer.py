@@ -79,7 +79,7 @@ class LogLines(ProgressCallback):
     """Trainer's progress bar, with one short line above it for each log instead of a dict."""
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
-        """Prints step, loss, accuracy, margin and learning rate."""
+        """Print step, loss, accuracy, margin and learning rate."""
         if self.training_bar is None or not {"loss", "eval_loss"} & set(logs or ()):
             return
         formats = {"loss": ".3f", "accuracy": ".3f", "margin": ".2f", "learning_rate": ".1e"}
@@ -90,7 +90,7 @@ class LogLines(ProgressCallback):
         self.training_bar.write(f"step {state.global_step:>4}  " + "  ".join(parts))
 
     def close(self) -> None:
-        """Ends the bars where they stand."""
+        """End the bars where they stand."""
         for bar in (self.prediction_bar, self.training_bar):
             if bar is not None:
                 bar.close()
@@ -176,7 +176,7 @@ class SharedPrefixRewardTrainer(RewardTrainer):
         return (loss, {"rewards": rewards}) if return_outputs else loss
 
     def _count(self, names: Sequence[str], num_tokens: torch.Tensor, values: dict[str, torch.Tensor]) -> None:
-        """Remembers one value per comparison; TRL's `log` takes their mean.
+        """Remember one value per comparison; TRL's `log` takes their mean.
 
         In evaluation, `gather_for_metrics` drops what a distributed sampler repeats to fill its last batch.
         Not in training: there Trainer fetches the batches of a step ahead, and it would drop comparisons

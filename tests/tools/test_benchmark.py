@@ -13,10 +13,10 @@ from datasets import Dataset
 from rich.console import Console
 
 from rm_recipe.data.dataset import Split
-from rm_recipe.errors import TrainingError
+from rm_recipe.errors import RecipeError, TrainingError
 from rm_recipe.model.lora import add_lora
 from rm_recipe.recipe.reader import read_recipe
-from rm_recipe.tools.benchmark import best_batch, in_turns, print_benchmark, run_worker, summarise
+from rm_recipe.tools.benchmark import benchmark, best_batch, in_turns, print_benchmark, run_worker, summarise
 from rm_recipe.tools.benchmark_worker import as_pairs, measure_training, start_alike
 from rm_recipe.training.train import load_data, load_model
 
@@ -50,17 +50,16 @@ def test_both_trainers_see_the_same_losses_and_the_file_says_what_was_run(write_
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("keys", "options", "message"),
     [
-        (["--steps", "1"], "--steps of at least 2"),
-        (["--per_device_train_batch_size", "65"], "the data has fewer"),
-        (["--stock-batch", "3"], "has to divide the effective batch of 8"),
+        ({}, {"steps": 1}, "--steps of at least 2"),
+        ({"per_device_train_batch_size": 64}, {}, "the data has fewer"),
+        ({}, {"stock_batch": 3}, "has to divide the effective batch of 8"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(write_recipe, arguments, message):
-    result = run_cli("benchmark", str(write_recipe()), *arguments)
-    assert result.returncode == 2
-    assert message in result.stderr
+def test_what_cannot_be_compared_is_refused(write_recipe, keys, options, message):
+    with pytest.raises(RecipeError, match=message):
+        benchmark(read_recipe(write_recipe(**keys)), **{"steps": 2, "repeats": 1, **options})
 
 
 def test_rankings_are_refused_because_stock_takes_pairs(write_recipe, tmp_path):
@@ -68,9 +67,8 @@ def test_rankings_are_refused_because_stock_takes_pairs(write_recipe, tmp_path):
     for name in ("train", "test"):
         rows = [row | {"prompt": f"{name} {n}"} for n in range(8)]
         write_jsonl(tmp_path / "data" / f"{name}.jsonl", rows)
-    result = run_cli("benchmark", str(write_recipe(dataset_name=str(tmp_path / "data"))))
-    assert result.returncode == 2
-    assert "benchmark needs pairs" in result.stderr
+    with pytest.raises(RecipeError, match="benchmark needs pairs"):
+        benchmark(read_recipe(write_recipe(dataset_name=str(tmp_path / "data"))), steps=2, repeats=1)
 
 
 def measured(table):

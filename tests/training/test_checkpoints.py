@@ -290,7 +290,7 @@ def files_of_at_most(size: int | None):
     if size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
-        yield lambda *_: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+        yield lambda *_, **__: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 

@@ -309,21 +309,6 @@ def test_two_processes_that_were_stopped_go_on_as_if_they_had_not_been(runs):
 
 
 @pytest.mark.slow
-def test_where_batches_are_uneven_the_first_comparisons_fill_the_last_one_as_in_stock(runs):
-    """Accelerate's `even_batches`: the last step of 62 comparisons takes the first two once more."""
-    rows = make_rows(62, seed=1)
-    keys = {"train_sampling_strategy": "sequential", "eval_strategy": "no"}
-    uneven, filled = runs.data(runs.folder / "62", rows), runs.data(runs.folder / "62+2", rows + rows[:2])
-    two = runs.together("uneven", dataset_name=str(uneven), **keys)
-    stock = runs.alone("filled", dataset_name=str(filled), **keys)
-    alone = runs.alone("uneven-alone", dataset_name=str(uneven), **keys)
-    assert len(logged(two, "loss")) == len(logged(alone, "loss")) == 8
-    assert logged(two, "loss")[:7] == pytest.approx(logged(alone, "loss")[:7], abs=1e-5)
-    assert difference(two, stock) <= 1e-5
-    assert difference(two, alone) > 1e-4
-
-
-@pytest.mark.slow
 def test_two_machines_that_meet_learn_what_one_process_does(runs, one):
     """Two launchers on this machine, one process each, that find each other by the first one's port."""
     recipe = runs.recipe("nodes", per_device_train_batch_size=4)
@@ -411,7 +396,7 @@ def test_a_4_bit_base_is_refused_under_sharding(write_recipe, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     training = read_recipe(write_recipe()).training
     check_sharding(training)
-    with pytest.raises(RecipeError, match="a base in 4 or 8 bits is not sharded; take .*multi_gpu.yaml"):
+    with pytest.raises(RecipeError, match="a base in 4 or 8 bits is not sharded"):
         check_sharding(training, quantised=True)
 
 

@@ -95,7 +95,7 @@ def test_a_real_run_that_cannot_learn_says_so_and_one_that_learns_does_not(write
         row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
     write_jsonl(tmp_path / "data" / "train.jsonl", rows)
     write_jsonl(tmp_path / "data" / "test.jsonl", make_rows(200, seed=2))
-    keys = {"dataset_name": str(tmp_path / "data"), "logging_steps": 5, "num_train_epochs": 10}
+    keys = {"dataset_name": str(tmp_path / "data"), "logging_steps": 5, "num_train_epochs": 5}
     train(read_recipe(write_recipe(**keys, learning_rate=1e-3)))
     assert capfd.readouterr().out.count("warning: after ") in (1, 2)
     train(read_recipe(write_recipe(output_dir=str(tmp_path / "good"), logging_steps=2, num_train_epochs=8)))

@@ -10,7 +10,7 @@ import threading
 import pytest
 from conftest import REPOSITORY
 
-from rm_recipe.training.interrupts import SIGNALS, Interrupts
+from rm_recipe.errors import SIGNALS, Interrupts
 
 pytestmark = pytest.mark.usefixtures("as_in_a_terminal")
 

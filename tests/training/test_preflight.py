@@ -151,7 +151,7 @@ def small_gpu(monkeypatch):
             return real(self, model, inputs, *args, **kwargs)
 
         monkeypatch.setattr(SharedPrefixRewardTrainer, "compute_loss", compute_loss)
-        monkeypatch.setattr(memory, "device_memory", lambda _: memory.PROCESS / 0.9 + 2.5e6)
+        monkeypatch.setattr(memory, "device_memory", lambda _: 0.8e9)
 
     return make
 
@@ -160,9 +160,8 @@ def small_gpu(monkeypatch):
 def test_out_of_memory_in_the_preflight_names_what_to_lower(write_recipe, tmp_path, small_gpu, call):
     small_gpu(4, from_call=call)
     with pytest.raises(RecipeError, match="^preflight: CPU out of memory: ") as caught:
-        train(read_recipe(write_recipe(per_device_train_batch_size=16)))
-    assert "per_device_train_batch_size: " in str(caught.value)
-    assert "with gradient_accumulation_steps: " in str(caught.value)
+        train(read_recipe(write_recipe()))
+    assert "per_device_train_batch_size: 4" in str(caught.value)
     assert not (tmp_path / "run").exists()
 
 

@@ -126,7 +126,7 @@ def test_an_encoder_is_trained_in_full(write_recipe, tmp_path, tiny_distilbert):
     assert sum(moved) >= len(moved) - 2
     assert not json.loads((tmp_path / "run" / "run.json").read_text())["prefix_sharing"]["used"]
     with pytest.raises(RecipeError, match="'max_length: 65': .* has 64 positions"):
-        train(read_recipe(write_recipe(**keys, max_length=65)))
+        train(read_recipe(write_recipe(**keys, max_length=65)), overwrite=True)
 
 
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
