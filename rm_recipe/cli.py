@@ -18,9 +18,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from rm_recipe.errors import Interrupted, RmRecipeError, one_line
+from rm_recipe.errors import INTERRUPTS, LAUNCHED, UNDER_RUN, Interrupted, RmRecipeError, one_line
 from rm_recipe.files import redact
-from rm_recipe.training.interrupts import INTERRUPTS, LAUNCHED, UNDER_RUN
 
 app = typer.Typer(
     name="rm-recipe",

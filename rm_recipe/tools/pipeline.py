@@ -17,11 +17,10 @@ from typing import Any
 
 import psutil
 
-from rm_recipe.errors import Interrupted, RecipeError, TrainingError
+from rm_recipe.errors import INTERRUPTS, UNDER_RUN, Interrupted, RecipeError, TrainingError
 from rm_recipe.files import read_json
 from rm_recipe.recipe.reader import Recipe, is_run_folder, read_recipe, shipped
 from rm_recipe.recipe.schema import DEVICE_KEYS
-from rm_recipe.training.interrupts import INTERRUPTS, UNDER_RUN
 
 CONFIGS = shipped("accelerate_configs")
 
@@ -104,14 +103,14 @@ def examine_data(recipe: Recipe, *, resume: bool) -> None:
     """
     from rm_recipe.data.splits import refuse_leakage
     from rm_recipe.training.checkpoints import newest_manifest
-    from rm_recipe.training.run_folder import check_same_data, identity_of
+    from rm_recipe.training.run_folder import check_identity, identity_of
     from rm_recipe.training.train import load_data
 
     _, train, test, leakage = load_data(recipe)
     refuse_leakage(recipe, leakage)
     manifest = newest_manifest(recipe.output_dir) if resume else None
     if manifest:
-        check_same_data(recipe.output_dir, manifest, identity_of(train, test))
+        check_identity(recipe.output_dir, manifest, identity_of(train, test))
 
 
 def evaluate_or_skip(recipe: Recipe) -> dict[str, Any]:
