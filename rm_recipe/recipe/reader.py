@@ -75,12 +75,12 @@ class Recipe:
         return merged
 
     def save(self, path: Path) -> None:
-        """Writes the resolved recipe as YAML that `read_recipe` takes back, the home folder as `~`."""
+        """Write the resolved recipe as YAML that `read_recipe` takes back, the home folder as `~`."""
         save_values(path, self.resolved(), f"# {self.path.name}{RUN_HEADER}\n")
 
 
 def save_values(path: Path, values: dict[str, Any], header: str = "") -> None:
-    """Writes a run's recipe; without a `header`, under the one that is there."""
+    """Write a run's recipe; without a `header`, under the one that is there."""
     if not header:
         with path.open(encoding="utf-8") as file:
             header = file.readline()

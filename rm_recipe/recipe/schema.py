@@ -182,56 +182,43 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
 class DataArguments:
     """The keys that TRL has no name for, and TRL's own for the data set."""
 
+    # A Hub id such as `Anthropic/hh-rlhf`, or a local folder, .jsonl, .json or .parquet (.gz too).
     dataset_name: str | None = None
-    """A Hub id such as `Anthropic/hh-rlhf`, or a local folder, .jsonl, .json or .parquet (.gz too)."""
-
+    # Folders of the data set (its `data_dir`), e.g. `[helpful-base, harmless-base]`.
     dataset_subsets: list[str] | None = None
-    """Folders of the data set (its `data_dir`), e.g. `[helpful-base, harmless-base]`."""
-
+    # Branch, tag or commit of a Hub data set.
     dataset_revision: str | None = None
-    """Branch, tag or commit of a Hub data set."""
-
+    # The held-out split must differ from the train split.
     dataset_train_split: str = "train"
     dataset_test_split: str = "test"
-    """The held-out split; must differ from the train split."""
-
+    # A mixture instead of `dataset_name`, as TRL's `DatasetMixtureConfig` has it: a list of `path`, `name`,
+    # `data_dir`, `data_files`, `split`, `columns`, `fraction`.
     datasets: list[dict[str, Any]] | None = None
-    """A mixture instead of `dataset_name`, as TRL's `DatasetMixtureConfig` has it: a list of `path`,
-    `name`, `data_dir`, `data_files`, `split`, `columns`, `fraction`."""
-
+    # Share of the prompts to hold out of the train split, all comparisons of a prompt together; 0.1 where a
+    # set has a train split only.
     test_split_size: float | None = None
-    """Share of the prompts to hold out of the train split, all comparisons of a prompt together;
-    0.1 where a set has a train split only."""
-
+    # How much better the chosen response is: a number to subtract from the reward difference in the loss
+    # (Llama 2, arXiv 2307.09288, section 3.2.2), or a category of `margin_map`. Rankings may have a number
+    # for each response: `scores`, say.
     margin_column: str | None = None
-    """How much better the chosen response is: a number to subtract from the reward difference in
-    the loss (Llama 2, arXiv 2307.09288, section 3.2.2), or a category of `margin_map`. Rankings may
-    have a number for each response: `scores`, say."""
-
+    # Categories and their margins, e.g. `{significantly better: 1, better: 0.67, slightly better: 0.33}`.
     margin_map: dict[str | int, float] | None = None
-    """Categories and their margins, e.g. `{significantly better: 1, better: 0.67, slightly better: 0.33}`."""
-
+    # Comparisons to use: the first so many of a shuffle seeded with `seed`; all of them if empty.
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
-    """Comparisons to use: the first so many of a shuffle seeded with `seed`; all of them if empty."""
-
+    # What happens to a conversation of more than `max_length` tokens. The reply is never cut.
     truncation: Literal["drop_oldest_turns", "keep_end", "exclude"] = "drop_oldest_turns"
-    """What happens to a conversation of more than `max_length` tokens. The reply is never cut."""
-
+    # Train prompts that are also held out: stop, remove them from train, or let them pass.
     leakage: Literal["error", "drop", "allow"] = "error"
-    """Train prompts that are also held out: stop, remove them from train, or let them pass."""
-
+    # Encode the prompt of a comparison once for all its responses, where that is exact.
     prefix_sharing: Literal["auto", "off"] = "auto"
-    """Encode the prompt of a comparison once for all its responses, where that is exact."""
-
+    # Evaluations without a better held-out accuracy after which training stops; the best checkpoint is
+    # kept. Sets what that needs: `load_best_model_at_end`, and an evaluation wherever a checkpoint is saved:
+    # every `save_steps`, ten times a run if it says nothing.
     early_stopping_patience: int | None = None
-    """Evaluations without a better held-out accuracy after which training stops; the best checkpoint is
-    kept. Sets what that needs: `load_best_model_at_end`, and an evaluation wherever a checkpoint is saved:
-    every `save_steps`, ten times a run if it says nothing."""
-
+    # The gate: what held-out accuracy, or its interval's lower end, has to reach.
     target_accuracy: float = 0.65
     gate_statistic: Literal["ci_low", "accuracy"] = "ci_low"
-    """The gate: what held-out accuracy, or its interval's lower end, has to reach."""
 
 
 @dataclass
@@ -241,14 +228,12 @@ class HubArguments:
     Trainer would upload checkpoints that nothing has proven.
     """
 
+    # Upload the export at the end of `rm-recipe run`, if it is proven and has passed its gate.
     push_to_hub: bool = False
-    """Upload the export at the end of `rm-recipe run`, if it is proven and has passed its gate."""
-
+    # Where to: USER/NAME.
     hub_model_id: str | None = None
-    """Where to: USER/NAME."""
-
+    # Make the repository private.
     hub_private_repo: bool | None = None
-    """Make the repository private."""
 
 
 class _Keys(BaseModel):

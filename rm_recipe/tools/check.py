@@ -33,7 +33,7 @@ UNITS = {"": 1e9, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "mib": 2**20, "gi
 
 
 def check_base(recipe: Recipe) -> None:
-    """Refuses a base that training would refuse, if its configuration is in a folder or the Hub's cache.
+    """Refuse a base that training would refuse, if its configuration is in a folder or the Hub's cache.
 
     Its tokenizer too, where that is at hand.
 
@@ -79,7 +79,7 @@ def folder_at_hand(name: str, revision: str) -> str | None:
 
 
 def check_data(recipe: Recipe) -> None:
-    """Prints the doctor's report and writes it under `output_dir`.
+    """Print the doctor's report and write it under `output_dir`.
 
     The report of another recipe's run is left alone.
 
@@ -105,7 +105,7 @@ def check_data(recipe: Recipe) -> None:
 
 
 def check_step(recipe: Recipe) -> None:
-    """Does all that training does before its first step, and the step itself, which it undoes.
+    """Do all that training does before its first step, and the step itself, which it undoes.
 
     Raises:
         RecipeError, DataError, TrainingError: whatever would stop training.
