@@ -164,7 +164,7 @@ def check_unicode(texts: Sequence[str]) -> None:
         raise Excluded("invalid_text") from None
 
 
-# --- hh-rlhf transcripts (`\n\nHuman: ...\n\nAssistant: ...`) as turns and messages, and back -----
+# --- hh-rlhf transcripts (`\n\nHuman: ...\n\nAssistant: ...`) as turns and messages ---------------
 # The format has no way to quote a speaker's name, so a rule has to say where a turn starts: at a
 # name after a blank line, and only where the speaker changes. `Human:` in the middle of a message,
 # or an `Assistant:` that an assistant's reply wrote itself, is then part of the message.
@@ -184,7 +184,7 @@ def is_transcript(text: str) -> bool:
 
 
 def split_turns(text: str) -> list[tuple[str, str]]:
-    """A transcript as (speaker, what follows the colon); `join_turns` gives the text back.
+    """A transcript as (speaker, what follows the colon): joined again they are the same text.
 
     Raises:
         ValueError: text stands before the first speaker, or there is none.
@@ -199,11 +199,6 @@ def split_turns(text: str) -> list[tuple[str, str]]:
         else:
             turns.append((speaker, said))
     return turns
-
-
-def join_turns(turns: Sequence[tuple[str, str]]) -> str:
-    """The transcript that `split_turns` took apart, character for character."""
-    return "".join(f"\n\n{speaker}:{said}" for speaker, said in turns)
 
 
 def parse_transcript(text: str) -> list[dict[str, str]]:

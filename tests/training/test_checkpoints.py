@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 import rm_recipe.training.train
 from rm_recipe import cli
-from rm_recipe.data import dataset, loading
+from rm_recipe.data import dataset
 from rm_recipe.errors import Interrupted, RecipeError, TrainingError
 from rm_recipe.evaluation.evaluate import evaluate
 from rm_recipe.files import tidy
@@ -247,7 +247,6 @@ def test_a_reworded_comment_in_our_code_and_a_copy_of_the_data_are_no_other_data
         return f"{inspect.getsource(module)}# as it was, in other words\n"
 
     monkeypatch.setattr(dataset, "inspect", SimpleNamespace(getsource=reworded))
-    monkeypatch.setattr(loading, "getsource", reworded)
     train(read_recipe(recipe), resume=True)
     assert (run / "run.json").is_file()
 
