@@ -5,7 +5,7 @@ counted; nothing is skipped in silence. A value that is not of the shape at all 
 that is a fault of the file, not of the row.
 """
 
-import math
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
@@ -119,12 +119,10 @@ def _pair(row: Mapping[str, Any]) -> tuple[list[Message], list[str], list[float]
 
 def _labelled(row: Mapping[str, Any]) -> tuple[list[Message], list[str], list[float]]:
     """Two outputs and the number, 1 or 2, of the better one."""
-    if row.get("input") is None:
-        raise Excluded("empty_prompt")
-    if row.get("output_2") is None:
-        raise Excluded("missing_response")
-    if row.get("label") is None:
-        raise Excluded("missing_label")
+    needed = {"input": "empty_prompt", "output_2": "missing_response", "label": "missing_label"}
+    for column, reason in needed.items():
+        if row.get(column) is None:
+            raise Excluded(reason)
     if row["label"] not in (1, 2):
         raise Malformed("label", "1 or 2, the number of the better output", row["label"])
     outputs = {name: row[name] for name in ("output_1", "output_2")}
@@ -220,7 +218,7 @@ def _split_replies(prompt: Any, responses: Mapping[Any, Any]) -> tuple[list[Mess
         elif (messages := messages_of_text(value)) is not None:
             said = messages
         elif prompt is None:
-            said = _transcript(value)
+            said = parse_transcript(value)
         else:
             said = [{"role": "assistant", "content": as_reply(prompt, value)}]
         conversations.append(_whole(before, said))
@@ -261,19 +259,9 @@ def _shared(conversations: Sequence[list[Message]]) -> tuple[list[Message], list
     return conversations[0][:n], [messages[-1]["content"] for messages in conversations]
 
 
-def _transcript(text: str) -> list[Message]:
-    try:
-        return parse_transcript(text.replace("\r\n", "\n"))
-    except ValueError:
-        raise Excluded("not_a_transcript") from None
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float | Decimal) and not isinstance(value, bool)
 
 
 def _is_finite(number: float) -> bool:
-    try:
-        return math.isfinite(number)
-    except OverflowError:  # a whole number of hundreds of digits
-        return False
+    return abs(number) <= sys.float_info.max  # not for infinity, NaN or whole numbers of hundreds of digits

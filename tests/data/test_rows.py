@@ -342,7 +342,7 @@ def joined(turns) -> str:
 def test_a_transcript_that_is_taken_apart_and_joined_is_the_same_text(text):
     try:
         turns = split_turns(text)
-    except ValueError:
+    except Excluded:
         assert not text.lstrip().startswith(("Human:", "Assistant:"))
     else:
         assert joined(turns) == "\n\n" + text.lstrip()
@@ -357,7 +357,8 @@ def test_messages_that_are_written_as_a_transcript_are_read_back(contents):
     text = joined([(s, f" {c}") for s, c in zip(speakers, contents, strict=False)])
     markers = text.count("\n\nHuman:") + text.count("\n\nAssistant:")
     if markers == len(contents):
-        assert [message["content"] for message in parse_transcript(text)] == contents
+        read = [message["content"] for message in parse_transcript(text)]
+        assert read == [content.replace("\r\n", "\n").strip() for content in contents]
 
 
 def test_a_speakers_name_inside_a_message_starts_no_turn():
