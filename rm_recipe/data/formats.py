@@ -85,14 +85,7 @@ def parse_row(
         Excluded: with the reason.
         Malformed: a value has the wrong type.
     """
-    if row.get("chosen") is not None or row.get("rejected") is not None:  # TRL's columns come first
-        prompt, responses, levels = _pair(row)
-    elif row.get("responses") is not None or row.get("completions") is not None:
-        prompt, responses, levels = _ranking(row)
-    elif row.get("output_1") is not None:
-        prompt, responses, levels = _labelled(row)
-    else:
-        raise Excluded("missing_response")
+    prompt, responses, levels = _by_shape(row)
     prompt = in_context(prompt, row)
     check_unicode([*(message["content"] for message in prompt), *responses])
     if not all(response.strip() for response in responses):
@@ -108,6 +101,17 @@ def parse_row(
     if margin_column is not None:
         margins = _margins(margin_column, row.get(margin_column), margin_map, order, ranks)
     return Comparison(prompt, responses, ranks, margins)
+
+
+def _by_shape(row: Mapping[str, Any]) -> tuple[list[Message], list[str], list[float]]:
+    """Prompt, responses and for each a level (the lower, the better), of the shape that has values."""
+    if row.get("chosen") is not None or row.get("rejected") is not None:  # TRL's columns come first
+        return _pair(row)
+    if row.get("responses") is not None or row.get("completions") is not None:
+        return _ranking(row)
+    if row.get("output_1") is not None:
+        return _labelled(row)
+    raise Excluded("missing_response")
 
 
 def _pair(row: Mapping[str, Any]) -> tuple[list[Message], list[str], list[float]]:
@@ -130,7 +134,6 @@ def _labelled(row: Mapping[str, Any]) -> tuple[list[Message], list[str], list[fl
 
 
 def _ranking(row: Mapping[str, Any]) -> tuple[list[Message], list[str], list[float]]:
-    """Prompt, responses and for each a level: the lower, the better."""
     column = "scores" if row.get("ranks") is None and "scores" in row else "ranks"
     prompt, replies, levels = row.get("prompt"), row.get("responses"), row.get(column)
     if replies is None:
