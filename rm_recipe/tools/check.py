@@ -18,7 +18,6 @@ from rm_recipe.model.memory import (
     device_memory,
     fit_by_config,
     read_for,
-    shipped_that_fit,
     what_to_lower,
 )
 from rm_recipe.model.shared_prefix import check_padding
@@ -176,10 +175,5 @@ def print_fit(found: Fit, recipe: Recipe, device: torch.device) -> None:
     print(f"evaluation: about {plan.evaluation / 1e9:.1f} GB")
     on_cpu = "" if plan.export <= found.memory else ", which does not fit: on the CPU"
     print(f"export, verified in fp32: about {plan.export / 1e9:.1f} GB{on_cpu}")
-    if found.fits:
-        return
-    print(f"instead: {what_to_lower(found, recipe)}")
-    fitting, unknown = shipped_that_fit(device, found.memory)
-    print("\nrecipes that fit:", *fitting or ["none"], sep="\n  ")
-    if unknown:
-        print("not known, as their base's config.json is not to be had:", *unknown, sep="\n  ")
+    if not found.fits:
+        print(f"instead: {what_to_lower(found, recipe)}")
