@@ -138,14 +138,6 @@ def test_text_that_would_be_read_as_a_control_token_is_named(model):
     assert np.isfinite(rewards).tolist() == [True, False]
 
 
-def test_no_items_have_no_rewards(model):
-    assert model.score([]).shape == (0,)
-
-
-def test_a_decoder_shares_prompts_and_an_encoder_does_not(model):
-    assert model.sharing.used == (model.model.config.model_type == "llama")
-
-
 def test_rewards_that_are_no_numbers_are_refused(model):
     with torch.no_grad():
         getattr(model.model, "score", getattr(model.model, "classifier", None)).weight.fill_(float("nan"))
@@ -188,10 +180,7 @@ def test_a_line_too_long_for_the_model_is_named_with_its_file(model, tmp_path, m
     [
         (b"", "is empty: it holds no rows"),
         (b'{"prompt": "a", "response": "b"}\n{"prompt"', "line 2: not JSON"),
-        (b"[" * 100_000, "line 1: not JSON"),
         (b'{"prompt": "a"}\n', "line 1: expected"),
-        (b'"text"\n', "line 1: a row is a JSON object, this is a str"),
-        (b'\n\n{"prompt": "a"}\n', "line 3: expected"),
         (b"\xff\xfe", "not UTF-8"),
     ],
 )
@@ -203,14 +192,6 @@ def test_a_bad_line_is_named_with_its_file(tmp_path, content, message):
     assert str(path) in str(caught.value)
 
 
-def test_a_line_separator_inside_a_text_ends_no_line(tmp_path):
-    path = tmp_path / "in.jsonl"
-    path.write_text(
-        json.dumps({"prompt": "a\u2028b", "response": "c"}, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    assert [item["prompt"] for item in read_items(path).values()] == ["a\u2028b"]
-
-
 LINES = [json.dumps(item).encode() for item in ITEMS]
 
 
@@ -218,10 +199,8 @@ LINES = [json.dumps(item).encode() for item in ITEMS]
     ("name", "content"),
     [
         ("bom.jsonl", b"\xef\xbb\xbf" + b"\n".join(LINES)),
-        ("blank.jsonl", b"\n\n".join(LINES) + b"\n\n\n"),
         ("crlf.jsonl", b"\r\n".join(LINES) + b"\r\n"),
         ("packed.jsonl.gz", gzip.compress(b"\n".join(LINES))),
-        ("list.json", b"[" + b",\n".join(LINES) + b"]"),
         ("list.json.gz", gzip.compress(b"[" + b",\n".join(LINES) + b"]")),
     ],
 )
@@ -310,8 +289,6 @@ def test_a_model_that_says_no_length_is_given_what_it_has_positions_for(tiny_dis
         ("cuda", 8, 0, "3", "cuda:3"),  # under a launcher, before Accelerate has chosen
         ("cuda", 8, 5, None, "cuda:5"),  # chosen already
         ("cuda", 1, 0, "3", "cuda:0"),  # each process sees its own alone
-        ("xpu", 4, 0, "2", "xpu:2"),
-        ("npu", 1, 0, None, "npu:0"),
         (None, 0, 0, "3", "cpu"),
     ],
 )
@@ -321,17 +298,8 @@ def test_a_reward_model_goes_to_the_accelerator_of_its_process(
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if rank is not None:
         monkeypatch.setenv("LOCAL_RANK", rank)
-    found = torch.device("privateuseone" if kind == "npu" else kind) if kind else None
+    found = torch.device(kind) if kind else None
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: current)
-    assert str(this_device()).replace("privateuseone", "npu") == expected
-
-
-def test_by_default_a_model_is_put_there(monkeypatch, tiny_llama, tmp_path):
-    classifier = AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=1)
-    classifier.save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path)
-    monkeypatch.setattr("rm_recipe.scoring.this_device", lambda: torch.device("meta"))
-    assert RewardModel.from_pretrained(tmp_path).model.device.type == "meta"
-    assert RewardModel.from_pretrained(tmp_path, "cpu").model.device.type == "cpu"
+    assert str(this_device()) == expected
