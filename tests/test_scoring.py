@@ -146,33 +146,21 @@ def test_rewards_that_are_no_numbers_are_refused(model):
 
 
 @pytest.mark.parametrize(
-    "item", [{}, {"prompt": "a"}, {"prompt": "", "response": "b"}, {"prompt": "a", "response": 3}]
+    ("prompt", "response", "fault"),
+    [
+        ("", "b", "expected a 'prompt' and a 'response'"),
+        ("a", 3, "expected a 'prompt' and a 'response'"),
+        (5, "b", "'prompt' should be a text or a list of messages"),
+        ("a\ud800", "b", "invalid text"),
+        ("far away " * 20, "yes", "too long .at most 10 tokens."),
+        (str([{"role": "user", "content": "a"}]), "b", "python repr: write messages as JSON"),
+        ([{"role": "judge", "content": "a"}], "b", "unknown role: role 'judge'"),
+    ],
 )
-def test_an_item_without_prompt_or_response_is_named(model, item):
-    with pytest.raises(DataError, match="item 2: expected a 'prompt' and a 'response'"):
-        model.score([ITEMS[0], item])
-
-
-def test_text_that_no_tokenizer_can_read_is_named(model):
-    with pytest.raises(DataError, match="item 1: invalid text"):
-        model.score([{"prompt": "a\ud800", "response": "b"}])
-    with pytest.raises(DataError, match="item 1: 'prompt' should be a text or a list of messages"):
-        model.score([{"prompt": 5, "response": "b"}])
-
-
-def test_an_item_too_long_for_the_model_is_named(model):
+def test_an_item_that_cannot_be_scored_is_named(model, prompt, response, fault):
     model.max_length = 10
-    with pytest.raises(DataError, match="item 1: too long .at most 10 tokens."):
-        model.score([{"prompt": "far away " * 20, "response": "yes"}])
-
-
-def test_a_line_too_long_for_the_model_is_named_with_its_file(model, tmp_path, monkeypatch):
-    model.max_length = 60
-    monkeypatch.setattr(RewardModel, "from_pretrained", lambda _: model)
-    source = write_jsonl(tmp_path / "in.jsonl", [*ITEMS, {"prompt": "hello", "response": "far " * 200}])
-    with pytest.raises(DataError, match=rf"in.jsonl, line {len(ITEMS) + 1}: response too long .at most 60"):
-        score_file("m", source, tmp_path / "out.jsonl")
-    assert not (tmp_path / "out.jsonl").exists()
+    with pytest.raises(DataError, match=f"item 2: {fault}"):
+        model.score([{"prompt": "a", "response": "b"}, {"prompt": prompt, "response": response}])
 
 
 @pytest.mark.parametrize(
@@ -228,10 +216,8 @@ def test_a_row_is_named_by_its_number_in_the_file(model, tmp_path, monkeypatch, 
 
 def test_a_prompt_is_read_as_in_training(model):
     """A transcript and messages as JSON text are the same prompt as the messages."""
-    turns = [
-        {"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"},
-        {"role": "user", "content": "how are you"},
-    ]  # fmt: skip
+    said = [("user", "hello"), ("assistant", "yes"), ("user", "how are you")]
+    turns = [{"role": role, "content": content} for role, content in said]
     transcript = "\n\nHuman: hello\n\nAssistant: yes\n\nHuman: how are you\n\nAssistant:"
     prompts = [turns, transcript, json.dumps(turns), [{**turns[0], "role": "human"}, *turns[1:]]]
     responses = ["fine", " fine", "fine", "fine"]
@@ -246,27 +232,15 @@ def test_a_prompt_is_read_as_in_training(model):
     assert model.score(items)[0] != model.score([{"prompt": turns, "response": "fine"}])[0]
     with pytest.raises(DataError, match="item 1: tools: the tools that its prompt offers are not rendered"):
         model.score([{"prompt": turns, "response": "fine", "tools": [{"name": "f"}]}])
-    with pytest.raises(DataError, match="item 1: python repr: write messages as JSON"):
-        model.score([{"prompt": str(turns), "response": "fine"}])
-    with pytest.raises(DataError, match="item 1: unknown role: role 'judge'"):
-        model.score([{"prompt": [{"role": "judge", "content": "a"}], "response": "fine"}])
 
 
-def test_a_failed_scoring_leaves_no_output(tmp_path):
+def test_a_model_or_input_that_is_not_there_is_named_and_leaves_no_output(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         score_file("whatever", tmp_path / "missing.jsonl", tmp_path / "out.jsonl")
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("path", ["./no/such/model", "outputs/nothing"])
-def test_a_missing_model_is_named(path):
-    with pytest.raises(RecipeError, match=f"{path} does not exist"):
-        RewardModel.from_pretrained(path)
-
-
-def test_a_folder_without_a_model_says_what_is_missing(tmp_path):
-    with pytest.raises(RecipeError, match="holds no model"):
-        RewardModel.from_pretrained(tmp_path)
+    for path, fault in (("./no/such", "no/such does not exist"), (tmp_path, "holds no model")):
+        with pytest.raises(RecipeError, match=fault):
+            RewardModel.from_pretrained(path)
 
 
 def test_a_model_that_says_no_length_is_given_what_it_has_positions_for(tiny_distilbert, tmp_path):

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -90,14 +89,12 @@ def check_target_modules(model: PreTrainedModel, config: ModelConfig) -> None:
     ):
         missing = [part for part in wanted or [] if not any(f".{n}".endswith(f".{part}") for n in known)]
         if missing:
-            endings = {name.rpartition(".")[2] for name in known if name}
-            close = did_you_mean(get_close_matches(missing[0].rpartition(".")[2], endings, n=1))
-            layers = [
-                name for name, m in model.base_model.named_modules() if isinstance(m, (nn.Linear, Conv1D))
-            ]
+            close = did_you_mean(missing[0].rpartition(".")[2], {n.rpartition(".")[2] for n in known if n})
+            body = model.base_model.named_modules()
+            layers = [name for name, module in body if isinstance(module, (nn.Linear, Conv1D))]
             linear = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
             raise RecipeError(
-                f"'{key}': this model has no {', '.join(missing)}.{close} Its linear layers are {linear}"
+                f"'{key}': no layer is called {', '.join(missing)}.{close} This model's linear ones are {linear}"
             )
 
 

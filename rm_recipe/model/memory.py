@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForSequenceClassification
 from trl import ModelConfig, RewardConfig
+from trl.trainer import disable_dropout_in_model
 
 from rm_recipe.data.comparison import Encoded
 from rm_recipe.data.dataset import Split
@@ -195,6 +196,8 @@ def _outline(
         )
         if chosen == cpu_attention.NAME:
             outline.set_attn_implementation(chosen)
+        if training.disable_dropout:  # as the trainer does: attention with dropout keeps all its scores
+            disable_dropout_in_model(outline)
         for name in new_modules:
             head.to_float32(outline, name)
         if model.use_peft:
@@ -383,7 +386,7 @@ def needs_checkpointing(
         return True, str(error)
     reason = f"the largest batch needs about {found.plan.peak / 1e9:.1f} of {found.memory / 1e9:.1f} GB"
     if not found.fits:
-        reason += f" even so: take {what_to_lower(found, recipe)}"
+        reason += f" even so: {what_to_lower(found, recipe)}"
     elif found.without is not None:
         reason += f", without it {found.without.peak / 1e9:.1f}"
     return found.checkpointing, reason
@@ -392,16 +395,15 @@ def needs_checkpointing(
 def too_little(recipe: Recipe, trainer: Any, new_modules: Sequence[str], split: Split) -> str:
     """Say, where a step has found no memory, what it takes by the plan and what to lower."""
     n, device = recipe.training.per_device_train_batch_size, recipe.training.device.type.upper()
-    lower = with_batch_of(recipe, n - 1) if n > 1 else "gradient_checkpointing: true and a lower max_length"
-    planned = ""
+    smaller = with_batch_of(recipe, n - 1) if n > 1 else "gradient_checkpointing: true and a lower max_length"
+    planned, lower = "", f"take {smaller}"
     with suppress(UnplannableError):
         found = _fit_split(trainer.model.config, recipe, new_modules, split, trainer.data_collator.share)
-        planned = (
-            f": the largest batch takes about {found.plan.peak / 1e9:.1f} of {found.memory / 1e9:.1f} GB"
-        )
+        peak, there = found.plan.peak / 1e9, found.memory / 1e9
+        planned = f": the largest batch takes about {peak:.1f} of {there:.1f} GB by the plan"
         if not found.fits:  # else something else is on the device, or the plan is too low
             lower = what_to_lower(found, recipe)
-    return f"{device} out of memory{planned}; take {lower}"
+    return f"{device} out of memory{planned}; {lower}"
 
 
 def _fit_split(config: Any, recipe: Recipe, new_modules: Sequence[str], split: Split, shared: bool) -> Fit:
@@ -425,12 +427,12 @@ def with_batch_of(recipe: Recipe, most: int) -> str:
 def what_to_lower(found: Fit, recipe: Recipe) -> str:
     """The keys to change where a recipe does not fit."""
     if found.largest:
-        return with_batch_of(recipe, found.largest)
+        return f"{with_batch_of(recipe, found.largest)} fits"
     if not found.checkpointing:
-        return "gradient_checkpointing: true, which keeps less for the backward"
+        return "gradient_checkpointing: true keeps less for the backward"
     smaller = "load_in_4bit: true" if recipe.model.use_peft else "use_peft: true"
     or_smaller = "" if recipe.model.load_in_4bit else f" or {smaller}"
-    return f"a lower max_length{or_smaller}: not one comparison fits"
+    return f"not one comparison fits; try a lower max_length{or_smaller}"
 
 
 def float32_bytes(model: Any) -> int:

@@ -199,6 +199,9 @@ def prepare_for_rewards(
     for config in (model.config, model.config.get_text_config()):
         if hasattr(config, "use_cache"):  # keys and values are for who generates; a reward reads a text once
             config.use_cache = False
+    # On Hopper and later torch prefers cuDNN's attention, which takes a second to plan for each shape of a
+    # batch that it has not seen yet, and nearly every batch has one of its own.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     lora.keep_layout(model)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
@@ -229,13 +232,10 @@ def add_reward_positions(model: PreTrainedModel) -> None:
         self: PreTrainedModel,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
         ends: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Rewards (responses, 1) at `ends` as `logits`, or what the model gives without them."""
-        if position_ids is not None:
-            kwargs["position_ids"] = position_ids
         if ends is None:
             return original(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         kwargs = {key: value for key, value in kwargs.items() if value is not None}

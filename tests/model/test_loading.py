@@ -212,14 +212,17 @@ def test_a_model_that_there_is_no_memory_for_is_not_called_a_wrong_one(tiny_llam
 @pytest.mark.parametrize(
     ("keys", "fault"),
     [
-        ({"lora_target_modules": ["no_such_proj"]}, "has no no_such_proj.* linear layers are down_proj, "),
-        ({"lora_target_modules": ["q_proj", "k_prj"]}, "has no k_prj. Did you mean 'k_proj'"),
+        (
+            {"lora_target_modules": ["no_such_proj"]},
+            "no layer is called no_such_proj.* linear ones are down_proj, ",
+        ),
+        ({"lora_target_modules": ["q_proj", "k_prj"]}, "is called k_prj. Did you mean 'k_proj'"),
         ({"lora_target_modules": ["*q_proj"]}, "is neither a name nor a regular expression"),
-        ({"lora_target_modules": [".*mlp.query"]}, r"has no \.\*mlp\.query"),
+        ({"lora_target_modules": [".*mlp.query"]}, r"is called \.\*mlp\.query"),
         ({"lora_target_modules": ["self_attn"]}, "LoRA cannot be added: Target module LlamaAttention"),
         (
             {"lora_modules_to_save": ["nrm"]},
-            "'lora_modules_to_save': this model has no nrm. Did you mean 'norm'",
+            "'lora_modules_to_save': no layer is called nrm. Did you mean 'norm'",
         ),
     ],
 )

@@ -231,7 +231,7 @@ def test_the_table_has_every_part_and_sums_up(write_recipe, capsys, monkeypatch)
     )
     out = capsys.readouterr().out
     assert "does not fit 0.7 GB" in out
-    assert "instead: a lower max_length" in out
+    assert "instead: not one comparison fits; try a lower max_length" in out
 
 
 def test_what_cannot_be_planned_is_one_message_and_is_checkpointed(write_recipe, tiny_llama, monkeypatch):
