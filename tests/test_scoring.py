@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import write_jsonl
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import ModelConfig
 
@@ -152,13 +151,13 @@ def test_rewards_that_are_no_numbers_are_refused(model):
         ("a", 3, "expected a 'prompt' and a 'response'"),
         (5, "b", "'prompt' should be a text or a list of messages"),
         ("a\ud800", "b", "invalid text"),
-        ("far away " * 20, "yes", "too long .at most 10 tokens."),
+        ("far away " * 40, "yes", "too long .at most 40 tokens."),
         (str([{"role": "user", "content": "a"}]), "b", "python repr: write messages as JSON"),
         ([{"role": "judge", "content": "a"}], "b", "unknown role: role 'judge'"),
     ],
 )
 def test_an_item_that_cannot_be_scored_is_named(model, prompt, response, fault):
-    model.max_length = 10
+    model.max_length = 40
     with pytest.raises(DataError, match=f"item 2: {fault}"):
         model.score([{"prompt": "a", "response": "b"}, {"prompt": prompt, "response": response}])
 

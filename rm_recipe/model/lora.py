@@ -94,7 +94,7 @@ def check_target_modules(model: PreTrainedModel, config: ModelConfig) -> None:
             layers = [name for name, module in body if isinstance(module, (nn.Linear, Conv1D))]
             linear = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
             raise RecipeError(
-                f"'{key}': no layer is called {', '.join(missing)}.{close} This model's linear ones are {linear}"
+                f"'{key}': no layer is called {', '.join(missing)}.{close} This model's are {linear}"
             )
 
 

@@ -214,7 +214,7 @@ def test_a_model_that_there_is_no_memory_for_is_not_called_a_wrong_one(tiny_llam
     [
         (
             {"lora_target_modules": ["no_such_proj"]},
-            "no layer is called no_such_proj.* linear ones are down_proj, ",
+            "no layer is called no_such_proj.* model's are down_proj, ",
         ),
         ({"lora_target_modules": ["q_proj", "k_prj"]}, "is called k_prj. Did you mean 'k_proj'"),
         ({"lora_target_modules": ["*q_proj"]}, "is neither a name nor a regular expression"),

@@ -15,6 +15,7 @@ from rm_recipe.errors import RecipeError
 from rm_recipe.model import cpu_attention, lora, memory
 from rm_recipe.model.head import to_float32
 from rm_recipe.model.memory import (
+    MemoryPlan,
     fit_by_config,
     needs_checkpointing,
     plan,
@@ -140,61 +141,49 @@ def test_the_tinyllama_recipes_fit_the_gpus_they_name_at_their_max_length(monkey
 
 
 @pytest.fixture
-def planned(write_recipe):
-    """A function: `fit_by_config` of the tiny Llama's recipe on a GPU of so many bytes, and the recipe."""
+def fitted(write_recipe, monkeypatch):
+    """A function: what fits a GPU of so many GB, if a comparison takes one, or half with checkpointing."""
 
-    def make(room: float, larger: bool = False, **keys):
-        keys = {"gradient_checkpointing": "omit", "per_device_train_batch_size": 8, "max_length": 512, **keys}
+    def make(room: float, **keys):
+        keys = {"gradient_checkpointing": "omit", "per_device_train_batch_size": 8} | keys
         recipe = read_for(write_recipe(**keys), [], GPU)
-        return fit_by_config(recipe, GPU, room, larger), recipe
+        with monkeypatch.context() as patch:
+            patch.setattr(memory, "plan", step)
+            return fit_by_config(recipe, GPU, (room * GB + memory.PROCESS) / (1 - memory.SPARE) + 1), recipe
+
+    def step(config, model, training, new, batch, *, checkpointing, **_):
+        return MemoryPlan(0, 0, round(len(batch) * GB * (0.5 if checkpointing else 1)))
 
     return make
 
 
-def room_for(peak: int) -> float:
-    """A device that a step of this peak just fits."""
-    return peak / (1 - memory.SPARE) + 1
+@pytest.mark.parametrize(
+    ("room", "keys", "fits", "checkpointing", "largest"),
+    [
+        (8, {}, True, False, 8),
+        (20, {}, True, False, 20),
+        (4, {}, True, True, 8),
+        (3, {}, False, True, 6),
+        (4, {"gradient_checkpointing": False}, False, False, 4),
+        (0.4, {}, False, True, 0),
+        (1e3, {}, True, False, memory.LARGEST),
+    ],
+)
+def test_checkpointing_is_used_where_only_that_fits_and_the_largest_batch_is_found(
+    fitted, room, keys, fits, checkpointing, largest
+):
+    found, _ = fitted(room, **keys)
+    assert (found.fits, found.checkpointing, found.largest) == (fits, checkpointing, largest)
+    assert (found.without is not None) == (checkpointing and not keys)
 
 
-def test_no_weight_is_read(planned, tiny_llama, tmp_path):
-    (tmp_path / "config only").mkdir()
-    (tmp_path / "config only" / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
-    assert planned(8e9, model_name_or_path=str(tmp_path / "config only"))[0] == planned(8e9)[0]
-
-
-@pytest.mark.slow
-def test_the_largest_batch_is_the_largest_that_fits(planned):
-    one, _ = planned(8e9, per_device_train_batch_size=1, gradient_checkpointing=False)
-    for n in (3, 20):
-        exactly, _ = planned(8e9, per_device_train_batch_size=n, gradient_checkpointing=False)
-        found, _ = planned(room_for(exactly.plan.peak), larger=True, gradient_checkpointing=False)
-        assert found.largest == n
-        assert found.fits is (n >= 8)
-    assert planned(room_for(one.plan.peak) - 100, gradient_checkpointing=False)[0].largest == 0
-    assert planned(1e12, larger=True)[0].largest == memory.LARGEST
-
-
-def test_checkpointing_is_needed_where_only_that_fits(planned):
-    without, with_it = (planned(1e12, gradient_checkpointing=value)[0] for value in (False, True))
-    assert with_it.plan.peak < without.plan.peak
-    assert not planned(room_for(without.plan.peak))[0].checkpointing
-    needed, _ = planned(room_for(with_it.plan.peak))
-    assert needed.checkpointing
-    assert needed.without == without.plan
-    assert needed.fits
-
-
-def test_what_to_lower_is_what_would_fit(planned):
-    n_2, _ = planned(1e12, per_device_train_batch_size=2, gradient_checkpointing=True)
-    found, recipe = planned(room_for(n_2.plan.peak), gradient_accumulation_steps=4)
-    assert not found.fits
-    told = dict(pair.split(": ") for pair in re.findall(r"\w+: \d+", what_to_lower(found, recipe)))
+def test_what_to_lower_is_what_would_fit(fitted):
+    lower = what_to_lower(*fitted(1, gradient_accumulation_steps=4))
+    told = dict(pair.split(": ") for pair in re.findall(r"\w+: \d+", lower))
     assert told == {"per_device_train_batch_size": "2", "gradient_accumulation_steps": "16"}
-    again, _ = planned(room_for(n_2.plan.peak), **{key: int(value) for key, value in told.items()})
-    assert again.fits
-    one = {"per_device_train_batch_size": 1}
-    assert "gradient_checkpointing: true" in what_to_lower(*planned(1.0, gradient_checkpointing=False, **one))
-    assert "a lower max_length or load_in_4bit: true" in what_to_lower(*planned(1.0, **one))
+    assert fitted(1, **{key: int(value) for key, value in told.items()})[0].fits
+    assert "gradient_checkpointing: true" in what_to_lower(*fitted(0.6, gradient_checkpointing=False))
+    assert "a lower max_length or load_in_4bit: true" in what_to_lower(*fitted(0.4))
 
 
 @pytest.mark.parametrize(
@@ -207,6 +196,16 @@ def test_a_smaller_batch_has_as_many_comparisons_a_step_so_that_the_run_can_be_r
     told = with_batch_of(SimpleNamespace(training=training), most)
     assert tuple(map(int, re.findall(r"\d+", told))) == keys
     assert keys[0] * keys[1] == batch * accumulation
+
+
+def test_no_weight_is_read(write_recipe, tiny_llama, tmp_path):
+    (tmp_path / "config only").mkdir()
+    (tmp_path / "config only" / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
+    recipes = [
+        read_recipe(write_recipe(model_name_or_path=str(p))) for p in (tiny_llama, tmp_path / "config only")
+    ]
+    whole, alone = (fit_by_config(recipe, CPU, 8e9, larger=False) for recipe in recipes)
+    assert alone == whole
 
 
 def test_the_plan_for_a_gpu_has_a_gpus_precision_on_any_machine(write_recipe):
