@@ -211,7 +211,7 @@ def sample(
         texts: dict[str, list[int]] = {}
         for prompt in prompts:
             try:
-                texts[json.dumps(prompt.prompt)] = _rendered(tokenizer, prompt, sampling, model.config)
+                texts[json.dumps(prompt.prompt)] = _rendered(tokenizer, prompt, sampling, model)
             except Excluded as reason:
                 excluded[reason.reason] += 1
         if not texts:
@@ -313,7 +313,7 @@ def _ends(known: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _rendered(
-    tokenizer: PreTrainedTokenizerBase, prompt: Sample, sampling: Sampling, config: Any
+    tokenizer: PreTrainedTokenizerBase, prompt: Sample, sampling: Sampling, model: Any
 ) -> list[int]:
     """A prompt as the policy reads it, up to where its reply begins.
 
@@ -325,7 +325,7 @@ def _rendered(
     except (TemplateError, TypeError):
         raise Excluded("refused_by_policys_template") from None
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    limit = positions(config)
+    limit = positions(model)
     if limit is not None and len(ids) + sampling.max_new_tokens > limit:
         raise Excluded("too_long_for_policy")
     return ids
