@@ -19,7 +19,7 @@ def test_a_signal_raises_at_once_or_is_noted_where_something_is_to_be_saved(capf
     assert requests.received == number
     with requests.listening(), requests.deferred("saving first"):
         signal.raise_signal(number)
-        assert capfd.readouterr().err == "\nsaving first\n"
+        assert capfd.readouterr().err == "\nsaving first; Ctrl-C again stops at once\n"
         with pytest.raises(KeyboardInterrupt):  # who sends a second one does not want to wait
             signal.raise_signal(signal.SIGINT)
     assert requests.received == number
