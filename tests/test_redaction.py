@@ -141,7 +141,8 @@ def test_a_report_of_files_that_were_not_redacted_is(at_home, tmp_path):
     figures = {"accuracy": 0.5, "n_scored": 1, "subsets": {TOKEN: {"n": 1, "accuracy": 0.5}}}
     (tmp_path / "evaluation.json").write_text(json.dumps({"model": name, "datasets": {name: figures}}))
     line = {"dataset": name, "rewards": [1.0, 2.0], "ranks": [0, 1], "margin": -1.0, "shown": "mistake"}
-    line["text"] = {"prompt": f"my token {TOKEN}", "responses": [f"see {at_home}", "https://a:b@host"]}
+    prompt = [{"role": "user", "content": f"my token {TOKEN}"}]
+    line["text"] = {"prompt": prompt, "responses": [f"see {at_home}", "https://a:b@host"]}
     (tmp_path / "predictions.jsonl").write_text(json.dumps(line) + "\n")
     (tmp_path / "recipe.yaml").write_text(f"model_name_or_path: {at_home}/m\n")
     page = write_report(tmp_path).read_text()
