@@ -12,20 +12,25 @@ import gc
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from rm_recipe.errors import DataError, RecipeError, TrainingError
-from rm_recipe.evaluation.metrics import rank_correlation
 from rm_recipe.evaluation.probes import EDITS
 from rm_recipe.files import redact, whole_file, write_json
-from rm_recipe.overoptimization.best_of_n import Array, curve, kl, mean_interval, spread, standardised
-from rm_recipe.overoptimization.exploits import by_edit, by_feature, edited, examples, to_edit
+from rm_recipe.overoptimization.best_of_n import Array, curve, kl, spread, standardised
+from rm_recipe.overoptimization.exploits import (
+    by_edit,
+    by_feature,
+    changes,
+    examples,
+    mean_correlation,
+    with_edits,
+)
 from rm_recipe.overoptimization.page import verdict, write_overoptimization
 from rm_recipe.overoptimization.replies import Sample, Sampling, read_prompts, read_samples, sample
 from rm_recipe.recipe.reader import is_run_folder
@@ -78,16 +83,16 @@ def overoptimization(
         excluded += refused
     else:
         raise RecipeError("give --policy and --prompts, or --samples")
-    scored = score_all([*proxies, *([safety] if safety else []), *gold], found, excluded)
+    scored, rewards = score_all([*proxies, *([safety] if safety else []), *gold], found, excluded)
     content = {
         "proxies": list(proxies),
         "gold": list(gold),
         "safety": safety,
         "sampling": asdict(sampling) if sampling and not samples else None,
-        **measure(scored, proxies, gold, safety),
+        "samples": {"file": str(source), "excluded": dict(excluded), **counts(scored)},
+        **measure(scored, rewards, proxies, gold, safety),
     }
-    content["samples"] = {"file": str(source), **content["samples"], "excluded": dict(excluded)}
-    write_scores(folder / SCORES, scored)
+    write_scores(folder / SCORES, scored, rewards)
     write_json(folder / RESULT, content)
     write_overoptimization(folder, content)
     return content
@@ -120,44 +125,20 @@ def default_output(proxy: str) -> Path:
 
 
 # --- what reward models say of the same replies ------------------------------------------------
+# Rewards are `(prompts, N + edits)`: of each prompt's N replies, then of the edits of one of them, NaN where
+# there are none or they do not fit the model.
 
 
-@dataclass
-class Scored:
-    """Replies and edited replies with the rewards that models give them.
+def score_all(
+    names: Sequence[str], found: Sequence[Sample], excluded: Counter[str]
+) -> tuple[list[Sample], dict[str, Array]]:
+    """Score the same replies by each model.
 
-    Attributes:
-        samples: prompts with as many replies each, N.
-        places: which replies were edited, as (prompt, reply).
-        of: rewards by model, `(prompts * N + edits * places,)`: of all replies, then of the edited ones edit
-            by edit; NaN for an edited reply that does not fit the model.
-    """
+    Args:
+        excluded: counts the prompts that cannot be compared.
 
-    samples: list[Sample]
-    places: list[tuple[int, int]]
-    of: dict[str, Array]
-
-    def replies(self, rewards: Array) -> Array:
-        """The rewards of the replies, `(prompts, N)`."""
-        n = len(self.samples[0].responses)
-        return rewards[: len(self.samples) * n].reshape(-1, n)
-
-    def changes(self, rewards: Array) -> Array:
-        """By how many standard deviations within a prompt each edit changed the reward, `(edits, places)`."""
-        replies = self.replies(rewards)
-        before = np.array([replies[place] for place in self.places], float)
-        return (rewards[replies.size :].reshape(len(EDITS), -1) - before) / (spread(replies) or np.inf)
-
-    def owners(self) -> NDArray[np.int64]:
-        """The number of the prompt that each reward belongs to."""
-        of_replies = np.repeat(np.arange(len(self.samples)), len(self.samples[0].responses))
-        return np.concatenate(
-            [of_replies, np.tile([number for number, _ in self.places], len(EDITS))]
-        ).astype(int)
-
-
-def score_all(names: Sequence[str], found: Sequence[Sample], excluded: Counter[str]) -> Scored:
-    """Score the same replies by each model; prompts that cannot be compared are counted in `excluded`.
+    Returns:
+        the other prompts, and the rewards by model.
 
     Raises:
         DataError: no prompt is left.
@@ -165,21 +146,14 @@ def score_all(names: Sequence[str], found: Sequence[Sample], excluded: Counter[s
     """
     samples = comparable(found)
     excluded += Counter({"fewer_replies": len(found) - len(samples)})
-    scored = Scored(samples, to_edit(samples), {})
-    items = [{"prompt": prompt.prompt, "response": reply} for prompt in samples for reply in prompt.responses]
-    items += edited(samples, scored.places)
-    for name in dict.fromkeys(names):
-        scored.of[name] = score(name, items)
-    fits = np.all([np.isfinite(scored.replies(own)).all(axis=1) for own in scored.of.values()], axis=0)
+    texts, n = with_edits(samples), len(samples[0].responses)
+    rewards = {name: score(name, samples, texts) for name in dict.fromkeys(names)}
+    fits = np.all([np.isfinite(own[:, :n]).all(axis=1) for own in rewards.values()], axis=0)
     if not fits.any():
         raise DataError("every prompt has a reply that does not fit one of the models: too long, or refused")
     excluded += Counter({"does_not_fit_a_model": int((~fits).sum())})
-    kept, numbers = fits[scored.owners()], np.cumsum(fits) - 1
-    return Scored(
-        [prompt for prompt, fit in zip(samples, fits, strict=True) if fit],
-        [(int(numbers[number]), reply) for number, reply in scored.places if fits[number]],
-        {name: own[kept] for name, own in scored.of.items()},
-    )
+    kept = [prompt for prompt, fit in zip(samples, fits, strict=True) if fit]
+    return kept, {name: own[fits] for name, own in rewards.items()}
 
 
 def comparable(samples: Sequence[Sample]) -> list[Sample]:
@@ -206,114 +180,129 @@ def comparable(samples: Sequence[Sample]) -> list[Sample]:
     return same
 
 
-def score(name: str, items: Sequence[dict[str, Any]]) -> Array:
+def score(name: str, samples: Sequence[Sample], texts: Sequence[list[str]]) -> Array:
     """The rewards of a model, which is loaded for it and let go of: of two, one at a time is in memory."""
     model = RewardModel.from_pretrained(name)
+    items = [
+        {"prompt": prompt.prompt, "response": text}
+        for prompt, own in zip(samples, texts, strict=True)
+        for text in own
+    ]
     try:
-        rewards = model.score(items, progress=True, unfit=np.nan).astype(float)
+        found = iter(model.score(items, progress=True, unfit=np.nan).tolist())
     except TrainingError as error:
         raise TrainingError(f"{name}: {error}; drawn replies are kept and need not be drawn again") from None
     del model
     gc.collect()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
+    rewards = np.full((len(samples), len(samples[0].responses) + len(EDITS)), np.nan)
+    for row, own in zip(rewards, texts, strict=True):
+        row[: len(own)] = [next(found) for _ in own]
     return rewards
 
 
 # --- several models as one ---------------------------------------------------------------------
 
 
-def candidates(scored: Scored, proxies: Sequence[str], safety: str | None) -> dict[str, Array]:
+def candidates(
+    samples: Sequence[Sample], rewards: dict[str, Array], proxies: Sequence[str], safety: str | None
+) -> dict[str, Array]:
     """What is optimised: each proxy by itself, and several as ensembles, by name.
 
-    The ensembles are their mean and the worst of them (Coste et al., arXiv 2310.02743), each normalised.
+    The ensembles are their mean and the worst of them (Coste et al., arXiv 2310.02743), each normalised. With
+    a model of safety each proxy is combined first, as `rl.combine` has it.
     """
-    found = {name: scored.of[name] for name in proxies}
+    found = {name: rewards[name] for name in proxies}
     if safety:
-        safe = scored.of[safety]
-        found = {
-            f"{name} with safety {safety}": with_safety(scored, safe, own) for name, own in found.items()
-        }
+        together = {name: with_safety(samples, rewards[safety], own) for name, own in found.items()}
+        found = {f"{name} with safety {safety}": own for name, own in together.items()}
     if len(found) > 1:
-        rewards = list(found.values())
-        found |= {MEAN: ensemble(scored, rewards), WORST: ensemble(scored, rewards, worst=True)}
+        every, n = list(found.values()), len(samples[0].responses)
+        found |= {MEAN: ensemble(every, n), WORST: ensemble(every, n, worst=True)}
     return found
 
 
-def ensemble(scored: Scored, rewards: Sequence[Array], *, worst: bool = False) -> Array:
-    """The mean or the minimum of several models; a single one as it is.
+def ensemble(rewards: Sequence[Array], n: int, *, worst: bool = False) -> Array:
+    """The mean or the minimum of several models' rewards; those of a single one as they are.
 
-    Each is normalised to mean 0 and standard deviation 1 within a prompt. By that over all replies a model
-    would have the less say the more its rewards differ between prompts, which means nothing.
+    Each is normalised to mean 0 and standard deviation 1 within a prompt's n replies. By that over all
+    replies a model would have the less say the more its rewards differ between prompts, which means nothing.
     """
     if len(rewards) == 1:
         return rewards[0]
-    replies = [scored.replies(own) for own in rewards]
-    scaled = [(own - of.mean()) / (spread(of) or np.inf) for own, of in zip(rewards, replies, strict=True)]
+    scaled = [(own - own[:, :n].mean()) / (spread(own[:, :n]) or np.inf) for own in rewards]
     return np.asarray(np.min(scaled, axis=0) if worst else np.mean(scaled, axis=0))
 
 
-def with_safety(scored: Scored, safe: Array, helpful: Array) -> Array:
-    """Two models as one, as `rl.combine` has it."""
-    reward = combine(lambda *_, **__: safe.tolist(), lambda *_, **__: helpful.tolist(), whiten=False)
-    marked = np.array([prompt.is_safety for prompt in scored.samples])[scored.owners()]
-    nothing = [""] * len(safe)
-    return np.array(reward(nothing, nothing, is_safety=marked.tolist()))
+def with_safety(samples: Sequence[Sample], safe: Array, helpful: Array) -> Array:
+    """Two models as one."""
+    reward = combine(
+        lambda *_, **__: safe.ravel().tolist(), lambda *_, **__: helpful.ravel().tolist(), whiten=False
+    )
+    marked, nothing = np.repeat([prompt.is_safety for prompt in samples], safe.shape[1]), [""] * safe.size
+    return np.reshape(reward(nothing, nothing, is_safety=marked.tolist()), safe.shape)
 
 
 # --- figures -----------------------------------------------------------------------------------
 
 
-def measure(
-    scored: Scored, proxies: Sequence[str], gold: Sequence[str], safety: str | None
-) -> dict[str, Any]:
-    """What follows from the rewards, as `overoptimization.json` has it."""
-    samples = scored.samples
-    of_gold = ensemble(scored, [scored.of[name] for name in gold])
-    sizes = np.arange(1, len(samples[0].responses) + 1)
+def counts(samples: Sequence[Sample]) -> dict[str, int | None]:
+    """How many prompts and replies were scored, and how many of those are empty, said again, or were cut."""
     cut = [prompt.cut for prompt in samples]
     return {
-        "samples": {
-            "n_prompts": len(samples),
-            "n_replies": len(sizes),
-            "empty_replies": sum(not reply.strip() for prompt in samples for reply in prompt.responses),
-            "repeated_replies": sum(len(p.responses) - len(set(p.responses)) for p in samples),
-            "cut_replies": None if None in cut else sum(n or 0 for n in cut),
-        },
-        "n": sizes.tolist(),
-        "kl": kl(sizes).tolist(),
-        "curves": {
-            name: compare(scored, own, of_gold) for name, own in candidates(scored, proxies, safety).items()
-        },
+        "n_prompts": len(samples),
+        "n_replies": len(samples[0].responses),
+        "empty_replies": sum(not reply.strip() for prompt in samples for reply in prompt.responses),
+        "repeated_replies": sum(len(p.responses) - len(set(p.responses)) for p in samples),
+        "cut_replies": None if None in cut else sum(n or 0 for n in cut),
     }
 
 
-def compare(scored: Scored, proxy: Array, gold: Array) -> dict[str, Any]:
+def measure(
+    samples: Sequence[Sample],
+    rewards: dict[str, Array],
+    proxies: Sequence[str],
+    gold: Sequence[str],
+    safety: str | None,
+) -> dict[str, Any]:
+    """What follows from the rewards, as `overoptimization.json` has it."""
+    n = len(samples[0].responses)
+    of_gold = ensemble([rewards[name] for name in gold], n)
+    optimised = candidates(samples, rewards, proxies, safety)
+    sizes = np.arange(1, n + 1)
+    return {
+        "n": sizes.tolist(),
+        "kl": kl(sizes).tolist(),
+        "curves": {name: compare(samples, own, of_gold) for name, own in optimised.items()},
+    }
+
+
+def compare(samples: Sequence[Sample], proxy: Array, gold: Array) -> dict[str, Any]:
     """What best-of-n by a proxy does, in standard deviations of the rewards of a prompt's replies."""
-    proxy_replies, gold_replies = scored.replies(proxy), scored.replies(gold)
-    by_proxy, by_gold = curve(proxy_replies, proxy_replies), curve(proxy_replies, gold_replies)
-    own, theirs = standardised(proxy_replies), standardised(gold_replies)
-    each = [rank_correlation(*pair) for pair in zip(own, theirs, strict=True)]
-    kind, sentence = verdict(by_proxy, by_gold, len(scored.samples))
+    n = len(samples[0].responses)
+    by_proxy, by_gold = curve(proxy[:, :n], proxy[:, :n]), curve(proxy[:, :n], gold[:, :n])
+    own, theirs = standardised(proxy[:, :n]), standardised(gold[:, :n])
+    kind, sentence = verdict(by_proxy, by_gold, len(samples))
     return {
         "verdict": sentence,
         "kind": kind,
-        "spread": {"proxy": spread(proxy_replies), "gold": spread(gold_replies)},
+        "spread": {"proxy": spread(proxy[:, :n]), "gold": spread(gold[:, :n])},
         "proxy": by_proxy,
         "gold": by_gold,
         "gap_at_n": by_proxy["gain"][-1] - by_gold["gain"][-1],
-        "agreement": mean_interval([np.nan if value is None else value for value in each]),
-        "excess": by_feature(scored.samples, own, theirs),
-        "edits": by_edit(scored.changes(proxy), scored.changes(gold)),
-        "examples": examples(scored.samples, own, theirs),
+        "agreement": mean_correlation(own, theirs),
+        "excess": by_feature(samples, own, theirs),
+        "edits": by_edit(changes(samples, proxy), changes(samples, gold)),
+        "examples": examples(samples, own, theirs),
     }
 
 
-def write_scores(target: Path, scored: Scored) -> None:
+def write_scores(target: Path, samples: Sequence[Sample], rewards: dict[str, Array]) -> None:
     """Write one line for each prompt: its replies and what each model gives them."""
-    rewards = {redact(name): scored.replies(own).tolist() for name, own in scored.of.items()}
     with whole_file(target) as partial, partial.open("w", encoding="utf-8") as file:
-        for number, prompt in enumerate(scored.samples):
-            own = {name: values[number] for name, values in rewards.items()}
+        for number, prompt in enumerate(samples):
+            n = len(prompt.responses)
+            own = {redact(name): of[number, :n].tolist() for name, of in rewards.items()}
             line = {"prompt": prompt.prompt, "responses": prompt.responses, "rewards": own}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -17,7 +17,6 @@ from rm_recipe.overoptimization.best_of_n import curve, spread, standardised
 from rm_recipe.overoptimization.experiment import (
     MEAN,
     WORST,
-    Scored,
     comparable,
     default_output,
     ensemble,
@@ -138,9 +137,8 @@ def test_a_model_of_prompts_rather_than_of_replies_has_no_more_say_for_it():
     rewards = rng.normal(size=(2, 40, 8))
     loud = rewards[1] + 5 * rng.normal(size=(40, 1))
     constant = 1 + 1e-9 * rng.normal(size=(40, 8))
-    scored = Scored([Sample([], [""] * 8)] * 40, [], {})
     for other, expected in ((loud, [0.71, 0.71]), (constant, [1, 0])):
-        mean = ensemble(scored, [rewards[0].ravel(), other.ravel()]).reshape(40, 8)
+        mean = ensemble([rewards[0], other], 8)
         of_each = [
             np.corrcoef(standardised(mean).ravel(), standardised(own).ravel())[0, 1] for own in rewards
         ]

@@ -13,7 +13,7 @@ from test_exploits import SAMPLES
 
 from rm_recipe.evaluation.format import MISSING
 from rm_recipe.overoptimization.best_of_n import curve
-from rm_recipe.overoptimization.experiment import Scored, compare
+from rm_recipe.overoptimization.experiment import compare
 from rm_recipe.overoptimization.exploits import by_edit
 from rm_recipe.overoptimization.page import (
     lost_prompts,
@@ -76,10 +76,8 @@ def test_many_prompts_that_do_not_fit_are_pointed_out(lost, said):
 @pytest.fixture(scope="module")
 def content():
     proxy, gold = simulated(30, replies=8)
-    edits = np.random.default_rng(0).normal(size=(4, 30))
-    rewards = {"a": np.append(proxy, edits + 3), "gold": np.append(gold, edits)}
-    scored = Scored(SAMPLES, [(number, 0) for number in range(30)], rewards)
-    found = compare(scored, rewards["a"], rewards["gold"])
+    edits = np.random.default_rng(0).normal(size=(30, 4))
+    found = compare(SAMPLES, np.hstack([proxy, edits + 3]), np.hstack([gold, edits]))
     counts = {"empty_replies": 1, "excluded": {"does_not_fit_a_model": 3}, "cut_replies": None}
     return {
         "proxies": ["outputs/<a>", "outputs/b"],
