@@ -187,6 +187,13 @@ def test_the_same_files_give_the_same_bytes_elsewhere_too(full, folder):
     assert read(folder)[0] == full[1]
 
 
+def test_what_a_reader_should_not_see_is_redacted(folder, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "not-of-any-known-form")
+    monkeypatch.setenv("HOME", "/home/ann")
+    change(folder / "evaluation.json", lambda content: {**content, "model": "/home/ann/m not-of-any-known-form"})
+    assert "~/m ***" in read(folder)[1].words
+
+
 LOGIC = {"shown", "statistic", "policy"}  # keys whose values decide what is shown
 
 
@@ -345,6 +352,6 @@ def test_names_cannot_command_the_terminal_and_the_gate_speaks_of_held_out_alone
     print_evaluation({"datasets": datasets, "gate": gate}, list(datasets), Console(file=output, width=120))
     text = output.getvalue()
     assert not {"\x1b", "\u202e"} & set(text)
-    assert "\u241b[red][U+202E]" in text  # rich takes no markup in it either
+    assert "[U+001B][red][U+202E]" in text  # rich takes no markup in it either
     assert "b: 6.1 % of the pairs are ties" in text
     assert "Target" not in text
