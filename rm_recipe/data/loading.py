@@ -95,7 +95,7 @@ def load_comparisons(
 def _check_columns(
     columns: list[str], chosen: list[str] | None, place: str, margin_column: str | None
 ) -> None:
-    """Raises DataError where rows with these columns, or those `chosen` of them, cannot be comparisons."""
+    """Raise DataError where rows with these columns, or those `chosen` of them, cannot be comparisons."""
     read = chosen or columns
     missing = set(read) - set(columns)
     if missing:
@@ -187,7 +187,7 @@ def sources_of(data: DataArguments) -> list[DatasetConfig]:
 
 
 def label(source: DatasetConfig, of_mixture: bool) -> str:
-    """The subset's name in reports: the folder or configuration, in a mixture also the set itself."""
+    """Name a subset in reports: the folder or configuration, in a mixture also the data set."""
     part = str(source.data_dir or source.name or "")
     if not of_mixture:
         return part
@@ -225,7 +225,7 @@ def _load_from_hub(source: DatasetConfig, split: str, revision: str | None) -> h
 
 
 def has_split(source: DatasetConfig, split: str, revision: str | None = None) -> bool:
-    """Whether the source has that split; False where it has one split only, another one.
+    """Tell whether the source has that split; False where it has one split only, another one.
 
     Raises:
         DataError: it has several, and not this one, or it cannot be read.
@@ -272,7 +272,7 @@ def find_file(source: DatasetConfig, split: str) -> Path | None:
 
 
 def data_format(file: Path) -> str:
-    """`.jsonl`, `.json`, `.parquet` or another ending, `.gz` apart."""
+    """Return the file's ending, `.gz` apart: `.jsonl`, `.json`, `.parquet` or another."""
     return Path(file.name.removesuffix(".gz")).suffix
 
 
@@ -358,11 +358,11 @@ def _decode(content: bytes, place: str) -> Any:
 
 
 def unit(file: Path | None) -> str:
-    """What the numbers of a file's rows count."""
+    """Say what the numbers of a file's rows count."""
     return "line" if file and data_format(file) not in (".json", ".parquet") else "row"
 
 
 def content_hash(file: Path) -> str:
-    """A hash of the bytes: the time of a change can be the same for two contents."""
+    """Hash the bytes: the time of a change can be the same for two contents."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "blake2b").hexdigest()

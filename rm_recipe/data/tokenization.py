@@ -52,7 +52,7 @@ def encode(
     *,
     alike: bool = False,
 ) -> Encoded:
-    """The token ids of a comparison's K conversations, none longer than `max_length`.
+    """Tokenise a comparison's K conversations, none longer than `max_length`.
 
     Every conversation is tokenised whole, so that no tokenizer can merge across the end of the prompt. What a
     prompt loses follows from the prompt: it may take all of `max_length` but `REPLY_SHARE`, and only a reply
@@ -84,7 +84,7 @@ def encode_all(
     *,
     alike: bool = False,
 ) -> list[dict[str, Any]]:
-    """`encode` for many comparisons, in one call of the tokenizer.
+    """Tokenise many comparisons in one call of the tokenizer, as `encode` does one.
 
     Returns:
         for each comparison `prefix` and `rests` as in `Encoded`, `lengths` (tokens of the K whole
@@ -164,7 +164,7 @@ def tokenize(
 
 
 def count_unshown(split: Split) -> dict[str, int]:
-    """In how many comparisons the template leaves out text, by whose it is: a role's, or the `reply`."""
+    """Count the comparisons of which the template leaves out text, by whose: a role's, or the `reply`."""
     counts = pc.value_counts(arrow_column(split.comparisons, "unshown")).to_pylist()
     return {item["values"]: item["counts"] for item in counts if item["values"]}
 
@@ -298,5 +298,5 @@ def _cut_front(
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
-    """The text that is scored: the conversation through the chat template."""
+    """Render the text that is scored: the conversation through the chat template."""
     return str(tokenizer.apply_chat_template(messages, tokenize=False))

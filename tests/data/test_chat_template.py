@@ -1,5 +1,6 @@
 """Where a reward is read, how a text begins, and that no clock changes it."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -122,8 +123,9 @@ THINKING = ("qwen3", "qwen3_8", "deepseek_r1_distill", "deepseekv3", "glm4moe", 
 
 def test_trls_templates_end_as_ppo_needs_it_or_say_why_not():
     reasons = {}
+    plain = make_tokenizer()
     for path in BUNDLED:
-        tokenizer = make_tokenizer()
+        tokenizer = copy.deepcopy(plain)
         text = path.read_text(encoding="utf-8")
         tokenizer.add_special_tokens({"extra_special_tokens": [mark for mark in MARKS if mark in text]})
         tokenizer.chat_template = chat_template.fixed_date(text)
