@@ -7,9 +7,10 @@ import json
 import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from io import BufferedReader
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import datasets as hf_datasets
 import pyarrow.compute as pc
@@ -59,17 +60,18 @@ def load_comparisons(
     """
     file = find_file(source, split)
     place = f"'{file}'" if file else f"'{source.path}', split '{split}'"
-    table = None if file else _load_from_hub(source, split, data.dataset_revision)
-    if table is None:
+    if file:
         first = islice(read_rows(file), PEEK)
         columns, content = list(dict.fromkeys(name for _, row in first for name in row)), content_hash(file)
     else:
+        table = _load_from_hub(source, split, data.dataset_revision)
         columns, content = table.column_names, table._fingerprint
     _check_columns(columns, source.columns, place, margin_column)
-    wanted = sorted((formats.COLUMNS | {margin_column}) & set(source.columns or columns))
+    chosen = source.columns or columns
+    wanted = [name for name in chosen if name in formats.COLUMNS or name == margin_column]
 
     def parse() -> Iterator[dict[str, Any]]:
-        rows = read_rows(file) if table is None else enumerate(table.select_columns(wanted), 1)
+        rows = read_rows(file) if file else enumerate(table.select_columns(wanted), 1)
         for number, row in rows:
             if source.columns is not None:
                 row = {name: row.get(name) for name in source.columns}
@@ -182,7 +184,7 @@ def sources_of(data: DataArguments) -> list[DatasetConfig]:
         return [DatasetConfig(**entry) for entry in data.datasets]
     return [
         DatasetConfig(path=data.dataset_name, data_dir=subset, split=data.dataset_train_split)
-        for subset in data.dataset_subsets or [None]
+        for subset in data.dataset_subsets or (None,)
     ]
 
 
@@ -332,7 +334,7 @@ def read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"'{file}' is empty: it holds no rows")
 
 
-def _values(stream: BinaryIO, ending: str) -> Iterator[tuple[int, Any]]:
+def _values(stream: gzip.GzipFile | BufferedReader, ending: str) -> Iterator[tuple[int, Any]]:
     """The rows of Parquet, the elements of a JSON list, read all at once, or what each line holds."""
     start = stream.read(1000)
     stream.seek(0)

@@ -108,9 +108,11 @@ def test_apart_from_its_ends_a_template_writes_what_it_wrote(tmp_path):
             assert before == after
 
 
-def test_a_trained_model_of_other_people_keeps_its_template(tmp_path):
-    """It was trained with what follows the end token, and scores there."""
+def test_a_trained_model_of_other_people_and_an_encoder_keep_their_templates(tmp_path, tiny_distilbert):
+    """The one was trained with what follows the end token, and scores there."""
     assert render(load_tokenizer(save(tmp_path, CHATML)), MESSAGES).endswith("<|im_end|>\n")
+    own, made = (load_tokenizer(str(tiny_distilbert), of_base=of_base) for of_base in (False, True))
+    assert own.chat_template == made.chat_template
 
 
 BUNDLED = sorted(path for path in (Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
@@ -190,11 +192,6 @@ def test_bos_comes_once_where_the_base_had_it(tmp_path, template):
     assert tokenizer(prompt)["input_ids"].count(bos) == 1
     tokenizer.bos_token = None  # as in an export, which names none
     assert tokenizer(render(tokenizer, MESSAGES))["input_ids"] == ids
-
-
-def test_an_encoders_template_is_left_as_it_is(tiny_distilbert):
-    own, made = (load_tokenizer(str(tiny_distilbert), of_base=of_base) for of_base in (False, True))
-    assert own.chat_template == made.chat_template
 
 
 def test_whoever_cuts_what_is_too_long_keeps_the_reply(tmp_path):

@@ -75,29 +75,15 @@ def test_every_file_format_gives_the_same_rows(tmp_path, ending):
     assert split.column("row").tolist() == [1, 2, 3]
 
 
-@pytest.mark.parametrize("write", [write_jsonl, write_parquet])
-@pytest.mark.parametrize("packed", [False, True])
-def test_the_cache_goes_by_content_and_not_by_the_time_of_change(tmp_path, write, packed):
-    path = tmp_path / f"x.{'jsonl' if write is write_jsonl else 'parquet'}"
-
-    def written(rows, folder=tmp_path):
-        made = write(folder / path.name, rows)
-        if not packed:
-            return made
-        target = made.with_name(f"{made.name}.gz")
-        target.write_bytes(gzip.compress(made.read_bytes(), mtime=0))
-        return target
-
-    file = written(ROWS)
-    load(file)
-    state = file.stat()
-    written([*ROWS[:2], {**ROWS[2], "chosen": "other"}])
-    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
-    assert chosen(load(file))[2] == "other"
-    assert (
-        load(written(ROWS, tmp_path / "copy")).comparisons["key"][:]
-        == load(written(ROWS)).comparisons["key"][:]
-    )
+def test_the_cache_goes_by_content_and_not_by_the_time_of_change(tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", ROWS)
+    load(path)
+    state = path.stat()
+    write_jsonl(path, [*ROWS[:2], {**ROWS[2], "chosen": "other"}])
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert chosen(load(path))[2] == "other"
+    copy = load(write_jsonl(tmp_path / "copy" / "x.jsonl", ROWS))
+    assert copy.comparisons._fingerprint == load(write_jsonl(path, ROWS)).comparisons._fingerprint
 
 
 def test_a_second_start_parses_nothing_and_other_settings_do(tmp_path, monkeypatch):
@@ -158,13 +144,6 @@ def test_a_file_that_is_not_what_it_says_is_named_with_its_fault(tmp_path, name,
     with pytest.raises(DataError, match=fault) as caught:
         load(tmp_path / name)
     assert str(tmp_path / name) in str(caught.value)
-
-
-def test_a_parquet_file_without_rows_is_empty(tmp_path):
-    path = tmp_path / "x.parquet"
-    hf_datasets.Dataset.from_list(ROWS).select([]).to_parquet(path)
-    with pytest.raises(DataError, match="x.parquet' is empty"):
-        load(path)
 
 
 def test_a_missing_split_is_named_with_those_that_are_there(tmp_path, tiny_data):
@@ -315,7 +294,7 @@ def test_a_rows_type_and_columns_are_its_own_however_far_down_it_stands(tmp_path
         load(write_jsonl(tmp_path / "y.jsonl", rows))
 
 
-def test_columns_that_are_missing_or_of_the_wrong_type_are_named(tmp_path):
+def test_columns_and_rows_that_are_missing_or_of_the_wrong_type_are_named(tmp_path):
     rows = [{**row, "strength": "slightly", "subset": "theirs"} for row in make_rows(2, seed=1)]
     path = write_jsonl(tmp_path / "x.jsonl", rows)
     with pytest.raises(DataError, match="x.jsonl' has no column 'margin'"):
@@ -330,6 +309,10 @@ def test_columns_that_are_missing_or_of_the_wrong_type_are_named(tmp_path):
         DataError, match="its columns are prompt, chosen; rm_recipe needs chosen and rejected"
     ):
         load(path, columns=["prompt", "chosen"])
+    empty = tmp_path / "none.parquet"
+    hf_datasets.Dataset.from_list(rows).select([]).to_parquet(empty)
+    with pytest.raises(DataError, match="none.parquet' is empty"):
+        load(empty)
     table = write_parquet(tmp_path / "x.parquet", [{**row, "chosen": 5} for row in rows])
     with pytest.raises(DataError, match="x.parquet', row 1: column 'chosen' should be a text"):
         load(table)
