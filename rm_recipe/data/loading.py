@@ -1,5 +1,6 @@
 """Rows of a source to comparisons: the first of two cached passes over a data set."""
 
+import csv
 import errno
 import gzip
 import hashlib
@@ -7,12 +8,13 @@ import json
 import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from io import BufferedReader
+from io import BufferedReader, TextIOWrapper
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets as hf_datasets
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets.exceptions import DatasetGenerationError
@@ -269,12 +271,12 @@ def find_file(source: DatasetConfig, split: str) -> Path | None:
     else:
         return None
     if data_format(path) not in DATA_FORMATS:
-        raise DataError(f"'{path}' is no data file; expected .jsonl, .json or .parquet (.gz too)")
+        raise DataError(f"'{path}' is no data file; expected {', '.join(DATA_FORMATS)} (.gz too)")
     return path
 
 
 def data_format(file: Path) -> str:
-    """Return the file's ending, `.gz` apart: `.jsonl`, `.json`, `.parquet` or another."""
+    """Return the file's ending, `.gz` apart: one of `DATA_FORMATS`, or another."""
     return Path(file.name.removesuffix(".gz")).suffix
 
 
@@ -293,7 +295,7 @@ def _split_file(folder: Path, split: str) -> Path:
         raise DataError(f"'{folder}' has {len(found)} files for the split '{split}'")
     names = [f"{path.name}/" if path.is_dir() else path.name for path in there]
     raise MissingSplitError(
-        f"'{folder}' has no file for the split '{split}' ({split}.jsonl, .json or .parquet, .gz too); "
+        f"'{folder}' has no file for the split '{split}' ({split}{', '.join(DATA_FORMATS)}, .gz too); "
         f"it has {', '.join(names) or 'no files'}",
         list(splits),
     )
@@ -305,7 +307,7 @@ def _split_file(folder: Path, split: str) -> Path:
 
 
 def read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Read a .jsonl, .json or .parquet file (.gz too): its rows, numbered from 1 by line, element or row.
+    """Read a file of `DATA_FORMATS` (.gz too): its rows, numbered from 1 by line, element or row.
 
     Raises:
         DataError: there is no such file, it cannot be read or holds no rows; with the row.
@@ -328,19 +330,26 @@ def read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"'{file}' is damaged, or not gzip though its name says so") from None
     except OSError as error:
         raise DataError(f"'{file}' cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
+    except (ValueError, csv.Error) as error:
         raise DataError(f"'{file}' cannot be read: {error}") from None
     if not number:
         raise DataError(f"'{file}' is empty: it holds no rows")
 
 
 def _values(stream: gzip.GzipFile | BufferedReader, ending: str) -> Iterator[tuple[int, Any]]:
-    """The rows of Parquet, the elements of a JSON list, read all at once, or what each line holds."""
+    """The rows of a table, the elements of a JSON list, read all at once, or what each line holds."""
     start = stream.read(1000)
     stream.seek(0)
     if ending == ".parquet":
         batches = pq.ParquetFile(stream).iter_batches(batch_size=1000)
         yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+    elif ending == ".arrow":
+        reader = pa.ipc.open_file if start.startswith(b"ARROW1") else pa.ipc.open_stream
+        batches = reader(stream).read_all().to_batches(max_chunksize=1000)
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+    elif ending == ".csv":
+        text = TextIOWrapper(stream, "utf-8-sig", newline="")
+        yield from enumerate(csv.DictReader(text, restkey="beyond the header"), 1)
     elif ending == ".json" and start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         yield from enumerate(_decode(stream.read(), "the list"), 1)
     else:
@@ -361,7 +370,7 @@ def _decode(content: bytes, place: str) -> Any:
 
 def unit(file: Path | None) -> str:
     """Say what the numbers of a file's rows count."""
-    return "line" if file and data_format(file) not in (".json", ".parquet") else "row"
+    return "row" if file is None or data_format(file) in set(DATA_FORMATS) - {".jsonl"} else "line"
 
 
 def content_hash(file: Path) -> str:

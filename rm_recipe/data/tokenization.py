@@ -49,8 +49,6 @@ def encode(
     comparison: Comparison,
     max_length: int | None,
     truncation: str = "drop_oldest_turns",
-    *,
-    alike: bool = False,
 ) -> Encoded:
     """Tokenise a comparison's K conversations, none longer than `max_length`.
 
@@ -60,17 +58,13 @@ def encode(
     question, which is kept as long as the reply fits beside it; `keep_end` cuts tokens off the front, and
     never into the reply.
 
-    Args:
-        alike: cut all K prompts as the longest reply needs it, so that in training nothing but the replies
-            tells the conversations apart. Otherwise each is what its reply would get alone.
-
     Raises:
         Excluded: `response_too_long` where a reply alone exceeds `max_length`, `too_long` where
             the last question and the reply do (or anything does, under `exclude`),
             `identical_after_tokenization`, `refused_by_template`, `control_tokens` where a text holds one
             of the tokenizer's special tokens, which would be read as that token.
     """
-    [row] = encode_all(tokenizer, [comparison], max_length, truncation, alike=alike)
+    [row] = encode_all(tokenizer, [comparison], max_length, truncation)
     if row["excluded"]:
         raise Excluded(row["excluded"], row["detail"])
     return Encoded(row["prefix"], row["rests"])
@@ -85,6 +79,10 @@ def encode_all(
     alike: bool = False,
 ) -> list[dict[str, Any]]:
     """Tokenise many comparisons in one call of the tokenizer, as `encode` does one.
+
+    Args:
+        alike: cut all K prompts as the longest reply needs it, so that in training nothing but the replies
+            tells the conversations apart. Otherwise each is what its reply would get alone.
 
     Returns:
         for each comparison `prefix` and `rests` as in `Encoded`, `lengths` (tokens of the K whole

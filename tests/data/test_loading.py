@@ -8,6 +8,7 @@ import signal
 import threading
 
 import datasets as hf_datasets
+import pyarrow as pa
 import pytest
 from conftest import HH_RLHF, make_rows, needs_hh_rlhf, write_jsonl
 from hypothesis import HealthCheck, given, settings
@@ -55,17 +56,29 @@ def chosen(split: Split) -> list[str]:
 # --- files and folders -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ending", [".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz", ".parquet.gz"])
-def test_every_file_format_gives_the_same_rows(tmp_path, ending):
-    path = tmp_path / "[a]*" / f"data.parquet{ending.removesuffix('.gz')}"  # the last ending counts
+def write_arrow(path, rows):
+    table = pa.Table.from_pylist(rows)
+    with pa.ipc.new_stream(str(path), table.schema) as writer:
+        writer.write_table(table)
+
+
+WRITERS = {
+    ".jsonl": write_jsonl,
+    ".json": lambda path, rows: path.write_text(json.dumps(rows)),
+    ".parquet": write_parquet,
+    ".csv": lambda path, rows: hf_datasets.Dataset.from_list(rows).to_csv(path),
+    ".arrow": write_arrow,
+}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("ending", WRITERS)
+def test_every_file_format_gives_the_same_rows(tmp_path, ending, packed):
+    path = tmp_path / "[a]*" / f"data.parquet{ending}"  # the last ending counts
     path.parent.mkdir()
-    if ".jsonl" in ending:
-        write_jsonl(path, ROWS)
-    elif ".json" in ending:
-        path.write_text(json.dumps(ROWS))
-    else:
-        write_parquet(path, ROWS)
-    if ending.endswith(".gz"):
+    rows = [{**row, "prompt": row["prompt"][0]["content"]} for row in ROWS]
+    WRITERS[ending](path, rows)
+    if packed:
         content = path.read_bytes()
         path = path.with_name(f"{path.name}.gz")
         path.write_bytes(gzip.compress(content))
@@ -134,7 +147,7 @@ def test_rows_come_with_the_number_of_their_line_or_element(tmp_path, name, cont
         ("a.json", b"[]", "is empty"),
         ("a.json", b'[\n"\xff"]', "byte 4 of it: not UTF-8 text"),
         ("a.parquet", b"not parquet", "cannot be read: Parquet"),
-        ("a.csv", b"a,b", "is no data file"),
+        ("a.tsv", b"a\tb", "is no data file"),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\nsize 9\n", "is a Git LFS pointer"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\nsize 9\n", "is a Git LFS pointer"),
     ],

@@ -155,9 +155,10 @@ def test_the_context_of_a_reply_follows_from_the_prompt_alone(tiny_llama, trunca
     bare = [encode(tokenizer, Comparison(turns("x"), [reply]), None).conversations()[0] for reply in replies]
     contexts = [len(ids) - len(least) for ids, least in zip(alone, bare, strict=True)]
     assert contexts[0] == contexts[1] == contexts[2] > contexts[3]
-    in_training = encode(tokenizer, Comparison(prompt, replies), 160, truncation, alike=True)
-    assert in_training.conversations()[3] == alone[3]  # which all of the comparison follow there
-    assert len(in_training.conversations()[0]) < len(alone[0])
+    [row] = encode_all(tokenizer, [Comparison(prompt, replies)], 160, truncation, alike=True)
+    in_training = Encoded(row["prefix"], row["rests"]).conversations()
+    assert in_training[3] == alone[3]  # which all of the comparison follow there
+    assert len(in_training[0]) < len(alone[0])
 
 
 @pytest.mark.parametrize("truncation", ["drop_oldest_turns", "keep_end"])
