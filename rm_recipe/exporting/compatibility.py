@@ -6,6 +6,7 @@ its new name. So both are said in its words, too.
 """
 
 import json
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,8 @@ GENERIC, GENERIC_OF_4 = "TokenizersBackend", "PreTrainedTokenizerFast"
 
 def for_transformers_4(folder: Path) -> None:
     """Adds to a saved model what transformers 4 calls otherwise; transformers 5 reads the same as before."""
-    _rewrite(folder / "config.json", _config_of_4)
-    _rewrite(folder / "tokenizer_config.json", _tokenizer_of_4)
+    rewrite_json(folder / "config.json", _config_of_4)
+    rewrite_json(folder / "tokenizer_config.json", _tokenizer_of_4)
 
 
 def needs_transformers_5(config: dict[str, Any]) -> bool:
@@ -42,7 +43,8 @@ def needs_transformers_5(config: dict[str, Any]) -> bool:
     return unsaid or any(needs_transformers_5(part) for part in config.values() if _is_config(part))
 
 
-def _rewrite(path: Path, change: Any) -> None:
+def rewrite_json(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Replace the object that a model's JSON file holds with what `change` makes of it."""
     content = change(json.loads(path.read_text(encoding="utf-8")))
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
