@@ -4,28 +4,22 @@
 until a verb needs them, so that `--help` answers at once.
 """
 
-import atexit
 import errno
 import logging
 import os
-import re
 import shlex
-import shutil
 import signal
 import sys
-import tempfile
 import time
 import warnings
-from importlib.metadata import PackageNotFoundError, requires
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from rm_recipe.errors import Interrupted, RmRecipeError, one_line
+from rm_recipe.errors import INTERRUPTS, LAUNCHED, UNDER_RUN, Interrupted, RmRecipeError, one_line
 from rm_recipe.files import redact
-from rm_recipe.training.interrupts import INTERRUPTS, LAUNCHED, UNDER_RUN
 
 app = typer.Typer(
     name="rm-recipe",
@@ -37,11 +31,12 @@ app = typer.Typer(
 prepare_app = typer.Typer(help="Make what a recipe needs.", no_args_is_help=True)
 app.add_typer(prepare_app, name="prepare")
 
-MODULES = {"pyyaml": "yaml", "scikit-learn": "sklearn"}  # of packages
 SECONDS_TO_SPEAK = 10  # imports may take one process that much longer than another
 WITH_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A run folder, an export or a one-label model.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already.")]
+Output = Annotated[Path | None, typer.Option(help="Where the result goes; by default into the run's folder.")]
 
 
 @app.command(context_settings=WITH_OVERRIDES)
@@ -85,17 +80,11 @@ def how_to_go_on(overrides: list[str], recipe: Path, flags: list[str]) -> str:
 def check(
     context: typer.Context,
     recipe: RecipePath,
-    data: Annotated[
-        bool, typer.Option("--data", help="Also examine the data: duplicates, leakage, exclusions, lengths.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Also load the model and make one step, which is undone.")
-    ] = False,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Also plan the memory, from the base's configuration alone.")
-    ] = False,
+    data: Annotated[bool, typer.Option("--data", help="Also examine the data and write a report.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Also make one step, which is undone.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Also plan the memory, without loading.")] = False,
     gpu_memory: Annotated[
-        str | None, typer.Option(help="With --plan: of the GPU that is planned for, as in 8GB.")
+        str | None, typer.Option(help="With --plan: of the GPU to plan for, as 8GB.")
     ] = None,
 ) -> None:
     """Check a recipe: its keys, values and paths; its data, a step, and its memory if asked to."""
@@ -118,22 +107,13 @@ def check(
 
 @app.command()
 def evaluate(
-    target: Annotated[
-        str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, an export or a one-label model.")
-    ],
+    target: Model,
     dataset: Annotated[
-        list[str] | None,
-        typer.Option(help="A data set instead of the recipe's held-out split; may be repeated."),
+        list[str] | None, typer.Option(help="A data set instead of the held-out split; may be repeated.")
     ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Where the result goes; by default into RUN_OR_MODEL.")
-    ] = None,
-    against: Annotated[
-        str | None, typer.Option(help="Another model, to be compared on the same comparisons.")
-    ] = None,
-    gate: Annotated[
-        bool, typer.Option("--gate", help="Exit with 1 where the recipe's target_accuracy is not reached.")
-    ] = False,
+    output: Output = None,
+    against: Annotated[str | None, typer.Option(help="Another model to compare with.")] = None,
+    gate: Annotated[bool, typer.Option("--gate", help="Exit with 1 below target_accuracy.")] = False,
 ) -> None:
     """Measure preference accuracy on held-out comparisons; report.html has the pictures."""
     from rm_recipe.evaluation.evaluate import check_gate
@@ -160,9 +140,7 @@ def export(
     overwrite: Overwrite = False,
     merge_base: Annotated[
         Literal["dequantized", "original"],
-        typer.Option(
-            help="Of a run in 4 or 8 bits: the base it was trained on, or the one before quantising."
-        ),
+        typer.Option(help="Of a run in 4 or 8 bits: the base as trained on, or before quantising."),
     ] = "dequantized",
     dtype: Annotated[
         Literal["float32", "bfloat16"] | None,
@@ -181,12 +159,8 @@ def export(
 def push(
     export: Annotated[Path, typer.Argument(metavar="EXPORT", help="The export's folder, RUN/export.")],
     repo_id: Annotated[str, typer.Option(help="Where to: USER/NAME.")],
-    private: Annotated[
-        bool, typer.Option("--private", help="Make the repository private; refuse one that is public.")
-    ] = False,
-    adapter: Annotated[
-        bool, typer.Option("--adapter", help="Upload the run's adapter instead of the merged model.")
-    ] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    adapter: Annotated[bool, typer.Option("--adapter", help="Upload the run's adapter instead.")] = False,
     allow_failed_gate: Annotated[
         bool, typer.Option("--allow-failed-gate", help="Upload a model that missed its target accuracy.")
     ] = False,
@@ -199,9 +173,7 @@ def push(
 
 @app.command()
 def score(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A run folder, an export or a one-label model.")
-    ],
+    model: Model,
     input: Annotated[
         Path | None, typer.Option(help='A .jsonl or .json file (.gz too) of {"prompt", "response"}.')
     ] = None,
@@ -230,11 +202,9 @@ def benchmark(
     steps: Annotated[int, typer.Option(help="Optimizer steps of each training; the first warms up.")] = 4,
     repeats: Annotated[int, typer.Option(help="How often each is measured, in turns.")] = 3,
     stock_batch: Annotated[
-        int | None, typer.Option(help="Stock's best per-device batch, if known; else it is looked for.")
+        int | None, typer.Option(help="Stock's best batch; else it is looked for.")
     ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Where benchmark.json goes; by default into output_dir.")
-    ] = None,
+    output: Output = None,
 ) -> None:
     """Measure this trainer against stock TRL on the recipe; any recipe key as --key value."""
     from rm_recipe.recipe.reader import read_recipe
@@ -247,54 +217,50 @@ def benchmark(
 
 @app.command()
 def overoptimization(
+    context: typer.Context,
     proxy: Annotated[
-        list[str],
-        typer.Argument(metavar="PROXY", help="The model that a policy will be trained against; or several."),
+        list[str], typer.Argument(metavar="PROXY", help="What a policy will be trained against; or several.")
     ],
-    gold: Annotated[
-        list[str], typer.Option(help="The model that stands for people; of several, if repeated, their mean.")
-    ],
+    gold: Annotated[list[str], typer.Option(help="What stands for people; if repeated, their mean.")],
     policy: Annotated[
         str | None, typer.Option(help="The language model that replies are drawn from.")
     ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="A file of prompts, or of comparisons, whose prompts are taken.")
-    ] = None,
-    samples: Annotated[
-        Path | None, typer.Option(help="A file of replies, several to each prompt, in place of a policy.")
-    ] = None,
-    max_prompts: Annotated[int | None, typer.Option(min=1, help="So many, the first ones.")] = None,
-    n: Annotated[int | None, typer.Option("--n", help="Replies to each prompt; 32.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Where a reply is cut; 128.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="1 draws from the policy as it is; 1.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="1 draws from all tokens; 1.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="0 draws from all tokens; 0.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Of the draws; 0.")] = None,
-    safety: Annotated[
-        str | None, typer.Option(help="A model of safety; with each PROXY, of helpfulness, as in Llama 2.")
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Where the result goes; by default into the run of PROXY.")
-    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file of prompts, or of comparisons.")] = None,
+    samples: Annotated[Path | None, typer.Option(help="A file of replies in place of a policy.")] = None,
+    max_prompts: Annotated[int | None, typer.Option(min=1, help="How many prompts, the first ones.")] = None,
+    n: Annotated[int, typer.Option("--n", help="Replies per prompt.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens after which a reply is cut.")] = 128,
+    temperature: Annotated[float, typer.Option(help="1 draws from the policy as it is.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="1 draws from all tokens.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="0 draws from all tokens.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the draws.")] = 0,
+    safety: Annotated[str | None, typer.Option(help="A safety model, combined as in Llama 2.")] = None,
+    output: Output = None,
     overwrite: Overwrite = False,
 ) -> None:
     """See what optimising against a reward model will do, by best-of-n and a better model."""
     if (samples is None) == (policy is None) or (policy is None) != (prompts is None):
         raise typer.BadParameter("give --policy and --prompts, or --samples")
+    how = {"n": n, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    how["max_new_tokens"] = max_new_tokens
+    said = [key for key in how if str(context.get_parameter_source(key)).endswith("COMMANDLINE")]
+    if samples is not None and said:
+        raise typer.BadParameter(f"--samples are as they are: leave out {', '.join(said)}")
     from rm_recipe.overoptimization import experiment as module
     from rm_recipe.overoptimization.page import print_overoptimization
     from rm_recipe.overoptimization.replies import Sampling
 
-    how = {"n": n, "temperature": temperature, "top_p": top_p, "top_k": top_k,
-           "max_new_tokens": max_new_tokens, "seed": seed}  # fmt: skip
-    said: dict[str, Any] = {key: value for key, value in how.items() if value is not None}
-    if samples is not None and said:
-        raise typer.BadParameter(f"--samples are as they are: leave out {', '.join(said)}")
-    drawn = Sampling(policy, **said) if policy else None
     content = module.overoptimization(
-        proxy, gold, sampling=drawn, prompts=prompts, max_prompts=max_prompts, samples=samples,
-        safety=safety, output=output, overwrite=overwrite,
-    )  # fmt: skip
+        proxy,
+        gold,
+        sampling=Sampling(policy, **how) if policy else None,
+        prompts=prompts,
+        max_prompts=max_prompts,
+        samples=samples,
+        safety=safety,
+        output=output,
+        overwrite=overwrite,
+    )
     print_overoptimization(content)
     print(f"report: {(output or module.default_output(proxy[0])) / 'overoptimization.html'}")
 
@@ -313,7 +279,7 @@ def offline() -> None:
 
 
 def main() -> None:
-    """Runs a verb and exits with the code that `errors` gives its failure."""
+    """Run a verb and exit with the code that `errors` gives its failure."""
     set_environment()
     try:
         with INTERRUPTS.listening():
@@ -324,11 +290,10 @@ def main() -> None:
         if end.code == 130:  # what typer makes of KeyboardInterrupt
             fail("interrupted", 128 + (INTERRUPTS.received or signal.SIGINT))
         raise
-    except ImportError as error:
-        requirement = missing_package(error)
-        if requirement is None:  # a fault of ours, or of a package
+    except ModuleNotFoundError as error:
+        if find_spec((error.name or "rm_recipe").partition(".")[0]) is not None:  # a fault of ours
             raise
-        fail(f"a package is missing: {error}; `pip install '{requirement}'` installs it", 2)
+        fail(f"a package is missing: {error}; install rm_recipe and what it needs again", 2)
     except (RuntimeError, MemoryError) as error:
         from rm_recipe.processes import is_out_of_memory
 
@@ -345,23 +310,8 @@ def main() -> None:
         fail(f"{error.strerror}: {error.filename or 'while writing'}", 1)
 
 
-def missing_package(error: ImportError) -> str | None:
-    """The requirement of ours that an import failed for, if that is why it failed: it is not installed."""
-    named = set(re.findall(r"\w[\w-]*", f"{error.name} {error}"))
-    try:
-        requirements = requires("rm-recipe") or []
-    except PackageNotFoundError:  # run from its source
-        return None
-    for requirement in requirements:
-        package = re.split(r"[^\w-]", requirement)[0]
-        module = MODULES.get(package.lower(), package.replace("-", "_"))
-        if {package, module} & named and find_spec(module) is None:
-            return requirement.partition(";")[0].strip()
-    return None
-
-
 def fail(message: str, code: int) -> None:
-    """Ends the process with a message, printed by one of however many processes there are.
+    """End the process with a message, printed by one of however many processes there are.
 
     The main one speaks at once. Another would have the launcher end it before it had, so it waits to be
     ended by the launcher; where the main process goes on, as the fault is not its own, it speaks instead.
@@ -380,11 +330,8 @@ def fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
-# --- the environment of the libraries, settled before they are imported ------------------------
-
-
 def set_environment() -> None:
-    """Settings of libraries, unless the user has made them, and caches that can be written."""
+    """Settle what libraries read at import, unless the user has."""
     # TRL 1.16 sets `gradient_checkpointing`, which transformers 5.23 is about to rename.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")
     # PEFT looks for the config of an SFT adapter's base beside the adapter.
@@ -395,53 +342,3 @@ def set_environment() -> None:
     # On a CPU, oneDNN keeps 1,024 compiled kernels, one for each shape; rows of ever-changing
     # length fill that with gigabytes (7.0 GB after 90 steps of the offline recipe) for no gain.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-    replace_unwritable_caches()
-
-
-def replace_unwritable_caches() -> None:
-    """Gives libraries a folder for this process where theirs cannot be written, and says so.
-
-    Downloaded models stay where they are: those may well lie in a place that is only read.
-    """
-    home = Path(os.path.expanduser("~"))
-    if not home.is_absolute():  # a user without a home, of whom libraries would make a folder called ~
-        home = Path(tempfile.mkdtemp(prefix="rm-recipe-home-"))
-        atexit.register(shutil.rmtree, home, ignore_errors=True)
-        os.environ["HOME"] = str(home)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
-    hub = Path(os.environ.get("HF_HOME") or cache / "huggingface")
-    config = Path(os.environ.get("XDG_CONFIG_HOME") or home / ".config")
-    folders = {
-        "HF_DATASETS_CACHE": hub / "datasets",
-        "HF_EVALUATE_CACHE": hub / "evaluate",
-        "HF_METRICS_CACHE": hub / "metrics",
-        "MPLCONFIGDIR": config / "matplotlib",
-    }
-    for name, default in folders.items():
-        folder = Path(os.environ.get(name) or default).expanduser()
-        if _writable(folder):
-            continue
-        instead = tempfile.mkdtemp(prefix="rm-recipe-cache-")
-        atexit.register(shutil.rmtree, instead, ignore_errors=True)
-        os.environ[name] = instead
-        if name == "HF_DATASETS_CACHE":
-            print(
-                f"rm-recipe: {folder} cannot be written, so what is made of the data is kept for this run "
-                "only; HF_HOME can name another folder",
-                file=sys.stderr,
-                flush=True,
-            )
-
-
-def _writable(folder: Path) -> bool:
-    """Whether a folder is there to be written, or can be made."""
-    there = next((path for path in (folder, *folder.parents) if path.exists()), None)
-    try:
-        return there is not None and there.is_dir() and _can_make_a_file_in(there)
-    except OSError:
-        return False
-
-
-def _can_make_a_file_in(folder: Path) -> bool:
-    with tempfile.TemporaryFile(dir=folder):
-        return True

@@ -7,9 +7,11 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from rm_recipe.errors import RecipeError
 
@@ -123,63 +125,42 @@ def _object(text: str, where: str) -> dict[str, Any]:
 
 
 class FolderLock:
-    """Keeps other processes from working in a run's folder while this one does, by `flock` on the folder.
+    """Keeps other processes of this machine from working in a run's folder while this one does.
 
-    A process that was killed holds none. Where the system or the disk knows no such lock, there is none.
+    A process that was killed holds none. The lock's file is a temporary one, outside the folder.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._held = folder, -1
+        name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+        self._folder = folder
+        self._lock = FileLock(Path(tempfile.gettempdir()) / f"rm-recipe-{name}.lock", blocking=False)
 
     def __enter__(self) -> "FolderLock":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._held >= 0:
-            os.close(self._held)
-            self._held = -1
+        self._lock.release(force=True)
 
     def take(self) -> None:
-        """Takes it once the folder is there.
+        """Take it, unless this process has it.
 
         Raises:
             RecipeError: another process has it.
         """
-        if self._held >= 0 or not self._folder.is_dir():
-            return
-        with suppress(ImportError):
-            import fcntl
-
-            self._held = os.open(self._folder, os.O_RDONLY)
-            try:
-                fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self.__exit__()
-                raise RecipeError(
-                    f"another process is at work in {self._folder}: wait for it, or end it"
-                ) from None
-            except OSError:
-                self.__exit__()
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise RecipeError(
+                f"another process is at work in {self._folder}: wait for it, or end it"
+            ) from None
 
 
 def visible(text: str) -> str:
-    """The text with nothing hidden in it: what has no shape of its own gets one.
+    """Replace what has no shape of its own by its number in brackets, U+202E for one.
 
-    Controls become their pictures (U+2400 and on), marks of direction and characters without a width
-    their number in brackets, surrogates U+FFFD. Tab, newline and joiners inside words stay.
+    Tab, newline and joiners inside words stay.
     """
-    return _HIDDEN.sub(_stand_in, text.replace("\r\n", "\n"))
-
-
-def _stand_in(match: re.Match[str]) -> str:
-    code = ord(match[0])
-    if code < 0x20:
-        return chr(0x2400 + code)
-    if code == 0x7F:
-        return "\u2421"
-    if code < 0xA0 or 0xD800 <= code <= 0xDFFF or code in (0xFFFE, 0xFFFF):
-        return "\ufffd"
-    return f"[U+{code:04X}]"
+    return _HIDDEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", text.replace("\r\n", "\n"))
 
 
 # --- redaction: no tokens, passwords or user's home folder -------------------------------------
@@ -187,22 +168,22 @@ def _stand_in(match: re.Match[str]) -> str:
 HIDDEN = "***"
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # variables whose values are hidden
 SHORTEST_TOKEN = 8  # a shorter value would be hidden inside words
-# What nobody would make a name of: letters of both cases, with digits among them; or hexadecimal digits.
-_MIXED = r"(?=[A-Za-z0-9]*[a-z])(?=[A-Za-z0-9]*[A-Z])"
-_RANDOM = r"(?:(?=[A-Za-z0-9]{16})(?=[A-Za-z0-9]*[0-9])" + _MIXED + r"|(?=[0-9a-f]{32}))"
-# Tokens by their beginnings: Hugging Face's (letters alone), GitHub's, OpenAI's and its like, AWS's; a URL's
-# user:password.
+# Tokens by their beginnings: Hugging Face's, GitHub's, OpenAI's and its like, AWS's; a URL's user:password.
 _SECRETS = re.compile(
-    rf"(?<![A-Za-z0-9])(?:(?:hf|api_org)_{_MIXED}[A-Za-z0-9]{{20,}}|gh[opsu]_[A-Za-z0-9]{{20,}}"
-    rf"|github_pat_\w{{20,}}|sk-(?:proj|ant|svcacct|or)-[\w-]{{20,}}|sk-(?:[A-Za-z0-9]*[-_]){{0,8}}?{_RANDOM}[\w-]+"
-    r"|AKIA[A-Z0-9]{16})(?![A-Za-z0-9])"
+    r"(?<![A-Za-z0-9])(?:(?:hf|api_org)_[A-Za-z0-9]{30,}|gh[opsu]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
+    r"|sk-(?:proj|ant|svcacct|or)-[\w-]{20,}|sk-[A-Za-z0-9]{40,}|AKIA[A-Z0-9]{16})(?![A-Za-z0-9])"
     r"|(?<=://)[^\s/?#@:\"'<>]*:[^\s/?#@\"'<>]+(?=@)"
 )
 
 
 def redact(text: str) -> str:
     """The text with `***` for tokens and passwords, and `~` for the user's home folder."""
-    return _hide_home(hide_secrets(text))
+    text, home = hide_secrets(text), _home()
+    # Whole components alone: for /root neither /rootfs nor /data/root is one.
+    before, after = r"(?:(?<=file://)|(?<![\w.+@~/-]))", r"(?!\.?[\w+@~-])"
+    for folder in {home, os.path.realpath(home)} if home else ():
+        text = re.sub(f"{before}{re.escape(folder)}{after}", "~", text)
+    return text
 
 
 def redacted(content: Any) -> Any:
@@ -212,52 +193,39 @@ def redacted(content: Any) -> Any:
 
 def hide_secrets(content: Any) -> Any:
     """A text, or lists and mappings of them, with `***` for tokens and passwords."""
-    return _each_text(content, _hide_secrets)
+    tokens = [os.environ.get(name, "").strip() for name in TOKENS]
+
+    def hide(text: str) -> str:
+        for token in tokens:
+            if len(token) >= SHORTEST_TOKEN:
+                text = text.replace(token, HIDDEN)
+        return _SECRETS.sub(HIDDEN, text)
+
+    return _each_text(content, hide)
 
 
 def with_tilde(content: Any) -> Any:
     """Lists and mappings in which paths in the home folder begin with `~`; `expanded` takes them back."""
     home = _home()
-    if not home:
-        return content
-    return _each_text(
-        content, lambda text: "~" + text[len(home) :] if text == home or text.startswith(f"{home}/") else text
-    )
+
+    def shorten(text: str) -> str:
+        inside = home and (text == home or text.startswith(f"{home}/"))
+        return "~" + text[len(home) :] if inside else text
+
+    return _each_text(content, shorten)
 
 
 def expanded(content: Any) -> Any:
     """Lists and mappings in which paths that begin with `~` name the home folder."""
-    return _each_text(
-        content, lambda text: os.path.expanduser(text) if text == "~" or text.startswith("~/") else text
-    )
+    return _each_text(content, lambda text: re.sub(r"^~(?=/|\Z)", lambda _: os.path.expanduser("~"), text))
 
 
 def _each_text(content: Any, change: Callable[[str], str]) -> Any:
     if isinstance(content, str):
         return change(content)
     if isinstance(content, dict):
-        return {
-            change(key) if isinstance(key, str) else key: _each_text(value, change)
-            for key, value in content.items()
-        }
+        return {_each_text(key, change): _each_text(value, change) for key, value in content.items()}
     return [_each_text(item, change) for item in content] if isinstance(content, list | tuple) else content
-
-
-def _hide_secrets(text: str) -> str:
-    for name in TOKENS:
-        token = os.environ.get(name, "").strip()
-        if len(token) >= SHORTEST_TOKEN:
-            text = text.replace(token, HIDDEN)
-    return _SECRETS.sub(HIDDEN, text)
-
-
-def _hide_home(text: str) -> str:
-    """Whole components alone: for /root neither /rootfs nor /data/root is one."""
-    home = _home()
-    for folder in {home, os.path.realpath(home)} if home else ():
-        before, after = r"(?:(?<=file://)|(?<![\w.+@~/-]))", r"(?!\.?[\w+@~-])"
-        text = re.sub(f"{before}{re.escape(folder)}{after}", "~", text)
-    return text
 
 
 def _home() -> str:

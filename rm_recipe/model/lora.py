@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -104,8 +103,8 @@ def check_target_modules(model: PreTrainedModel, config: "ModelConfig") -> None:
         ]
         if missing:
             ends = {name.rpartition(".")[2] for name in known if name}
-            close = get_close_matches(missing[0].rpartition(".")[2], ends, n=1)
-            raise RecipeError(f"'{key}': this model has no {', '.join(missing)}.{did_you_mean(close)}")
+            close = did_you_mean(missing[0].rpartition(".")[2], ends)
+            raise RecipeError(f"'{key}': this model has no {', '.join(missing)}.{close}")
 
 
 def target_modules(config: "ModelConfig") -> str | list[str]:

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForSequenceClassification
 from trl import ModelConfig, RewardConfig
+from trl.trainer import disable_dropout_in_model
 
 from rm_recipe.data.comparison import Encoded
 from rm_recipe.data.dataset import Split
@@ -250,6 +251,8 @@ def _outline(
         )
         if chosen == cpu_attention.NAME:
             outline.set_attn_implementation(chosen)
+        if training.disable_dropout:  # as the trainer does: attention with dropout keeps all its scores
+            disable_dropout_in_model(outline)
         for name in new_modules:
             head.to_float32(outline, name)
         if not model.use_peft:

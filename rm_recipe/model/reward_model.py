@@ -102,7 +102,7 @@ def outline(base: Any, name: str, attn_implementation: str | None = None) -> Pre
 
 
 def load_base(
-    config: "ModelConfig", tokenizer: PreTrainedTokenizerBase, seed: int, trust_remote_code: bool = False
+    config: "ModelConfig", tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> tuple[PreTrainedModel, list[str]]:
     """The base model as a one-label classifier with a fresh head.
 
@@ -121,15 +121,14 @@ def load_base(
     name, revision = str(config.model_name_or_path), config.model_revision
     kwargs: dict[str, Any] = {
         "revision": revision,
-        "trust_remote_code": trust_remote_code,
         "num_labels": 1,
     }
     if config.attn_implementation:
         kwargs["attn_implementation"] = config.attn_implementation
     # What is trained is fp32: in bf16 a step of 1e-5 leaves five of six weights as they are.
     dtype = getattr(torch, str(config.dtype), "auto") if config.use_peft else torch.float32
-    with as_one_model(name, revision, trust_remote_code) as folder:
-        if hasattr(load_config(folder, revision, trust_remote_code), "quantization_config"):
+    with as_one_model(name, revision) as folder:
+        if hasattr(load_config(folder, revision), "quantization_config"):
             model, new = _load_quantised(folder, name, config, dtype=dtype, **kwargs)
         else:
             # Without weights first: which modules are new has to be known before quantising, or the head
@@ -231,6 +230,9 @@ def prepare_for_rewards(
     for config in (model.config, model.config.get_text_config()):
         if hasattr(config, "use_cache"):  # keys and values are for who generates; a reward reads a text once
             config.use_cache = False
+    # On Hopper and later torch prefers cuDNN's attention, which takes a second to plan for each shape of a
+    # batch that it has not seen yet, and nearly every batch has one of its own.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     lora.keep_layout(model)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
@@ -404,7 +406,7 @@ def autocast(model: nn.Module) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def as_one_model(name: str, revision: str = "main", trust_remote_code: bool = False) -> Iterator[str]:
+def as_one_model(name: str, revision: str = "main") -> Iterator[str]:
     """Within it, a name under which transformers finds a whole model.
 
     That is `name` itself, or for an SFT adapter a temporary folder with the merged model: on disk,
@@ -423,7 +425,7 @@ def as_one_model(name: str, revision: str = "main", trust_remote_code: bool = Fa
         raise RecipeError(f"the SFT adapter '{name}' is of type {kind}, which cannot be merged into its base")
     with tempfile.TemporaryDirectory(prefix="rm-recipe-sft-", ignore_cleanup_errors=True) as folder:
         try:
-            merged = _merge(name, revision, adapter, trust_remote_code)
+            merged = _merge(name, revision, adapter)
             # Not in the format of a base that came quantised, which transformers cannot go back to.
             merged.save_pretrained(folder, save_original_format=False)
             del merged
@@ -434,7 +436,7 @@ def as_one_model(name: str, revision: str = "main", trust_remote_code: bool = Fa
         yield folder
 
 
-def _merge(name: str, revision: str, adapter: "PeftConfig", trust_remote_code: bool) -> PreTrainedModel:
+def _merge(name: str, revision: str, adapter: "PeftConfig") -> PreTrainedModel:
     from peft import PeftModel
 
     check_safetensors(name, revision, adapter=True)
@@ -445,14 +447,12 @@ def _merge(name: str, revision: str, adapter: "PeftConfig", trust_remote_code: b
         revision=base_revision,
         dtype="auto",
         use_safetensors=True,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=False,
     )
     if hasattr(base.config, "quantization_config"):  # SFT was QLoRA on a base that comes quantised
         lora.dequantize(base)
     if holds(name, "tokenizer_config.json", revision):
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=revision, trust_remote_code=trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
         size = len(tokenizer)
         if size > base.get_input_embeddings().num_embeddings:  # SFT has added tokens
             base.resize_token_embeddings(size)

@@ -60,7 +60,7 @@ def saved_as(
                     yield key, tensors.get_tensor(key)
 
 
-def load_config(name: str, revision: str = "main", trust_remote_code: bool = False) -> Any:
+def load_config(name: str, revision: str = "main") -> Any:
     """The model's configuration, of an adapter without one its base's.
 
     Raises:
@@ -70,7 +70,7 @@ def load_config(name: str, revision: str = "main", trust_remote_code: bool = Fal
     try:
         if adapter is not None and not holds(name, "config.json", revision):
             name, revision = adapter.base_model_name_or_path, adapter.revision or "main"
-        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise RecipeError(f"'model_name_or_path: {name}' cannot be loaded: {one_line(error)}") from None
 

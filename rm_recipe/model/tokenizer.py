@@ -63,7 +63,6 @@ logger = logging.getLogger("rm_recipe")
 def load_tokenizer(
     name: str,
     revision: str = "main",
-    trust_remote_code: bool = False,
     template: str | None = None,
     *,
     of_base: bool = False,
@@ -86,9 +85,7 @@ def load_tokenizer(
     try:
         if adapter is not None and not holds(name, "tokenizer_config.json", revision):
             name, revision = adapter.base_model_name_or_path, adapter.revision or "main"
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=revision, trust_remote_code=trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         raise RecipeError(f"the tokenizer of '{name}' cannot be loaded: {one_line(error)}") from None
     if not tokenizer.is_fast:
@@ -96,7 +93,7 @@ def load_tokenizer(
     if template is not None:
         tokenizer.chat_template = _read_template(template)
     own = _one_template(tokenizer, name)
-    own = own if own is not None else _plain_template(tokenizer, name, revision, trust_remote_code)
+    own = own if own is not None else _plain_template(tokenizer, name, revision)
     tokenizer.chat_template = chat_template.fixed_date(own)
     if tokenizer.chat_template != own:
         date = f"{chat_template.FIXED_DATE:%d %b %Y}"
@@ -131,13 +128,11 @@ def _one_template(tokenizer: PreTrainedTokenizerBase, name: str) -> str | None:
     return str(templates["default"])
 
 
-def _plain_template(
-    tokenizer: PreTrainedTokenizerBase, name: str, revision: str, trust_remote_code: bool
-) -> str:
+def _plain_template(tokenizer: PreTrainedTokenizerBase, name: str, revision: str) -> str:
     if tokenizer.cls_token is None or tokenizer.sep_token is None:
         return DECODER_TEMPLATE
     with suppress(RecipeError):  # a tokenizer alone
-        if load_config(name, revision, trust_remote_code).is_encoder_decoder:
+        if load_config(name, revision).is_encoder_decoder:
             return ENCODER_DECODER_TEMPLATE
     return ENCODER_TEMPLATE
 

@@ -1,22 +1,25 @@
 """The keys of a recipe: what they are called and what values they take.
 
-Names and types are TRL's own (`RewardConfig`, `ModelConfig`) plus `DataArguments` and `HubArguments`.
+Names and types are TRL's own (`RewardConfig`, `ModelConfig`) plus `DataArguments` and `HubArguments`; one
+pydantic model made of the four tells unknown keys, wrong types and wrong choices, all at once.
 """
 
 import dataclasses
 import difflib
 import enum
+import re
 import typing
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, create_model, field_validator
+
+from rm_recipe.files import hide_secrets
 
 # TRL's name and transformers' new one, of which its Trainer reads only the second.
 CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
-
 
 # What `rm-recipe prepare offline` makes (tools/offline.py); named here for the hint that says so.
 OFFLINE_MODEL = "models/smollm2-135m-instruct"
@@ -25,14 +28,13 @@ OFFLINE_DATA = "data/offline"
 
 MODEL_FILES = ("config.json", "adapter_config.json")  # of which a model folder has one
 DATA_FORMATS = (".jsonl", ".json", ".parquet")  # of data files that can be read; each also with .gz
-
 TEMPLATE_FORMATS = (".jinja", ".j2")  # of files with a chat template, as TRL has it
 
 # Chosen anew on every machine unless the recipe says.
 DEVICE_KEYS = ("use_cpu", "bf16", "fp16", "dtype", "dataloader_pin_memory")
 
 # Every field of TRL's RewardConfig and ModelConfig does what it says or stands in one of the next two tables;
-# tests/recipe/test_recipe_keys.py goes through them all.
+# tests/recipe/test_keys.py goes through them all.
 REFUSED_KEYS = {
     "hub_token": "a token does not belong in a recipe; log in with `hf auth login` or set HF_TOKEN",
     "hub_strategy": "the proven export is uploaded once, at the end of `rm-recipe run`",
@@ -56,35 +58,19 @@ REFUSED_KEYS = {
 }
 
 _NO_LOGITS = "metrics count comparisons in the loss, and no outputs are gathered; leave it out"
+_NO_LENGTH = "a comparison has no single length; 'prefix_sharing: auto' leaves no padding to save"
 # The values that say what happens anyway, and why there is no other.
 FIXED_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "label_smoothing_factor": (
-        (0.0,),
-        "the loss of a comparison has no labels to smooth; 'margin_column' says how sure a verdict is",
-    ),
-    "use_liger_kernel": (
-        (False,),
-        "it replaces the classifier's forward by a language model's; prefixes are shared and rows are not "
-        "padded without it",
-    ),
+    "label_smoothing_factor": ((0.0,), "a comparison has no labels to smooth; 'margin_column' is for doubt"),
+    "use_liger_kernel": ((False,), "it replaces the classifier's forward by a language model's"),
     "liger_kernel_config": ((None,), "'use_liger_kernel' is not for a reward model"),
     "pad_to_multiple_of": (("auto", None), "rows are not padded where prefixes are shared; leave it out"),
-    "train_sampling_strategy": (
-        ("random", "sequential"),
-        "a comparison has no single length; 'prefix_sharing: auto' leaves no padding to save",
-    ),
-    "length_column_name": (("length",), "a comparison has no single length; leave it out"),
-    "auto_find_batch_size": (
-        (False,),
-        "it would change how many comparisons make a step; `rm-recipe check RECIPE --plan` names a "
-        "'per_device_train_batch_size' that fits and 'gradient_accumulation_steps' with it",
-    ),
+    "train_sampling_strategy": (("random", "sequential"), _NO_LENGTH),
+    "length_column_name": (("length",), _NO_LENGTH),
+    "auto_find_batch_size": ((False,), "it would change a step; `rm-recipe check RECIPE --plan` finds one"),
     "bf16_full_eval": ((False,), "evaluation computes as training does: 'bf16: true'"),
     "fp16_full_eval": ((False,), "evaluation computes as training does: 'fp16: true'"),
-    "include_num_input_tokens_seen": (
-        (False, "no"),
-        "a mask over shared prefixes is no count of tokens; 'num_tokens' of the training log is one",
-    ),
+    "include_num_input_tokens_seen": ((False, "no"), "the training log counts tokens as 'num_tokens'"),
     "average_tokens_across_devices": ((True,), "the loss is a mean over comparisons, not over tokens"),
     "logging_nan_inf_filter": ((True,), "a loss that is not finite stops the training; leave it out"),
     "use_cache": ((False,), "a reward model reads a text once and generates nothing; leave it out"),
@@ -96,94 +82,107 @@ FIXED_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
     "batch_eval_metrics": ((False,), _NO_LOGITS),
     "enable_jit_checkpoint": ((False,), "SIGTERM saves a checkpoint already, and `--resume` goes on from it"),
     "save_on_each_node": ((False,), "a run folder is one, on a disk that all nodes see: 'output_dir'"),
-    "trust_remote_code": (
-        (False,),
-        "the export has to load with plain transformers, so a model with code of its own cannot be a base",
-    ),
+    "trust_remote_code": ((False,), "the export has to load with plain transformers, without a model's code"),
 }
 
-_LORA, _BITS = ("use_peft",), ("load_in_4bit",)
-_LOOKS = ("eval_strategy", "early_stopping_patience", "load_best_model_at_end")
+_LORA = "lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save"
+_BITS = "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage"
+_TRACKED = "run_name project trackio_space_id trackio_bucket_id trackio_static_space_id"
 # What does nothing unless one of other keys asks for it: refused where none of these is in the recipe.
 IDLE_KEYS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"), _LORA),
-    **dict.fromkeys(("lora_target_parameters", "lora_modules_to_save", "use_rslora", "use_dora"), _LORA),
-    **dict.fromkeys(("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"), _BITS),
-    **dict.fromkeys(("eval_steps", "eval_delay"), _LOOKS),
-    **dict.fromkeys(("run_name", "project", "trackio_space_id", "trackio_bucket_id"), ("report_to",)),
-    "trackio_static_space_id": ("report_to",),
-    **dict.fromkeys(("hub_model_id", "hub_private_repo"), ("push_to_hub",)),
+    **dict.fromkeys([*_LORA.split(), "use_rslora", "use_dora"], ("use_peft",)),
+    **dict.fromkeys(_BITS.split(), ("load_in_4bit",)),
+    **dict.fromkeys(
+        ["eval_steps", "eval_delay"], ("eval_strategy", "early_stopping_patience", "load_best_model_at_end")
+    ),
+    **dict.fromkeys(_TRACKED.split(), ("report_to",)),
+    **dict.fromkeys(["hub_model_id", "hub_private_repo"], ("push_to_hub",)),
 }
 
-
-_BATCH = "'per_device_train_batch_size', times 'gradient_accumulation_steps' for a step"
 # Names of older releases and of other tools (LLaMA-Factory, axolotl): what to write here.
+_FOREIGN = """
+torch_dtype: 'dtype'
+use_lora adapter finetuning_type: 'use_peft: true', and 'load_in_4bit: true' for QLoRA
+base_model model model_name: 'model_name_or_path'
+adapter_name_or_path: 'model_name_or_path', which may be an SFT adapter's folder
+tokenizer tokenizer_name_or_path: nothing: the tokenizer is the base model's
+template chat_template: 'chat_template_path': a template's file, or another model; else it is the base model's
+dataset dataset_dir: 'dataset_name'
+dataset_config: 'dataset_subsets', or 'datasets' with a 'name' for each
+dataset_text_field: nothing: columns are prompt, chosen and rejected, or as README lists them
+val_set_size val_size: 'test_split_size', a share
+max_samples: 'max_train_samples' and 'max_eval_samples'
+preprocessing_num_workers dataset_processes: 'dataset_num_proc'
+cutoff_len sequence_len max_seq_length model_max_length: 'max_length'
+packing sample_packing group_by_length: nothing: rows are not padded where prefixes are shared
+batch_size train_batch_size micro_batch_size: 'per_device_train_batch_size' and 'gradient_accumulation_steps'
+eval_batch_size: 'per_device_eval_batch_size'
+epochs num_epochs: 'num_train_epochs'
+lr: 'learning_rate'
+optimizer: 'optim'
+lr_scheduler: 'lr_scheduler_type'
+gradient_clipping: 'max_grad_norm'
+warmup_ratio: 'warmup_steps'; below 1 it is a share of all steps
+evaluation_strategy: 'eval_strategy'
+evals_per_epoch: 'eval_strategy: steps' and 'eval_steps'; below 1 they are a share of all steps
+saves_per_epoch: 'save_steps'; below 1 they are a share of all steps
+lora_rank: 'lora_r'
+lora_target: 'lora_target_modules'
+lora_target_linear: 'lora_target_modules: all-linear'
+additional_target: 'lora_modules_to_save'
+quantization_bit: 'load_in_4bit: true' or 'load_in_8bit: true'
+double_quantization bnb_4bit_use_double_quant: 'use_bnb_nested_quant'
+bnb_4bit_compute_dtype: 'bf16' or 'fp16', which a quantised base computes in
+flash_attn flash_attention flash_attention_2 use_flash_attention_2: 'attn_implementation: flash_attention_2'
+fp16_opt_level: 'fp16'
+no_cuda: 'use_cpu'
+logging_dir: nothing: a tracker's own variable says it, TENSORBOARD_LOGGING_DIR for one
+use_wandb wandb_project: 'report_to: wandb' and the variable WANDB_PROJECT
+save_safetensors: nothing: weights are always saved as safetensors
+overwrite_output_dir: `rm-recipe train RECIPE --overwrite`
+num_labels reward_model stage: nothing: it is always a reward model, of one label
+"""
 FOREIGN_KEYS = {
-    "torch_dtype": "'dtype'",
-    "use_lora": "'use_peft'",
-    "adapter": "'use_peft: true', and 'load_in_4bit: true' for QLoRA",
-    "finetuning_type": "'use_peft: true', or false for all weights",
-    "base_model": "'model_name_or_path'",
-    "model": "'model_name_or_path'",
-    "model_name": "'model_name_or_path'",
-    "adapter_name_or_path": "'model_name_or_path', which may be an SFT adapter's folder",
-    "tokenizer": "nothing: the tokenizer is the base model's",
-    "tokenizer_name_or_path": "nothing: the tokenizer is the base model's",
-    "template": "'chat_template_path': a template's file, or another model; else it is the base model's",
-    "chat_template": "'chat_template_path': a template's file, or another model; else it is the base model's",
-    "dataset": "'dataset_name'",
-    "dataset_dir": "'dataset_name'",
-    "dataset_config": "'dataset_subsets', or 'datasets' with a 'name' for each",
-    "dataset_text_field": "nothing: columns are prompt, chosen and rejected, or as README lists them",
-    "val_set_size": "'test_split_size', a share",
-    "val_size": "'test_split_size', a share",
-    "max_samples": "'max_train_samples' and 'max_eval_samples'",
-    "preprocessing_num_workers": "'dataset_num_proc'",
-    "dataset_processes": "'dataset_num_proc'",
-    "cutoff_len": "'max_length'",
-    "sequence_len": "'max_length'",
-    "max_seq_length": "'max_length'",
-    "model_max_length": "'max_length'",
-    "packing": "nothing: rows are not padded where prefixes are shared",
-    "sample_packing": "nothing: rows are not padded where prefixes are shared",
-    "group_by_length": "nothing: rows are not padded where prefixes are shared",
-    "batch_size": _BATCH,
-    "train_batch_size": _BATCH,
-    "micro_batch_size": "'per_device_train_batch_size'",
-    "eval_batch_size": "'per_device_eval_batch_size'",
-    "epochs": "'num_train_epochs'",
-    "num_epochs": "'num_train_epochs'",
-    "lr": "'learning_rate'",
-    "optimizer": "'optim'",
-    "lr_scheduler": "'lr_scheduler_type'",
-    "gradient_clipping": "'max_grad_norm'",
-    "warmup_ratio": "'warmup_steps'; below 1 it is a share of all steps",
-    "evaluation_strategy": "'eval_strategy'",
-    "evals_per_epoch": "'eval_strategy: steps' and 'eval_steps'; below 1 they are a share of all steps",
-    "saves_per_epoch": "'save_steps'; below 1 they are a share of all steps",
-    "lora_rank": "'lora_r'",
-    "lora_target": "'lora_target_modules'",
-    "lora_target_linear": "'lora_target_modules: all-linear'",
-    "additional_target": "'lora_modules_to_save'",
-    "quantization_bit": "'load_in_4bit: true' or 'load_in_8bit: true'",
-    "double_quantization": "'use_bnb_nested_quant'",
-    "bnb_4bit_use_double_quant": "'use_bnb_nested_quant'",
-    "bnb_4bit_compute_dtype": "'bf16' or 'fp16', which a quantised base computes in",
-    "flash_attn": "'attn_implementation'",
-    "flash_attention": "'attn_implementation'",
-    **dict.fromkeys(
-        ("flash_attention_2", "use_flash_attention_2"), "'attn_implementation: flash_attention_2'"
+    key: hint
+    for keys, hint in (line.split(": ", 1) for line in _FOREIGN.strip().splitlines())
+    for key in keys.split()
+}
+
+_POSITIVE = """
+learning_rate per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps max_length
+lora_r lora_alpha num_train_epochs max_train_samples max_eval_samples dataset_num_proc
+early_stopping_patience save_steps eval_steps logging_steps fraction
+"""
+# What torch's and transformers' checkpointing take.
+_CHECKPOINTING = "use_reentrant preserve_rng_state determinism_check debug early_stop every_n_layers offload"
+# Of a comparison, which training measures.
+METRICS = ("accuracy", "loss", "margin", "mean_reward", "ties")
+_SEED = (lambda x: 0 <= x < 2**32, f"must lie between 0 and {2**32 - 1}")  # NumPy takes no larger one
+# Which values of its type a key takes.
+LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(_POSITIVE.split(), (lambda x: x > 0, "must be above 0")),
+    **dict.fromkeys(["seed", "data_seed"], _SEED),
+    "max_steps": (lambda x: x > 0 or x == -1, "must be above 0; leave it out to train 'num_train_epochs'"),
+    "center_rewards_coefficient": (lambda x: x >= 0, "must not be below 0"),
+    "test_split_size": (lambda x: 0 < x < 1, "must lie between 0 and 1"),
+    "target_accuracy": (lambda x: 0 <= x <= 1, "must lie between 0 and 1"),
+    "save_total_limit": (lambda x: x >= 2, "must be 2 or more: one is left where the newest is cut off"),
+    "margin_map": (lambda x: min(x.values(), default=0) >= 0, "a margin below 0 would reward being wrong"),
+    "metric_for_best_model": (
+        lambda x: x.removeprefix("eval_") in METRICS,
+        f"is not measured in training; {', '.join(METRICS)} are",
     ),
-    "fp16_opt_level": "'fp16'",
-    "no_cuda": "'use_cpu'",
-    "logging_dir": "nothing: a tracker's own variable says it, TENSORBOARD_LOGGING_DIR for one",
-    "wandb_project": "'report_to: wandb' and the variable WANDB_PROJECT",
-    "use_wandb": "'report_to: wandb'",
-    "save_safetensors": "nothing: weights are always saved as safetensors",
-    "overwrite_output_dir": "`rm-recipe train RECIPE --overwrite`",
-    "num_labels": "nothing: a reward model has one",
-    "reward_model": "nothing: it is always one",
-    "stage": "nothing: it is always a reward model",
+    "accelerator_config": (
+        lambda x: isinstance(x, str) or not (x.get("split_batches") or x.get("dispatch_batches")),
+        "would change how many comparisons make a step; set 'per_device_train_batch_size'",
+    ),
+    **dict.fromkeys(
+        [f"{key}_kwargs" for key in CHECKPOINTING],
+        (
+            lambda x: isinstance(x, str) or x.keys() <= {*_CHECKPOINTING.split()},
+            f"has a key that is none of {_CHECKPOINTING}",
+        ),
+    ),
 }
 
 
@@ -260,75 +259,120 @@ class HubArguments:
     """Make the repository private."""
 
 
+class _Keys(BaseModel):
+    """What every key is checked by, beyond its type."""
+
+    model_config = ConfigDict(
+        extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
+        """Take a list from `a, b` and `fsdp: true` from the command line; `true` is no number."""
+        hint = cls.model_fields[str(info.field_name)].annotation
+        kinds = typing.get_args(hint) or (hint,)
+        if isinstance(value, str) and list[str] in kinds and str not in kinds:
+            return [part.strip() for part in value.split(",")]  # `all-linear`, or `q_proj,v_proj`
+        if isinstance(value, str) and {bool, str} <= {*kinds} and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        if isinstance(value, bool) and bool not in kinds and {int, float} & {*kinds}:
+            raise ValueError(" should be a number, not true or false")
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _allowed(cls, value: Any, info: ValidationInfo) -> Any:
+        only, reason = FIXED_KEYS.get(str(info.field_name), ((value,), ""))
+        within, limit = LIMITS.get(str(info.field_name), (None, ""))
+        if value not in only:
+            raise ValueError(f": {reason}")
+        if within is not None and value is not None and not within(value):
+            raise ValueError(f" {limit}")
+        if hide_secrets(value) != value:  # a run would keep and show it
+            raise ValueError(" holds a token or a password; log in with `hf auth login` or set HF_TOKEN")
+        return value
+
+
 @cache
-def key_types() -> dict[str, tuple[Any, Any]]:
-    """Every accepted key: its type and its choices (None where any value of the type will do)."""
+def recipe_keys() -> type[BaseModel]:
+    """Make the pydantic model of every key that a recipe may have."""
     from trl import ModelConfig, RewardConfig
 
-    types: dict[str, tuple[Any, Any]] = {}
-    for part in (RewardConfig, ModelConfig, DataArguments, HubArguments):
-        hints = typing.get_type_hints(part)
+    parts = (RewardConfig, ModelConfig, DataArguments, HubArguments)
+    # `fsdp: true` as transformers takes it, and as a run's recipe has it.
+    return _model_of(*parts, fsdp=bool | str | None, datasets=list[entry_keys()] | None)  # type: ignore[misc]
+
+
+@cache
+def entry_keys() -> type[BaseModel]:
+    """Make the pydantic model of an entry of `datasets`."""
+    from trl.scripts.utils import DatasetConfig
+
+    return _model_of(DatasetConfig)
+
+
+def _model_of(*parts: Any, **hints: Any) -> type[BaseModel]:
+    fields: dict[str, Any] = {}
+    for part in parts:
+        of_part = typing.get_type_hints(part)
         for item in dataclasses.fields(part):
-            if item.init:
-                hint = hints[item.name]
-                choices = item.metadata.get("choices") or _choices(hint)
-                types[item.name] = (hint, list(choices) if choices else None)
-    types["fsdp"] = (bool | str | None, None)  # as transformers takes it, and as a run's recipe has it
-    return types
+            if item.init and item.name not in REFUSED_KEYS:
+                hint = _with_choices(of_part[item.name], item.metadata.get("choices"))
+                fields[item.name] = (hints.get(item.name, hint), None)
+    return create_model("Keys", __base__=_Keys, **fields)
 
 
-def _choices(hint: Any) -> list[str] | None:
-    parts = typing.get_args(hint) if typing.get_origin(hint) is not Literal else (hint,)
-    for part in parts or (hint,):
-        if isinstance(part, type) and issubclass(part, enum.Enum):
-            return [str(member.value) for member in part]
-        if typing.get_origin(part) is Literal and hint is part:
-            return [str(choice) for choice in typing.get_args(part)]
-    return None
+def _with_choices(hint: Any, choices: Iterable[str] | None) -> Any:
+    """The type with the values that the key takes, of an enumeration or from TRL's `choices`."""
+    kinds = typing.get_args(hint)
+    for kind in kinds:
+        if isinstance(kind, type) and issubclass(kind, enum.Enum):
+            choices = [member.value for member in kind]
+    if not choices:
+        return hint
+    literal = Literal[tuple(choices)]  # type: ignore[valid-type]
+    return literal | None if type(None) in kinds else literal
 
 
-def check_value(key: str, value: Any, from_text: bool) -> tuple[str | None, Any]:
-    """A fault or None, and the value in the key's type."""
-    types = key_types()
-    if key in REFUSED_KEYS:
-        return f"key '{key}' is not for a recipe: {REFUSED_KEYS[key]}", None
-    if key in FOREIGN_KEYS:
-        return f"unknown key '{key}'. Here it is {FOREIGN_KEYS[key]}", None
-    if key not in types:
-        close = difflib.get_close_matches(key, types.keys() - REFUSED_KEYS.keys() - FIXED_KEYS.keys(), n=1)
-        return f"unknown key '{key}'.{did_you_mean(close)}", None
-    hint, choices = types[key]
-    if from_text:
-        value = _from_text(value, hint)
-    if value is None:
-        if type(None) in typing.get_args(hint):
-            return None, None
-        return f"'{key}' has no value; leave the line out for the default", None
-    if choices and str(value) not in choices:
-        close = difflib.get_close_matches(str(value), choices, n=1)
-        return f"'{key}: {value}' is not one of {', '.join(choices)}.{did_you_mean(close)}", None
-    if isinstance(value, str) and _takes_only_lists(hint):
-        value = [part.strip() for part in value.split(",")]  # `all-linear`, or `q_proj,v_proj`
-    if not fits(value, hint):
-        return f"'{key}: {value}' should be {describe(hint)}", None
-    parsed = _adapter(hint).validate_python(value)
-    only, reason = FIXED_KEYS.get(key, ((parsed,), ""))
-    if parsed not in only:
-        return f"'{key}: {shown(parsed)}': {reason}", None
-    return None, parsed
+def check_values(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Check keys and values as YAML has them.
 
-
-def _adapter(hint: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a value has a type; `true` and `false` are no numbers."""
+    Returns:
+        the values in their keys' types, without those at fault, and a line for each fault.
+    """
     try:
-        _adapter(hint).validate_python(value)
-    except ValidationError:
-        return False
-    return not isinstance(value, bool) or bool in (hint, *typing.get_args(hint))
+        return recipe_keys().model_validate(given).model_dump(exclude_unset=True), []
+    except ValidationError as error:
+        found: dict[tuple[int | str, ...], list[Any]] = {}
+        for item in error.errors(include_url=False):
+            place = item["loc"][: 3 if item["loc"][0] == "datasets" else 1]
+            found.setdefault(place, []).append(item)
+        wrong = {place[0] for place in found}
+        good, _ = check_values({key: value for key, value in given.items() if key not in wrong})
+        return good, [_fault(place, items) for place, items in found.items()]
+
+
+def _fault(place: tuple[int | str, ...], items: list[Any]) -> str:
+    """A line on what is wrong at a place: a key, or (`datasets`, number, key)."""
+    where, key, model = "", str(place[-1]), recipe_keys()
+    if len(place) > 1:
+        where, key, model = f"'datasets', entry {int(place[1]) + 1}: ", str(place[-1]), entry_keys()
+    if items[0]["type"] == "extra_forbidden":
+        return where + _unknown(key, model)
+    reasons = [str(item.get("ctx", {}).get("error") or item["msg"].replace("Input", "")) for item in items]
+    value = str(shown(items[0]["input"]))
+    choices = re.findall(r"'([^']+)'", str(items[0].get("ctx", {}).get("expected", "")))
+    reason = " or ".join(dict.fromkeys(reasons)) + did_you_mean(value, choices)
+    return f"{where}'{key}: {hide_secrets(value)}'{reason}"
+
+
+def _unknown(key: str, model: type[BaseModel]) -> str:
+    if key in REFUSED_KEYS:
+        return f"key '{key}' is not for a recipe: {REFUSED_KEYS[key]}"
+    if key in FOREIGN_KEYS:
+        return f"unknown key '{key}'. Here it is {FOREIGN_KEYS[key]}"
+    return f"unknown key '{key}'.{did_you_mean(key, model.model_fields.keys() - FIXED_KEYS.keys())}"
 
 
 def shown(value: Any) -> Any:
@@ -336,42 +380,10 @@ def shown(value: Any) -> Any:
     return {"True": "true", "False": "false", "None": "null"}.get(str(value), value)
 
 
-def did_you_mean(close: list[str]) -> str:
-    """The nearest name as a question, nothing if none is near."""
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """The nearest of the names as a question, nothing if none is near."""
+    close = difflib.get_close_matches(name, names, n=1)
     return f" Did you mean '{close[0]}'?" if close else ""
-
-
-def _from_text(text: str, hint: Any) -> Any:
-    """A command-line value: lists, mappings and null in YAML's notation, the rest as written."""
-    if text.strip().lower() in ("null", "none", "~"):
-        return None
-    if {bool, str} <= set(typing.get_args(hint)) and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    if text.lstrip().startswith(("[", "{")):
-        try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError:
-            return text
-    return text
-
-
-def _takes_only_lists(hint: Any) -> bool:
-    parts = typing.get_args(hint)
-    return hint == list[str] or (list[str] in parts and str not in parts)
-
-
-def describe(hint: Any) -> str:
-    """A type in words."""
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    parts = [p for p in (typing.get_args(hint) or (hint,)) if p is not type(None)]
-    if typing.get_origin(hint) in (list, dict):
-        parts = [hint]
-    described = [
-        names.get(part) or ("a list" if typing.get_origin(part) is list else "a mapping")
-        for part in parts
-        if not (isinstance(part, type) and issubclass(part, enum.Enum))
-    ]
-    return " or ".join(dict.fromkeys(described))
 
 
 def looks_local(name: str) -> bool:

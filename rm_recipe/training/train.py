@@ -1,12 +1,17 @@
-"""`rm-recipe train RECIPE`: a base model and comparisons in, a trained reward model out."""
+"""Train a reward model: a base model and comparisons in, an adapter (or a model) with its head out.
+
+    rm-recipe train recipes/smollm2_offline.yaml
+    accelerate launch --config_file accelerate_configs/multi_gpu.yaml -m rm_recipe train RECIPE
+
+`train` reads in the order in which things happen; what it calls stands below it in the same order.
+"""
 
 import importlib.metadata
 import math
 import platform
-import shutil
 import subprocess
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,37 +26,29 @@ from rm_recipe.data.dataset import Split
 from rm_recipe.data.doctor import examine, print_report
 from rm_recipe.data.splits import Leakage, load_splits, refuse_leakage
 from rm_recipe.data.tokenization import tokenize
-from rm_recipe.errors import Interrupted, RecipeError, TrainingError
-from rm_recipe.files import FolderLock, read_json, whole_folder, write_json
+from rm_recipe.errors import INTERRUPTS, RecipeError
+from rm_recipe.files import whole_folder, write_json
 from rm_recipe.model import lora, memory, reward_model, source
 from rm_recipe.model.head import check_saved_head, head_of
 from rm_recipe.model.memory import too_little
 from rm_recipe.model.shared_prefix import Sharing, check_padding, decide_sharing
 from rm_recipe.model.source import load_config
 from rm_recipe.model.tokenizer import check_one_end, check_vocabulary, load_tokenizer
-from rm_recipe.processes import is_out_of_memory, main_process_first, say, wait_for_main_process
+from rm_recipe.processes import main_process_first, say, wait_for_main_process
 from rm_recipe.recipe.reader import Recipe
 from rm_recipe.recipe.schema import CHECKPOINTING
-from rm_recipe.training.checkpoints import MANIFEST, Checkpoints, newest_whole, not_written
+from rm_recipe.training.checkpoints import Checkpoints, not_written, remove_unread, told_in_one_message
 from rm_recipe.training.distributed import check_sharding, end, whole_weights
-from rm_recipe.training.interrupts import INTERRUPTS
 from rm_recipe.training.monitoring import EarlySigns
 from rm_recipe.training.preflight import preflight
-from rm_recipe.training.run_folder import (
-    DATA_REPORT,
-    check_identity,
-    check_run_folder,
-    claim_run_folder,
-    data_identity,
-    identity_of,
-)
+from rm_recipe.training.run_folder import DATA_REPORT, Run, open_run
 from rm_recipe.training.trainer import COLUMNS, SharedPrefixRewardTrainer
 
 PROMISE = "rm-recipe: finishing this step and saving it; Ctrl-C again stops at once"
 
 
 def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> None:
-    """Trains a reward model by a recipe: `model/`, `run.json`, `data_report.json` in its run folder.
+    """Train a reward model by a recipe: `model/`, `run.json`, `data_report.json` in its run folder.
 
     Args:
         resume: go on from the newest checkpoint in the run folder.
@@ -62,72 +59,43 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> N
             asked for and cannot be given.
         DataError: the data cannot be used.
         TrainingError: the loss is not finite, or the saved head is not the trained one.
+        Interrupted: by a signal, with what is saved.
     """
-    with INTERRUPTS.listening(), FolderLock(recipe.output_dir) as lock:
-        try:
-            check_sharding(recipe.training, bool(recipe.model.load_in_4bit or recipe.model.load_in_8bit))
-            checkpoint, faulty = check_run_folder(recipe, resume=resume, overwrite=overwrite, lock=lock)
-            ready = make_ready(recipe)
-            identity = identity_of(ready.train_split, ready.test_split)
-            manifest = read_json(checkpoint / MANIFEST) if checkpoint else None
-            if manifest:
-                check_identity(recipe.output_dir, manifest, identity)
-        except KeyboardInterrupt:
-            raise Interrupted("interrupted before training began", INTERRUPTS.received) from None
-        claim_run_folder(recipe, faulty, overwrite=overwrite, lock=lock)  # what fails above leaves nothing
-        try:
-            _train(recipe, ready, identity, checkpoint, manifest)
-        except KeyboardInterrupt:
-            kept, _ = newest_whole(recipe.output_dir)
-            what = f"{kept} is the newest checkpoint" if kept else "there is no checkpoint yet"
-            raise Interrupted(f"interrupted; {what}", INTERRUPTS.received, resumable=True) from None
+    check_sharding(recipe.training, bool(recipe.model.load_in_4bit or recipe.model.load_in_8bit))
+    with open_run(recipe, resume=resume, overwrite=overwrite) as run:
+        ready = make_ready(recipe)  # data, model, trainer, and one step, undone; leaves nothing behind
+        run.begin(ready.train_split, ready.test_split)  # from here on the folder is this run's
+        if ready.report is not None:
+            write_json(recipe.output_dir / DATA_REPORT, ready.report)
+        for note in recipe.notes:
+            say(note)
+        if recipe.hub.push_to_hub:
+            say("push_to_hub: training uploads nothing; `rm-recipe run` uploads the proven export at its end")
+        trainer, kept = ready.trainer, add_callbacks(recipe, ready, run)
+        start = head_of(trainer.model, ready.new_modules)
+        with (
+            told_in_one_message(
+                trainer, lambda: too_little(recipe, trainer, ready.new_modules, ready.train_split)
+            ),
+            cheaper_adapters(trainer),
+            INTERRUPTS.deferred(PROMISE),
+        ):
+            trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
+        cost = kept.cost()
+        trainer.accelerator.wait_for_everyone()
+        save_model(trainer, recipe, start)
+        if trainer.is_world_process_zero():
+            write_json(recipe.output_dir / "run.json", run_record(recipe, ready, run, cost))
+        end(trainer)
 
 
-def _train(
-    recipe: Recipe,
-    ready: "Ready",
-    identity: dict[str, Any],
-    checkpoint: Path | None,
-    manifest: dict[str, Any] | None,
-) -> None:
-    """Trains in a folder that is ours, from a checkpoint with its manifest if there is one."""
-    trainer, new_modules = ready.trainer, ready.new_modules
-    for note in recipe.notes:
-        say(note)
-    start = head_of(trainer.model, new_modules)
-    if recipe.hub.push_to_hub:
-        say("push_to_hub: training uploads nothing; `rm-recipe run` uploads the proven export at its end")
-    if ready.report is not None:
-        write_json(recipe.output_dir / DATA_REPORT, ready.report)
-    trainer.add_callback(early_signs_of(recipe, ready))
-    kept = Checkpoints(trainer, identity, manifest)
-    trainer.add_callback(kept)
-    try:
-        with cheaper_adapters(trainer), INTERRUPTS.deferred(PROMISE):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        message = too_little(recipe, trainer, new_modules, ready.train_split)
-        raise TrainingError(f"step {trainer.state.global_step + 1}: {message}") from None
-    cost = kept.cost()
-    trainer.accelerator.wait_for_everyone()
-    save_model(trainer, recipe, ready.tokenizer, start)
-    if trainer.is_world_process_zero():
-        splits = (ready.train_split, ready.test_split)
-        record = run_record(recipe, trainer, ready.sharing, *splits, cost, manifest)
-        write_json(recipe.output_dir / "run.json", record)
-    end(trainer)
-
-
-# --- before ----------------------------------------------------------------------------------
+# --- before: data, model, trainer ------------------------------------------------------------
 
 
 @dataclass
 class Ready:
     """Everything that a training is made of; `report` is the doctor's, None but on the main process."""
 
-    tokenizer: PreTrainedTokenizerBase
     train_split: Split
     test_split: Split
     report: dict[str, Any] | None
@@ -137,7 +105,7 @@ class Ready:
 
 
 def make_ready(recipe: Recipe) -> Ready:
-    """Loads data and model, makes the trainer, and lets it make one step that is undone.
+    """Load data and model, make the trainer, and let it make one step that is undone.
 
     Nothing is left behind, whatever fails.
 
@@ -155,7 +123,7 @@ def make_ready(recipe: Recipe) -> Ready:
         shown = preflight(recipe, trainer, new_modules, train_split, test_split)
     if shown:
         say(str(shown))
-    return Ready(tokenizer, train_split, test_split, report, new_modules, sharing, trainer)
+    return Ready(train_split, test_split, report, new_modules, sharing, trainer)
 
 
 def load_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Split, Split, Leakage]:
@@ -168,12 +136,10 @@ def load_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Split, Split, Le
     """
     training, data = recipe.training, recipe.data
     name, revision = str(recipe.model.model_name_or_path), recipe.model.model_revision
-    config = load_config(name, revision, training.trust_remote_code)
+    config = load_config(name, revision)
     reward_model.check_base(config, recipe.model, training.max_length)
     check_padding(config, name)
-    tokenizer = load_tokenizer(
-        name, revision, training.trust_remote_code, training.chat_template_path, of_base=True
-    )
+    tokenizer = load_tokenizer(name, revision, training.chat_template_path, of_base=True)
     if source.sft_adapter(name, revision) is None:  # merging one makes embeddings for its tokens
         check_vocabulary(config, tokenizer, name)
     check_one_end(config, tokenizer, name)
@@ -183,33 +149,28 @@ def load_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Split, Split, Le
         train_split = tokenize(train_split, *settings, alike=True)
         test_split = tokenize(test_split, *settings)
     if training.dataloader_drop_last:
-        check_batches(recipe, train_split, test_split)
+        refuse_dropping(recipe, train_split, test_split)
     return tokenizer, train_split, test_split, leakage
 
 
-def check_batches(recipe: Recipe, train_split: Split, test_split: Split) -> None:
-    """Refuses `dataloader_drop_last` where it would drop everything, or comparisons that are held out.
+def refuse_dropping(recipe: Recipe, train_split: Split, test_split: Split) -> None:
+    """Refuse `dataloader_drop_last` where it would drop everything, or comparisons that are held out.
 
     Raises:
         RecipeError: with what there is.
     """
-    training = recipe.training
-    batch, there = training.per_device_train_batch_size * training.world_size, len(train_split.comparisons)
-    if there < batch:
-        raise RecipeError(
-            f"'dataloader_drop_last: true' would drop all of the {there} comparisons: a batch has {batch}"
-        )
-    held_out, batch = len(test_split.comparisons), training.per_device_eval_batch_size * training.world_size
-    if training.eval_strategy != "no" and held_out % batch:
-        raise RecipeError(
-            f"'dataloader_drop_last: true' would drop {held_out % batch} of the {held_out} held-out "
-            "comparisons at each evaluation: leave it out, or choose a 'per_device_eval_batch_size' that "
-            "divides them"
-        )
+    training, there, held_out = recipe.training, len(train_split.comparisons), len(test_split.comparisons)
+    batch = training.per_device_train_batch_size * training.world_size
+    of_eval = training.per_device_eval_batch_size * training.world_size
+    fault = f"all of the {there} comparisons: a batch has {batch}" if there < batch else ""
+    if training.eval_strategy != "no" and held_out % of_eval:
+        fault = fault or f"{held_out % of_eval} of the {held_out} held-out comparisons at each evaluation"
+    if fault:
+        raise RecipeError(f"'dataloader_drop_last: true' would drop {fault}; leave it out")
 
 
 def report_data(recipe: Recipe, train: Split, test: Split, leakage: Leakage) -> dict[str, Any] | None:
-    """Prints the doctor's table and returns its report; None but on the main process."""
+    """Print the doctor's table and return its report; None but on the main process."""
     if not PartialState().is_main_process:
         return None
     report = examine(recipe, train, test, leakage)
@@ -222,9 +183,7 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Any,
     training = recipe.training
     set_seed(training.seed)
     with whole_weights():
-        model, new_modules = reward_model.load_base(
-            recipe.model, tokenizer, training.seed, training.trust_remote_code
-        )
+        model, new_modules = reward_model.load_base(recipe.model, tokenizer, training.seed)
     model.config.rm_recipe = {
         "max_length": training.max_length,
         "truncation": recipe.data.truncation,
@@ -249,7 +208,7 @@ def settle_step(recipe: Recipe, model: Any, new_modules: list[str], train_split:
 def decide_checkpointing(
     recipe: Recipe, model: Any, new_modules: list[str], train_split: Split, shared: bool
 ) -> None:
-    """Settles `gradient_checkpointing` by the memory plan, unless the recipe does."""
+    """Settle `gradient_checkpointing` by the memory plan, unless the recipe does."""
     if any(key in recipe.values for key in CHECKPOINTING):
         return
     training = recipe.training
@@ -279,9 +238,12 @@ def make_trainer(
         half = training.bf16 or training.fp16
         model = lora.add_lora(model, recipe.model, new_modules, autocast=half)
     was_there = recipe.output_dir.exists()
+    args = copy(training)
+    args.chat_template_path = None  # the tokenizer has it; TRL would put the file's own text in its place
+    args.save_total_limit = None  # `Checkpoints` removes older ones, once the newest is whole
     trainer = SharedPrefixRewardTrainer(
         model=model,
-        args=training,
+        args=args,
         train_dataset=train_split.comparisons.select_columns(COLUMNS),
         eval_dataset=test_split.comparisons.select_columns(COLUMNS),
         processing_class=tokenizer,
@@ -301,24 +263,22 @@ def cheaper_adapters(trainer: SharedPrefixRewardTrainer) -> AbstractContextManag
     return lora.in_one_product(trainer.model)
 
 
-def early_signs_of(recipe: Recipe, ready: Ready) -> EarlySigns:
-    """What watches a training."""
+def add_callbacks(recipe: Recipe, ready: Ready, run: Run) -> Checkpoints:
+    """Add what watches a training, and what finishes its checkpoints, which is returned."""
     training = recipe.training
     each = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     plain = training.center_rewards_coefficient is None and recipe.data.margin_column is None
-    return EarlySigns(each, len(ready.test_split.comparisons), plain)
+    ready.trainer.add_callback(EarlySigns(each, len(ready.test_split.comparisons), plain))
+    kept = Checkpoints(ready.trainer, run.identity, run.manifest, training.save_total_limit)
+    ready.trainer.add_callback(kept)
+    return kept
 
 
 # --- after -----------------------------------------------------------------------------------
 
 
-def save_model(
-    trainer: SharedPrefixRewardTrainer,
-    recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase,
-    start: dict[str, torch.Tensor],
-) -> None:
-    """Writes `model/` (adapter or model, head, config, tokenizer) and reads it back.
+def save_model(trainer: SharedPrefixRewardTrainer, recipe: Recipe, start: dict[str, torch.Tensor]) -> None:
+    """Write `model/` (adapter or model, head, config, tokenizer) and read it back.
 
     Raises:
         TrainingError: it cannot be written; the head is missing from what was saved, or has not moved from
@@ -328,18 +288,15 @@ def save_model(
     if not trainer.is_world_process_zero():
         trainer.save_model(str(target))  # takes part in gathering what is sharded
         return
-    with whole_folder(target) as folder:
-        try:
+    try:
+        with whole_folder(target) as folder:
             trainer.save_model(str(folder))
             trainer.accelerator.unwrap_model(trainer.model).config.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-        except (OSError, RuntimeError, SafetensorError) as error:  # each names a full disk in its own way
-            shutil.rmtree(folder)
-            raise not_written(target, error) from error
-        # It pickles the training arguments, a Hub token among them if there is one.
-        (folder / "training_args.bin").unlink(missing_ok=True)
-        check_saved_head(folder, start)
-        untrained = lora.untrained_layers(folder)
+            remove_unread(folder)
+            check_saved_head(folder, start)
+            untrained = lora.untrained_layers(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:  # each names a full disk in its own way
+        raise not_written(target, error) from error
     if untrained:
         say(f"no gradient has reached the adapters of {', '.join(untrained)}")
 
@@ -349,23 +306,14 @@ def save_model(
 PACKAGES = ("torch", "trl", "transformers", "datasets", "peft", "accelerate", "bitsandbytes", "rm-recipe")
 
 
-def run_record(
-    recipe: Recipe,
-    trainer: SharedPrefixRewardTrainer,
-    sharing: Sharing,
-    train_split: Split,
-    test_split: Split,
-    cost: Mapping[str, Any],
-    resumed: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+def run_record(recipe: Recipe, ready: Ready, run: Run, cost: dict[str, Any]) -> dict[str, Any]:
     """The content of `run.json`.
 
     Args:
         cost: `Checkpoints.cost` of the whole training.
-        resumed: the manifest of the checkpoint that it was resumed from.
     """
-    state, training = trainer.state, recipe.training
-    seconds = cost["train_seconds"]
+    training, trainer, train_split = recipe.training, ready.trainer, ready.train_split
+    state, seconds = trainer.state, cost["train_seconds"]
     # A gradient norm may overflow in fp16's first steps; JSON has no number for that.
     log = [
         {key: value if math.isfinite(value) else None for key, value in entry.items()}
@@ -378,17 +326,17 @@ def run_record(
         "versions": {"python": platform.python_version()}
         | {name: package_version(name) for name in PACKAGES},
         "git_commit": git_commit(),
-        **data_identity(train_split, test_split),
+        "data_fingerprints": run.identity["data_fingerprints"],
         "comparisons": {
             "train": len(train_split.comparisons),
             "train_excluded": dict(train_split.excluded),
-            "held_out": len(test_split.comparisons),
+            "held_out": len(ready.test_split.comparisons),
         },
-        "prefix_sharing": sharing.as_dict(),
+        "prefix_sharing": ready.sharing.as_dict(),
         "device": str(training.device),
         "processes": training.world_size,
         "steps": state.global_step,
-        "resumed_from_step": resumed["step"] if resumed else 0,
+        "resumed_from_step": run.manifest["step"] if run.manifest else 0,
         "comparisons_per_s": seen / seconds,
         "tokens_per_s": trainer._total_train_tokens / seconds,
         **cost,

@@ -5,20 +5,16 @@ Ours are the collator (rows), `compute_loss` (rewards at the ends, one loss per 
 metrics, which count comparisons instead of averaging batches.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from safetensors import SafetensorError
 from torch.nn.functional import logsigmoid
-from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import ProgressCallback, TrainerState
 from trl import RewardTrainer
 
 from rm_recipe.data.comparison import Encoded, pair_indices
@@ -26,8 +22,6 @@ from rm_recipe.data.dataset import row_name
 from rm_recipe.errors import TrainingError
 from rm_recipe.model.cpu_attention import by_block
 from rm_recipe.model.shared_prefix import padded_rows, shared_rows
-from rm_recipe.processes import is_out_of_memory, say
-from rm_recipe.training.checkpoints import fault_of, not_written
 from rm_recipe.training.distributed import autocast_of, keep_precision, without_random_numbers
 
 TIED = 1e-6  # rewards that differ by no more say nothing of a comparison
@@ -61,16 +55,16 @@ class RowCollator:
             if self.share
             else padded_rows(batch, self.pad_token_id)
         )
-        rows["names"] = [row_name(example) for example in examples]
-        rows["num_tokens"] = (rows["input_ids"] != self.pad_token_id).sum()
         better, worse, owner = pair_indices([example["ranks"] for example in examples])
-        rows["pairs"] = torch.from_numpy(np.stack([better, worse], axis=1))
         pairs_each = np.bincount(owner, minlength=len(examples))
-        rows["pairs_each"] = torch.from_numpy(pairs_each)
-        known = [example["margins"] for example in examples]
-        margins = [own or [0.0] * n for own, n in zip(known, pairs_each.tolist(), strict=True)]
-        rows["margins"] = torch.tensor([margin for own in margins for margin in own])
-        return rows
+        margins = [example["margins"] or [0.0] * n for example, n in zip(examples, pairs_each, strict=True)]
+        return rows | {
+            "names": [row_name(example) for example in examples],
+            "num_tokens": (rows["input_ids"] != self.pad_token_id).sum(),
+            "pairs": torch.from_numpy(np.stack([better, worse], axis=1)),
+            "pairs_each": torch.from_numpy(pairs_each),
+            "margins": torch.tensor([margin for own in margins for margin in own]),
+        }
 
 
 def mean_by_comparison(values: torch.Tensor, pairs_each: torch.Tensor) -> torch.Tensor:
@@ -81,44 +75,22 @@ def mean_by_comparison(values: torch.Tensor, pairs_each: torch.Tensor) -> torch.
     return values.new_zeros(n).index_add(0, owner, values) / pairs_each
 
 
-@contextmanager
-def of_numbers_alone(checkpoint: str | None) -> Iterator[None]:
-    """What torch refuses within it, as Trainer reads checkpoints with `weights_only`, in one message.
-
-    Raises:
-        TrainingError: a file is a pickle of something else than training writes.
-    """
-    try:
-        yield
-    except UnpicklingError:
-        raise TrainingError(
-            f"{checkpoint} holds something else than the numbers that training writes, which could run code "
-            "and was not read; remove that checkpoint, and --resume goes on from the one before"
-        ) from None
-
-
 class LogLines(ProgressCallback):
     """Trainer's progress bar, with one short line above it for each log instead of a dict."""
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        """Prints step, loss, accuracy, margin and learning rate."""
-        if not state.is_world_process_zero or self.training_bar is None or not logs:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
+        """Print step, loss, accuracy, margin and learning rate."""
+        if self.training_bar is None or not {"loss", "eval_loss"} & set(logs or ()):
             return
-        shown = [("loss", ".3f"), ("accuracy", ".3f"), ("margin", ".2f"), ("learning_rate", ".1e")]
-        shown += [("eval_loss", ".3f"), ("eval_accuracy", ".3f")]
-        parts = [f"{key.replace('_', ' ')} {logs[key]:{form}}" for key, form in shown if key in logs]
-        if "loss" in logs or "eval_loss" in logs:
-            self.training_bar.write(f"step {state.global_step:>4}  " + "  ".join(parts))
+        formats = {"loss": ".3f", "accuracy": ".3f", "margin": ".2f", "learning_rate": ".1e"}
+        formats |= {"eval_loss": ".3f", "eval_accuracy": ".3f"}
+        parts = [
+            f"{key.replace('_', ' ')} {logs[key]:{form}}" for key, form in formats.items() if key in logs
+        ]
+        self.training_bar.write(f"step {state.global_step:>4}  " + "  ".join(parts))
 
     def close(self) -> None:
-        """Ends the bars where they stand."""
+        """End the bars where they stand."""
         for bar in (self.prediction_bar, self.training_bar):
             if bar is not None:
                 bar.close()
@@ -135,21 +107,20 @@ class SharedPrefixRewardTrainer(RewardTrainer):
         TrainingError: the loss is not finite (Trainer's own filter would hide it).
     """
 
-    def __init__(self, *args: Any, share_prefixes: bool, **kwargs: Any) -> None:
-        tokenizer = kwargs["processing_class"]
-        kwargs["data_collator"] = RowCollator(
-            tokenizer.pad_token_id, share_prefixes, one_row=by_block(kwargs["model"])
-        )
+    def __init__(
+        self, *args: Any, model: Any, processing_class: Any, share_prefixes: bool, **kwargs: Any
+    ) -> None:
         # TRL rounds what is trained on a quantised base to bf16, where AdamW's small steps on weights
         # near 0.02 are lost, and with them the numbers of a head that the base brought.
-        exact = {name: p.data for name, p in kwargs["model"].named_parameters() if p.requires_grad}
-        # The tokenizer has the template already; TRL would put the file's own text in its place.
-        template, kwargs["args"].chat_template_path = kwargs["args"].chat_template_path, None
-        super().__init__(*args, **kwargs)
-        self.args.chat_template_path = template
+        exact = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+        collator = RowCollator(processing_class.pad_token_id, share_prefixes, one_row=by_block(model))
+        super().__init__(
+            *args, model=model, processing_class=processing_class, data_collator=collator, **kwargs
+        )
         for name, parameter in self.model.named_parameters():
             if name in exact and parameter.dtype != exact[name].dtype:
                 parameter.data = exact[name].to(parameter.device)
+        self._signature_columns = COLUMNS  # what Trainer keeps of a data set
         self._needs_autocast = keep_precision(self.accelerator, self.args)
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -158,35 +129,11 @@ class SharedPrefixRewardTrainer(RewardTrainer):
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         return dataset  # tokenised by `data.tokenization.tokenize`
 
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = COLUMNS
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        with of_numbers_alone(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with of_numbers_alone(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with of_numbers_alone(checkpoint):
-            super()._load_rng_state(checkpoint)
-
     def autocast_smart_context_manager(self, *args: Any) -> AbstractContextManager[Any]:
         """Trainer's, which leaves autocast to Accelerate, and ours where Accelerate gives none."""
         if self._needs_autocast:
             return autocast_of(self.args)
         return super().autocast_smart_context_manager(*args)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, after which no bar is in the way of what is said, however it ends."""
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            for callback in self.callback_handler.callbacks:
-                if isinstance(callback, LogLines):
-                    callback.close()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Trainer's; nothing if the run had ended when it was saved, which Trainer notices a step late."""
@@ -196,54 +143,16 @@ class SharedPrefixRewardTrainer(RewardTrainer):
         else:
             super()._run_epoch(*args, **kwargs)
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Trainer's, which leaves half a checkpoint behind where a disk is full.
-
-        Older ones stay: `checkpoints.Checkpoints` removes them when this one is whole.
-
-        Raises:
-            TrainingError: with what is still there.
-        """
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(*args, **kwargs)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if is_out_of_memory(error):
-                raise
-            checkpoint = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            raise not_written(Path(self.args.output_dir) / checkpoint, error) from error
-        finally:
-            self.args.save_total_limit = limit
-
-    def _load_best_model(self) -> None:
-        """Trainer's, of a checkpoint that is as it was written; else what was trained last stays."""
-        best = Path(str(self.state.best_model_checkpoint))
-        fault = fault_of(best)
-        if fault is None:
-            super()._load_best_model()
-        else:
-            say(f"warning: {best}, the best, does not count: {fault}; the model is the last one instead")
-
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Trainer's, which takes no random number from training: how often is no matter."""
         with without_random_numbers(self.args.device):
             return super().evaluate(*args, **kwargs)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Trainer's, without the empty card of PEFT's, which names the folder of the base."""
-        super()._save(output_dir, state_dict)
-        if output_dir is not None:
-            (Path(output_dir) / "README.md").unlink(missing_ok=True)
-
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """No card in the run folder; the export gets one."""
 
     def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | None = None,
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The mean loss () of a batch of comparisons; with `return_outputs` also the rewards."""
         num_tokens, names, pairs = inputs.pop("num_tokens"), inputs.pop("names"), inputs.pop("pairs")
@@ -254,53 +163,46 @@ class SharedPrefixRewardTrainer(RewardTrainer):
         if self.args.center_rewards_coefficient is not None:
             of_pairs = of_pairs + self.args.center_rewards_coefficient * (chosen + rejected) ** 2
         losses = mean_by_comparison(of_pairs, pairs_each)
+        difference = (chosen - rejected).detach()
+        metrics = {
+            "accuracy": (difference.sign() + 1) / 2,  # a tie counts 1/2
+            "margin": difference,
+            "mean_reward": (chosen + rejected).detach() / 2,
+            "ties": (difference.abs() <= TIED).to(difference.dtype),
+        }
+        means = {key: mean_by_comparison(values, pairs_each) for key, values in metrics.items()}
+        self._count(names, num_tokens, {"loss": losses.detach(), **means})
         loss = losses.mean()
-        self._count(names, num_tokens, losses.detach(), pairs_each, chosen.detach(), rejected.detach())
         return (loss, {"rewards": rewards}) if return_outputs else loss
 
-    def _count(
-        self,
-        names: Sequence[str],
-        num_tokens: torch.Tensor,
-        losses: torch.Tensor,
-        pairs_each: torch.Tensor,
-        chosen: torch.Tensor,
-        rejected: torch.Tensor,
-    ) -> None:
-        """Remembers one value per comparison; TRL's `log` takes their mean.
+    def _count(self, names: Sequence[str], num_tokens: torch.Tensor, values: dict[str, torch.Tensor]) -> None:
+        """Remember one value per comparison; TRL's `log` takes their mean.
 
         In evaluation, `gather_for_metrics` drops what a distributed sampler repeats to fill its last batch.
         Not in training: there Trainer fetches the batches of a step ahead, and it would drop comparisons
         of those before the last one too.
-        """
-        mode = "train" if self.model.training else "eval"
-        gather = self.accelerator.gather if mode == "train" else self.accelerator.gather_for_metrics
-        metrics = self._metrics[mode]
-        margin = chosen - rejected
-        values = (
-            (margin.sign() + 1) / 2,  # a tie counts 1/2
-            margin,
-            (chosen + rejected) / 2,
-            (margin.abs() <= TIED).to(margin.dtype),
-        )
-        means = tuple(mean_by_comparison(value, pairs_each) for value in values)
-        own_losses = losses
-        losses, *means = gather((losses, *means))
-        if not torch.isfinite(losses).all():  # on all processes, so they stop together
-            finite = torch.isfinite(own_losses).tolist()
-            self._stop(gather_object([name for name, good in zip(names, finite, strict=True) if not good]))
-        if mode == "train":
-            self._total_train_tokens += int(self.accelerator.gather(num_tokens).sum())
-        else:
-            metrics["loss"] += losses.tolist()  # exact, where Trainer weighs batches by their rows
-        metrics["num_tokens"] = [self._total_train_tokens]
-        for name, mean in zip(("accuracy", "margin", "mean_reward", "ties"), means, strict=True):
-            metrics[name] += mean.tolist()
 
-    def _stop(self, faulty: list[str]) -> None:
-        more = f" and {len(faulty) - FAULTY_NAMED} more" if len(faulty) > FAULTY_NAMED else ""
-        raise TrainingError(
-            f"the loss is not a finite number in step {self.state.global_step + 1}, of row "
-            f"{', '.join(faulty[:FAULTY_NAMED])}{more}; the usual cures are a lower learning_rate and bf16 "
-            "or fp32 instead of fp16"
-        )
+        Raises:
+            TrainingError: a loss is not finite, on all processes, so that they stop together.
+        """
+        training = self.model.training
+        gathered = (self.accelerator.gather if training else self.accelerator.gather_for_metrics)(values)
+        if not torch.isfinite(gathered["loss"]).all():
+            finite = torch.isfinite(values["loss"]).tolist()
+            faulty = gather_object([name for name, good in zip(names, finite, strict=True) if not good])
+            more = f" and {len(faulty) - FAULTY_NAMED} more" if len(faulty) > FAULTY_NAMED else ""
+            raise TrainingError(
+                f"the loss is not a finite number in step {self.state.global_step + 1}, of row "
+                f"{', '.join(faulty[:FAULTY_NAMED])}{more}; the usual cures are a lower learning_rate and "
+                "bf16 or fp32 instead of fp16"
+            )
+        metrics = self._metrics["train" if training else "eval"]
+        if training:
+            self._total_train_tokens += int(self.accelerator.gather(num_tokens).sum())
+            del gathered["loss"]  # which Trainer logs
+        metrics["num_tokens"] = [self._total_train_tokens]
+        for (
+            key,
+            each,
+        ) in gathered.items():  # in evaluation the loss, too: Trainer weighs batches by their rows
+            metrics[key] += each.tolist()

@@ -4,13 +4,12 @@ import json
 import shutil
 
 import pytest
-from conftest import run_cli
 from peft import LoraConfig
-from transformers import CohereConfig, GraniteConfig
+from transformers import GraniteConfig
 
 from rm_recipe.errors import DataError, RecipeError
 from rm_recipe.recipe.reader import read_recipe
-from rm_recipe.tools.check import check_base, check_data, folder_at_hand
+from rm_recipe.tools.check import check_base, check_data, folder_at_hand, parse_bytes
 from rm_recipe.training.train import load_data, train
 
 
@@ -50,26 +49,6 @@ def test_check_leaves_another_recipes_report_alone(write_recipe, tmp_path, capsy
         check_data(read_recipe(write_recipe(output_dir=str(tmp_path / "file"))))
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b'{"prompt": "p", "chosen": "a", "rejected": "b"}\n{"prompt"\n', "line 2: not JSON"),
-        (b'{"prompt": "p", "chosen": "a"}\n', "its columns are prompt, chosen"),
-        (b'{"prompt": "p", "chosen": 1, "rejected": "b"}\n', "line 1: column 'chosen'"),
-        (b"", "is empty"),
-    ],
-)
-def test_a_bad_file_ends_with_one_message_and_exit_code_2(write_recipe, tmp_path, content, message):
-    path = tmp_path / "bad.jsonl"
-    path.write_bytes(content)
-    recipe = write_recipe(dataset_name=str(path))
-    result = run_cli("check", str(recipe), "--data")
-    assert result.returncode == 2
-    assert message in result.stderr
-    assert str(path) in result.stderr
-    assert "Traceback" not in result.stderr
-
-
 # --- the base, from its configuration ------------------------------------------------------------
 
 
@@ -78,12 +57,7 @@ def test_a_bad_file_ends_with_one_message_and_exit_code_2(write_recipe, tmp_path
     [
         ({"max_length": 513}, "'max_length: 513': .* has 512 positions; set 512 or less"),
         ({"lora_target_modules": ["nope_proj"]}, "no layer is called nope_proj; this model's are down_proj"),
-        ({"lora_modules_to_save": ["lm_hed"]}, "'lora_modules_to_save': this model has no lm_hed"),
-        ({"lora_modules_to_save": ["nrm"]}, "Did you mean 'norm'?"),
-        (
-            {"lora_target_parameters": ["q_proj.bias"]},
-            "'lora_target_parameters': this model has no q_proj.bias",
-        ),
+        ({"lora_modules_to_save": ["nrm"]}, "this model has no nrm. Did you mean 'norm'?"),
         ({"attn_implementation": "nonsense"}, "cannot be loaded as a classifier"),
     ],
 )
@@ -121,11 +95,8 @@ def test_check_finds_a_tokenizer_or_weights_that_cannot_be_trained(
             verb(recipe)
 
 
-@pytest.mark.parametrize("make", [GraniteConfig, CohereConfig], ids=str)
-def test_a_base_without_a_classifier_is_refused_before_the_data_is_read(
-    write_recipe, tmp_path, monkeypatch, make
-):
-    base = make(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=99)
+def test_a_base_without_a_classifier_is_refused_before_the_data_is_read(write_recipe, tmp_path, monkeypatch):
+    base = GraniteConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=99)
     base.save_pretrained(tmp_path / "base")
     recipe = read_recipe(write_recipe(model_name_or_path=str(tmp_path / "base")))
     monkeypatch.setattr("rm_recipe.training.train.load_splits", lambda *_: pytest.fail("the data is read"))
@@ -150,10 +121,10 @@ def test_a_base_is_at_hand_in_the_hubs_cache_and_elsewhere_it_is_not_asked_for(
     check_base(read_recipe(write_recipe(model_name_or_path="bob/base", max_length=513)))
 
 
-@pytest.mark.parametrize("name", ["org/na me", "/nope/x/y", "a--b"])
-def test_a_name_that_is_no_folder_and_no_hub_id_is_one_message(write_recipe, name):
-    with pytest.raises(RecipeError, match=f"'model_name_or_path: {name}' does not exist, and is no Hub id"):
-        check_base(read_recipe(write_recipe(model_name_or_path=name), check_inputs=False))
+def test_a_name_that_is_no_folder_and_no_hub_id_is_one_message(write_recipe):
+    recipe = read_recipe(write_recipe(model_name_or_path="org/na me"), check_inputs=False)
+    with pytest.raises(RecipeError, match="org/na me' does not exist, and is no Hub id"):
+        check_base(recipe)
 
 
 def test_an_sft_adapters_base_is_looked_at(tmp_path, tiny_llama):
@@ -163,16 +134,16 @@ def test_an_sft_adapters_base_is_looked_at(tmp_path, tiny_llama):
     assert folder_at_hand(str(tmp_path / "sft"), "main") == str(tiny_llama)
 
 
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        ({"per_device_train_batch_size": 65}, "would drop all of the 64 comparisons: a batch has 65"),
-        (
-            {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 16},
-            "would drop 8 of the 40 held-out comparisons at each evaluation",
-        ),
-    ],
-)
-def test_batches_that_would_be_dropped_are_named_before_the_model_is_loaded(write_recipe, keys, message):
-    with pytest.raises(RecipeError, match=f"'dataloader_drop_last: true' {message}"):
+def test_batches_that_would_be_dropped_are_named_before_the_model_is_loaded(write_recipe):
+    keys = {"per_device_train_batch_size": 65, "dataloader_drop_last": True}
+    with pytest.raises(RecipeError, match="would drop all of the 64 comparisons: a batch has 65"):
+        load_data(read_recipe(write_recipe(**keys)))
+    keys = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 16}
+    with pytest.raises(RecipeError, match="would drop 8 of the 40 held-out comparisons at each evaluation"):
         load_data(read_recipe(write_recipe(dataloader_drop_last=True, **keys)))
+
+
+def test_a_size_of_memory_is_read_with_its_unit():
+    assert [parse_bytes(text) for text in ("8", "8GB", "0.5 GiB", "8000MB")] == [8e9, 8e9, 2**29, 8e9]
+    with pytest.raises(RecipeError, match="is not a size such as 8GB"):
+        parse_bytes("8 apples")

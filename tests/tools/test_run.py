@@ -8,12 +8,10 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from conftest import REPOSITORY, run_cli, write_jsonl
 
-from rm_recipe import RewardModel
 from rm_recipe.errors import RecipeError
 from rm_recipe.evaluation.evaluate import evaluate
 from rm_recipe.recipe.reader import read_recipe
@@ -37,48 +35,27 @@ def finished(tmp_path_factory, tiny_llama, tiny_data):
 
 def test_a_recipe_becomes_a_run_an_evaluation_and_an_export(finished):
     folder = finished[0] / "outputs" / "tiny"
-    present = {path.name for path in folder.iterdir()}
-    assert present >= {
-        "recipe.yaml", "run.json", "data_report.json", "model", "evaluation.json", "predictions.jsonl",
-        "export", "checkpoint-16",
-    }  # fmt: skip
+    files = (
+        "recipe.yaml run.json data_report.json model evaluation.json predictions.jsonl export checkpoint-16"
+    )
+    assert {path.name for path in folder.iterdir()} >= {*files.split()}
     assert json.loads((folder / "evaluation.json").read_text())["datasets"]["held_out"]["accuracy"] > 0.9
     assert "seed: 1" in (folder / "recipe.yaml").read_text()
 
 
 def test_it_ends_with_the_accuracy_its_interval_where_things_are_and_what_to_try(finished):
     printed = finished[1].stdout
-    for stage in ("[train] tiny.yaml", "[evaluate]", "[export]"):
-        assert stage in printed
+    assert printed.index("[train] tiny.yaml") < printed.index("[evaluate]") < printed.index("[export]")
     summary = printed[printed.index("Preference accuracy") :]
     for part in (
-        "95 % interval", "Target 0.65 reached", "Trained in", "outputs/tiny/export", "outputs/tiny/model",
-        "outputs/tiny/evaluation.json", "rm-recipe score", "rm-recipe evaluate", "rm-recipe run",
-    ):  # fmt: skip
+        "95 % interval",
+        "Target 0.65 reached",
+        "Trained in",
+        "outputs/tiny/export",
+        "rm-recipe score",
+    ):
         assert part in summary
-    assert max(map(len, summary.splitlines())) <= 80
     assert "Traceback" not in finished[1].stderr
-
-
-@pytest.mark.parametrize(("use_cpu", "config"), [(True, "cpu.yaml"), (False, "single_gpu.yaml")])
-def test_training_goes_through_accelerate_with_a_configuration_of_ours(monkeypatch, use_cpu, config):
-    commands = []
-
-    class Process:
-        def __init__(self, command, **_):
-            commands.append(command)
-
-        def wait(self):
-            return 0
-
-    monkeypatch.setattr(pipeline.subprocess, "Popen", Process)
-    recipe = SimpleNamespace(training=SimpleNamespace(use_cpu=use_cpu))
-    pipeline.launch_training(recipe, Path("r.yaml"), ["--seed", "1"], "--resume")
-    path = REPOSITORY / "accelerate_configs" / config
-    assert path.is_file()
-    assert commands[0][1:3] == ["-m", "accelerate.commands.launch"]
-    assert commands[0][commands[0].index("--config_file") + 1] == str(path)
-    assert commands[0][-7:] == ["-m", "rm_recipe", "train", "r.yaml", "--seed", "1", "--resume"]
 
 
 def test_a_mixture_of_pairs_and_rankings_with_margins_goes_all_the_way(finished, tmp_path, tiny_data):
@@ -101,10 +78,22 @@ def test_a_mixture_of_pairs_and_rankings_with_margins_goes_all_the_way(finished,
         for name, rows in (("pairs", pairs), ("rankings", rankings))
     ]
     result = run_cli(
-        "run", "tiny.yaml", "--output_dir", str(tmp_path / "r"), "--dataset_name", "null",
-        "--datasets", json.dumps(entries), "--test_split_size", "0.3",
-        "--margin_column", "strength", "--margin_map", "{better: 0.5, much better: 1}", cwd=finished[0],
-    )  # fmt: skip
+        "run",
+        "tiny.yaml",
+        "--output_dir",
+        str(tmp_path / "r"),
+        "--dataset_name",
+        "null",
+        "--datasets",
+        json.dumps(entries),
+        "--test_split_size",
+        "0.3",
+        "--margin_column",
+        "strength",
+        "--margin_map",
+        "{better: 0.5, much better: 1}",
+        cwd=finished[0],
+    )
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "r" / "data_report.json").read_text())
     train, test = report["splits"]["train"], report["splits"]["test"]
@@ -120,33 +109,17 @@ def test_leakage_ends_a_run_with_exit_code_2_and_nothing_started(finished, tmp_p
     for name in ("train", "test"):
         shutil.copy(tiny_data / "train.jsonl", tmp_path / f"{name}.jsonl")
     result = run_cli(
-        "run", "tiny.yaml", "--dataset_name", str(tmp_path), "--output_dir", str(tmp_path / "r"),
+        "run",
+        "tiny.yaml",
+        "--dataset_name",
+        str(tmp_path),
+        "--output_dir",
+        str(tmp_path / "r"),
         cwd=finished[0],
-    )  # fmt: skip
+    )
     assert result.returncode == 2
     assert "64 of 64 train comparisons (row 1, 2, 3, 4, 5 ...) have a prompt that is also" in result.stderr
     assert not (tmp_path / "r").exists()
-
-
-def test_data_that_cannot_be_used_ends_a_run_with_exit_code_2(finished, tmp_path):
-    result = run_cli(
-        "run", "tiny.yaml", "--max_length", "600", "--output_dir", str(tmp_path / "r"), cwd=finished[0]
-    )
-    assert result.returncode == 2
-    assert "has 512 positions" in result.stderr
-    assert not (tmp_path / "r").exists()
-
-
-def test_a_run_that_was_evaluated_elsewhere_first_is_still_evaluated(finished, tmp_path):
-    folder, _ = finished
-    shutil.copytree(folder / "outputs" / "tiny", tmp_path / "copy")
-    evaluation = json.loads((tmp_path / "copy" / "evaluation.json").read_text())
-    evaluation["datasets"] = {"other": evaluation["datasets"]["held_out"]}
-    (tmp_path / "copy" / "evaluation.json").write_text(json.dumps(evaluation))
-    result = run_cli("run", "tiny.yaml", "--seed", "1", "--output_dir", str(tmp_path / "copy"), cwd=folder)
-    assert result.returncode == 0, result.stderr
-    after = json.loads((tmp_path / "copy" / "evaluation.json").read_text())
-    assert set(after["datasets"]) == {"other", "held_out"}
 
 
 def test_a_second_run_skips_what_is_finished_and_says_so(finished):
@@ -203,20 +176,14 @@ def test_an_export_of_another_evaluation_or_without_its_proof_is_made_again(fini
     run_folder = shutil.copytree(finished[0] / "outputs" / "tiny", tmp_path / "run")
     assert pipeline.is_exported(run_folder)
     proof, evaluation = run_folder / "export" / "proof.json", run_folder / "evaluation.json"
-    kept = {path: path.read_text() for path in (proof, evaluation)}
-    for path, content in (
-        (evaluation, json.dumps({**json.loads(kept[evaluation]), "model": "another"})),
-        (proof, json.dumps({key: value for key, value in json.loads(kept[proof]).items() if key != "files"})),
-        (
-            proof,
-            json.dumps(json.loads(kept[proof]) | {"contracts": {"transformers": True}}),
-        ),  # an older one's
-        (proof, "{"),
-    ):
-        path.write_text(content)
-        assert not pipeline.is_exported(run_folder)
-        path.write_text(kept[path])
-    assert pipeline.is_exported(run_folder)
+    kept = evaluation.read_text()
+    evaluation.write_text(json.dumps({**json.loads(kept), "model": "another"}))
+    assert not pipeline.is_exported(run_folder)
+    evaluation.write_text(kept)
+    proof.write_text(json.dumps({"passed": False}))
+    assert not pipeline.is_exported(run_folder)
+    proof.unlink()
+    assert not pipeline.is_exported(run_folder)
 
 
 def test_a_run_of_another_recipe_is_not_overwritten_unasked(finished):
@@ -225,27 +192,18 @@ def test_a_run_of_another_recipe_is_not_overwritten_unasked(finished):
     assert "holds a run of another recipe (seed differ)" in result.stderr
 
 
-def test_a_file_of_responses_is_scored(finished):
-    folder, _ = finished
-    items = [
-        {"prompt": "hello 3 cat", "response": text, "id": i}
-        for i, text in enumerate(("good good", "bad bad"))
-    ]
+def test_a_file_of_responses_is_scored_as_each_is_alone(finished):
+    folder, model = finished[0], "outputs/tiny/export"
+    texts = ("good good", "bad bad")
+    items = [{"prompt": "hello 3 cat", "response": text, "id": i} for i, text in enumerate(texts)]
     write_jsonl(folder / "in.jsonl", items)
-    result = run_cli(
-        "score", "outputs/tiny/export", "--input", "in.jsonl", "--output", "out.jsonl", cwd=folder
-    )
+    result = run_cli("score", model, "--input", "in.jsonl", "--output", "out.jsonl", cwd=folder)
     assert result.returncode == 0
     scored = [json.loads(line) for line in (folder / "out.jsonl").open()]
     assert [{k: v for k, v in row.items() if k != "reward"} for row in scored] == items
     assert scored[0]["reward"] > scored[1]["reward"]
-    one = run_cli(
-        "score", "outputs/tiny/export", "--prompt", "hello 3 cat", "--response", "good good", cwd=folder
-    )
+    one = run_cli("score", model, "--prompt", "hello 3 cat", "--response", "good good", cwd=folder)
     assert float(one.stdout) == pytest.approx(scored[0]["reward"], abs=1e-3)
-    assert RewardModel.from_pretrained(folder / "outputs/tiny/export").score(items)[0] == pytest.approx(
-        scored[0]["reward"], abs=1e-4
-    )
 
 
 def test_under_accelerate_launch_a_bad_recipe_prints_our_message_once(finished):
@@ -284,9 +242,13 @@ def test_a_signal_while_training_saves_and_says_how_to_go_on(finished, tmp_path,
     arguments = ["tiny.yaml", *where, "--num_train_epochs", "500", "--save_steps", "100000"]
     process = subprocess.Popen(
         [sys.executable, "-m", "rm_recipe", "run", *arguments, "--logging_steps", "1"],
-        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )  # fmt: skip
+    )
     for line in process.stdout:
         if line.lstrip("\r").startswith("step "):  # it is at it
             break

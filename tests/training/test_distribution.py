@@ -21,7 +21,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DeepSpeedPlugin, DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from accelerate.utils.other import get_free_port
 from conftest import REPOSITORY, make_recipe, make_rows, write_jsonl
@@ -48,13 +48,9 @@ needs_deepspeed = pytest.mark.skipif(
 def start(config: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """`accelerate launch` with one of the configurations; options of its own come first."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS[config])]
-    try:
-        return subprocess.run(
-            [*command, *arguments], capture_output=True, text=True, check=False, cwd=REPOSITORY, timeout=200,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as expired:
-        pytest.fail(f"no end after 200 s; so far: {(expired.stderr or b'').decode()[-3000:]}", pytrace=False)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    settings = {"capture_output": True, "text": True, "check": False, "cwd": REPOSITORY, "timeout": 200}
+    return subprocess.run([*command, *arguments], env=environment, **settings)
 
 
 def launch(config: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -144,48 +140,42 @@ def two(runs):
 # --- accelerate_configs/ -------------------------------------------------------------------------
 
 
-def parsed(name: str, *arguments: str):
-    """What Accelerate makes of a configuration, checked by its launcher: its file, the arguments."""
-    command = ["--config_file", str(CONFIGS[name]), *arguments, "-m", "rm_recipe", "train", "x.yaml"]
-    args, file, _ = _validate_launch_command(launch_command_parser().parse_args(command))
-    return file, args
+def parsed(name: str):
+    """A configuration as Accelerate's launcher has checked it."""
+    command = ["--config_file", str(CONFIGS[name]), "-m", "rm_recipe", "train", "x.yaml"]
+    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(command))
+    return args
 
 
-def test_the_configurations_are_those_that_the_readme_names():
+STARTED = {  # processes, machines, and what Accelerate makes of them
+    "cpu": (1, 1, "NO"),
+    "cpu_two_processes": (2, 1, "MULTI_GPU"),
+    "single_gpu": (1, 1, "NO"),
+    "multi_gpu": (8, 1, "MULTI_GPU"),
+    "fsdp": (8, 1, "FSDP"),
+    "deepspeed_zero3": (8, 1, "DEEPSPEED"),
+    "multi_node": (16, 2, "MULTI_GPU"),
+}
+
+
+def test_each_configuration_is_in_the_readme_and_starts_the_processes_that_its_name_says(monkeypatch):
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"^\| `(\w+)\.yaml` \|", readme, re.MULTILINE))
-    assert named == set(CONFIGS)
-
-
-@pytest.mark.parametrize(
-    ("name", "processes", "machines", "kind"),
-    [
-        ("cpu", 1, 1, "NO"),
-        ("cpu_two_processes", 2, 1, "MULTI_GPU"),
-        ("single_gpu", 1, 1, "NO"),
-        ("multi_gpu", 8, 1, "MULTI_GPU"),
-        ("fsdp", 8, 1, "FSDP"),
-        ("deepspeed_zero3", 8, 1, "DEEPSPEED"),
-        ("multi_node", 16, 2, "MULTI_GPU"),
-    ],
-)
-def test_each_configuration_starts_the_processes_that_its_name_says(
-    name, processes, machines, kind, monkeypatch
-):
-    file = load_config_from_file(str(CONFIGS[name]))
-    assert file.distributed_type.value == kind
-    assert file.use_cpu is name.startswith("cpu")
-    assert file.mixed_precision == "no"  # the recipe decides
-    _, args = parsed(name)
-    assert (args.num_processes, args.num_machines) == (processes, machines)
-    if kind == "DEEPSPEED":
-        args.deepspeed_fields_from_accelerate_config = ""
-        prepare_deepspeed_cmd_env(args)
-    elif processes > 1:
-        monkeypatch.setattr("accelerate.utils.launch.is_port_in_use", lambda port: False)
-        prepare_multi_gpu_env(args)
-    if processes > 1:
-        assert int(args.nproc_per_node) * machines == processes
+    assert set(re.findall(r"^\| `(\w+)\.yaml` \|", readme, re.MULTILINE)) == set(CONFIGS) == set(STARTED)
+    monkeypatch.setattr("accelerate.utils.launch.is_port_in_use", lambda port: False)
+    for name, (processes, machines, kind) in STARTED.items():
+        file = load_config_from_file(str(CONFIGS[name]))
+        assert file.distributed_type.value == kind
+        assert file.use_cpu is name.startswith("cpu")
+        assert file.mixed_precision == "no"  # the recipe decides
+        args = parsed(name)
+        assert (args.num_processes, args.num_machines) == (processes, machines)
+        if kind == "DEEPSPEED":
+            args.deepspeed_fields_from_accelerate_config = ""
+            prepare_deepspeed_cmd_env(args)
+        elif processes > 1:
+            prepare_multi_gpu_env(args)
+        if processes > 1:
+            assert int(args.nproc_per_node) * machines == processes
 
 
 @pytest.mark.parametrize("path", CONFIGS.values(), ids=CONFIGS)
@@ -206,24 +196,8 @@ def test_the_command_in_each_header_names_the_file_and_a_recipe_that_parses(path
             assert size * number == 64
 
 
-def test_fsdp_is_fsdp2_that_can_save_what_it_has_trained(monkeypatch):
-    for key, value in prepare_multi_gpu_env(parsed("fsdp")[1]).items():
-        if "FSDP" in key:
-            monkeypatch.setenv(key, value)
-    plugin = FullyShardedDataParallelPlugin()
-    assert plugin.fsdp_version == 2
-    assert plugin.reshard_after_forward is True
-    assert plugin.state_dict_type.name == "FULL_STATE_DICT"
-    assert not plugin.cpu_ram_efficient_loading
-    assert not plugin.activation_checkpointing
-    keep_precision(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)), training=None)
-    plugin.set_mixed_precision("bf16")  # as Accelerate does where nothing is set
-    assert plugin.mixed_precision_policy.param_dtype is None
-    assert plugin.mixed_precision_policy.output_dtype is None
-
-
 def test_deepspeed_is_zero3_with_autocast_in_place_of_a_bf16_model(monkeypatch):
-    args = parsed("deepspeed_zero3")[1]
+    args = parsed("deepspeed_zero3")
     args.deepspeed_fields_from_accelerate_config = ""
     for key, value in prepare_deepspeed_cmd_env(args)[1].items():
         if "DEEPSPEED" in key:
@@ -248,9 +222,12 @@ def test_two_processes_learn_what_one_does_at_the_same_batch(one, two):
     assert json.loads((two / "run.json").read_text())["processes"] == 2
     assert len(logged(two, "loss")) == 8
     assert_same(two, one, ("loss", "accuracy", "margin", "num_tokens"), 1e-5)
+    # Accelerate fills the last batch up with repeated ones: 39 held-out comparisons are given out as 40.
+    assert_same(two, one, ("eval_loss", "eval_accuracy", "eval_margin"), 1e-5)
     assert difference(two, one) <= 1e-5
 
 
+@pytest.mark.slow
 def test_nothing_but_torch_holds_the_process_group_when_it_is_destroyed(runs):
     """DDP, freed later, would now and then wait for ever for a thread that waits for it."""
     recipe = runs.recipe("ending", per_device_train_batch_size=4, max_steps=2)
@@ -264,6 +241,20 @@ def test_two_processes_that_fail_in_training_end_with_one_message(runs):
     result = start("cpu_two_processes", "-m", "rm_recipe", "train", str(recipe))
     assert result.returncode != 0
     assert result.stderr.count("rm-recipe: the loss is not a finite number in step") == 1
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_tells_that_train_prompts_are_held_out(runs):
+    """The other would have ended it before it had finished its report."""
+    rows = make_rows(64, seed=1)
+    data = runs.data(runs.folder / "leaky", rows)
+    write_jsonl(data / "test.jsonl", rows)
+    recipe = runs.recipe("leaking", dataset_name=str(data))
+    result = start("cpu_two_processes", "-m", "rm_recipe", "train", str(recipe))
+    assert result.returncode != 0
+    assert result.stderr.count("rm-recipe: 64 of 64 train comparisons") == 1
+    assert result.stdout.count("Leakage: 64 train comparisons on 64 held-out prompts, not allowed") == 1
+    assert not (recipe.parent / "run").exists()
 
 
 def stop(recipe: Path, signalled: str) -> tuple[float, int, str]:
@@ -292,7 +283,7 @@ def stop(recipe: Path, signalled: str) -> tuple[float, int, str]:
 LONG = {"per_device_train_batch_size": 4, "num_train_epochs": 60, "eval_strategy": "no"}
 
 
-@pytest.mark.parametrize("signalled", ["launcher", "1"])
+@pytest.mark.parametrize("signalled", [pytest.param("launcher", marks=pytest.mark.slow), "1"])
 def test_two_processes_that_are_told_to_stop_save_once_and_leave_together(runs, signalled):
     """A launcher kills after 30 seconds what has not ended."""
     recipe = runs.recipe(f"stopped-{signalled}", **LONG)
@@ -315,25 +306,6 @@ def test_two_processes_that_were_stopped_go_on_as_if_they_had_not_been(runs):
     ours, theirs = recipe.parent / "run", whole.parent / "run"
     assert difference(ours, theirs) == 0
     assert_same(ours, theirs, ("loss", "accuracy", "margin", "num_tokens"), 0)
-
-
-def test_evaluation_in_training_counts_each_of_an_odd_number_once(one, two):
-    """Accelerate fills the last batch up with repeated ones: 39 comparisons are given out as 40."""
-    assert_same(two, one, ("eval_loss", "eval_accuracy", "eval_margin"), 1e-5)
-
-
-def test_where_batches_are_uneven_the_first_comparisons_fill_the_last_one_as_in_stock(runs):
-    """Accelerate's `even_batches`: the last step of 62 comparisons takes the first two once more."""
-    rows = make_rows(62, seed=1)
-    keys = {"train_sampling_strategy": "sequential", "eval_strategy": "no"}
-    uneven, filled = runs.data(runs.folder / "62", rows), runs.data(runs.folder / "62+2", rows + rows[:2])
-    two = runs.together("uneven", dataset_name=str(uneven), **keys)
-    stock = runs.alone("filled", dataset_name=str(filled), **keys)
-    alone = runs.alone("uneven-alone", dataset_name=str(uneven), **keys)
-    assert len(logged(two, "loss")) == len(logged(alone, "loss")) == 8
-    assert logged(two, "loss")[:7] == pytest.approx(logged(alone, "loss")[:7], abs=1e-5)
-    assert difference(two, stock) <= 1e-5
-    assert difference(two, alone) > 1e-4
 
 
 @pytest.mark.slow
@@ -374,9 +346,17 @@ def assert_sharded(found: list[dict], engine: str, base: torch.dtype) -> None:
                 assert share == 0.5, name
 
 
-def test_fsdp2_learns_and_saves_what_one_process_does(runs, one):
-    run, found = runs.sharded("fsdp", "fsdp")
-    assert_sharded(found, "FSDP", torch.float32)
+ENGINES = {"fsdp": "FSDP", "deepspeed_zero3": "DeepSpeedEngine"}
+SHARDED_BY = [
+    pytest.param("fsdp"),
+    pytest.param("deepspeed_zero3", marks=needs_deepspeed),
+]
+
+
+@pytest.mark.parametrize("config", SHARDED_BY)
+def test_sharded_over_two_processes_a_model_learns_and_saves_what_one_process_does(runs, one, config):
+    run, found = runs.sharded(config, config)
+    assert_sharded(found, ENGINES[config], torch.float32)
     assert_same(run, one, ("loss", "eval_loss", "eval_accuracy"), 1e-5)
     assert logged(run, "grad_norm") == pytest.approx(logged(one, "grad_norm"), rel=1e-4)
     assert difference(run, one) <= 1e-5
@@ -386,45 +366,16 @@ def test_fsdp2_learns_and_saves_what_one_process_does(runs, one):
 
 
 @pytest.mark.slow
-def test_fsdp2_keeps_adapters_and_head_in_fp32_on_a_bf16_base(runs):
-    """Left alone, Accelerate would have it compute the rewards in bf16."""
+@pytest.mark.parametrize("config", SHARDED_BY)
+def test_sharded_adapters_and_head_stay_fp32_on_a_bf16_base(runs, config):
+    """Left alone, Accelerate would have rewards computed in bf16, and what DeepSpeed saves be bf16 too."""
     keys = {"bf16": True, "dtype": "bfloat16", "eval_strategy": "no", "gradient_checkpointing": True}
-    run, found = runs.sharded("fsdp-bf16", "fsdp", **keys)
-    assert_sharded(found, "FSDP", torch.bfloat16)
-    alone = runs.alone("bf16", **keys)
+    run, found = runs.sharded(f"{config}-bf16", config, **keys)
+    assert_sharded(found, ENGINES[config], torch.bfloat16)
+    alone = runs.alone(f"{config}-alone", **keys)
     assert logged(run, "loss")[0] == pytest.approx(logged(alone, "loss")[0], abs=1e-6)
     assert logged(run, "loss") == pytest.approx(logged(alone, "loss"), abs=0.1)  # bf16 sums differ by batch
     assert {value.dtype for value in weights(run).values()} == {torch.float32}
-
-
-@needs_deepspeed
-def test_deepspeed_learns_and_saves_what_one_process_does(runs, one):
-    run, found = runs.sharded("deepspeed", "deepspeed_zero3")
-    assert_sharded(found, "DeepSpeedEngine", torch.float32)
-    assert_same(run, one, ("loss", "eval_loss", "eval_accuracy"), 1e-5)
-    assert difference(run, one) <= 1e-5
-
-
-@needs_deepspeed
-def test_deepspeed_keeps_adapters_and_head_in_fp32_on_a_bf16_base(runs):
-    """Left alone, it would make everything bf16, and what is saved, too."""
-    keys = {"bf16": True, "dtype": "bfloat16"}
-    run, found = runs.sharded("deepspeed-bf16", "deepspeed_zero3", **keys)
-    assert_sharded(found, "DeepSpeedEngine", torch.bfloat16)
-    alone = runs.alone("bf16-too", **keys)
-    assert logged(run, "loss")[0] == pytest.approx(logged(alone, "loss")[0], abs=1e-6)
-    assert {value.dtype for value in weights(run).values()} == {torch.float32}
-
-
-def test_sharding_that_cannot_be_given_is_refused_before_data_are_read(tmp_path, runs):
-    """On a CPU Accelerate makes DDP of it without a word."""
-    recipe = make_recipe(tmp_path, runs.model, write_jsonl(tmp_path / "data.jsonl", [{"no": "comparison"}]))
-    result = start("fsdp", "--num_processes", "2", "-m", "rm_recipe", "train", str(recipe))
-    assert result.returncode != 0
-    assert result.stderr.count("rm-recipe: FSDP was asked for and would not be given") == 1
-    assert "here are 2 processes on cpu" in result.stderr
-    assert "data.jsonl" not in result.stderr
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["FSDP", "DeepSpeed"])
@@ -445,13 +396,16 @@ def test_a_4_bit_base_is_refused_under_sharding(write_recipe, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     training = read_recipe(write_recipe()).training
     check_sharding(training)
-    with pytest.raises(RecipeError, match="a base in 4 or 8 bits is not sharded; take .*multi_gpu.yaml"):
+    with pytest.raises(RecipeError, match="a base in 4 or 8 bits is not sharded"):
         check_sharding(training, quantised=True)
 
 
-def test_fsdp_asked_for_by_the_recipe_is_refused_too(write_recipe):
+def test_fsdp_asked_for_by_the_recipe_is_refused_before_data_are_read(tmp_path, tiny_llama):
+    """On a CPU Accelerate makes DDP of it without a word."""
+    data = write_jsonl(tmp_path / "data.jsonl", [{"no": "comparison"}])
     with pytest.raises(RecipeError, match="FSDP was asked for and would not be given"):
-        train(read_recipe(write_recipe(fsdp="full_shard")))
+        train(read_recipe(make_recipe(tmp_path, tiny_llama, data, fsdp="full_shard")))
+    assert not (tmp_path / "run").exists()
 
 
 # --- evaluation ----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A run that is wasted says so once, early, and a sound one says nothing."""
+"""A run that is wasted says so once, early; early stopping keeps the best model."""
 
 import json
 import math
@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import test_checkpoints
 import torch
 from conftest import make_rows, write_jsonl
+from test_checkpoints import ctrl_c_at, same, watched_by
 from transformers import TrainerControl, TrainerState
 
 from rm_recipe.errors import Interrupted, RecipeError
@@ -19,21 +19,20 @@ from rm_recipe.training.monitoring import EarlySigns
 from rm_recipe.training.train import make_ready, train
 
 
-def said(capsys, logs: list[dict[str, float]], plain: bool = True, max_steps: int = 100) -> list[str]:
-    """The warnings of a run of 32 comparisons a step that logs every 5 steps; `eval_accuracy` evaluates."""
-    signs, state = EarlySigns(32, held_out=1000, plain=plain), TrainerState(max_steps=max_steps)
+def said(capsys, logs, every=5, max_steps=100, of_step=32, plain=True, state=None, warmup=None):
+    """The warnings of a run that logs every so many steps; a log with `eval_accuracy` is an evaluation."""
+    signs = EarlySigns(of_step, held_out=1000, plain=plain)
+    state = state or TrainerState(max_steps=max_steps)
+    if warmup is not None:
+        arguments = SimpleNamespace(get_warmup_steps=lambda _: warmup)
+        signs.on_train_begin(arguments, state, TrainerControl())
     for log in logs:
         if "eval_accuracy" in log:
             signs.on_evaluate(None, state, TrainerControl(), metrics=log)
         else:
-            state.global_step += 5
+            state.global_step += every
             signs.on_log(None, state, TrainerControl(), logs=log)
     return [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
-
-
-def warming_up(steps: int) -> SimpleNamespace:
-    """As much of TrainingArguments."""
-    return SimpleNamespace(get_warmup_steps=lambda _: steps)
 
 
 STUCK = {"loss": math.log(2), "accuracy": 0.7}
@@ -46,16 +45,15 @@ SOUND = {"loss": 0.5, "accuracy": 0.75}
         ([SOUND] * 20, []),
         ([STUCK] * 20, ["the loss is 0.693, where it began (ln 2 = 0.693)"]),
         ([STUCK, SOUND, SOUND], []),  # it took a while
-        ([{"loss": 0.6, "accuracy": 0.5}] * 4, []),
+        ([{"loss": 0.6, "accuracy": 0.5}] * 4, []),  # too few to tell
         ([{"loss": 0.6, "accuracy": 0.5}] * 20, ["0.500 of the last 1120 comparisons are judged right"]),
-        ([{"loss": 0.6, "accuracy": 0.3}] * 20, ["0.300 of the last 1120 comparisons are judged right"]),
         ([{"loss": 0.6, "accuracy": 0.56}] * 20, []),
         ([{**SOUND, "ties": 0.04}] * 9, []),
         ([{**SOUND, "ties": 0.06}] * 9, ["6% of the comparisons get equal rewards"]),
         ([{"loss": 0.1, "accuracy": 0.98}] * 2 + [{"eval_accuracy": 0.7}] * 2, ["train accuracy is 0.98"]),
         ([{"loss": 0.1, "accuracy": 0.8}] * 2 + [{"eval_accuracy": 0.7}], []),
     ],
-)  # fmt: skip
+)
 def test_each_sign_is_said_once_with_its_remedy(capsys, logs, warnings):
     found = said(capsys, logs)
     assert len(found) == len(warnings)
@@ -64,133 +62,81 @@ def test_each_sign_is_said_once_with_its_remedy(capsys, logs, warnings):
         assert any(word in line for word in ("Raise", "Lower", "Train for fewer"))
 
 
-def test_a_loss_with_margins_does_not_start_at_ln_2(capsys):
-    assert said(capsys, [{"loss": 0.9, "accuracy": 0.7}] * 9, plain=False) == []
-
-
-def test_a_tenth_of_the_steps_and_enough_comparisons_are_waited_for(capsys):
+def test_a_tenth_of_the_steps_and_all_of_a_warm_up_are_waited_for(capsys):
     assert said(capsys, [STUCK] * 3, max_steps=151) == []
     assert said(capsys, [STUCK] * 4, max_steps=151) != []
+    assert said(capsys, [STUCK] * 41 + [SOUND] * 59, every=1, of_step=256, warmup=40) == []
+    assert said(capsys, [STUCK] * 8, every=1, of_step=256, max_steps=8) == []
+    assert said(capsys, [{"loss": 0.9, "accuracy": 0.7}] * 9, plain=False) == []  # with margins
 
 
 def test_of_a_resumed_run_only_what_came_since_the_last_log_counts(capsys):
-    signs = EarlySigns(32, held_out=1000, plain=True)
     state = TrainerState(max_steps=100, global_step=50)
     state.log_history = [{"step": 45, "loss": 0.5}, {"step": 50, "eval_accuracy": 0.7}]
-    signs.on_train_begin(warming_up(0), state, TrainerControl())
-    signs.on_log(None, state, TrainerControl(), logs={"loss": 0.1, "accuracy": 1.0})  # of 5 steps: 160
-    signs.on_evaluate(None, state, TrainerControl(), metrics={"eval_accuracy": 0.7})
-    assert "warning" not in capsys.readouterr().out
-
-
-def test_what_was_judged_before_any_update_is_no_sign(capsys):
-    """The first step's loss, and all of a warm-up, are those of the base."""
-    signs, state = EarlySigns(256, held_out=1000, plain=True), TrainerState(max_steps=8)
-    for state.global_step in range(1, 9):
-        signs.on_log(None, state, TrainerControl(), logs=STUCK)
-    assert "warning" not in capsys.readouterr().out
-    signs, state = EarlySigns(256, held_out=1000, plain=True), TrainerState(max_steps=100)
-    signs.on_train_begin(warming_up(40), state, TrainerControl())
-    for state.global_step in range(1, 101):
-        signs.on_log(None, state, TrainerControl(), logs=STUCK if state.global_step <= 41 else SOUND)
-    assert "warning" not in capsys.readouterr().out
+    logs = [{"loss": 0.1, "accuracy": 1.0}, {"eval_accuracy": 0.7}]  # of 5 steps: 160 comparisons
+    assert said(capsys, logs, every=0, state=state, warmup=0) == []
 
 
 @pytest.mark.parametrize(("true", "least", "most"), [(0.5, 0.7, 1.0), (0.55, 0.0, 0.02), (0.6, 0.0, 0.001)])
 def test_a_run_that_learns_a_little_is_rarely_taken_for_one_at_chance(capsys, true, least, most):
-    rng, runs = np.random.default_rng(0), 2000
+    rng, runs = np.random.default_rng(0), 1000
+    shown = 0
     for _ in range(runs):
         right = rng.binomial(160, true, 20) / 160
-        signs, state = EarlySigns(32, held_out=1000, plain=True), TrainerState(max_steps=100)
-        for accuracy in right:
-            state.global_step += 5
-            signs.on_log(None, state, TrainerControl(), logs={"loss": 0.6, "accuracy": accuracy})
-    assert least <= capsys.readouterr().out.count("as by chance") / runs <= most
-
-
-def contradictory(folder):
-    """Comparisons of which the opposite is there too: nothing can be learnt."""
-    rows = make_rows(300, seed=1)
-    for row in rows[::2]:
-        row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
-    write_jsonl(folder / "train.jsonl", rows)
-    write_jsonl(folder / "test.jsonl", make_rows(200, seed=2))
-    return str(folder)
+        lines = said(capsys, [{"loss": 0.6, "accuracy": accuracy} for accuracy in right])
+        shown += sum("as by chance" in line for line in lines)
+    assert least <= shown / runs <= most
 
 
 def test_a_real_run_that_cannot_learn_says_so_and_one_that_learns_does_not(write_recipe, tmp_path, capfd):
-    keys = {"dataset_name": contradictory(tmp_path / "data"), "logging_steps": 5, "num_train_epochs": 10}
+    """Of half of the comparisons the opposite is true."""
+    rows = make_rows(300, seed=1)
+    for row in rows[::2]:
+        row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    write_jsonl(tmp_path / "data" / "train.jsonl", rows)
+    write_jsonl(tmp_path / "data" / "test.jsonl", make_rows(200, seed=2))
+    keys = {"dataset_name": str(tmp_path / "data"), "logging_steps": 5, "num_train_epochs": 5}
     train(read_recipe(write_recipe(**keys, learning_rate=1e-3)))
-    out = capfd.readouterr().out
-    assert out.count("warning: after ") in (1, 2)
+    assert capfd.readouterr().out.count("warning: after ") in (1, 2)
     train(read_recipe(write_recipe(output_dir=str(tmp_path / "good"), logging_steps=2, num_train_epochs=8)))
     assert "warning:" not in capfd.readouterr().out
 
 
-def test_equal_rewards_are_counted(write_recipe, tmp_path, capfd):
+def test_equal_rewards_are_counted(write_recipe):
     """A head and adapters that stay 0 give every response the same reward."""
     ready = make_ready(read_recipe(write_recipe()))
     with torch.no_grad():
-        ready.trainer.model.get_base_model().score.weight.zero_()
         for name, parameter in ready.trainer.model.named_parameters():
             if "score" in name:
                 parameter.zero_()
     assert ready.trainer.evaluate()["eval_ties"] == 1.0
 
 
-STOPPING = {"early_stopping_patience": 2, "save_steps": 2, "num_train_epochs": 20, "save_total_limit": 2,
-            "logging_steps": 3, "save_strategy": "omit"}  # fmt: skip
+# --- early stopping --------------------------------------------------------------------------
+
+STOPPING = {"early_stopping_patience": 2, "save_steps": 2, "num_train_epochs": 20, "save_total_limit": 2}
+STOPPING |= {"logging_steps": 3, "save_strategy": "omit"}
 
 
-def test_early_stopping_keeps_the_best_checkpoint_by_held_out_accuracy(write_recipe, tmp_path):
-    train(read_recipe(write_recipe(**STOPPING)))
-    run = tmp_path / "run"
-    record = json.loads((run / "run.json").read_text())
+def test_early_stopping_keeps_the_best_and_a_run_that_was_interrupted_or_had_stopped_ends_the_same(
+    write_recipe, tmp_path
+):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    train(read_recipe(write_recipe(**STOPPING, output_dir=str(whole))))
+    record = json.loads((whole / "run.json").read_text())
     accuracies = [entry["eval_accuracy"] for entry in record["log"] if "eval_accuracy" in entry]
     assert record["steps"] == 2 * len(accuracies) < 160
-    best = max(accuracies)
-    assert accuracies.index(best) == len(accuracies) - 1 - 2
-    assert evaluate(str(run))["datasets"]["held_out"]["accuracy"] == best
-
-
-def test_early_stopping_without_save_steps_keeps_the_best_too(write_recipe, tmp_path):
-    train(read_recipe(write_recipe(**STOPPING | {"save_steps": "omit", "num_train_epochs": 4})))
-    record = json.loads((tmp_path / "run" / "run.json").read_text())
-    accuracies = [entry["eval_accuracy"] for entry in record["log"] if "eval_accuracy" in entry]
-    assert len(accuracies) > 2
-    assert evaluate(str(tmp_path / "run"))["datasets"]["held_out"]["accuracy"] == max(accuracies)
-
-
-def test_early_stopping_goes_on_counting_after_an_interrupt(write_recipe, tmp_path, monkeypatch):
-    train(read_recipe(write_recipe(**STOPPING, output_dir=str(tmp_path / "whole"))))
-    steps = json.loads((tmp_path / "whole" / "run.json").read_text())["steps"]
+    assert accuracies.index(max(accuracies)) == len(accuracies) - 1 - 2
+    assert evaluate(str(whole))["datasets"]["held_out"]["accuracy"] == max(accuracies)
     recipe = read_recipe(write_recipe(**STOPPING))
-    make = test_checkpoints.rm_recipe.training.train.make_trainer
-
-    def interrupted(*args):
-        trainer = make(*args)
-        trainer.add_callback(test_checkpoints.SignalAt(steps - 1))
-        return trainer
-
-    with monkeypatch.context() as patch:
-        patch.setattr(test_checkpoints.rm_recipe.training.train, "make_trainer", interrupted)
-        with pytest.raises(Interrupted):
-            train(recipe)
+    with watched_by(ctrl_c_at(record["steps"] - 1)), pytest.raises(Interrupted):
+        train(recipe)
     train(recipe, resume=True)
-    assert test_checkpoints.same(tmp_path / "run", tmp_path / "whole")
-
-
-def test_a_run_that_had_stopped_early_is_not_trained_on_when_resumed(write_recipe, tmp_path):
-    recipe = read_recipe(write_recipe(**STOPPING))
-    train(recipe)
-    run = tmp_path / "run"
-    before = (run / "run.json").rename(tmp_path / "run.json")
-    weights = test_checkpoints.weights(run)
+    assert same(run, whole)
+    (run / "run.json").unlink()
     (run / "model").rename(tmp_path / "model")
-    train(recipe, resume=True)
-    ours, theirs = (json.loads(path.read_text())["steps"] for path in (run / "run.json", before))
-    assert ours == theirs
-    assert all((value == test_checkpoints.weights(run)[key]).all() for key, value in weights.items())
+    train(recipe, resume=True)  # from where it had stopped
+    assert same(run, whole)
     assert len(checkpoints(run)) == 3  # save_total_limit, and the best
 
 
@@ -209,7 +155,6 @@ def test_the_best_checkpoint_is_looked_for_where_one_is_saved(write_recipe, keys
     [
         ({"eval_steps": 1}, "'eval_steps: 1.0' must equal 'save_steps: 2.0', or leave it out"),
         ({"eval_strategy": "no"}, "needs what 'eval_strategy: no' forbids"),
-        ({"load_best_model_at_end": False}, "needs what 'load_best_model_at_end: False' forbids"),
         ({"early_stopping_patience": 0}, "'early_stopping_patience: 0' must be above 0"),
     ],
 )

@@ -6,94 +6,67 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 from conftest import REPOSITORY
 
-from rm_recipe.training import interrupts
-from rm_recipe.training.interrupts import SIGNALS, Interrupts
+from rm_recipe.errors import SIGNALS, Interrupts
 
 pytestmark = pytest.mark.usefixtures("as_in_a_terminal")
-NUMBERS = pytest.mark.parametrize("number", SIGNALS)
 
 
-@NUMBERS
-def test_a_signal_raises_at_once_where_nothing_is_to_be_saved(number):
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_raises_at_once_or_is_noted_where_something_is_to_be_saved(capfd, number):
     requests = Interrupts()
     with requests.listening(), pytest.raises(KeyboardInterrupt):
         signal.raise_signal(number)
     assert requests.received == number
+    with requests.listening(), requests.deferred("saving first"):
+        signal.raise_signal(number)
+        assert capfd.readouterr().err == "\nsaving first\n"
+        with pytest.raises(KeyboardInterrupt):  # who sends a second one does not want to wait
+            signal.raise_signal(signal.SIGINT)
+    assert requests.received == number
 
 
-@NUMBERS
-def test_where_something_is_to_be_saved_it_is_noted_and_answered(capfd, monkeypatch, number):
+def test_under_a_launcher_that_passes_a_signal_on_two_are_one_request(capfd, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     requests = Interrupts()
     with requests.listening(), requests.deferred("saving first"):
-        signal.raise_signal(number)
-        signal.raise_signal(signal.SIGINT)  # the same request, passed on by a launcher
-    assert requests.received == number
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+    assert requests.received == signal.SIGTERM
     assert capfd.readouterr().err == "\nsaving first\n"
 
 
-def test_without_a_launcher_the_second_one_stops_at_once():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_what_whoever_started_us_ignores_is_listened_to_but_for_a_terminal_to_be_outlived(number):
+    """A script ignores Ctrl-C for what it starts by `&`, nohup a closed terminal."""
     requests = Interrupts()
-    with requests.listening(), requests.deferred("saving first"):
-        signal.raise_signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-
-
-def test_a_closed_terminal_is_a_request_unless_it_is_to_be_outlived():
-    requests = Interrupts()
-    with requests.listening(), pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGHUP)
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    before = signal.signal(number, signal.SIG_IGN)
     try:
         with requests.listening():
-            signal.raise_signal(signal.SIGHUP)
+            if number == signal.SIGINT:
+                with pytest.raises(KeyboardInterrupt):
+                    signal.raise_signal(number)
+            else:
+                signal.raise_signal(number)
+        assert signal.getsignal(number) == signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGHUP, before)
-    assert requests.received is None
-
-
-def test_ctrl_c_is_listened_to_also_where_whoever_started_us_ignores_it():
-    """As a script does with what it starts by `&`: `kill -INT` has to save and end it all the same."""
-    requests = Interrupts()
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with requests.listening(), pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
+    assert requests.received == (number if number == signal.SIGINT else None)
 
 
 @pytest.mark.slow
 def test_the_tests_of_signals_pass_where_whoever_started_them_ignores_these():
     """As `nohup` and a script's `&` do. None may wait for ever for what never comes."""
-    files = [
-        f"tests/{name}.py" for name in ("training/test_interrupts", "data/test_passes", "tools/test_run")
-    ]
-    which = ["-m", "not slow", "-k", "test_interrupts or ctrl_c or passed_on"]
-    command = shlex.join([sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", *which, *files])
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-m", "not slow"]
+    command += ["-k", "interrupts or ctrl_c or passed_on", "tests/training/test_interrupts.py", "tests/tools"]
     result = subprocess.run(
-        ["sh", "-c", f"trap '' INT HUP; exec {command}"],
-        cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=240,
-    )  # fmt: skip
+        ["sh", "-c", f"trap '' INT HUP; exec {shlex.join(command)}"],
+        **{"cwd": REPOSITORY, "capture_output": True, "text": True, "check": False, "timeout": 240},
+    )
     assert result.returncode == 0, result.stdout
-
-
-def test_one_that_comes_later_stops_at_once(monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(interrupts, "SECONDS_OF_ONE_REQUEST", 0.05)
-    requests = Interrupts()
-    with requests.listening(), requests.deferred("saving first"):
-        signal.raise_signal(signal.SIGINT)
-        time.sleep(0.1)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -124,7 +97,6 @@ def test_what_listened_before_listens_again_and_another_thread_is_left_alone():
     thread.start()
     thread.join()
     with requests.listening():
-        assert [signal.getsignal(number) for number in SIGNALS] != before
         with requests.listening():  # `train` within the command line
             pass
         assert [signal.getsignal(number) for number in SIGNALS] != before

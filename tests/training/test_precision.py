@@ -7,12 +7,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import ModelConfig
 
 from rm_recipe import RewardModel
-from rm_recipe.data.comparison import Encoded
-from rm_recipe.model.memory import plan
 from rm_recipe.model.reward_model import load_base
-from rm_recipe.model.source import load_config
 from rm_recipe.model.tokenizer import load_tokenizer
-from rm_recipe.recipe.reader import read_recipe
 
 ITEMS = [{"prompt": "hello 3 cat", "response": r} for r in ("good good", "bad bad", "the dog sat far away")]
 HALF = {"dtype": "bfloat16", "bf16": True}
@@ -37,7 +33,7 @@ def trained_dtypes(model: torch.nn.Module) -> set[torch.dtype]:
     return {p.dtype for p in model.parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "auto"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "auto"])
 def test_a_base_trained_in_full_is_fp32_whatever_the_recipe_or_its_checkpoint_says(reward_base, dtype):
     folder, _ = reward_base()
     config = ModelConfig(model_name_or_path=str(folder), dtype=dtype, use_peft=False)
@@ -57,8 +53,10 @@ def test_a_small_step_moves_nearly_every_weight_of_a_base_trained_in_full_in_bf1
     assert {p.dtype for p in judge.model.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("quantised", [{}, {"load_in_4bit": True}, {"load_in_8bit": True}])
-@pytest.mark.parametrize("name", ["llama", "deberta"])
+@pytest.mark.parametrize(
+    ("name", "quantised"),
+    [("llama", {}), ("llama", {"load_in_4bit": True}), ("deberta", {"load_in_8bit": True})],
+)
 def test_a_head_that_the_base_brings_starts_with_its_checkpoints_numbers(
     reward_base, write_recipe, name, quantised
 ):
@@ -74,17 +72,7 @@ def test_a_head_that_the_base_brings_starts_with_its_checkpoints_numbers(
     assert trained_dtypes(result.model) == {torch.float32}
 
 
-def test_a_mixed_reward_model_is_scored_with_its_head_as_it_is(reward_base):
-    folder, base = reward_base()
-    assert load_config(str(folder)).dtype == torch.bfloat16
-    judge = RewardModel.from_pretrained(folder)
-    assert torch.equal(judge.model.score.weight, base.score.weight)
-    assert next(judge.model.base_model.parameters()).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize(
-    ("module", "bf16"), [("embed_tokens", True), ("embed_tokens", False), ("q_proj", False), ("norm", True)]
-)
+@pytest.mark.parametrize(("module", "bf16"), [("embed_tokens", True), ("q_proj", False)])
 def test_layers_trained_in_full_beside_lora_are_fp32_and_read_back_as_trained(
     write_recipe, rewards_elsewhere, module, bf16
 ):
@@ -99,15 +87,3 @@ def test_layers_trained_in_full_beside_lora_are_fp32_and_read_back_as_trained(
         assert not torch.equal(value, value.bfloat16().float()), key
     rewards = result.rewards(ITEMS)
     assert rewards_elsewhere(result.run, ITEMS) == pytest.approx(rewards, abs=1e-6)
-
-
-def test_the_plan_counts_what_is_trained_in_fp32(write_recipe, tiny_llama):
-    config = load_config(str(tiny_llama))
-    config.num_labels, config.pad_token_id = 1, 0
-    for keys in ({"use_peft": False}, {"lora_modules_to_save": ["embed_tokens"]}):
-        recipe = read_recipe(write_recipe(**keys, **HALF))
-        planned = plan(
-            config, recipe.model, recipe.training, ["score"], [Encoded([5], [[6], [7]])],
-            shared=True, checkpointing=False,
-        )  # fmt: skip
-        assert planned.optimizer == 2 * planned.trained

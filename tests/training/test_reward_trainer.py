@@ -1,24 +1,21 @@
 """The same losses as stock TRL, metrics that count comparisons, and a loss that may not be NaN."""
 
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, WORDS, make_rows, make_tokenizer, write_jsonl
+from conftest import WORDS, make_rows, make_tokenizer, write_jsonl
 from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, GPT2Config, LlamaConfig, TrainerCallback
+from torch.nn.functional import logsigmoid
+from transformers import AutoModelForSequenceClassification, GPT2Config, LlamaConfig
 from trl import ModelConfig, RewardConfig, RewardTrainer
 
 from rm_recipe.data.comparison import split_at_common_prefix, untied_pairs
 from rm_recipe.data.messages import conversation
 from rm_recipe.data.splits import load_split
-from rm_recipe.data.tokenization import TRUNCATIONS, tokenize
+from rm_recipe.data.tokenization import tokenize
 from rm_recipe.errors import TrainingError
 from rm_recipe.model.cpu_attention import NAME as ROW_ATTENTION
 from rm_recipe.model.lora import add_lora
@@ -28,30 +25,24 @@ from rm_recipe.model.tokenizer import load_tokenizer
 from rm_recipe.recipe.schema import DataArguments
 from rm_recipe.training.trainer import COLUMNS, SharedPrefixRewardTrainer
 
-STEPS = 50
-TWO_RANKS = Path(__file__).parent / "two_ranks.py"
-VOCABULARY = len(make_tokenizer())
+STEPS = 30
+TOKENIZER = make_tokenizer()
+TOKENIZER.pad_token = "<unk>"
 
 
 def make_model(name: str):
-    sizes = {"vocab_size": VOCABULARY, "pad_token_id": 0, "num_labels": 1}
-    configs = {
-        "llama": LlamaConfig(
-            **sizes, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
-        ),
-        "gpt2": GPT2Config(**sizes, n_embd=16, n_layer=2, n_head=2),
-    }
+    sizes = {"vocab_size": len(TOKENIZER), "pad_token_id": 0, "num_labels": 1}
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    gpt2 = {"n_embd": 16, "n_layer": 2, "n_head": 2}
+    config = LlamaConfig(**sizes, **small) if name == "llama" else GPT2Config(**sizes, **gpt2)
     torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_config(configs[name], dtype=torch.float64)
-    return model.double()
+    return AutoModelForSequenceClassification.from_config(config, dtype=torch.float64).double()
 
 
-def make_lora(dtype: torch.dtype, autocast: bool = False):
-    """A tiny Llama with an fp32 head and adapters that do something from the start."""
-    tokenizer = make_tokenizer()
-    tokenizer.pad_token = "<unk>"
-    model = make_model("llama").to(dtype)
-    prepare_for_rewards(model, tokenizer)
+def make_lora(autocast: bool = False):
+    """A tiny Llama in fp32 with adapters that do something from the start."""
+    model = make_model("llama").float()
+    prepare_for_rewards(model, TOKENIZER)
     wrapped = add_lora(model, ModelConfig(use_peft=True, lora_r=4, lora_dropout=0.0), ["score"], autocast)
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:  # zeros, with which no gradient reaches lora_A
@@ -59,55 +50,39 @@ def make_lora(dtype: torch.dtype, autocast: bool = False):
     return wrapped
 
 
-def tokenised(n: int = 24) -> Dataset:
-    tokenizer = make_tokenizer()
+def encoded(prompt, replies, **rest) -> dict:
+    """One row of tokenised replies to a prompt."""
+    whole = [TOKENIZER.apply_chat_template(conversation(prompt, r), return_dict=False) for r in replies]
+    split = split_at_common_prefix(whole)
+    return {"prefix": split.prefix, "rests": split.rests, "margins": [], "subset": "", **rest}
+
+
+def pairs(n: int = 24, margin: float | None = None) -> Dataset:
+    """Comparisons with the columns of both trainers."""
     rows = []
-    for row in make_rows(n, seed=1):
-        both = [
-            tokenizer.apply_chat_template(conversation(row["prompt"], row[side]), return_dict=False)
-            for side in ("chosen", "rejected")
-        ]
-        encoded = split_at_common_prefix(both)
-        rows.append(
-            {
-                "chosen_ids": both[0], "rejected_ids": both[1], "prefix": encoded.prefix,
-                "rests": encoded.rests, "ranks": [0, 1], "margins": [],
-                "subset": "made-up", "row": len(rows) + 1,
-            }
-        )  # fmt: skip
+    for number, row in enumerate(make_rows(n, seed=1)):
+        found = encoded(row["prompt"], [row["chosen"], row["rejected"]], ranks=[0, 1], row=number)
+        chosen, rejected = (found["prefix"] + rest for rest in found["rests"])
+        found |= {"chosen_ids": chosen, "rejected_ids": rejected}
+        if margin is not None:
+            found |= {"margin": margin * number, "margins": [margin * number]}
+        rows.append(found)
     return Dataset.from_list(rows)
 
 
-def ranked(shapes) -> list[dict]:
+def ranked(shapes) -> Dataset:
     """One tokenised ranking for each (ranks, margin)."""
-    tokenizer = make_tokenizer()
-    rng = random.Random(0)
-    rows = []
+    rng, rows = random.Random(0), []
     for number, (ranks, margin) in enumerate(shapes):
         prompt = [{"role": "user", "content": f"hello {number}"}]
         replies = [" ".join(rng.choice(WORDS) for _ in range(4)) + f" {k}" for k in range(len(ranks))]
-        conversations = [
-            tokenizer.apply_chat_template(conversation(prompt, reply), return_dict=False) for reply in replies
-        ]
-        encoded = split_at_common_prefix(conversations)
         margins = [margin] * len(untied_pairs(ranks)) if margin else []
-        row = {"prefix": encoded.prefix, "rests": encoded.rests, "ranks": ranks, "margins": margins}
-        rows.append(row | {"subset": "", "row": number})
-    return rows
+        rows.append(encoded(prompt, replies, ranks=ranks, margins=margins, row=number))
+    return Dataset.from_list(rows)
 
 
-def config(folder, **keys) -> RewardConfig:
-    values = {
-        "max_steps": STEPS, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
-        "learning_rate": 1e-4, "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "seed": 7,
-        "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "max_length": None,
-        "dataloader_pin_memory": False, **keys,
-    }  # fmt: skip
-    return RewardConfig(output_dir=str(folder), **values)
-
-
-def trained(trainer_class, name, folder, data=None, keys=None, model=None, **kwargs):
-    """A trained trainer and the losses that `compute_loss` gave, in order; `model` is in place of `name`."""
+def trained(folder, model="llama", data=None, trainer_class=SharedPrefixRewardTrainer, share=True, **keys):
+    """A trained trainer and the losses that `compute_loss` gave, in order."""
     losses = []
 
     class Capturing(trainer_class):
@@ -116,72 +91,66 @@ def trained(trainer_class, name, folder, data=None, keys=None, model=None, **kwa
             losses.append((result[0] if isinstance(result, tuple) else result).item())
             return result
 
-    if model is None:
-        model = make_model(name)
+    if isinstance(model, str):
+        model = make_model(model)
         add_reward_positions(model)
-    if kwargs.get("share_prefixes"):  # it chooses the attention, too
+    ours = {"share_prefixes": share} if issubclass(trainer_class, SharedPrefixRewardTrainer) else {}
+    if ours and share:  # it chooses the attention, too
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         assert decide_sharing(base, "auto", max_length=None).used
         assert base.config._attn_implementation == ROW_ATTENTION
-    tokenizer = make_tokenizer()
-    tokenizer.pad_token = "<unk>"
-    trainer = Capturing(
-        model=model, args=config(folder, **(keys or {})), train_dataset=data or tokenised(),
-        processing_class=tokenizer, **kwargs,
-    )  # fmt: skip
+    values = {
+        **{"max_steps": STEPS, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+        **{"learning_rate": 1e-4, "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "seed": 7},
+        **{"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "max_length": None},
+        **{"dataloader_pin_memory": False, **keys},
+    }
+    config = RewardConfig(output_dir=str(folder), **values)
+    data = pairs() if data is None else data
+    trainer = Capturing(model=model, args=config, train_dataset=data, processing_class=TOKENIZER, **ours)
     trainer.train()
     return trainer, losses
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("llama", 1e-7), ("gpt2", 1e-12)])
-@pytest.mark.parametrize("share", [True, False])
-def test_every_loss_and_the_final_weights_equal_stock_trl(tmp_path, name, tolerance, share):
-    keys = {"center_rewards_coefficient": 0.01}
-    stock, expected = trained(RewardTrainer, name, tmp_path, keys=keys)
-    ours, losses = trained(SharedPrefixRewardTrainer, name, tmp_path, keys=keys, share_prefixes=share)
-    assert len(losses) == len(expected) == 2 * STEPS
-    assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) <= tolerance
-    assert expected[-1] < 0.98 * expected[0]  # it did learn
-    for (key, a), b in zip(stock.model.named_parameters(), ours.model.parameters(), strict=True):
+def assert_same(ours, theirs, tolerance: float) -> None:
+    """Two trained trainers have had the same losses and have the same weights."""
+    (one, losses), (other, expected) = ours, theirs
+    assert losses == pytest.approx(expected, rel=0, abs=tolerance)
+    for (key, a), b in zip(one.model.named_parameters(), other.model.parameters(), strict=True):
         assert (a - b).abs().max() <= tolerance, key
 
 
-def test_margins_are_subtracted_as_in_stock_trl(tmp_path):
-    """Llama 2, equation 2."""
-    margins = [0.1 * number for number in range(24)]
-    data = tokenised().add_column("margin", margins)
-    data = data.remove_columns("margins").add_column("margins", [[margin] for margin in margins])
-    _, expected = trained(RewardTrainer, "llama", tmp_path, data)
-    ours, losses = trained(SharedPrefixRewardTrainer, "llama", tmp_path, data, share_prefixes=True)
-    assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) <= 1e-7
-    _, without = trained(SharedPrefixRewardTrainer, "llama", tmp_path, share_prefixes=True)
-    assert losses[0] > without[0] + 0.1
-    assert not ours.is_in_train
+def rewards_alone(model, row) -> list[torch.Tensor]:
+    """The rewards of a row's replies, each conversation by itself."""
+    return [model(input_ids=torch.tensor([row["prefix"] + rest])).logits[0, 0] for rest in row["rests"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "tolerance", "share"), [("llama", 1e-7, True), ("gpt2", 1e-12, True), ("gpt2", 1e-12, False)]
+)
+def test_every_loss_and_the_final_weights_equal_stock_trl(tmp_path, name, tolerance, share):
+    """With margins (Llama 2, equation 2) and centred rewards."""
+    keys = {"data": pairs(margin=0.1), "center_rewards_coefficient": 0.01}
+    stock = trained(tmp_path, name, trainer_class=RewardTrainer, **keys)
+    ours = trained(tmp_path, name, share=share, **keys)
+    assert len(stock[1]) == 2 * STEPS
+    assert_same(ours, stock, tolerance)
+    assert (ours[0].model.score.weight - make_model(name).score.weight).abs().max() > 1e-3  # it did move
 
 
 def test_a_ranking_is_the_mean_over_its_pairs_one_at_a_time(tmp_path):
     """InstructGPT, equation 1: K choose 2 pairs less the ties, each comparison weighing 1."""
     shapes = [([0, 1, 2, 3], 0.5), ([0, 0, 1], 0.0), ([0, 1], 1.0), ([0, 1, 1, 1, 2], 0.2)]
     rows = ranked(shapes * 2)
-    trainer, _ = trained(
-        SharedPrefixRewardTrainer, "llama", tmp_path, Dataset.from_list(rows), share_prefixes=True,
-        keys={"max_steps": 3, "center_rewards_coefficient": 0.01},
-    )  # fmt: skip
-    batch = trainer.data_collator(rows)
-    loss = trainer.compute_loss(trainer.model, dict(batch))
+    trainer, _ = trained(tmp_path, data=rows, max_steps=3, center_rewards_coefficient=0.01)
+    loss = trainer.compute_loss(trainer.model, dict(trainer.data_collator(list(rows))))
     of_comparisons, right = [], []
     for row, (ranks, margin) in zip(rows, shapes * 2, strict=True):
-        rewards = [
-            trainer.model(input_ids=torch.tensor([row["prefix"] + rest])).logits[0, 0]
-            for rest in row["rests"]
-        ]
-        losses = [
-            -torch.nn.functional.logsigmoid(rewards[i] - rewards[j] - margin)
-            + 0.01 * (rewards[i] + rewards[j]) ** 2
-            for i, j in untied_pairs(ranks)
-        ]
+        rewards = rewards_alone(trainer.model, row)
+        both = [(rewards[i], rewards[j]) for i, j in untied_pairs(ranks)]
+        losses = [-logsigmoid(a - b - margin) + 0.01 * (a + b) ** 2 for a, b in both]
         of_comparisons.append(torch.stack(losses).mean())
-        right.append(np.mean([float(rewards[i] > rewards[j]) for i, j in untied_pairs(ranks)]))
+        right.append(np.mean([float(a > b) for a, b in both]))
     expected = torch.stack(of_comparisons).mean()
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
     loss.backward()
@@ -189,45 +158,18 @@ def test_a_ranking_is_the_mean_over_its_pairs_one_at_a_time(tmp_path):
     trainer.model.zero_grad()
     expected.backward()
     assert torch.allclose(gradient, trainer.model.score.weight.grad, atol=1e-6)
-    metrics = trainer.evaluate(Dataset.from_list(rows))
-    assert metrics["eval_accuracy"] == pytest.approx(np.mean(right))
+    assert trainer.evaluate(rows)["eval_accuracy"] == pytest.approx(np.mean(right))
 
 
 def test_evaluation_counts_comparisons_whatever_the_batches(tmp_path):
     """Five comparisons in batches of four: the mean of batch means would weigh the last one 4 times."""
-    trainer, _ = trained(
-        SharedPrefixRewardTrainer, "llama", tmp_path, share_prefixes=True,
-        keys={"max_steps": 3, "per_device_eval_batch_size": 4},
-    )  # fmt: skip
-    data = tokenised(5)
-    metrics = trainer.evaluate(data)
-    rewards = [
-        [
-            trainer.model(input_ids=torch.tensor([row[side]])).logits.item()
-            for side in ("chosen_ids", "rejected_ids")
-        ]
-        for row in data
-    ]
-    margins = torch.tensor([chosen - rejected for chosen, rejected in rewards])
+    trainer, _ = trained(tmp_path, max_steps=3, per_device_eval_batch_size=4)
+    metrics = trainer.evaluate(pairs(5))
+    both = [rewards_alone(trainer.model, row) for row in pairs(5)]
+    margins = torch.stack([chosen - rejected for chosen, rejected in both])
     assert metrics["eval_accuracy"] == pytest.approx((margins > 0).double().mean().item())
     assert metrics["eval_margin"] == pytest.approx(margins.mean().item())
-    assert metrics["eval_loss"] == pytest.approx(-torch.nn.functional.logsigmoid(margins).mean().item())
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step_and_the_comparisons(tmp_path):
-    class Breaking(SharedPrefixRewardTrainer):
-        def compute_loss(self, model, inputs, *args, **kwargs):
-            """From the third step on one comparison's rewards are NaN."""
-            if self.state.global_step >= 2:
-                for number, name in enumerate(inputs["names"]):
-                    if name == "made-up:7":
-                        inputs["margins"] = inputs["margins"].index_fill(
-                            0, torch.tensor(number), float("nan")
-                        )
-            return super().compute_loss(model, inputs, *args, **kwargs)
-
-    with pytest.raises(TrainingError, match=r"not a finite number in step [3-6], of row made-up:7;"):
-        trained(Breaking, "llama", tmp_path, share_prefixes=True)
+    assert metrics["eval_loss"] == pytest.approx(-logsigmoid(margins).mean().item())
 
 
 def test_where_every_loss_is_nan_a_few_comparisons_are_named(tmp_path):
@@ -237,129 +179,34 @@ def test_where_every_loss_is_nan_a_few_comparisons_are_named(tmp_path):
                 model.score.weight.fill_(float("nan"))
             return super().compute_loss(model, inputs, *args, **kwargs)
 
-    keys = {"per_device_train_batch_size": 8}
-    with pytest.raises(TrainingError, match=r"in step 1, of row (made-up:\d+, ){4}made-up:\d+ and 3 more;"):
-        trained(Breaking, "llama", tmp_path, share_prefixes=True, keys=keys)
-
-
-# --- how Trainer runs it ---------------------------------------------------------------------
-
-
-def first_step(folder, batch_size: int) -> dict:
-    """What a first step of two micro-batches was made of, on this rank.
-
-    That is `comparisons`, their prefixes; `gradients` as the optimizer meets them; and `weights` after it.
-    """
-    gradients, batches = {}, []
-
-    class Gradients(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, model, **_):
-            found = model.named_parameters()
-            gradients.update((name, p.grad.clone()) for name, p in found if p.requires_grad)
-
-    class Watching(SharedPrefixRewardTrainer):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            collate = self.data_collator
-
-            def watch(examples):
-                batches.append([example["prefix"] for example in examples])
-                return collate(examples)
-
-            self.data_collator = watch
-
-    keys = {"max_steps": 1, "per_device_train_batch_size": batch_size, "max_grad_norm": 0.0}
-    trainer, _ = trained(
-        Watching, "", folder, keys=keys, model=make_lora(torch.float64), callbacks=[Gradients()],
-        share_prefixes=True,
-    )  # fmt: skip
-    weights = {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
-    return {"comparisons": [*batches[0], *batches[1]], "gradients": gradients, "weights": weights}
-
-
-def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """Over two sets of tensors with the same names, with or without DDP's `module.` before them."""
-    a, b = ({key.removeprefix("module."): value for key, value in each.items()} for each in (a, b))
-    assert a.keys() == b.keys()
-    return max((a[key] - b[key]).abs().max().item() for key in a)
-
-
-def test_two_ranks_hold_the_gradients_of_one_process_on_both_their_batches(tmp_path):
-    """A forward past DDP's wrapper leaves each with its own batch's, without an error."""
-    (tmp_path / "two.yaml").write_text(
-        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nuse_cpu: true\n"
-        "num_processes: 2\nnum_machines: 1\nmain_process_port: 0\nmixed_precision: 'no'\n"
-    )
-    launch = ["-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "two.yaml")]
-    paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    command = [sys.executable, *launch, str(TWO_RANKS), str(tmp_path)]
-    result = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=environment, timeout=120
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    ranks = [torch.load(tmp_path / f"rank-{rank}.pt") for rank in (0, 1)]
-    both, half = first_step(tmp_path / "both", batch_size=4), first_step(tmp_path / "half", batch_size=2)
-
-    seen = [{tuple(prefix) for prefix in step["comparisons"]} for step in (*ranks, both)]
-    assert len(seen[0]) == len(seen[1]) == 4
-    assert not seen[0] & seen[1]
-    assert seen[0] | seen[1] == seen[2]
-    assert all(gradient.abs().max() > 1e-5 for gradient in ranks[0]["gradients"].values())
-    for what in ("gradients", "weights"):
-        assert largest_difference(ranks[0][what], ranks[1][what]) == 0
-    # Llama's norms compute in fp32.
-    assert largest_difference(ranks[0]["gradients"], both["gradients"]) <= 1e-6
-    assert largest_difference(half["gradients"], both["gradients"]) > 1e-3  # half of them gives others
+    with pytest.raises(TrainingError, match=r"in step 1, of row (\d+, ){4}\d+ and 3 more;"):
+        trained(tmp_path, trainer_class=Breaking, per_device_train_batch_size=8)
 
 
 def test_four_batches_of_one_are_one_batch_of_four(tmp_path):
     """Whatever number of pairs a comparison has, it weighs 1."""
     shapes = [([0, 1, 2, 3], 0.5), ([0, 0, 1], 0.0), ([0, 1], 0.0), ([0, 1, 1, 1, 2], 0.2), ([0, 1, 2], 0.0)]
-    data = Dataset.from_list(ranked(shapes * 4))
-    runs = [
-        trained(
-            SharedPrefixRewardTrainer, "gpt2", tmp_path, data, share_prefixes=True,
-            keys={
-                "per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size, "max_steps": 10
-            },
-        )
-        for size in (1, 4)
-    ]  # fmt: skip
-    (ones, losses_of_ones), (four, losses) = runs
-    assert np.reshape(losses_of_ones, (10, 4)).mean(1) == pytest.approx(losses, abs=1e-10)
-    for (key, a), b in zip(ones.model.named_parameters(), four.model.parameters(), strict=True):
-        assert (a - b).abs().max() <= 1e-10, key
-    assert (four.model.score.weight - make_model("gpt2").score.weight).abs().max() > 1e-4  # it did move
+    keys = {"model": "gpt2", "data": ranked(shapes * 4), "max_steps": 10}
+    ones, of_ones = trained(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4, **keys)
+    four = trained(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=1, **keys)
+    assert_same((ones, np.reshape(of_ones, (10, 4)).mean(1).tolist()), four, 1e-10)
+    assert (four[0].model.score.weight - make_model("gpt2").score.weight).abs().max() > 1e-4  # it did move
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("llama", 1e-7), ("gpt2", 1e-12)])
-@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize(("name", "tolerance", "share"), [("llama", 1e-7, True), ("gpt2", 1e-12, False)])
 def test_gradient_checkpointing_changes_no_loss_and_no_weight(tmp_path, name, tolerance, share):
-    runs = [
-        trained(
-            SharedPrefixRewardTrainer, name, tmp_path, share_prefixes=share,
-            keys={"max_steps": 8, "learning_rate": 1e-3, "gradient_checkpointing": checkpointing},
-        )
-        for checkpointing in (True, False)
-    ]  # fmt: skip
-    (with_it, losses), (without, expected) = runs
-    assert with_it.model.is_gradient_checkpointing
-    assert not without.model.is_gradient_checkpointing
-    assert len(set(expected)) == 16
-    assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) <= tolerance
-    for (key, a), b in zip(with_it.model.named_parameters(), without.model.parameters(), strict=True):
-        assert (a - b).abs().max() <= tolerance, key
+    keys = {"share": share, "max_steps": 8, "learning_rate": 1e-3}
+    with_it, without = (trained(tmp_path, name, gradient_checkpointing=on, **keys) for on in (True, False))
+    assert with_it[0].model.is_gradient_checkpointing
+    assert not without[0].model.is_gradient_checkpointing
+    assert_same(with_it, without, tolerance)
 
 
-@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize(("half", "share"), [(torch.bfloat16, True), (torch.float16, False)])
 def test_autocast_rounds_a_loss_and_its_gradients_and_leaves_the_rewards_in_fp32(tmp_path, half, share):
-    trainer, _ = trained(
-        SharedPrefixRewardTrainer, "", tmp_path, model=make_lora(torch.float32, autocast=True),
-        share_prefixes=share, keys={"max_steps": 20, "learning_rate": 1e-2},
-    )  # fmt: skip
-    batch = trainer.data_collator(list(tokenised(8)))
+    model = make_lora(autocast=True)
+    trainer, _ = trained(tmp_path, model, share=share, max_steps=20, learning_rate=1e-2)
+    batch = trainer.data_collator(list(pairs(8)))
     found = []
     for enabled in (False, True):
         trainer.model.zero_grad()
@@ -377,45 +224,21 @@ def test_autocast_rounds_a_loss_and_its_gradients_and_leaves_the_rewards_in_fp32
     assert (half_gradient - gradient).norm() <= rounding * gradient.norm()
 
 
-@pytest.mark.parametrize(
-    "precision",
-    [
-        "bf16",
-        pytest.param(
-            "fp16",
-            marks=[
-                pytest.mark.gpu,
-                pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 needs a GPU"),
-            ],
-        ),
-    ],
-)
-def test_half_precision_learns_as_fp32_does_and_trains_fp32_weights(tmp_path, precision):
-    def run(**keys):
-        on_cpu = precision == "bf16"
-        model = make_lora(torch.float32, autocast=bool(keys))
-        dtypes = set()
+def test_bf16_learns_as_fp32_does_and_trains_fp32_weights(tmp_path):
+    found = []
+    for bf16 in (False, True):
+        model, dtypes = make_lora(autocast=bf16), set()
         layer = model.get_base_model().model.layers[0].mlp.gate_proj.base_layer
-        layer.register_forward_hook(lambda _, inputs, output: dtypes.add(output.dtype))
-        keys |= {"learning_rate": 1e-2, "use_cpu": on_cpu}
-        trainer, losses = trained(
-            SharedPrefixRewardTrainer, "", tmp_path, model=model, keys=keys, share_prefixes=True
-        )
-        return trainer, losses, dtypes
-
-    _, expected, full = run()
-    trainer, losses, half = run(**{precision: True})
-    assert (full, half) == ({torch.float32}, {{"bf16": torch.bfloat16, "fp16": torch.float16}[precision]})
-    assert losses[0] == pytest.approx(expected[0], rel=1e-2)
-    for curve in (expected, losses):
-        assert np.mean(curve[-6:]) < 0.5 * np.mean(curve[:6])
-    assert all(p.dtype == torch.float32 for p in trainer.model.parameters() if p.requires_grad)
+        layer.register_forward_hook(lambda _, inputs, output, dtypes=dtypes: dtypes.add(output.dtype))
+        trainer, losses = trained(tmp_path, model, learning_rate=1e-2, bf16=bf16)
+        assert dtypes == {torch.bfloat16 if bf16 else torch.float32}
+        assert np.mean(losses[-6:]) < 0.5 * np.mean(losses[:6])
+        assert all(p.dtype == torch.float32 for p in trainer.model.parameters() if p.requires_grad)
+        found.append(losses)
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-2)
 
 
-# --- what it is given ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("truncation", TRUNCATIONS)
+@pytest.mark.parametrize("truncation", ["drop_oldest_turns", "exclude"])
 def test_no_batch_holds_a_comparison_without_a_pair_or_a_response_without_a_token(
     tmp_path, tiny_llama, truncation
 ):
@@ -443,10 +266,7 @@ def test_no_batch_holds_a_comparison_without_a_pair_or_a_response_without_a_toke
     kept = len(split.comparisons)
     assert kept == 4 - len(cut)
     keys = {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
-    trainer, _ = trained(
-        SharedPrefixRewardTrainer, "llama", tmp_path, split.comparisons.select_columns(COLUMNS), keys,
-        share_prefixes=True,
-    )  # fmt: skip
+    trainer, _ = trained(tmp_path, data=split.comparisons.select_columns(COLUMNS), **keys)
     batches = list(trainer.get_train_dataloader())
     assert sum(len(batch["pairs_each"]) for batch in batches) == kept
     for batch in batches:

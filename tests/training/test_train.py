@@ -1,59 +1,83 @@
-"""A run leaves what the contract says, moves what it should, and can be gone on with."""
+"""A run leaves what the contract says, moves what it should, and uses its own folder alone."""
 
 import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPOSITORY, make_tokenizer, run_cli
+from conftest import REPOSITORY, make_recipe, make_tokenizer
+from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
 
+import rm_recipe.training.train
 from rm_recipe import RewardModel
+from rm_recipe.data.dataset import Split
 from rm_recipe.errors import RecipeError
 from rm_recipe.evaluation.evaluate import evaluate
 from rm_recipe.exporting.export import export
+from rm_recipe.model.memory import peak_memory
+from rm_recipe.model.shared_prefix import Sharing
 from rm_recipe.recipe.reader import read_recipe
-from rm_recipe.training.train import load_data, load_model, train
+from rm_recipe.training.run_folder import changed_keys, empty
+from rm_recipe.training.train import load_data, load_model, run_record, train
+
+ITEMS = [{"prompt": "hello 3 cat", "response": response} for response in ("good good", "bad bad")]
+HOLDS = """
+import sys
+from pathlib import Path
+from rm_recipe.files import FolderLock
+with FolderLock(Path(sys.argv[1])) as lock:
+    lock.take()
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_llama, tiny_data):
+    folder = tmp_path_factory.mktemp("trained")
+    train(read_recipe(make_recipe(folder, tiny_llama, tiny_data, save_strategy="steps", save_steps=4)))
+    return folder / "run"
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
 
 
 def weights(run) -> dict[str, torch.Tensor]:
     return load_file(run / "model" / "adapter_model.safetensors")
 
 
-@pytest.fixture
-def run(write_recipe, tmp_path):
-    train(read_recipe(write_recipe(save_strategy="steps", save_steps=4)))
-    return tmp_path / "run"
+def logged(run: Path, key: str) -> list[float]:
+    return [entry[key] for entry in json.loads((run / "run.json").read_text())["log"] if key in entry]
 
 
-def test_a_run_leaves_the_files_and_keys_of_the_contract(run):
-    record = json.loads((run / "run.json").read_text())
-    assert record.keys() >= {
-        "seed", "versions", "git_commit", "data_fingerprints", "prefix_sharing", "steps",
-        "comparisons_per_s", "tokens_per_s", "train_seconds", "peak_memory_bytes", "final_loss",
-    }  # fmt: skip
+def test_a_run_leaves_the_files_and_keys_of_the_contract(trained):
+    record = json.loads((trained / "run.json").read_text())
+    assert record.keys() >= set(
+        "seed versions git_commit data_fingerprints prefix_sharing steps comparisons_per_s tokens_per_s "
+        "train_seconds peak_memory_bytes final_loss".split()
+    )
     assert record["prefix_sharing"].keys() == {"used", "reason", "max_abs_diff"}
     assert record["prefix_sharing"]["used"]
     assert record["steps"] == 16
-    assert (run / "recipe.yaml").is_file()
-    assert (run / "checkpoint-16").is_dir()
-    names = {path.name for path in (run / "model").iterdir()}
-    assert names >= {
-        "adapter_model.safetensors",
-        "adapter_config.json",
-        "config.json",
-        "tokenizer.json",
-        "chat_template.jinja",
-    }
-    assert "training_args.bin" not in names
+    assert {path.name for path in trained.iterdir()} >= {"recipe.yaml", "data_report.json", "checkpoint-16"}
+    assert not (trained / "README.md").exists()
+    names = {path.name for path in (trained / "model").iterdir()}
+    assert names >= {"adapter_model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"}
+    assert not names & {"training_args.bin", "README.md"}  # a token, and the folder of the base
 
 
-def test_the_head_and_every_adapter_moved_and_nothing_else_is_saved(run, write_recipe):
-    saved = weights(run)
+def test_the_loss_goes_down_head_and_adapters_move_and_nothing_else_is_saved(trained, write_recipe):
+    assert logged(trained, "loss")[-1] < 0.5 * 0.69  # half of ln 2, where an untrained model starts
+    saved = weights(trained)
     recipe = read_recipe(write_recipe())
     start = load_model(recipe, load_data(recipe)[0])[0].score.weight
     assert not torch.equal(saved["base_model.model.score.weight"], start)
@@ -61,74 +85,36 @@ def test_the_head_and_every_adapter_moved_and_nothing_else_is_saved(run, write_r
     assert all("lora_" in key or "score" in key for key in saved)
 
 
-def test_the_loss_went_down(run):
-    log = [entry for entry in json.loads((run / "run.json").read_text())["log"] if "loss" in entry]
-    assert log[-1]["loss"] < 0.5 * 0.69  # half of ln 2, where an untrained model starts
+def test_a_base_in_4_bits_trains_fp32_weights_that_another_process_reads(
+    write_recipe, tmp_path, rewards_elsewhere
+):
+    train(read_recipe(write_recipe(load_in_4bit=True)))
+    assert all(value.dtype == torch.float32 for value in weights(tmp_path / "run").values())
+    good, bad = rewards_elsewhere(tmp_path / "run", ITEMS)
+    assert good > bad
 
 
-def test_a_resumed_run_equals_one_that_was_never_interrupted(write_recipe, run, tmp_path):
-    whole = weights(run)
-    again = tmp_path / "again"
-    recipe = write_recipe(save_strategy="steps", save_steps=4, output_dir=str(again))
-    train(read_recipe(recipe))
-    (again / "run.json").unlink()
-    for name in ("model", "checkpoint-16", "checkpoint-12"):
-        for path in sorted((again / name).rglob("*"), reverse=True):
-            path.unlink()
-        (again / name).rmdir()
-    train(read_recipe(recipe), resume=True)
-    resumed = weights(again)
-    assert resumed.keys() == whole.keys()
-    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
-
-
-def test_a_base_without_a_token_to_pad_with_gets_one_and_is_read_back(write_recipe, tmp_path, tiny_llama):
+def test_a_base_without_a_token_to_pad_with_gets_one_and_is_read_back_at_its_revision(
+    write_recipe, tmp_path, tiny_llama
+):
     tokenizer = make_tokenizer()
     tokenizer.unk_token = None
     base = tmp_path / "base"
     LlamaForCausalLM.from_pretrained(tiny_llama).save_pretrained(base)
     tokenizer.save_pretrained(base)
-    train(read_recipe(write_recipe(model_name_or_path=str(base))))
-    judge = RewardModel.from_pretrained(tmp_path / "run")
-    assert judge.tokenizer.pad_token == "<|pad|>"
-    scores = judge.score([{"prompt": "hello 3 cat", "response": r} for r in ("good good", "bad bad")])
-    assert scores[0] > scores[1]
-
-
-def test_gradient_checkpointing_gives_the_same_adapter(write_recipe, tmp_path):
-    """Every TinyLlama recipe uses it; trl#694 lost the gradients."""
-    for name in ("with", "without"):
-        keys = {"gradient_checkpointing": name == "with", "output_dir": str(tmp_path / name)}
-        train(read_recipe(write_recipe(num_train_epochs=1, **keys)))
-    a, b = weights(tmp_path / "with"), weights(tmp_path / "without")
-    assert all(torch.allclose(a[key], b[key], atol=1e-6) for key in a)
-
-
-def test_the_base_of_an_adapter_is_read_at_its_revision(write_recipe, tmp_path):
-    train(read_recipe(write_recipe(model_revision="v2", num_train_epochs=1)))
+    train(read_recipe(write_recipe(model_name_or_path=str(base), model_revision="v2")))
     config = json.loads((tmp_path / "run" / "model" / "adapter_config.json").read_text())
     assert config["revision"] == "v2"
-
-
-@pytest.mark.parametrize("quantised", [False, True])
-def test_a_saved_adapter_gives_the_same_rewards_in_a_fresh_process(write_recipe, tmp_path, quantised):
-    """Also with the base in 4 bits, where the trained parameters stay fp32."""
-    keys = {"load_in_4bit": True} if quantised else {}
-    train(read_recipe(write_recipe(**keys)))
-    run = tmp_path / "run"
-    assert all(value.dtype == torch.float32 for value in weights(run).values())
-    scores = [
-        run_cli("score", str(run), "--prompt", "hello", "--response", r).stdout for r in ("good", "bad")
-    ]
-    assert float(scores[0]) > float(scores[1])
+    reward_model = RewardModel.from_pretrained(tmp_path / "run")
+    assert reward_model.tokenizer.pad_token == "<|pad|>"
+    good, bad = reward_model.score(ITEMS)
+    assert good > bad
 
 
 def test_an_encoder_is_trained_in_full(write_recipe, tmp_path, tiny_distilbert):
-    recipe = write_recipe(
-        model_name_or_path=str(tiny_distilbert), use_peft=False, learning_rate=1e-3, max_length=64
-    )
+    keys = {"model_name_or_path": str(tiny_distilbert), "use_peft": False, "learning_rate": 1e-3}
     before = AutoModelForSequenceClassification.from_pretrained(tiny_distilbert, num_labels=1)
-    train(read_recipe(recipe))
+    train(read_recipe(write_recipe(**keys, max_length=64)))
     after = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
     assert not isinstance(after, PeftModel)
     moved = [
@@ -139,58 +125,35 @@ def test_an_encoder_is_trained_in_full(write_recipe, tmp_path, tiny_distilbert):
     # A key's bias shifts all attention scores of a query alike, so it has no gradient.
     assert sum(moved) >= len(moved) - 2
     assert not json.loads((tmp_path / "run" / "run.json").read_text())["prefix_sharing"]["used"]
-
-
-def test_max_length_above_the_models_positions_is_refused(write_recipe, tiny_distilbert):
-    recipe = read_recipe(write_recipe(model_name_or_path=str(tiny_distilbert), use_peft=False, max_length=65))
     with pytest.raises(RecipeError, match="'max_length: 65': .* has 64 positions"):
-        train(recipe)
+        train(read_recipe(write_recipe(**keys, max_length=65)), overwrite=True)
 
 
-@pytest.mark.slow
-def test_of_two_processes_one_tells_that_train_prompts_are_held_out(write_recipe, tmp_path, tiny_data):
-    """The other would have ended it before it had finished its report."""
-    (tmp_path / "two.yaml").write_text(
-        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nuse_cpu: true\n"
-        "num_processes: 2\nnum_machines: 1\nmixed_precision: 'no'\n"
-    )
-    for name in ("train", "test"):
-        shutil.copy(tiny_data / "train.jsonl", tmp_path / f"{name}.jsonl")
-    recipe = write_recipe(dataset_name=str(tmp_path))
-    launch = ["-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "two.yaml")]
-    command = [sys.executable, *launch, "-m", "rm_recipe", "train", str(recipe)]
-
-    def fail() -> subprocess.CompletedProcess[str]:
-        result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY)
-        assert result.returncode != 0
-        return result
-
-    leaky = fail()
-    assert leaky.stderr.count("rm-recipe: 64 of 64 train comparisons") == 1
-    assert leaky.stdout.count("Leakage: 64 train comparisons on 64 held-out prompts, not allowed") == 1
-    assert not (tmp_path / "run" / "recipe.yaml").exists()
-    (tmp_path / "train.jsonl").write_text("{")
-    broken = fail()
-    assert broken.stderr.count("line 1: not JSON") == 1
-    assert "Connection closed" not in broken.stderr
+RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
+OFTEN = ("smollm2_offline", "distilbert_hh")  # the others in `make test-all`
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, id=p.stem, marks=[] if p.stem in OFTEN else pytest.mark.slow) for p in RECIPES],
+)
 def test_every_recipe_trains_evaluates_and_exports_on_a_tiny_model_of_its_kind(
     path, tiny_base, tiny_data, tmp_path
 ):
     """With its own keys, but for the model, the data and how long: what a recipe says works together."""
     encoder = "distilbert" if "distilbert" in path.stem else "bert" if "minilm" in path.stem else None
     overrides = {
-        "model_name_or_path": tiny_base(encoder or "llama"), "dataset_name": tiny_data,
-        "dataset_subsets": None, "max_length": 128, "max_train_samples": None,
-        "max_eval_samples": None, "max_steps": 2,
-        "output_dir": tmp_path / "run", "use_cpu": "true", "disable_tqdm": "true",
-    }  # fmt: skip
+        "model_name_or_path": tiny_base(encoder or "llama"),
+        "dataset_name": tiny_data,
+        "output_dir": tmp_path / "run",
+        **dict.fromkeys(("dataset_subsets", "max_train_samples", "max_eval_samples"), "null"),
+        **{"max_length": 128, "max_steps": 2, "use_cpu": "true", "disable_tqdm": "true"},
+    }
     if path.stem == "smollm2_offline":
         overrides["lora_target_modules"] = r".*layers\.1\..*_proj"  # its upper half
-    words = [word for key, value in overrides.items() for word in (f"--{key}", str(value or "null"))]
-    recipe = read_recipe(path, words)
+    recipe = read_recipe(
+        path, [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
+    )
     train(recipe)
     run = recipe.output_dir
     assert json.loads((run / "run.json").read_text())["prefix_sharing"]["used"] is (encoder is None)
@@ -203,15 +166,146 @@ def test_the_best_checkpoint_is_chosen_by_exact_held_out_accuracy(write_recipe, 
     """40 held-out comparisons in batches of 7; a learning rate at which accuracy goes up and down again."""
     steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_accuracy"}
-    recipe = write_recipe(
-        num_train_epochs=1, learning_rate=0.3, per_device_eval_batch_size=7, **steps, **best
-    )
-    train(read_recipe(recipe))
-    log = json.loads((tmp_path / "run" / "run.json").read_text())["log"]
-    accuracies = [entry["eval_accuracy"] for entry in log if "eval_accuracy" in entry]
+    keys = {"num_train_epochs": 1, "learning_rate": 0.3, "per_device_eval_batch_size": 7}
+    train(read_recipe(write_recipe(**keys, **steps, **best)))
+    run = tmp_path / "run"
+    accuracies = logged(run, "eval_accuracy")
     assert len(accuracies) == 8
     assert accuracies[-1] < max(accuracies)
-    assert evaluate(str(tmp_path / "run"))["datasets"]["held_out"]["accuracy"] == max(accuracies)
-    chosen = tmp_path / "run" / f"checkpoint-{1 + accuracies.index(max(accuracies))}"
+    assert evaluate(str(run))["datasets"]["held_out"]["accuracy"] == max(accuracies)
+    chosen = run / f"checkpoint-{1 + accuracies.index(max(accuracies))}"
     kept = load_file(chosen / "adapter_model.safetensors")
-    assert all(torch.equal(value, kept[key]) for key, value in weights(tmp_path / "run").items())
+    assert all(torch.equal(value, kept[key]) for key, value in weights(run).items())
+
+
+# --- run.json --------------------------------------------------------------------------------
+
+
+def test_speed_counts_comparisons_over_all_processes_and_a_norm_that_overflowed_loses_no_record():
+    split = Split(Dataset.from_dict({"prefix": [[1]] * 10}), 12, {"empty_response": 2})
+    training = SimpleNamespace(
+        seed=3, device="cpu", world_size=2, per_device_train_batch_size=2, gradient_accumulation_steps=2
+    )
+    log = [{"loss": 0.7, "grad_norm": float("inf")}, {"loss": 0.5}, {"train_runtime": 4.0}]
+    state = SimpleNamespace(global_step=2, epoch=1.6, log_history=log)
+    trainer = SimpleNamespace(state=state, _total_train_tokens=500)
+    sharing = Sharing(True, "equal", 1e-7)
+    ready = SimpleNamespace(trainer=trainer, train_split=split, test_split=split, sharing=sharing)
+    run = SimpleNamespace(identity={"data_fingerprints": {}}, manifest=None)
+    cost = {"train_seconds": 4.0, "peak_memory_bytes": 10**9}
+    found = run_record(SimpleNamespace(training=training), ready, run, cost)
+    assert found["comparisons_per_s"] == 16 / 4  # 2 steps of 2 x 2 on 2 processes
+    assert found["tokens_per_s"] == 500 / 4
+    assert found["final_loss"] == 0.5
+    assert json.loads(json.dumps(found, allow_nan=False))["log"][0] == {"loss": 0.7, "grad_norm": None}
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() or not Path("/proc/self/clear_refs").exists(),
+    reason="resident memory's peak can be reset on Linux alone",
+)
+def test_peak_memory_is_of_the_training_not_of_the_preflight(write_recipe, tmp_path, monkeypatch):
+    before = []
+
+    def preflight(*_):
+        taken = b"x" * 2**29
+        before.append(peak_memory() * bool(taken))
+
+    monkeypatch.setattr(rm_recipe.training.train, "preflight", preflight)
+    train(read_recipe(write_recipe(max_steps=1)))
+    found = json.loads((tmp_path / "run" / "run.json").read_text())["peak_memory_bytes"]
+    assert 1e8 < found < before[0] - 2**28
+
+
+# --- the run folder --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "finished", "keys", "message"),
+    [
+        ({}, True, {}, "add --resume to go on with it, --overwrite to start anew"),
+        ({"resume": True}, True, {}, "is finished; there is nothing to resume"),
+        (
+            {"resume": True},
+            False,
+            {"learning_rate": 1e-5, "logging_steps": 3},
+            "another recipe; resuming needs the same values of: learning_rate$",
+        ),
+        ({"resume": True}, False, {"output_dir": "/tmp/nowhere-at-all"}, "holds no run to resume"),
+    ],
+)
+def test_a_run_folder_that_may_not_be_used_is_refused_and_left_alone(
+    run, write_recipe, flags, finished, keys, message
+):
+    if not finished:
+        (run / "run.json").unlink()
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    with pytest.raises(RecipeError, match=message):
+        train(read_recipe(write_recipe(**keys)), **flags)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_overwriting_starts_anew_but_never_in_a_foreign_folder(write_recipe, tmp_path):
+    """A recipe of the user's own does not make it a run's."""
+    (tmp_path / "thesis.tex").write_text("kept")
+    recipe = write_recipe(output_dir=str(tmp_path))
+    with pytest.raises(RecipeError, match="is not a run folder; choose another one"):
+        train(read_recipe(recipe), overwrite=True)
+    assert recipe.is_file()
+    assert (tmp_path / "thesis.tex").read_text() == "kept"
+
+
+def test_two_processes_do_not_work_in_one_folder(run, write_recipe):
+    (run / "run.json").unlink()
+    held = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert held.stdout.readline() == "held\n"
+    before = sorted(run.rglob("*"))
+    recipe = read_recipe(write_recipe(save_strategy="steps", save_steps=4))
+    for flag in ({"resume": True}, {"overwrite": True}):
+        with pytest.raises(RecipeError, match=f"another process is at work in {run}"):
+            train(recipe, **flag)
+    assert [path for path in sorted(run.rglob("*")) if not path.name.startswith(".")] == before
+    held.kill()  # a lock does not outlive who holds it
+    held.wait()
+    train(recipe, resume=True)
+
+
+def test_a_run_is_emptied_so_that_what_is_left_is_never_a_finished_one(run, monkeypatch):
+    removed = []
+    monkeypatch.setattr(Path, "unlink", lambda path, **_: removed.append(path.name))
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **_: removed.append(path.name))
+    empty(run)
+    assert removed[0] == "run.json"
+    assert removed[-1] == "recipe.yaml"
+
+
+def test_overwriting_removes_the_run_before_and_keeps_a_benchmark(run, write_recipe):
+    (run / "benchmark.json").write_text("{}")
+    train(read_recipe(write_recipe(max_steps=1)), overwrite=True)
+    assert (run / "benchmark.json").read_text() == "{}"
+    assert (run / "run.json").is_file()
+    assert not list(run.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("keys", "changed"),
+    [
+        ({"logging_steps": 3, "save_steps": 7, "output_dir": "elsewhere", "target_accuracy": 0.9}, []),
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, []),  # as many in a step
+        ({"per_device_train_batch_size": 4}, ["per_device_train_batch_size"]),
+        ({"lora_r": 8, "seed": 1}, ["lora_r", "seed"]),
+    ],
+)
+def test_what_cannot_change_the_result_may_change(run, write_recipe, keys, changed):
+    assert sorted(changed_keys(read_recipe(write_recipe(save_strategy="steps", **keys)), run)) == changed
+
+
+def test_when_and_on_what_is_evaluated_matters_where_checkpoint_or_learning_rate_follow_it(run, write_recipe):
+    keys = {"eval_strategy": "steps", "eval_steps": 3, "max_eval_samples": 9}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_accuracy", "save_steps": 3}
+    for following in ({"lr_scheduler_type": "reduce_lr_on_plateau"}, {**best, "save_strategy": "steps"}):
+        recipe = read_recipe(write_recipe(**following, **keys, target_accuracy=0.9))
+        assert keys.keys() <= set(changed_keys(recipe, run))
+        assert "target_accuracy" not in changed_keys(recipe, run)

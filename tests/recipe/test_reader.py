@@ -3,7 +3,6 @@
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,9 +15,8 @@ from trl import ModelConfig
 from rm_recipe.errors import RecipeError
 from rm_recipe.model import lora
 from rm_recipe.recipe import reader as recipe_module
-from rm_recipe.recipe.reader import Recipe, read_recipe, read_run_recipe, save_values, saved_values
+from rm_recipe.recipe.reader import read_recipe, read_run_recipe, saved_values
 from rm_recipe.recipe.schema import DataArguments
-from rm_recipe.training.run_folder import changed_keys
 from rm_recipe.training.train import train
 
 SHIPPED = sorted((REPOSITORY / "recipes").glob("*.yaml"))
@@ -36,9 +34,14 @@ def test_every_shipped_recipe_is_accepted_and_says_what_it_is_for(path):
 def test_the_recipes_of_the_mission_are_there():
     names = {path.stem for path in SHIPPED}
     assert names >= {
-        "smollm2_offline", "minilm_offline", "tinyllama_hh_lora", "tinyllama_hh_qlora",
-        "tinyllama_hh_helpful", "tinyllama_hh_harmless", "distilbert_hh",
-    }  # fmt: skip
+        "smollm2_offline",
+        "minilm_offline",
+        "tinyllama_hh_lora",
+        "tinyllama_hh_qlora",
+        "tinyllama_hh_helpful",
+        "tinyllama_hh_harmless",
+        "distilbert_hh",
+    }
     for name in names - {"smollm2_offline", "minilm_offline"}:
         values = read_recipe(REPOSITORY / f"recipes/{name}.yaml", check_inputs=False).values
         assert values["dataset_name"] == "Anthropic/hh-rlhf"
@@ -50,11 +53,18 @@ def test_the_recipes_of_the_mission_are_there():
 
 def test_all_faults_come_in_one_message_each_with_its_place_and_fix(write_recipe):
     path = write_recipe(
-        lerning_rate=1e-4, lora_r=True, lr_scheduler_type="cosin", max_length=-3, load_in_4bit=True,
-        load_in_8bit=True, hub_token="secret", dataset_test_split="train", truncation="cut",
-        trust_remote_code=True, use_dora=True,
-        report_to="no_such_tracker",
-    )  # fmt: skip
+        lerning_rate=1e-4,
+        lora_r=True,
+        lr_scheduler_type="cosin",
+        max_length=-3,
+        load_in_4bit=True,
+        load_in_8bit=True,
+        hub_token="secret",
+        dataset_test_split="train",
+        truncation="cut",
+        trust_remote_code=True,
+        use_dora=True,
+    )
     with path.open("a") as file:
         file.write("seed: 1\n")
     with pytest.raises(RecipeError) as caught:
@@ -62,19 +72,17 @@ def test_all_faults_come_in_one_message_each_with_its_place_and_fix(write_recipe
     message = str(caught.value)
     for part in (
         f"{path}: unknown key 'lerning_rate'. Did you mean 'learning_rate'?",
-        f"{path}: 'lora_r: True' should be a whole number",
-        "'lr_scheduler_type: cosin' is not one of",
+        f"{path}: 'lora_r: true' should be a number",
+        "'lr_scheduler_type: cosin' should be",
         "Did you mean 'cosine'?",
         "'max_length: -3' must be above 0",
-        "'load_in_4bit' and 'load_in_8bit' cannot both be true",
+        "'load_in_4bit' and 'load_in_8bit' exclude each other",
         "'trust_remote_code: true': the export has to load with plain transformers",
-        "'use_dora' reads weights that bitsandbytes 0.50 does not give in 8 bits",
         "key 'hub_token' is not for a recipe",
         "'dataset_test_split: train' must differ from 'dataset_train_split'",
-        "'truncation: cut' is not one of drop_oldest_turns, keep_end, exclude.",
-        "'report_to: no_such_tracker' is not one of none, all, azure_ml",
+        "'truncation: cut' should be 'drop_oldest_turns', 'keep_end' or 'exclude'",
         "key 'seed' is given twice",
-        "command line: 'num_train_epochs: many' should be a number",
+        "command line: 'num_train_epochs: many' should be a valid number",
         "command line: --foo has no value",
     ):
         assert part in message
@@ -173,22 +181,6 @@ def test_fp16_asked_of_a_cpu_is_refused():
         recipe_module._device_values({"fp16": True, "use_cpu": True})
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "is empty"),
-        ("- a\n- b\n", "holds a list"),
-        ("a: [1,\n", "not valid YAML"),
-        ("a: !!python/object:os.system x\n", "not valid YAML"),
-    ],
-)
-def test_a_file_that_is_no_recipe_is_refused(tmp_path, content, message):
-    path = tmp_path / "bad.yaml"
-    path.write_text(content)
-    with pytest.raises(RecipeError, match=message):
-        read_recipe(path)
-
-
 def test_a_missing_recipe_names_the_nearest_one():
     with pytest.raises(RecipeError, match=r"no such recipe. Did you mean .*smollm2_offline\.yaml"):
         read_recipe(REPOSITORY / "recipes" / "smollm_offline.yaml")
@@ -228,63 +220,11 @@ def test_whatever_a_recipe_holds_it_is_read_or_refused(values):
         path.unlink()
 
 
-@pytest.mark.parametrize("kind", ["xpu", "npu"])
-def test_what_torch_calls_an_accelerator_is_trained_on(monkeypatch, kind):
-    accelerated(monkeypatch, "privateuseone" if kind == "npu" else kind)
-    for has_bf16 in (True, False):
-        monkeypatch.setattr(recipe_module, "_gpu_has_bf16", lambda has_bf16=has_bf16: has_bf16)
-        values = recipe_module._device_values({})
-        assert (values["use_cpu"], values["bf16"], values["fp16"]) == (False, has_bf16, not has_bf16)
-
-
-def test_the_adapters_dropout_is_recorded_as_it_is(write_recipe, tmp_path):
+def test_the_adapters_dropout_is_recorded_as_it_is(write_recipe):
     """TRL's `disable_dropout`, on by default, leaves none, whatever `lora_dropout` says."""
     assert read_recipe(write_recipe()).resolved()["lora_dropout"] == 0.0
     with_it = read_recipe(write_recipe(disable_dropout=False))
     assert with_it.resolved()["lora_dropout"] == with_it.model.lora_dropout == 0.05
-    run = tmp_path / "before"
-    run.mkdir()
-    recipe = read_recipe(write_recipe())
-    recipe.model.lora_dropout = 0.05  # as it was recorded once
-    recipe.save(run / "recipe.yaml")
-    assert saved_values(run)["lora_dropout"] == 0.0
-
-
-def as_before(path: Path, recipe: Recipe, **keys: Any) -> Path:
-    """A resolved recipe as older code wrote it, with every field of TRL's."""
-    older = {
-        "do_train": False,
-        "do_eval": False,
-        "do_predict": False,
-        "local_rank": -1,
-        "lora_dropout": 0.05,
-        "dtype": "bfloat16",
-    }
-    recipe.save(path)
-    save_values(path, yaml.safe_load(path.read_text()) | older | keys)
-    return path
-
-
-def test_what_an_older_release_resolved_is_read_with_what_it_really_did(write_recipe, tmp_path):
-    recipe = read_recipe(write_recipe())
-    path = as_before(tmp_path / "saved.yaml", recipe)
-    again = read_recipe(path, ["--max_steps", "3"])
-    assert again.training.max_steps == 3
-    assert again.resolved() == recipe.resolved() | {"max_steps": 3, "dtype": "bfloat16"}
-    assert again.notes == []
-
-
-def test_what_an_older_release_let_in_without_effect_is_left_out_of_its_run_and_named(write_recipe, tmp_path):
-    path = as_before(tmp_path / "saved.yaml", read_recipe(write_recipe()), bf16_full_eval=True)
-    recipe = read_recipe(path)
-    assert not recipe.training.bf16_full_eval
-    assert recipe.notes == [
-        "'bf16_full_eval: true' is left out: evaluation computes as training does: 'bf16: true'"
-    ]
-    text = path.read_text().partition("\n")[2]
-    path.write_text(text)  # without the line that says whose it is, it is a user's
-    with pytest.raises(RecipeError, match="'bf16_full_eval: true': evaluation computes"):
-        read_recipe(path)
 
 
 @pytest.mark.parametrize(
@@ -294,11 +234,9 @@ def test_what_an_older_release_let_in_without_effect_is_left_out_of_its_run_and_
         {"warmup_steps": 3},
         {"early_stopping_patience": 2, "save_strategy": "omit"},
         {"load_best_model_at_end": True, "save_strategy": "epoch"},
-        {"fsdp": "full_shard"},
         {"fsdp": True},
         {"save_strategy": "best", "metric_for_best_model": "margin", "eval_strategy": "epoch"},
         {"report_to": None},
-        {"train_sampling_strategy": "sequential"},
         {"load_in_4bit": True},
         {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"},
         {"max_steps": 2},
@@ -319,12 +257,7 @@ def test_a_recipe_trained_in_full_is_recorded_as_fp32_and_that_is_said_once(writ
     train(recipe)
     said = "dtype: float32, not bfloat16: weights that are trained in full are kept in fp32"
     assert capsys.readouterr().out.count(said) == 1
-    run = tmp_path / "run"
-    assert saved_values(run)["dtype"] == "float32"
-    (run / "recipe.yaml").write_text(
-        (run / "recipe.yaml").read_text().replace("dtype: float32", "dtype: bfloat16")
-    )
-    assert changed_keys(recipe, run) == []  # older code recorded what was asked for
+    assert saved_values(tmp_path / "run")["dtype"] == "float32"
     assert read_recipe(write_recipe(dtype="bfloat16")).notes == []
 
 
