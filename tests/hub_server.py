@@ -1,7 +1,4 @@
-"""A Hugging Face Hub on localhost, as far as huggingface_hub's client needs one, with faults on demand.
-
-`python tests/hub_server.py` serves one until Ctrl-C and prints what to set.
-"""
+"""A Hugging Face Hub on localhost, as far as huggingface_hub's client needs one, with faults on demand."""
 
 import base64
 import hashlib
@@ -12,9 +9,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
-from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -72,6 +67,11 @@ def blob_id(content: bytes) -> str:
 
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def oid(path: str, content: bytes) -> str:
+    """What the Hub calls a file's content."""
+    return sha256(content) if is_lfs(path, content) else blob_id(content)
 
 
 class LocalHub:
@@ -220,7 +220,6 @@ class LocalHub:
             raise Refused(401, "Invalid credentials in Authorization header", got=sent)
         known = bool(sent)
         routes: list[tuple[str, str, Callable[..., Answer]]] = [
-            ("GET", r"/api/whoami-v2", lambda: self._whoami(known)),
             ("POST", r"/api/validate-yaml", lambda: _validate(json.loads(body))),
             ("POST", r"/api/repos/create", lambda: self._create(known, json.loads(body))),
             ("GET", r"/api/models/([^/]+/[^/]+?)(?:/revision/([^/]+))?", self._for(READ, known, self._info)),
@@ -261,13 +260,6 @@ class LocalHub:
 
         return checked
 
-    def _whoami(self, known: bool) -> Answer:
-        if not known:
-            raise Refused(401, "Invalid username or password.")
-        return Answer(
-            content={"type": "user", "name": self.user, "orgs": [], "auth": {"type": "access_token"}}
-        )
-
     def _create(self, known: bool, wish: dict[str, Any]) -> Answer:
         if not known:
             raise Refused(401, "Invalid username or password.")
@@ -293,21 +285,9 @@ class LocalHub:
 
     def _info(self, repo_id: str, revision: str | None = None) -> Answer:
         commit, files = self._find(repo_id, revision)
-        return Answer(
-            content={
-                "id": repo_id,
-                "modelId": repo_id,
-                "author": repo_id.split("/")[0],
-                "sha": commit,
-                "private": self.repos[repo_id].private,
-                "gated": False,
-                "disabled": False,
-                "tags": [],
-                "downloads": 0,
-                "likes": 0,
-                "siblings": [{"rfilename": path} for path in sorted(files)],
-            }
-        )
+        siblings = [{"rfilename": path} for path in sorted(files)]
+        known = {"id": repo_id, "sha": commit, "private": self.repos[repo_id].private, "siblings": siblings}
+        return Answer(content=known | {"gated": False, "disabled": False, "tags": [], "downloads": 0})
 
     def _tree(
         self, repo_id: str, revision: str, folder: str | None = None, *, query: dict[str, str]
@@ -318,17 +298,12 @@ class LocalHub:
         if folder and not inside:
             raise Refused(404, f'"{folder}" does not exist', "EntryNotFound")
         deep = query.get("recursive", "").lower() in ("true", "1")
-        folders = {
-            start + path.removeprefix(start).split("/")[0] for path in inside if "/" in path[len(start) :]
-        }
+        below = {path: path.removeprefix(start).split("/") for path in inside}
+        folders = {start + parts[0] for parts in below.values() if len(parts) > 1}
         entries = [
             {"type": "directory", "oid": "0" * 40, "size": 0, "path": path} for path in sorted(folders)
         ]
-        entries += [
-            _entry(path, content)
-            for path, content in sorted(inside.items())
-            if deep or "/" not in path[len(start) :]
-        ]
+        entries += [_entry(path, inside[path]) for path, parts in below.items() if deep or len(parts) == 1]
         return Answer(content=entries)
 
     def _paths_info(self, repo_id: str, revision: str, *, form: dict[str, list[str]]) -> Answer:
@@ -338,16 +313,11 @@ class LocalHub:
     def _preupload(self, repo_id: str, revision: str, *, files: list[dict[str, Any]]) -> Answer:
         there = self._find(repo_id, revision)[1]
         answers = []
-        for file in files:
-            answer = {
-                "path": file["path"],
-                "uploadMode": "lfs" if is_lfs(file["path"], file["size"]) else "regular",
-                "shouldIgnore": False,
-            }
-            if file["path"] in there:
-                content = there[file["path"]]
-                answer["oid"] = sha256(content) if is_lfs(file["path"], content) else blob_id(content)
-            answers.append(answer)
+        for path, size in ((file["path"], file["size"]) for file in files):
+            answer = {"path": path, "uploadMode": "lfs" if is_lfs(path, size) else "regular"}
+            if path in there:
+                answer["oid"] = oid(path, there[path])
+            answers.append(answer | {"shouldIgnore": False})
         return Answer(content={"files": answers})
 
     def _xet_token(self) -> Answer:
@@ -410,16 +380,9 @@ class LocalHub:
             refused.answer.headers["X-Repo-Commit"] = commit
             raise refused
         content = files[path]
-        etag = sha256(content) if is_lfs(path, content) else blob_id(content)
-        headers = {
-            "Content-Type": "application/octet-stream",
-            "X-Repo-Commit": commit,
-            "ETag": f'"{etag}"',
-            "X-Linked-ETag": f'"{etag}"',
-            "X-Linked-Size": str(len(content)),
-            "Last-Modified": formatdate(usegmt=True),
-            "Accept-Ranges": "none",
-        }
+        etag = oid(path, content)
+        headers = {"Content-Type": "application/octet-stream", "Accept-Ranges": "none", "ETag": f'"{etag}"'}
+        headers |= {"X-Repo-Commit": commit, "X-Linked-ETag": f'"{etag}"', "X-Linked-Size": str(len(content))}
         return Answer(content=content, headers=headers)
 
 
@@ -455,15 +418,3 @@ def _validate(wish: dict[str, Any]) -> Answer:
     except yaml.YAMLError as error:
         raise Refused(400, "Invalid metadata", errors=[{"message": str(error)}], warnings=[]) from None
     return Answer(content={"errors": [], "warnings": []})
-
-
-if __name__ == "__main__":
-    with LocalHub() as local:
-        print(f"export HF_ENDPOINT={local.url} HF_TOKEN={local.token} HF_HUB_DISABLE_XET=1 HF_HUB_OFFLINE=0")
-        shown = 0
-        with suppress(KeyboardInterrupt):
-            while True:
-                time.sleep(0.2)
-                for line in local.log[shown:]:
-                    print(line, flush=True)
-                    shown += 1

@@ -67,12 +67,14 @@ class HeldOut:
     Attributes:
         encoded: held-out comparisons as token ids.
         ranks: of their responses.
+        names: what messages call each sequence.
         recorded: what the run's evaluation gave each sequence, `(sequences,)`; NaN where it says nothing.
         texts: by sequence number the messages of the first ones that are not truncated.
     """
 
     encoded: list[Encoded]
     ranks: list[list[int]]
+    names: list[str]
     recorded: list[float]
     texts: dict[int, list[Message]]
 
@@ -80,30 +82,23 @@ class HeldOut:
     def of(cls, split: Split, predictions: Sequence[dict[str, Any]] = ()) -> "HeldOut":
         """Take the first of a tokenised split, with what `predictions.jsonl` says of them."""
         lines = {line["index"]: line["rewards"] for line in predictions}
-        found = cls([], [], [], {})
+        found = cls([], [], [], [], {})
         for number, row in enumerate(split.comparisons):
             is_whole = [len(row["prefix"]) + len(rest) for rest in row["rests"]] == row["lengths"]
             for k, messages in enumerate(split[number].conversations()):
                 if is_whole and len(found.texts) < N_SERVED:
-                    found.texts[len(found.recorded) + k] = messages
+                    found.texts[len(found.names)] = messages
+                found.names.append(f"held-out comparison {number + 1}, response {k + 1} (best first)")
             found.recorded += lines.get(number, [np.nan] * len(row["rests"]))
             found.encoded.append(Encoded(row["prefix"], row["rests"]))
             found.ranks.append(row["ranks"])
-            if len(found.recorded) >= N_SEQUENCES:
+            if len(found.names) >= N_SEQUENCES:
                 break
         return found
 
     def sequences(self) -> list[list[int]]:
         """The token ids of each whole conversation."""
         return [ids for comparison in self.encoded for ids in comparison.conversations()]
-
-    def names(self) -> list[str]:
-        """What messages call each sequence."""
-        return [
-            f"held-out comparison {n}, response {k} (best first)"
-            for n, comparison in enumerate(self.encoded, 1)
-            for k in range(1, len(comparison.rests) + 1)
-        ]
 
 
 class Verification:
@@ -140,7 +135,7 @@ class Verification:
         """
         rewards = self.rewards()
         allowed = self.float32 + share * self.spread
-        self.moved[name] = compare(claim, self.now, rewards, allowed, self.held_out.names())
+        self.moved[name] = compare(claim, self.now, rewards, allowed, self.held_out.names)
         if self.moved[name] > self.float32:
             self.tolerance += share * self.spread
         self.now = rewards
@@ -155,7 +150,7 @@ class Verification:
             "evaluate it anew"
         )
         before = np.where(np.isnan(recorded), self.evaluated, recorded)
-        names = self.held_out.names()
+        names = self.held_out.names
         self.moved["recorded"] = compare(claim, before, self.evaluated, self.tolerance, names)
 
     def free_model(self) -> None:
@@ -188,13 +183,9 @@ class Verification:
         self.free_model()
         answer = _score_anew(request)
         allowed, differences = self._compare_files(answer)
-        if not answer["ids"][0] == answer["ids"][1] == tokenizer(rendered)["input_ids"]:
-            raise ExportError(
-                "the exported tokenizer gives other token ids, or adds special tokens to the chat template's "
-                "text; nothing was exported"
-            )
-        trl = trl_rewards(folder, conversations, device)
-        sampled = _compare_served(answer, trl, conversations, expected, allowed)
+        answer["trl"] = trl_rewards(folder, conversations, device)
+        _compare_ids(answer, tokenizer(rendered)["input_ids"])
+        sampled = _compare_served(answer, conversations, expected, allowed)
         reason = reason or (None if sampled else UNSAMPLED)
         agreement = [
             pairwise_agreement(rewards, ranks) for rewards in (self.evaluated, np.array(answer["alone"]))
@@ -212,24 +203,27 @@ class Verification:
             "ppo_reason": reason,
             "reward_at": "last token" if causal else "first token",
             "end_token": tokenizer.decode(sequences[0][-1:]),
-            "samples": _told(samples, rendered, answer),
+            "samples": [
+                sample | {"text": text, "reward": found["score"]}
+                for sample, text, found in zip(samples, rendered, answer["pipeline"], strict=False)
+            ],
             "passed": True,
         }
 
-    def _served(self) -> tuple[list[tuple[str, str]], list[list[Message]], Rewards]:
+    def _served(self) -> tuple[list[dict[str, str]], list[list[Message]], Rewards]:
         """The samples that fit the model; the conversations to go through pipeline and TRL; their rewards."""
         items = [{"prompt": prompt, "response": response} for prompt, response in SAMPLES]
         rewards = self.judge.score(items, unfit=np.nan)
-        samples = [sample for sample, reward in zip(SAMPLES, rewards, strict=True) if np.isfinite(reward)]
-        texts = [conversation([{"role": "user", "content": prompt}], reply) for prompt, reply in samples]
+        fit = np.isfinite(rewards)
+        samples = [item for item, fits in zip(items, fit, strict=True) if fits]
+        texts = [conversation([{"role": "user", "content": s["prompt"]}], s["response"]) for s in samples]
         held_out = self.held_out.texts
-        expected = np.concatenate([rewards[np.isfinite(rewards)], self.now[list(held_out)]])
-        return samples, [*texts, *held_out.values()], expected
+        return samples, [*texts, *held_out.values()], np.append(rewards[fit], self.now[list(held_out)])
 
     def _compare_files(self, answer: dict[str, Any]) -> tuple[float, dict[str, float | None]]:
         """What ways to serve the files may differ by, and by how much `max_abs_diff` says they do."""
         alone, batched, files = (np.array(answer[key], np.float32) for key in ("alone", "batched", "float32"))
-        names, allowed = self.held_out.names(), self.float32
+        names, allowed = self.held_out.names, self.float32
         claim = "the files do not give the merged model's rewards"
         self.moved["files"] = compare(claim, self.now, files, allowed, names)
         if np.abs(files - alone).max() > allowed:  # plain transformers computes in half precision
@@ -264,12 +258,16 @@ def compare(claim: str, before: Rewards, after: Rewards, allowed: float, names: 
     return float(difference[worst])
 
 
+def _compare_ids(answer: dict[str, Any], expected: list[list[int]]) -> None:
+    if not answer["ids"][0] == answer["ids"][1] == expected:
+        raise ExportError(
+            "the exported tokenizer gives other token ids, or adds special tokens to the chat template's "
+            "text; nothing was exported"
+        )
+
+
 def _compare_served(
-    answer: dict[str, Any],
-    trl: list[float],
-    conversations: list[list[Message]],
-    expected: Rewards,
-    allowed: float,
+    answer: dict[str, Any], conversations: list[list[Message]], expected: Rewards, allowed: float
 ) -> bool:
     """Compare what programs that use the files get with the expected rewards; whether a PPO trainer gets any.
 
@@ -279,7 +277,7 @@ def _compare_served(
     sampled = np.array(answer["ppo"] or [np.nan] * len(expected), np.float32)  # NaN for None
     served = {
         "transformers' pipeline": np.array([found["score"] for found in answer["pipeline"]]),
-        "TRL's RLOOTrainer": np.array(trl),
+        "TRL's RLOOTrainer": np.array(answer["trl"]),
         "a PPO trainer": np.where(np.isnan(sampled), expected, sampled),
     }
     replies = [f"'{messages[-1]['content'][:60]}'" for messages in conversations]
@@ -291,16 +289,6 @@ def _compare_served(
             f"transformers' pipeline calls the reward {', '.join(labels)}; nothing was exported"
         )
     return not np.isnan(sampled).all()
-
-
-def _told(
-    samples: list[tuple[str, str]], rendered: list[str], answer: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """The samples, which come first among what was rendered, with the rewards of transformers' pipeline."""
-    return [
-        {"prompt": prompt, "response": response, "text": text, "reward": found["score"]}
-        for (prompt, response), text, found in zip(samples, rendered, answer["pipeline"], strict=False)
-    ]
 
 
 def pads_left(model: nn.Module) -> bool:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import warnings
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from rm_recipe.model import lora
 from rm_recipe.recipe.reader import read_recipe
 from rm_recipe.training.train import train
 
+ANSWERS = {}  # by kind, what a fresh process said of the export
 ITEMS = [{"prompt": "hello", "response": "good good"}, {"prompt": "hello", "response": "bad far"}]
 IN_FULL = {"use_peft": False, "learning_rate": 1e-3}
 SET_UPS = {
@@ -62,12 +64,33 @@ def trained(tmp_path_factory, tiny_llama, tiny_distilbert, tiny_data):
 
 @pytest.fixture(scope="module")
 def exported(trained):
-    """The proof of such a run's export and the run, exported once, to be looked at only."""
-    proofs = {}
+    """The proof of such a run's export and the run, exported once, to be looked at only.
+
+    No model may be left when the next is loaded: the GPU of the run may not hold two in fp32.
+    """
+    proofs, models = {}, []
+    load, ask = scoring.load_trained, verify._score_anew
+
+    def nothing_is_left():
+        assert not [model for model in models if model() is not None]
+
+    def load_alone(*args, **kwargs):
+        nothing_is_left()
+        model = load(*args, **kwargs)
+        models.append(weakref.ref(model))
+        return model
+
+    def ask_alone(request):
+        nothing_is_left()
+        return ANSWERS.setdefault(Path(request["folder"]).parents[2].name, ask(request))
 
     def proof_of(kind):
         if kind not in proofs:
-            proofs[kind] = export(trained(kind))
+            with pytest.MonkeyPatch.context() as patch:
+                for module in (scoring, export_module):
+                    patch.setattr(module, "load_trained", load_alone)
+                patch.setattr(verify, "_score_anew", ask_alone)
+                proofs[kind] = export(trained(kind))
         return proofs[kind], trained(kind)
 
     return proof_of
@@ -87,6 +110,14 @@ def of_kind(*kinds):
 
 def saved(folder):
     return load_file(folder / "model.safetensors")
+
+
+def an_export_in(run):
+    """The weights of an earlier one."""
+    (run / "export").mkdir()
+    (run / "export" / "config.json").write_text('{"rm_recipe": {}}')
+    (run / "export" / "model.safetensors").write_text("old")
+    return run / "export" / "model.safetensors"
 
 
 def refused(claim, run, **options):
@@ -193,28 +224,6 @@ def test_the_two_bases_of_a_4_bit_run_are_told_apart_and_measured(exported, tiny
     assert (saved(run / "export")[name].float() - base[name] - update).abs().max() > 2e-3  # 4 bits
 
 
-@of_kind("8-bit")
-def test_a_model_is_gone_before_the_next_is_loaded(run, monkeypatch):
-    """Two of them in fp32 would not fit the GPU that the run was trained on."""
-    load, ask, models = scoring.load_trained, verify._score_anew, []
-
-    def load_alone(*args, **kwargs):
-        assert not [model for model in models if model() is not None]
-        model = load(*args, **kwargs)
-        models.append(weakref.ref(model))
-        return model
-
-    def ask_alone(request):
-        assert not [model for model in models if model() is not None]
-        return ask(request)
-
-    for module in (scoring, export_module):
-        monkeypatch.setattr(module, "load_trained", load_alone)
-    monkeypatch.setattr(verify, "_score_anew", ask_alone)
-    export(run)
-    assert len(models) == 2
-
-
 def test_a_model_that_does_not_fit_its_device_in_fp32_is_verified_on_the_cpu(trained, monkeypatch):
     model = RewardModel.from_pretrained(trained("fp32")).model.to("meta")  # stands for a GPU
     for free, device in ((100e9, "meta"), (0.5e9, "cpu")):
@@ -276,10 +285,9 @@ def test_the_hubs_classes_find_the_accuracy_in_the_card(exported, tiny_data):
 
 def test_an_export_that_scores_otherwise_is_not_put_in_place_of_one_that_does_not(run, monkeypatch):
     """The file itself is changed before it is read back."""
-    export(run)
+    old = an_export_in(run)
     with pytest.raises(RecipeError, match="add --overwrite to replace it"):
         export(run)
-    before = (run / "export" / "model.safetensors").read_bytes()
     save = export_module.save
 
     def save_otherwise(judge, folder, *rest):
@@ -292,7 +300,7 @@ def test_an_export_that_scores_otherwise_is_not_put_in_place_of_one_that_does_no
     claim = r"the files do not give .* comparison \d+, response \d .best first., went from .* is allowed"
     with pytest.raises(ExportError, match=claim):
         export(run, overwrite=True)
-    assert (run / "export" / "model.safetensors").read_bytes() == before
+    assert old.read_text() == "old"
     assert not [path for path in run.iterdir() if path.name.startswith(".export")]
 
 
@@ -327,15 +335,11 @@ def test_what_would_be_served_otherwise_is_refused(run, monkeypatch, file, chang
     refused(claim, run)
 
 
-def test_rewards_that_ppo_would_not_get_are_refused(run, monkeypatch):
-    ask = verify._score_anew
-
-    def otherwise(request):
-        answer = ask(request)
-        answer["ppo"][0] += 0.1
-        return answer
-
-    monkeypatch.setattr(verify, "_score_anew", otherwise)
+def test_rewards_that_ppo_would_not_get_are_refused(exported, run, monkeypatch):
+    exported("fp32")
+    answer = json.loads(json.dumps(ANSWERS["fp32"]))
+    answer["ppo"][0] += 0.1
+    monkeypatch.setattr(verify, "_score_anew", lambda _: answer)
     refused("a PPO trainer does not get the model's rewards", run)
 
 
@@ -407,8 +411,7 @@ def test_ctrl_c_leaves_no_half_written_export(run, monkeypatch):
 
 def test_a_full_disk_costs_the_new_export_and_not_the_old_one(run):
     """Files may not grow beyond 40 kB: what a full disk does, without one."""
-    (run / "export").mkdir()
-    (run / "export" / "config.json").write_text('{"rm_recipe": {}}')
+    old = an_export_in(run)
 
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -419,7 +422,7 @@ def test_a_full_disk_costs_the_new_export_and_not_the_old_one(run):
     assert result.returncode == 1
     assert "the export cannot be written" in result.stderr
     assert "Traceback" not in result.stderr
-    assert [path.name for path in (run / "export").iterdir()] == ["config.json"]
+    assert old.read_text() == "old"
     assert not [path for path in run.iterdir() if path.name.startswith(".export")]
 
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 from conftest import make_recipe, run_cli
@@ -27,16 +27,6 @@ EXTRAS = {"README.md", "proof.json", "evaluation.json", "reliability.png"}
 UPLOADED = MODEL_FILES | EXTRAS
 ADAPTER_FILES = UPLOADED - {"model.safetensors", "proof.json"}
 ADAPTER_FILES |= {"adapter_config.json", "adapter_model.safetensors"}
-
-
-@dataclass
-class Result:
-    """Of a push: its URL or its error with the exit code, stderr, and the seconds of each wait."""
-
-    code: int
-    out: str
-    err: str
-    waits: list[float]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +56,10 @@ def run_python(*arguments, env, cwd=None):
 
 @pytest.fixture
 def push(hub, monkeypatch, capfd):
-    """A push to the Hub on localhost; the token must not come out of it."""
+    """A push to the Hub on localhost: its exit code, the URL or the error, stderr, the seconds of each wait.
+
+    The token must not come out of it.
+    """
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
@@ -82,7 +75,7 @@ def push(hub, monkeypatch, capfd):
             code, out = 0, push_export(export, repo_id, **options)
         except RmRecipeError as error:
             code, out = error.exit_code, str(error)
-        result = Result(code, out, capfd.readouterr().err, waits)
+        result = SimpleNamespace(code=code, out=out, err=capfd.readouterr().err, waits=waits)
         stored = [*hub.objects.values()]
         stored += [text for repo in hub.repos.values() for files in repo.commits for text in files.values()]
         assert (token or hub.token).encode() not in b" ".join([*stored, out.encode(), result.err.encode()])
@@ -373,14 +366,11 @@ def test_only_what_was_verified_is_sent_as_it_was_then(export):
     assert files["config.json"] == before
 
 
-def test_a_file_that_holds_the_token_is_refused(hub, push, export):
-    write(export / "README.md", f"Download with {hub.token}.")
-    refused(push(export), hub, "README.md holds your token")
-
-
-def test_what_is_no_export_is_refused(hub, push, export, tmp_path):
+def test_what_is_no_export_and_a_file_that_holds_the_token_are_refused(hub, push, export, tmp_path):
     refused(push(tmp_path / "gone"), hub, "gone is not an export")
     refused(push(export.parent), hub, f"its export is {export}")
+    write(export / "README.md", f"Download with {hub.token}.")
+    refused(push(export), hub, "README.md holds your token")
 
 
 @pytest.mark.parametrize("repo_id", ["name", "a/b/c", "us er/x", "", "ann/", "ann/x.git"])
@@ -389,14 +379,12 @@ def test_an_id_that_no_repository_has_is_refused(hub, push, export, repo_id):
     assert not is_repo_id("/models/x")
 
 
-@pytest.mark.parametrize("token", [None, "hf_a b"])
-def test_without_a_token_nothing_is_tried(hub, push, export, monkeypatch, token):
-    refused(
-        push(export, token=token), hub, "no token for the Hub; log in with `hf auth login` or set HF_TOKEN"
-    )
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
-    with pytest.raises(RecipeError, match="no token"):
-        check_destination(REPO)
+def test_without_a_token_nothing_is_tried(hub, push, export):
+    for token in ("", "hf_a b"):
+        said = "no token for the Hub; log in with `hf auth login` or set HF_TOKEN"
+        refused(push(export, token=token), hub, said)
+        with pytest.raises(RecipeError, match="no token"):
+            check_destination(REPO)
 
 
 def test_offline_mode_is_told(hub, push, export, monkeypatch):

@@ -64,7 +64,7 @@ def held_out(judge, write_recipe):
 
 def test_64_sequences_are_compared_and_8_of_them_as_texts(held_out):
     found = HeldOut.of(held_out(), [{"index": 1, "rewards": [2.0, -1.0]}])
-    assert len(found.names()) == len(found.sequences()) == N_SEQUENCES
+    assert len(found.names) == len(found.sequences()) == N_SEQUENCES
     assert list(found.texts) == list(range(N_SERVED))
     assert found.recorded[2:4] == [2.0, -1.0]
     assert np.isnan(found.recorded).sum() == N_SEQUENCES - 2
