@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 from transformers.utils import logging
 
@@ -44,12 +43,11 @@ def score(
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval().to(device)
+    alone = rewards(model, tokenizer, sequences, 1, "right")
+    batched = rewards(model, tokenizer, sequences, BATCH, "right")
+    padded_left = rewards(model, tokenizer, sequences, BATCH, "left") if left else None
     half = model.dtype != torch.float32
-    with tqdm(total=(2 + left + half) * len(sequences), desc="Scoring anew", unit="sequence") as bar:
-        alone = rewards(model, tokenizer, sequences, 1, "right", bar)
-        batched = rewards(model, tokenizer, sequences, BATCH, "right", bar)
-        padded_left = rewards(model, tokenizer, sequences, BATCH, "left", bar) if left else None
-        float32 = rewards(model.float(), tokenizer, sequences, 1, "right", bar) if half else alone
+    float32 = rewards(model.float(), tokenizer, sequences, 1, "right") if half else alone
     ppo = ppo_rewards(model, tokenizer, sampled)
     del model
     gc.collect()  # it may not fit a GPU twice
@@ -67,7 +65,7 @@ def score(
 
 
 def rewards(
-    model: Any, tokenizer: Any, sequences: list[list[int]], batch_size: int, side: str, bar: Any
+    model: Any, tokenizer: Any, sequences: list[list[int]], batch_size: int, side: str
 ) -> list[float]:
     """One for each sequence, in batches padded on that side."""
     found: list[float] = []
@@ -76,7 +74,6 @@ def rewards(
         batch = tokenizer.pad({"input_ids": ids}, padding_side=side, return_tensors="pt")
         with torch.inference_mode():
             found += model(**batch.to(model.device)).logits[:, 0].float().tolist()
-        bar.update(len(ids))
     return found
 
 

@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined] # not marked as exported
 from huggingface_hub.utils.sha import git_hash
 
 from rm_recipe import __version__
@@ -247,16 +247,17 @@ def _publish(api: HfApi, repo_id: str, files: list[CommitOperationAdd], private:
 
 def _different(api: HfApi, repo_id: str, files: list[CommitOperationAdd], revision: str | None) -> list[str]:
     """The files that the repository lacks or has otherwise."""
-    names = [file.path_in_repo for file in files]
-    entries = api.get_paths_info(repo_id, names, revision=revision)
+    entries = api.get_paths_info(repo_id, [file.path_in_repo for file in files], revision=revision)
     found = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
     return [file.path_in_repo for file in files if not _same(file, found.get(file.path_in_repo))]
 
 
 def _same(file: CommitOperationAdd, remote: RepoFile | None) -> bool:
     """By SHA-256 where the Hub keeps it, which it does for large files; else by git's name of the content."""
-    if remote is None or remote.lfs is not None:
-        return remote is not None and remote.lfs.sha256 == _sha256(file)
+    if remote is None:
+        return False
+    if remote.lfs is not None:
+        return remote.lfs.sha256 == _sha256(file)
     with file.as_file() as content:
         return remote.blob_id == git_hash(content.read())
 
