@@ -1,7 +1,7 @@
 """From (prompt, response) to rewards: one path for evaluation, `score`, the export and RL."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ TOKENS_PER_BATCH = 4096  # enough to fill two cores or a small GPU, little enoug
 
 
 class RewardModel:
-    """A judge: reads a prompt and a response, returns one number.
+    """A reward model: reads a prompt and a response, returns one number.
 
     Example::
 
@@ -43,7 +43,7 @@ class RewardModel:
         self.model = model
         self.tokenizer = tokenizer
         settings = getattr(model.config, "rm_recipe", None) or {}  # what training truncated to
-        self.max_length: int | None = settings.get("max_length", positions(model.config))
+        self.max_length: int | None = settings.get("max_length", positions(model))
         self.truncation: str = settings.get("truncation", "drop_oldest_turns")
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         wanted = settings.get("prefix_sharing", "auto")
@@ -51,7 +51,7 @@ class RewardModel:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str | None = None) -> "RewardModel":
-        """Loads a run folder, its `model/`, a merged export or a one-label model from the Hub.
+        """Load a run folder, its `model/`, a merged export or a one-label model from the Hub.
 
         Args:
             device: where to put it; by default this process's accelerator, if there is one.
@@ -62,10 +62,8 @@ class RewardModel:
         folder = find_model(str(path))
         tokenizer = load_tokenizer(folder)
         model = load_trained(folder, tokenizer)
-        if device is None:
-            device = str(this_device())
         if not getattr(model.config, "quantization_config", None):  # loaded where it is to stay
-            model = model.to(device)
+            model = model.to(device or this_device())
         return cls(model, tokenizer)
 
     def score(
@@ -101,20 +99,20 @@ class RewardModel:
         members, encoded = [], []
         for group in groups.values():
             whole = split_at_common_prefix([conversations[i] for i in group])
-            for part in _parts(whole, self.sharing.used):
+            shared = self.sharing.used
+            once, each = (len(whole.prefix), 0) if shared else (0, len(whole.prefix))
+            for part in _in_groups([each + len(rest) for rest in whole.rests], once):
                 members.append([group[k] for k in part])
                 encoded.append(Encoded(whole.prefix, [whole.rests[k] for k in part]))
         rewards = np.full(len(items), unfit or 0.0, np.float32)
-        for group, values in zip(
-            members, self.score_encoded(encoded, "Scoring" if progress else ""), strict=True
-        ):
+        found = self.score_encoded(encoded, "Scoring" if progress else "")
+        for group, values in zip(members, found, strict=True):
             rewards[group] = values
         return rewards
 
     def _encode(self, item: dict[str, Any], name: str) -> list[int]:
-        prompt, response = item.get("prompt"), item.get("response")
-        if not prompt or not isinstance(response, str):
-            raise DataError(f"{name}: expected a 'prompt' and a 'response' text")
+        _check_item(item, name)
+        prompt, response = item["prompt"], item["response"]
         try:
             comparison = Comparison(in_context(as_messages(prompt), item), [as_reply(prompt, response)])
             check_unicode([*(message["content"] for message in comparison.prompt), response])
@@ -139,18 +137,15 @@ class RewardModel:
             progress: what the progress bar says; empty for none.
         """
         device = next(self.model.parameters()).device
+        pad, shared = self.tokenizer.pad_token_id, self.sharing.used
         results: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(comparisons)
-        sizes = [_size(comparison, self.sharing.used) for comparison in comparisons]
+        sizes = [c.length if shared else sum(map(len, c.conversations())) for c in comparisons]
         order = sorted(range(len(comparisons)), key=lambda i: -sizes[i])
         with tqdm(total=len(order), desc=progress, unit="prompt", disable=not progress) as bar:
-            for members in _batches(order, sizes):
+            for group in _in_groups([sizes[i] for i in order]):
+                members = [order[place] for place in group]
                 batch = [comparisons[i] for i in members]
-                pad = self.tokenizer.pad_token_id
-                rows = (
-                    shared_rows(batch, pad, by_block(self.model))
-                    if self.sharing.used
-                    else padded_rows(batch, pad)
-                )
+                rows = shared_rows(batch, pad, by_block(self.model)) if shared else padded_rows(batch, pad)
                 rows = {key: value.to(device) for key, value in rows.items()}
                 with torch.inference_mode(), autocast(self.model):
                     logits = self.model(**rows).logits
@@ -164,34 +159,22 @@ class RewardModel:
         return results
 
 
-def _size(comparison: Encoded, shared: bool) -> int:
-    """Tokens that the model computes for a comparison."""
-    return comparison.length if shared else sum(map(len, comparison.conversations()))
+def _in_groups(sizes: Sequence[int], once: int = 0) -> list[list[int]]:
+    """Group indices, in their order, so that a group fits a batch: of sizes and of what it holds `once`."""
+    groups: list[list[int]] = []
+    tokens = 0
+    for index, size in enumerate(sizes):
+        if not groups or tokens + size > TOKENS_PER_BATCH:
+            groups.append([])
+            tokens = once
+        groups[-1].append(index)
+        tokens += size
+    return groups
 
 
-def _parts(comparison: Encoded, shared: bool) -> Iterable[list[int]]:
-    """The responses in groups that fit a batch, by number: best-of-n may bring hundreds."""
-    once, each = (len(comparison.prefix), 0) if shared else (0, len(comparison.prefix))
-    part: list[int] = []
-    tokens = once
-    for number, rest in enumerate(comparison.rests):
-        if part and tokens + each + len(rest) > TOKENS_PER_BATCH:
-            yield part
-            part, tokens = [], once
-        part.append(number)
-        tokens += each + len(rest)
-    yield part
-
-
-def _batches(order: Sequence[int], sizes: Sequence[int]) -> Iterable[list[int]]:
-    batch: list[int] = []
-    for index in order:
-        if batch and sum(sizes[i] for i in batch) + sizes[index] > TOKENS_PER_BATCH:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
+def _check_item(item: dict[str, Any], name: str) -> None:
+    if not item.get("prompt") or not isinstance(item.get("response"), str):
+        raise DataError(f"{name}: expected a 'prompt' and a 'response' text")
 
 
 def find_model(path: str) -> str:
@@ -216,7 +199,7 @@ def find_model(path: str) -> str:
 
 
 def score_file(model_path: str, source: Path, target: Path) -> int:
-    """Writes the items of a file as lines with their `"reward"`; returns how many.
+    """Write the items of a file as lines with their `"reward"`; returns how many.
 
     Raises:
         DataError: a row is not such an item; nothing is written.
@@ -241,7 +224,6 @@ def read_items(source: Path) -> dict[str, dict[str, Any]]:
     items = {}
     for number, item in read_rows(source):
         name = f"{source}, {unit(source)} {number}"
-        if not item.get("prompt") or not isinstance(item.get("response"), str):
-            raise DataError(f'{name}: expected {{"prompt": ..., "response": "..."}}')
+        _check_item(item, name)
         items[name] = item
     return items

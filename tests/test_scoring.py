@@ -6,12 +6,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import write_jsonl
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import ModelConfig
 
 from rm_recipe import RewardModel
-from rm_recipe.data.comparison import Comparison
+from rm_recipe.data.comparison import Comparison, Encoded
 from rm_recipe.data.messages import as_messages
 from rm_recipe.data.tokenization import encode_all
 from rm_recipe.errors import DataError, RecipeError, TrainingError
@@ -101,10 +100,11 @@ def test_evaluation_and_score_agree_on_prompts_near_max_length(model):
         for words in range(0, 40, 3)
     ]
     found = encode_all(model.tokenizer, comparisons, limit, model.truncation)
-    fitting = [(c, t) for c, t in zip(comparisons, found, strict=True) if t.encoded]
+    fitting = [(c, row) for c, row in zip(comparisons, found, strict=True) if not row["excluded"]]
     assert len(fitting) > 5
-    assert any(tokenized.fates for _, tokenized in fitting)
-    evaluated = np.concatenate(model.score_encoded([tokenized.encoded for _, tokenized in fitting]))
+    assert any(row["truncated"] for _, row in fitting)
+    encoded = [Encoded(row["prefix"], row["rests"]) for _, row in fitting]
+    evaluated = np.concatenate(model.score_encoded(encoded))
     items = [{"prompt": c.prompt, "response": reply} for c, _ in fitting for reply in c.responses]
     assert np.allclose(model.score(items), evaluated, atol=1e-6)
     assert np.allclose([model.score([item])[0] for item in items], evaluated, atol=1e-6)
@@ -138,14 +138,6 @@ def test_text_that_would_be_read_as_a_control_token_is_named(model):
     assert np.isfinite(rewards).tolist() == [True, False]
 
 
-def test_no_items_have_no_rewards(model):
-    assert model.score([]).shape == (0,)
-
-
-def test_a_decoder_shares_prompts_and_an_encoder_does_not(model):
-    assert model.sharing.used == (model.model.config.model_type == "llama")
-
-
 def test_rewards_that_are_no_numbers_are_refused(model):
     with torch.no_grad():
         getattr(model.model, "score", getattr(model.model, "classifier", None)).weight.fill_(float("nan"))
@@ -154,33 +146,21 @@ def test_rewards_that_are_no_numbers_are_refused(model):
 
 
 @pytest.mark.parametrize(
-    "item", [{}, {"prompt": "a"}, {"prompt": "", "response": "b"}, {"prompt": "a", "response": 3}]
+    ("prompt", "response", "fault"),
+    [
+        ("", "b", "expected a 'prompt' and a 'response'"),
+        ("a", 3, "expected a 'prompt' and a 'response'"),
+        (5, "b", "'prompt' should be a text or a list of messages"),
+        ("a\ud800", "b", "invalid text"),
+        ("far away " * 40, "yes", "too long .at most 40 tokens."),
+        (str([{"role": "user", "content": "a"}]), "b", "python repr: write messages as JSON"),
+        ([{"role": "judge", "content": "a"}], "b", "unknown role: role 'judge'"),
+    ],
 )
-def test_an_item_without_prompt_or_response_is_named(model, item):
-    with pytest.raises(DataError, match="item 2: expected a 'prompt' and a 'response'"):
-        model.score([ITEMS[0], item])
-
-
-def test_text_that_no_tokenizer_can_read_is_named(model):
-    with pytest.raises(DataError, match="item 1: invalid text"):
-        model.score([{"prompt": "a\ud800", "response": "b"}])
-    with pytest.raises(DataError, match="item 1: 'prompt' should be a text or a list of messages"):
-        model.score([{"prompt": 5, "response": "b"}])
-
-
-def test_an_item_too_long_for_the_model_is_named(model):
-    model.max_length = 10
-    with pytest.raises(DataError, match="item 1: too long .at most 10 tokens."):
-        model.score([{"prompt": "far away " * 20, "response": "yes"}])
-
-
-def test_a_line_too_long_for_the_model_is_named_with_its_file(model, tmp_path, monkeypatch):
-    model.max_length = 60
-    monkeypatch.setattr(RewardModel, "from_pretrained", lambda _: model)
-    source = write_jsonl(tmp_path / "in.jsonl", [*ITEMS, {"prompt": "hello", "response": "far " * 200}])
-    with pytest.raises(DataError, match=rf"in.jsonl, line {len(ITEMS) + 1}: response too long .at most 60"):
-        score_file("m", source, tmp_path / "out.jsonl")
-    assert not (tmp_path / "out.jsonl").exists()
+def test_an_item_that_cannot_be_scored_is_named(model, prompt, response, fault):
+    model.max_length = 40
+    with pytest.raises(DataError, match=f"item 2: {fault}"):
+        model.score([{"prompt": "a", "response": "b"}, {"prompt": prompt, "response": response}])
 
 
 @pytest.mark.parametrize(
@@ -188,10 +168,7 @@ def test_a_line_too_long_for_the_model_is_named_with_its_file(model, tmp_path, m
     [
         (b"", "is empty: it holds no rows"),
         (b'{"prompt": "a", "response": "b"}\n{"prompt"', "line 2: not JSON"),
-        (b"[" * 100_000, "line 1: not JSON"),
         (b'{"prompt": "a"}\n', "line 1: expected"),
-        (b'"text"\n', "line 1: a row is a JSON object, this is a str"),
-        (b'\n\n{"prompt": "a"}\n', "line 3: expected"),
         (b"\xff\xfe", "not UTF-8"),
     ],
 )
@@ -203,14 +180,6 @@ def test_a_bad_line_is_named_with_its_file(tmp_path, content, message):
     assert str(path) in str(caught.value)
 
 
-def test_a_line_separator_inside_a_text_ends_no_line(tmp_path):
-    path = tmp_path / "in.jsonl"
-    path.write_text(
-        json.dumps({"prompt": "a\u2028b", "response": "c"}, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    assert [item["prompt"] for item in read_items(path).values()] == ["a\u2028b"]
-
-
 LINES = [json.dumps(item).encode() for item in ITEMS]
 
 
@@ -218,10 +187,8 @@ LINES = [json.dumps(item).encode() for item in ITEMS]
     ("name", "content"),
     [
         ("bom.jsonl", b"\xef\xbb\xbf" + b"\n".join(LINES)),
-        ("blank.jsonl", b"\n\n".join(LINES) + b"\n\n\n"),
         ("crlf.jsonl", b"\r\n".join(LINES) + b"\r\n"),
         ("packed.jsonl.gz", gzip.compress(b"\n".join(LINES))),
-        ("list.json", b"[" + b",\n".join(LINES) + b"]"),
         ("list.json.gz", gzip.compress(b"[" + b",\n".join(LINES) + b"]")),
     ],
 )
@@ -249,10 +216,8 @@ def test_a_row_is_named_by_its_number_in_the_file(model, tmp_path, monkeypatch, 
 
 def test_a_prompt_is_read_as_in_training(model):
     """A transcript and messages as JSON text are the same prompt as the messages."""
-    turns = [
-        {"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"},
-        {"role": "user", "content": "how are you"},
-    ]  # fmt: skip
+    said = [("user", "hello"), ("assistant", "yes"), ("user", "how are you")]
+    turns = [{"role": role, "content": content} for role, content in said]
     transcript = "\n\nHuman: hello\n\nAssistant: yes\n\nHuman: how are you\n\nAssistant:"
     prompts = [turns, transcript, json.dumps(turns), [{**turns[0], "role": "human"}, *turns[1:]]]
     responses = ["fine", " fine", "fine", "fine"]
@@ -267,27 +232,15 @@ def test_a_prompt_is_read_as_in_training(model):
     assert model.score(items)[0] != model.score([{"prompt": turns, "response": "fine"}])[0]
     with pytest.raises(DataError, match="item 1: tools: the tools that its prompt offers are not rendered"):
         model.score([{"prompt": turns, "response": "fine", "tools": [{"name": "f"}]}])
-    with pytest.raises(DataError, match="item 1: python repr: write messages as JSON"):
-        model.score([{"prompt": str(turns), "response": "fine"}])
-    with pytest.raises(DataError, match="item 1: unknown role: role 'judge'"):
-        model.score([{"prompt": [{"role": "judge", "content": "a"}], "response": "fine"}])
 
 
-def test_a_failed_scoring_leaves_no_output(tmp_path):
+def test_a_model_or_input_that_is_not_there_is_named_and_leaves_no_output(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         score_file("whatever", tmp_path / "missing.jsonl", tmp_path / "out.jsonl")
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("path", ["./no/such/model", "outputs/nothing"])
-def test_a_missing_model_is_named(path):
-    with pytest.raises(RecipeError, match=f"{path} does not exist"):
-        RewardModel.from_pretrained(path)
-
-
-def test_a_folder_without_a_model_says_what_is_missing(tmp_path):
-    with pytest.raises(RecipeError, match="holds no model"):
-        RewardModel.from_pretrained(tmp_path)
+    for path, fault in (("./no/such", "no/such does not exist"), (tmp_path, "holds no model")):
+        with pytest.raises(RecipeError, match=fault):
+            RewardModel.from_pretrained(path)
 
 
 def test_a_model_that_says_no_length_is_given_what_it_has_positions_for(tiny_distilbert, tmp_path):
@@ -310,8 +263,6 @@ def test_a_model_that_says_no_length_is_given_what_it_has_positions_for(tiny_dis
         ("cuda", 8, 0, "3", "cuda:3"),  # under a launcher, before Accelerate has chosen
         ("cuda", 8, 5, None, "cuda:5"),  # chosen already
         ("cuda", 1, 0, "3", "cuda:0"),  # each process sees its own alone
-        ("xpu", 4, 0, "2", "xpu:2"),
-        ("npu", 1, 0, None, "npu:0"),
         (None, 0, 0, "3", "cpu"),
     ],
 )
@@ -321,17 +272,8 @@ def test_a_reward_model_goes_to_the_accelerator_of_its_process(
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if rank is not None:
         monkeypatch.setenv("LOCAL_RANK", rank)
-    found = torch.device("privateuseone" if kind == "npu" else kind) if kind else None
+    found = torch.device(kind) if kind else None
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: current)
-    assert str(this_device()).replace("privateuseone", "npu") == expected
-
-
-def test_by_default_a_model_is_put_there(monkeypatch, tiny_llama, tmp_path):
-    classifier = AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=1)
-    classifier.save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path)
-    monkeypatch.setattr("rm_recipe.scoring.this_device", lambda: torch.device("meta"))
-    assert RewardModel.from_pretrained(tmp_path).model.device.type == "meta"
-    assert RewardModel.from_pretrained(tmp_path, "cpu").model.device.type == "cpu"
+    assert str(this_device()) == expected

@@ -71,9 +71,10 @@ def row_attention(
     Returns:
         (rows, length, heads, head size), and no attention weights.
     """
+    blocks = None
     if attention_mask is not None:
         announce_rows(attention_mask)  # a reentrant checkpoint hands its backward another tensor
-    blocks = None if attention_mask is None else _blocks.get(attention_mask)
+        blocks = _blocks.get(attention_mask)
     if blocks is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

@@ -95,12 +95,12 @@ def head_of(model: torch.nn.Module, names: list[str]) -> dict[str, torch.Tensor]
     }
 
 
-def saved_tensors(folder: Path, containing: str = "") -> dict[str, torch.Tensor]:
-    """What a model's or adapter's folder holds on disk, of the names that contain a text."""
+def saved_tensors(folder: Path, starts: tuple[str, ...] = ("",)) -> dict[str, torch.Tensor]:
+    """Read the tensors on disk in a model's or adapter's folder, of names that start in one of these ways."""
     saved: dict[str, torch.Tensor] = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
-            names = (name for name in file.keys() if containing in name)  # noqa: SIM118 - no mapping
+            names = (name for name in file.keys() if name.startswith(starts))  # noqa: SIM118 - no mapping
             saved |= {name: file.get_tensor(name) for name in names}
     return saved
 

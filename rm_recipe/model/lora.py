@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -16,33 +16,30 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from rm_recipe.errors import RecipeError, TrainingError, one_line
 from rm_recipe.model.head import Float32Linear, outermost, read_own_precision, saved_tensors
 from rm_recipe.recipe.schema import did_you_mean
-
-if TYPE_CHECKING:
-    from trl import ModelConfig
-
 
 ALL_LINEAR = "all-linear"
 HALF = (torch.bfloat16, torch.float16)
 
 
 def add_lora(
-    model: PreTrainedModel, config: "ModelConfig", new_modules: list[str], autocast: bool
+    model: PreTrainedModel, config: ModelConfig, new_modules: list[str], autocast: bool
 ) -> PeftModel:
-    """Wraps the model for LoRA by TRL's keys; `new_modules` are trained in full.
+    """Wrap the model for LoRA by TRL's keys; `new_modules` are trained in full.
 
     Args:
         autocast: whether training computes in half precision (`bf16` or `fp16`).
 
     Raises:
-        RecipeError: the target modules match nothing.
+        RecipeError: PEFT refuses it.
     """
+    settings = lora_config(config, new_modules)
+    settings.exclude_modules = _beside_text(model)
     try:
-        settings = lora_config(config, new_modules)
-        settings.exclude_modules = _beside_text(model)
         wrapped = get_peft_model(model, settings, revision=config.model_revision)
     except ValueError as error:
         advice = "; set 'lora_dropout: 0'" if "lora_dropout" in str(error) else ""
@@ -66,8 +63,8 @@ def _beside_text(model: PreTrainedModel) -> str | None:
     return rf"(?!{re.escape(name)}\.).*"
 
 
-def check_target_modules(model: PreTrainedModel, config: "ModelConfig") -> None:
-    """Refuses names of LoRA's modules that match nothing; PEFT minds only if all `lora_target_modules` do.
+def check_target_modules(model: PreTrainedModel, config: ModelConfig) -> None:
+    """Refuse names of LoRA's modules that match nothing; PEFT minds only if all `lora_target_modules` do.
 
     Args:
         model: with or without weights.
@@ -75,39 +72,33 @@ def check_target_modules(model: PreTrainedModel, config: "ModelConfig") -> None:
     Raises:
         RecipeError: naming those, and the nearest that there are.
     """
-    wanted, names = target_modules(config), [name for name, _ in model.named_modules()]
-    if isinstance(wanted, str):
+    targets, modules = target_modules(config), [name for name, _ in model.named_modules()]
+    if isinstance(targets, str):
         try:
-            found = wanted == ALL_LINEAR or any(re.fullmatch(wanted, name) for name in names)
+            found = targets == ALL_LINEAR or any(re.fullmatch(targets, name) for name in modules)
         except re.error as error:
             raise RecipeError(
-                f"'lora_target_modules: {wanted}' is neither a layer's name nor a regular expression: {error}"
+                f"'lora_target_modules: {targets}' is neither a name nor a regular expression: {error}"
             ) from None
-        unmatched = [] if found else [wanted]
-    else:
-        unmatched = [part for part in wanted if not any(f".{name}".endswith(f".{part}") for name in names)]
-    if unmatched:
-        layers = (nn.Linear, Conv1D)
-        linear = [name for name, module in model.base_model.named_modules() if isinstance(module, layers)]
-        there = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-        raise RecipeError(
-            f"'lora_target_modules': no layer is called {', '.join(unmatched)}; this model's are {there}"
-        )
+        targets = [] if found else [targets]
     parameters = [name for name, _ in model.named_parameters()]
     for key, wanted, known in (
-        ("lora_modules_to_save", config.lora_modules_to_save, names),
+        ("lora_target_modules", targets, modules),
+        ("lora_modules_to_save", config.lora_modules_to_save, modules),
         ("lora_target_parameters", config.lora_target_parameters, parameters),
     ):
-        missing = [
-            part for part in wanted or [] if not any(f".{name}".endswith(f".{part}") for name in known)
-        ]
+        missing = [part for part in wanted or [] if not any(f".{n}".endswith(f".{part}") for n in known)]
         if missing:
-            ends = {name.rpartition(".")[2] for name in known if name}
-            close = did_you_mean(missing[0].rpartition(".")[2], ends)
-            raise RecipeError(f"'{key}': this model has no {', '.join(missing)}.{close}")
+            close = did_you_mean(missing[0].rpartition(".")[2], {n.rpartition(".")[2] for n in known if n})
+            body = model.base_model.named_modules()
+            layers = [name for name, module in body if isinstance(module, (nn.Linear, Conv1D))]
+            linear = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+            raise RecipeError(
+                f"'{key}': no layer is called {', '.join(missing)}.{close} This model's are {linear}"
+            )
 
 
-def target_modules(config: "ModelConfig") -> str | list[str]:
+def target_modules(config: ModelConfig) -> str | list[str]:
     """The layers that get adapters: all linear ones by default, else names, or a regular expression.
 
     TRL makes a text of a list with one name, which PEFT takes for a regular expression of the whole path.
@@ -115,30 +106,22 @@ def target_modules(config: "ModelConfig") -> str | list[str]:
     wanted = config.lora_target_modules or ALL_LINEAR
     if str(wanted).lower() == ALL_LINEAR:
         return ALL_LINEAR
-    if isinstance(wanted, str) and wanted != ALL_LINEAR and re.fullmatch(r"[\w.]+", wanted):
-        return [wanted]
-    return wanted
+    return [wanted] if isinstance(wanted, str) and re.fullmatch(r"[\w.]+", wanted) else wanted
 
 
-def selects_layers(config: "ModelConfig") -> bool:
+def selects_layers(config: ModelConfig) -> bool:
     """Whether a regular expression says which of the layers get adapters."""
     wanted = target_modules(config)
     return bool(config.use_peft) and isinstance(wanted, str) and wanted != ALL_LINEAR
 
 
-def lora_config(config: "ModelConfig", new_modules: list[str]) -> LoraConfig:
+def lora_config(config: ModelConfig, new_modules: list[str]) -> LoraConfig:
     """PEFT's settings by TRL's keys."""
-    return LoraConfig(
-        task_type=TaskType.SEQ_CLS,
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=target_modules(config),
-        target_parameters=config.lora_target_parameters,
-        modules_to_save=outermost([*new_modules, *(config.lora_modules_to_save or [])]),
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
-    )
+    settings = cast(LoraConfig, get_peft_config(config))
+    settings.task_type = TaskType.SEQ_CLS
+    settings.target_modules = target_modules(config)
+    settings.modules_to_save = outermost([*new_modules, *(config.lora_modules_to_save or [])])
+    return settings
 
 
 def untrained_layers(folder: Path) -> list[str]:
@@ -149,7 +132,7 @@ def untrained_layers(folder: Path) -> list[str]:
     Raises:
         TrainingError: there are adapters, and all are like that; sharded training saved such (trl#939).
     """
-    saved = saved_tensors(folder, containing=".lora_B.")
+    saved = {name: up for name, up in saved_tensors(folder).items() if ".lora_B." in name}
     untrained = [name for name, up in saved.items() if not up.any()]
     if untrained and len(untrained) == len(saved):
         raise TrainingError(f"every LoRA adapter saved in {folder} is zero or empty: nothing was learnt")
@@ -157,7 +140,7 @@ def untrained_layers(folder: Path) -> list[str]:
 
 
 def train_in_float32(model: nn.Module) -> bool:
-    """Makes what is trained in full beside LoRA (`lora_modules_to_save`) fp32; whether anything was not.
+    """Make what is trained in full beside LoRA (`lora_modules_to_save`) fp32; whether anything was not.
 
     PEFT does so for adapters alone. The layers around are in half precision, and are given that.
     """
@@ -183,7 +166,7 @@ def _give_precision_of(original: nn.Module, _: nn.Module, __: Any, output: torch
 
 
 def keep_activations_in_half(model: nn.Module) -> None:
-    """Stops PEFT from casting every activation to the adapters' fp32.
+    """Stop PEFT from casting every activation to the adapters' fp32.
 
     The adapters (and the optimizer's state) stay fp32; autocast casts the small weights instead of
     the large activations, which makes a step about a sixth faster on CPU.
@@ -235,24 +218,22 @@ class _OneProduct:
 
 # --- a base in 4 or 8 bits (QLoRA, arXiv 2305.14314), its head left whole ----------------------
 
-ADVICE = "comes quantised: take the original model, with load_in_4bit or load_in_8bit"
 
-
-def settings(config: "ModelConfig", skip: list[str]) -> BitsAndBytesConfig:
+def settings(config: ModelConfig, skip: list[str]) -> BitsAndBytesConfig:
     """bitsandbytes' settings by TRL's keys, the modules in `skip` left as they are."""
-    return BitsAndBytesConfig(
-        load_in_4bit=config.load_in_4bit,
-        load_in_8bit=config.load_in_8bit,
-        bnb_4bit_quant_type=config.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=config.use_bnb_nested_quant,
-        bnb_4bit_compute_dtype=getattr(torch, str(config.dtype), torch.float32),
-        bnb_4bit_quant_storage=config.bnb_4bit_quant_storage,
-        llm_int8_skip_modules=skip,
-    )
+    found = cast(BitsAndBytesConfig, get_quantization_config(config))
+    found.llm_int8_skip_modules = skip
+    return found
+
+
+def on_this_device() -> dict[str, str | int]:
+    """A `device_map` for the whole model: what is quantised is so where it is to stay."""
+    device = PartialState().device
+    return {"": (device.index or 0) if device.type == "cuda" else str(device)}
 
 
 def keep_layout(model: nn.Module) -> None:
-    """Stops bitsandbytes 0.50 from repacking 4-bit weights on a CPU with AVX512-BF16.
+    """Stop bitsandbytes 0.50 from repacking 4-bit weights on a CPU with AVX512-BF16.
 
     Its first forward without gradients repacks them in place; what follows (gradients through the
     adapters, `dequantize()`) is then wrong without an error.
@@ -286,24 +267,19 @@ def dequantize(model: PreTrainedModel, device: torch.device | None = None) -> No
 
 
 def check_head_is_whole(model: nn.Module, new_modules: list[str], name: str) -> None:
-    """Refuses a base that comes quantised, parts of its future head too.
+    """Refuse a base that comes quantised, parts of its future head too.
 
     Raises:
         RecipeError: naming them.
     """
     quantised = [
-        f"{new}.{inner}".rstrip(".")
+        new
         for new in new_modules
-        for inner, module in model.get_submodule(new).named_modules()
+        for module in model.get_submodule(new).modules()
         if "Linear" in type(module).__name__ and type(module) not in (nn.Linear, Float32Linear)
     ]
     if quantised:
         raise RecipeError(
-            f"'model_name_or_path: {name}' has a quantised head ({', '.join(quantised)}); it {ADVICE}"
+            f"'model_name_or_path: {name}' comes with a quantised head ({', '.join(quantised)}): take the "
+            "original model, with load_in_4bit or load_in_8bit"
         )
-
-
-def on_this_device() -> dict[str, str | int]:
-    """A `device_map` for the whole model: what is quantised is so where it is to stay."""
-    device = PartialState().device
-    return {"": (device.index or 0) if device.type == "cuda" else str(device)}

@@ -12,8 +12,9 @@ import tempfile
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import transformers
@@ -30,57 +31,49 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
+from trl import ModelConfig
 
 from rm_recipe.errors import RecipeError, one_line
 from rm_recipe.model import lora, source
 from rm_recipe.model.cpu_attention import announce_rows
-from rm_recipe.model.head import head_names, initialise, outermost, to_float32
-from rm_recipe.model.lora import (
-    HALF,
-    add_lora,
-    check_target_modules,
-    keep_activations_in_half,
-    train_in_float32,
-)
-from rm_recipe.model.source import check_safetensors, load_config, saved_as, sft_adapter
+from rm_recipe.model.head import head_names, initialise, outermost, saved_tensors, to_float32
+from rm_recipe.model.source import check_safetensors, load_config, sft_adapter
 from rm_recipe.model.tokenizer import check_lengths
 from rm_recipe.processes import is_out_of_memory
 from rm_recipe.recipe.weights import holds
 
-if TYPE_CHECKING:
-    from peft import PeftConfig
-    from trl import ModelConfig
-
-
 LABEL = "reward"
-NOT_IN_FULL = (
-    "'model_name_or_path: {name}' comes quantised and cannot be trained in full: set 'use_peft: true'"
-)
+QUANTISED_HEAD = "; its head is quantised too: take the original model, with load_in_4bit or load_in_8bit"
+# What a file that is no model, or half of one, makes the libraries raise.
+UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, SafetensorError, UnpicklingError)
 
 
-def check_base(base: Any, config: "ModelConfig", max_length: int | None) -> None:
-    """Refuses by a base's configuration alone what `load_base` would refuse, before any data is read.
+def check_base(base: Any, config: ModelConfig, max_length: int | None) -> None:
+    """Refuse by a base's configuration alone what training could not use, before any data is read.
 
     Args:
         base: its configuration, as `source.load_config` gives it.
 
     Raises:
-        RecipeError: it has too few positions, transformers has no classifier of its kind, or LoRA's modules
-            are not in it.
+        RecipeError: it has too few positions, transformers has no classifier of its kind, it comes quantised
+            and would be trained in full, or LoRA's modules are not in it.
     """
     name = str(config.model_name_or_path)
-    check_lengths(base, max_length, name)
-    if hasattr(base, "quantization_config") and not config.use_peft:
-        raise RecipeError(NOT_IN_FULL.format(name=name))
     classifier = outline(base, name, config.attn_implementation)
+    check_lengths(classifier, max_length, name)
     if config.use_peft:
-        check_target_modules(classifier, config)
-        add_lora(classifier, config, head_names(classifier), autocast=False)  # or PEFT refuses it
+        lora.check_target_modules(classifier, config)
+        lora.add_lora(classifier, config, head_names(classifier), autocast=False)  # or PEFT refuses it
+    elif hasattr(base, "quantization_config"):
+        raise RecipeError(
+            f"'model_name_or_path: {name}' comes quantised, so it cannot be trained in full: set "
+            "'use_peft: true'"
+        )
 
 
 def outline(base: Any, name: str, attn_implementation: str | None = None) -> PreTrainedModel:
-    """The one-label classifier of a configuration, without weights.
+    """Build the one-label classifier of a configuration, without weights.
 
     Raises:
         RecipeError: transformers has none of its kind, or not with this attention.
@@ -102,9 +95,9 @@ def outline(base: Any, name: str, attn_implementation: str | None = None) -> Pre
 
 
 def load_base(
-    config: "ModelConfig", tokenizer: PreTrainedTokenizerBase, seed: int
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The base model as a one-label classifier with a fresh head.
+    """Load the base model as a one-label classifier with a fresh head.
 
     Args:
         config: TRL's; `dtype`, `load_in_4bit` and the rest are applied as they stand.
@@ -115,33 +108,24 @@ def load_base(
         the base checkpoint did not hold.
 
     Raises:
-        RecipeError: the model cannot be loaded, its head is quantised, or LoRA's target modules are not
-            in it.
+        RecipeError: the model cannot be loaded, or its head is quantised.
     """
     name, revision = str(config.model_name_or_path), config.model_revision
-    kwargs: dict[str, Any] = {
-        "revision": revision,
-        "num_labels": 1,
-    }
+    kwargs: dict[str, Any] = {"revision": revision, "num_labels": 1}
     if config.attn_implementation:
         kwargs["attn_implementation"] = config.attn_implementation
     # What is trained is fp32: in bf16 a step of 1e-5 leaves five of six weights as they are.
     dtype = getattr(torch, str(config.dtype), "auto") if config.use_peft else torch.float32
     with as_one_model(name, revision) as folder:
         if hasattr(load_config(folder, revision), "quantization_config"):
-            model, new = _load_quantised(folder, name, config, dtype=dtype, **kwargs)
-        else:
-            # Without weights first: which modules are new has to be known before quantising, or the head
-            # is quantised too; and what is refused is refused before gigabytes are read.
-            outline, new = _load(folder, **kwargs, device_map="meta")
-            head = outermost([*new, *head_names(outline)])
-            if config.use_peft:
-                check_target_modules(outline, config)
-                add_lora(outline, config, head, autocast=False)  # or PEFT refuses it
-            if config.load_in_4bit or config.load_in_8bit:
-                kwargs["quantization_config"] = lora.settings(config, skip=head)
-                kwargs["device_map"] = lora.on_this_device()
-            model, new = _load(folder, dtype=dtype, **kwargs)
+            kwargs |= {"device_map": lora.on_this_device(), "advice": QUANTISED_HEAD}
+        elif config.load_in_4bit or config.load_in_8bit:
+            # Without weights first: which modules are new has to be known, or the head is quantised too.
+            empty, new = _load(folder, device_map="meta", **kwargs)
+            kwargs["quantization_config"] = lora.settings(config, outermost([*new, *head_names(empty)]))
+            kwargs["device_map"] = lora.on_this_device()
+        model, new = _load(folder, dtype=dtype, **kwargs)
+    lora.check_head_is_whole(model, new, name)
     model.name_or_path = model.config._name_or_path = name  # where the adapter will look for its base
     prepare_for_rewards(model, tokenizer, new)
     torch.manual_seed(seed)
@@ -150,57 +134,42 @@ def load_base(
     return model, outermost([*new, *head_names(model)])
 
 
-def _load(name: str, **kwargs: Any) -> tuple[PreTrainedModel, list[str]]:
-    """The classifier and the modules with parameters that its checkpoint lacks.
+def _load(name: str, *, advice: str = "", **kwargs: Any) -> tuple[PreTrainedModel, list[str]]:
+    """Load the classifier; also give the modules with parameters that its checkpoint lacks.
 
     The head of a classifier with more labels is one of these.
     """
-    check_safetensors(name, kwargs.get("revision", "main"))
+    revision = kwargs.setdefault("revision", "main")
+    check_safetensors(name, revision)
     # Said to be False, transformers does not ask at the terminal whether to run a model's own code.
-    kwargs = {"trust_remote_code": False, "use_safetensors": True, **kwargs}
+    kwargs |= {"trust_remote_code": False, "use_safetensors": True}
+    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         with quietly():
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                name, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-            )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, UnpicklingError) as error:
+            model, info = AutoModelForSequenceClassification.from_pretrained(name, **kwargs)
+    except UNREADABLE as error:
         if is_out_of_memory(error) or getattr(error, "errno", None) == errno.ENOSPC:
             raise  # of the machine, not of what the user has named
-        raise RecipeError(f"'{name}' cannot be loaded as a classifier: {one_line(error)}") from None
+        raise RecipeError(f"'{name}' cannot be loaded as a classifier: {one_line(error)}{advice}") from None
     heads = tuple(f"{head}." for head in head_names(model))
     mismatched = [key for key, *_ in info["mismatched_keys"]]
     other = [key for key in mismatched if not key.startswith(heads)]
     if other:
         raise RecipeError(f"'{name}': its weights do not fit its config.json ({', '.join(other[:3])})")
     if model.device.type != "meta":
-        _keep_head(model, name, heads, kwargs.get("revision", "main"))
+        _keep_head(model, name, heads, revision)
     return model, sorted({key.rpartition(".")[0] for key in [*info["missing_keys"], *mismatched]})
 
 
 def _keep_head(model: PreTrainedModel, name: str, heads: tuple[str, ...], revision: str) -> None:
-    """Gives a head its checkpoint's numbers, if they are there: it was loaded in the body's precision."""
-    with suppress(OSError):  # in files that its config names
-        for key, saved in saved_as(name, heads, revision):
-            with suppress(AttributeError):  # a name that transformers translates, as of older versions
-                parameter = model.get_parameter(key)
-                if parameter.is_floating_point() and parameter.shape == saved.shape:  # not quantised or new
-                    precision = torch.promote_types(saved.dtype, parameter.dtype)
-                    parameter.data = saved.to(parameter.device, precision)
-
-
-def _load_quantised(
-    folder: str, name: str, config: "ModelConfig", **kwargs: Any
-) -> tuple[PreTrainedModel, list[str]]:
-    """`_load` of a base that comes quantised, which transformers 5.23 cannot outline without weights."""
-    if not config.use_peft:
-        raise RecipeError(NOT_IN_FULL.format(name=name))
-    try:
-        model, new = _load(folder, device_map=lora.on_this_device(), **kwargs)
-    except RecipeError as error:  # transformers fails to draw weights for a head that is quantised, too
-        raise RecipeError(f"{error}; it {lora.ADVICE}") from None
-    lora.check_head_is_whole(model, new, name)
-    check_target_modules(model, config)
-    return model, new
+    """Give a head its checkpoint's numbers, if they are there: it was loaded in the body's precision."""
+    folder = Path(str(cached_file(name, "config.json", revision=revision))).parent
+    for key, saved in saved_tensors(folder, heads).items():
+        with suppress(AttributeError):  # a name that transformers translates, as of older versions
+            parameter = model.get_parameter(key)
+            if parameter.is_floating_point() and parameter.shape == saved.shape:  # not quantised or new
+                precision = torch.promote_types(saved.dtype, parameter.dtype)
+                parameter.data = saved.to(parameter.device, precision)
 
 
 @contextmanager
@@ -242,6 +211,11 @@ def prepare_for_rewards(
     add_reward_positions(model)
 
 
+def is_decoder(model: nn.Module) -> bool:
+    """Whether a classifier is a causal model with a `score` head, which can be read anywhere in a row."""
+    return isinstance(getattr(model, "score", None), nn.Module)
+
+
 def add_reward_positions(model: PreTrainedModel) -> None:
     """Gives a decoder's classifier a forward that returns rewards at given positions.
 
@@ -250,7 +224,7 @@ def add_reward_positions(model: PreTrainedModel) -> None:
     Accelerate hands it over (wrapped), so gradients are synchronised and autocast applies. An
     encoder's head reads one fixed position, so it keeps its forward.
     """
-    if not isinstance(getattr(model, "score", None), nn.Module):
+    if not is_decoder(model):
         return
     original: Callable[..., Any] = model.forward
 
@@ -258,13 +232,10 @@ def add_reward_positions(model: PreTrainedModel) -> None:
         self: PreTrainedModel,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
         ends: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Rewards (responses, 1) at `ends` as `logits`, or what the model gives without them."""
-        if position_ids is not None:
-            kwargs["position_ids"] = position_ids
         if ends is None:
             return original(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         kwargs = {key: value for key, value in kwargs.items() if value is not None}
@@ -307,8 +278,7 @@ def load_trained(
         RecipeError: it cannot be loaded, has not exactly one label, or lacks a trained head.
     """
     gc.collect()  # frees models that were dropped: with its own forward bound to it each is a circle
-    config = load_config(path)
-    adapter = source.adapter_config(path)
+    config, adapter = load_config(path), source.adapter_config(path)
     if adapter is not None:
         return _load_adapter(path, adapter, config, tokenizer, base, device)
     if config.num_labels != 1:
@@ -358,44 +328,28 @@ def _load_adapter(
     if quantised and base == "dequantized":
         lora.dequantize(model, device)
     saved = load_peft_weights(path, str(model.device))
-    _fit_embeddings(model, config, saved, len(tokenizer), path, name)
+    _fit_embeddings(model, saved)
     prepare_for_rewards(model, tokenizer, new)
     wrapped = PeftModel.from_pretrained(model, path)
-    if train_in_float32(wrapped):  # they were read in the base's precision
+    if lora.train_in_float32(wrapped):  # they were read in the base's precision
         set_peft_model_state_dict(wrapped, saved)
-    keep_activations_in_half(wrapped)
+    lora.keep_activations_in_half(wrapped)
     return wrapped.eval()
 
 
-def _fit_embeddings(
-    model: PreTrainedModel, config: Any, saved: dict[str, torch.Tensor], tokens: int, path: str, base: str
-) -> None:
-    """Gives a base as many embeddings as its adapter was trained with.
-
-    A run of ours says how many in its config. Others, such as TRL's, save none; they may have added a pad
-    token since, with its embedding beside the adapter or without.
-
-    Raises:
-        RecipeError: the base has fewer or more than it had.
-    """
+def _fit_embeddings(model: PreTrainedModel, saved: dict[str, torch.Tensor]) -> None:
+    """Give a base as many embeddings as are saved beside its adapter: TRL's may have added a pad token."""
     layer = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is layer)
     beside = saved.get(f"base_model.model.{name}.weight")
-    there = layer.num_embeddings
-    wanted = config.get_text_config().vocab_size if beside is None else len(beside)
-    if wanted < there or (beside is None and wanted not in (there, max(there, tokens))):
-        raise RecipeError(
-            f"{path} was trained on a base with {wanted} embeddings, and '{base}' has {there}: it is another "
-            "model now"
-        )
-    if beside is not None and wanted > there:
+    if beside is not None and len(beside) > layer.num_embeddings:
         model.resize_token_embeddings(len(beside))
 
 
 def autocast(model: nn.Module) -> AbstractContextManager[Any]:
     """The precision in which the model computes: its body's, where that is a half precision."""
     weight = next(model.parameters())
-    half = weight.dtype in HALF
+    half = weight.dtype in lora.HALF
     return torch.autocast(weight.device.type, weight.dtype if half else None, enabled=half)
 
 
@@ -425,38 +379,26 @@ def as_one_model(name: str, revision: str = "main") -> Iterator[str]:
         raise RecipeError(f"the SFT adapter '{name}' is of type {kind}, which cannot be merged into its base")
     with tempfile.TemporaryDirectory(prefix="rm-recipe-sft-", ignore_cleanup_errors=True) as folder:
         try:
-            merged = _merge(name, revision, adapter)
             # Not in the format of a base that came quantised, which transformers cannot go back to.
-            merged.save_pretrained(folder, save_original_format=False)
-            del merged
-        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, UnpicklingError) as error:
+            _merge(name, revision, adapter).save_pretrained(folder, save_original_format=False)
+        except UNREADABLE as error:
             if getattr(error, "errno", None) == errno.ENOSPC:
                 raise
             raise RecipeError(f"the SFT adapter '{name}' cannot be loaded: {one_line(error)}") from None
         yield folder
 
 
-def _merge(name: str, revision: str, adapter: "PeftConfig") -> PreTrainedModel:
-    from peft import PeftModel
-
-    check_safetensors(name, revision, adapter=True)
+def _merge(name: str, revision: str, adapter: PeftConfig) -> PreTrainedModel:
     base_name, base_revision = str(adapter.base_model_name_or_path), adapter.revision or "main"
+    check_safetensors(name, revision, adapter=True)
     check_safetensors(base_name, base_revision)
-    base = AutoModelForCausalLM.from_pretrained(
-        base_name,
-        revision=base_revision,
-        dtype="auto",
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
+    safely = {"use_safetensors": True, "trust_remote_code": False}
+    base = AutoModelForCausalLM.from_pretrained(base_name, revision=base_revision, dtype="auto", **safely)
     if hasattr(base.config, "quantization_config"):  # SFT was QLoRA on a base that comes quantised
         lora.dequantize(base)
     if holds(name, "tokenizer_config.json", revision):
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-        size = len(tokenizer)
-        if size > base.get_input_embeddings().num_embeddings:  # SFT has added tokens
-            base.resize_token_embeddings(size)
-    merged: PreTrainedModel = PeftModel.from_pretrained(base, name, revision=revision).merge_and_unload(
-        progressbar=False
-    )
-    return merged
+        tokens = len(AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False))
+        if tokens > base.get_input_embeddings().num_embeddings:  # SFT has added tokens
+            base.resize_token_embeddings(tokens)
+    model = PeftModel.from_pretrained(base, name, revision=revision)
+    return cast(PreTrainedModel, model.merge_and_unload(progressbar=False))

@@ -20,28 +20,21 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rm_recipe.data.comparison import Encoded
-from rm_recipe.errors import RecipeError
+from rm_recipe.errors import RecipeError, one_line
 from rm_recipe.model.cpu_attention import NAME as ROW_ATTENTION
 from rm_recipe.model.cpu_attention import visible
-from rm_recipe.model.reward_model import add_reward_positions
+from rm_recipe.model.reward_model import add_reward_positions, is_decoder
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """First-fit decreasing: indices of `lengths` grouped so that no group exceeds `capacity`.
-
-    Raises:
-        ValueError: one length exceeds the capacity; a comparison is never split.
-    """
-    if lengths and max(lengths) > capacity:
-        raise ValueError(f"a comparison of {max(lengths)} tokens does not fit a row of {capacity}")
+    """First-fit decreasing: indices of `lengths` grouped so that no group exceeds `capacity`."""
     rows: list[list[int]] = []
     room: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        row = next((r for r, free in enumerate(room) if free >= lengths[index]), None)
-        if row is None:
+        row = next((r for r, free in enumerate(room) if free >= lengths[index]), len(rows))
+        if row == len(rows):
             rows.append([])
             room.append(capacity)
-            row = len(rows) - 1
         rows[row].append(index)
         room[row] -= lengths[index]
     return rows
@@ -54,15 +47,12 @@ def choose_rows(lengths: Sequence[int]) -> list[list[int]]:
     masks. Tried are one to four times the longest, in quarters; a row costs its tokens, plus half
     as much again at 1,000 tokens for the attention between them.
     """
-    best: tuple[float, list[list[int]]] | None = None
-    for quarters in range(4, 17):
-        rows = pack(lengths, max(lengths) * quarters // 4)
+
+    def cost(rows: list[list[int]]) -> float:
         length = max(sum(lengths[index] for index in row) for row in rows)
-        cost = len(rows) * length * (1 + length / 2000)
-        if best is None or cost < best[0]:
-            best = (cost, rows)
-    assert best is not None
-    return best[1]
+        return len(rows) * length * (1 + length / 2000)
+
+    return min((pack(lengths, max(lengths) * quarters // 4) for quarters in range(4, 17)), key=cost)
 
 
 def shared_rows(
@@ -135,10 +125,10 @@ def padded_rows(batch: Sequence[Encoded], pad_token_id: int) -> dict[str, torch.
 TOLERANCE = 1e-5
 VOCABULARY = 64
 FEED_FORWARD = 64  # width, of which nothing that is proven depends
-FEED_FORWARD_KEYS = (
-    "intermediate_size", "moe_intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff",
-    "d_inner", "n_inner", "hidden_dim",
-)  # fmt: skip
+# Of BART, T5 and Perceiver among others; a layer's widths, and the numbers of layers.
+WIDTHS = ["intermediate_size", "moe_intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim"]
+WIDTHS += ["d_ff", "d_inner", "n_inner", "hidden_dim"]
+DEPTHS = ["num_hidden_layers", "decoder_layers", "num_decoder_layers", "num_self_attends_per_block"]
 LARGEST_COPY = 50e6  # parameters: half a second
 
 
@@ -157,7 +147,7 @@ class Sharing:
 def decide_sharing(
     model: PreTrainedModel, wanted: str, max_length: int | None, device: torch.device | None = None
 ) -> Sharing:
-    """Shares prefixes where `wanted` is `auto` and a small copy of the model proves it exact.
+    """Share prefixes where `wanted` is `auto` and a small copy of the model proves it exact.
 
     Args:
         model: the classifier that will be trained or scored with.
@@ -171,7 +161,7 @@ def decide_sharing(
     attention = config._attn_implementation
     if wanted == "off":
         return Sharing(False, "prefix_sharing is off")
-    if not isinstance(getattr(model, "score", None), torch.nn.Module):
+    if not is_decoder(model):
         return Sharing(False, f"{config.model_type} has no causal classifier")
     if attention not in ("sdpa", "eager", ROW_ATTENTION):
         return Sharing(False, f"{attention} attention takes no such mask")
@@ -185,9 +175,7 @@ def decide_sharing(
     try:
         difference = measure_sharing(config, attention)
     except Exception as error:  # whatever a foreign architecture raises: it is not proven
-        return Sharing(
-            False, f"the proof failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        )
+        return Sharing(False, f"the proof failed: {type(error).__name__}: {one_line(error)[:200]}")
     if not difference <= TOLERANCE:
         return Sharing(False, f"rewards differ by {difference:.1e} on a small copy", difference)
     if attention != config._attn_implementation:
@@ -196,29 +184,17 @@ def decide_sharing(
 
 
 def measure_sharing(config: Any, attention: str) -> float:
-    """Largest reward difference between shared rows and one sequence at a time.
+    """Largest reward difference between shared rows and one sequence at a time, on a small copy.
 
-    One sequence at a time is computed by transformers' own attention, rows by `cpu_attention`. The model is
-    a random copy of `config` with two layers and a small vocabulary, on the CPU. It
-    computes in float64, where rounding cannot be taken for a difference: in float32 one start in some
-    hundred was seen at 1.2e-5 instead of 6e-7, and trained without sharing.
+    One sequence at a time is computed by transformers' own attention, rows by `cpu_attention`.
     """
     own_attention = "sdpa" if attention == ROW_ATTENTION else attention
-    small = _small(config)
-    text = small.get_text_config()
     batch = _random_comparisons()
     conversations = [ids for comparison in batch for ids in comparison.conversations()]
-    if getattr(text, "sliding_window", None):  # rows may exceed it, conversations may not
-        text.sliding_window = max(map(len, conversations))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoModelForSequenceClassification.from_config(
-            small,
-            attn_implementation=own_attention,
-            dtype=torch.float32,
-            experts_implementation="eager",  # the grouped kernels know no float64
-        )
-    model = model.double().eval()
+    small = _small(config)
+    if getattr(small.get_text_config(), "sliding_window", None):  # rows may exceed it, conversations may not
+        small.get_text_config().sliding_window = max(map(len, conversations))
+    model = _random_copy(small, attn_implementation=own_attention)
     add_reward_positions(model)
     with torch.no_grad():
         alone = torch.stack([model(input_ids=torch.tensor([ids])).logits[0, 0] for ids in conversations])
@@ -232,7 +208,7 @@ def measure_sharing(config: Any, attention: str) -> float:
 
 
 def check_padding(config: Any, name: str) -> None:
-    """Refuses a base whose rewards would depend on how far their batch is padded.
+    """Refuse a base whose rewards would depend on how far their batch is padded.
 
     XLNet's classifier reads its last token, padding or not, and FNet has no mask; the batches of training,
     of a proof and of who serves the model differ. Measured as `measure_sharing` does.
@@ -243,26 +219,21 @@ def check_padding(config: Any, name: str) -> None:
     Raises:
         RecipeError: they do on a small copy.
     """
+    sequences = [Encoded([1], [[3, 4, 5, 2]]), Encoded([1], [[*range(6, 18), 2]])]
     try:
         small = _small(config)
-        small.num_labels = 1
         with torch.device("meta"):
             outline = AutoModelForSequenceClassification.from_config(small)
-        if isinstance(getattr(outline, "score", None), torch.nn.Module):
-            return  # a decoder, read at its last token
-        if sum(parameter.numel() for parameter in outline.parameters()) > LARGEST_COPY:
-            return  # gigabytes and seconds for each command; the proof of an export looks at padding too
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = AutoModelForSequenceClassification.from_config(small, dtype=torch.float32)
-        model = model.double().eval()
-        sequences = [Encoded([1], [[3, 4, 5, 2]]), Encoded([1], [[*range(6, 18), 2]])]
+        # A decoder is read at its last token; a large copy would cost each command seconds and gigabytes.
+        if is_decoder(outline) or outline.num_parameters() > LARGEST_COPY:
+            return
+        model = _random_copy(small)
         with torch.no_grad():
             alone = model(input_ids=torch.tensor(sequences[0].conversations())).logits[0]
             padded = model(**padded_rows(sequences, 0)).logits[0]
-        difference = float((alone - padded).abs().max())
     except Exception:  # whatever a foreign architecture raises: the step before training will say what
         return
+    difference = float((alone - padded).abs().max())
     if difference > TOLERANCE:
         raise RecipeError(
             f"'model_name_or_path: {name}': the rewards of this {config.model_type} would depend on how far "
@@ -271,29 +242,36 @@ def check_padding(config: Any, name: str) -> None:
         )
 
 
+def _random_copy(small: Any, **kwargs: Any) -> Any:
+    """Build a model with random weights on the CPU, in float64, where rounding is no difference.
+
+    In float32 one start in some hundred was seen at 1.2e-5 instead of 6e-7, and trained without sharing.
+    """
+    kwargs |= {"dtype": torch.float32, "experts_implementation": "eager"}  # grouped ones know no float64
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForSequenceClassification.from_config(small, **kwargs).double().eval()
+
+
 def _small(config: Any) -> Any:
-    """The configuration of a small copy: a layer of each kind, two at least, and few tokens."""
+    """The one-label configuration of a small copy: a layer of each kind, two at least, and few tokens."""
     small = copy.deepcopy(config)
+    small.num_labels = 1
+    vars(small).pop("quantization_config", None)
     text = small.get_text_config()
-    text.num_hidden_layers = 2
-    # BART's, T5's and Perceiver's
-    for layers in ("decoder_layers", "num_decoder_layers", "num_self_attends_per_block"):
-        if hasattr(text, layers):
-            setattr(text, layers, 2)
-    for width in FEED_FORWARD_KEYS:
-        if hasattr(text, width) and not isinstance(getattr(text, width), list):  # Gemma 3n's, by layer
-            setattr(text, width, FEED_FORWARD)
+    changes: dict[str, Any] = dict.fromkeys(DEPTHS, 2) | dict.fromkeys(WIDTHS, FEED_FORWARD)
     if getattr(text, "layer_types", None):  # one layer of each kind, two where there is one kind
         kinds = list(dict.fromkeys(text.layer_types))
-        text.layer_types = kinds if len(kinds) > 1 else kinds * 2
-        text.num_hidden_layers = len(text.layer_types)
+        changes["layer_types"] = kinds if len(kinds) > 1 else kinds * 2
+        changes["num_hidden_layers"] = len(changes["layer_types"])
+    for key, value in changes.items():
+        if hasattr(text, key) and (key == "layer_types" or not isinstance(getattr(text, key), list)):
+            setattr(text, key, value)  # Gemma 3n's widths are a list, by layer
     for name in small.sub_configs:  # a vision tower, which reads no text
         if (part := getattr(small, name)) is not text and hasattr(part, "num_hidden_layers"):
             part.num_hidden_layers = 1
     text.vocab_size = VOCABULARY
     text.pad_token_id, text.bos_token_id, text.eos_token_id = 0, 1, 2
-    if hasattr(small, "quantization_config"):
-        del small.quantization_config
     return small
 
 

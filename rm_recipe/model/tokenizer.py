@@ -6,30 +6,19 @@ in `pipeline` and in TRL's RL trainers. The pad token is never EOS, because a cl
 reward at the last token that is not padding. What the template is made to write: `chat_template`.
 """
 
-import json
 import logging
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-import torch
 from jinja2 import TemplateError
-from transformers import (
-    AutoModel,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
-from transformers.utils import cached_file
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rm_recipe.data import chat_template
 from rm_recipe.data.messages import Message
 from rm_recipe.data.tokenization import render
 from rm_recipe.errors import RecipeError, one_line
 from rm_recipe.model import source
-from rm_recipe.model.source import load_config
 from rm_recipe.recipe.weights import holds
 
 # For models without a template: a name and a colon before each message, as in hh-rlhf, and EOS at
@@ -54,20 +43,13 @@ ENCODER_DECODER_TEMPLATE = (
 # Of the model's embeddings, what its own tokenizer uses at least: DeepSeek's leaves 2 % in reserve.
 SMALLEST_VOCABULARY = 0.9
 
-# Where ids show that a tokenizer is not the one of its files: spaces, lines, digits, code, other scripts.
-SAMPLE_TEXT = "Hello  there,\n\n it's 2024: \tdef f(x): return x**12  # na\u00efve \u4f60\u597d \U0001f642"
-
 logger = logging.getLogger("rm_recipe")
 
 
 def load_tokenizer(
-    name: str,
-    revision: str = "main",
-    template: str | None = None,
-    *,
-    of_base: bool = False,
+    name: str, revision: str = "main", template: str | None = None, *, of_base: bool = False
 ) -> PreTrainedTokenizerBase:
-    """A model's tokenizer, made safe for a reward model.
+    """Load a model's tokenizer, made safe for a reward model.
 
     It gets a chat template if it has none, whose date is fixed if it writes one, adds no special tokens by
     itself, also after it was saved and loaded, truncates at the front, and has a pad token of its own: the
@@ -86,19 +68,15 @@ def load_tokenizer(
         if adapter is not None and not holds(name, "tokenizer_config.json", revision):
             name, revision = adapter.base_model_name_or_path, adapter.revision or "main"
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        if not tokenizer.is_fast:
+            raise ValueError("it has no fast version, which rm_recipe needs")
+        own = _read_template(template) if template else _own_template(tokenizer, name, revision)
     except (OSError, ValueError, ImportError) as error:
         raise RecipeError(f"the tokenizer of '{name}' cannot be loaded: {one_line(error)}") from None
-    if not tokenizer.is_fast:
-        raise RecipeError(f"{name}: its tokenizer has no fast version, which rm_recipe needs")
-    if template is not None:
-        tokenizer.chat_template = _read_template(template)
-    own = _one_template(tokenizer, name)
-    own = own if own is not None else _plain_template(tokenizer, name, revision)
     tokenizer.chat_template = chat_template.fixed_date(own)
     if tokenizer.chat_template != own:
         date = f"{chat_template.FIXED_DATE:%d %b %Y}"
         _warn(f"{name}: its chat template writes today's date; here it is always {date}, so that scores last")
-    _compare_with_file(tokenizer, name, revision)
     leading = _leading_specials(tokenizer)
     safe = _without_added_specials(tokenizer, pad_token(tokenizer))
     try:
@@ -115,26 +93,36 @@ def load_tokenizer(
     return safe
 
 
-def _one_template(tokenizer: PreTrainedTokenizerBase, name: str) -> str | None:
-    """The template, of several the default one: what is shipped is what is rendered, alone."""
-    templates = tokenizer.chat_template
-    if not isinstance(templates, dict):
-        return templates
-    if "default" not in templates:
+def _read_template(template: str) -> str:
+    """The chat template of a file, or of the tokenizer in a folder or on the Hub, as in TRL.
+
+    Raises:
+        RecipeError: it is neither.
+    """
+    try:
+        if Path(template).is_file():
+            return Path(template).read_text(encoding="utf-8")
+        return AutoTokenizer.from_pretrained(template, trust_remote_code=False).get_chat_template()
+    except (OSError, ValueError, ImportError) as error:
         raise RecipeError(
-            f"{name}: none of its chat templates ({', '.join(templates)}) is called default; name a "
-            "file with one as 'chat_template_path'"
-        )
-    return str(templates["default"])
+            f"'chat_template_path: {template}' is no template's file, and no tokenizer with a template: "
+            f"{one_line(error)}"
+        ) from None
 
 
-def _plain_template(tokenizer: PreTrainedTokenizerBase, name: str, revision: str) -> str:
+def _own_template(tokenizer: PreTrainedTokenizerBase, name: str, revision: str) -> str:
+    """The template that a tokenizer has, of several the default one; else a plain one.
+
+    Raises:
+        ValueError: there are several, and none is the default.
+    """
+    if tokenizer.chat_template:
+        return tokenizer.get_chat_template()
     if tokenizer.cls_token is None or tokenizer.sep_token is None:
         return DECODER_TEMPLATE
-    with suppress(RecipeError):  # a tokenizer alone
-        if load_config(name, revision).is_encoder_decoder:
-            return ENCODER_DECODER_TEMPLATE
-    return ENCODER_TEMPLATE
+    with_config = holds(name, "config.json", revision)  # else it is a tokenizer alone
+    seq2seq = with_config and source.load_config(name, revision).is_encoder_decoder
+    return ENCODER_DECODER_TEMPLATE if seq2seq else ENCODER_TEMPLATE
 
 
 @cache
@@ -150,58 +138,18 @@ def _leading_specials(tokenizer: PreTrainedTokenizerBase) -> str:
     return "".join(tokenizer.convert_ids_to_tokens(ids[:count]))
 
 
-def _compare_with_file(tokenizer: PreTrainedTokenizerBase, name: str, revision: str) -> None:
-    """Says where transformers' class of tokenizer gives other ids than the tokenizer.json beside it.
-
-    Some classes build their own from the vocabulary, as TinyLlama's first checkpoints show.
-    """
-    if not holds(name, "tokenizer.json", revision):
-        return
-    file = tokenizers.Tokenizer.from_file(str(cached_file(name, "tokenizer.json", revision=revision)))
-    ours, theirs = (
-        backend.encode(SAMPLE_TEXT, add_special_tokens=False).ids
-        for backend in (tokenizer.backend_tokenizer, file)
-    )
-    if ours != theirs:
-        _warn(
-            f"{name}: transformers' {type(tokenizer).__name__} gives other token ids than its "
-            "tokenizer.json; transformers' are used, and shipped"
-        )
-
-
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
     """A token to pad with that no conversation ends in."""
     own, eos = tokenizer.pad_token, tokenizer.eos_token
     if own is not None and own not in (eos, tokenizer.sep_token):
         return str(own)
     special = [str(token) for _, token in sorted(tokenizer.added_tokens_decoder.items())]
-    for token in [tokenizer.unk_token, "<|endoftext|>", *filter(_reserved, special)]:
+    marks = ("<pad", "[pad", "<|pad", "reserved", "unused")
+    spare = [token for token in special if any(mark in token.lower() for mark in marks)]
+    for token in (tokenizer.unk_token, "<|endoftext|>", *spare):
         if token in special and token not in (eos, tokenizer.bos_token, tokenizer.sep_token):
             return str(token)
     return "<|pad|>"
-
-
-def _reserved(token: str) -> bool:
-    return any(part in token.lower() for part in ("<pad", "[pad", "<|pad", "reserved", "unused"))
-
-
-def _read_template(template: str) -> str:
-    """The chat template of a file, or of the tokenizer in a folder or on the Hub, as in TRL."""
-    try:
-        if Path(template).is_file():
-            return Path(template).read_text(encoding="utf-8")
-        found = AutoTokenizer.from_pretrained(template).chat_template
-    except UnicodeDecodeError:
-        raise RecipeError(f"'chat_template_path: {template}' is not UTF-8 text") from None
-    except (OSError, ValueError, ImportError) as error:
-        raise RecipeError(
-            f"'chat_template_path: {template}' is no template's file, and no tokenizer that can be loaded: "
-            f"{one_line(error)}"
-        ) from None
-    found = found.get("default") if isinstance(found, dict) else found
-    if not found:
-        raise RecipeError(f"'chat_template_path: {template}' has no chat template")
-    return str(found)
 
 
 def _without_added_specials(tokenizer: PreTrainedTokenizerBase, padding: str) -> PreTrainedTokenizerFast:
@@ -229,51 +177,33 @@ def _without_added_specials(tokenizer: PreTrainedTokenizerBase, padding: str) ->
     )
 
 
-def positions(config: Any) -> int | None:
+def positions(model: Any) -> int | None:
     """How many tokens a model has positions for; None where its config sets no limit.
 
-    Some begin after the padding token's, as RoBERTa does, so the model itself is asked, without weights.
+    Args:
+        model: with or without weights. Some begin after the padding token's position, as RoBERTa does.
     """
-    number = getattr(config.get_text_config(), "max_position_embeddings", None)
+    number = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if number is None or number <= 0:  # XLNet's -1: its positions are relative
         return None
-    kind: Any = type(config)
-    return int(number) - _unused_positions(kind, config.to_json_string(use_diff=False))
+    embeddings = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
+    padding = [getattr(module, "padding_idx", None) for module in embeddings]
+    return int(number) - max((index + 1 for index in padding if index is not None), default=0)
 
 
-@cache
-def _unused_positions(kind: Any, content: str) -> int:
-    """Of a configuration, by its class and its content."""
-    config = kind.from_dict(json.loads(content))
-    vars(config).pop("quantization_config", None)
-    try:
-        with torch.device("meta"):
-            model = AutoModel.from_config(config, trust_remote_code=False)
-    except Exception:  # whatever a foreign architecture raises; who loads it says what
-        return 0
-    return max(
-        (
-            module.padding_idx + 1
-            for name, module in model.named_modules()
-            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
-        ),
-        default=0,
-    )
-
-
-def check_lengths(config: Any, max_length: int | None, name: str) -> None:
-    """Refuses a `max_length` that the model has no positions for.
+def check_lengths(model: Any, max_length: int | None, name: str) -> None:
+    """Refuse a `max_length` that the model has no positions for.
 
     Raises:
         RecipeError: naming both numbers.
     """
-    there = positions(config)
+    there = positions(model)
     if there and (max_length is None or max_length > there):
         raise RecipeError(f"'max_length: {max_length}': {name} has {there} positions; set {there} or less")
 
 
 def check_one_end(config: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Refuses a template that writes EOS after every turn, for BART and its like.
+    """Refuse a template that writes EOS after every turn, for BART and its like.
 
     Raises:
         RecipeError: saying what template to take.
@@ -281,9 +211,8 @@ def check_one_end(config: Any, tokenizer: PreTrainedTokenizerBase, name: str) ->
     if not config.is_encoder_decoder:
         return
     turn: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    short, long = (
-        tokenizer(render(tokenizer, turn * n))["input_ids"].count(config.eos_token_id) for n in (1, 2)
-    )
+    texts = (render(tokenizer, turn * n) for n in (1, 2))
+    short, long = (tokenizer(text)["input_ids"].count(config.eos_token_id) for text in texts)
     if short != long:
         raise RecipeError(
             f"{name}: its chat template writes {tokenizer.eos_token} after every turn, and a "
@@ -293,7 +222,7 @@ def check_one_end(config: Any, tokenizer: PreTrainedTokenizerBase, name: str) ->
 
 
 def check_vocabulary(config: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Refuses a tokenizer that was made for another model.
+    """Refuse a tokenizer that was made for another model.
 
     The model may hold a few embeddings more, to a multiple of 64 or in reserve. Added tokens may be missing
     (a pad token, Gemma's image token): they get embeddings later.
@@ -301,14 +230,10 @@ def check_vocabulary(config: Any, tokenizer: PreTrainedTokenizerBase, name: str)
     Raises:
         RecipeError: naming both sizes.
     """
-    size = config.get_text_config().vocab_size
-    added = tokenizer.added_tokens_decoder
-    beyond = [
-        token for token, number in tokenizer.get_vocab().items() if number >= size and number not in added
-    ]
-    if beyond or len(tokenizer) < SMALLEST_VOCABULARY * size:
-        example = f", none for '{beyond[0]}' among others" if beyond else ""
+    size, added = config.get_text_config().vocab_size, tokenizer.added_tokens_decoder
+    ids = [number for number in tokenizer.get_vocab().values() if number not in added]
+    if max(ids, default=0) >= size or len(tokenizer) < SMALLEST_VOCABULARY * size:
         raise RecipeError(
-            f"{name}: its tokenizer has {len(tokenizer)} tokens and the model {size} embeddings{example}; "
-            "are they of different models?"
+            f"{name}: its tokenizer has {len(tokenizer)} tokens and the model {size} embeddings; are they of "
+            "different models?"
         )

@@ -44,7 +44,7 @@ from rm_recipe.training.preflight import preflight
 from rm_recipe.training.run_folder import DATA_REPORT, Run, open_run
 from rm_recipe.training.trainer import COLUMNS, SharedPrefixRewardTrainer
 
-PROMISE = "rm-recipe: finishing this step and saving it; Ctrl-C again stops at once"
+PROMISE = "rm-recipe: finishing this step and saving it"
 
 
 def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -211,14 +211,10 @@ def decide_checkpointing(
     """Settle `gradient_checkpointing` by the memory plan, unless the recipe does."""
     if any(key in recipe.values for key in CHECKPOINTING):
         return
-    training = recipe.training
-    batch = train_split.longest(training.per_device_train_batch_size, shared)
-    decision = memory.needs_checkpointing(
-        model.config, recipe.model, training, new_modules, batch, shared=shared
-    )
+    decision = memory.needs_checkpointing(model.config, recipe, new_modules, train_split, shared)
     needed, reason = broadcast_object_list([decision])[0]  # unequal devices must not decide differently
     for key in CHECKPOINTING:
-        setattr(training, key, needed)
+        setattr(recipe.training, key, needed)
         recipe.values[key] = needed
     say(f"gradient checkpointing: {'on' if needed else 'off'} ({reason})")
 

@@ -145,6 +145,7 @@ def hostile(tmp_path):
     folder = make_export(tmp_path)
     evaluation = json.loads((folder / "evaluation.json").read_text())
     metrics = evaluation["datasets"]["held_out"] | {"beats_baselines": True, "baselines": {HOSTILE: 0.6}}
+    metrics |= {"against": {"model": HOSTILE, "difference": 0.1, "n": 40}}
     change(folder / "evaluation.json", datasets={"held_out": metrics, HOSTILE: metrics})
     (tmp_path / "base").mkdir()
     front = json.dumps({"base_model": "x](javascript:alert(1)) <b>", "license": HOSTILE, "made": HOSTILE})

@@ -1,10 +1,14 @@
-"""Prefixes are shared where a small copy of the model proves it exact, and only there."""
+"""Prefixes are shared where a small copy of the model proves it exact, and only there.
+
+On a CPU rows are computed comparison by comparison: as `sdpa` would, forwards and backwards.
+"""
 
 import copy
+import json
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import TINY, TINY_BASES, make_recipe, make_tokenizer
 from transformers import (
     AlbertConfig,
     AutoModelForSequenceClassification,
@@ -18,12 +22,11 @@ from transformers import (
     Qwen2Config,
     T5Config,
 )
-from trl import ModelConfig
 
-from rm_recipe.data.comparison import split_at_common_prefix
-from rm_recipe.data.messages import conversation
-from rm_recipe.model import shared_prefix as module
-from rm_recipe.model.reward_model import add_reward_positions, load_base
+from rm_recipe.data.comparison import Encoded, split_at_common_prefix
+from rm_recipe.model import cpu_attention, shared_prefix
+from rm_recipe.model.cpu_attention import NAME, announce_rows, row_attention, visible
+from rm_recipe.model.reward_model import add_reward_positions
 from rm_recipe.model.shared_prefix import (
     check_padding,
     decide_sharing,
@@ -31,23 +34,24 @@ from rm_recipe.model.shared_prefix import (
     padded_rows,
     shared_rows,
 )
-from rm_recipe.model.tokenizer import load_tokenizer
+from rm_recipe.recipe.reader import read_recipe
+from rm_recipe.training.train import train
 
-SMALL = {
-    "vocab_size": 50,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "pad_token_id": 0,
-}
+SMALL = {**TINY, "vocab_size": 50, "pad_token_id": 0}
+GROUPED = {**SMALL, "num_key_value_heads": 2}
 CONFIGS = {
-    "llama": LlamaConfig(**SMALL, intermediate_size=48, num_key_value_heads=2),
-    "qwen2": Qwen2Config(**SMALL, intermediate_size=48, num_key_value_heads=2),
-    "mistral": MistralConfig(**SMALL, intermediate_size=48, num_key_value_heads=2, sliding_window=4096),
-    "gemma3": Gemma3TextConfig(**SMALL, intermediate_size=48, num_key_value_heads=2, head_dim=8),
+    "llama": LlamaConfig(**GROUPED),
+    "qwen2": Qwen2Config(**GROUPED),
+    "mistral": MistralConfig(**GROUPED, sliding_window=4096),
+    "gemma3": Gemma3TextConfig(**GROUPED, head_dim=8),
     "gpt2": GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, pad_token_id=0),
-    "gpt_neox": GPTNeoXConfig(**SMALL, intermediate_size=48),
+    "gpt_neox": GPTNeoXConfig(**SMALL),
 }
+BATCH = [
+    Encoded([5, 6, 7], [[8, 9], [4]]),
+    Encoded([], [[11, 12], [13, 14, 15], [13]]),
+    Encoded([20, 21, 22], [[23], [24, 25, 3, 3, 4, 5, 6, 7, 8, 9]]),
+] * 3
 
 
 def classifier(name: str, attention: str = "sdpa", **keys):
@@ -60,28 +64,24 @@ def classifier(name: str, attention: str = "sdpa", **keys):
     return model
 
 
+def rewards(model, batch):
+    """By shared rows, by padded ones, and of each conversation alone."""
+    conversations = [ids for comparison in batch for ids in comparison.conversations()]
+    with torch.no_grad():
+        shared, padded = (model(**rows(batch, 0)).logits[:, 0] for rows in (shared_rows, padded_rows))
+        alone = torch.stack([model(input_ids=torch.tensor([ids])).logits[0, 0] for ids in conversations])
+    return shared, padded, alone
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_shared_rows_give_the_rewards_of_one_sequence_at_a_time(name, attention):
     model = classifier(name, attention)
-    batch = [
-        split_at_common_prefix([[5, 6, 7, 8, 9], [5, 6, 7, 10]]),
-        split_at_common_prefix([[11, 12], [13, 14, 15], [13, 16]]),
-        split_at_common_prefix([[20, 21, 22, 23], [20, 21, 22, 24]]),
-    ]
-    conversations = [ids for comparison in batch for ids in comparison.conversations()]
-    with torch.no_grad():
-        shared = model(**shared_rows(batch, 0)).logits[:, 0]
-        padded = model(**padded_rows(batch, 0)).logits[:, 0]
-        alone = torch.stack([model(input_ids=torch.tensor([ids])).logits[0, 0] for ids in conversations])
+    shared, padded, alone = rewards(model, BATCH)
     assert (shared - alone).abs().max() <= 1e-5
     assert (padded - alone).abs().max() <= 1e-5
     assert alone.std() > 1e-3  # the rewards do differ
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_the_proof_holds_for_decoders_and_is_recorded(name):
-    sharing = decide_sharing(classifier(name), "auto", max_length=16)
+    sharing = decide_sharing(model, "auto", max_length=16)
     assert sharing.used
     assert sharing.max_abs_diff <= 1e-5
 
@@ -92,136 +92,175 @@ def test_a_forward_that_ignores_positions_fails_the_proof(monkeypatch):
         rows["position_ids"] = torch.arange(rows["input_ids"].shape[1]).expand_as(rows["input_ids"])
         return rows
 
-    monkeypatch.setattr("rm_recipe.model.shared_prefix.shared_rows", without_positions)
+    monkeypatch.setattr(shared_prefix, "shared_rows", without_positions)
     assert measure_sharing(CONFIGS["llama"], "sdpa") > 1e-4
     assert not decide_sharing(classifier("llama"), "auto", 64).used
 
 
-def test_a_conversation_that_may_exceed_the_sliding_window_is_not_shared():
-    model = classifier("mistral")
-    assert decide_sharing(model, "auto", 4096).used
-    sharing = decide_sharing(model, "auto", 4097)
-    assert not sharing.used
-    assert "4096" in sharing.reason
-
-
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ["mistral", "gemma3"])
-def test_a_row_may_exceed_the_sliding_window_where_no_conversation_does(name, attention):
+def test_a_row_may_exceed_the_sliding_window_and_a_conversation_may_not(name, attention):
     model = classifier(name, attention, sliding_window=8)
-    batch = [
-        split_at_common_prefix([[t, 6, 7, 8, 9, 10, 11, 12], [t, 6, 7, 8, 13, 14, 15, 16]])
-        for t in range(4, 9)
-    ]
-    rows = shared_rows(batch, 0)
-    assert rows["input_ids"].shape[1] > model.config.sliding_window
-    conversations = [ids for comparison in batch for ids in comparison.conversations()]
-    with torch.no_grad():
-        shared = model(**rows).logits[:, 0]
-        alone = torch.stack([model(input_ids=torch.tensor([ids])).logits[0, 0] for ids in conversations])
+    short = [split_at_common_prefix([[t, *range(6, 13)], [t, 6, 7, 8, 13, 14, 15, 16]]) for t in range(5)]
+    assert shared_rows(short, 0)["input_ids"].shape[1] > 8
+    shared, _, alone = rewards(model, short)
     assert (shared - alone).abs().max() <= 1e-5
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", ["mistral", "gemma3"])
-def test_past_the_sliding_window_rows_hold_one_conversation_because_shared_ones_would_be_wrong(
-    name, attention
-):
+    assert decide_sharing(model, "auto", max_length=8).used
+    long = [Encoded([t, *range(6, 11)], [[*range(11, 18)], [*range(18, 24)]]) for t in range(24, 29)]
     model = classifier(name, attention, sliding_window=8)
-    batch = [
-        split_at_common_prefix([[t, *range(6, 18)], [t, *range(6, 11), *range(18, 24)]])
-        for t in range(24, 29)
-    ]
-    conversations = [ids for comparison in batch for ids in comparison.conversations()]
-    assert {len(ids) for ids in conversations} == {12, 13}
+    shared, padded, alone = rewards(model, long)
+    assert (padded - alone).abs().max() <= 1e-5
+    assert (shared - alone).abs().max() > 1e-4  # so that it has to be refused
     sharing = decide_sharing(model, "auto", max_length=13)
     assert not sharing.used
-    assert sharing.reason == "conversations may be longer than the sliding window of 8 tokens"
-    with torch.no_grad():
-        shared = model(**shared_rows(batch, 0)).logits[:, 0]
-        padded = model(**padded_rows(batch, 0)).logits[:, 0]
-        alone = torch.stack([model(input_ids=torch.tensor([ids])).logits[0, 0] for ids in conversations])
-    assert (padded - alone).abs().max() <= 1e-5
-    assert (shared - alone).abs().max() > 1e-4
+    assert "longer than the sliding window of 8 tokens" in sharing.reason
 
 
-def test_an_encoder_never_shares(tiny_distilbert):
-    model = AutoModelForSequenceClassification.from_pretrained(tiny_distilbert, num_labels=1)
-    assert decide_sharing(model, "auto", 64).reason == "distilbert has no causal classifier"
+def test_sharing_is_proven_for_a_mixture_of_experts():
+    """Their grouped kernels raise in float64, so that none shared."""
+    assert measure_sharing(MixtralConfig(**GROUPED, num_local_experts=4), "sdpa") <= 1e-5
 
 
-@pytest.fixture
-def made(monkeypatch):
-    """The numbers of parameters of the copies that are made with weights."""
+def test_an_encoder_never_shares_and_off_means_off(tiny_distilbert):
+    encoder = AutoModelForSequenceClassification.from_pretrained(tiny_distilbert, num_labels=1)
+    assert decide_sharing(encoder, "auto", 64).reason == "distilbert has no causal classifier"
+    assert decide_sharing(classifier("llama"), "off", 64).reason == "prefix_sharing is off"
+
+
+def test_the_copies_that_prove_something_are_small(monkeypatch):
+    """Of a Llama of 7B, a copy took 3 GB; ALBERT took 5 s of every command, and T5-11B 7.5 GB."""
     sizes = []
     from_config = AutoModelForSequenceClassification.from_config
 
     def watched(*args, **keys):
         model = from_config(*args, **keys)
         sizes.append(sum(p.numel() for p in model.parameters() if p.device.type != "meta"))
-        assert sizes[-1] <= 1e8, "the copy is no small one"
         return model
 
-    monkeypatch.setattr(module.AutoModelForSequenceClassification, "from_config", watched)
-    return sizes
-
-
-def test_padding_is_checked_on_a_copy_that_costs_less_than_a_second_or_not_at_all(made, monkeypatch):
-    """ALBERT took 5 s of every command, Perceiver 33, and T5-11B 7.5 GB."""
+    monkeypatch.setattr(shared_prefix.AutoModelForSequenceClassification, "from_config", watched)
+    assert measure_sharing(LlamaConfig(**GROUPED | {"intermediate_size": 10**5}), "sdpa") <= 1e-5
+    check_padding(AlbertConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12), "m")
+    check_padding(T5Config(d_model=1024, d_ff=65536, num_heads=128, d_kv=128), "m")
     monkeypatch.setattr(torch.nn.Module, "double", lambda model: model)  # half the time of this test
     check_padding(PerceiverConfig(), "m")
-    assert made[0] == 0 < made[1] <= module.LARGEST_COPY
-    made.clear()
-    check_padding(AlbertConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12), "m")
-    assert 0 < made[1] < 1e7
-    for config in (AlbertConfig(), T5Config(d_model=1024, d_ff=65536, num_heads=128, d_kv=128)):
-        made.clear()
-        check_padding(config, "m")
-        assert made == [0]
+    of_llama, _, of_albert, of_t5, _, of_perceiver = sizes
+    assert 0 < of_llama < 1e6
+    assert 0 < of_albert < 1e7
+    assert of_t5 == 0
+    assert 0 < of_perceiver <= shared_prefix.LARGEST_COPY
 
 
-def test_sharing_is_proven_on_a_copy_without_the_width_of_feed_forward_layers(made):
-    """Of a Llama of 7B, a copy took 3 GB, most of it these."""
-    wide = {**SMALL, "intermediate_size": 10**5, "num_key_value_heads": 2}
-    for config in (LlamaConfig(**wide), GPT2Config(vocab_size=50, n_embd=32, n_head=4, n_inner=10**5)):
-        assert measure_sharing(config, "sdpa") <= 1e-5
-    assert max(made) < 1e6
+# --- attention on a CPU, one comparison after the other ---------------------------------------------
 
 
-def test_sharing_is_proven_for_a_mixture_of_experts():
-    """Their grouped kernels raise in float64, so that none shared."""
-    config = MixtralConfig(**SMALL, intermediate_size=48, num_key_value_heads=2, num_local_experts=4)
-    assert measure_sharing(config, "sdpa") <= 1e-5
+class Layer(torch.nn.Module):
+    num_key_value_groups = 2
 
 
-def test_off_means_off():
-    assert decide_sharing(classifier("llama"), "off", 64).reason == "prefix_sharing is off"
+def masks() -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the batch in one row: the labels that blocks are made of, and the whole square."""
+    labels = shared_rows(BATCH, 0, one_row=True)["attention_mask"]
+    return labels, visible(labels[:, 0, 0], labels[:, 0, 1])[:, None]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_pretrained_model_gives_the_rewards_of_one_sequence_at_a_time(attention):
-    """SmolLM2-135M-Instruct, as `rm-recipe prepare offline` makes it."""
-    folder = REPOSITORY / "models" / "smollm2-135m-instruct"
-    if not folder.is_dir():
-        pytest.skip("rm-recipe prepare offline has not been run")
-    tokenizer = load_tokenizer(str(folder))
-    config = ModelConfig(model_name_or_path=str(folder), dtype="float32", attn_implementation=attention)
-    model = load_base(config, tokenizer, seed=0)[0].eval()
-    prompt = [{"role": "user", "content": "What do I do about the mice in my kitchen? " * 4}]
-    replies = ["Set a trap near the wall.", "No idea, sorry.", "A cat would help. " * 8]
-    batch = [
-        split_at_common_prefix(
-            [
-                tokenizer.apply_chat_template(conversation(prompt[:], reply + end), return_dict=False)
-                for reply in replies
-            ]
-        )
-        for end in ("", " Good luck!")
-    ]
-    conversations = [ids for comparison in batch for ids in comparison.conversations()]
+def attention(mask: torch.Tensor, **keys):
+    """Output and gradients of random queries, keys and values; two query heads for each key head."""
+    torch.manual_seed(0)
+    shapes = [(mask.shape[0], heads, mask.shape[-1], 8) for heads in (4, 2, 2)]
+    tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    output, _ = row_attention(Layer(), *tensors, mask, **keys)
+    output.square().sum().backward()
+    return [output.detach(), *(tensor.grad for tensor in tensors)]
+
+
+@pytest.mark.parametrize("scores", [1024 * 1024, 30])
+@pytest.mark.parametrize("scaling", [None, 0.3])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_block_by_block_the_output_and_the_gradients_are_those_of_the_whole_mask(
+    scaling, scores, autocast, monkeypatch
+):
+    """A few queries at a time too, as of long comparisons; and under autocast in the values' precision."""
+    monkeypatch.setattr(cpu_attention, "SCORES", scores)
+    labels, square = masks()
+    expected = attention(square, scaling=scaling)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = attention(labels, scaling=scaling)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-12
+
+
+def test_gradients_in_bf16_are_as_close_to_exact_as_those_of_sdpa():
+    labels, square = masks()
+    torch.manual_seed(0)
+    exact = [torch.randn(1, 4, square.shape[-1], 64, dtype=torch.float64) for _ in range(3)]
+
+    def gradients(dtype: torch.dtype, mask: torch.Tensor) -> torch.Tensor:
+        tensors = [each.detach().to(dtype, copy=True).requires_grad_() for each in exact]
+        output, _ = row_attention(torch.nn.Module(), *tensors, mask)
+        output.double().square().sum().backward()
+        return torch.cat([tensor.grad.double().flatten() for tensor in tensors])
+
+    expected = gradients(torch.float64, square)
+    sdpa = (gradients(torch.bfloat16, square) - expected).norm()
+    announce_rows(labels)
+    assert 0 < (gradients(torch.bfloat16, labels) - expected).norm() <= 2 * sdpa
+
+
+def test_dropout_drops_weights_of_a_comparison_and_scales_up_the_others():
+    labels, square = masks()
+    length = labels.shape[-1]
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 1, 4, length, 8, dtype=torch.float64)
+    value = torch.eye(length, dtype=torch.float64).expand(1, 4, -1, -1)  # the output is the weights
+
+    def weights(**keys):
+        return row_attention(torch.nn.Module(), query, key, value, labels, **keys)[0].transpose(1, 2)
+
+    whole, dropped = weights(), weights(dropout=0.5)
+    kept = dropped != 0
+    assert not kept[~square.expand_as(kept)].any()
+    assert 0.4 < kept[square.expand_as(kept)].double().mean() < 0.6
+    assert (dropped - 2 * whole)[kept].abs().max() <= 1e-12
+
+
+def losses(folder, base, data, **keys) -> list[float]:
+    folder.mkdir()
+    train(read_recipe(make_recipe(folder, base, data, max_steps=3, logging_steps=1, **keys)))
+    log = json.loads((folder / "run" / "run.json").read_text())
+    assert log["prefix_sharing"]["used"] == (keys.get("prefix_sharing") != "off")
+    return [entry["loss"] for entry in log["log"] if "loss" in entry]
+
+
+def test_a_base_with_dropout_in_its_attention_trains_on_shared_rows(tiny_data, tmp_path):
+    tokenizer = make_tokenizer()
+    kind, config = TINY_BASES["gpt2"](len(tokenizer))
+    config.attention_dropout = 0.1  # a number of the layers, no module: `disable_dropout` misses it
+    kind.from_config(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    found = losses(tmp_path / "shared", tmp_path / "base", tiny_data, disable_dropout=False)
+    assert len(found) == 3
+    assert all(0 < loss < 2 for loss in found)
+
+
+def test_a_reentrant_checkpoint_changes_no_loss(tiny_base, tiny_data, tmp_path):
+    """It detaches what it is given, the mask too."""
+    keys = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    found = losses(tmp_path / "shared", tiny_base("gpt2"), tiny_data, **keys)
+    expected = losses(tmp_path / "padded", tiny_base("gpt2"), tiny_data, prefix_sharing="off")
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_model_with_row_attention_still_scores_plain_batches(tmp_path):
+    model = classifier("llama")
+    padded = padded_rows(BATCH, 0)
     with torch.no_grad():
-        shared = model(**shared_rows(batch, tokenizer.pad_token_id)).logits[:, 0]
-        alone = torch.stack([model(input_ids=torch.tensor([ids])).logits[0, 0] for ids in conversations])
-    assert (shared - alone).abs().max() <= 1e-5
-    assert alone.std() > 1e-2
+        expected = model(**padded).logits
+        assert decide_sharing(model, "auto", 64, torch.device("cuda")).used
+        assert model.config._attn_implementation == "sdpa"  # a GPU computes the whole mask
+        assert decide_sharing(model, "auto", 64).used
+        assert model.config._attn_implementation == NAME
+        assert torch.equal(model(**padded).logits, expected)
+        shared = model(**shared_rows(BATCH, 0, one_row=True)).logits
+    assert (shared - expected).abs().max() <= 1e-5
+    model.save_pretrained(tmp_path)
+    assert NAME not in (tmp_path / "config.json").read_text()

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_cli
+from conftest import make_recipe, run_cli
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from trl import ModelConfig
 
 from rm_recipe import RewardModel
 from rm_recipe.errors import RecipeError, TrainingError
@@ -59,21 +60,16 @@ def base(tiny_llama, tmp_path):
     return shutil.copytree(tiny_llama, tmp_path / "base")
 
 
-def test_the_trap_springs_when_it_is_unpickled(base):
+def test_a_base_that_is_a_pickle_is_refused_in_one_message_and_not_unpickled(base, write_recipe):
     marker = spring(base, "pytorch_model.bin")
-    pickle.loads((base / "pytorch_model.bin").read_bytes())
-    assert marker.exists()
-
-
-@pytest.mark.parametrize("verb", ["check", "train", "run"])
-def test_a_base_that_is_a_pickle_is_refused_in_one_message_and_not_unpickled(base, write_recipe, verb):
-    marker = spring(base, "pytorch_model.bin")
-    result = run_cli(verb, str(write_recipe(model_name_or_path=str(base))))
+    result = run_cli("train", str(write_recipe(model_name_or_path=str(base))))
     assert result.returncode == 2
     assert "has its weights in pytorch_model.bin alone, a pickle" in result.stderr
     assert "convert it by transformers: `AutoModel.from_pretrained(...)`" in result.stderr
     assert "Traceback" not in result.stderr
     assert not marker.exists()
+    pickle.loads((base / "pytorch_model.bin").read_bytes())
+    assert marker.exists()  # the trap was set
 
 
 def test_weights_that_would_load_are_refused_too_where_they_are_a_pickle(base):
@@ -81,7 +77,7 @@ def test_weights_that_would_load_are_refused_too_where_they_are_a_pickle(base):
     tokenizer = load_tokenizer(str(base))
     pickled(base, "pytorch_model.bin")
     with pytest.raises(RecipeError, match=CONVERT):
-        load_base(read_model(base), tokenizer, 0)
+        load_base(ModelConfig(str(base)), tokenizer, 0)
 
 
 def test_transformers_itself_is_told_to_read_safetensors_alone(base, monkeypatch):
@@ -90,13 +86,7 @@ def test_transformers_itself_is_told_to_read_safetensors_alone(base, monkeypatch
     tokenizer = load_tokenizer(str(base))
     pickled(base, "pytorch_model.bin")
     with pytest.raises(RecipeError, match=r"no file named model\.safetensors"):
-        load_base(read_model(base), tokenizer, 0)
-
-
-def read_model(folder, **keys):
-    from trl import ModelConfig
-
-    return ModelConfig(model_name_or_path=str(folder), **keys)
+        load_base(ModelConfig(str(base)), tokenizer, 0)
 
 
 def test_an_index_of_safetensors_that_names_a_pickle_is_refused(base):
@@ -106,47 +96,37 @@ def test_an_index_of_safetensors_that_names_a_pickle_is_refused(base):
     index = {"metadata": {}, "weight_map": dict.fromkeys(names, "part.bin")}
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(RecipeError, match="cannot be loaded as a classifier"):
-        load_base(read_model(base), tokenizer, 0)
+        load_base(ModelConfig(str(base)), tokenizer, 0)
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("harmless", [False, True])
-@pytest.mark.parametrize("part", ["adapter", "base"])
-def test_an_sft_adapter_that_is_a_pickle_is_refused_and_one_on_such_a_base(base, tmp_path, part, harmless):
-    sft = tmp_path / "sft"
+def save_adapter(folder: Path, base: Path) -> Path:
     settings = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
-    get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings).save_pretrained(sft)
-    tokenizer = load_tokenizer(str(base))
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("part", ["adapter", "base"])
+def test_an_sft_adapter_that_is_a_pickle_is_refused_and_one_on_such_a_base(base, tmp_path, part):
+    sft, tokenizer = save_adapter(tmp_path / "sft", base), load_tokenizer(str(base))
     folder, name = (sft, "adapter_model.bin") if part == "adapter" else (base, "pytorch_model.bin")
-    marker = folder / "sprung"
-    pickled(folder, name) if harmless else spring(folder, name)
+    pickled(folder, name)
     with pytest.raises(RecipeError, match=CONVERT):
-        load_base(read_model(sft), tokenizer, 0)
+        load_base(ModelConfig(str(sft)), tokenizer, 0)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "whole model"])
+def test_a_reward_model_that_is_a_pickle_is_refused(tiny_llama, tmp_path, kind):
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=1)
+    if kind == "adapter":
+        model.config.save_pretrained(tmp_path)
+        model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=4, target_modules="all-linear"))
+    model.save_pretrained(tmp_path)
+    load_tokenizer(str(tiny_llama)).save_pretrained(tmp_path)
+    marker = spring(tmp_path, "adapter_model.bin" if kind == "adapter" else "pytorch_model.bin")
+    with pytest.raises(RecipeError, match=CONVERT):
+        RewardModel.from_pretrained(tmp_path)
     assert not marker.exists()
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, tiny_llama, tiny_data):
-    """A run with an adapter, and its export."""
-    from conftest import make_recipe
-
-    folder = tmp_path_factory.mktemp("finished")
-    train(read_recipe(make_recipe(folder, tiny_llama, tiny_data, max_steps=2)))
-    export(folder / "run")
-    return folder / "run"
-
-
-@pytest.mark.parametrize("harmless", [False, True])
-@pytest.mark.parametrize("part", ["model", "export"])
-def test_a_reward_model_that_is_a_pickle_is_refused(finished, tmp_path, part, harmless):
-    folder = shutil.copytree(finished / part, tmp_path / part)
-    name = "adapter_model.bin" if part == "model" else "pytorch_model.bin"
-    pickled(folder, name) if harmless else spring(folder, name)
-    with pytest.raises(RecipeError, match=CONVERT):
-        RewardModel.from_pretrained(folder)
-    with pytest.raises(RecipeError, match=CONVERT):
-        load_trained(str(folder), load_tokenizer(str(folder)))
-    assert not (folder / "sprung").exists()
 
 
 def test_a_repository_on_the_hub_that_is_a_pickle_is_refused(monkeypatch):
@@ -166,16 +146,18 @@ def test_of_a_repository_that_cannot_be_asked_the_loader_speaks(monkeypatch):
 # --- checkpoints -----------------------------------------------------------------------------
 
 
-@pytest.fixture
-def resumable(write_recipe, tmp_path):
+@pytest.fixture(scope="module")
+def resumable(tmp_path_factory, tiny_llama, tiny_data):
     """A trainer that is about to go on from a checkpoint, and its folder."""
-    train(read_recipe(write_recipe(max_steps=2, save_strategy="steps", save_steps=2)))
-    recipe = read_recipe(write_recipe(max_steps=4))
+    folder = tmp_path_factory.mktemp("resumable")
+    keys = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    recipe = read_recipe(make_recipe(folder, tiny_llama, tiny_data, **keys))
+    train(recipe)
     tokenizer, *splits, _ = load_data(recipe)
     model, new = load_model(recipe, tokenizer)
     trainer = make_trainer(recipe, tokenizer, model, new, *splits, settle_step(recipe, model, new, splits[0]))
     trainer.create_optimizer_and_scheduler(4)
-    return trainer, tmp_path / "run" / "checkpoint-2"
+    return trainer, folder / "run" / "checkpoint-1"
 
 
 CHECKPOINT_FILES = {
@@ -186,25 +168,20 @@ CHECKPOINT_FILES = {
 }
 
 
-def test_an_honest_checkpoint_is_read(resumable):
-    trainer, checkpoint = resumable
-    for load in CHECKPOINT_FILES.values():
-        getattr(trainer, load)(str(checkpoint))
-
-
 @pytest.mark.parametrize("name", CHECKPOINT_FILES)
-def test_a_checkpoint_that_hides_code_is_refused_in_one_message_and_runs_none(resumable, name):
-    trainer, checkpoint = resumable
-    marker = checkpoint / "sprung"
+def test_a_checkpoint_that_hides_code_is_refused_and_runs_none(resumable, tmp_path, name):
+    trainer, honest = resumable
+    load = getattr(trainer, CHECKPOINT_FILES[name])
+    load(str(honest))
+    checkpoint = shutil.copytree(honest, tmp_path / "checkpoint-1")
     if name == "adapter_model.bin":
         (checkpoint / "adapter_model.safetensors").unlink()
-    torch.save(Trap(marker), checkpoint / name)
-    with pytest.raises(TrainingError, match="checkpoint-2 holds something else than the numbers") as caught:
-        getattr(trainer, CHECKPOINT_FILES[name])(str(checkpoint))
-    assert caught.value.__suppress_context__
-    assert not marker.exists()
+    torch.save(Trap(tmp_path / "sprung"), checkpoint / name)
+    with pytest.raises((TrainingError, pickle.UnpicklingError)):
+        load(str(checkpoint))
+    assert not (tmp_path / "sprung").exists()
     torch.load(checkpoint / name, weights_only=False)
-    assert marker.exists()  # the trap was set
+    assert (tmp_path / "sprung").exists()  # the trap was set
 
 
 # --- code of a model's own -------------------------------------------------------------------
@@ -272,34 +249,27 @@ def test_a_judge_of_a_kind_without_a_classifier_is_refused_without_a_question(ba
 
 
 def test_an_sft_adapters_tokenizer_runs_no_code_of_its_own(base, tmp_path, willing):
-    tokenizer = load_tokenizer(str(base))
-    settings = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
-    sft = tmp_path / "sft"
-    get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings).save_pretrained(sft)
+    tokenizer, sft = load_tokenizer(str(base)), save_adapter(tmp_path / "sft", base)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(base / name, sft / name)
     marker = give_code(sft, model_type="own")
     (sft / "config.json").unlink()
     with pytest.raises(RecipeError, match="contains custom code"):
-        load_base(read_model(sft), tokenizer, 0)
+        load_base(ModelConfig(str(sft)), tokenizer, 0)
     assert not marker.exists()
     assert not willing
 
 
-@pytest.mark.parametrize("kind", ["base", "sft"])
+@pytest.mark.parametrize("kind", ["base", pytest.param("sft", marks=pytest.mark.slow)])
 def test_a_base_that_brings_code_is_trained_evaluated_and_exported_without_it(
     base, write_recipe, tmp_path, willing, kind
 ):
     name = base
     if kind == "sft":
-        name = tmp_path / "sft"
-        settings = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
-        get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings).save_pretrained(name)
+        name = save_adapter(tmp_path / "sft", base)
         load_tokenizer(str(base)).save_pretrained(name)
     marker = give_code(base)
-    recipe = write_recipe(model_name_or_path=str(name), max_steps=2)
-    assert run_cli("check", str(recipe), "--data").returncode == 0
-    train(read_recipe(recipe))
+    train(read_recipe(write_recipe(model_name_or_path=str(name), max_steps=1)))
     run = tmp_path / "run"
     saved = (run / "recipe.yaml").read_text()
     assert saved_values(run)["trust_remote_code"] is False

@@ -1,0 +1,428 @@
+"""A base becomes a reward model whose head is fp32, new and seeded; what cannot is refused in one message."""
+
+import json
+import shutil
+import weakref
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from conftest import CHAT_TEMPLATE, make_tokenizer
+from datasets import Dataset
+from huggingface_hub.utils import httpx
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from safetensors.torch import save_file
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BartConfig,
+    BertConfig,
+    BitsAndBytesConfig,
+    DebertaV2Config,
+    RobertaConfig,
+)
+from trl import ModelConfig, RewardConfig, RewardTrainer
+
+from rm_recipe import RewardModel
+from rm_recipe.data.comparison import split_at_common_prefix
+from rm_recipe.errors import RecipeError, TrainingError
+from rm_recipe.exporting.export import export
+from rm_recipe.model import lora, source
+from rm_recipe.model.head import Float32Linear, check_saved_head, outermost
+from rm_recipe.model.lora import add_lora, check_head_is_whole
+from rm_recipe.model.reward_model import (
+    as_one_model,
+    autocast,
+    check_base,
+    load_base,
+    load_trained,
+    prepare_for_rewards,
+)
+from rm_recipe.model.source import load_config
+from rm_recipe.model.tokenizer import load_tokenizer
+from rm_recipe.recipe import weights
+from rm_recipe.recipe.reader import read_recipe
+from rm_recipe.training.train import load_data, train
+
+
+def base(folder, seed: int = 0, **keys):
+    config = ModelConfig(model_name_or_path=str(folder), **keys)
+    return load_base(config, load_tokenizer(str(folder)), seed)
+
+
+@pytest.fixture
+def save(tiny_llama, tmp_path):
+    """A function: saves a model as a base with the tiny Llama's tokenizer, and gives the folder."""
+
+    def to(model, tokenizer_of=tiny_llama):
+        model.save_pretrained(tmp_path / "base")
+        load_tokenizer(str(tokenizer_of)).save_pretrained(tmp_path / "base")
+        return tmp_path / "base"
+
+    return to
+
+
+def in_4_bits(folder, kind=AutoModelForCausalLM):
+    return kind.from_pretrained(folder, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+
+
+# --- the head -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fixture", "expected"),
+    [("tiny_llama", ["score"]), ("tiny_distilbert", ["classifier", "pre_classifier"])],
+)
+def test_what_the_base_lacks_is_found_and_is_fp32(fixture, expected, request):
+    model, new = base(request.getfixturevalue(fixture), dtype="bfloat16", use_peft=True)
+    assert new == expected
+    for name in new:
+        assert isinstance(model.get_submodule(name), Float32Linear)
+        assert model.get_submodule(name).weight.dtype == torch.float32
+    assert next(model.base_model.parameters()).dtype == torch.bfloat16
+    assert model.config.num_labels == 1
+
+
+def test_the_heads_start_comes_from_the_seed(tiny_llama):
+    first, again, other = (base(tiny_llama, seed)[0].score.weight for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_rewards_are_fp32_under_bf16_autocast(tiny_llama):
+    model, _ = base(tiny_llama, dtype="bfloat16", use_peft=True)
+    with torch.no_grad(), autocast(model):
+        reward = model(input_ids=torch.tensor([[5, 6, 7]])).logits
+    assert reward.dtype == torch.float32
+    assert reward.item() != reward.bfloat16().item()
+
+
+def test_a_classifier_of_two_labels_is_a_base_with_a_fresh_head(tiny_llama, save):
+    two = AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=2)
+    model, new = base(save(two))
+    assert new == ["score"]
+    assert torch.equal(model.score.weight, base(tiny_llama)[0].score.weight)
+
+
+def test_a_head_in_fp32_is_not_rounded_to_its_bodys_precision(tiny_llama, save):
+    trained = AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=1, dtype="bfloat16")
+    trained.score.weight.data = torch.randn(1, 32)
+    model, new = base(save(trained), dtype="bfloat16", use_peft=True)
+    assert new == ["score"]
+    assert next(model.model.parameters()).dtype == torch.bfloat16
+    assert torch.equal(model.score.weight, trained.score.weight)
+
+
+TINY_BERT = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+TINY_BERT |= {"intermediate_size": 32, "pad_token_id": 1}
+ENCODERS = {
+    "roberta": RobertaConfig(**TINY_BERT),
+    "deberta": DebertaV2Config(**TINY_BERT, pooler_hidden_size=16),
+    "bert": BertConfig(**TINY_BERT),
+}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_under_lora_every_new_parameter_of_an_encoder_gets_a_gradient(name, tiny_distilbert, tmp_path):
+    """DeBERTa's new `pooler.dense` was neither trained nor saved."""
+    AutoModel.from_config(ENCODERS[name]).save_pretrained(tmp_path)
+    config = ModelConfig(model_name_or_path=str(tmp_path), use_peft=True)
+    model, new = load_base(config, load_tokenizer(str(tiny_distilbert)), seed=0)
+    wrapped = add_lora(model, config, new, autocast=False)
+    wrapped(input_ids=torch.tensor([[5, 6, 7, 3]])).logits.sum().backward()
+    trained = {key: p for key, p in wrapped.named_parameters() if "modules_to_save" in key}
+    assert {key.split("modules_to_save.default")[0].split(".")[-2] for key in trained} == set(new)
+    assert all(p.requires_grad and p.grad is not None for p in trained.values())
+    assert outermost(["pooler.dense", "classifier", "pooler", "pool"]) == ["classifier", "pool", "pooler"]
+
+
+@pytest.mark.parametrize(
+    ("saved", "fault"),
+    [
+        ({"base_model.model.pre_classifier.weight": torch.zeros(1, 2)}, "classifier.weight is missing"),
+        ({"base_model.model.classifier.weight": torch.ones(1, 2)}, "classifier.weight did not move"),
+    ],
+)
+def test_a_saved_head_that_is_missing_or_did_not_move_is_noticed(tmp_path, saved, fault):
+    save_file(saved, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(TrainingError, match=fault):
+        check_saved_head(tmp_path, {"classifier.weight": torch.ones(1, 2)})
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bart"])
+def test_no_keys_and_values_are_kept_for_a_generation_that_never_comes(tiny_base, name):
+    if name == "bart":
+        layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+        heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+        config = BartConfig(vocab_size=320, d_model=16, num_labels=1, **layers, **heads)
+        model = AutoModelForSequenceClassification.from_config(config)
+        prepare_for_rewards(model, make_tokenizer())
+    else:
+        model, _ = base(tiny_base(name))
+    seen = []
+    model.base_model.register_forward_hook(lambda _, __, output: seen.append(output))
+    model.eval()(input_ids=torch.tensor([[0, 5, 6, 2]]))
+    assert seen[0].get("past_key_values") is None
+
+
+# --- what is refused --------------------------------------------------------------------------------
+
+
+def test_what_is_no_reward_model_is_refused(tiny_llama, save, tmp_path):
+    tokenizer, (model, _) = load_tokenizer(str(tiny_llama)), base(tiny_llama)
+    model.base_model.save_pretrained(tmp_path / "headless")
+    model.config.save_pretrained(tmp_path / "headless")
+    with pytest.raises(RecipeError, match="has no trained head .score missing"):
+        load_trained(str(tmp_path / "headless"), tokenizer)
+    model.config.num_labels = 2
+    model.config.save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match="has 2 labels; a reward model is a sequence"):
+        load_trained(str(tmp_path), tokenizer)
+
+
+def test_a_model_that_cannot_be_had_or_read_is_named(tiny_llama, tmp_path):
+    """As half a download is, or a Git LFS pointer."""
+    with pytest.raises(RecipeError, match="'model_name_or_path: nobody/nothing' cannot be loaded"):
+        load_base(ModelConfig(model_name_or_path="nobody/nothing"), None, 0)
+    shutil.copytree(tiny_llama, tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(RecipeError, match="/base' cannot be loaded as a classifier: "):
+        base(tmp_path / "base")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_a_model_that_there_is_no_memory_for_is_not_called_a_wrong_one(tiny_llama, monkeypatch, error):
+    def raise_it(*_, **__):
+        raise error
+
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", raise_it)
+    with pytest.raises(RuntimeError, match="memory"):
+        base(tiny_llama)
+
+
+@pytest.mark.parametrize(
+    ("keys", "fault"),
+    [
+        (
+            {"lora_target_modules": ["no_such_proj"]},
+            "no layer is called no_such_proj.* model's are down_proj, ",
+        ),
+        ({"lora_target_modules": ["q_proj", "k_prj"]}, "is called k_prj. Did you mean 'k_proj'"),
+        ({"lora_target_modules": ["*q_proj"]}, "is neither a name nor a regular expression"),
+        ({"lora_target_modules": [".*mlp.query"]}, r"is called \.\*mlp\.query"),
+        ({"lora_target_modules": ["self_attn"]}, "LoRA cannot be added: Target module LlamaAttention"),
+        (
+            {"lora_modules_to_save": ["nrm"]},
+            "'lora_modules_to_save': no layer is called nrm. Did you mean 'norm'",
+        ),
+    ],
+)
+def test_what_lora_cannot_adapt_is_refused_before_weights_are_read(tiny_llama, keys, fault):
+    """PEFT says nothing of one name among others."""
+    config = ModelConfig(model_name_or_path="m", use_peft=True, **keys)
+    with pytest.raises(RecipeError, match=fault):
+        check_base(load_config(str(tiny_llama)), config, 64)
+
+
+# --- bases that come quantised ------------------------------------------------------------------------
+
+
+def test_a_base_that_comes_quantised_is_trained_with_its_head_whole(tiny_llama, save, write_recipe, tmp_path):
+    folder = save(in_4_bits(tiny_llama))
+    train(read_recipe(write_recipe(model_name_or_path=str(folder))))
+    model = RewardModel.from_pretrained(tmp_path / "run")
+    good, bad = model.score([{"prompt": "hello 3 cat", "response": r} for r in ("good good", "bad bad")])
+    assert good > bad
+    with pytest.raises(RecipeError, match="comes quantised, so it cannot be trained in full"):
+        check_base(load_config(str(folder)), ModelConfig(model_name_or_path=str(folder)), 64)
+
+
+def test_a_head_that_is_quantised_is_refused(tiny_distilbert, save):
+    quantised = in_4_bits(tiny_distilbert, AutoModelForMaskedLM)
+    with pytest.raises(RecipeError, match="quantised too: take the original model"):
+        base(save(quantised, tiny_distilbert), use_peft=True)
+    model, _ = base(tiny_distilbert)
+    model.classifier = Linear4bit(32, 1)
+    with pytest.raises(
+        RecipeError, match=r"m' comes with a quantised head \(classifier\): take the original"
+    ):
+        check_head_is_whole(model, ["classifier"], "m")
+
+
+# --- reading back -------------------------------------------------------------------------------------
+
+
+def test_a_model_that_was_dropped_is_gone_when_the_next_is_loaded(tiny_llama, tmp_path):
+    """As between `evaluate` and `export` in one process: a GPU may not hold both."""
+    tokenizer = load_tokenizer(str(tiny_llama))
+    keys = {"num_labels": 1, "pad_token_id": tokenizer.pad_token_id}
+    AutoModelForSequenceClassification.from_pretrained(tiny_llama, **keys).save_pretrained(tmp_path)
+    dropped = weakref.ref(load_trained(str(tmp_path), tokenizer))
+    assert load_trained(str(tmp_path), tokenizer) is not dropped()
+    assert dropped() is None
+
+
+@pytest.mark.parametrize(
+    "resized", [None, 1, 64], ids=["pads with EOS", "a pad token", "to a multiple of 64"]
+)
+def test_a_reward_adapter_of_trls_on_gpt2_gives_the_rewards_that_it_was_trained_to(
+    tiny_base, tmp_path, resized
+):
+    """Its base has no token to pad with, so that one is added: by whoever trained, or here."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base("gpt2"))
+    tokenizer.unk_token = None
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_base("gpt2"), num_labels=1)
+    if resized:
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=resized)
+    trainer = RewardTrainer(
+        model=model,
+        args=RewardConfig(str(tmp_path), max_steps=1, use_cpu=True, bf16=False, report_to="none"),
+        train_dataset=Dataset.from_list([{"chosen": "good cat", "rejected": "bad dog"}] * 4),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["c_attn"]),
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    loaded = RewardModel.from_pretrained(tmp_path / "adapter")
+    assert loaded.model.get_input_embeddings().num_embeddings == (320 if resized == 64 else 318)
+    with torch.no_grad():
+        expected = trainer.model.eval()(input_ids=torch.tensor([[5, 6, 7, 8]])).logits.item()
+    found = loaded.score_encoded([split_at_common_prefix([[5, 6, 7, 8], [5, 6, 9]])])[0][0]
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+# --- an SFT adapter as the start ----------------------------------------------------------------------
+
+
+def save_adapter(folder, base, **keys) -> PeftModel:
+    """An adapter that does something, without a tokenizer."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(base) if not isinstance(base, torch.nn.Module) else base
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder, **keys)
+    return model.eval()
+
+
+@pytest.fixture
+def sft(tiny_llama, tmp_path):
+    """The folder of an SFT adapter on the tiny Llama."""
+    save_adapter(tmp_path / "sft", tiny_llama)
+    return tmp_path / "sft"
+
+
+def hidden(causal) -> torch.Tensor:
+    with torch.no_grad():
+        return causal(torch.tensor([[5, 6, 7, 8]]), output_hidden_states=True).hidden_states[-1]
+
+
+def hidden_of_base(folder, **keys) -> torch.Tensor:
+    with torch.no_grad():
+        return base(folder, **keys)[0].model(torch.tensor([[5, 6, 7, 8]])).last_hidden_state
+
+
+def test_an_sft_adapter_is_merged_into_its_base_before_the_head_is_added(sft, tiny_llama):
+    expected = hidden(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), sft).eval())
+    assert torch.allclose(hidden_of_base(sft), expected, atol=1e-6)
+    assert not torch.allclose(hidden_of_base(tiny_llama), expected, atol=1e-2)
+    merged, _ = base(sft)
+    assert torch.equal(merged.score.weight, base(tiny_llama)[0].score.weight)  # the seed's, whatever the body
+    assert merged.name_or_path == str(sft)
+    with as_one_model(str(sft)) as folder:
+        shutil.copytree(folder, sft.parent / "whole")
+    assert torch.equal(hidden_of_base(save_tokenizer(sft.parent / "whole")), hidden_of_base(sft))
+
+
+def save_tokenizer(folder):
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_whose_embeddings_grew_with_its_tokenizer_keeps_both(tiny_llama, tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<|tool|>"])
+    causal = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    causal.resize_token_embeddings(len(tokenizer))
+    save_adapter(tmp_path / "sft", causal, save_embedding_layers=True)
+    tokenizer.save_pretrained(tmp_path / "sft")
+    loaded, _ = base(tmp_path / "sft")
+    assert torch.equal(loaded.get_input_embeddings().weight, causal.get_input_embeddings().weight)
+
+
+def test_an_adapter_on_a_base_that_comes_quantised_is_merged_into_what_it_was_trained_on(
+    tiny_llama, save, tmp_path
+):
+    """QLoRA on a 4-bit repository is how most train on one small GPU."""
+    causal = save_adapter(tmp_path / "sft", save(in_4_bits(tiny_llama)))
+    lora.keep_layout(causal)
+    expected = hidden(causal).float()
+    found = hidden_of_base(tmp_path / "sft", dtype="float32")
+    assert torch.allclose(found, expected, atol=0.02 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("quantised", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_run_from_an_sft_adapter_is_read_back_and_exported_with_it(write_recipe, tmp_path, sft, quantised):
+    keys = {"bf16": True, "load_in_4bit": True} if quantised else {}
+    train(read_recipe(write_recipe(model_name_or_path=str(sft), num_train_epochs=1, **keys)))
+    run = tmp_path / "run"
+    settings = json.loads((run / "model" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(sft)
+    items = [{"prompt": "hello", "response": reply} for reply in ("good good", "bad far")]
+    rewards = RewardModel.from_pretrained(run).score(items)
+    assert export(run)["passed"]
+    exported = RewardModel.from_pretrained(run / "export").score(items)
+    assert abs(rewards - exported).max() <= (0.1 if quantised else 1e-5)
+    merged = AutoModelForSequenceClassification.from_pretrained(run / "export")
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+
+
+def test_an_adapter_without_a_tokenizer_takes_its_bases_and_with_one_its_own(sft):
+    assert load_tokenizer(str(sft)).chat_template == CHAT_TEMPLATE
+    own = make_tokenizer()
+    own.chat_template = "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
+    own.save_pretrained(sft)
+    assert load_tokenizer(str(sft)).chat_template == own.chat_template
+
+
+def test_an_adapter_of_the_wrong_kind_or_without_its_base_is_refused(write_recipe, tiny_llama, tmp_path, sft):
+    with pytest.raises(RecipeError, match="is the adapter of a language model, not of a reward model"):
+        RewardModel.from_pretrained(sft)
+    train(read_recipe(write_recipe(max_steps=1)))
+    again = read_recipe(write_recipe(model_name_or_path=str(tmp_path / "run" / "model")))
+    with pytest.raises(RecipeError, match="adapter of a classifier, .* start from its export"):
+        load_data(again)
+    prefix = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), prefix)
+    model.save_pretrained(tmp_path / "prefix")
+    with pytest.raises(RecipeError, match="of type PREFIX_TUNING, which cannot be merged into its base"):
+        base(tmp_path / "prefix")
+    for content in (
+        json.dumps(
+            json.loads((sft / "adapter_config.json").read_text()) | {"base_model_name_or_path": "./gone"}
+        ),
+        "{",
+    ):
+        (sft / "adapter_config.json").write_text(content)
+        with pytest.raises(RecipeError, match="cannot be loaded"):
+            base(sft)
+
+
+def test_a_proxy_that_fails_is_named(monkeypatch):
+    def answer(*_):
+        raise httpx.ProxyError("407 Proxy Authentication Required")
+
+    monkeypatch.setattr(weights, "_on_hub", answer)
+    with pytest.raises(RecipeError, match="'model_name_or_path: user/behind-a-proxy' cannot be loaded: 407"):
+        source.adapter_config("user/behind-a-proxy")
