@@ -77,7 +77,6 @@ def overoptimization(
         raise RecipeError("give --policy and --prompts, or --samples")
     scored, rewards = score_all([*proxies, *([safety] if safety else []), *gold], found, excluded)
     sizes = np.arange(1, len(scored[0].responses) + 1)
-    of_gold = ensemble([rewards[name] for name in gold], len(sizes))
     content = {
         "proxies": list(proxies),
         "gold": list(gold),
@@ -86,10 +85,7 @@ def overoptimization(
         "samples": {"file": str(samples or folder / SAMPLES), "excluded": dict(excluded), **counts(scored)},
         "n": sizes.tolist(),
         "kl": kl(sizes).tolist(),
-        "curves": {
-            name: compare(scored, own, of_gold)
-            for name, own in candidates(scored, rewards, proxies, safety).items()
-        },
+        "curves": compare_all(scored, rewards, proxies, gold, safety),
     }
     write_scores(folder / SCORES, scored, rewards)
     write_json(folder / "overoptimization.json", content)
@@ -199,22 +195,27 @@ def score(name: str, samples: Sequence[Sample], texts: Sequence[list[str]]) -> A
 # --- several models as one ---------------------------------------------------------------------
 
 
-def candidates(
-    samples: Sequence[Sample], rewards: dict[str, Array], proxies: Sequence[str], safety: str | None
-) -> dict[str, Array]:
-    """What is optimised: each proxy by itself, and several as ensembles, by name.
+def compare_all(
+    samples: Sequence[Sample],
+    rewards: dict[str, Array],
+    proxies: Sequence[str],
+    gold: Sequence[str],
+    safety: str | None,
+) -> dict[str, Any]:
+    """What best-of-n does by each proxy by itself, and by several as ensembles, by name.
 
     The ensembles are their mean and the worst of them (Coste et al., arXiv 2310.02743), each normalised. With
     a model of safety each proxy is combined first, as `rl.combine` has it.
     """
-    found = {name: rewards[name] for name in proxies}
+    found, n = {name: rewards[name] for name in proxies}, len(samples[0].responses)
     if safety:
         together = {name: with_safety(samples, rewards[safety], own) for name, own in found.items()}
         found = {f"{name} with safety {safety}": own for name, own in together.items()}
     if len(found) > 1:
-        every, n = list(found.values()), len(samples[0].responses)
+        every = list(found.values())
         found |= {MEAN: ensemble(every, n), WORST: ensemble(every, n, worst=True)}
-    return found
+    of_gold = ensemble([rewards[name] for name in gold], n)
+    return {name: compare(samples, own, of_gold) for name, own in found.items()}
 
 
 def ensemble(rewards: Sequence[Array], n: int, *, worst: bool = False) -> Array:
