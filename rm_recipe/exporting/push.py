@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -100,7 +101,9 @@ def check_destination(repo_id: str) -> None:
         raise RecipeError(
             f"{repo_id!r} cannot be a repository; give USER/NAME, of letters, digits, '-', '_' and '.'"
         )
-    token = huggingface_hub.get_token() or ""
+    token = ""
+    with suppress(Exception):  # an expired login that could not be renewed
+        token = huggingface_hub.get_token() or ""
     if not token.isascii() or not token.isprintable() or not token or " " in token:
         raise RecipeError("there is no token for the Hub; log in with `hf auth login` or set HF_TOKEN")
 

@@ -456,11 +456,6 @@ def test_a_base_that_has_become_another_one_or_is_gone_is_refused(run, tiny_llam
     key = "model.layers.0.mlp.up_proj.weight"
     save_file(weights | {key: weights[key].flip(0) * 5}, base / "model.safetensors", {"format": "pt"})
     refused(r"no longer gives the rewards of its predictions.jsonl", run)
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    model.resize_token_embeddings(500)
-    model.save_pretrained(base)
-    with pytest.raises(RecipeError, match=r"was trained on a base with \d+ embeddings, and .* has 500"):
-        export(run)
     shutil.rmtree(base)
     with pytest.raises(RecipeError, match="base' cannot be loaded"):
         export(run)
