@@ -240,7 +240,7 @@ def _measure_step(
         outline.to_empty(device="cpu").tie_weights()
         inputs = {name: mode.from_tensor(tensor) for name, tensor in rows.items()}
         if blocks:
-            fake_blocks = [mode.from_tensor(each) for each in blocks]
+            fake_blocks: list[torch.Tensor] = [mode.from_tensor(each) for each in blocks]
             cpu_attention.announce_blocks(inputs["attention_mask"], fake_blocks)
         live = _LiveBytes()
         for parameter in outline.parameters():
@@ -254,7 +254,7 @@ def _measure_step(
 
 
 class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of the storages that are alive, `now` and at their `peak`."""
+    """Count the bytes of the storages that are alive, `now` and at their `peak`."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -41,7 +41,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def choose_rows(lengths: Sequence[int]) -> list[list[int]]:
-    """Packs `lengths` into rows of the length that costs least.
+    """Pack `lengths` into rows of the length that costs least.
 
     Rows as long as the longest comparison leave gaps; longer ones fill better and pay for larger
     masks. Tried are one to four times the longest, in quarters; a row costs its tokens, plus half
