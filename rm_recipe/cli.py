@@ -14,7 +14,7 @@ import time
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -241,7 +241,7 @@ def overoptimization(
     """See what optimising against a reward model will do, by best-of-n and a better model."""
     if (samples is None) == (policy is None) or (policy is None) != (prompts is None):
         raise typer.BadParameter("give --policy and --prompts, or --samples")
-    how = {"n": n, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    how: dict[str, Any] = {"n": n, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     how["max_new_tokens"] = max_new_tokens
     said = [key for key in how if str(context.get_parameter_source(key)).endswith("COMMANDLINE")]
     if samples is not None and said:

@@ -132,7 +132,9 @@ class Interrupts:
         # Not by `print`: the signal may have come amid one.
         if first and os.environ.get("RANK", "0") == "0":
             with suppress(OSError):  # the terminal may be gone
-                os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{self._deferred}\n".encode())
+                again = "" if launched else "; Ctrl-C again stops at once"
+                text = f"\n{self._deferred}{again}\n"
+                os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
 
 
 INTERRUPTS = Interrupts()

@@ -27,7 +27,7 @@ SCRATCH = ".part"  # how the names end of what is not finished
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `target` that takes its place when the block ends well.
+    """Yield an empty folder beside `target` that takes its place when the block ends well.
 
     After an exception, Ctrl-C included, `target` is as it was and nothing else is left.
     """
@@ -48,7 +48,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
-    """Yields a path beside `target` to write to; it takes `target`'s place when the block ends well."""
+    """Yield a path beside `target` to write to; it takes `target`'s place when the block ends well."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}{SCRATCH}")
     try:
@@ -64,7 +64,7 @@ def is_scratch(path: Path) -> bool:
 
 
 def tidy(folder: Path) -> None:
-    """Removes what kills left behind in a folder, and puts back what was about to be replaced."""
+    """Remove what kills left behind in a folder, and put back what was about to be replaced."""
     for path in filter(is_scratch, list(folder.iterdir())):
         if not path.is_dir():
             path.unlink()
@@ -76,20 +76,20 @@ def tidy(folder: Path) -> None:
 
 
 def write_json(target: Path, content: Any) -> None:
-    """Writes `content` as indented JSON, redacted, whole or not at all. NaN is refused: it is not JSON."""
+    """Write `content` as indented JSON, redacted, whole or not at all. NaN is refused: it is not JSON."""
     text = json.dumps(redacted(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with whole_file(target) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes, as the Hub names large files."""
+    """Hash a file's bytes, as the Hub names large files."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
+    """Read the object that a JSON file holds.
 
     Raises:
         RecipeError: naming the file.
@@ -98,7 +98,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file with one a line; empty lines are left out.
+    """Read the objects of a file with one a line; empty lines are left out.
 
     Raises:
         RecipeError: naming file and line.

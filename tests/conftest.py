@@ -64,6 +64,18 @@ CHAT_TEMPLATE = (
 )
 
 
+# Sizes of one layer of a tiny decoder or encoder.
+TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+ENDS = {"bos_token_id": 1, "eos_token_id": 2}
+TINY_DECODER = {**TINY, **ENDS, "num_key_value_heads": 2, "max_position_embeddings": 256}
+TINY_GPT2 = {**ENDS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+TINY_ENCODER = {**TINY, "max_position_embeddings": 128}
+TINY_DISTILBERT = {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 128}
+RELATIVE = {"relative_attention": True, "position_buckets": 16, "pos_att_type": ["p2c", "c2p"]}
+RELATIVE |= {"share_att_key": True, "norm_rel_ebd": "layer_norm", "position_biased_input": False}
+TINY_DEBERTA = {**TINY_ENCODER, **RELATIVE, "pooler_hidden_size": 32, "type_vocab_size": 0}
+
+
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE that, like TinyLlama's, adds BOS by itself and pads with EOS."""
     backend = Tokenizer(models.BPE(unk_token="<unk>"))
@@ -93,17 +105,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    config = LlamaConfig(vocab_size=len(tokenizer), **{**TINY_DECODER, "max_position_embeddings": 512})
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -124,36 +126,23 @@ def tiny_distilbert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# Sizes of one layer of a tiny decoder or encoder.
-TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-TINY_DECODER = {**TINY, "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 1,
-                "eos_token_id": 2}  # fmt: skip
-TINY_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "bos_token_id": 1,
-             "eos_token_id": 2}  # fmt: skip
-TINY_ENCODER = {**TINY, "max_position_embeddings": 128}
-TINY_DISTILBERT = {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 128}
-TINY_DEBERTA = {**TINY_ENCODER, "pooler_hidden_size": 32, "relative_attention": True, "position_buckets": 16,
-                "pos_att_type": ["p2c", "c2p"], "share_att_key": True, "norm_rel_ebd": "layer_norm",
-                "position_biased_input": False, "type_vocab_size": 0}  # fmt: skip
+def base_of(
+    kind: type, config: type[PretrainedConfig], sizes: dict[str, Any], **more: Any
+) -> Callable[[int], Any]:
+    """A function of the vocabulary's size: what to make the base from, and its configuration."""
+    return lambda size: (kind, config(vocab_size=size, **sizes, **more))
+
+
 # What a base checkpoint of each kind is, without a classification head.
-TINY_BASES: dict[str, Callable[[int], tuple[type, PretrainedConfig]]] = {
-    "llama": lambda size: (AutoModelForCausalLM, LlamaConfig(vocab_size=size, **TINY_DECODER)),
-    "qwen2": lambda size: (
-        AutoModelForCausalLM,
-        Qwen2Config(vocab_size=size, tie_word_embeddings=True, **TINY_DECODER),
-    ),
-    "mistral": lambda size: (
-        AutoModelForCausalLM,
-        MistralConfig(vocab_size=size, sliding_window=128, **TINY_DECODER),
-    ),
-    "mistral-short": lambda size: (
-        AutoModelForCausalLM,
-        MistralConfig(vocab_size=size, sliding_window=16, **TINY_DECODER),
-    ),
-    "gpt2": lambda size: (AutoModelForCausalLM, GPT2Config(vocab_size=size, **TINY_GPT2)),
-    "bert": lambda size: (AutoModelForMaskedLM, BertConfig(vocab_size=size, **TINY_ENCODER)),
-    "distilbert": lambda size: (AutoModelForMaskedLM, DistilBertConfig(vocab_size=size, **TINY_DISTILBERT)),
-    "deberta": lambda size: (AutoModel, DebertaV2Config(vocab_size=size, **TINY_DEBERTA)),
+TINY_BASES = {
+    "llama": base_of(AutoModelForCausalLM, LlamaConfig, TINY_DECODER),
+    "qwen2": base_of(AutoModelForCausalLM, Qwen2Config, TINY_DECODER, tie_word_embeddings=True),
+    "mistral": base_of(AutoModelForCausalLM, MistralConfig, TINY_DECODER, sliding_window=128),
+    "mistral-short": base_of(AutoModelForCausalLM, MistralConfig, TINY_DECODER, sliding_window=16),
+    "gpt2": base_of(AutoModelForCausalLM, GPT2Config, TINY_GPT2),
+    "bert": base_of(AutoModelForMaskedLM, BertConfig, TINY_ENCODER),
+    "distilbert": base_of(AutoModelForMaskedLM, DistilBertConfig, TINY_DISTILBERT),
+    "deberta": base_of(AutoModel, DebertaV2Config, TINY_DEBERTA),
 }
 TINY_ENCODERS = ("bert", "distilbert", "deberta")
 
@@ -165,9 +154,8 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory, tiny_distilbert: Path) -
 
     def folder(name: str) -> Path:
         if not (root / name).is_dir():
-            tokenizer = (
-                AutoTokenizer.from_pretrained(tiny_distilbert) if name in TINY_ENCODERS else make_tokenizer()
-            )
+            encoder = name in TINY_ENCODERS
+            tokenizer = AutoTokenizer.from_pretrained(tiny_distilbert) if encoder else make_tokenizer()
             kind, config = TINY_BASES[name](len(tokenizer))
             torch.manual_seed(0)
             kind.from_config(config).save_pretrained(root / name)
@@ -295,24 +283,10 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_recipe(folder: Path, model: Path, data: Path, **keys: Any) -> Path:
     """Writes a recipe for a tiny model into a folder; keyword arguments win."""
-    values = {
-        "model_name_or_path": str(model),
-        "dataset_name": str(data),
-        "output_dir": str(folder / "run"),
-        "use_peft": True,
-        "lora_r": 4,
-        "max_length": 128,
-        "num_train_epochs": 2,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1e-2,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-        "seed": 0,
-        **keys,
-    }
+    values = {"model_name_or_path": str(model), "dataset_name": str(data), "output_dir": str(folder / "run")}
+    values |= {"use_peft": True, "lora_r": 4, "max_length": 128, "num_train_epochs": 2, "learning_rate": 1e-2}
+    values |= {"per_device_train_batch_size": 8, "gradient_checkpointing": False, "save_strategy": "no"}
+    values |= {"use_cpu": True, "bf16": False, "disable_tqdm": True, "seed": 0, **keys}
     for key, idle in (("lora_r", keys.get("use_peft") is False), ("num_train_epochs", "max_steps" in keys)):
         if idle and key not in keys:
             del values[key]
@@ -362,15 +336,15 @@ def flawed(tmp_path):
     return {"dataset_name": str(tmp_path / "flawed"), "max_length": 80}
 
 
-def run_cli(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """`rm-recipe ARGUMENTS` in a process of its own."""
+def run_cli(*arguments: str, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`rm-recipe ARGUMENTS` in a process of its own, with more variables in its environment."""
     return subprocess.run(
         [sys.executable, "-m", "rm_recipe", *arguments],
         capture_output=True,
         text=True,
         cwd=cwd,
         check=False,
-        env={**os.environ, "COLUMNS": "80"},
+        env={**os.environ, "COLUMNS": "80", **variables},
     )
 
 

@@ -218,48 +218,37 @@ class LocalHub:
         sent = headers.get("Authorization", "")
         if sent and sent != f"Bearer {self.token}":
             raise Refused(401, "Invalid credentials in Authorization header", got=sent)
-        known = bool(sent)
-        routes: list[tuple[str, str, Callable[..., Answer]]] = [
-            ("GET", r"/api/whoami-v2", lambda: self._whoami(known)),
-            ("POST", r"/api/validate-yaml", lambda: _validate(json.loads(body))),
-            ("POST", r"/api/repos/create", lambda: self._create(known, json.loads(body))),
-            ("GET", r"/api/models/([^/]+/[^/]+?)(?:/revision/([^/]+))?", self._for(READ, known, self._info)),
-            ("GET", r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(?:/(.+))?",
-             self._for(READ, known, lambda *at: self._tree(*at, query=query))),
-            ("POST", r"/api/models/([^/]+/[^/]+)/paths-info/([^/]+)",
-             self._for(READ, known, lambda *at: self._paths_info(*at, form=parse_qs(body.decode())))),
-            ("POST", r"/api/models/([^/]+/[^/]+)/preupload/([^/]+)",
-             self._for(WRITE, known, lambda *at: self._preupload(*at, files=json.loads(body)["files"]))),
-            ("GET", r"/api/models/([^/]+/[^/]+)/xet-write-token/([^/]+)",
-             self._for(WRITE, known, lambda *_: self._xet_token())),
-            ("POST", r"/([^/]+/[^/]+)\.git/info/lfs/objects/(batch)",
-             self._for(WRITE, known, lambda *at: self._batch(json.loads(body)["objects"]))),
-            ("POST", r"/([^/]+/[^/]+)\.git/info/lfs/(verify)",
-             self._for(WRITE, known, lambda *at: self._verify(json.loads(body)))),
-            ("POST", r"/api/models/([^/]+/[^/]+)/commit/([^/]+)",
-             self._for(WRITE, known, lambda *at: self._commit(*at, lines=body.splitlines()))),
-            ("(?:GET|HEAD)", r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self._for(READ, known, self._resolve)),
-        ]  # fmt: skip
-        for verb, pattern, act in routes:
+        known, repo, lfs = bool(sent), r"/api/models/([^/]+/[^/]+?)", r"/([^/]+/[^/]+)\.git/info/lfs"
+        routes: list[tuple[str, str, str, Callable[..., Answer]]] = [
+            ("GET", r"/api/whoami-v2", "", lambda: self._whoami(known)),
+            ("POST", r"/api/validate-yaml", "", lambda: _validate(json.loads(body))),
+            ("POST", r"/api/repos/create", "", lambda: self._create(known, json.loads(body))),
+            ("GET", rf"{repo}(?:/revision/([^/]+))?", READ, self._info),
+            ("GET", rf"{repo}/tree/([^/]+)(?:/(.+))?", READ, lambda *at: self._tree(*at, query)),
+            ("POST", rf"{repo}/paths-info/([^/]+)", READ, lambda *at: self._paths_info(*at, body)),
+            ("POST", rf"{repo}/preupload/([^/]+)", WRITE, lambda *at: self._preupload(*at, body)),
+            ("GET", rf"{repo}/xet-write-token/[^/]+", WRITE, lambda _: self._xet_token()),
+            ("POST", rf"{lfs}/objects/batch", WRITE, lambda _: self._batch(json.loads(body)["objects"])),
+            ("POST", rf"{lfs}/verify", WRITE, lambda _: self._verify(json.loads(body))),
+            ("POST", rf"{repo}/commit/([^/]+)", WRITE, lambda *at: self._commit(*at, body.splitlines())),
+            ("(?:GET|HEAD)", r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", READ, self._resolve),
+        ]
+        for verb, pattern, right, act in routes:
             found = re.fullmatch(pattern, path)
             if found and re.fullmatch(verb, method):
+                if right:
+                    self._check_right(right, known, found[1])
                 return act(*found.groups())
         raise Refused(404, f"Not found: {method} {path}")
 
-    def _for(self, right: str, known: bool, act: Callable[..., Answer]) -> Callable[..., Answer]:
-        """`act`, after its repository was found and the request found to have the right."""
-
-        def checked(repo_id: str, *rest: str | None) -> Answer:
-            repo = self.repos.get(repo_id)
-            mine = known and repo_id.split("/")[0] == self.user
-            if repo is None or (repo.private and not mine):
-                # The real one does not tell strangers what there is.
-                raise Refused(404 if known else 401, "Repository not found", "RepoNotFound")
-            if right == WRITE and not mine:
-                raise Refused(403, f"You don't have write access to {repo_id}")
-            return act(repo_id, *rest)
-
-        return checked
+    def _check_right(self, right: str, known: bool, repo_id: str) -> None:
+        repo = self.repos.get(repo_id)
+        mine = known and repo_id.split("/")[0] == self.user
+        if repo is None or (repo.private and not mine):
+            # The real one does not tell strangers what there is.
+            raise Refused(404 if known else 401, "Repository not found", "RepoNotFound")
+        if right == WRITE and not mine:
+            raise Refused(403, f"You don't have write access to {repo_id}")
 
     def _whoami(self, known: bool) -> Answer:
         if not known:
@@ -293,67 +282,43 @@ class LocalHub:
 
     def _info(self, repo_id: str, revision: str | None = None) -> Answer:
         commit, files = self._find(repo_id, revision)
-        return Answer(
-            content={
-                "id": repo_id,
-                "modelId": repo_id,
-                "author": repo_id.split("/")[0],
-                "sha": commit,
-                "private": self.repos[repo_id].private,
-                "gated": False,
-                "disabled": False,
-                "tags": [],
-                "downloads": 0,
-                "likes": 0,
-                "siblings": [{"rfilename": path} for path in sorted(files)],
-            }
-        )
+        said = {"id": repo_id, "modelId": repo_id, "author": repo_id.split("/")[0], "sha": commit, "tags": []}
+        said |= {"private": self.repos[repo_id].private, "gated": False, "disabled": False}
+        said |= {"downloads": 0, "likes": 0, "siblings": [{"rfilename": path} for path in sorted(files)]}
+        return Answer(content=said)
 
-    def _tree(
-        self, repo_id: str, revision: str, folder: str | None = None, *, query: dict[str, str]
-    ) -> Answer:
+    def _tree(self, repo_id: str, revision: str, folder: str | None, query: dict[str, str]) -> Answer:
         _, files = self._find(repo_id, revision)
         start = f"{folder}/" if folder else ""
-        inside = {path: content for path, content in files.items() if path.startswith(start)}
+        inside = {path.removeprefix(start): path for path in sorted(files) if path.startswith(start)}
         if folder and not inside:
             raise Refused(404, f'"{folder}" does not exist', "EntryNotFound")
         deep = query.get("recursive", "").lower() in ("true", "1")
-        folders = {
-            start + path.removeprefix(start).split("/")[0] for path in inside if "/" in path[len(start) :]
-        }
-        entries = [
-            {"type": "directory", "oid": "0" * 40, "size": 0, "path": path} for path in sorted(folders)
-        ]
-        entries += [
-            _entry(path, content)
-            for path, content in sorted(inside.items())
-            if deep or "/" not in path[len(start) :]
-        ]
+        folders = sorted({start + rest.split("/")[0] for rest in inside if "/" in rest})
+        entries = [{"type": "directory", "oid": "0" * 40, "size": 0, "path": path} for path in folders]
+        entries += [_entry(path, files[path]) for rest, path in inside.items() if deep or "/" not in rest]
         return Answer(content=entries)
 
-    def _paths_info(self, repo_id: str, revision: str, *, form: dict[str, list[str]]) -> Answer:
+    def _paths_info(self, repo_id: str, revision: str, body: bytes) -> Answer:
         _, files = self._find(repo_id, revision)
-        return Answer(content=[_entry(path, files[path]) for path in form["paths"] if path in files])
+        wanted = parse_qs(body.decode())["paths"]
+        return Answer(content=[_entry(path, files[path]) for path in wanted if path in files])
 
-    def _preupload(self, repo_id: str, revision: str, *, files: list[dict[str, Any]]) -> Answer:
+    def _preupload(self, repo_id: str, revision: str, body: bytes) -> Answer:
         there = self._find(repo_id, revision)[1]
         answers = []
-        for file in files:
-            answer = {
-                "path": file["path"],
-                "uploadMode": "lfs" if is_lfs(file["path"], file["size"]) else "regular",
-                "shouldIgnore": False,
-            }
-            if file["path"] in there:
-                content = there[file["path"]]
-                answer["oid"] = sha256(content) if is_lfs(file["path"], content) else blob_id(content)
+        for file in json.loads(body)["files"]:
+            path, mode = file["path"], "lfs" if is_lfs(file["path"], file["size"]) else "regular"
+            answer = {"path": path, "uploadMode": mode, "shouldIgnore": False}
+            if path in there:
+                content = there[path]
+                answer["oid"] = sha256(content) if is_lfs(path, content) else blob_id(content)
             answers.append(answer)
         return Answer(content={"files": answers})
 
     def _xet_token(self) -> Answer:
         until = int(time.time()) + 3600
-        token = {"casUrl": self.cas, "exp": until, "accessToken": "of-xet"}
-        return Answer(content=token)
+        return Answer(content={"casUrl": self.cas, "exp": until, "accessToken": "of-xet"})
 
     def _batch(self, wishes: list[dict[str, Any]]) -> Answer:
         objects = []
@@ -375,7 +340,7 @@ class LocalHub:
             raise Refused(404, "Object not found")
         return Answer()
 
-    def _commit(self, repo_id: str, revision: str, *, lines: list[bytes]) -> Answer:
+    def _commit(self, repo_id: str, revision: str, lines: list[bytes]) -> Answer:
         commit, files = self._find(repo_id, revision)
         files = dict(files)
         for line in lines:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import REPOSITORY, make_rows, run_cli, write_jsonl
+from conftest import run_cli
 
 from rm_recipe import cli
 
@@ -173,47 +173,3 @@ def test_onednn_does_not_hoard_kernels_unless_the_user_says_so(monkeypatch):
             monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", given)
         cli.set_environment()
         assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == expected
-
-
-@pytest.fixture
-def odd(tmp_path, tiny_llama):
-    """A folder with spaces and letters beyond ASCII in every name."""
-    folder = tmp_path / "Übung 2: modèles"
-    write_jsonl(folder / "données" / "train.jsonl", make_rows(24, seed=1))
-    write_jsonl(folder / "données" / "test.jsonl", make_rows(12, seed=2))
-    (folder / "le modèle").symlink_to(tiny_llama)
-    (folder / "meine recette.yaml").write_text(
-        "model_name_or_path: le modèle\ndataset_name: données\nuse_peft: true\nlora_r: 4\nmax_length: 128\n"
-        "num_train_epochs: 1\nlearning_rate: 1e-2\nuse_cpu: true\nsave_steps: 2\n",
-        encoding="utf-8",
-    )
-    return folder
-
-
-def run_bare(folder, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """`rm-recipe` without any variable of the environment but these."""
-    result = subprocess.run(
-        [sys.executable, "-m", "rm_recipe", *arguments],
-        capture_output=True,
-        encoding="utf-8",
-        cwd=folder,
-        check=False,
-        env={"PATH": os.defpath, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), **variables},
-    )
-    assert "Traceback" not in result.stderr, result.stderr
-    return result
-
-
-def test_a_run_goes_through_in_an_ascii_locale_with_spaces_and_umlauts_in_every_path(odd):
-    result = run_bare(
-        odd, "run", "meine recette.yaml", LC_ALL="C", HF_HUB_OFFLINE="1", HF_HOME=str(odd / "hf")
-    )
-    assert result.returncode == 0, result.stderr
-    assert (odd / "outputs" / "meine recette" / "export" / "proof.json").is_file()
-
-
-def test_a_cache_that_cannot_be_written_is_one_message(odd):
-    result = run_bare(odd, "train", "meine recette.yaml", HF_HUB_OFFLINE="1", HF_HOME="/proc/cache")
-    assert result.returncode == 1
-    assert result.stderr.count("rm-recipe: ") == 1
-    assert "/proc/cache" in result.stderr

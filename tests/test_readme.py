@@ -1,5 +1,6 @@
 """Everything the README shows is run: its commands, its Python and the trees that it draws."""
 
+import json
 import re
 import shlex
 import shutil
@@ -10,7 +11,6 @@ import pytest
 from conftest import REPOSITORY, make_rows, run_cli, write_jsonl
 
 from rm_recipe.data.formats import parse_row
-from rm_recipe.data.loading import decode
 from rm_recipe.evaluation.evaluate import evaluate
 from rm_recipe.exporting.export import export
 from rm_recipe.recipe.reader import read_recipe
@@ -142,7 +142,7 @@ def test_the_summary_that_the_readme_shows_is_the_one_that_is_printed(workplace,
 
 def test_the_rows_that_the_readme_shows_are_comparisons():
     [shown] = [text for kind, text in BLOCKS if kind == "json"]
-    comparisons = [parse_row(decode(line)) for line in shown.splitlines()]
+    comparisons = [parse_row(json.loads(line)) for line in shown.splitlines()]
     assert {comparison.prompt[0]["content"] for comparison in comparisons} == {"How are you?"}
     assert {comparison.responses[0] for comparison in comparisons} == {"Fine, and you?"}
     assert [len(comparison.responses) for comparison in comparisons] == [2, 3, 2]

@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import ModelConfig
 
 from rm_recipe import RewardModel
-from rm_recipe.data.comparison import Comparison
+from rm_recipe.data.comparison import Comparison, Encoded
 from rm_recipe.data.messages import as_messages
 from rm_recipe.data.tokenization import encode_all
 from rm_recipe.errors import DataError, RecipeError, TrainingError
@@ -100,10 +100,11 @@ def test_evaluation_and_score_agree_on_prompts_near_max_length(model):
         for words in range(0, 40, 3)
     ]
     found = encode_all(model.tokenizer, comparisons, limit, model.truncation)
-    fitting = [(c, t) for c, t in zip(comparisons, found, strict=True) if t.encoded]
+    fitting = [(c, row) for c, row in zip(comparisons, found, strict=True) if not row["excluded"]]
     assert len(fitting) > 5
-    assert any(tokenized.fates for _, tokenized in fitting)
-    evaluated = np.concatenate(model.score_encoded([tokenized.encoded for _, tokenized in fitting]))
+    assert any(row["truncated"] for _, row in fitting)
+    encoded = [Encoded(row["prefix"], row["rests"]) for _, row in fitting]
+    evaluated = np.concatenate(model.score_encoded(encoded))
     items = [{"prompt": c.prompt, "response": reply} for c, _ in fitting for reply in c.responses]
     assert np.allclose(model.score(items), evaluated, atol=1e-6)
     assert np.allclose([model.score([item])[0] for item in items], evaluated, atol=1e-6)

@@ -107,23 +107,15 @@ def ppo_fault(tokenizer: PreTrainedTokenizerBase) -> str | None:
     end, after = end_of_reply(tokenizer)
     if not end:
         return "the chat template writes no end token after a reply"
+    if after:
+        return f"the chat template writes {after!r} after a reply's end token"
     try:
         prompt = render_probe(tokenizer, PROBE[:1], add_generation_prompt=True)
     except (TemplateError, TypeError):
         return "the chat template takes no prompt without its reply"
-    whole = render_probe(tokenizer)
-    if after:
-        return f"the chat template writes {after!r} after a reply's end token"
-    if not whole.startswith(prompt):
-        return (
-            "the chat template writes something before a reply that it does not keep once the reply is there"
-        )
-    reply = whole[len(prompt) :].removesuffix(end)
+    reply = render_probe(tokenizer).removeprefix(prompt).removesuffix(end)
     if reply.strip() != ANSWER:
-        before, _, behind = reply.partition(ANSWER)
-        if before.strip():
-            return f"the chat template writes {before!r} before a reply, and its generation prompt does not"
-        return f"the chat template writes {behind!r} between a reply and its end token"
+        return f"the chat template writes {reply!r} where a reply {ANSWER!r} was sampled after {prompt!r}"
     return None
 
 

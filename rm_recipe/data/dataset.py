@@ -4,7 +4,7 @@ import hashlib
 import inspect
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
@@ -27,6 +27,12 @@ def row_name(row: dict[str, Any]) -> str:
     return f"{row['subset']}:{row['row']}" if row["subset"] else str(row["row"])
 
 
+def as_comparisons(rows: Mapping[str, Any]) -> list[Comparison]:
+    """Comparisons of the columns that `loading` wrote."""
+    names = ("prompt", "responses", "ranks", "margins", "subset")
+    return [Comparison(*values) for values in zip(*(rows[name] for name in names), strict=True)]
+
+
 @dataclass
 class Split:
     """Comparisons of one split, and what became of the rows that are not among them.
@@ -34,15 +40,15 @@ class Split:
     Attributes:
         comparisons: columns `prompt`, `responses`, `ranks`, `margins`, `margin_fault`, `subset`,
             `row` (counted from 1 in its source; of a .jsonl the line), `prompt_key`, `key` (of texts,
-            ranks and margins); after tokenising `prefix`, `rests`, `lengths`, `fates`
-            (`tokenization.Tokenized`).
+            ranks and margins); after tokenising `prefix`, `rests`, `lengths`, `truncated`
+            (`tokenization.tokenize`).
         rows: rows of the source; `rows == len(comparisons) + sum(excluded.values())`.
         excluded: number of rows by reason.
         first_rows: for each reason the first rows that it was found in, `SUBSET:ROW`.
         details: for each reason what it was in the first of them, where there is more to say.
         differing_prompts: rows of the source whose transcripts or messages differ before the last
             reply, whatever became of them.
-        unread: columns (and keys of messages) that hold something and are part of no comparison.
+        unread: columns of the source that are part of no comparison.
         tokenized: after tokenising, all that went into it, also what was left out.
         fingerprint: of a recipe's split, `fingerprint`: of train as it is trained on, of what is held out
             before sampling.
@@ -59,8 +65,7 @@ class Split:
     fingerprint: str = ""
 
     def __getitem__(self, index: int) -> Comparison:
-        row = self.comparisons[index]
-        return Comparison(**{key: row[key] for key in ("prompt", "responses", "ranks", "margins", "subset")})
+        return as_comparisons(self.comparisons[index : index + 1])[0]
 
     def encoded(self) -> list[Encoded]:
         """The tokenised comparisons, in order."""
@@ -76,7 +81,7 @@ class Split:
         """
         sizes = []
         columns = self.comparisons.select_columns(["prefix", "rests"]).with_format("arrow")
-        for rows in columns.iter(10_000):
+        for rows in columns.iter(10_000):  # as many at a time, so that memory stays flat
             prefix, responses = (pc.list_value_length(rows[name]).to_numpy() for name in rows.column_names)
             rests = pc.list_value_length(pc.list_flatten(rows["rests"])).to_numpy()
             starts = np.cumsum(responses) - responses
@@ -114,14 +119,7 @@ class Split:
         rows = self.comparisons.select_columns(["subset", "row"]).select(indices)
         return [row_name(row) for row in rows]
 
-    def select(self, kept: NDArray[np.bool_], reason: str, named: bool = False) -> "Split":
-        """The comparisons that `kept` marks; the others count under `reason`, the first of them named."""
-        result = self.take(np.flatnonzero(kept), reason)
-        if result is not self and named:
-            result.first_rows = self.first_rows | {reason: self.names(np.flatnonzero(~kept)[:FIRST_ROWS])}
-        return result
-
-    def take(self, indices: NDArray[np.int64], reason: str) -> "Split":
+    def select(self, indices: NDArray[np.int64], reason: str) -> "Split":
         """The comparisons with these numbers; the others count under `reason`."""
         left_out = len(self.comparisons) - len(indices)
         if not left_out:
@@ -133,26 +131,20 @@ class Split:
         )
 
 
-def set_excluded_apart(split: Split) -> Split:
-    """Moves the rows that carry a reason out of the comparisons and into the counts."""
-    reasons = arrow_column(split.comparisons, "excluded")
-    found = Counter({v["values"]: v["counts"] for v in pc.value_counts(reasons).to_pylist() if v["values"]})
-    first_rows, details = dict(split.first_rows), dict(split.details)
-    for reason in found:
-        numbers = np.flatnonzero(pc.equal(reasons, reason).to_numpy())[:FIRST_ROWS]
-        first_rows[reason] = split.names(numbers)
-        detail = split.comparisons[int(numbers[0])]["detail"]
-        details |= {reason: detail} if detail else {}
-    comparisons = split.comparisons
-    if found:
-        comparisons = comparisons.select(np.flatnonzero(pc.equal(reasons, "").to_numpy()))
-    return replace(
-        split,
-        comparisons=comparisons.remove_columns(["excluded", "detail"]),
-        excluded=split.excluded + found,
-        first_rows=first_rows,
-        details=details,
-    )
+def set_aside(split: Split, column: str) -> Split:
+    """Leave out the comparisons that have a reason in `column`, counted and the first of them named."""
+    reasons = arrow_column(split.comparisons, column)
+    excluded, first_rows, details = split.excluded.copy(), dict(split.first_rows), dict(split.details)
+    for reason in pc.unique(reasons).to_pylist():
+        if reason:
+            numbers = np.flatnonzero(pc.equal(reasons, reason).to_numpy())
+            excluded[reason] += len(numbers)
+            first_rows[reason] = split.names(numbers[:FIRST_ROWS])
+            if detail := split.comparisons[int(numbers[0])]["detail"]:
+                details[reason] = detail
+    kept = np.flatnonzero(pc.equal(reasons, "").to_numpy())
+    comparisons = split.comparisons if len(kept) == len(reasons) else split.comparisons.select(kept)
+    return replace(split, comparisons=comparisons, excluded=excluded, first_rows=first_rows, details=details)
 
 
 def arrow_column(rows: hf_datasets.Dataset, name: str) -> Any:
@@ -186,6 +178,12 @@ def fingerprint_of_tokens(comparisons: hf_datasets.Dataset) -> str:
 LARGE = 20_000  # rows from which starting more processes takes less time than they save
 
 
+def cache_key(*depends_on: Any) -> str:
+    """A name in the cache for what follows from these: values, and modules for the source of their code."""
+    parts = [inspect.getsource(part) if isinstance(part, ModuleType) else part for part in depends_on]
+    return str(Hasher.hash(parts))
+
+
 def run_pass(
     rows: hf_datasets.Dataset,
     function: Callable[..., dict[str, Any]],
@@ -198,24 +196,22 @@ def run_pass(
     """The rows with what `function` makes of them, computed once and memory-mapped.
 
     Args:
-        depends_on: besides the rows, what the result depends on: settings, and modules for the
-            source of their code.
+        depends_on: besides the rows, what the result depends on, for `cache_key`.
         num_proc: `dataset_num_proc`; by default one process, and for a large set one for each core.
         options: more of `datasets.Dataset.map`'s.
 
     Raises:
         TrainingError: a process was killed.
     """
-    if not len(rows):  # which `map` would leave without their new columns
-        return hf_datasets.Dataset.from_dict({name: [] for name in features}, hf_datasets.Features(features))
-    parts = [inspect.getsource(part) if isinstance(part, ModuleType) else part for part in depends_on]
+    if num_proc is None and len(rows) >= LARGE:
+        num_proc = min(8, os.cpu_count() or 1)
     try:
         return rows.map(
             function,
             desc=description,
             features=hf_datasets.Features(features),
-            new_fingerprint=Hasher.hash([rows._fingerprint, options, parts]),
-            num_proc=processes(len(rows), num_proc),
+            new_fingerprint=cache_key(rows._fingerprint, options, *depends_on),
+            num_proc=num_proc,
             **options,
         )
     except PoolTimeoutError as error:
@@ -230,10 +226,3 @@ def run_pass(
             f"{description.lower()}: a process was killed, perhaps for want of memory; set "
             "'dataset_num_proc: 1'"
         ) from None
-
-
-def processes(rows: int, wanted: int | None) -> int | None:
-    """How many processes work on so many rows."""
-    if wanted is not None or rows < LARGE:
-        return wanted
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)

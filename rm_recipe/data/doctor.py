@@ -6,7 +6,7 @@ the comparisons that the recipe would use: after sampling, with the model's own 
 
 import re
 import sys
-from collections import Counter, defaultdict
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 from zlib import crc32
@@ -25,7 +25,7 @@ from rm_recipe.data import comparison, loading
 from rm_recipe.data.dataset import Split, arrow_column, run_pass
 from rm_recipe.data.loading import normalise, normalised_prompt, text_key
 from rm_recipe.data.splits import Leakage, hold_out_share
-from rm_recipe.data.tokenization import CUT_END, FATES, SHORTENED, TRUNCATED, count_unshown
+from rm_recipe.data.tokenization import count_unshown
 from rm_recipe.recipe.reader import Recipe
 
 
@@ -37,8 +37,8 @@ def examine(recipe: Recipe, train: Split, test: Split, leakage: Leakage) -> dict
         "max_length": recipe.training.max_length,
         "truncation": data.truncation,
         "splits": {
-            data.dataset_train_split: examine_split(train, data.truncation, num_proc),
-            data.dataset_test_split: examine_split(test, data.truncation, num_proc),
+            data.dataset_train_split: _examine_split(train, num_proc),
+            data.dataset_test_split: _examine_split(test, num_proc),
         },
         "held_out_by_prompt": hold_out_share(data),
         "leakage": {
@@ -50,83 +50,38 @@ def examine(recipe: Recipe, train: Split, test: Split, leakage: Leakage) -> dict
     }
 
 
-def examine_split(split: Split, truncation: str, num_proc: int | None = None) -> dict[str, Any]:
-    """The figures of one split.
+def _examine_split(split: Split, num_proc: int | None) -> dict[str, Any]:
+    """The counts of one split.
 
     Returns:
         `rows` is `comparisons` plus the sum of `excluded`; `details` says more of a reason's first row.
-        `columns_not_read` hold something that is part of no comparison.
-        `tokens` are those of whole conversations, before truncation; `truncation` says what each choice would
-        do (`cut_end`, which rm_recipe does not offer: how many comparisons it would make identical).
-        `shortened_for_reply` counts comparisons that lose more of their prompt because a reply exceeds its
-        share of `max_length`; `unshown`, by whose text it is, those of which the chat template leaves out a
-        part. `shared_prefix_share` is the part of all tokens that encoding prompts once saves.
+        `tokens` are those of whole conversations, before truncation; `unshown`, by whose text it is, the
+        comparisons of which the chat template leaves out a part. `shared_prefix_share` is the part of all
+        tokens that encoding prompts once saves.
     """
-    fates = _count_fates(split)
-    tokens = _count_tokens(split)
+    n = len(split.comparisons)
+    ranks = split.comparisons["ranks"][:]
+    lengths = pc.list_value_length(pc.list_flatten(arrow_column(split.comparisons, "rests"))).to_numpy()
+    longer_wins = float(comparison.pairwise_agreement(lengths, ranks).sum()) / n
+    tokens = pc.list_flatten(arrow_column(split.tokenized, "lengths")).to_numpy()
+    percentiles = np.percentile(tokens, [50, 90, 99, 100], method="higher")
     return {
         "rows": split.rows,
-        "comparisons": len(split.comparisons),
-        "pairs": int(tokens["pairs"]),
+        "comparisons": n,
+        "pairs": len(comparison.pair_indices(ranks)[0]),
         "excluded": dict(split.excluded),
         "first_rows": split.first_rows,
         "details": split.details,
         "columns_not_read": split.unread,
         "differing_prompts": split.differing_prompts,
         "duplicates": count_duplicates(split, num_proc),
-        "truncated": _kept(fates[truncation]),
-        "shortened_for_reply": fates[truncation][SHORTENED],
-        "truncation": {
-            choice: {"truncated": _kept(counts), "excluded": counts.total() - _kept(counts)}
-            for choice, counts in fates.items()
-            if choice != CUT_END
-        }
-        | {CUT_END: {"truncated": fates[CUT_END].total(), "identical": fates[CUT_END]["identical"]}},
+        "truncated": int(split.column("truncated").sum()),
         "unshown": count_unshown(split),
         "identical_after_truncation": split.excluded["identical_after_tokenization"],
-        "baselines": {
-            "longer_wins": tokens["longer_wins"] / len(split.comparisons),
-            "shorter_wins": 1 - tokens["longer_wins"] / len(split.comparisons),
-        },
-        "shared_prefix_share": 1 - tokens["shared"] / tokens["plain"],
-        "tokens": _percentiles(split),
+        "baselines": {"longer_wins": longer_wins, "shorter_wins": 1 - longer_wins},
+        "shared_prefix_share": 1 - float(split.sizes(True).sum() / split.sizes(False).sum()),
+        "tokens": dict(zip(("p50", "p90", "p99", "max"), map(int, percentiles), strict=True)),
     }
-
-
-def _count_fates(split: Split) -> dict[str, Counter[str]]:
-    """For each way to truncate, what becomes of the comparisons that may not fit `max_length`."""
-    fates = arrow_column(split.tokenized, "fates").combine_chunks()
-    counted = {choice: pc.value_counts(fates.field(choice)).to_pylist() for choice in FATES}
-    return {
-        choice: Counter({item["values"]: item["counts"] for item in items if item["values"]})
-        for choice, items in counted.items()
-    }
-
-
-def _kept(fates: Counter[str]) -> int:
-    """Comparisons that are truncated, not left out."""
-    return fates[TRUNCATED] + fates[SHORTENED]
-
-
-def _count_tokens(split: Split) -> dict[str, float]:
-    """Tokens with prompts encoded once and for each response; pairs; comparisons that the longer wins."""
-    counts: dict[str, float] = defaultdict(float)
-    columns = split.comparisons.select_columns(["prefix", "rests", "ranks"]).with_format("arrow")
-    for rows in columns.iter(10_000):  # as many at a time, so that memory stays flat
-        prefixes, each = (pc.list_value_length(rows[name]).to_numpy() for name in ("prefix", "rests"))
-        lengths = pc.list_value_length(pc.list_flatten(rows["rests"])).to_numpy()
-        ranks = rows["ranks"].to_pylist()
-        counts["shared"] += int(prefixes.sum() + lengths.sum())
-        counts["plain"] += int((prefixes.astype(np.int64) * each).sum() + lengths.sum())
-        counts["pairs"] += len(comparison.pair_indices(ranks)[0])
-        counts["longer_wins"] += float(comparison.pairwise_agreement(lengths, ranks).sum())
-    return counts
-
-
-def _percentiles(split: Split) -> dict[str, int]:
-    lengths = pc.list_flatten(arrow_column(split.tokenized, "lengths")).to_numpy()
-    values = np.percentile(lengths, [50, 90, 99, 100], method="higher")
-    return dict(zip(("p50", "p90", "p99", "max"), map(int, values), strict=True))
 
 
 # --- the table -------------------------------------------------------------------------------
@@ -137,12 +92,14 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
     console = console or Console()
     say = partial(console.print, soft_wrap=True, highlight=False, markup=False)
     splits = report["splits"]
-    table = Table(title="Data", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("")
+    table = Table("", title="Data", title_justify="left", box=box.SIMPLE_HEAD)
     for name in splits:
         table.add_column(name, justify="right", no_wrap=True)
-    for title, cells in _lines(report, list(splits.values())):
-        table.add_row(title, *cells)
+    reasons = dict.fromkeys(reason for split in splits.values() for reason in split["excluded"])
+    roles = dict.fromkeys(whose for split in splits.values() for whose in split["unshown"])
+    columns = [_column(split, report["max_length"], reasons, roles) for split in splits.values()]
+    for title in columns[0]:
+        table.add_row(title, *(str(column[title]) for column in columns))
     console.print(table)
     for name, figures in splits.items():
         for reason, rows in figures["first_rows"].items():
@@ -165,52 +122,38 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
         )
 
 
-def _lines(report: dict[str, Any], splits: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
-    def row(title: str, key: str) -> tuple[str, list[str]]:
-        return title, [str(split[key]) for split in splits]
-
-    reasons = dict.fromkeys(reason for split in splits for reason in split["excluded"])
-    lines = [row("rows", "rows")]
-    for reason in reasons:
-        title = f"  left out: {reason.replace('_', ' ')}"
-        lines.append((title, [str(split["excluded"].get(reason, 0)) for split in splits]))
-    lines.append(row("comparisons", "comparisons"))
-    if any(split["pairs"] != split["comparisons"] for split in splits):
-        lines.append(row("  pairs in them", "pairs"))
-    lines.append(row("prompts that differ before the last reply", "differing_prompts"))
-    for key, title in (
-        ("exact", "exact duplicates"),
-        ("contradictory", "  of these with the opposite verdict"),
-        ("near", "near duplicates"),
-        ("repeated_prompts", "comparisons of a prompt seen before"),
-    ):
-        lines.append((title, [str(split["duplicates"][key]) for split in splits]))
-    lines.append(("tokens of a conversation", [""] * len(splits)))
-    for key, title in (("p50", "median"), ("p90", "90 % have at most"), ("p99", "99 %"), ("max", "longest")):
-        lines.append((f"  {title}", [str(split["tokens"][key]) for split in splits]))
-    if report["max_length"] is not None:
-        lines.append((f"max_length {report['max_length']}: truncated / left out", [""] * len(splits)))
-        for choice in (choice for choice in FATES if choice != CUT_END):
-            mine = " (this recipe)" if choice == report["truncation"] else ""
-            counts = [split["truncation"][choice] for split in splits]
-            lines.append((f"  {choice}{mine}", [f"{c['truncated']} / {c['excluded']}" for c in counts]))
-        cut = [split["truncation"][CUT_END]["identical"] for split in splits]
-        lines.append(("  made identical, if the end were cut", [str(n) for n in cut]))
-        lines.append(row("  for a reply over its share of it", "shortened_for_reply"))
-    for whose in dict.fromkeys(whose for split in splits for whose in split["unshown"]):
-        counts = [str(split["unshown"].get(whose, 0)) for split in splits]
-        lines.append((f"text that the chat template leaves out: {whose}", counts))
-    lines.append(row("identical after tokenising", "identical_after_truncation"))
-    wins = [f"{s['baselines']['longer_wins']:.3f} / {s['baselines']['shorter_wins']:.3f}" for s in splits]
-    lines.append(("accuracy of: longer wins / shorter wins", wins))
-    lines.append(("tokens that shared prefixes save", [f"{s['shared_prefix_share']:.0%}" for s in splits]))
-    return lines
+def _column(
+    split: dict[str, Any], max_length: int | None, reasons: Iterable[str], roles: Iterable[str]
+) -> dict[str, Any]:
+    """What the table says of a split, by the title of its row."""
+    duplicates, tokens, wins = split["duplicates"], split["tokens"], split["baselines"]
+    return {
+        "rows": split["rows"],
+        **{f"  left out: {r.replace('_', ' ')}": split["excluded"].get(r, 0) for r in reasons},
+        "comparisons": split["comparisons"],
+        "  pairs in them": split["pairs"],
+        "prompts that differ before the last reply": split["differing_prompts"],
+        "exact duplicates": duplicates["exact"],
+        "  of these with the opposite verdict": duplicates["contradictory"],
+        "near duplicates": duplicates["near"],
+        "comparisons of a prompt seen before": duplicates["repeated_prompts"],
+        "tokens of a conversation": "",
+        "  median": tokens["p50"],
+        "  90 % have at most": tokens["p90"],
+        "  99 %": tokens["p99"],
+        "  longest": tokens["max"],
+        f"max_length {max_length}: truncated": split["truncated"],
+        **{f"text that the chat template leaves out: {r}": split["unshown"].get(r, 0) for r in roles},
+        "identical after tokenising": split["identical_after_truncation"],
+        "accuracy of: longer wins / shorter wins": f"{wins['longer_wins']:.3f} / {wins['shorter_wins']:.3f}",
+        "tokens that shared prefixes save": f"{split['shared_prefix_share']:.0%}",
+    }
 
 
 # --- comparisons that come again: exactly, nearly, or with the opposite verdict ----------------
 # Near duplicates are found by MinHash (Broder 1997; the sketches are datasketch's): two texts whose
 # sets of three-word sequences overlap by `SIMILAR` or more (Jaccard). Sketches lie in a cached column
-# and are compared band by band, so memory stays flat where a hash table of a million would not.
+# and are compared band by band: for a million texts datasketch's own MinHashLSH takes gigabytes.
 
 SIMILAR = 0.8
 SKETCH = 64  # numbers a sketch: Jaccard to within 0.05 (one standard error) at 0.8
@@ -240,18 +183,18 @@ def count_duplicates(split: Split, num_proc: int | None = None) -> dict[str, int
         "verdict": hf_datasets.Value("int64"),
         "sketch": hf_datasets.List(hf_datasets.Value("uint32"), length=SKETCH),
     }
-    depends_on = [sys.modules[__name__], loading, datasketch.__version__]
     marked = run_pass(
         columns,
         _mark,
         "Looking for duplicates",
         features,
-        depends_on,
+        [sys.modules[__name__], loading, datasketch.__version__],
         num_proc,
         remove_columns=columns.column_names,
     )
     exact, same_verdict = (_repeats(arrow_column(marked, name).to_numpy()) for name in ("key", "verdict"))
-    near = _near(marked) & ~exact
+    sketches = arrow_column(marked, "sketch").combine_chunks().flatten().to_numpy().reshape(-1, SKETCH)
+    near = _near(sketches) & ~exact
     return {
         "exact": int(exact.sum()),
         "near": int(near.sum()),
@@ -289,33 +232,15 @@ def _repeats(keys: NDArray[Any]) -> NDArray[np.bool_]:
     return repeats
 
 
-def _near(sketches: hf_datasets.Dataset) -> NDArray[np.bool_]:
-    """Which sketches are like an earlier one.
-
-    Each is compared with the first and with the last before it of those that share a band with it.
-    """
-    n = len(sketches)
-    near = np.zeros(n, bool)
+def _near(sketches: NDArray[np.uint32]) -> NDArray[np.bool_]:
+    """Which sketches `(n, SKETCH)` are like the last one before them that agrees with them in a band."""
+    near = np.zeros(len(sketches), bool)
+    odd = np.random.default_rng(0).integers(1, 2**63, BAND, np.uint64) * 2 + 1
     for start in range(0, SKETCH, BAND):
-        parts = sketches.with_format("arrow").iter(CHUNK)
-        keys = np.concatenate([_band_keys(_matrix(part)[:, start : start + BAND]) for part in parts])
+        keys = (sketches[:, start : start + BAND].astype(np.uint64) * odd).sum(axis=1)  # one for each band
         order = np.argsort(keys, kind="stable")
-        same = keys[order][1:] == keys[order][:-1]
-        later = order[1:][same]  # has another of its band before it
-        group_start = np.maximum.accumulate(np.where(np.r_[True, ~same], np.arange(n), 0))
-        for earlier in (order[:-1][same], order[group_start][1:][same]):
-            for chunk in np.array_split(np.flatnonzero(~near[later]), 1 + len(later) // CHUNK):
-                a, b = (sketches.with_format("arrow")[rows[chunk]] for rows in (later, earlier))
-                near[later[chunk]] |= np.mean(_matrix(a) == _matrix(b), axis=1) >= SIMILAR
+        pairs = np.flatnonzero(keys[order][1:] == keys[order][:-1])
+        for part in np.array_split(pairs, 1 + len(pairs) // CHUNK):
+            earlier, later = order[part], order[part + 1]
+            near[later] |= np.mean(sketches[earlier] == sketches[later], axis=1) >= SIMILAR
     return near
-
-
-def _matrix(rows: Any) -> NDArray[np.uint32]:
-    """The sketches of an arrow table; `(n, SKETCH)`."""
-    return np.asarray(rows["sketch"].combine_chunks().flatten().to_numpy()).reshape(-1, SKETCH)
-
-
-def _band_keys(bands: NDArray[np.uint32]) -> NDArray[np.uint64]:
-    """A number for each row of a band; `(n, BAND)` to `(n,)`."""
-    odd = np.random.default_rng(0).integers(1, 2**63, bands.shape[1], np.uint64) * 2 + 1
-    return np.asarray((bands.astype(np.uint64) * odd).sum(axis=1), np.uint64)

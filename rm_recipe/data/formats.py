@@ -5,8 +5,8 @@ counted; nothing is skipped in silence. A value that is not of the shape at all 
 that is a fault of the file, not of the row.
 """
 
-import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Collection, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -26,7 +26,7 @@ from rm_recipe.data.messages import (
     parse_transcript,
 )
 
-# The columns that a row is recognised by, the first that fits; then what is missing, in words.
+# The columns that a row is recognised by; then what is missing, in words.
 SHAPES: tuple[set[str], ...] = (
     {"chosen", "rejected"},
     {"prompt", "responses", "ranks"},
@@ -34,14 +34,13 @@ SHAPES: tuple[set[str], ...] = (
     {"instruction", "completions"},  # UltraFeedback as published
     {"input", "output_1", "output_2", "label"},  # LLMBar as published
 )
-# Beside those of its shape, what is read of a row: `tools` leaves it out, a Message cannot say them.
-ALSO_READ = {"system", "tools", "subset"}
-MARGIN_REASONS = ("missing_margin", "negative_margin")  # why a comparison cannot be trained on
-
 SHAPES_IN_WORDS = (
     "chosen and rejected (and perhaps prompt), or prompt, responses and ranks or scores, or (LLMBar) input, "
     "output_1, output_2 and label"
 )
+# Read beside those of a shape; `tools` leaves a row out, as a Message cannot say them.
+ALSO_READ = {"prompt", "system", "tools", "subset"}
+COLUMNS = ALSO_READ.union(*SHAPES)
 
 
 # --- rows ------------------------------------------------------------------------------------
@@ -50,6 +49,12 @@ SHAPES_IN_WORDS = (
 def is_comparison_shape(columns: Collection[str]) -> bool:
     """Whether rows with these columns can be comparisons."""
     return any(shape <= set(columns) for shape in SHAPES)
+
+
+def unread(columns: Collection[str]) -> list[str]:
+    """The columns that are part of no comparison, of rows with all these columns."""
+    read = ALSO_READ.union(*(shape for shape in SHAPES if shape <= set(columns)))
+    return [name for name in columns if name not in read]
 
 
 def parse_row(
@@ -80,23 +85,16 @@ def parse_row(
         Excluded: with the reason.
         Malformed: a value has the wrong type.
     """
-    kind = _kind(row)
-    if kind == "label":
-        prompt, responses, levels = _labelled(row)
-    else:
-        prompt, responses, levels = _ranking(row) if kind == "ranking" else _pair(row)
+    prompt, responses, levels = _by_shape(row)
     prompt = in_context(prompt, row)
     check_unicode([*(message["content"] for message in prompt), *responses])
     if not all(response.strip() for response in responses):
         raise Excluded("empty_response")
-    order = sorted(range(len(responses)), key=lambda i: levels[i])
     distinct = sorted(set(levels))
-    ranks = [distinct.index(levels[i]) for i in order]
-    responses = [responses[i] for i in order]
-    ranks_of_text: dict[str, int] = {}
-    for response, rank in zip(responses, ranks, strict=True):
-        if ranks_of_text.setdefault(response.strip(), rank) != rank:
-            raise Excluded("identical_responses")
+    order = sorted(range(len(responses)), key=lambda i: levels[i])
+    responses, ranks = [responses[i] for i in order], [distinct.index(levels[i]) for i in order]
+    if len(set(zip(map(str.strip, responses), ranks, strict=True))) > len(set(map(str.strip, responses))):
+        raise Excluded("identical_responses")
     if len(distinct) == 1:
         raise Excluded("all_tied")
     margins = []
@@ -105,108 +103,64 @@ def parse_row(
     return Comparison(prompt, responses, ranks, margins)
 
 
-def _kind(row: Mapping[str, Any]) -> str:
-    """Which of the shapes a row has values for; TRL's columns come first."""
-    if row.get("chosen") is not None or row.get("rejected") is not None:
-        return "pair"
+def _by_shape(row: Mapping[str, Any]) -> tuple[list[Message], list[str], list[float]]:
+    """Prompt, responses and for each a level (the lower, the better), of the shape that has values."""
+    if row.get("chosen") is not None or row.get("rejected") is not None:  # TRL's columns come first
+        return _pair(row)
     if row.get("responses") is not None or row.get("completions") is not None:
-        return "ranking"
-    return "label" if row.get("output_1") is not None else "pair"
-
-
-def unread(row: Mapping[str, Any], margin_column: str | None = None) -> list[str]:
-    """The columns of a row that hold something and are no part of its comparison, and such keys of messages.
-
-    Numbers are no text: a message's `weight` goes unnamed.
-    """
-    columns = {
-        "pair": {"prompt", "chosen", "rejected"},
-        "label": {"input", "output_1", "output_2", "label"},
-        "ranking": {"prompt", "responses", "ranks" if row.get("ranks") is not None else "scores"}
-        if row.get("responses") is not None
-        else {"instruction", "completions"},
-    }[_kind(row)]
-    read = columns | ALSO_READ | {margin_column}
-    names = [name for name, value in row.items() if name not in read and value not in (None, "", [], {})]
-    keys = dict.fromkeys(
-        f"{key} (of messages)"
-        for column in ("prompt", "chosen", "rejected", "responses")
-        for message in (_mappings(row.get(column)) if column in columns else ())
-        for key, value in message.items()
-        if key not in ("role", "content") and isinstance(value, str | list | Mapping) and value
-    )
-    return [*names, *keys]
-
-
-def _mappings(value: Any) -> Iterator[Mapping[str, Any]]:
-    """The mappings in lists, and in lists of lists."""
-    for part in value if isinstance(value, list) else ():
-        yield from [part] if isinstance(part, Mapping) else _mappings(part)
+        return _ranking(row)
+    if row.get("output_1") is not None:
+        return _labelled(row)
+    raise Excluded("missing_response")
 
 
 def _pair(row: Mapping[str, Any]) -> tuple[list[Message], list[str], list[float]]:
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if chosen is None or rejected is None:
         raise Excluded("missing_response")
-    if row.get("prompt") is not None:
-        return *_split_replies(row["prompt"], {"chosen": chosen, "rejected": rejected}), [0.0, 1.0]
-    conversations = []
-    for column, value in (("chosen", chosen), ("rejected", rejected)):
-        messages = messages_of_text(value) if isinstance(value, str) else as_messages(value, column)
-        conversations.append(_whole([], _transcript(str(value)) if messages is None else messages))
-    prompt, replies = _shared(conversations)
-    check_question(prompt)
-    return prompt, replies, [0.0, 1.0]
+    return *_split_replies(row.get("prompt"), {"chosen": chosen, "rejected": rejected}), [0, 1]
 
 
 def _labelled(row: Mapping[str, Any]) -> tuple[list[Message], list[str], list[float]]:
     """Two outputs and the number, 1 or 2, of the better one."""
-    if row.get("input") is None:
-        raise Excluded("empty_prompt")
-    if row.get("output_2") is None:
-        raise Excluded("missing_response")
-    if row.get("label") is None:
-        raise Excluded("missing_label")
+    needed = {"input": "empty_prompt", "output_2": "missing_response", "label": "missing_label"}
+    for column, reason in needed.items():
+        if row.get(column) is None:
+            raise Excluded(reason)
     if row["label"] not in (1, 2):
         raise Malformed("label", "1 or 2, the number of the better output", row["label"])
-    prompt, outputs = _split_replies(row["input"], {name: row[name] for name in ("output_1", "output_2")})
-    return prompt, outputs, [0.0, 1.0] if row["label"] == 1 else [1.0, 0.0]
+    outputs = {name: row[name] for name in ("output_1", "output_2")}
+    return *_split_replies(row["input"], outputs), [0, 1] if row["label"] == 1 else [1, 0]
 
 
 def _ranking(row: Mapping[str, Any]) -> tuple[list[Message], list[str], list[float]]:
-    """Prompt, responses and for each a level: the lower, the better."""
-    column = "ranks" if row.get("ranks") is not None or "scores" not in row else "scores"
-    if row.get("responses") is None:
-        column = "overall_score"  # UltraFeedback's; where its judge gave none it says N/A
-        completions = _list("completions", row["completions"])
-        if not all(isinstance(completion, Mapping) for completion in completions):
-            raise Malformed("completions", "mappings with response and overall_score", completions)
-        row = {
-            "prompt": row.get("instruction"),
-            "responses": [completion.get("response") for completion in completions],
-            column: [completion.get(column) for completion in completions],
-        }
-    if row.get("prompt") is None:
+    column = "scores" if row.get("ranks") is None and "scores" in row else "ranks"
+    prompt, replies, levels = row.get("prompt"), row.get("responses"), row.get(column)
+    if replies is None:
+        column, prompt, completions = "overall_score", row.get("instruction"), row["completions"]
+        if not isinstance(completions, list) or not all(isinstance(c, Mapping) for c in completions):
+            raise Malformed("completions", "a list of mappings with response and overall_score", completions)
+        replies = [completion.get("response") for completion in completions]
+        scores = [completion.get(column) for completion in completions]
+        levels = [score if _is_number(score) else None for score in scores]  # N/A where the judge gave none
+    if prompt is None:
         raise Excluded("empty_prompt")
-    replies = _list("responses", row["responses"])
-    if any(reply is None for reply in replies):
+    if not isinstance(replies, list):
+        raise Malformed("responses", "a list", replies)
+    if None in replies:
         raise Excluded("missing_response")
     if len(replies) < 2:
         raise Excluded("single_response")
-    levels = _list(column, row.get(column))
-    if any(level is None for level in levels) or not levels:
+    if not levels or (isinstance(levels, list) and None in levels):
         raise Excluded(f"missing_{column}")
-    if not all(_is_number(level) for level in levels):
-        if column == "overall_score":
-            raise Excluded(f"missing_{column}", f"{levels} are no numbers"[:80])
+    if not isinstance(levels, list) or not all(map(_is_number, levels)):
         raise Malformed(column, "a list of numbers", levels)
     if len(levels) != len(replies):
         raise Excluded("ranks_do_not_match")
     if not all(map(_is_finite, levels)):
         raise Excluded(f"missing_{column}")
     sign = 1 if column == "ranks" else -1
-    prompt, texts = _split_replies(row["prompt"], dict(enumerate(replies)))
-    return prompt, texts, [sign * x for x in levels]
+    return *_split_replies(prompt, dict(enumerate(replies))), [sign * level for level in levels]
 
 
 def _margins(
@@ -216,17 +170,15 @@ def _margins(
     order: Sequence[int],
     ranks: Sequence[int],
 ) -> list[float]:
-    pairs = untied_pairs(ranks)
-    if value is None:
-        raise Excluded("missing_margin")
-    if categories is not None:
+    if categories is not None and value is not None:
         found = [m for name, m in categories.items() if name == value or str(name) == str(value)]
         if not found:
             raise Malformed(column, f"one of margin_map's {', '.join(map(str, categories))}", value)
         value = found[0]
-    if isinstance(value, list) and all(_is_number(number) or number is None for number in value):
-        if len(value) != len(order) or None in value:
-            raise Excluded("missing_margin")
+    pairs = untied_pairs(ranks)
+    if value is None or (isinstance(value, list) and (None in value or len(value) != len(order))):
+        raise Excluded("missing_margin")
+    if isinstance(value, list) and all(map(_is_number, value)):
         sign = -1 if column == "ranks" else 1  # where the lowest is best
         margins = [sign * (value[order[i]] - value[order[j]]) for i, j in pairs]
     elif _is_number(value):
@@ -255,27 +207,27 @@ def prompts_differ(row: Mapping[str, Any]) -> bool:
 
 
 def _split_replies(prompt: Any, responses: Mapping[Any, Any]) -> tuple[list[Message], list[str]]:
-    """The prompt and the replies to it, of the prompt's column and those of the responses.
+    """The prompt and the replies to it; without a prompt, texts are transcripts.
 
     Raises:
         Excluded: `prompt_ends_with_reply` where the column holds a reply already.
     """
-    empty = isinstance(prompt, str) and not prompt.strip()
+    empty = prompt is None or (isinstance(prompt, str) and not prompt.strip())
     before = [] if empty else as_messages(prompt)
     conversations = []
     for column, value in responses.items():
-        if isinstance(value, str):
-            said = messages_of_text(value) or [_assistant(as_reply(prompt, value))]
-        else:
+        if not isinstance(value, str):
             said = as_messages(value, column if isinstance(column, str) else "responses")
+        elif (messages := messages_of_text(value)) is not None:
+            said = messages
+        elif prompt is None:
+            said = parse_transcript(value)
+        else:
+            said = [{"role": "assistant", "content": as_reply(prompt, value)}]
         conversations.append(_whole(before, said))
     found, replies = _shared(conversations)
     (check_prompt if len(found) <= len(before) else check_question)(found)
     return found, replies
-
-
-def _assistant(text: str) -> Message:
-    return {"role": "assistant", "content": text}
 
 
 def _whole(prompt: list[Message], said: list[Message]) -> list[Message]:
@@ -294,9 +246,9 @@ def _whole(prompt: list[Message], said: list[Message]) -> list[Message]:
 
 
 def _same(one: list[Message], other: list[Message]) -> bool:
-    return [(m["role"], m["content"].strip()) for m in one] == [
-        (m["role"], m["content"].strip()) for m in other
-    ]
+    """Whether messages are the same but for white space at their ends."""
+    stripped = [[(m["role"], m["content"].strip()) for m in messages] for messages in (one, other)]
+    return stripped[0] == stripped[1]
 
 
 def _shared(conversations: Sequence[list[Message]]) -> tuple[list[Message], list[str]]:
@@ -310,27 +262,9 @@ def _shared(conversations: Sequence[list[Message]]) -> tuple[list[Message], list
     return conversations[0][:n], [messages[-1]["content"] for messages in conversations]
 
 
-def _transcript(text: str) -> list[Message]:
-    try:
-        return parse_transcript(text.replace("\r\n", "\n"))
-    except ValueError:
-        raise Excluded("not_a_transcript") from None
-
-
-def _list(column: str, value: Any) -> list[Any]:
-    if value is None:
-        return []
-    if not isinstance(value, list):
-        raise Malformed(column, "a list", value)
-    return value
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float | Decimal) and not isinstance(value, bool)
 
 
 def _is_finite(number: float) -> bool:
-    try:
-        return math.isfinite(number)
-    except OverflowError:  # a whole number of hundreds of digits
-        return False
+    return abs(number) <= sys.float_info.max  # not for infinity, NaN or whole numbers of hundreds of digits

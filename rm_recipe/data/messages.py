@@ -90,7 +90,7 @@ def messages_of_text(text: str) -> list[Message] | None:
         value = value if isinstance(value, list) else [value]
         if all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in value):
             return as_messages(value)
-    return parse_transcript(text.replace("\r\n", "\n")) if is_transcript(text) else None
+    return parse_transcript(text) if is_transcript(text) else None
 
 
 def as_reply(prompt: Any, text: str) -> str:
@@ -108,7 +108,7 @@ def in_context(prompt: list[Message], row: Mapping[str, Any]) -> list[Message]:
     if row.get("tools") not in (None, [], {}, "", "[]", "{}", "null"):
         raise Excluded("tools", "the tools that its prompt offers are not rendered")
     system = row.get("system")
-    if system is None or system == "":
+    if not system:
         return prompt
     if not isinstance(system, str):
         raise Malformed("system", "a text", system)
@@ -127,8 +127,7 @@ def _message(message: Mapping[str, Any]) -> Message:
     if isinstance(content, list):
         content = _joined(content)
     if not isinstance(role, str) or not isinstance(content, str):
-        lacking = "role" if not isinstance(role, str) else "content"
-        raise Excluded("not_messages", f"a message's {lacking} is no text")
+        raise Excluded("not_messages", "a message's role or content is no text")
     if role.strip().lower() not in ROLE_NAMES:  # a template may pass over it and its text
         raise Excluded("unknown_role", f"role '{role[:40]}'")
     return {"role": ROLE_NAMES[role.strip().lower()], "content": content}
@@ -164,7 +163,7 @@ def check_unicode(texts: Sequence[str]) -> None:
         raise Excluded("invalid_text") from None
 
 
-# --- hh-rlhf transcripts (`\n\nHuman: ...\n\nAssistant: ...`) as turns and messages, and back -----
+# --- hh-rlhf transcripts (`\n\nHuman: ...\n\nAssistant: ...`) as turns and messages ---------------
 # The format has no way to quote a speaker's name, so a rule has to say where a turn starts: at a
 # name after a blank line, and only where the speaker changes. `Human:` in the middle of a message,
 # or an `Assistant:` that an assistant's reply wrote itself, is then part of the message.
@@ -184,14 +183,14 @@ def is_transcript(text: str) -> bool:
 
 
 def split_turns(text: str) -> list[tuple[str, str]]:
-    """A transcript as (speaker, what follows the colon); `join_turns` gives the text back.
+    """A transcript as (speaker, what follows the colon); joined again they are the same text.
 
     Raises:
-        ValueError: text stands before the first speaker, or there is none.
+        Excluded: `not_a_transcript`: text stands before the first speaker, or there is none.
     """
     before, *parts = _SPEAKER.split("\n\n" + text.lstrip())
     if before or not parts:
-        raise ValueError("not a transcript")
+        raise Excluded("not_a_transcript")
     turns: list[tuple[str, str]] = []
     for speaker, said in zip(parts[::2], parts[1::2], strict=True):
         if turns and turns[-1][0] == speaker:
@@ -201,18 +200,10 @@ def split_turns(text: str) -> list[tuple[str, str]]:
     return turns
 
 
-def join_turns(turns: Sequence[tuple[str, str]]) -> str:
-    """The transcript that `split_turns` took apart, character for character."""
-    return "".join(f"\n\n{speaker}:{said}" for speaker, said in turns)
-
-
-def parse_transcript(text: str) -> list[dict[str, str]]:
-    """The messages of a transcript, each without the white space around it.
-
-    Raises:
-        ValueError: see `split_turns`.
-    """
-    return [{"role": _ROLES[speaker], "content": said.strip()} for speaker, said in split_turns(text)]
+def parse_transcript(text: str) -> list[Message]:
+    """The messages of a transcript, each without the white space around it; raises as `split_turns`."""
+    turns = split_turns(text.replace("\r\n", "\n"))
+    return [{"role": _ROLES[speaker], "content": said.strip()} for speaker, said in turns]
 
 
 def before_last_reply(text: str) -> str:

@@ -4,19 +4,16 @@ What is held out by prompt depends on the prompt alone, what is sampled on the s
 Everything is memory-mapped; `loading` and `tokenization` have the two passes over the rows.
 """
 
-from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets as hf_datasets
 import numpy as np
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 from trl.scripts.utils import DatasetConfig
 
 from rm_recipe.data import formats, loading
-from rm_recipe.data.dataset import FIRST_ROWS, Split, arrow_column, fingerprint
-from rm_recipe.data.loading import parse_rows
+from rm_recipe.data.dataset import FIRST_ROWS, Split, fingerprint, set_aside
 from rm_recipe.errors import DataError, RecipeError
 from rm_recipe.files import read_json
 from rm_recipe.recipe.reader import Recipe
@@ -55,23 +52,21 @@ def load_splits(recipe: Recipe) -> tuple[Split, Split, Leakage]:
     """
     data, seed = recipe.data, recipe.training.seed
     share = hold_out_share(data)
-    train = load_split(data, None, recipe.training.dataset_num_proc, margins=True)
-    test = load_held_out(data, recipe.training.dataset_num_proc)
+    train = load_split(data, None, margins=True)
+    test = load_held_out(data)
     if share is not None:
-        kept = ~held_out(train, share)
-        if not kept.any():
-            raise DataError(f"all comparisons are held out; {_how_to_hold_out(train, share)}")
+        kept = np.flatnonzero(~held_out(train, share))
+        if not len(kept):
+            raise DataError(f"all comparisons are held out; {_how_to_hold_out(train)}")
         train = train.select(kept, "held_out")
-    for reason in formats.MARGIN_REASONS if data.margin_column is not None else ():
-        faults = arrow_column(train.comparisons, "margin_fault")
-        train = train.select(pc.not_equal(faults, reason).to_numpy(), reason, named=True)
+    train = set_aside(train, "margin_fault")
     # Against all that is held out, so that no other sample of it meets what was trained on.
     keys = train.column("prompt_key")
     leaked = np.isin(keys, test.column("prompt_key"))
     first_rows = train.names(np.flatnonzero(leaked)[:FIRST_ROWS])
     leakage = Leakage(len(np.unique(keys[leaked])), int(leaked.sum()), len(keys), first_rows)
     if data.leakage == "drop":
-        train = train.select(~leaked, "leaked_prompt")
+        train = train.select(np.flatnonzero(~leaked), "leaked_prompt")
     if not len(train.comparisons):
         raise DataError(f"no comparison is left to train on: {train.why_excluded()}")
     train = _identified(sample(train, data.max_train_samples, seed))
@@ -91,19 +86,19 @@ def refuse_leakage(recipe: Recipe, leakage: Leakage) -> None:
 
 def load_held_out_split(recipe: Recipe) -> Split:
     """The recipe's held-out comparisons, sampled."""
-    split = _identified(load_held_out(recipe.data, recipe.training.dataset_num_proc))
+    split = _identified(load_held_out(recipe.data))
     return sample(split, recipe.data.max_eval_samples, recipe.training.seed)
 
 
-def load_held_out(data: DataArguments, num_proc: int | None = None) -> Split:
+def load_held_out(data: DataArguments) -> Split:
     """All held-out comparisons: the test split, or a share of the train split's prompts."""
     share = hold_out_share(data)
     if share is None:
-        return load_split(data, data.dataset_test_split, num_proc)
-    split = load_split(data, None, num_proc)
+        return load_split(data, data.dataset_test_split)
+    split = load_split(data, None)
     comparisons = split.comparisons.select(np.flatnonzero(held_out(split, share)))
     if not len(comparisons):
-        raise DataError(f"no comparison is held out; {_how_to_hold_out(split, share)}")
+        raise DataError(f"no comparison is held out; {_how_to_hold_out(split)}")
     return Split(comparisons, len(comparisons))  # the train side counts what cannot be parsed
 
 
@@ -141,19 +136,16 @@ def _identified(split: Split) -> Split:
     return replace(split, fingerprint=fingerprint(split.comparisons))
 
 
-def _how_to_hold_out(split: Split, share: float) -> str:
-    """What to do where `share` leaves nothing on one side: prompts fall on either by their hashes."""
+def _how_to_hold_out(split: Split) -> str:
+    """What to do where a share leaves nothing on one side: prompts fall on either by their hashes."""
     hashes = np.unique(split.column("prompt_key").view(np.uint64)) / 2.0**64
     if len(hashes) == 1:
         return (
             "all have the same prompt, so give a test split of your own (a folder with train.jsonl and "
             "test.jsonl) and set 'leakage: allow'"
         )
-    n = min(max(1, round(share * len(hashes))), len(hashes) - 1)
-    between = (hashes[n - 1] + hashes[n]) / 2
-    sizes = (round(float(between), digits) for digits in range(1, 18))
-    size = next((size for size in sizes if hashes[n - 1] < size < hashes[n]), between)
-    return f"set 'test_split_size: {size}', which holds out {n} of the {len(hashes)} prompts"
+    between = (hashes[len(hashes) // 2 - 1] + hashes[len(hashes) // 2]) / 2
+    return f"set 'test_split_size: {between:.6g}', which holds out about half of the {len(hashes)} prompts"
 
 
 def sample(split: Split, size: int | None, seed: int) -> Split:
@@ -161,12 +153,10 @@ def sample(split: Split, size: int | None, seed: int) -> Split:
     n = len(split.comparisons)
     if size is None or size >= n:
         return split
-    return split.take(np.random.default_rng(seed).permutation(n)[:size], "not_sampled")
+    return split.select(np.random.default_rng(seed).permutation(n)[:size], "not_sampled")
 
 
-def load_split(
-    data: DataArguments, split: str | None, num_proc: int | None = None, *, margins: bool = False
-) -> Split:
+def load_split(data: DataArguments, split: str | None, *, margins: bool = False) -> Split:
     """One split of all sources, parsed: every row a comparison or counted.
 
     Args:
@@ -181,25 +171,23 @@ def load_split(
     parts = []
     for source in found:
         name = loading.label(source, of_mixture=bool(data.datasets))
-        rows = loading.load_rows(source, split or source.split, data.dataset_revision)
-        parts.append(parse_rows(rows, source, split or source.split, name, column, data.margin_map, num_proc))
+        parts.append(loading.load_comparisons(source, split or source.split, name, data, column))
     if split is None:
         parts = _by_fraction(parts, found)
-    first_rows: dict[str, list[str]] = {}
-    details: dict[str, str] = {}
-    for part in parts:
-        details = part.details | details
-        for reason, rows_of_part in part.first_rows.items():
-            first_rows.setdefault(reason, []).extend(rows_of_part)
     result = Split(
-        hf_datasets.concatenate_datasets([part.comparisons for part in parts]),
+        # Their own infos are other ones once they come from the cache, and would change the fingerprint.
+        hf_datasets.concatenate_datasets(
+            [part.comparisons for part in parts], info=hf_datasets.DatasetInfo()
+        ),
         sum(part.rows for part in parts),
-        sum((part.excluded for part in parts), Counter()),
-        {reason: names[:FIRST_ROWS] for reason, names in first_rows.items()},
-        details,
-        sum(part.differing_prompts for part in parts),
-        list(dict.fromkeys(name for part in parts for name in part.unread)),
+        differing_prompts=sum(part.differing_prompts for part in parts),
+        unread=list(dict.fromkeys(name for part in parts for name in part.unread)),
     )
+    for part in parts:
+        result.excluded.update(part.excluded)
+        result.details = part.details | result.details
+        for reason, names in part.first_rows.items():
+            result.first_rows[reason] = [*result.first_rows.get(reason, []), *names][:FIRST_ROWS]
     if not len(result.comparisons):
         name = " and ".join(dict.fromkeys(source.path for source in found))
         where = f", split '{split}'" if split else ""
@@ -221,20 +209,16 @@ def _by_fraction(parts: list[Split], found: list[DatasetConfig]) -> list[Split]:
     )
     sizes = [round(total * share / sum(shares)) for share in shares]
     return [
-        part.take(np.arange(min(size, len(part.comparisons))), "not_in_fraction")
+        part.select(np.arange(min(size, len(part.comparisons))), "not_in_fraction")
         for part, size in zip(parts, sizes, strict=True)
     ]
 
 
 def changed_data(run: Path, **now: str) -> list[str]:
-    """Which of these splits, known by their fingerprints, are not those that a finished run was trained with.
-
-    Older versions wrote shorter fingerprints, of another kind, which tell nothing here.
-    """
+    """The names of splits whose fingerprints are not those that a finished run was trained with."""
     record = run / "run.json"
     then = read_json(record).get("data_fingerprints", {}) if record.is_file() else {}
-    known = {name: then[name] for name in now if len(then.get(name, "")) == len(now[name])}
-    return [name for name in known if known[name] != now[name]]
+    return [name for name in now if then.get(name, now[name]) != now[name]]
 
 
 def check_held_out(run: Path, split: Split) -> None:

@@ -6,8 +6,7 @@
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import replace
 from typing import Any
 
 import datasets as hf_datasets
@@ -16,51 +15,33 @@ import pyarrow.compute as pc
 import tokenizers
 import transformers
 from jinja2 import TemplateError
-from transformers import (
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedTokenizerBase
 
 from rm_recipe.data import chat_template
 from rm_recipe.data import comparison as comparison_module
 from rm_recipe.data.chat_template import special_tokens
 from rm_recipe.data.comparison import Comparison, Encoded, split_at_common_prefix
-from rm_recipe.data.dataset import Split, arrow_column, run_pass, set_excluded_apart
-from rm_recipe.data.messages import Excluded, Message, conversation
+from rm_recipe.data.dataset import Split, arrow_column, as_comparisons, run_pass, set_aside
+from rm_recipe.data.messages import Excluded, Message
 from rm_recipe.errors import DataError, one_line
 
 logger = logging.getLogger("rm_recipe")
 
-
-@dataclass(frozen=True)
-class Tokenized:
-    """What became of a comparison.
-
-    Attributes:
-        encoded: its token ids, None where it is left out.
-        reason: why it is left out, else empty; `detail` says what the template did, where it refuses.
-        lengths: tokens of the K whole conversations.
-        fates: where one of them may not fit `max_length`, for each of `FATES` what becomes of the
-            comparison: `truncated` (`shortened_for_reply` where a reply exceeds its share), the reason why
-            it is left out, or nothing.
-        unshown: whose text the chat template leaves out: a role, or `reply`; else empty.
-    """
-
-    encoded: Encoded | None
-    reason: str
-    lengths: list[int]
-    fates: dict[str, str]
-    unshown: str = ""
-    detail: str = ""
-
-
 TRUNCATIONS = ("drop_oldest_turns", "keep_end", "exclude")
-TRUNCATED, SHORTENED = "truncated", "shortened_for_reply"
 # The part of `max_length` that is kept for a reply, so that the context it is read in follows from the
 # prompt and not from what the reply is scored beside.
 REPLY_SHARE = 0.25
-# What other trainers do, for the doctor's report only: it can cut away all that tells replies apart.
-CUT_END = "cut_end"
-FATES = (*TRUNCATIONS, CUT_END)
+_IDS = hf_datasets.List(hf_datasets.Value("int32"))
+_TEXT = hf_datasets.Value("string")
+_TOKENIZED = {
+    "prefix": _IDS,
+    "rests": hf_datasets.List(_IDS),
+    "lengths": _IDS,
+    "truncated": hf_datasets.Value("bool"),
+    "unshown": _TEXT,
+    "excluded": _TEXT,
+    "detail": _TEXT,
+}
 
 
 def encode(
@@ -89,8 +70,10 @@ def encode(
             `identical_after_tokenization`, `refused_by_template`, `control_tokens` where a text holds one
             of the tokenizer's special tokens, which would be read as that token.
     """
-    conversations = _ids(tokenizer, _texts(tokenizer, comparison))
-    return _fit(tokenizer, comparison, conversations, max_length, truncation, alike)[0]
+    [row] = encode_all(tokenizer, [comparison], max_length, truncation, alike=alike)
+    if row["excluded"]:
+        raise Excluded(row["excluded"], row["detail"])
+    return Encoded(row["prefix"], row["rests"])
 
 
 def encode_all(
@@ -100,57 +83,39 @@ def encode_all(
     truncation: str,
     *,
     alike: bool = False,
-) -> list[Tokenized]:
-    """`encode` for many comparisons, in one call of the tokenizer, with what the doctor reports."""
-    texts: list[list[str] | Excluded] = []  # or why there are none
+) -> list[dict[str, Any]]:
+    """`encode` for many comparisons, in one call of the tokenizer.
+
+    Returns:
+        for each comparison `prefix` and `rests` as in `Encoded`, `lengths` (tokens of the K whole
+        conversations), `truncated`, `unshown` (whose text the chat template leaves out: a role, or `reply`),
+        and where it is left out only `excluded`, the reason, with `detail`.
+    """
+    rendered: list[list[str] | Excluded] = []  # or why there are none
     for comparison in comparisons:
         try:
-            texts.append(_texts(tokenizer, comparison))
+            rendered.append(_texts(tokenizer, comparison))
         except Excluded as excluded:
-            texts.append(excluded)
-    encodings = iter(_ids(tokenizer, [text for group in texts if isinstance(group, list) for text in group]))
-    results = []
-    for comparison, group in zip(comparisons, texts, strict=True):
-        if isinstance(group, Excluded):
-            results.append(Tokenized(None, group.reason, [], {}, detail=group.detail))
-            continue
-        conversations = [next(encodings) for _ in group]
-        results.append(
-            replace(
-                _tokenized(tokenizer, comparison, conversations, max_length, truncation, alike),
-                unshown=_unshown(tokenizer, comparison, group),
-            )
-        )
-    return results
-
-
-def _tokenized(
-    tokenizer: PreTrainedTokenizerBase,
-    comparison: Comparison,
-    conversations: list[list[int]],
-    max_length: int | None,
-    truncation: str,
-    alike: bool,
-) -> Tokenized:
-    lengths = [len(ids) for ids in conversations]
-    fits = max_length is None or max(lengths) <= max_length - _share(max_length)  # nothing can be cut
-    outcomes: dict[str, Encoded | str] = {}
-    fates: dict[str, str] = {}
-    for choice in (truncation,) if fits else TRUNCATIONS:
+            rendered.append(excluded)
+    ids = iter(_ids(tokenizer, [text for texts in rendered if isinstance(texts, list) for text in texts]))
+    rows = []
+    for comparison, texts in zip(comparisons, rendered, strict=True):
+        row = {"prefix": [], "rests": [], "lengths": [], "truncated": False}
+        row |= {"unshown": "", "excluded": "", "detail": ""}
         try:
-            outcomes[choice], fates[choice] = _fit(
-                tokenizer, comparison, conversations, max_length, choice, alike
-            )
+            if isinstance(texts, Excluded):
+                raise texts
+            row["unshown"] = _unshown(comparison, texts)
+            whole = [next(ids) for _ in texts]
+            row["lengths"] = [len(conversation) for conversation in whole]
+            fitted = _fit(tokenizer, comparison, whole, max_length, truncation, alike)
+            row["truncated"] = fitted != whole
+            encoded = split_at_common_prefix(fitted)
+            row |= {"prefix": encoded.prefix, "rests": encoded.rests}
         except Excluded as excluded:
-            outcomes[choice] = fates[choice] = excluded.reason
-    if max_length is not None and max(lengths) > max_length:
-        cut = [ids[:max_length] for ids in conversations]
-        fates[CUT_END] = "identical" if _identical(cut, comparison.ranks) else TRUNCATED
-    chosen = outcomes[truncation]
-    fates = {choice: fate for choice, fate in fates.items() if fate and not fits}
-    if isinstance(chosen, str):
-        return Tokenized(None, chosen, lengths, fates)
-    return Tokenized(chosen, "", lengths, fates)
+            row |= {"excluded": excluded.reason, "detail": excluded.detail}
+        rows.append(row)
+    return rows
 
 
 def tokenize(
@@ -162,7 +127,7 @@ def tokenize(
     *,
     alike: bool = False,
 ) -> Split:
-    """Adds the columns `prefix` (token ids), `rests` (ids for each response), `lengths`, `fates`, `unshown`.
+    """Add the columns that `encode_all` returns; cached.
 
     What does not fit `max_length` is truncated or counted as `encode` says. Warns of texts that the chat
     template leaves out.
@@ -170,56 +135,31 @@ def tokenize(
     Raises:
         DataError: nothing is left.
     """
-    backend = tokenizer.backend_tokenizer.to_str()
+
+    def encode_batch(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        rows = encode_all(tokenizer, as_comparisons(batch), max_length, truncation, alike=alike)
+        return {name: [row[name] for row in rows] for name in _TOKENIZED}
+
     versions = [tokenizers.__version__, transformers.__version__, jinja2.__version__]
     named = {key: str(token) for key, token in tokenizer.special_tokens_map.items()}  # templates read them
-    settings = [backend, tokenizer.chat_template, named, max_length, truncation, alike, versions]
-    text = hf_datasets.Value("string")
-    ids = hf_datasets.List(hf_datasets.Value("int32"))
-    added = {
-        "prefix": ids,
-        "rests": hf_datasets.List(ids),
-        "lengths": ids,
-        "fates": dict.fromkeys(FATES, text),
-        "unshown": text,
-        "excluded": text,
-        "detail": text,
-    }
-
-    def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """The new columns of a batch."""
-        comparisons = [
-            Comparison(*row) for row in zip(batch["prompt"], batch["responses"], batch["ranks"], strict=True)
-        ]
-        results = encode_all(tokenizer, comparisons, max_length, truncation, alike=alike)
-        return {
-            "prefix": [r.encoded.prefix if r.encoded else [] for r in results],
-            "rests": [r.encoded.rests if r.encoded else [] for r in results],
-            "lengths": [r.lengths for r in results],
-            "fates": [{choice: r.fates.get(choice, "") for choice in FATES} for r in results],
-            "unshown": [r.unshown for r in results],
-            "excluded": [r.reason for r in results],
-            "detail": [r.detail for r in results],
-        }
-
-    encoded = run_pass(
+    settings = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, named, max_length, truncation]
+    code = [sys.modules[__name__], chat_template, comparison_module]
+    tokenized = run_pass(
         split.comparisons,
-        encode,
+        encode_batch,
         "Tokenising",
-        {**split.comparisons.features, **added},
-        [*settings, sys.modules[__name__], chat_template, comparison_module],
+        {**split.comparisons.features, **_TOKENIZED},
+        [*settings, alike, *versions, *code],
         num_proc,
         batched=True,
     )
-    result = set_excluded_apart(replace(split, comparisons=encoded, tokenized=encoded))
+    result = set_aside(replace(split, comparisons=tokenized, tokenized=tokenized), "excluded")
     if not len(result.comparisons):
         raise DataError(f"no comparison is left after tokenising: {result.why_excluded()}")
     unshown = count_unshown(result)
     if unshown:
         parts = ", ".join(f"{whose} in {n}" for whose, n in unshown.items())
-        logger.warning(
-            "warning: of %d comparisons the chat template leaves out text: %s", len(result.comparisons), parts
-        )
+        logger.warning(f"warning: the chat template leaves out text of comparisons: {parts}")
     return result
 
 
@@ -248,29 +188,12 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def _unshown(tokenizer: PreTrainedTokenizerBase, comparison: Comparison, texts: Sequence[str]) -> str:
-    """Whose text is not in the rendered conversations; empty where all is."""
+def _unshown(comparison: Comparison, texts: Sequence[str]) -> str:
+    """Whose text is not in the rendered conversations: `reply` (R1's template cuts thoughts) or a role."""
     if not all(reply.strip() in text for reply, text in zip(comparison.responses, texts, strict=True)):
-        return "reply"  # R1's template cuts what was thought
-    roles = tuple(message["role"] for message in comparison.prompt)
-    return _unshown_role(tokenizer, str(tokenizer.chat_template), roles)
-
-
-@lru_cache(maxsize=1024)
-def _unshown_role(tokenizer: PreTrainedTokenizerBase, template: str, roles: tuple[str, ...]) -> str:
-    """The first role whose message the template leaves out of such a prompt (TinyLlama's own: `tool`)."""
-    words = [f"Qz{number}x" for number in range(len(roles))]
-    prompt = [{"role": role, "content": word} for role, word in zip(roles, words, strict=True)]
-    try:
-        text = render(tokenizer, conversation(prompt, "Qzreply"))
-    except (TemplateError, TypeError):  # it wants certain contents; what it shows is not known
-        return ""
-    return next((role for role, word in zip(roles, words, strict=True) if word not in text), "")
-
-
-def _share(max_length: int) -> int:
-    """Tokens of `max_length` that are kept for a reply and its end token."""
-    return int(max_length * REPLY_SHARE)
+        return "reply"
+    hidden = (m["role"] for m in comparison.prompt if m["content"].strip() not in texts[0])
+    return next(hidden, "")
 
 
 def _fit(
@@ -280,57 +203,51 @@ def _fit(
     max_length: int | None,
     truncation: str,
     alike: bool,
-) -> tuple[Encoded, str]:
-    """The conversations as they fit, and how: `TRUNCATED`, `SHORTENED`, or nothing where they are whole."""
-    how = ""
-    groups = [list(range(len(conversations)))] if alike else [[k] for k in range(len(conversations))]
-    fitted: list[list[int]] = []
-    for group in groups:
-        whole = ids = [conversations[k] for k in group]
-        if max_length is not None and max(map(len, whole)) > max_length - _share(max_length):
-            part = replace(
-                comparison,
-                responses=[comparison.responses[k] for k in group],
-                ranks=[comparison.ranks[k] for k in group],
-            )
-            ids, shortened = _truncate(tokenizer, part, whole, max_length, truncation)
-            if ids != whole:
-                how = SHORTENED if shortened or how == SHORTENED else TRUNCATED
-        fitted += ids
-    conversations = fitted
-    if _identical(conversations, comparison.ranks):
+) -> list[list[int]]:
+    """The conversations as they fit `max_length`: cut alike, or each as its reply needs it alone."""
+    fitted = conversations
+    if max_length is not None and alike:
+        fitted = _truncate(
+            tokenizer, comparison.prompt, comparison.responses, conversations, max_length, truncation
+        )
+    elif max_length is not None:
+        fitted = []
+        for response, ids in zip(comparison.responses, conversations, strict=True):
+            fitted += _truncate(tokenizer, comparison.prompt, [response], [ids], max_length, truncation)
+    if _identical(fitted, comparison.ranks):
         raise Excluded("identical_after_tokenization")
-    return split_at_common_prefix(conversations), how
+    return fitted
 
 
 def _truncate(
     tokenizer: PreTrainedTokenizerBase,
-    comparison: Comparison,
+    prompt: list[Message],
+    responses: list[str],
     conversations: list[list[int]],
     max_length: int,
     truncation: str,
-) -> tuple[list[list[int]], bool]:
-    """Conversations cut alike, and whether they had to be for a reply longer than its share."""
-    prompt, room = comparison.prompt, max_length - _share(max_length)
-    shortened = False
+) -> list[list[int]]:
+    """Conversations cut alike, so that none is longer than `max_length`."""
+    room = max_length - int(max_length * REPLY_SHARE)  # for the prompt
+    if max(map(len, conversations)) <= room:
+        return conversations
     while True:
-        alone, question = _question(tokenizer, prompt, conversations)
         longest = max(map(len, conversations))
-        in_share = alone <= room or truncation == "exclude"  # which cuts nothing
-        if in_share and longest <= max_length:
-            return conversations, shortened
+        alone, question = _question(tokenizer, prompt, conversations)
+        if longest <= max_length and (alone <= room or truncation == "exclude"):  # which cuts nothing
+            return conversations
         if longest - question > max_length:
             raise Excluded("response_too_long")
         if truncation == "keep_end":
             over = max(alone - room, longest - max_length)
-            return _cut_front(tokenizer, conversations, question, over), over > max(0, alone - room)
+            return _cut_front(tokenizer, conversations, question, over)
         shorter = _drop_oldest_turn(prompt) if truncation == "drop_oldest_turns" else None
+        if shorter is None and longest > max_length:
+            raise Excluded("too_long")
         if shorter is None:
-            if longest > max_length:
-                raise Excluded("too_long")
-            return conversations, shortened
-        prompt, shortened = shorter, shortened or in_share
-        conversations = _ids(tokenizer, _texts(tokenizer, replace(comparison, prompt=prompt)))
+            return conversations
+        prompt = shorter
+        conversations = _ids(tokenizer, _texts(tokenizer, Comparison(prompt, responses)))
 
 
 def _identical(conversations: list[list[int]], ranks: list[int]) -> bool:

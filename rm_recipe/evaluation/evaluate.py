@@ -1,8 +1,14 @@
-"""`rm-recipe evaluate RUN_OR_MODEL`: held-out preference accuracy that can be believed."""
+"""Held-out preference accuracy that can be believed.
+
+    rm-recipe evaluate outputs/smollm2_offline [--dataset NAME_OR_PATH ...] [--against OTHER_MODEL]
+
+scores the comparisons that the run's recipe holds out (or other data sets) and writes `evaluation.json`,
+`predictions.jsonl` and `report.html`.
+"""
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +19,7 @@ from numpy.typing import NDArray
 from transformers.utils import cached_file
 
 from rm_recipe.data.comparison import Encoded
-from rm_recipe.data.dataset import Split, arrow_column, row_name
+from rm_recipe.data.dataset import Split, arrow_column
 from rm_recipe.data.splits import changed_data, check_held_out, load_held_out_split, load_split, load_splits
 from rm_recipe.data.tokenization import tokenize
 from rm_recipe.errors import DataError, RecipeError, TrainingError, one_line
@@ -23,7 +29,7 @@ from rm_recipe.evaluation.probes import Scorer, bag_of_words, consistency
 from rm_recipe.evaluation.report import write_report
 from rm_recipe.evaluation.summary import (
     PREDICTIONS,
-    Scored,
+    Line,
     predictions,
     read_evaluation,
     summarise,
@@ -39,30 +45,13 @@ from rm_recipe.scoring import RewardModel, find_model
 FAULTY_NAMED = 5  # comparisons without a finite reward, in the message
 
 
-@dataclass
-class Judged:
-    """A data set as one model sees it.
-
-    Attributes:
-        split: tokenised by its tokenizer.
-        scored: the comparisons that fit it, with their rewards.
-        numbers: which of the data set's comparisons these are, `(comparisons,)`.
-        edits: `probes.consistency`, where it was asked for.
-    """
-
-    split: Split
-    scored: Scored
-    numbers: NDArray[np.int64]
-    edits: dict[str, Any]
-
-
 def evaluate(
     target: str,
     datasets: list[str] | None = None,
     output: Path | None = None,
     against: str | None = None,
 ) -> dict[str, Any]:
-    """Scores a model's held-out comparisons, or those of other data sets, and writes the result.
+    """Score a model's held-out comparisons, or those of other data sets, and write the result.
 
     Several processes share the comparisons, each scored exactly once; the main one computes the figures and
     writes `evaluation.json`, `predictions.jsonl` and `report.html`.
@@ -83,57 +72,48 @@ def evaluate(
     """
     recipe = recipe_of(Path(target))
     names = list(dict.fromkeys(datasets or [HELD_OUT]))
-    output = _check_arguments(target, recipe, datasets, output)
+    output = _output_folder(target, recipe, names, output)
     weights = weights_of(target)
-    before = _of_same_model(output, target, weights, names)
-    splits = {}
-    for name in names:
-        with main_process_first():
-            splits[name] = _load(name, recipe)
-        if splits[name].unread:
-            say(f"{name}: columns not read: {', '.join(splits[name].unread)}")
-    judged = _judge(target, splits, with_edits=True)
-    other = _judge(against, splits) if against else {}
+    before = _earlier_evaluation(output, target, weights, names)
+    splits = {name: _load(name, recipe) for name in names}
+    scored = _score(target, splits, with_edits=True)
+    other = _score(against, splits) if against else {}
     content = None
     if processes().is_main_process:
         train = _train_split(recipe)
         words = bag_of_words(train.comparisons) if train else None
-        results = {name: _figures(splits[name], judged[name], train, words) for name in names}
-        for name, found in other.items():
-            results[name]["against"] = {"model": against, **_compare(judged[name], found)}
-        lines = [
-            line for name in names for line in predictions(name, judged[name].split, judged[name].scored)
-        ]
+        results = {name: _figures(splits[name], *scored[name], train, words) for name in names}
+        for name, (_, lines, _) in other.items():
+            results[name]["against"] = {"model": against, **_compare(scored[name][1], lines)}
         content = _merge(before, target, recipe, results, weights)
         if not before:
             (output / PREDICTIONS).unlink(missing_ok=True)
-        write_predictions(output, lines)
+        write_predictions(output, [line for name in names for line in scored[name][1].values()])
         write_json(output / "evaluation.json", content)
         write_report(output)
     return broadcast_object_list([content])[0]
 
 
-def _check_arguments(
-    target: str, recipe: Recipe | None, datasets: list[str] | None, output: Path | None
-) -> Path:
+# --- what is evaluated, and where the result goes ----------------------------------------------
+
+
+def _output_folder(target: str, recipe: Recipe | None, names: list[str], output: Path | None) -> Path:
     """The folder that the result goes into; raises RecipeError where the arguments do not fit."""
-    if not datasets and recipe is None:
-        raise RecipeError(f"{target} is no run folder, so it has no held-out split; name one with --dataset")
-    if recipe is None and HELD_OUT in (datasets or []):
-        raise RecipeError(f"{target} has no recipe, so it has no held-out split")
-    if output is None and not Path(target).is_dir():
-        raise RecipeError(f"{target} is not a local folder; say with --output where the result goes")
-    output = output or Path(target)
-    if (output / "proof.json").is_file():
-        raise RecipeError(
-            f"{output} is an export, which stays as it was verified; say with --output where the result goes"
-        )
-    there = next(place for place in (output, *output.absolute().parents) if place.exists())
-    if not there.is_dir():
-        raise RecipeError(f"{there} is a file; --output names a folder")
-    if not os.access(there, os.W_OK):  # known before an hour of scoring
-        raise RecipeError(f"{there} cannot be written to; say with --output where the result goes")
-    return output
+    if recipe is None and HELD_OUT in names:
+        raise RecipeError(f"{target} has no recipe, so it has no held-out split; name one with --dataset")
+    folder, reason = output or Path(target), None
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if output is None and not folder.is_dir():
+        reason = "is not a local folder"
+    elif (folder / "proof.json").is_file():
+        reason = "is an export, which stays as it was verified"
+    elif not there.is_dir():
+        reason = "is a file or lies in one"
+    elif not os.access(there, os.W_OK):  # known before an hour of scoring
+        reason = "cannot be written to"
+    if reason:
+        raise RecipeError(f"{folder} {reason}; say with --output where the result goes")
+    return folder
 
 
 def check_gate(target: str, names: Sequence[str]) -> None:
@@ -167,53 +147,55 @@ def weights_of(target: str) -> dict[str, str]:
     return {path.name: sha256(path) for path in files}
 
 
-def _of_same_model(
+def _earlier_evaluation(
     output: Path, target: str, weights: dict[str, str], names: Sequence[str]
 ) -> dict[str, Any]:
     """The evaluation that a folder holds, which the new one is to be merged with.
 
-    In the model's own folder, one of the weights before they changed is of no model any more and gives way;
-    so does what older versions wrote, without weights: they cut prompts by another rule.
+    In the model's own folder, one of the weights before they changed is of no model any more and gives way.
 
     Raises:
-        RecipeError: it is another model's.
+        RecipeError: it is another model's, or its held-out figures would be lost.
     """
-    before, own = read_evaluation(output), output.resolve() == Path(target).resolve()
+    before = read_evaluation(output)
     if not before or before.get("weights") == weights:
         return before
-    if not own:
-        whose = (
-            f"of another model ({before.get('model')})" if "weights" in before else "of an older rm_recipe"
-        )
-        raise RecipeError(
-            f"{output / 'evaluation.json'} is {whose}, and two do not mix; give another --output"
-        )
-    if HELD_OUT in before.get("datasets", {}) and HELD_OUT not in names:
-        raise RecipeError(
-            f"{output / 'evaluation.json'} is of this model before it, or rm_recipe, changed: first "
-            f"`rm-recipe evaluate {target}`, or give another --output"
-        )
-    say(f"{output / 'evaluation.json'} is of this model before it, or rm_recipe, changed: it is written anew")
-    return {}
+    path, own = output / "evaluation.json", output.resolve() == Path(target).resolve()
+    if own and (HELD_OUT in names or HELD_OUT not in before["datasets"]):
+        say(f"{path} is of this model before it changed: it is written anew")
+        return {}
+    first = f"first `rm-recipe evaluate {target}`, or " if own else ""
+    raise RecipeError(
+        f"{path} is of {'this model before it changed' if own else 'another model'} ({before['model']}), and "
+        f"two do not mix; {first}give another --output"
+    )
 
 
 def _load(name: str, recipe: Recipe | None) -> Split:
-    if name == HELD_OUT:
-        assert recipe is not None
-        split = load_held_out_split(recipe)
-        check_held_out(recipe.output_dir, split)
-        return split
-    data = DataArguments(dataset_name=name)
-    if recipe is not None:
-        data = replace(data, dataset_test_split=recipe.data.dataset_test_split)
-    return load_split(data, data.dataset_test_split)
+    with main_process_first():
+        if name == HELD_OUT:
+            assert recipe is not None
+            split = load_held_out_split(recipe)
+            check_held_out(recipe.output_dir, split)
+        else:
+            data = DataArguments(dataset_name=name)
+            if recipe is not None:
+                data = replace(data, dataset_test_split=recipe.data.dataset_test_split)
+            split = load_split(data, data.dataset_test_split)
+    if split.unread:
+        say(f"{name}: columns not read: {', '.join(split.unread)}")
+    return split
 
 
-# --- rewards ---------------------------------------------------------------------------------
+# --- rewards -----------------------------------------------------------------------------------
+
+# A data set as one model sees it: tokenised; the lines of those of its comparisons that fit the model, by
+# number; and what edits did to the rewards.
+Scored = tuple[Split, dict[int, Line], dict[str, Any]]
 
 
-def _judge(path: str, splits: dict[str, Split], *, with_edits: bool = False) -> dict[str, Judged]:
-    """Loads a model and scores every data set with it."""
+def _score(path: str, splits: dict[str, Split], *, with_edits: bool = False) -> dict[str, Scored]:
+    """Load a model and score every data set with it."""
     model = RewardModel.from_pretrained(path, device=str(processes().device))
     result = {}
     for name, whole in splits.items():
@@ -221,17 +203,14 @@ def _judge(path: str, splits: dict[str, Split], *, with_edits: bool = False) -> 
             split = tokenize(whole, model.tokenizer, model.max_length, model.truncation)
         for reason, detail in split.details.items():
             say(f"{name}: {split.excluded[reason]} left out, {reason}: {detail}")
-        rewards = _rewards(model, split.encoded(), "Scoring", [row_name(row) for row in _places(split)])
+        row_names = split.names(np.arange(len(split.comparisons)))
+        lines = predictions(name, split, _rewards(model, split.encoded(), "Scoring", row_names))
         score = partial(_rewards, model, bar="Scoring edited replies")
         edits = consistency(model, split, score) if with_edits else {}
         assert split.tokenized is not None
         fits = np.array([reason == "" for reason in arrow_column(split.tokenized, "excluded").to_pylist()])
-        result[name] = Judged(split, Scored.of(split, rewards), np.flatnonzero(fits), edits)
+        result[name] = split, dict(zip(np.flatnonzero(fits).tolist(), lines, strict=True)), edits
     return result
-
-
-def _places(split: Split) -> Any:
-    return split.comparisons.select_columns(["subset", "row"])
 
 
 def _rewards(
@@ -254,28 +233,30 @@ def _rewards(
     return rewards
 
 
-# --- figures ---------------------------------------------------------------------------------
+# --- figures -----------------------------------------------------------------------------------
 
 
-def _figures(source: Split, judged: Judged, train: Split | None, words: Scorer | None) -> dict[str, Any]:
+def _figures(
+    source: Split,
+    split: Split,
+    lines: dict[int, Line],
+    edits: dict[str, Any],
+    train: Split | None,
+    words: Scorer | None,
+) -> dict[str, Any]:
     """What `evaluation.json` says of a data set."""
-    scored, trained = judged.scored, None
+    trained = scores = None
     if train is not None:
-        keys = judged.split.column("prompt_key")
-        trained = int(np.isin(keys, train.column("prompt_key")).sum())
-    length = scored.response_tokens.astype(float)
-    rules = {"longer_wins": length, "shorter_wins": -length}
+        trained = int(np.isin(split.column("prompt_key"), train.column("prompt_key")).sum())
     if words is not None:
-        responses = judged.split.comparisons["responses"][:]
-        rules["bag_of_words"] = words([response for own in responses for response in own])
-    figures = summarise(scored, rules)
+        scores = words([response for own in split.comparisons["responses"][:] for response in own])
     return {
         "n_comparisons": source.rows,
-        "n_scored": len(scored.ranks),
-        "excluded": dict(judged.split.excluded),
+        "n_scored": len(lines),
+        "excluded": dict(split.excluded),
         "trained_prompts": trained,
-        **figures,
-        "consistency": judged.edits,
+        **summarise(list(lines.values()), scores),
+        "consistency": edits,
     }
 
 
@@ -297,12 +278,12 @@ def _train_split(recipe: Recipe | None) -> Split | None:
     return train
 
 
-def _compare(one: Judged, other: Judged) -> dict[str, Any]:
+def _compare(one: dict[int, Line], other: dict[int, Line]) -> dict[str, Any]:
     """Two models on the comparisons that fit both."""
-    both, of_one, of_other = np.intersect1d(one.numbers, other.numbers, return_indices=True)
-    right, other_right = one.scored.right[of_one], other.scored.right[of_other]
-    if not len(both):
+    both = [number for number in one if number in other]
+    if not both:
         raise DataError("no comparison fits both models")
+    right, other_right = (np.array([lines[number]["correct"] for number in both]) for lines in (one, other))
     return {
         "n": len(both),
         "accuracy": float(right.mean()),
@@ -311,11 +292,11 @@ def _compare(one: Judged, other: Judged) -> dict[str, Any]:
     }
 
 
-# --- evaluation.json -------------------------------------------------------------------------
+# --- evaluation.json ---------------------------------------------------------------------------
 
 
 def judge_anew(run: Path) -> dict[str, Any]:
-    """The gate of a run's recipe as it is now, on figures that are there; returns the new evaluation."""
+    """Apply the gate of a run's recipe as it is now to figures that are there; returns the new evaluation."""
     recipe = read_run_recipe(run)
     before = read_evaluation(run)
     held_out = {HELD_OUT: before["datasets"][HELD_OUT]}
@@ -335,7 +316,7 @@ def _merge(
     """The earlier evaluation with the new data sets in it; `held_out` is never lost."""
     datasets = {**before.get("datasets", {}), **results}
     passed = gate(datasets[HELD_OUT], recipe) if recipe and HELD_OUT in datasets else before.get("gate")
-    # Of the recipe stands what `held_out` was evaluated by.
+    # The recipe that stands is the one that `held_out` was evaluated by.
     of_held_out = recipe is not None and (HELD_OUT in results or not before)
     return {
         "model": target,

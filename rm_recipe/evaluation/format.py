@@ -1,130 +1,62 @@
-"""What the report says in words and digits: numbers, tables, and text that cannot hide or break anything."""
+"""How figures are shown: numbers as text, tables on the terminal, pages in HTML."""
 
-import json
-import math
-from dataclasses import dataclass
-from typing import Any, TypeGuard
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rm_recipe.files import redact, visible, whole_file
 
 MISSING = "\N{EN DASH}"
-LARGEST_TABLE = 50
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of a table: its cells, the first one its heading; `strip` is (low, value, high) in [0, 1]."""
-
-    cells: list[str]
-    strip: tuple[float, float, float] | None = None
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of the report. `note` says how to read it and what would be bad."""
-
-    title: str
-    head: list[str]
-    rows: list[Row]
-    note: str
-    more: int = 0
-
-    @property
-    def strips(self) -> bool:
-        """Whether a column draws intervals."""
-        return any(row.strip for row in self.rows)
-
-
-def shorten(text: str, length: int) -> str:
-    """At most `length` characters, and how many more there were."""
-    return text if len(text) <= length else f"{text[:length]} [and {len(text) - length:,} more characters]"
-
-
-def as_text(value: Any) -> str:
-    """A value of a JSON file as text: a string as it is, null as nothing, anything else as JSON."""
-    if value is None:
-        return ""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 def words(key: str) -> str:
-    """`a_key_like_this` as words."""
+    """Write `a_key_like_this` as words."""
     return key.replace("_", " ")
 
 
-def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a JSON value is a finite number. `true` is none, a whole number beyond floats neither."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
-
-
-def mapping(value: Any, *keys: str) -> dict[str, Any]:
-    """The object at the end of a path of keys; empty where something on the way is absent or none."""
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value if isinstance(value, dict) else {}
-
-
-def objects(value: Any, key: str) -> list[dict[str, Any]]:
-    """The objects of the list under a key; empty where it is absent."""
-    found = mapping(value).get(key)
-    return [item for item in found if isinstance(item, dict)] if isinstance(found, list) else []
+def shorten(text: str, length: int = 20_000) -> str:
+    """Cut a text at `length` characters and say how many more there were."""
+    return text if len(text) <= length else f"{text[:length]} [and {len(text) - length:,} more characters]"
 
 
 def decimal(value: Any, digits: int = 3, signed: bool = False) -> str:
-    """A number with fixed digits and a true minus sign; a dash where there is none."""
-    if not is_number(value):
+    """Write a number with fixed digits and a true minus sign; a dash where there is none."""
+    if not isinstance(value, int | float):
         return MISSING
-    large = abs(value) >= 1e6
-    text = f"{value:{'+' if signed else ''}.{digits}{'e' if large else 'f'}}"
+    text = f"{value:{'+' if signed else ''}.{digits}{'e' if abs(value) >= 1e6 else 'f'}}"
     if not float(text):
         text = text.lstrip("+-")
     return text.replace("-", "\N{MINUS SIGN}")
 
 
 def whole(value: Any) -> str:
-    """A count with its thousands set apart; a dash where there is none."""
-    return f"{round(value):,}" if is_number(value) else MISSING
+    """Write a count with its thousands set apart; a dash where there is none."""
+    return f"{round(value):,}" if isinstance(value, int | float) else MISSING
 
 
 def share(value: Any) -> str:
-    """A share as a percentage; a dash where there is none."""
-    return f"{value:.1%}".replace("%", " %") if is_number(value) else MISSING
+    """Write a share as a percentage; a dash where there is none."""
+    return f"{value:.1%}".replace("%", " %") if isinstance(value, int | float) else MISSING
 
 
-def limits(value: Any) -> tuple[float, float] | None:
-    """An interval as two numbers, None where it is none."""
-    if isinstance(value, list) and len(value) == 2 and all(map(is_number, value)):
-        return float(value[0]), float(value[1])
-    return None
-
-
-def interval(value: Any, signed: bool = False) -> str:
-    """`low to high` of an interval; a dash where there is none."""
-    both = limits(value)
-    return f"{decimal(both[0], 3, signed)} to {decimal(both[1], 3, signed)}" if both else MISSING
-
-
-def strip(value: Any, ends: Any) -> tuple[float, float, float] | None:
-    """An accuracy and its interval, to be drawn; None where it is not whole or not in [0, 1]."""
-    both = limits(ends)
-    if both is None or not is_number(value):
-        return None
-    low, high = both
-    return (low, float(value), high) if 0 <= low <= value <= high <= 1 else None
+def interval(ends: Any, digits: int = 3, signed: bool = False) -> str:
+    """Write `low to high`; a dash where there is no interval."""
+    return " to ".join(decimal(end, digits, signed) for end in ends) if ends else MISSING
 
 
 def p_value(value: Any) -> str:
-    """A p-value; what lies below three decimals is said to be below."""
-    return "below 0.001" if is_number(value) and value < 0.001 else decimal(value)
+    """Write a p-value; one that lies below three decimals is said to be below."""
+    return "below 0.001" if isinstance(value, float) and value < 0.001 else decimal(value)
 
 
-def duration(seconds: Any) -> str:
-    """Seconds as hours, minutes and seconds."""
-    if not is_number(seconds):
-        return MISSING
+def duration(seconds: float) -> str:
+    """Write seconds as hours, minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -132,17 +64,45 @@ def duration(seconds: Any) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{decimal(seconds, 1)} s"
 
 
-def table(title: str, head: list[str], rows: list[Row], note: str) -> Table | None:
-    """The table with as many rows as are shown and no column of dashes alone; None without any row."""
-    if not rows:
-        return None
-    more, rows = max(len(rows) - LARGEST_TABLE, 0), rows[:LARGEST_TABLE]
-    known = [0] + [i for i in range(1, len(head)) if any(row.cells[i] != MISSING for row in rows)]
-    shown = [Row([row.cells[i] for i in known], row.strip) for row in rows]
-    return Table(title, [head[i] for i in known], shown, note, more)
+def mapping(value: Any, *keys: str) -> dict[str, Any]:
+    """The object at the end of a path of keys; empty where something on the way is absent."""
+    for key in keys:
+        value = value.get(key) or {}
+    return dict(value)
 
 
-def values(title: str, found: dict[str, str], note: str) -> Table | None:
-    """A table of two columns, without those of which nothing is known."""
-    rows = [Row([text, value]) for text, value in found.items() if value not in ("", MISSING)]
-    return table(title, ["", "value"], rows, note)
+def limits(value: Any) -> tuple[float, float] | None:
+    """An interval as two numbers, None where there is none."""
+    return (float(value[0]), float(value[1])) if value else None
+
+
+def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> None:
+    """Print a table whose first and last column may wrap; its texts cannot command the terminal."""
+    table = Table(title=title, title_justify="left")
+    for heading in head:
+        wraps = heading in (head[0], head[-1])
+        table.add_column(heading, overflow="fold", no_wrap=not wraps, justify="left" if wraps else "right")
+    for row in rows:
+        table.add_row(*(Text(visible(cell)) for cell in row))
+    console.print(table)
+
+
+def write_page(target: Path, template: Path, **values: Any) -> None:
+    """Write a page; every text in it is escaped, redacted and made visible, Markup passes as it is.
+
+    Args:
+        template: may use those of `TEMPLATES`, and the functions of this module as filters.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([template.parent, TEMPLATES]),
+        autoescape=True,
+        undefined=jinja2.ChainableUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: visible(redact(value)) if type(value) is str else value,
+    )
+    shown = (words, shorten, decimal, whole, share, interval, p_value, duration)
+    environment.filters.update({function.__name__: function for function in shown})
+    page = environment.get_template(template.name).render(**values)
+    with whole_file(target) as partial:
+        partial.write_bytes(page.encode("utf-8", "replace"))

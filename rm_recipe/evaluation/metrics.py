@@ -1,11 +1,11 @@
-"""How well rewards agree with preferences: pure functions, and `PreferenceAccuracy` on top.
+"""How well rewards agree with preferences: pure functions, and `PreferenceAccuracy` around one of them.
 
 Everywhere `chosen` and `rejected` are the rewards of the two responses of each pair, arrays of
 shape `(pairs,)`, and the margin is `chosen - rejected`. A comparison of two responses is one pair,
 one of K gives up to K choose 2 (`pair_indices`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -51,43 +51,48 @@ def bradley_terry_loss(chosen: ArrayLike, rejected: ArrayLike, comparison: Indic
     return float(np.mean(losses if comparison is None else mean_by_comparison(losses, comparison)))
 
 
-def best_of_k(rewards: ArrayLike, ranks: Sequence[Sequence[int]]) -> Array:
-    """For each comparison whether its highest reward is that of a best response; `(comparisons,)`.
+def preference_accuracy(
+    chosen: ArrayLike, rejected: ArrayLike, comparison: Indices | None = None
+) -> dict[str, Any]:
+    """Share of comparisons whose chosen response has the higher reward, with what belongs to it.
 
-    What best-of-K sampling does with the reward model. Where several responses share the highest reward it
-    is the share of best ones among them: the chance of a draw.
+    Each comparison weighs 1, of a ranking each untied pair the same part of it, and a tie counts 1/2. Nothing
+    is excluded.
 
     Args:
-        rewards: of all responses end to end, `(responses,)`.
+        comparison: for rankings the comparison that each pair belongs to, `(pairs,)`.
+
+    Returns:
+        `accuracy`, `accuracy_ci95` (Wilson), `ties` (pairs), `n` (comparisons), `loss`, `mean_margin`.
+
+    Raises:
+        ValueError: no comparison, unequal lengths, or a reward that is not finite.
     """
-    return np.array(
-        [(own[values == values.max()] == own.min()).mean() for values, own in _each(rewards, ranks)]
-    )
-
-
-def kendall_tau(rewards: ArrayLike, ranks: Sequence[Sequence[int]]) -> Array:
-    """Kendall's tau-b of rewards and ranks in each comparison, between -1 and 1; `(comparisons,)`.
-
-    Pairs in agreement minus pairs in disagreement, over the geometric mean of the pairs that are untied on
-    either side (Kendall 1945; `scipy.stats.kendalltau`). 0 where all rewards are equal.
-    """
-    taus = [kendalltau(values, -own).statistic for values, own in _each(rewards, ranks)]
-    return np.nan_to_num(taus)
-
-
-def _each(values: ArrayLike, ranks: Sequence[Sequence[int]]) -> Iterator[tuple[Array, Indices]]:
-    """The values and the ranks of each comparison, from values that are laid end to end."""
-    ends = np.cumsum([len(own) for own in ranks])[:-1]
-    for own_values, own_ranks in zip(np.split(np.asarray(values, float), ends), ranks, strict=True):
-        yield own_values, np.asarray(own_ranks)
+    chosen, rejected = np.asarray(chosen, float), np.asarray(rejected, float)
+    if chosen.shape != rejected.shape or chosen.ndim != 1 or not chosen.size:
+        raise ValueError(
+            f"expected two equal, non-empty rows of rewards, got {chosen.shape} and {rejected.shape}"
+        )
+    if not np.isfinite([chosen, rejected]).all():
+        raise ValueError("a reward is not finite")
+    if comparison is None:
+        comparison = np.arange(chosen.size)
+    right = mean_by_comparison(agreement(chosen, rejected), comparison)
+    accuracy = float(right.mean())
+    return {
+        "accuracy": accuracy,
+        "accuracy_ci95": accuracy_interval(accuracy, right.size),
+        "ties": int((chosen == rejected).sum()),
+        "n": int(right.size),
+        "loss": bradley_terry_loss(chosen, rejected, comparison),
+        "mean_margin": float(mean_by_comparison(chosen - rejected, comparison).mean()),
+    }
 
 
 class PreferenceAccuracy(evaluate.Metric):
-    """Share of comparisons whose chosen response has the higher reward.
+    """`preference_accuracy` as an `evaluate` metric.
 
-    Each comparison weighs 1, of a ranking each untied pair the same part of it, and a tie counts
-    1/2. Nothing is excluded: a reward that is not finite raises. Use it like any `evaluate` metric,
-    offline, since it comes from this package and not from the Hub::
+    Use it like any other, offline, since it comes from this package and not from the Hub::
 
         PreferenceAccuracy().compute(chosen=[1.0, 0.5], rejected=[0.0, 0.5])
         # accuracy 0.75, accuracy_ci95, ties 1, n 2, loss 0.503, mean_margin 0.5
@@ -105,79 +110,34 @@ class PreferenceAccuracy(evaluate.Metric):
     def _compute(
         self, chosen: ArrayLike, rejected: ArrayLike, comparison: Indices | None = None
     ) -> dict[str, Any]:
-        """`{"accuracy", "accuracy_ci95", "ties", "n", "loss", "mean_margin"}`; only ties count pairs.
-
-        Args:
-            comparison: for rankings the comparison that each pair belongs to, `(pairs,)`.
-
-        Raises:
-            ValueError: no comparison, unequal lengths, or a reward that is not finite.
-        """
-        chosen, rejected = np.asarray(chosen, float), np.asarray(rejected, float)
-        if chosen.shape != rejected.shape or chosen.ndim != 1 or not chosen.size:
-            raise ValueError(
-                f"expected two equal, non-empty rows of rewards, got {chosen.shape} and {rejected.shape}"
-            )
-        if not np.isfinite([chosen, rejected]).all():
-            raise ValueError("a reward is not finite")
-        if comparison is None:
-            comparison = np.arange(chosen.size)
-        right = mean_by_comparison(agreement(chosen, rejected), comparison)
-        accuracy = float(right.mean())
-        return {
-            "accuracy": accuracy,
-            "accuracy_ci95": accuracy_interval(accuracy, right.size),
-            "ties": int((chosen == rejected).sum()),
-            "n": int(right.size),
-            "loss": bradley_terry_loss(chosen, rejected, comparison),
-            "mean_margin": float(mean_by_comparison(chosen - rejected, comparison).mean()),
-        }
+        return preference_accuracy(chosen, rejected, comparison)
 
 
-class RankingAgreement(evaluate.Metric):
+def ranking_agreement(rewards: Sequence[ArrayLike], ranks: Sequence[Sequence[int]]) -> dict[str, Any]:
     """How well rewards order the K responses of each comparison.
 
-    Nothing is excluded; a reward that is not finite raises::
+    Args:
+        rewards: `(K,)` for each comparison.
+        ranks: of the same responses, 0 for the best.
 
-        RankingAgreement().compute(rewards=[[3.0, 1.0, 2.0]], ranks=[[0, 1, 2]])
-        # pairs 3, pairwise_accuracy 0.667, best_of_k 1, kendall_tau 0.333, n 1
+    Returns:
+        `pairs`; `pairwise_accuracy`, in which each untied pair weighs the same, so that long rankings weigh
+        more (as in InstructGPT's figures); the means over comparisons of `best_of_k`, whether the highest
+        reward is a best response's (of several that share it, the share of best ones: the chance of a draw),
+        and of `kendall_tau`, tau-b (Kendall 1945; `scipy.stats.kendalltau`), 0 where all rewards are equal.
     """
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Pairwise accuracy, best-of-K accuracy and Kendall's tau of rankings.",
-            citation="",
-            inputs_description="rewards: K for each comparison; ranks: of the same responses, 0 for the best",
-            features=datasets.Features(
-                {
-                    "rewards": datasets.Sequence(datasets.Value("float64")),
-                    "ranks": datasets.Sequence(datasets.Value("int64")),
-                }
-            ),
-        )
-
-    def _compute(self, rewards: Sequence[ArrayLike], ranks: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """`{"pairs", "pairwise_accuracy", "best_of_k", "kendall_tau", "n"}`.
-
-        In pairwise accuracy each untied pair weighs the same, so that long rankings weigh more (as in
-        InstructGPT's figures); in the others each comparison does.
-
-        Raises:
-            ValueError: no comparison, as many ranks as rewards are not there, or a reward is not finite.
-        """
-        if not len(ranks) or [np.size(values) for values in rewards] != [len(own) for own in ranks]:
-            raise ValueError("expected at least one comparison, and a rank for every reward")
-        flat = np.concatenate([np.asarray(values, float) for values in rewards])
-        if not np.isfinite(flat).all():
-            raise ValueError("a reward is not finite")
-        better, worse, _ = pair_indices(ranks)
-        return {
-            "pairs": len(better),
-            "pairwise_accuracy": float(agreement(flat[better], flat[worse]).mean()),
-            "best_of_k": float(best_of_k(flat, ranks).mean()),
-            "kendall_tau": float(kendall_tau(flat, ranks).mean()),
-            "n": len(ranks),
-        }
+    best, taus = [], []
+    for values, own in zip(map(np.asarray, rewards), map(np.asarray, ranks), strict=True):
+        best.append((own[values == values.max()] == own.min()).mean())
+        taus.append(kendalltau(values, -own).statistic)
+    flat = np.concatenate(rewards)
+    better, worse, _ = pair_indices(ranks)
+    return {
+        "pairs": len(better),
+        "pairwise_accuracy": float(agreement(flat[better], flat[worse]).mean()),
+        "best_of_k": float(np.mean(best)),
+        "kendall_tau": float(np.nan_to_num(taus).mean()),
+    }
 
 
 # --- accuracy by length, turns and subset ------------------------------------------------------
@@ -240,8 +200,16 @@ RESAMPLES = 2000
 EXACT_BELOW = 100  # comparisons on which the two differ; above, the binomial's normal form is as good
 
 
+def interval_of_mean(values: Array) -> list[float] | None:
+    """The 95 % interval of a mean from a bootstrap (percentile, seeded); None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    drawn = bootstrap((values,), np.mean, n_resamples=RESAMPLES, batch=100, method="percentile", rng=0)
+    return [float(end) for end in drawn.confidence_interval]
+
+
 def paired_difference(this: ArrayLike, other: ArrayLike) -> dict[str, Any]:
-    """How much more often one judge is right than another one, on the same comparisons.
+    """How much more often one model is right than another one, on the same comparisons.
 
     Both saw the same comparisons, hard ones and easy ones alike, so the difference is known better than
     either accuracy: two intervals that overlap may hide a difference that is certain.
@@ -257,18 +225,12 @@ def paired_difference(this: ArrayLike, other: ArrayLike) -> dict[str, Any]:
     """
     differences = np.asarray(this, float) - np.asarray(other, float)
     only_this, only_other = int((differences > 0).sum()), int((differences < 0).sum())
-    interval = None
-    if len(differences) > 1:
-        drawn = bootstrap(
-            (differences,), np.mean, n_resamples=RESAMPLES, batch=100, method="percentile", rng=0
-        )
-        interval = [float(end) for end in drawn.confidence_interval]
     exact = only_this + only_other < EXACT_BELOW
     # Only the cells in which the two differ enter.
     test = mcnemar([[0, only_this], [only_other, 0]], exact=exact)
     return {
         "difference": float(differences.mean()),
-        "ci95": interval,
+        "ci95": interval_of_mean(differences),
         "only_this": only_this,
         "only_other": only_other,
         "p_value": float(test.pvalue) if only_this + only_other else 1.0,

@@ -8,7 +8,6 @@ policy that is trained against the proxy will meet.
 Rewards are arrays `(prompts, N)`, N replies to each prompt.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,10 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import gammaln
 from scipy.stats import bootstrap, rankdata
 
+from rm_recipe.evaluation.metrics import RESAMPLES, interval_of_mean
+
 Array = NDArray[np.float64]
 
-RESAMPLES = 2000
 LATE = 4  # what becomes of a curve from N / 4 to N says whether it still rises
 FITTED_POINTS = 24  # sizes n that the fit sees, evenly spaced in log n
 FEWEST_POINTS = 3  # beside n = 1, that a curve with two parameters is fitted to
@@ -41,14 +41,15 @@ def weights(replies: int) -> Array:
     their best. Each row sums to 1.
     """
     i, n = np.arange(1, replies + 1.0), np.arange(1, replies + 1.0)[:, None]
+    # C(i - 1, n - 1) / C(N, n) for i >= n, in logarithms, as the numbers of subsets are huge.
+    chosen = np.where(i >= n, log_choose(i - 1, np.minimum(n, i) - 1), -np.inf)
+    return np.asarray(np.exp(chosen - log_choose(replies, n)))
 
-    def log_choose(of: Array, chosen: Array) -> Array:
-        return np.asarray(gammaln(of + 1) - gammaln(chosen + 1) - gammaln(of - chosen + 1))
 
-    possible = i >= n
-    of = np.where(possible, i - 1, n - 1)
-    chances = np.exp(log_choose(of, n - 1 + 0 * i) - log_choose(replies + 0 * n, n))
-    return np.asarray(np.where(possible, chances, 0.0))
+def log_choose(of: ArrayLike, chosen: ArrayLike) -> Array:
+    """The logarithm of the number of subsets of a size."""
+    of, chosen = np.asarray(of, float), np.asarray(chosen, float)
+    return np.asarray(gammaln(of + 1) - gammaln(chosen + 1) - gammaln(of - chosen + 1))
 
 
 def best_of_n(proxy: ArrayLike, values: ArrayLike) -> Array:
@@ -103,87 +104,49 @@ def fit(n: ArrayLike, gains: ArrayLike) -> tuple[float, float]:
     return float(found[0]), float(found[1])
 
 
-@dataclass(frozen=True)
-class Curve:
-    """How a reward changes with n, in standard deviations within a prompt, and how surely.
+def curve(proxy: ArrayLike, values: ArrayLike) -> dict[str, Any]:
+    """What best-of-n by the proxy does to another reward (or to itself), as JSON has it.
 
-    Attributes:
-        gain: over the policy's mean, for n = 1 ... N.
-        low, high: the 95 % interval of each gain; None for a single prompt.
-        prompts: how many there are.
-        late: gain at N minus gain at `late_from`, a quarter of N, fixed beforehand; `late_ci95` its interval.
-            Above 0 the reward still rises, below 0 it falls. (The peak's gain minus that at N is above 0 by
-            chance alone, and the fit falls wherever a curve only levels off.)
-        peak: the n with the largest gain; of a curve that levels off, any late one by chance.
-        peak_ci95: the interval of that n.
-        alpha, beta: of the fit; None where there are too few sizes.
-    """
-
-    gain: Array
-    low: Array | None
-    high: Array | None
-    prompts: int
-    late_from: int
-    late: float
-    late_ci95: list[float] | None
-    peak: int
-    peak_ci95: list[int] | None
-    alpha: float | None
-    beta: float | None
-
-    @property
-    def fitted_peak(self) -> float | None:
-        """sqrt(KL) at the top of the fitted curve, alpha / (2 beta); None where it has none."""
-        if self.alpha is None or self.beta is None or self.alpha <= 0 or self.beta <= 0:
-            return None
-        return self.alpha / (2 * self.beta)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        ends = None
-        if self.low is not None and self.high is not None:
-            ends = np.stack([self.low, self.high], axis=1).tolist()
-        return {
-            "gain": self.gain.tolist(),
-            "gain_ci95": ends,
-            "late_change": {"from_n": self.late_from, "mean": self.late, "ci95": self.late_ci95},
-            "peak_n": self.peak,
-            "peak_n_ci95": self.peak_ci95,
-            "fit": {"alpha": self.alpha, "beta": self.beta, "peak_sqrt_kl": self.fitted_peak},
-        }
-
-
-def curve(proxy: ArrayLike, values: ArrayLike) -> Curve:
-    """What best-of-n by the proxy does to another reward (or to itself).
-
-    Intervals are from a bootstrap over prompts (percentile, 2,000, seeded): other prompts might have been
-    asked. Of fewer than about twenty they are too narrow. The unit, `spread`, is not drawn anew.
+    Intervals are 95 %, from a bootstrap over prompts (percentile, 2,000, seeded): other prompts might have
+    been asked. Of fewer than about twenty they are too narrow. The unit, `spread`, is not drawn anew.
 
     Args:
         proxy, values: `(prompts, N)`, N at least 2.
+
+    Returns:
+        `gain` over the policy's mean, for n = 1 ... N, in standard deviations within a prompt, and
+        `gain_ci95`, None for a single prompt; `late_change`: the gain at N minus that at `from_n`, a quarter
+        of N, fixed beforehand, as `mean` and `ci95`. Above 0 the reward still rises, below 0 it falls. (The
+        peak's gain minus that at N is above 0 by chance alone, and the fit falls wherever a curve only levels
+        off.) `peak_n` and `peak_n_ci95`: the n with the largest gain, of a curve that levels off any late one
+        by chance. `fit`: `alpha`, `beta` and its top `peak_sqrt_kl`, alpha / (2 beta); None where there are
+        too few sizes, or no top.
     """
     each = best_of_n(proxy, standardised(values))
     each = each - each[:, :1]
     gain, replies = each.mean(axis=0), each.shape[1]
     start = max(replies // LATE, 1)
-    late = mean_interval(each[:, -1] - each[:, start - 1])
-    low = high = peaks = None
+    ends = peaks = None
     if len(each) > 1:
         drawn = bootstrap(
             (each,), np.mean, n_resamples=RESAMPLES, batch=100, axis=0, method="percentile", rng=0
         )
-        low, high = drawn.confidence_interval
+        ends = np.stack(drawn.confidence_interval, axis=1).tolist()
         best = drawn.bootstrap_distribution.argmax(axis=0) + 1.0
         peaks = np.percentile(best, [2.5, 97.5]).round().astype(int).tolist()
-    alpha = beta = None
+    alpha = beta = top = None
     points = np.unique(np.geomspace(1, replies, FITTED_POINTS).round().astype(int))
     if len(points) > FEWEST_POINTS:
         alpha, beta = fit(points, gain[points - 1])
-    return Curve(
-        gain=gain, low=low, high=high, prompts=len(each),
-        late_from=start, late=late["mean"], late_ci95=late["ci95"],
-        peak=int(gain.argmax()) + 1, peak_ci95=peaks, alpha=alpha, beta=beta,
-    )  # fmt: skip
+        top = alpha / (2 * beta) if alpha > 0 and beta > 0 else None
+    return {
+        "gain": gain.tolist(),
+        "gain_ci95": ends,
+        "late_change": {"from_n": start, **mean_interval(each[:, -1] - each[:, start - 1])},
+        "peak_n": int(gain.argmax()) + 1,
+        "peak_n_ci95": peaks,
+        "fit": {"alpha": alpha, "beta": beta, "peak_sqrt_kl": top},
+    }
 
 
 def mean_interval(of_prompts: ArrayLike) -> dict[str, Any]:
@@ -194,10 +157,4 @@ def mean_interval(of_prompts: ArrayLike) -> dict[str, Any]:
     """
     known = np.asarray(of_prompts, float)
     known = known[np.isfinite(known)]
-    if not len(known):
-        return {"mean": None, "ci95": None}
-    ends = None
-    if len(known) > 1:
-        drawn = bootstrap((known,), np.mean, n_resamples=RESAMPLES, batch=100, method="percentile", rng=0)
-        ends = [float(end) for end in drawn.confidence_interval]
-    return {"mean": float(known.mean()), "ci95": ends}
+    return {"mean": float(known.mean()) if len(known) else None, "ci95": interval_of_mean(known)}

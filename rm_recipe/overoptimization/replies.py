@@ -1,10 +1,10 @@
-"""Prompts and replies to them, from files, several replies to each prompt."""
+"""Prompts and replies to them, from files or drawn from a policy, several replies to each prompt."""
 
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,12 @@ from rm_recipe.data.messages import (
     in_context,
 )
 from rm_recipe.errors import DataError, RecipeError, one_line
+from rm_recipe.evaluation.evaluate import weights_of
 from rm_recipe.files import read_json, redacted, whole_file, write_json
-from rm_recipe.model import reward_model
-from rm_recipe.model.reward_model import quietly
+from rm_recipe.model.reward_model import as_one_model, quietly
 from rm_recipe.model.source import check_safetensors, load_config
 from rm_recipe.model.tokenizer import load_tokenizer, positions
 from rm_recipe.processes import this_device
-from rm_recipe.recipe.schema import looks_local
 
 
 @dataclass(frozen=True)
@@ -51,96 +50,82 @@ class Sample:
     is_safety: bool = False
     cut: int | None = None
 
-    def as_dict(self) -> dict[str, Any]:
-        """The line of a samples file."""
-        line: dict[str, Any] = {"prompt": self.prompt, "responses": self.responses}
-        line |= {"is_safety": True} if self.is_safety else {}
-        return line | ({"cut": self.cut} if self.cut is not None else {})
+    @property
+    def key(self) -> str:
+        """What tells the prompt from others."""
+        return json.dumps(self.prompt)
 
 
 def read_prompts(file: Path, most: int | None = None) -> tuple[list[Sample], Counter[str]]:
-    """The prompts of a .jsonl or .json file (.gz too), without replies, each once; and what was left out.
+    """Read the prompts of a .jsonl or .json file (.gz too), without replies, each once.
 
     A row has a `prompt` (a text or messages), or is a comparison of any shape that training takes.
 
     Args:
         most: so many are read, the first ones.
 
+    Returns:
+        the prompts, and the count of the rows that are none, by reason.
+
     Raises:
         DataError: naming file and row; or no prompt is left.
     """
-    found: dict[str, Sample] = {}
-    excluded: Counter[str] = Counter()
-    for number, row in read_rows(file):
-        with _row(file, number, excluded):
-            if row.get("prompt") is None and is_comparison_shape(row):
-                prompt = parse_row(row).prompt
-            else:
-                prompt = _prompt(row)
-            found.setdefault(json.dumps(prompt), Sample(prompt, [], bool(row.get("is_safety"))))
-        if len(found) == most:
-            break
-    return _some(file, found), excluded
+    return _read(file, most, replies=False)
 
 
 def read_samples(file: Path, most: int | None = None) -> tuple[list[Sample], Counter[str]]:
-    """Replies that are given, gathered by prompt; and what was left out.
+    """Read replies that are given, gathered by prompt; as `read_prompts`.
 
     A row has a `prompt` and its `responses`, as `sample` writes them, or one `response`.
-
-    Args:
-        most: so many prompts are taken, the first ones.
-
-    Raises:
-        DataError: naming file and row; or no prompt is left.
     """
+    return _read(file, most, replies=True)
+
+
+def _read(file: Path, most: int | None, *, replies: bool) -> tuple[list[Sample], Counter[str]]:
     found: dict[str, Sample] = {}
     excluded: Counter[str] = Counter()
     for number, row in read_rows(file):
-        texts = row["responses"] if row.get("responses") is not None else [row.get("response")]
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise DataError(
-                f"{file}, {unit(file)} {number}: expected a 'prompt' and its 'responses', a list of texts, "
-                "or one 'response'"
-            )
-        with _row(file, number, excluded):
-            prompt = _prompt(row)
-            check_unicode(texts)
-            replies = [as_reply(row["prompt"], str(text)) for text in texts]
-            cut = row.get("cut")
-            new = Sample(prompt, replies, bool(row.get("is_safety")), cut if isinstance(cut, int) else None)
-            before = found.get(json.dumps(prompt))
-            if before is not None:
-                known = None if before.cut is None or new.cut is None else before.cut + new.cut
-                new = replace(before, responses=[*before.responses, *replies], cut=known)
-            found[json.dumps(prompt)] = new
-    return _some(file, found)[:most], excluded
-
-
-@contextmanager
-def _row(file: Path, number: int, excluded: Counter[str]) -> Iterator[None]:
-    """Within it, a row that is no prompt is counted, and a fault of the file is named."""
-    try:
-        yield
-    except Excluded as reason:
-        excluded[reason.reason] += 1
-    except Malformed as fault:
-        raise DataError(f"{file}, {unit(file)} {number}: {fault}") from None
-
-
-def _some(file: Path, found: dict[str, Sample]) -> list[Sample]:
+        try:
+            new = _parse(row, replies=replies)
+        except Excluded as reason:
+            excluded[reason.reason] += 1
+            continue
+        except Malformed as fault:
+            raise DataError(f"{file}, {unit(file)} {number}: {fault}") from None
+        before = found.get(new.key)
+        if before is not None:
+            cut = None if before.cut is None or new.cut is None else before.cut + new.cut
+            new = replace(before, responses=before.responses + new.responses, cut=cut)
+        found[new.key] = new
+        if len(found) == most and not replies:  # replies to the first prompts may come later
+            break
     if not found:
         raise DataError(f"{file} holds no prompt that can be used")
-    return list(found.values())
+    return list(found.values())[:most], excluded
 
 
-def _prompt(row: dict[str, Any]) -> list[Message]:
+def _parse(row: dict[str, Any], *, replies: bool) -> Sample:
+    """The prompt of a row, with its replies or without.
+
+    Raises:
+        Excluded: it is one that training would leave out.
+        Malformed: it has not what is asked for.
+    """
+    is_safety = bool(row.get("is_safety"))
     if row.get("prompt") is None:
-        raise Malformed("prompt", "a text or a list of messages", None)
+        if replies or not is_comparison_shape(row):
+            raise Malformed("prompt", "a text or a list of messages", None)
+        return Sample(parse_row(row).prompt, [], is_safety)
+    texts: Any = row["responses"] if row.get("responses") is not None else [row.get("response")]
+    if replies and not (isinstance(texts, list) and all(isinstance(text, str) for text in texts)):
+        raise Malformed("responses", "a list of texts (or 'response' one text)", texts)
     prompt = in_context(as_messages(row["prompt"]), row)
     check_prompt(prompt)
     check_unicode([message["content"] for message in prompt])
-    return prompt
+    if not replies:
+        return Sample(prompt, [], is_safety)
+    check_unicode(texts)
+    return Sample(prompt, [as_reply(row["prompt"], text) for text in texts], is_safety, row.get("cut"))
 
 
 # --- replies drawn from a policy, several to each prompt ---------------------------------------
@@ -172,22 +157,21 @@ class Sampling:
 
     def check(self) -> None:
         """Raises RecipeError for settings with which nothing can be drawn."""
-        faults = [
-            ("--n", self.n, "2 or more: of one reply none is the best", self.n >= 2),
-            ("--temperature", self.temperature, "above 0: all replies would be equal", self.temperature > 0),
-            ("--top-p", self.top_p, "above 0 and at most 1", 0 < self.top_p <= 1),
-            ("--top-k", self.top_k, "0, for no limit, or more", self.top_k >= 0),
-            ("--max-new-tokens", self.max_new_tokens, "1 or more", self.max_new_tokens >= 1),
-        ]
-        wrong = [f"'{name} {value}' must be {what}" for name, value, what, good in faults if not good]
-        if wrong:
-            raise RecipeError("; ".join(wrong))
+        faults = {
+            f"'--n {self.n}' must be 2 or more: of one reply none is the best": self.n < 2,
+            f"'--temperature {self.temperature}' must be above 0": self.temperature <= 0,
+            f"'--top-p {self.top_p}' must be above 0 and at most 1": not 0 < self.top_p <= 1,
+            f"'--top-k {self.top_k}' must be 0, for no limit, or more": self.top_k < 0,
+            f"'--max-new-tokens {self.max_new_tokens}' must be 1 or more": self.max_new_tokens < 1,
+        }
+        if any(faults.values()):
+            raise RecipeError("; ".join(fault for fault, found in faults.items() if found))
 
 
 def sample(
     sampling: Sampling, prompts: Sequence[Sample], target: Path, *, overwrite: bool
 ) -> tuple[list[Sample], Counter[str]]:
-    """Draws replies to each prompt, and writes them to a file as they come.
+    """Draw replies to each prompt, and write them to a file as they come.
 
     What the file holds already, of the same settings and the same weights, is taken from it.
 
@@ -204,28 +188,27 @@ def sample(
         DataError: the policy can read no prompt.
     """
     sampling.check()
-    if looks_local(sampling.policy) and not Path(sampling.policy).exists():
-        raise RecipeError(f"'--policy {sampling.policy}' does not exist")
+    settings = redacted({**asdict(sampling), "weights": weights_of(sampling.policy)})
     excluded: Counter[str] = Counter()
+    drawn, encoded = [], {}
     with _policy(sampling) as (model, tokenizer):
-        texts: dict[str, list[int]] = {}
         for prompt in prompts:
             try:
-                texts[json.dumps(prompt.prompt)] = _rendered(tokenizer, prompt, sampling, model)
+                encoded[prompt.key] = _encode(tokenizer, prompt, sampling, model)
             except Excluded as reason:
                 excluded[reason.reason] += 1
-        if not texts:
+        if not encoded:
             raise DataError(f"the policy can read no prompt: {', '.join(excluded)}")
-        there = _already_there({**asdict(sampling), "weights": fingerprint(model)}, target, overwrite)
-        readable = [prompt for prompt in prompts if json.dumps(prompt.prompt) in texts]
-        missing = [prompt for prompt in readable if json.dumps(prompt.prompt) not in there]
+        there = _already_there(settings, target, overwrite)
+        readable = [prompt for prompt in prompts if prompt.key in encoded]
         with target.open("a", encoding="utf-8") as file:
-            for prompt in tqdm(missing, desc="Drawing replies", unit="prompt", disable=not missing):
-                key = json.dumps(prompt.prompt)
-                there[key] = _draw(model, tokenizer, sampling, prompt, texts[key])
-                file.write(json.dumps(there[key].as_dict(), ensure_ascii=False) + "\n")
-                file.flush()
-    drawn = [replace(there[json.dumps(prompt.prompt)], is_safety=prompt.is_safety) for prompt in readable]
+            for prompt in tqdm(readable, desc="Drawing replies", unit="prompt"):
+                known = there.get(prompt.key)
+                if known is None:
+                    known = _draw(model, tokenizer, sampling, prompt, encoded[prompt.key])
+                    file.write(json.dumps(asdict(known), ensure_ascii=False) + "\n")
+                    file.flush()
+                drawn.append(replace(known, is_safety=prompt.is_safety))
     return drawn, excluded
 
 
@@ -234,87 +217,68 @@ def settings_file(target: Path) -> Path:
     return target.with_suffix(".sampling.json")
 
 
-def fingerprint(model: Any) -> str:
-    """A hash of a model's weights: one that is trained on has others under the same name."""
-    found = hashlib.blake2b(digest_size=16)
-    for name, parameter in model.named_parameters():
-        found.update(name.encode())
-        found.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
-
-
 def _already_there(settings: dict[str, Any], target: Path, overwrite: bool) -> dict[str, Sample]:
     """What a file holds of these settings; a line that a kill left half-written is removed.
 
     Raises:
         RecipeError: it holds replies of others.
     """
-    ours, beside = redacted(settings), settings_file(target)
-    theirs: dict[str, Any] = {}
-    if beside.is_file() and target.is_file():
-        with suppress(RecipeError):
-            theirs = read_json(beside)
-    lines: list[str] = []
-    if theirs == ours and not overwrite:
-        lines = target.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-    elif target.exists() and target.stat().st_size and not overwrite:
-        differing = [key for key in ours if theirs.get(key) != ours[key]]
-        raise RecipeError(
-            f"{target} holds replies that were drawn otherwise ({', '.join(differing)} differ); --samples "
-            "takes them as they are, --overwrite draws new ones in their place, --output takes another folder"
-        )
+    beside, lines = settings_file(target), ""
+    if target.is_file() and not overwrite:
+        theirs = read_json(beside) if beside.is_file() else {}
+        differing = [key for key in settings if theirs.get(key) != settings[key]]
+        if differing:
+            raise RecipeError(
+                f"{target} has replies that were drawn otherwise ({', '.join(differing)} differ): --samples "
+                "takes them as they are, --overwrite draws new ones, --output takes another folder"
+            )
+        whole, newline, _ = target.read_text(encoding="utf-8", errors="replace").rpartition("\n")
+        lines = whole + newline
     with whole_file(target) as partial:  # before the settings, which would make old replies new ones
-        partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    write_json(beside, ours)
-    return {json.dumps(one.prompt): one for one in read_samples(target)[0]} if lines else {}
+        partial.write_text(lines, encoding="utf-8")
+    write_json(beside, settings)
+    return {one.key: one for one in read_samples(target)[0]} if lines else {}
 
 
 @contextmanager
 def _policy(sampling: Sampling) -> Iterator[tuple[Any, PreTrainedTokenizerBase]]:
     """The language model, on the device that there is, and its tokenizer."""
     tokenizer = load_tokenizer(sampling.policy, of_base=True)
-    device = this_device()
-    with reward_model.as_one_model(sampling.policy) as folder:
+    with as_one_model(sampling.policy) as folder:
         check_safetensors(folder)
-        kinds = load_config(folder).architectures or []
-        if any(kind.endswith("Classification") for kind in kinds):
-            raise RecipeError(f"'--policy {sampling.policy}' is no language model but a {', '.join(kinds)}")
         try:
+            kinds = load_config(folder).architectures or []
+            if any(kind.endswith("Classification") for kind in kinds):
+                raise ValueError(f"it is a {', '.join(kinds)}")
             with quietly():
                 model, info = AutoModelForCausalLM.from_pretrained(
-                    folder, dtype="auto", trust_remote_code=False, use_safetensors=True,
-                    output_loading_info=True,
-                )  # fmt: skip
+                    folder, dtype="auto", use_safetensors=True, output_loading_info=True
+                )
+            if info["missing_keys"]:
+                raise ValueError(f"it has no {', '.join(sorted(info['missing_keys'])[:3])}")
+        except torch.OutOfMemoryError:
+            raise
         except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
             raise RecipeError(
                 f"'--policy {sampling.policy}' cannot be loaded as a language model: {one_line(error)}"
             ) from None
-        if info["missing_keys"]:
-            raise RecipeError(
-                f"'--policy {sampling.policy}' is no language model: it has no "
-                f"{', '.join(sorted(info['missing_keys'])[:3])}"
-            )
-        ends = _ends(model.generation_config.eos_token_id, tokenizer)
+        # The tokens that end a reply are the model's, and the one that its tokenizer calls EOS.
+        known = model.generation_config.eos_token_id
+        ends = {*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id} - {None}
         # In place of the model's own settings, of which generate would take what ours leave out.
         model.generation_config = GenerationConfig(
-            do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
-            max_new_tokens=sampling.max_new_tokens, eos_token_id=ends,
-            pad_token_id=ends[0] if ends else 0,  # one that the model has; what follows an end is cut
-        )  # fmt: skip
-        yield model.to(device).eval(), tokenizer
+            do_sample=True,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=sorted(ends),
+            pad_token_id=min(ends, default=0),  # one that the model has; what follows an end is cut
+        )
+        yield model.to(this_device()).eval(), tokenizer
 
 
-def _ends(known: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a reply: the model's, and the one that its tokenizer calls EOS."""
-    ends = {*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id} - {None}
-    return sorted(ends)
-
-
-def _rendered(
-    tokenizer: PreTrainedTokenizerBase, prompt: Sample, sampling: Sampling, model: Any
-) -> list[int]:
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Sample, sampling: Sampling, model: Any) -> list[int]:
     """A prompt as the policy reads it, up to where its reply begins.
 
     Raises:
@@ -334,10 +298,10 @@ def _rendered(
 def _draw(
     model: Any, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, prompt: Sample, ids: list[int]
 ) -> Sample:
-    key = f"{sampling.seed} {json.dumps(prompt.prompt)}".encode()
+    key = f"{sampling.seed} {prompt.key}".encode()
     torch.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:7]))
     responses: list[str] = []
-    cut, ends = 0, set(model.generation_config.eos_token_id or [])
+    cut, ends = 0, set(model.generation_config.eos_token_id)
     inputs = torch.tensor([ids], device=model.device)
     while len(responses) < sampling.n:
         k = min(AT_ONCE, sampling.n - len(responses))

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import enum
 import typing
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,12 +75,12 @@ class Recipe:
         return merged
 
     def save(self, path: Path) -> None:
-        """Writes the resolved recipe as YAML that `read_recipe` takes back, the home folder as `~`."""
+        """Write the resolved recipe as YAML that `read_recipe` takes back, the home folder as `~`."""
         save_values(path, self.resolved(), f"# {self.path.name}{RUN_HEADER}\n")
 
 
 def save_values(path: Path, values: dict[str, Any], header: str = "") -> None:
-    """Writes a run's recipe; without a `header`, under the one that is there."""
+    """Write a run's recipe; without a `header`, under the one that is there."""
     if not header:
         with path.open(encoding="utf-8") as file:
             header = file.readline()
@@ -245,7 +245,7 @@ def _from_text(text: str) -> Any:
     if text.lstrip().startswith(("[", "{")):
         try:
             return yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):  # as text it is refused by its type
             return text
     return text
 
@@ -275,7 +275,7 @@ def _build(path: Path, values: dict[str, Any]) -> Recipe:
     notes = []
     if asked != "float32" and not values.get("use_peft"):
         notes.append(f"dtype: float32, not {asked}: weights that are trained in full are kept in fp32")
-    return Recipe(path, values, *parts, notes)
+    return Recipe(path, values, *parts, notes=notes)
 
 
 def _device_values(values: dict[str, Any]) -> dict[str, Any]:
@@ -385,6 +385,9 @@ NEEDS = {
     "load_in_8bit": "use_peft",
     "push_to_hub": "hub_model_id",
     "margin_map": "margin_column",
+    "dataloader_persistent_workers": "dataloader_num_workers",
+    "dataloader_prefetch_factor": "dataloader_num_workers",
+    "dataloader_multiprocessing_context": "dataloader_num_workers",
 }
 BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules that follow one
 FUSED_INTO_BACKWARD = ("lomo", "adalomo", "layerwise")  # optimizers, by parts of their names
@@ -513,72 +516,43 @@ def build_faults(training: "RewardConfig", model: "ModelConfig") -> list[str]:
     from transformers import get_scheduler
     from transformers.integrations import get_reporting_integration_callbacks
 
-    parameter = torch.nn.Parameter(torch.zeros(1))
-
-    def schedule() -> None:
-        optimizer = torch.optim.SGD([parameter], lr=1.0)
-        get_scheduler(training.lr_scheduler_type, optimizer, 0, 10, training.lr_scheduler_kwargs or None)
-
-    def loader() -> None:
-        torch.utils.data.DataLoader(
-            torch.utils.data.TensorDataset(parameter.data),
-            num_workers=training.dataloader_num_workers,
-            persistent_workers=training.dataloader_persistent_workers,
-            prefetch_factor=training.dataloader_prefetch_factor,
-            multiprocessing_context=training.dataloader_multiprocessing_context,
-        )
-
-    def trackers() -> None:
-        for callback in get_reporting_integration_callbacks(training.report_to):
-            callback()
-
-    checks = [
-        (
-            training.use_cpu and (model.attn_implementation or "").endswith("flex_attention"),
-            "'attn_implementation: flex_attention' cannot train on a CPU: leave it out",
-        ),
-        (
-            training.use_cpu and training.activation_offloading,
-            "'activation_offloading: true': on a CPU activations are where it would move them",
-        ),
-    ]
-    made = (
-        refusal(f"'lr_scheduler_type: {training.lr_scheduler_type.value}'", schedule),
-        refusal("the 'dataloader_...' keys", loader),
-        refusal("'report_to'", trackers),
-        optimizer_fault(training),
-    )
-    return [fault for wrong, fault in checks if wrong] + [fault for fault in made if fault]
-
-
-def refusal(what: str, make: Callable[[], None]) -> str:
-    """Say why a library refuses to make something, nothing if it does make it."""
+    faults = []
+    if training.use_cpu and (model.attn_implementation or "").endswith("flex_attention"):
+        faults.append("'attn_implementation: flex_attention' cannot train on a CPU: leave it out")
+    if training.use_cpu and training.activation_offloading:
+        faults.append("'activation_offloading: true': on a CPU activations are where it would move them")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     try:
-        make()
-    except (ImportError, TypeError, ValueError, RuntimeError) as error:
-        return f"{what}: {one_line(error)}"
-    return ""
+        get_scheduler(training.lr_scheduler_type, optimizer, 0, 10, training.lr_scheduler_kwargs or None)
+    except (TypeError, ValueError) as error:
+        faults.append(f"'lr_scheduler_type: {training.lr_scheduler_type.value}': {one_line(error)}")
+    try:
+        for tracker in get_reporting_integration_callbacks(training.report_to):
+            tracker()
+    except (ImportError, RuntimeError, ValueError) as error:
+        faults.append(f"'report_to': {one_line(error)}")
+    return faults + optimizer_faults(training)
 
 
-def optimizer_fault(training: "RewardConfig") -> str:
-    """Say what keeps an optimizer from being made, or what it would ignore."""
+def optimizer_faults(training: "RewardConfig") -> list[str]:
+    """Find what keeps an optimizer from being made, or what it would ignore."""
     import torch
     from transformers import Trainer
 
     name, of_layers = str(training.optim.value), training.optim_target_modules
     if any(part in name for part in FUSED_INTO_BACKWARD):
-        return f"'optim: {name}' makes its steps within backward, where they are not checked; take another"
+        return [f"'optim: {name}' makes its steps within backward, where they are not checked; take another"]
     projected = name.startswith(("galore", "apollo"))  # made of a model's layers, so not here
     if of_layers and not projected:
-        return f"'optim_target_modules' does nothing with 'optim: {name}': GaLore and APOLLO read it"
+        return [f"'optim_target_modules' does nothing with 'optim: {name}': GaLore and APOLLO read it"]
     plain = copy.copy(training)
     plain.optim_args = None
     try:
         kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(training)
-        ignored = training.optim_args and kwargs == Trainer.get_optimizer_cls_and_kwargs(plain)[1]
-        kind([torch.nn.Parameter(torch.zeros(1))], **kwargs)
+        if training.optim_args and kwargs == Trainer.get_optimizer_cls_and_kwargs(plain)[1]:
+            return [f"'optim_args: {training.optim_args}' changes nothing of 'optim: {name}'"]
+        if not projected:
+            kind([torch.nn.Parameter(torch.zeros(1))], **kwargs)
     except (ImportError, TypeError, ValueError, RuntimeError) as error:
-        if projected and of_layers and not isinstance(error, ImportError):
-            return ""
-        return f"'optim: {name}': {one_line(error)}"
-    return f"'optim_args: {training.optim_args}' changes nothing of 'optim: {name}'" if ignored else ""
+        return [f"'optim: {name}': {one_line(error)}"]
+    return []

@@ -109,7 +109,6 @@ tokenizer tokenizer_name_or_path: nothing: the tokenizer is the base model's
 template chat_template: 'chat_template_path': a template's file, or another model; else it is the base model's
 dataset dataset_dir: 'dataset_name'
 dataset_config: 'dataset_subsets', or 'datasets' with a 'name' for each
-dataset_text_field: nothing: columns are prompt, chosen and rejected, or as README lists them
 val_set_size val_size: 'test_split_size', a share
 max_samples: 'max_train_samples' and 'max_eval_samples'
 preprocessing_num_workers dataset_processes: 'dataset_num_proc'
@@ -119,26 +118,17 @@ batch_size train_batch_size micro_batch_size: 'per_device_train_batch_size' and 
 eval_batch_size: 'per_device_eval_batch_size'
 epochs num_epochs: 'num_train_epochs'
 lr: 'learning_rate'
-optimizer: 'optim'
-lr_scheduler: 'lr_scheduler_type'
 gradient_clipping: 'max_grad_norm'
 warmup_ratio: 'warmup_steps'; below 1 it is a share of all steps
 evaluation_strategy: 'eval_strategy'
-evals_per_epoch: 'eval_strategy: steps' and 'eval_steps'; below 1 they are a share of all steps
-saves_per_epoch: 'save_steps'; below 1 they are a share of all steps
 lora_rank: 'lora_r'
 lora_target: 'lora_target_modules'
-lora_target_linear: 'lora_target_modules: all-linear'
-additional_target: 'lora_modules_to_save'
 quantization_bit: 'load_in_4bit: true' or 'load_in_8bit: true'
-double_quantization bnb_4bit_use_double_quant: 'use_bnb_nested_quant'
 bnb_4bit_compute_dtype: 'bf16' or 'fp16', which a quantised base computes in
 flash_attn flash_attention flash_attention_2 use_flash_attention_2: 'attn_implementation: flash_attention_2'
-fp16_opt_level: 'fp16'
 no_cuda: 'use_cpu'
 logging_dir: nothing: a tracker's own variable says it, TENSORBOARD_LOGGING_DIR for one
 use_wandb wandb_project: 'report_to: wandb' and the variable WANDB_PROJECT
-save_safetensors: nothing: weights are always saved as safetensors
 overwrite_output_dir: `rm-recipe train RECIPE --overwrite`
 num_labels reward_model stage: nothing: it is always a reward model, of one label
 """
@@ -163,7 +153,9 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(_POSITIVE.split(), (lambda x: x > 0, "must be above 0")),
     **dict.fromkeys(["seed", "data_seed"], _SEED),
     "max_steps": (lambda x: x > 0 or x == -1, "must be above 0; leave it out to train 'num_train_epochs'"),
-    "center_rewards_coefficient": (lambda x: x >= 0, "must not be below 0"),
+    **dict.fromkeys(
+        ["center_rewards_coefficient", "dataloader_num_workers"], (lambda x: x >= 0, "must not be below 0")
+    ),
     "test_split_size": (lambda x: 0 < x < 1, "must lie between 0 and 1"),
     "target_accuracy": (lambda x: 0 <= x <= 1, "must lie between 0 and 1"),
     "save_total_limit": (lambda x: x >= 2, "must be 2 or more: one is left where the newest is cut off"),
@@ -190,56 +182,43 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
 class DataArguments:
     """The keys that TRL has no name for, and TRL's own for the data set."""
 
+    # A Hub id such as `Anthropic/hh-rlhf`, or a local folder, .jsonl, .json or .parquet (.gz too).
     dataset_name: str | None = None
-    """A Hub id such as `Anthropic/hh-rlhf`, or a local folder, .jsonl, .json or .parquet (.gz too)."""
-
+    # Folders of the data set (its `data_dir`), e.g. `[helpful-base, harmless-base]`.
     dataset_subsets: list[str] | None = None
-    """Folders of the data set (its `data_dir`), e.g. `[helpful-base, harmless-base]`."""
-
+    # Branch, tag or commit of a Hub data set.
     dataset_revision: str | None = None
-    """Branch, tag or commit of a Hub data set."""
-
+    # The held-out split must differ from the train split.
     dataset_train_split: str = "train"
     dataset_test_split: str = "test"
-    """The held-out split; must differ from the train split."""
-
+    # A mixture instead of `dataset_name`, as TRL's `DatasetMixtureConfig` has it: a list of `path`, `name`,
+    # `data_dir`, `data_files`, `split`, `columns`, `fraction`.
     datasets: list[dict[str, Any]] | None = None
-    """A mixture instead of `dataset_name`, as TRL's `DatasetMixtureConfig` has it: a list of `path`,
-    `name`, `data_dir`, `data_files`, `split`, `columns`, `fraction`."""
-
+    # Share of the prompts to hold out of the train split, all comparisons of a prompt together; 0.1 where a
+    # set has a train split only.
     test_split_size: float | None = None
-    """Share of the prompts to hold out of the train split, all comparisons of a prompt together;
-    0.1 where a set has a train split only."""
-
+    # How much better the chosen response is: a number to subtract from the reward difference in the loss
+    # (Llama 2, arXiv 2307.09288, section 3.2.2), or a category of `margin_map`. Rankings may have a number
+    # for each response: `scores`, say.
     margin_column: str | None = None
-    """How much better the chosen response is: a number to subtract from the reward difference in
-    the loss (Llama 2, arXiv 2307.09288, section 3.2.2), or a category of `margin_map`. Rankings may
-    have a number for each response: `scores`, say."""
-
+    # Categories and their margins, e.g. `{significantly better: 1, better: 0.67, slightly better: 0.33}`.
     margin_map: dict[str | int, float] | None = None
-    """Categories and their margins, e.g. `{significantly better: 1, better: 0.67, slightly better: 0.33}`."""
-
+    # Comparisons to use: the first so many of a shuffle seeded with `seed`; all of them if empty.
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
-    """Comparisons to use: the first so many of a shuffle seeded with `seed`; all of them if empty."""
-
+    # What happens to a conversation of more than `max_length` tokens. The reply is never cut.
     truncation: Literal["drop_oldest_turns", "keep_end", "exclude"] = "drop_oldest_turns"
-    """What happens to a conversation of more than `max_length` tokens. The reply is never cut."""
-
+    # Train prompts that are also held out: stop, remove them from train, or let them pass.
     leakage: Literal["error", "drop", "allow"] = "error"
-    """Train prompts that are also held out: stop, remove them from train, or let them pass."""
-
+    # Encode the prompt of a comparison once for all its responses, where that is exact.
     prefix_sharing: Literal["auto", "off"] = "auto"
-    """Encode the prompt of a comparison once for all its responses, where that is exact."""
-
+    # Evaluations without a better held-out accuracy after which training stops; the best checkpoint is
+    # kept. Sets what that needs: `load_best_model_at_end`, and an evaluation wherever a checkpoint is saved:
+    # every `save_steps`, ten times a run if it says nothing.
     early_stopping_patience: int | None = None
-    """Evaluations without a better held-out accuracy after which training stops; the best checkpoint is
-    kept. Sets what that needs: `load_best_model_at_end`, and an evaluation wherever a checkpoint is saved:
-    every `save_steps`, ten times a run if it says nothing."""
-
+    # The gate: what held-out accuracy, or its interval's lower end, has to reach.
     target_accuracy: float = 0.65
     gate_statistic: Literal["ci_low", "accuracy"] = "ci_low"
-    """The gate: what held-out accuracy, or its interval's lower end, has to reach."""
 
 
 @dataclass
@@ -249,14 +228,12 @@ class HubArguments:
     Trainer would upload checkpoints that nothing has proven.
     """
 
+    # Upload the export at the end of `rm-recipe run`, if it is proven and has passed its gate.
     push_to_hub: bool = False
-    """Upload the export at the end of `rm-recipe run`, if it is proven and has passed its gate."""
-
+    # Where to: USER/NAME.
     hub_model_id: str | None = None
-    """Where to: USER/NAME."""
-
+    # Make the repository private.
     hub_private_repo: bool | None = None
-    """Make the repository private."""
 
 
 class _Keys(BaseModel):

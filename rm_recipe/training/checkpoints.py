@@ -5,7 +5,6 @@ under the name of a whole one. The manifest is written last and by renaming: a c
 with another content than it says, does not count, and the one before is used.
 """
 
-import json
 import os
 import shutil
 import time
@@ -52,28 +51,19 @@ def write_manifest(checkpoint: Path, content: Mapping[str, Any]) -> None:
 
 
 def fault_of(checkpoint: Path) -> str | None:
-    """Why a checkpoint does not count, None if it is as it was when it was finished.
-
-    Raises:
-        RecipeError: a disk does not let it be read now: it may be sound.
-    """
+    """Why a checkpoint does not count, None if it is as it was when it was finished."""
+    if not (checkpoint / MANIFEST).is_file():
+        return "it was not finished"
     try:
-        if not (checkpoint / MANIFEST).is_file():
-            return "it was not finished"
-        files = json.loads((checkpoint / MANIFEST).read_bytes())["files"]
-        for name, known in files.items():
-            path = checkpoint / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != known["bytes"] or sha256(path) != known["sha256"]:
-                return f"{name} is not as it was written"
-    except OSError as error:
-        raise RecipeError(
-            f"{error.filename or checkpoint} cannot be read ({error.strerror or error}); the checkpoint may "
-            "be sound, so it is neither passed over nor removed"
-        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+        files = read_json(checkpoint / MANIFEST)["files"]
+    except (RecipeError, KeyError):
         return f"its {MANIFEST} cannot be read"
+    for name, known in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != known["bytes"] or sha256(path) != known["sha256"]:
+            return f"{name} is not as it was written"
     return None
 
 

@@ -100,7 +100,6 @@ class Run:
 
     recipe: Recipe
     overwrite: bool
-    lock: FolderLock
     checkpoint: Path | None = None
     manifest: dict[str, Any] | None = None
     faulty: dict[Path, str] = field(default_factory=dict)
@@ -137,7 +136,6 @@ class Run:
         self.identity = identity
         if state.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
-            self.lock.take()
             if self.overwrite:
                 empty(folder)
             tidy(folder)
@@ -156,7 +154,7 @@ def open_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> Iterator[Run]:
         Interrupted: saying what is kept.
     """
     with INTERRUPTS.listening(), FolderLock(recipe.output_dir) as lock:
-        run = Run(recipe, overwrite, lock)
+        run = Run(recipe, overwrite)
         try:
             if PartialState().is_main_process:
                 lock.take()

@@ -44,7 +44,7 @@ from rm_recipe.training.preflight import preflight
 from rm_recipe.training.run_folder import DATA_REPORT, Run, open_run
 from rm_recipe.training.trainer import COLUMNS, SharedPrefixRewardTrainer
 
-PROMISE = "rm-recipe: finishing this step and saving it; Ctrl-C again stops at once"
+PROMISE = "rm-recipe: finishing this step and saving it"
 
 
 def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> None:

@@ -37,34 +37,49 @@ def trained(tmp_path_factory, tiny_llama, tiny_data):
     return folder / "run"
 
 
+@pytest.fixture(scope="module")
+def exported(trained):
+    """The run's evaluation and its export; the copies that tests change have neither."""
+    copy = shutil.copytree(trained, trained.parent / "exported")
+    content = evaluate(str(copy))
+    export(copy)
+    return copy, content
+
+
 @pytest.fixture
 def run(trained, tmp_path):
-    """A copy of it."""
+    """A copy of the run."""
     return shutil.copytree(trained, tmp_path / "run")
 
 
-def test_the_figures_have_the_contracts_keys(run):
-    content = evaluate(str(run))
+def test_the_figures_have_the_contracts_keys(exported, capsys, monkeypatch):
+    run, content = exported
     assert content.keys() == {"model", "base", "weights", "recipe", "datasets", "gate"}
     figures = content["datasets"][HELD_OUT]
-    assert figures.keys() >= {
-        "n_comparisons", "n_scored", "excluded", "accuracy", "accuracy_ci95", "ties", "loss",
-        "mean_margin", "baselines", "calibration", "length", "subsets",
-    }  # fmt: skip
-    assert figures["baselines"].keys() == {"longer_wins", "shorter_wins", "bag_of_words"}
+    named = (
+        "n_comparisons n_scored excluded accuracy accuracy_ci95 ties loss mean_margin baselines calibration"
+    )
+    assert figures.keys() >= {*named.split(), "length", "subsets"}
     assert figures["consistency"]["thank_you"]["n"] == 80
     assert figures["trained_prompts"] == 0
     assert figures["n_comparisons"] == figures["n_scored"] + sum(figures["excluded"].values()) == 40
-    assert content["gate"] == {
-        "target": 0.65, "statistic": "accuracy", "value": figures["accuracy"],
-        "passed": figures["accuracy"] >= 0.65,
-    }  # fmt: skip
+    gate = {"target": 0.65, "statistic": "accuracy", "value": figures["accuracy"]}
+    assert content["gate"] == {**gate, "passed": figures["accuracy"] >= 0.65}
+    # The tiny data's chosen replies say `good`: a bag of words that learnt from train gets them all.
+    assert figures["baselines"].keys() == {"longer_wins", "shorter_wins", "bag_of_words"}
+    assert figures["baselines"]["bag_of_words"] == 1
+    assert figures["beats_baselines"] is False
     assert json.loads((run / "evaluation.json").read_text()) == content
+    monkeypatch.setenv("COLUMNS", "80")
+    print_evaluation(content, [HELD_OUT])
+    printed = capsys.readouterr().out
+    assert "Target 0.65" in printed
+    assert max(map(len, printed.splitlines())) <= 80
 
 
-def test_ten_lines_of_plain_transformers_give_the_same_figures(run, tiny_data):
-    figures = evaluate(str(run))["datasets"][HELD_OUT]
-    export(run)
+def test_ten_lines_of_plain_transformers_give_the_same_figures(exported, tiny_data):
+    run, content = exported
+    figures = content["datasets"][HELD_OUT]
     model = AutoModelForSequenceClassification.from_pretrained(run / "export").eval()
     tokenizer = AutoTokenizer.from_pretrained(run / "export")
     rewards, lengths = np.empty((40, 2)), np.empty((40, 2))
@@ -101,13 +116,6 @@ def test_another_data_set_is_added_and_the_held_out_figures_stay(run, tmp_path):
     for line in lines:
         assert line["margin"] == pytest.approx(line["rewards"][0] - line["rewards"][1])
         assert line["correct"] == (line["margin"] > 0)
-
-
-def test_a_bag_of_words_learns_from_what_the_recipe_trains_on(run):
-    """The tiny data's chosen replies say `good`: any judge of words gets them all."""
-    figures = evaluate(str(run))["datasets"][HELD_OUT]
-    assert figures["baselines"]["bag_of_words"] == 1
-    assert figures["beats_baselines"] is False
 
 
 def test_comparisons_that_were_trained_on_are_counted(run, tiny_data):
@@ -174,22 +182,13 @@ def test_with_other_train_rows_alone_what_is_held_out_can_be_evaluated_and_the_r
         check_data(run, read_run_recipe(run), train=True)
 
 
-def test_where_the_data_are_elsewhere_now_it_is_said_and_nothing_refused(run, trained, capsys):
-    recipe = read_run_recipe(run)
-    recipe.data.dataset_name = str(trained / "gone")
-    check_data(run, recipe, train=True)
+def test_a_run_whose_training_data_are_gone_can_be_evaluated_elsewhere(run, trained, tmp_path, capsys):
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(recipe.replace(str(trained.parent / "data"), str(tmp_path / "gone")))
+    check_data(run, read_run_recipe(run), train=True)
     assert "changed since training cannot be told" in capsys.readouterr().out
-
-
-def test_a_run_whose_training_data_are_gone_can_be_evaluated_elsewhere(
-    write_recipe, tiny_data, tmp_path, capsys
-):
-    data = tmp_path / "data"
-    shutil.copytree(tiny_data, data)
-    train(read_recipe(write_recipe(dataset_name=str(data), num_train_epochs=1)))
-    shutil.rmtree(data)
     path = str(write_jsonl(tmp_path / "other.jsonl", make_rows(4, seed=9)))
-    figures = evaluate(str(tmp_path / "run"), [path])["datasets"][path]
+    figures = evaluate(str(run), [path])["datasets"][path]
     assert figures["n_scored"] == 4
     assert "bag_of_words" not in figures["baselines"]
     assert "no bag-of-words baseline" in capsys.readouterr().out
@@ -245,15 +244,10 @@ def test_what_a_run_says_of_weights_that_it_has_no_more_gives_way_to_held_out_fi
     evaluate(str(run), [HELD_OUT, path])
     weights = saved_tensors(run / "model")
     save_file({name: tensor * 1.5 for name, tensor in weights.items()}, run / "model" / ADAPTER)
-    with pytest.raises(RecipeError, match="before it, or rm_recipe, changed: first `rm-recipe evaluate"):
+    with pytest.raises(RecipeError, match="of this model before it changed.*first `rm-recipe evaluate"):
         evaluate(str(run), [path])
     assert set(evaluate(str(run))["datasets"]) == {HELD_OUT}
     assert {line["dataset"] for line in read_predictions(run)} == {HELD_OUT}
-    older = json.loads((run / "evaluation.json").read_text())
-    del older["weights"]  # as before prompts were cut by another rule
-    (run / "evaluation.json").write_text(json.dumps(older))
-    with pytest.raises(RecipeError, match="or rm_recipe, changed"):
-        evaluate(str(run), [path])
 
 
 def test_an_export_is_not_written_into_by_its_evaluation(run, tiny_data):
@@ -274,11 +268,6 @@ def test_a_model_of_the_hub_is_known_by_its_commit(monkeypatch):
     assert weights_of("ann/judge") == {"commit": "3f1"}
 
 
-def test_a_model_does_not_differ_from_itself(run):
-    found = evaluate(str(run), against=str(run))["datasets"][HELD_OUT]["against"]
-    assert (found["difference"], found["ci95"], found["p_value"], found["n"]) == (0, [0, 0], 1, 40)
-
-
 def test_rewards_that_are_no_numbers_fail_the_evaluation_and_are_counted(run):
     before = evaluate(str(run))
     weights = saved_tensors(run / "model")
@@ -291,24 +280,24 @@ def test_rewards_that_are_no_numbers_fail_the_evaluation_and_are_counted(run):
     assert json.loads((run / "evaluation.json").read_text()) == before
 
 
-def test_benchmarks_are_recognised_with_their_subsets(run, tmp_path):
-    """Made up, in the shapes of RewardBench and LLMBar."""
-    pairs = [
-        {"prompt": f"hello {n}", "chosen": "good good", "rejected": "bad bad", "subset": subset,
-         "chosen_model": "a", "rejected_model": "b", "id": n}
-        for n, subset in enumerate(["alpacaeval-easy", "donotanswer", "donotanswer"])
-    ]  # fmt: skip
+def test_benchmarks_and_raw_hh_rlhf_transcripts_are_recognised(run, tmp_path):
+    """Made up, in the shapes of RewardBench, LLMBar and hh-rlhf."""
+    pair = {"chosen": "good good", "rejected": "bad bad", "chosen_model": "a", "rejected_model": "b"}
+    subsets = enumerate(["alpacaeval-easy", "donotanswer", "donotanswer"])
+    pairs = [{"prompt": f"hello {n}", **pair, "subset": subset, "id": n} for n, subset in subsets]
     labelled = [
         {"input": f"how are you {n}", "output_1": "bad bad", "output_2": "good good", "label": 2}
         for n in range(4)
     ]
+    transcript = {side: f"\n\nHuman: hello\n\nAssistant: {side}" for side in ("chosen", "rejected")}
     reward_bench = str(write_jsonl(tmp_path / "reward_bench.jsonl", pairs))
+    hh_rlhf = str(write_jsonl(tmp_path / "hh.jsonl", [transcript]))
     llmbar = tmp_path / "llmbar.json"
     llmbar.write_text(json.dumps(labelled))
-    found = evaluate(str(run), [reward_bench, str(llmbar)])["datasets"]
+    found = evaluate(str(run), [hh_rlhf, reward_bench, str(llmbar)])["datasets"]
     subsets = found[reward_bench]["subsets"]
     assert {name: part["n"] for name, part in subsets.items()} == {"alpacaeval-easy": 1, "donotanswer": 2}
-    assert found[str(llmbar)]["n_scored"] == 4
+    assert (found[str(llmbar)]["n_scored"], found[hh_rlhf]["n_scored"]) == (4, 1)
     line = read_predictions(run)[-1]
     rewards = RewardModel.from_pretrained(run).score(
         [{"prompt": "how are you 3", "response": reply} for reply in ("good good", "bad bad")]
@@ -347,15 +336,15 @@ def test_a_model_with_another_head_is_refused(tiny_base, tiny_data, tmp_path, la
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("target", "code"), [(0.01, 0), (1.0, 1)])
-def test_with_gate_the_exit_code_says_whether_the_target_is_reached(
-    write_recipe, tmp_path, monkeypatch, capsys, target, code
-):
-    train(read_recipe(write_recipe(num_train_epochs=1, target_accuracy=target)))
-    found, out, _ = invoke(monkeypatch, capsys, "evaluate", str(tmp_path / "run"), "--gate")
-    assert found == code
-    assert ("not reached" in out) == bool(code)
-    assert invoke(monkeypatch, capsys, "evaluate", str(tmp_path / "run"))[0] == 0
+def test_with_gate_the_exit_code_says_whether_the_target_is_reached(run, monkeypatch, capsys):
+    recipe = (run / "recipe.yaml").read_text().replace("gate_statistic: accuracy", "gate_statistic: ci_low")
+    for target, code in ((0.01, 0), (1.0, 1)):
+        changed = recipe.replace("target_accuracy: 0.65", f"target_accuracy: {target}")
+        (run / "recipe.yaml").write_text(changed)
+        found, out, _ = invoke(monkeypatch, capsys, "evaluate", str(run), "--gate")
+        assert found == code
+        assert ("not reached" in out) == bool(code)
+    assert invoke(monkeypatch, capsys, "evaluate", str(run))[0] == 0
 
 
 def test_a_gate_without_a_held_out_split_is_refused(run, tiny_data, monkeypatch, capsys):
@@ -365,30 +354,12 @@ def test_a_gate_without_a_held_out_split_is_refused(run, tiny_data, monkeypatch,
     assert "--gate judges the held-out split" in err
 
 
-def test_raw_hh_rlhf_transcripts_are_recognised(run, tmp_path):
-    row = {side: f"\n\nHuman: hello\n\nAssistant: {side}" for side in ("chosen", "rejected")}
-    path = str(write_jsonl(tmp_path / "hh.jsonl", [row]))
-    assert evaluate(str(run), [path])["datasets"][path]["n_scored"] == 1
-
-
-def test_an_export_can_be_evaluated_where_it_lies(run, tiny_data, tmp_path):
-    export(run)
-    content = evaluate(str(run / "export"), [str(tiny_data / "test.jsonl")], tmp_path / "out")
-    assert (tmp_path / "out" / "evaluation.json").is_file()
-    expected = evaluate(str(run))["datasets"][HELD_OUT]["accuracy"]
-    assert content["datasets"][str(tiny_data / "test.jsonl")]["accuracy"] == expected
-
-
-@pytest.mark.parametrize("below", ["", "folder/in/it"])
-def test_an_output_that_is_a_file_is_refused_before_anything_is_scored(run, tmp_path, below, monkeypatch):
-    (tmp_path / "file").write_text("mine")
-    monkeypatch.setattr(RewardModel, "from_pretrained", None)
-    with pytest.raises(RecipeError, match="file is a file; --output names a folder"):
-        evaluate(str(run), output=tmp_path / "file" / below)
-
-
 def test_an_output_that_cannot_be_written_is_refused_before_anything_is_scored(run, tmp_path, monkeypatch):
     monkeypatch.setattr(RewardModel, "from_pretrained", None)
+    (tmp_path / "file").write_text("mine")
+    for below in ("", "folder/in/it"):
+        with pytest.raises(RecipeError, match="is a file or lies in one; say with --output where"):
+            evaluate(str(run), output=tmp_path / "file" / below)
     monkeypatch.setattr("os.access", lambda *_: False)  # as for everybody but the superuser
     with pytest.raises(RecipeError, match="cannot be written to"):
         evaluate(str(run), output=tmp_path / "elsewhere")
@@ -414,11 +385,3 @@ def test_rankings_are_evaluated_and_told_in_the_predictions(run, tmp_path):
         assert line["correct"] == np.mean([best > other for other in others])
         assert line["margin"] == pytest.approx(best - np.mean(others), abs=1e-6)
     assert figures["accuracy"] == pytest.approx(np.mean([line["correct"] for line in lines]))
-
-
-def test_the_table_fits_a_terminal_of_80_columns(run, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    print_evaluation(evaluate(str(run)), [HELD_OUT])
-    printed = capsys.readouterr().out
-    assert "Target 0.65" in printed
-    assert max(map(len, printed.splitlines())) <= 80

@@ -97,45 +97,46 @@ def test_a_peak_that_is_known_is_found():
     found, sizes = curve(proxy, gold), np.arange(1, 65)
     expected = expected_of_peaked(sizes) - expected_of_peaked(1)
     assert expected.argmax() + 1 == 6
-    assert found.gain * spread(gold) == pytest.approx(expected, abs=0.05)
-    assert found.peak_ci95[0] <= 6 <= found.peak_ci95[1]
-    assert found.late_from == 16
-    assert found.late * spread(gold) == pytest.approx(expected[63] - expected[15], abs=0.05)
-    assert found.late_ci95[1] < 0
-    assert np.sqrt(kl(4)) < found.fitted_peak < np.sqrt(kl(9))
+    assert np.array(found["gain"]) * spread(gold) == pytest.approx(expected, abs=0.05)
+    assert found["peak_n_ci95"][0] <= 6 <= found["peak_n_ci95"][1]
+    late = found["late_change"]
+    assert late["from_n"] == 16
+    assert late["mean"] * spread(gold) == pytest.approx(expected[63] - expected[15], abs=0.05)
+    assert late["ci95"][1] < 0
+    assert np.sqrt(kl(4)) < found["fit"]["peak_sqrt_kl"] < np.sqrt(kl(9))
     by_proxy = curve(proxy, proxy)
-    assert (np.diff(by_proxy.gain) > 0).all()
-    assert by_proxy.late_ci95[0] > 0
-    assert by_proxy.peak == 64
+    assert (np.diff(by_proxy["gain"]) > 0).all()
+    assert by_proxy["late_change"]["ci95"][0] > 0
+    assert by_proxy["peak_n"] == 64
 
 
 def test_a_gold_that_agrees_does_not_peak():
     proxy, _ = simulated(100)
     gold = proxy + np.random.default_rng(1).normal(size=proxy.shape)
     found = curve(proxy, gold)
-    assert found.late_ci95[0] > 0
-    assert found.low[-1] > 0
+    assert found["late_change"]["ci95"][0] > 0
+    assert found["gain_ci95"][-1][0] > 0
 
 
-@pytest.mark.parametrize(("prompts", "replies"), [(64, 32), (400, 64)])
-def test_a_gold_that_levels_off_is_not_taken_for_one_that_falls(prompts, replies):
+def test_a_gold_that_levels_off_is_not_taken_for_one_that_falls():
     """Though the fit, a parabola, bends down, and some n before the last has the largest gain by chance."""
     falls = 0
     for seed in range(20):
         rng = np.random.default_rng(seed)
-        u = rng.uniform(size=(prompts, replies))
-        falls += curve(u, np.minimum(u, 0.6) + 0.3 * rng.normal(size=u.shape)).late_ci95[1] < 0
+        u = rng.uniform(size=(64, 32))
+        falls += curve(u, np.minimum(u, 0.6) + 0.3 * rng.normal(size=u.shape))["late_change"]["ci95"][1] < 0
     assert falls <= 2  # of 20, of which 1 in 40 is to be expected
 
 
-@pytest.mark.parametrize(("prompts", "least"), [(20, 84), (40, 86), (100, 88)])
+@pytest.mark.parametrize(("prompts", "least"), [(20, 84), (100, 88)])
 def test_intervals_hold_what_is_true_about_as_often_as_they_say(prompts, least):
     n, held = 16, 0
     true = expected_of_peaked(n) - expected_of_peaked(1)
     for seed in range(100):
         proxy, gold = simulated(prompts, replies=32, seed=seed)
         found, unit = curve(proxy, gold), spread(gold)
-        held += found.low[n - 1] * unit <= true <= found.high[n - 1] * unit
+        low, high = found["gain_ci95"][n - 1]
+        held += low * unit <= true <= high * unit
     assert least <= held <= 100
 
 
@@ -143,18 +144,18 @@ def test_a_unit_and_a_zero_of_rewards_are_no_matter():
     proxy, gold = simulated(10)
     offset = np.arange(10.0)[:, None]
     one, other = curve(proxy, gold), curve(7 * proxy - offset, 100 * gold + offset)
-    assert one.gain == pytest.approx(other.gain)
-    assert one.as_dict()["fit"]["alpha"] == pytest.approx(other.as_dict()["fit"]["alpha"])
+    assert one["gain"] == pytest.approx(other["gain"])
+    assert one["fit"]["alpha"] == pytest.approx(other["fit"]["alpha"])
 
 
 def test_one_prompt_has_no_interval():
-    found = curve(*simulated(1)).as_dict()
+    found = curve(*simulated(1))
     assert found["gain_ci95"] is found["late_change"]["ci95"] is found["peak_n_ci95"] is None
     assert len(found["gain"]) == 64
 
 
 def test_two_replies_are_too_few_for_a_fit():
-    found = curve(*simulated(20, replies=2)).as_dict()
+    found = curve(*simulated(20, replies=2))
     assert found["fit"] == {"alpha": None, "beta": None, "peak_sqrt_kl": None}
     assert found["late_change"]["from_n"] == 1
     assert len(found["gain_ci95"]) == 2
@@ -164,8 +165,8 @@ def test_equal_rewards_gain_nothing():
     equal, gold = np.full((3, 8), 0.1), simulated(3, replies=8)[1]
     assert spread(equal) == 0
     assert (standardised(equal) == 0).all()
-    assert curve(equal, equal).gain.tolist() == [0.0] * 8
-    assert curve(equal, gold).gain == pytest.approx(np.zeros(8))  # any choice is a draw
+    assert curve(equal, equal)["gain"] == [0.0] * 8
+    assert curve(equal, gold)["gain"] == pytest.approx(np.zeros(8))  # any choice is a draw
 
 
 def test_a_mean_has_the_interval_of_its_prompts():

@@ -77,7 +77,7 @@ KEEPS = {"load_best_model_at_end": True}
         ({"optim_target_modules": "all-linear"}, "'optim_target_modules' does nothing with 'optim: adamw_t"),
         ({"optim_args": "alpha=3"}, "'optim_args: alpha=3' changes nothing of 'optim: adamw_torch_fused'"),
         ({"weight_decay": 0.1, "adam_beta1": 1.5}, "'optim: adamw_torch_fused': Invalid beta parameter"),
-        ({"dataloader_persistent_workers": True}, "persistent_workers option needs num_workers > 0"),
+        ({"dataloader_persistent_workers": True}, "'dataloader_persistent_workers' needs 'dataloader_num"),
         ({"attn_implementation": "flex_attention"}, "'attn_implementation: flex_attention' cannot train on"),
         ({"activation_offloading": True}, "on a CPU activations are where it would move them"),
     ],

@@ -67,16 +67,23 @@ def group(trainer):
     return trainer.optimizer.param_groups[0]
 
 
+def start_method(trainer):
+    return train_loader(trainer).multiprocessing_context.get_start_method()
+
+
+def peft_config(trainer):
+    return trainer.model.peft_config["default"]
+
+
+REENTRANT = {"use_reentrant": False}
+
+
 # A value that is not the default, how a trainer shows it, and what it shows then.
 SHOWN_BY_A_TRAINER = {
     "output_dir": ("{folder}/elsewhere", lambda t: Path(t.args.output_dir).name, "elsewhere"),
     "per_device_train_batch_size": (5, lambda t: train_loader(t).total_batch_size, 5),
     "per_device_eval_batch_size": (4, lambda t: t.get_eval_dataloader().total_batch_size, 4),
-    "gradient_accumulation_steps": (
-        3,
-        lambda t: t.set_initial_training_values(t.args, train_loader(t))[1],
-        4,
-    ),
+    "gradient_accumulation_steps": (3, lambda t: lengths(t)[1], 4),
     "num_train_epochs": (4, lambda t: lengths(t)[-1], 16),
     "learning_rate": (0.0123, lambda t: group(t)["initial_lr"], 0.0123),
     "weight_decay": (0.07, lambda t: group(t)["weight_decay"], 0.07),
@@ -102,22 +109,14 @@ SHOWN_BY_A_TRAINER = {
     "dataloader_pin_memory": (False, lambda t: train_loader(t).pin_memory, False),
     "dataloader_persistent_workers": (True, lambda t: train_loader(t).persistent_workers, True),
     "dataloader_prefetch_factor": (3, lambda t: train_loader(t).prefetch_factor, 3),
-    "dataloader_multiprocessing_context": (
-        "forkserver",
-        lambda t: train_loader(t).multiprocessing_context.get_start_method(),
-        "forkserver",
-    ),
+    "dataloader_multiprocessing_context": ("forkserver", start_method, "forkserver"),
     "dataloader_in_order": (False, lambda t: train_loader(t).in_order, False),
     "ddp_find_unused_parameters": (True, lambda t: t.accelerator.ddp_handler.find_unused_parameters, True),
     "ddp_bucket_cap_mb": (11, lambda t: t.accelerator.ddp_handler.bucket_cap_mb, 11),
     "ddp_broadcast_buffers": (False, lambda t: t.accelerator.ddp_handler.broadcast_buffers, False),
     "ddp_static_graph": (True, lambda t: t.accelerator.ddp_handler.static_graph, True),
     "ddp_timeout": (77, lambda t: t.args.ddp_timeout_delta.seconds, 77),
-    "gradient_checkpointing_kwargs": (
-        {"use_reentrant": False},
-        lambda t: t.args.activation_checkpointing_kwargs,
-        {"use_reentrant": False},
-    ),
+    "gradient_checkpointing_kwargs": (REENTRANT, lambda t: t.args.activation_checkpointing_kwargs, REENTRANT),
     "neftune_noise_alpha": (5.0, lambda t: t.neftune_noise_alpha, 5.0),
     "skip_memory_metrics": (False, lambda t: t._memory_tracker.skip_memory_metrics, False),
     "use_cpu": (True, lambda t: t.args.device.type, "cpu"),
@@ -129,13 +128,9 @@ SHOWN_BY_A_TRAINER = {
     "lora_alpha": (12, lambda t: lora_layer(t).lora_alpha["default"], 12),
     "use_rslora": (True, lambda t: round(lora_layer(t).scaling["default"], 4), 6.9282),
     "use_dora": (True, lambda t: len(lora_layer(t).lora_magnitude_vector), 1),
-    "lora_target_modules": (["q_proj"], lambda t: t.model.peft_config["default"].target_modules, {"q_proj"}),
-    "lora_modules_to_save": (
-        ["norm"],
-        lambda t: "norm" in t.model.peft_config["default"].modules_to_save,
-        True,
-    ),
-    "model_revision": ("v2", lambda t: t.model.peft_config["default"].revision, "v2"),
+    "lora_target_modules": (["q_proj"], lambda t: peft_config(t).target_modules, {"q_proj"}),
+    "lora_modules_to_save": (["norm"], lambda t: "norm" in peft_config(t).modules_to_save, True),
+    "model_revision": ("v2", lambda t: peft_config(t).revision, "v2"),
 }
 
 

@@ -12,23 +12,31 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, run_cli, write_jsonl
 
-from rm_recipe.errors import RecipeError
+from rm_recipe import cli
+from rm_recipe.errors import DataError, RecipeError
 from rm_recipe.evaluation.evaluate import evaluate
 from rm_recipe.recipe.reader import read_recipe
 from rm_recipe.tools import pipeline
 from rm_recipe.training.checkpoints import fault_of
+from rm_recipe.training.train import train
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_llama, tiny_data):
-    """`rm-recipe run` once; the folder it worked in and what it printed."""
-    folder = tmp_path_factory.mktemp("job")
+    """`rm-recipe run` once, in an ASCII locale with a space, a colon and umlauts in every path.
+
+    The folder it worked in, and what it printed.
+    """
+    folder = tmp_path_factory.mktemp("job") / "Übung 2: modèles"
+    folder.mkdir()
+    (folder / "le modèle").symlink_to(tiny_llama)
     (folder / "tiny.yaml").write_text(
-        f"model_name_or_path: {tiny_llama}\ndataset_name: {tiny_data}\nuse_peft: true\nlora_r: 4\n"
+        f"model_name_or_path: le modèle\ndataset_name: {tiny_data}\nuse_peft: true\nlora_r: 4\n"
         "max_length: 128\nnum_train_epochs: 2\nlearning_rate: 1e-2\ngradient_checkpointing: false\n"
-        "use_cpu: true\nsave_steps: 8\n"
+        "use_cpu: true\nsave_steps: 8\n",
+        encoding="utf-8",
     )
-    result = run_cli("run", "tiny.yaml", "--seed", "1", cwd=folder)
+    result = run_cli("run", "tiny.yaml", "--seed", "1", cwd=folder, LC_ALL="C")
     assert result.returncode == 0, result.stderr
     return folder, result
 
@@ -58,77 +66,44 @@ def test_it_ends_with_the_accuracy_its_interval_where_things_are_and_what_to_try
     assert "Traceback" not in finished[1].stderr
 
 
-def test_a_mixture_of_pairs_and_rankings_with_margins_goes_all_the_way(finished, tmp_path, tiny_data):
+def test_a_mixture_of_pairs_and_rankings_with_margins_is_trained_on_and_evaluated(
+    write_recipe, tmp_path, tiny_data
+):
     """One file of rankings and one of pairs, no test split: held out by prompt."""
-    pairs = [
-        {**json.loads(line), "strength": ("better", "much better")[n % 2]}
-        for n, line in enumerate((tiny_data / "train.jsonl").open())
-    ]
-    rankings = [
-        {
-            "prompt": f"hello {n}",
-            "responses": ["cat good good", "dog bad bad", "no bad bad"],
-            "ranks": [1, 2, 2],
-            "strength": "better",
-        }
-        for n in range(40)
-    ]
-    entries = [
-        {"path": str(write_jsonl(tmp_path / f"{name}.jsonl", rows))}
-        for name, rows in (("pairs", pairs), ("rankings", rankings))
-    ]
-    result = run_cli(
-        "run",
-        "tiny.yaml",
-        "--output_dir",
-        str(tmp_path / "r"),
-        "--dataset_name",
-        "null",
-        "--datasets",
-        json.dumps(entries),
-        "--test_split_size",
-        "0.3",
-        "--margin_column",
-        "strength",
-        "--margin_map",
-        "{better: 0.5, much better: 1}",
-        cwd=finished[0],
-    )
-    assert result.returncode == 0, result.stderr
-    report = json.loads((tmp_path / "r" / "data_report.json").read_text())
-    train, test = report["splits"]["train"], report["splits"]["test"]
-    assert train["rows"] == 104
-    assert train["pairs"] > train["comparisons"]
-    figures = json.loads((tmp_path / "r" / "evaluation.json").read_text())["datasets"]["held_out"]
-    assert figures["n_scored"] == test["comparisons"] == 104 - train["comparisons"]
+    pairs = [json.loads(line) for line in (tiny_data / "train.jsonl").read_text().splitlines()]
+    pairs = [row | {"strength": ("better", "much better")[n % 2]} for n, row in enumerate(pairs)]
+    replies = {"responses": ["cat good good", "dog bad bad", "no bad bad"], "ranks": [1, 2, 2]}
+    rankings = [{"prompt": f"hello {n}", **replies, "strength": "better"} for n in range(40)]
+    files = {"pairs": pairs, "rankings": rankings}
+    entries = [{"path": str(write_jsonl(tmp_path / f"{name}.jsonl", rows))} for name, rows in files.items()]
+    keys = {"dataset_name": "omit", "datasets": entries, "test_split_size": 0.3}
+    keys |= {"margin_column": "strength", "margin_map": {"better": 0.5, "much better": 1}}
+    train(read_recipe(write_recipe(**keys)))
+    figures = evaluate(str(tmp_path / "run"))["datasets"]["held_out"]
+    splits = json.loads((tmp_path / "run" / "data_report.json").read_text())["splits"]
+    assert splits["train"]["rows"] == 104
+    assert splits["train"]["pairs"] > splits["train"]["comparisons"]
+    assert figures["n_scored"] == splits["test"]["comparisons"] == 104 - splits["train"]["comparisons"]
     assert figures["accuracy"] > 0.9
-    assert set(figures["subsets"]) == {f"{tmp_path.name}/{name}.jsonl" for name in ("pairs", "rankings")}
+    assert set(figures["subsets"]) == {f"{tmp_path.name}/{name}.jsonl" for name in files}
 
 
-def test_leakage_ends_a_run_with_exit_code_2_and_nothing_started(finished, tmp_path, tiny_data):
+def test_leakage_ends_a_run_before_anything_is_started(finished, tmp_path, tiny_data, monkeypatch):
+    monkeypatch.chdir(finished[0])
     for name in ("train", "test"):
         shutil.copy(tiny_data / "train.jsonl", tmp_path / f"{name}.jsonl")
-    result = run_cli(
-        "run",
-        "tiny.yaml",
-        "--dataset_name",
-        str(tmp_path),
-        "--output_dir",
-        str(tmp_path / "r"),
-        cwd=finished[0],
-    )
-    assert result.returncode == 2
-    assert "64 of 64 train comparisons (row 1, 2, 3, 4, 5 ...) have a prompt that is also" in result.stderr
+    keys = ["--dataset_name", str(tmp_path), "--output_dir", str(tmp_path / "r")]
+    with pytest.raises(DataError, match="64 of 64 train comparisons .* have a prompt that is also"):
+        pipeline.run(Path("tiny.yaml"), keys)
     assert not (tmp_path / "r").exists()
 
 
-def test_a_second_run_skips_what_is_finished_and_says_so(finished):
-    folder, _ = finished
-    before = (folder / "outputs/tiny/run.json").stat().st_mtime_ns
-    again = run_cli("run", "tiny.yaml", "--seed", "1", cwd=folder)
-    assert again.returncode == 0
-    assert again.stdout.count("finished already, skipped") == 3
-    assert (folder / "outputs/tiny/run.json").stat().st_mtime_ns == before
+def test_a_second_run_skips_what_is_finished_and_says_so(finished, monkeypatch, capsys):
+    monkeypatch.chdir(finished[0])
+    before = Path("outputs/tiny/run.json").stat().st_mtime_ns
+    pipeline.run(Path("tiny.yaml"), ["--seed", "1"])
+    assert capsys.readouterr().out.count("finished already, skipped") == 3
+    assert Path("outputs/tiny/run.json").stat().st_mtime_ns == before
 
 
 def test_another_gate_is_judged_anew_and_another_sample_evaluated_without_training(
@@ -155,7 +130,8 @@ def test_another_gate_is_judged_anew_and_another_sample_evaluated_without_traini
     assert json.loads((run_folder / "evaluation.json").read_text()) == again
 
 
-def test_a_run_that_is_gone_on_with_on_other_data_ends_with_exit_code_2(finished, tmp_path, tiny_data):
+def test_a_run_that_is_gone_on_with_on_other_data_is_refused(finished, tmp_path, tiny_data, monkeypatch):
+    monkeypatch.chdir(finished[0])
     copy = shutil.copytree(tiny_data, tmp_path / "data")
     run_folder = shutil.copytree(finished[0] / "outputs" / "tiny", tmp_path / "run")
     (run_folder / "run.json").unlink()
@@ -163,9 +139,7 @@ def test_a_run_that_is_gone_on_with_on_other_data_ends_with_exit_code_2(finished
     (run_folder / "recipe.yaml").write_text(kept.replace(str(tiny_data), str(copy)))
     rows = (copy / "train.jsonl").read_text().splitlines(keepends=True)
     (copy / "train.jsonl").write_text("".join(rows[1:]))
-    recipe = read_recipe(
-        finished[0] / "tiny.yaml", ["--output_dir", str(run_folder), "--dataset_name", str(copy)]
-    )
+    recipe = read_recipe("tiny.yaml", ["--output_dir", str(run_folder), "--dataset_name", str(copy)])
     with pytest.raises(RecipeError, match="the train comparisons are not those that .* was started with"):
         pipeline.examine_data(recipe, resume=True)
     pipeline.examine_data(recipe, resume=False)
@@ -186,24 +160,31 @@ def test_an_export_of_another_evaluation_or_without_its_proof_is_made_again(fini
     assert not pipeline.is_exported(run_folder)
 
 
-def test_a_run_of_another_recipe_is_not_overwritten_unasked(finished):
-    result = run_cli("run", "tiny.yaml", "--seed", "2", cwd=finished[0])
-    assert result.returncode == 2
-    assert "holds a run of another recipe (seed differ)" in result.stderr
+def test_a_run_of_another_recipe_is_not_overwritten_unasked(finished, monkeypatch):
+    monkeypatch.chdir(finished[0])
+    with pytest.raises(RecipeError, match=r"holds a run of another recipe \(seed differ\)"):
+        pipeline.run(Path("tiny.yaml"), ["--seed", "2"])
 
 
-def test_a_file_of_responses_is_scored_as_each_is_alone(finished):
-    folder, model = finished[0], "outputs/tiny/export"
+def test_a_file_of_responses_is_scored_as_each_is_alone(finished, monkeypatch, capsys):
+    monkeypatch.chdir(finished[0])
     texts = ("good good", "bad bad")
     items = [{"prompt": "hello 3 cat", "response": text, "id": i} for i, text in enumerate(texts)]
-    write_jsonl(folder / "in.jsonl", items)
-    result = run_cli("score", model, "--input", "in.jsonl", "--output", "out.jsonl", cwd=folder)
-    assert result.returncode == 0
-    scored = [json.loads(line) for line in (folder / "out.jsonl").open()]
+    write_jsonl(Path("in.jsonl"), items)
+
+    def score(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["rm-recipe", "score", "outputs/tiny/export", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert not ended.value.code
+        return capsys.readouterr().out
+
+    assert score("--input", "in.jsonl", "--output", "out.jsonl") == "2 responses scored: out.jsonl\n"
+    scored = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
     assert [{k: v for k, v in row.items() if k != "reward"} for row in scored] == items
     assert scored[0]["reward"] > scored[1]["reward"]
-    one = run_cli("score", model, "--prompt", "hello 3 cat", "--response", "good good", cwd=folder)
-    assert float(one.stdout) == pytest.approx(scored[0]["reward"], abs=1e-3)
+    one = score("--prompt", "hello 3 cat", "--response", "good good")
+    assert float(one) == pytest.approx(scored[0]["reward"], abs=1e-3)
 
 
 def test_under_accelerate_launch_a_bad_recipe_prints_our_message_once(finished):

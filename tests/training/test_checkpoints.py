@@ -1,6 +1,5 @@
 """What is killed goes on from the newest whole checkpoint, and ends with the same bits."""
 
-import errno
 import json
 import os
 import resource
@@ -217,20 +216,6 @@ def test_with_no_whole_checkpoint_it_starts_anew_and_says_so(interrupted, whole,
     train(read_recipe(recipe), resume=True)
     assert "no checkpoint to resume from: starting anew" in capsys.readouterr().out
     assert same(run, whole)
-
-
-def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_a_damaged_one(interrupted, monkeypatch):
-    """As a network's disk may be away for a while; nothing is removed."""
-    run, recipe = interrupted
-
-    def away(path):
-        raise OSError(errno.EIO, "Input/output error", str(path))
-
-    monkeypatch.setattr(checkpoints_module, "sha256", away)
-    before = sorted(run.rglob("*"))
-    with pytest.raises(RecipeError, match=r"cannot be read \(Input/output error\)"):
-        train(read_recipe(recipe), resume=True)
-    assert sorted(run.rglob("*")) == before
 
 
 def test_a_checkpoint_that_could_run_code_is_not_read(interrupted):

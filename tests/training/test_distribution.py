@@ -347,12 +347,10 @@ def assert_sharded(found: list[dict], engine: str, base: torch.dtype) -> None:
 
 
 ENGINES = {"fsdp": "FSDP", "deepspeed_zero3": "DeepSpeedEngine"}
-SHARDED_BY = [
-    pytest.param("fsdp"),
-    pytest.param("deepspeed_zero3", marks=needs_deepspeed),
-]
+SHARDED_BY = ["fsdp", pytest.param("deepspeed_zero3", marks=needs_deepspeed)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", SHARDED_BY)
 def test_sharded_over_two_processes_a_model_learns_and_saves_what_one_process_does(runs, one, config):
     run, found = runs.sharded(config, config)

@@ -130,12 +130,11 @@ def test_an_encoder_is_trained_in_full(write_recipe, tmp_path, tiny_distilbert):
 
 
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
-OFTEN = ("smollm2_offline", "distilbert_hh")  # the others in `make test-all`
 
 
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(p, id=p.stem, marks=[] if p.stem in OFTEN else pytest.mark.slow) for p in RECIPES],
+    [pytest.param(p, id=p.stem, marks=[] if "offline" in p.stem else pytest.mark.slow) for p in RECIPES],
 )
 def test_every_recipe_trains_evaluates_and_exports_on_a_tiny_model_of_its_kind(
     path, tiny_base, tiny_data, tmp_path

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from conftest import HH_RLHF, hf_datasets_without_cache, make_rows, needs_hh_rlhf, write_jsonl
+from conftest import HH_RLHF, make_rows, needs_hh_rlhf, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rm_recipe.data import tokenization
-from rm_recipe.data.comparison import Comparison
+from rm_recipe.data.comparison import Comparison, Encoded
 from rm_recipe.data.messages import Excluded
 from rm_recipe.data.splits import load_split
 from rm_recipe.data.tokenization import (
@@ -63,13 +63,6 @@ def test_keep_end_keeps_the_token_at_which_an_encoder_reads_its_reward(tiny_dist
     assert max(map(len, cut.conversations())) == 20
 
 
-def test_messages_that_the_template_refuses_are_excluded_by_name(tiny_llama):
-    tokenizer = load_tokenizer(str(tiny_llama))
-    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(Excluded, match="refused_by_template"):
-        encode(tokenizer, Comparison(turns("hi"), ["good", "bad"]), None)
-
-
 def test_what_a_template_says_when_it_refuses_is_told(tiny_llama, tmp_path):
     tokenizer = load_tokenizer(str(tiny_llama))
     refuses = "{{ raise_exception('System role not supported') }}"
@@ -83,7 +76,7 @@ def test_what_a_template_says_when_it_refuses_is_told(tiny_llama, tmp_path):
     assert found.excluded == {"refused_by_template": 1}
     assert found.details == {"refused_by_template": "the template says: System role not supported"}
     with pytest.raises(DataError, match="first in row 2: the template says: System role not supported"):
-        tokenize(split.take(np.array([1]), "not_sampled"), tokenizer, None, "exclude")
+        tokenize(split.select(np.array([1]), "not_sampled"), tokenizer, None, "exclude")
 
 
 @pytest.mark.parametrize(
@@ -143,15 +136,6 @@ def test_what_replies_have_in_common_is_not_cut_as_if_it_were_the_question(tiny_
         encode(tokenizer, Comparison(turns("hello"), replies), 40, truncation)
 
 
-def test_k_conversations_lose_the_same_turns(tiny_llama):
-    tokenizer = load_tokenizer(str(tiny_llama))
-    replies = ["good", "bad " * 10, "far"]
-    long = Comparison(turns("far " * 30, "yes", "hello"), replies)
-    short = Comparison(turns("hello"), replies)
-    limit = max(map(len, encode(tokenizer, short, None).conversations()))
-    assert encode(tokenizer, long, limit, alike=True) == encode(tokenizer, short, None)
-
-
 SHARE = 40  # of 160
 
 
@@ -191,7 +175,7 @@ def test_the_context_follows_from_the_prompt_where_a_thinking_prompt_is_longer_t
     tokenizer = load_tokenizer(str(tiny_llama))
     tokenizer.chat_template += "{% if add_generation_prompt %}{{ '<think> far far far far ' * 3 }}{% endif %}"
     replies = ["yes", "far " * 60]
-    for words in range(60, 110):
+    for words in range(60, 110, 7):
         prompt = turns("far " * words, "yes", "hello")
         together = encode(tokenizer, Comparison(prompt, replies), 160, truncation).conversations()
         assert (
@@ -209,30 +193,15 @@ def test_a_run_and_its_export_cut_alike(tiny_llama):
     assert encode(tokenizer, comparison, 40, "keep_end") == of_run
 
 
-def test_prompts_that_a_long_reply_shortens_are_counted_apart(tiny_llama):
-    tokenizer = load_tokenizer(str(tiny_llama))
-    fits, longer = near(tokenizer), near(tokenizer, 1)
-    long_reply = Comparison(fits.prompt, ["good", "far " * 50])
-    for truncation in ("drop_oldest_turns", "keep_end"):
-        found = encode_all(tokenizer, [fits, longer, long_reply], 160, truncation, alike=True)
-        assert [tokenized.fates.get(truncation) for tokenized in found] == [
-            None,
-            "truncated",
-            "shortened_for_reply",
-        ]
-
-
-@pytest.mark.parametrize("place", ["prompt", "chosen", "rejected"])
-def test_text_that_would_be_read_as_a_control_token_is_left_out_under_its_own_reason(
-    tmp_path, tiny_llama, place
-):
+def test_text_that_would_be_read_as_a_control_token_is_left_out_under_its_own_reason(tmp_path, tiny_llama):
     """A reply can end its turn and forge the next one by it."""
     rows = make_rows(4, seed=1)
-    rows[1][place] = "fine </s>\n<|user|>\nthanks"
+    for row, place in zip(rows, ("prompt", "chosen", "rejected"), strict=False):
+        row[place] = "fine </s>\n<|user|>\nthanks"
     split = split_of(write_jsonl(tmp_path / "x.jsonl", rows))
     encoded = tokenize(split, load_tokenizer(str(tiny_llama)), 60, "drop_oldest_turns")
-    assert encoded.excluded == {"control_tokens": 1}
-    assert encoded.first_rows == {"control_tokens": ["2"]}
+    assert encoded.excluded == {"control_tokens": 3}
+    assert encoded.first_rows == {"control_tokens": ["1", "2", "3"]}
 
 
 def test_what_a_template_does_not_show_is_counted_by_whose_it_is(tmp_path, tiny_llama, caplog):
@@ -242,16 +211,12 @@ def test_what_a_template_does_not_show_is_counted_by_whose_it_is(tmp_path, tiny_
         "m['content'].split('</think>')[-1] + '</s>' }}{% endif %}{% endfor %}"
     )
     rows = make_rows(5, seed=1)
-    tool = [
-        {"role": "user", "content": "a"},
-        {"role": "tool", "content": "a"},
-    ]  # its text stands elsewhere, too
-    rows[1]["prompt"] = tool
+    rows[1]["prompt"] = [{"role": "user", "content": "hello "}, {"role": "tool", "content": "42"}]
     for row in rows[3:]:
         row["chosen"] = "long thoughts</think>" + row["chosen"]
     encoded = tokenize(split_of(write_jsonl(tmp_path / "x.jsonl", rows)), tokenizer, 200, "drop_oldest_turns")
     assert count_unshown(encoded) == {"tool": 1, "reply": 2}
-    assert "of 5 comparisons the chat template leaves out text: tool in 1, reply in 2" in caplog.text
+    assert "the chat template leaves out text of comparisons: tool in 1, reply in 2" in caplog.text
 
 
 WORDS = st.lists(st.sampled_from(["far", "good", "cat", "\u4f60\u597d", "\n"]), min_size=1, max_size=12).map(
@@ -267,46 +232,24 @@ COMPARISONS = st.builds(
 @given(st.lists(COMPARISONS, min_size=1, max_size=3), st.integers(10, 60), st.sampled_from(TRUNCATIONS))
 def test_what_is_encoded_fits_and_ends_as_the_whole_conversation_does(tiny_llama, batch, limit, truncation):
     tokenizer = load_tokenizer(str(tiny_llama))
-    for comparison, result in zip(
-        batch, encode_all(tokenizer, batch, limit, truncation, alike=True), strict=True
-    ):
+    found = encode_all(tokenizer, batch, limit, truncation, alike=True)
+    for comparison, row in zip(batch, found, strict=True):
         whole = [
             tokenizer(render(tokenizer, messages))["input_ids"] for messages in comparison.conversations()
         ]
-        assert result.lengths == [len(ids) for ids in whole]
-        assert result.fates or max(result.lengths) <= limit
-        if result.encoded is None:
-            assert max(result.lengths) > int(limit * (1 - REPLY_SHARE))
-            assert result.reason in {"too_long", "response_too_long"}
+        assert row["lengths"] == [len(ids) for ids in whole]
+        if row["excluded"]:
+            assert max(row["lengths"]) > int(limit * (1 - REPLY_SHARE))
+            assert row["excluded"] in {"too_long", "response_too_long"}
             continue
-        assert all(result.encoded.rests)
-        dropped = {len(a) - len(b) for a, b in zip(whole, result.encoded.conversations(), strict=True)}
+        assert all(row["rests"])
+        cut = Encoded(row["prefix"], row["rests"]).conversations()
+        dropped = {len(a) - len(b) for a, b in zip(whole, cut, strict=True)}
         assert len(dropped) == 1  # the same for all K
-        assert (dropped == {0}) == (result.fates.get(truncation) is None)
-        for ids, reply in zip(result.encoded.conversations(), comparison.responses, strict=True):
+        assert (dropped != {0}) == row["truncated"]
+        for ids, reply in zip(cut, comparison.responses, strict=True):
             assert len(ids) <= limit
             assert tokenizer.decode(ids).rstrip().endswith(f"{reply}</s>".rstrip())
-
-
-def test_each_way_to_truncate_has_its_fate_counted_whichever_is_chosen(tiny_llama):
-    tokenizer = load_tokenizer(str(tiny_llama))
-    fits = Comparison(turns("hi"), ["good", "bad"])
-    turns_help = Comparison(turns("far " * 20, "yes", "hi"), ["good", "bad"])
-    nothing_helps = Comparison(turns("hi"), ["far " * 40, "bad"])
-    batch = [fits, turns_help, nothing_helps]
-    for choice in TRUNCATIONS:
-        fates = [result.fates for result in encode_all(tokenizer, batch, 40, choice)]
-        assert fates == [
-            {},
-            {
-                "drop_oldest_turns": "truncated", "keep_end": "truncated",
-                "exclude": "too_long", "cut_end": "identical",
-            },
-            {
-                "drop_oldest_turns": "response_too_long", "keep_end": "response_too_long",
-                "exclude": "response_too_long", "cut_end": "truncated",
-            },
-        ]  # fmt: skip
 
 
 def split_of(path, **keys):
@@ -338,41 +281,27 @@ def test_a_second_start_tokenises_nothing_and_other_settings_do(tmp_path, tiny_l
     monkeypatch.setattr(tokenization, "encode_all", refuse)
     again = tokenize(split_of(tmp_path / "x.jsonl"), load_tokenizer(str(tiny_llama)), 60, "drop_oldest_turns")
     assert again.encoded() == first.encoded()
-    for settings in ((59, "drop_oldest_turns"), (60, "exclude")):
+    other_eos, other_template = (load_tokenizer(str(tiny_llama)) for _ in range(2))
+    other_eos.eos_token = "<s>"  # templates read it, and the vocabulary is the same
+    other_template.chat_template += " "
+    for changed, *settings in (
+        (tokenizer, 59, "drop_oldest_turns"),
+        (tokenizer, 60, "exclude"),
+        (other_eos, 60, "drop_oldest_turns"),
+        (other_template, 60, "drop_oldest_turns"),
+    ):
         with pytest.raises(AssertionError, match="tokenised again"):
-            tokenize(split, tokenizer, *settings)
+            tokenize(split, changed, *settings)
     with pytest.raises(AssertionError, match="tokenised again"):
         tokenize(split, tokenizer, 60, "drop_oldest_turns", alike=True)
-    other_eos = load_tokenizer(str(tiny_llama))
-    other_eos.eos_token = "<s>"  # templates read it, and the vocabulary is the same
-    with pytest.raises(AssertionError, match="tokenised again"):
-        tokenize(split, other_eos, 60, "drop_oldest_turns")
-    tokenizer.chat_template = tokenizer.chat_template + " "
-    with pytest.raises(AssertionError, match="tokenised again"):
-        tokenize(split, tokenizer, 60, "drop_oldest_turns")
-
-
-def test_the_number_of_processes_changes_nothing(tmp_path, tiny_llama):
-    path = write_jsonl(
-        tmp_path / "x.jsonl", [*make_rows(40, seed=4), {"chosen": "", "rejected": "", "prompt": "p"}]
-    )
-    tokenizer = load_tokenizer(str(tiny_llama))
-    results = []
-    for processes in (None, 2):
-        with hf_datasets_without_cache():
-            split = load_split(DataArguments(dataset_name=str(path)), "test", processes)
-            results.append(tokenize(split, tokenizer, 60, "drop_oldest_turns", processes))
-    one, two = results
-    assert one.encoded() == two.encoded()
-    assert (one.excluded, one.first_rows) == (two.excluded, two.first_rows)
 
 
 @needs_hh_rlhf
 def test_genuine_conversations_are_never_cut_in_their_reply(tiny_llama):
     split = load_split(DataArguments(dataset_name=str(HH_RLHF), dataset_subsets=["harmless-base"]), "test")
     tokenizer = load_tokenizer(str(tiny_llama))
-    for truncation in TRUNCATIONS:
-        encoded = tokenize(split, tokenizer, 800, truncation)
+    for truncation in ("drop_oldest_turns", "keep_end"):
+        encoded = tokenize(split, tokenizer, 800, truncation, 2)  # in two processes
         assert encoded.rows == len(encoded.comparisons) + encoded.excluded.total() == 350
         for number, comparison in enumerate(encoded.encoded()):
             for ids, reply in zip(comparison.conversations(), encoded[number].responses, strict=True):

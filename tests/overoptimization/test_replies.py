@@ -1,4 +1,4 @@
-"""Replies are drawn alike wherever a run begins, from the policy as it is."""
+"""Files of prompts and replies are read in every shape; replies are drawn alike wherever a run begins."""
 
 import json
 import shutil
@@ -6,11 +6,101 @@ from collections import Counter
 
 import pytest
 import torch
+from conftest import HH_RLHF, make_rows, needs_hh_rlhf, write_jsonl
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rm_recipe.errors import DataError, RecipeError
-from rm_recipe.overoptimization import replies as sampling_module
-from rm_recipe.overoptimization.replies import Sample, Sampling, read_samples, sample, settings_file
+from rm_recipe.overoptimization import replies as module
+from rm_recipe.overoptimization.replies import (
+    Sample,
+    Sampling,
+    read_prompts,
+    read_samples,
+    sample,
+    settings_file,
+)
+
+
+def test_prompts_come_from_prompts_and_from_comparisons_each_once(tmp_path):
+    rows = make_rows(2, seed=1)
+    transcript = {"chosen": "\n\nHuman: Hi?\n\nAssistant: Yes", "rejected": "\n\nHuman: Hi?\n\nAssistant: No"}
+    file = write_jsonl(
+        tmp_path / "prompts.jsonl",
+        [{"prompt": "hello"}, *rows, {"prompt": "hello"}, transcript, {"prompt": "bad?", "is_safety": True}],
+    )
+    found, excluded = read_prompts(file)
+    assert not excluded
+    assert [one.prompt[-1]["content"] for one in found] == [
+        "hello", *(row["prompt"][0]["content"] for row in rows), "Hi?", "bad?"
+    ]  # fmt: skip
+    assert [one.is_safety for one in found] == [False, False, False, False, True]
+
+
+def test_replies_are_gathered_by_prompt(tmp_path):
+    file = write_jsonl(
+        tmp_path / "samples.jsonl",
+        [
+            {"prompt": "hello", "response": "a"},
+            {"prompt": "other", "responses": ["x", ""], "cut": 1},
+            {"prompt": [{"role": "user", "content": "hello"}], "response": "b"},
+        ],
+    )
+    (hello, other), _ = read_samples(file)
+    assert hello.responses == ["a", "b"]
+    assert hello.cut is None
+    assert (other.responses, other.cut) == (["x", ""], 1)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "line 2: not JSON"),
+        ('{"prompt": "a"}', "line 2: column 'responses' should be a list of texts"),
+        ('{"prompt": "a", "responses": [1]}', "line 2: column 'responses' should be a list of texts"),
+        ('{"responses": ["b"]}', "line 2: column 'prompt' should be a text or a list of messages"),
+    ],
+)
+def test_a_faulty_file_of_replies_is_named_with_its_row(tmp_path, line, said):
+    file = tmp_path / "samples.jsonl"
+    file.write_text('{"prompt": "hello", "responses": ["a", "b"]}\n' + line + "\n")
+    with pytest.raises(DataError, match=said):
+        read_samples(file)
+    with pytest.raises(DataError, match="no such file"):
+        read_prompts(tmp_path / "gone.jsonl")
+
+
+def test_a_row_that_is_no_prompt_is_counted_and_the_others_are_read(tmp_path):
+    rows = [
+        {"prompt": " ", "responses": ["b"]},
+        {"prompt": "hello", "responses": ["a"]},
+        {"prompt": "a", "responses": ["\ud800"]},
+    ]
+    found, excluded = read_samples(write_jsonl(tmp_path / "samples.jsonl", rows))
+    assert [one.responses for one in found] == [["a"]]
+    assert excluded == {"empty_prompt": 1, "invalid_text": 1}
+    pair = {"chosen": "\n\nHuman: Hi?\n\nAssistant: Yes", "rejected": "\n\nHuman: Hi?\n\nAssistant: "}
+    found, excluded = read_prompts(write_jsonl(tmp_path / "prompts.jsonl", [pair, *rows[1:]]))
+    assert len(found) == 2
+    assert excluded == {"empty_response": 1}
+    with pytest.raises(DataError, match="holds no prompt that can be used"):
+        read_prompts(write_jsonl(tmp_path / "none.jsonl", [pair]))
+
+
+def test_no_more_rows_are_read_than_are_wanted(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a"}\n{"prompt": "a"}\n{"prompt": "b"}\n{\n')
+    assert [one.prompt[0]["content"] for one in read_prompts(file, 2)[0]] == ["a", "b"]
+
+
+@needs_hh_rlhf
+def test_the_prompts_of_genuine_hh_rlhf_are_read():
+    found, excluded = read_prompts(HH_RLHF / "harmless-base" / "test.jsonl.gz")
+    assert len(found) > 200
+    assert excluded.total() < 20
+
+
+# --- replies drawn from a policy ---------------------------------------------------------------
 
 PROMPTS = [Sample([{"role": "user", "content": text}], []) for text in ("hello", "how are you", "yes")]
 
@@ -37,7 +127,7 @@ def test_the_same_settings_draw_the_same_whatever_comes_before(settings, tmp_pat
 
 def test_what_was_interrupted_goes_on_and_ends_the_same(settings, tmp_path, monkeypatch):
     whole = drawn(settings, PROMPTS, tmp_path / "whole.jsonl", overwrite=False)
-    target, draw, made = tmp_path / "samples.jsonl", sampling_module._draw, []
+    target, draw, made = tmp_path / "samples.jsonl", module._draw, []
 
     def interrupted(*args):
         if len(made) == 1:
@@ -46,13 +136,13 @@ def test_what_was_interrupted_goes_on_and_ends_the_same(settings, tmp_path, monk
         return draw(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sampling_module, "_draw", interrupted)
+        patch.setattr(module, "_draw", interrupted)
         with pytest.raises(KeyboardInterrupt):
             drawn(settings, PROMPTS, target, overwrite=False)
     with target.open("a") as file:
         file.write('{"prompt": [{"role": "us')  # as a kill leaves it
     again = []
-    monkeypatch.setattr(sampling_module, "_draw", lambda *args: again.append(args) or draw(*args))
+    monkeypatch.setattr(module, "_draw", lambda *args: again.append(args) or draw(*args))
     assert drawn(settings, PROMPTS, target, overwrite=False) == whole
     assert len(again) == 2
     assert target.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
@@ -67,7 +157,7 @@ def test_replies_of_other_settings_are_not_mixed_in_nor_lost_unasked(settings, t
     before = target.read_bytes()
     colder = Sampling(settings.policy, n=6, max_new_tokens=5, seed=3, temperature=0.01)
     with pytest.raises(
-        RecipeError, match=r"were drawn otherwise \(temperature differ\); --samples takes them"
+        RecipeError, match=r"were drawn otherwise \(temperature differ\): --samples takes them"
     ):
         drawn(colder, PROMPTS[:1], target, overwrite=False)
     assert target.read_bytes() == before
@@ -137,11 +227,10 @@ def test_a_reply_ends_at_the_end_and_what_has_none_is_counted_as_cut(settings, t
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"n": 1}, "'--n 1' must be 2 or more"),
-        ({"temperature": 0.0}, "'--temperature 0.0' must be above 0"),
+        ({"n": 1, "temperature": 0.0}, "'--n 1' must be 2 or more.*'--temperature 0.0' must be above 0"),
         ({"top_p": 0.0, "top_k": -1}, "'--top-p 0.0' must be above 0 and at most 1; '--top-k -1' must be 0"),
         ({"max_new_tokens": 0}, "'--max-new-tokens 0' must be 1 or more"),
-        ({"policy": "./gone"}, "'--policy ./gone' does not exist"),
+        ({"policy": "./gone"}, "./gone does not exist"),
     ],
 )
 def test_settings_that_draw_nothing_are_refused(tiny_llama, tmp_path, keys, said):
@@ -149,17 +238,7 @@ def test_settings_that_draw_nothing_are_refused(tiny_llama, tmp_path, keys, said
         drawn(Sampling(**{"policy": str(tiny_llama), **keys}), PROMPTS, tmp_path / "a.jsonl", overwrite=False)
 
 
-def test_a_classifier_is_no_policy(tiny_llama, tmp_path):
-    folder = tmp_path / "judge"
-    AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=1).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(folder)
-    with pytest.raises(RecipeError, match="is no language model but a LlamaForSequenceClassification"):
-        drawn(Sampling(str(folder), n=2), PROMPTS, tmp_path / "a.jsonl", overwrite=False)
-
-
 def test_an_sft_adapter_is_a_policy(tiny_llama, tmp_path):
-    from peft import LoraConfig, get_peft_model
-
     torch.manual_seed(0)
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(tiny_llama),
@@ -186,14 +265,18 @@ def test_a_policy_that_was_trained_on_is_another_one(settings, tiny_llama, tmp_p
     assert drawn(own, PROMPTS, target, overwrite=True) != before
 
 
-@pytest.mark.parametrize("policy", ["gone", "judge"])
-def test_a_policy_that_cannot_be_used_costs_no_replies(settings, tiny_llama, tmp_path, policy):
+@pytest.mark.parametrize(
+    ("policy", "said"),
+    [("gone", "does not exist"), ("judge", "as a language model: it is a LlamaForSequenceClassification")],
+)
+def test_a_policy_that_cannot_be_used_costs_no_replies(settings, tiny_llama, tmp_path, policy, said):
     target = tmp_path / "samples.jsonl"
     drawn(settings, PROMPTS, target, overwrite=False)
     before = target.read_bytes()
     folder = tmp_path / "judge"
     AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=1).save_pretrained(folder)
-    with pytest.raises(RecipeError):
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(folder)
+    with pytest.raises(RecipeError, match=said):
         drawn(Sampling(str(tmp_path / policy), n=2), PROMPTS, target, overwrite=True)
     assert target.read_bytes() == before
 

@@ -1,40 +1,52 @@
-"""The figures of a data set, worked out by hand from rewards, lengths and ranks."""
+"""The figures of a data set, worked out by hand from its lines; the lines, and which of them are shown."""
 
 import json
 from typing import Any
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
-from rm_recipe.evaluation.summary import Scored, summarise
+from rm_recipe.data.dataset import Split
+from rm_recipe.evaluation.summary import (
+    SHOWN,
+    examples,
+    predictions,
+    read_predictions,
+    summarise,
+    write_predictions,
+)
 
 
-def make_scored(
+def make_lines(
     rewards: list[list[float]],
     lengths: list[list[int]] | None = None,
     ranks: list[list[int]] | None = None,
     subsets: list[str] | None = None,
-) -> Scored:
+) -> list[dict[str, Any]]:
+    """The lines of comparisons with these rewards; the K-th reply has K tokens unless said otherwise."""
     lengths = lengths or [[1 + k for k in range(len(own))] for own in rewards]
-    n = len(rewards)
-    return Scored(
-        rewards=np.concatenate([np.array(own, float) for own in rewards]),
-        response_tokens=np.concatenate([np.array(own) for own in lengths]),
-        ranks=ranks or [list(range(len(own))) for own in rewards],
-        prompt_tokens=np.arange(1, n + 1),
-        turns=np.ones(n, int),
-        subsets=subsets or [""] * n,
-    )
-
-
-def figures_of(scored: Scored) -> dict[str, Any]:
-    length = scored.response_tokens.astype(float)
-    return summarise(scored, {"longer_wins": length, "shorter_wins": -length})
+    ranks = ranks or [list(range(len(own))) for own in rewards]
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": "hi"}],
+            "responses": [f"reply {i} {k}" for k in range(len(own))],
+            "ranks": ranks[i],
+            "margins": [],
+            "subset": subsets[i] if subsets else "",
+            "row": 10 + i,
+            "prefix": [1] * (i + 1),
+            "rests": [[2] * n for n in lengths[i]],
+        }
+        for i, own in enumerate(rewards)
+    ]
+    split = Split(Dataset.from_list(rows), len(rows))
+    return predictions("x", split, [np.array(own, np.float32) for own in rewards])
 
 
 def test_length_figures_by_hand():
     rewards, lengths = [[1.0, 0.0], [0.0, 1.0], [2.0, 1.0]], [[5, 2], [1, 4], [3, 3]]
-    figures = figures_of(make_scored(rewards, lengths, subsets=["a", "b", "a"]))
+    figures = summarise(make_lines(rewards, lengths, subsets=["a", "b", "a"]))
     assert figures["baselines"] == {"longer_wins": 0.5, "shorter_wins": 0.5}
     assert figures["length"]["accuracy_chosen_longer"] == 1
     assert figures["length"]["accuracy_chosen_shorter"] == 0
@@ -45,7 +57,7 @@ def test_length_figures_by_hand():
 
 
 def test_all_ties_are_half_right_and_have_no_rank_correlation():
-    figures = figures_of(make_scored([[0.0, 0.0]] * 60))
+    figures = summarise(make_lines([[0.0, 0.0]] * 60))
     assert (figures["accuracy"], figures["ties"]) == (0.5, 60)
     assert figures["length"]["spearman"] is None
     assert figures["calibration"]["temperature"] is None
@@ -56,23 +68,20 @@ def test_all_ties_are_half_right_and_have_no_rank_correlation():
 def test_in_a_ranking_each_untied_pair_weighs_the_same_and_each_comparison_one():
     """Three pairs, two of them right, beside one pair that is wrong: 1/3, not 2/4."""
     rewards, lengths = [[3.0, 1.0, 2.0], [0.0, 1.0]], [[5, 2, 1], [1, 4]]
-    figures = figures_of(make_scored(rewards, lengths))
+    figures = summarise(make_lines(rewards, lengths))
     assert figures["accuracy"] == pytest.approx((2 / 3 + 0) / 2)
     assert figures["mean_margin"] == pytest.approx(((2 + 1 - 1) / 3 - 1) / 2)
     assert figures["baselines"]["longer_wins"] == pytest.approx((1 + 0) / 2)
     assert figures["ranking"]["pairwise_accuracy"] == 2 / 4
     assert figures["ranking"]["best_of_k"] == 1 / 2
-    tied = figures_of(make_scored(rewards[:1], lengths[:1], [[0, 1, 1]]))
+    tied = summarise(make_lines(rewards[:1], lengths[:1], [[0, 1, 1]]))
     assert tied["accuracy"] == 1  # the two last are tied and give no pair
 
 
-def test_pairs_alone_have_no_figures_of_rankings():
-    assert figures_of(make_scored([[1.0, 0.0]]))["ranking"] is None
-
-
 def test_one_comparison_has_figures_without_any_certainty():
-    figures = figures_of(make_scored([[1.0, 0.0]]))
+    figures = summarise(make_lines([[1.0, 0.0]]))
     assert figures["accuracy"] == 1
+    assert figures["ranking"] is None
     assert figures["accuracy_ci95"][0] < 0.3
     assert figures["against_baselines"]["longer_wins"]["ci95"] is None
     assert figures["beats_baselines"] is False
@@ -85,7 +94,7 @@ def test_a_model_beats_the_baselines_where_it_surely_beats_the_best_of_them(n_ri
     rng = np.random.default_rng(0)
     right, longer = rng.permutation(100) < n_right, rng.permutation(100) < 65
     rewards = [[1.0, 0.0] if own else [0.0, 1.0] for own in right]
-    figures = figures_of(make_scored(rewards, [[9, 2] if own else [2, 9] for own in longer]))
+    figures = summarise(make_lines(rewards, [[9, 2] if own else [2, 9] for own in longer]))
     difference = figures["against_baselines"]["longer_wins"]
     assert figures["beats_baselines"] is beats
     assert difference["difference"] == pytest.approx(n_right / 100 - 0.65)
@@ -95,6 +104,27 @@ def test_a_model_beats_the_baselines_where_it_surely_beats_the_best_of_them(n_ri
 def test_every_comparison_or_pair_is_in_one_bucket_of_each_kind():
     rng = np.random.default_rng(1)
     rewards = [rng.normal(size=3).tolist() for _ in range(40)]
-    figures = figures_of(make_scored(rewards, [rng.integers(1, 50, 3).tolist() for _ in rewards]))
+    figures = summarise(make_lines(rewards, [rng.integers(1, 50, 3).tolist() for _ in rewards]))
     sizes = {name: sum(row["n"] for row in rows) for name, rows in figures["by"].items()}
     assert sizes == {"turns": 40, "prompt_tokens": 40, "length_difference": 120, "margin": 120}
+
+
+def test_the_worst_mistakes_and_the_closest_of_the_others_are_shown():
+    margins = [-5.0, 3.0, 0.1, -0.2, -7.0, 0.0]
+    lines = [{"margin": margin, "correct": (np.sign(margin) + 1) / 2} for margin in margins]
+    assert examples(lines) == {"mistake": [4, 0, 3], "close": [5, 2, 1]}
+
+
+def test_only_what_is_shown_carries_its_text():
+    lines = make_lines([[float(i), 50.0] for i in range(60)])
+    assert [line["index"] for line in lines if line.get("shown") == "mistake"] == list(range(SHOWN))
+    assert [line["index"] for line in lines if line.get("shown") == "close"] == list(range(45, 55))
+    assert all(("text" in line) == ("shown" in line) for line in lines)
+    assert lines[3]["text"]["responses"] == ["reply 3 0", "reply 3 1"]
+    assert (lines[3]["row"], lines[3]["margin"], lines[3]["tokens"]) == (13, -47, [5, 6])
+
+
+def test_lines_of_other_data_sets_stay_and_those_of_the_same_one_go(tmp_path):
+    write_predictions(tmp_path, [{"dataset": "a", "index": 0}, {"dataset": "b", "index": 0}])
+    write_predictions(tmp_path, [{"dataset": "a", "index": 1}])
+    assert read_predictions(tmp_path) == [{"dataset": "b", "index": 0}, {"dataset": "a", "index": 1}]

@@ -1,0 +1,384 @@
+"""Rows of data sets, in whatever shape they are written, become comparisons or a counted reason."""
+
+import gzip
+import itertools
+import json
+from decimal import Decimal
+
+import pytest
+from conftest import HH_RLHF, needs_hh_rlhf
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rm_recipe.data.comparison import Comparison, untied_pairs
+from rm_recipe.data.formats import parse_row, prompts_differ
+from rm_recipe.data.messages import Excluded, Malformed, as_messages, parse_transcript, split_turns
+
+
+def said(role: str, text: str) -> dict[str, str]:
+    return {"role": role, "content": text}
+
+
+USER, REPLY = said("user", "Hi"), said("assistant", "good")
+SYSTEM, MORE = said("system", "Be terse."), said("user", "More?")
+CALLED = [said("assistant", "calling"), said("tool", "42")]
+PAIR = {"prompt": "Hi", "chosen": "good", "rejected": "bad"}
+EXPECTED = Comparison([USER], ["good", "bad"])
+
+
+def transcript(*texts: str) -> str:
+    return "".join(f"\n\n{'Assistant' if n % 2 else 'Human'}: {text}" for n, text in enumerate(texts))
+
+
+def why(function, *arguments) -> tuple[str, str]:
+    """The reason for which something is left out, and what more is said of it."""
+    with pytest.raises(Excluded) as caught:
+        function(*arguments)
+    return caught.value.reason, caught.value.detail
+
+
+# --- pairs -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        PAIR,
+        {"chosen": transcript("Hi", "good"), "rejected": transcript("Hi", "bad")},
+        {"prompt": "Hi", "chosen": transcript("Hi", "good"), "rejected": transcript("Hi", "bad")},
+        {"prompt": [USER], "chosen": [REPLY], "rejected": "bad"},
+        {"chosen": [USER, REPLY], "rejected": [USER, said("assistant", "bad")]},
+        {"prompt": transcript("Hi") + "\n\nAssistant:", "chosen": " good", "rejected": " bad "},
+        {"input": "Hi", "output_1": "good", "output_2": "bad", "label": 1},
+        {"input": "Hi", "output_1": "bad", "output_2": "good", "label": 2},
+        {"prompt": "Hi", "responses": ["bad", "good"], "ranks": [2, 1], "chosen": None, "rejected": None},
+    ],
+)
+def test_every_way_to_write_a_pair_gives_the_same_comparison(row):
+    assert parse_row(row) == EXPECTED
+    windows = {
+        key: value.replace("\n", "\r\n") if isinstance(value, str) else value for key, value in row.items()
+    }
+    assert parse_row(windows) == EXPECTED
+
+
+@pytest.mark.parametrize(
+    ("prompt", "before", "shared"),
+    [
+        ("Hi", [SYSTEM, USER], [SYSTEM, USER]),  # the column has the question only
+        ("More?", [USER, REPLY, MORE], [USER, REPLY, MORE]),  # ... or the last of several
+        ([SYSTEM, USER], [USER], [SYSTEM, USER]),  # the column has more
+        ([USER], CALLED, [USER, *CALLED]),
+        ([SYSTEM], [USER], [SYSTEM, USER]),
+        ([USER], [REPLY, MORE], [USER, REPLY, MORE]),
+        ("", [USER], [USER]),
+        (transcript("Hi") + "\n\nAssistant:", [USER], [USER]),
+        (json.dumps([USER]), [USER], [USER]),
+    ],
+)
+def test_what_chosen_and_rejected_share_is_the_prompt(prompt, before, shared):
+    sides = {side: [*before, said("assistant", side)] for side in ("chosen", "rejected")}
+    expected = Comparison(shared, ["chosen", "rejected"])
+    assert parse_row({"prompt": prompt, **sides}) == expected
+    assert parse_row({"prompt": prompt, **{side: json.dumps(m) for side, m in sides.items()}}) == expected
+    responses = [sides["rejected"], sides["chosen"]]
+    assert parse_row({"prompt": prompt, "responses": responses, "scores": [1, 2]}) == expected
+
+
+def test_texts_of_an_explicit_prompt_are_taken_as_they_stand():
+    """As `score` takes them, and as a policy writes them."""
+    row = {"prompt": " Hi", "chosen": "a ", "rejected": "b"}
+    assert parse_row(row) == Comparison([said("user", " Hi")], ["a ", "b"])
+
+
+def test_a_system_column_is_the_system_message():
+    expected = Comparison([SYSTEM, USER], ["good", "bad"])
+    assert parse_row({**PAIR, "system": "Be terse."}) == expected
+    assert parse_row({**PAIR, "prompt": [SYSTEM, USER], "system": "Be terse.\n"}) == expected
+    assert parse_row({**PAIR, "system": ""}) == EXPECTED
+    with pytest.raises(Malformed, match="column 'system' should be a text"):
+        parse_row({**PAIR, "system": 5})
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"chosen": None, "rejected": "b", "prompt": "p"}, "missing_response"),
+        ({"chosen": " ", "rejected": "b", "prompt": "p"}, "empty_response"),
+        ({"chosen": "a", "rejected": "a ", "prompt": "p"}, "identical_responses"),
+        ({"chosen": "a", "rejected": "b", "prompt": " "}, "empty_prompt"),
+        ({"chosen": "a", "rejected": "b"}, "not_a_transcript"),
+        ({"chosen": "\n\nHuman: x", "rejected": "\n\nHuman: x"}, "ends_without_reply"),
+        ({"chosen": "\n\nAssistant: x", "rejected": "\n\nAssistant: y"}, "empty_prompt"),
+        ({"chosen": transcript("x", "a"), "rejected": transcript("y", "b")}, "differing_prompts"),
+        ({"chosen": transcript("x", "a", "b", "c"), "rejected": transcript("x", "d")}, "differing_prompts"),
+        ({"chosen": [USER, REPLY], "rejected": "b", "prompt": "p"}, "differing_prompts"),
+        ({"chosen": [], "rejected": "b", "prompt": "p"}, "ends_without_reply"),
+        ({**PAIR, "chosen": [*CALLED, REPLY], "rejected": [REPLY]}, "reply_of_several_messages"),
+        ({**PAIR, "prompt": [SYSTEM]}, "empty_prompt"),
+        ({**PAIR, "prompt": [USER, REPLY]}, "prompt_ends_with_reply"),
+        ({**PAIR, "prompt": [SYSTEM, USER], "system": "Be kind."}, "two_system_messages"),
+        ({**PAIR, "tools": [{"type": "function"}]}, "tools"),
+        ({**PAIR, "chosen": "a\ud800"}, "invalid_text"),
+        ({"prompt": "p", "responses": ["a"], "ranks": [1]}, "single_response"),
+        ({"prompt": "p", "responses": None, "ranks": [1]}, "missing_response"),
+        ({"prompt": "p", "responses": ["a", None], "ranks": [1, 2]}, "missing_response"),
+        ({"prompt": "p", "responses": ["a", "b"], "ranks": [1]}, "ranks_do_not_match"),
+        ({"prompt": "p", "responses": ["a", "b"], "ranks": None}, "missing_ranks"),
+        ({"prompt": "p", "responses": ["a", "b"], "scores": [1, float("nan")]}, "missing_scores"),
+        ({"prompt": "p", "responses": ["a", "b"], "scores": [10**400, 1]}, "missing_scores"),
+        ({"prompt": "p", "responses": ["a", "b", "c"], "ranks": [2, 2, 2]}, "all_tied"),
+        ({"prompt": "p", "responses": ["a", "b", "a "], "ranks": [1, 2, 3]}, "identical_responses"),
+        ({"prompt": None, "responses": ["a", "b"], "ranks": [1, 2]}, "empty_prompt"),
+        ({"input": "p", "output_1": "a", "output_2": "b", "label": None}, "missing_label"),
+        ({"input": None, "output_1": "a", "output_2": "b", "label": 1}, "empty_prompt"),
+    ],
+)
+def test_a_row_that_is_no_comparison_says_why(row, reason):
+    assert why(parse_row, row)[0] == reason
+
+
+@pytest.mark.parametrize(
+    ("row", "column"),
+    [
+        ({"prompt": "p", "chosen": 5, "rejected": "b"}, "chosen"),
+        ({"prompt": {"role": "user"}, "chosen": "a", "rejected": "b"}, "prompt"),
+        ({"prompt": "p", "responses": "ab", "ranks": [1, 2]}, "responses"),
+        ({"prompt": "p", "responses": ["a", "b"], "ranks": ["1", "2"]}, "ranks"),
+        ({"prompt": "p", "responses": ["a", "b"], "scores": [True, False]}, "scores"),
+        ({"instruction": "p", "completions": ["a", "b"]}, "completions"),
+        ({"input": "Hi", "output_1": "good", "output_2": "bad", "label": "good"}, "label"),
+    ],
+)
+def test_a_value_of_the_wrong_type_names_its_column(row, column):
+    with pytest.raises(Malformed, match=f"column '{column}' should be "):
+        parse_row(row)
+
+
+VALUES = st.one_of(st.none(), st.text(), st.integers(), st.lists(st.sampled_from([USER, REPLY, {}])))
+ROWS = st.one_of(
+    st.fixed_dictionaries({"chosen": VALUES, "rejected": VALUES}, optional={"prompt": VALUES}),
+    st.fixed_dictionaries(
+        {"prompt": VALUES, "responses": st.lists(VALUES)},
+        optional={
+            "ranks": st.lists(st.integers(0, 3)),
+            "scores": st.lists(st.floats()),
+            "completions": VALUES,
+        },
+    ),
+)
+
+
+@given(ROWS)
+def test_any_row_is_a_comparison_or_has_a_reason(row):
+    try:
+        comparison = parse_row(row)
+    except Excluded as excluded:
+        assert excluded.reason.isidentifier()
+    except Malformed as fault:
+        assert fault.args[0] in row
+    else:
+        assert comparison.ranks == sorted(comparison.ranks)
+        assert untied_pairs(comparison.ranks)
+        for i, j in untied_pairs(comparison.ranks):
+            assert comparison.responses[i].strip() != comparison.responses[j].strip()
+
+
+# --- rankings and margins --------------------------------------------------------------------
+
+
+def ultrafeedback(**scores) -> dict:
+    return {
+        "instruction": "Hi",
+        "completions": [{"response": r, "overall_score": s} for r, s in scores.items()],
+    }
+
+
+def test_a_ranking_is_one_comparison_best_first_whichever_way_it_is_written():
+    expected = Comparison([USER], ["x", "y", "z"], [0, 1, 2])
+    assert parse_row({"prompt": "Hi", "responses": ["y", "z", "x"], "ranks": [2, 3, 1]}) == expected
+    scores = [Decimal("0.5"), -1, 7]
+    assert parse_row({"prompt": "Hi", "responses": ["y", "z", "x"], "scores": scores}) == expected
+    assert parse_row(ultrafeedback(z=1.0, x=9.0, y=5.0)) == expected
+    assert why(parse_row, ultrafeedback(z="N/A", x=9.0))[0] == "missing_overall_score"
+
+
+@given(st.lists(st.integers(1, 5), min_size=2, max_size=9))
+def test_k_responses_give_k_choose_2_pairs_less_the_ties(scores):
+    row = {"prompt": "p", "responses": [f"r{n}" for n in range(len(scores))], "scores": scores}
+    k = len(scores)
+    ties = sum(scores[i] == scores[j] for i in range(k) for j in range(i))
+    try:
+        comparison = parse_row(row)
+    except Excluded:
+        assert ties == k * (k - 1) / 2
+    else:
+        assert len(untied_pairs(comparison.ranks)) == k * (k - 1) / 2 - ties
+        by_text = dict(zip(row["responses"], scores, strict=True))
+        for i, j in untied_pairs(comparison.ranks):
+            assert by_text[comparison.responses[i]] > by_text[comparison.responses[j]]
+
+
+def test_a_margin_is_a_number_a_category_or_the_difference_of_a_rankings_numbers():
+    assert parse_row({**PAIR, "m": 0.5}, "m").margins == [0.5]
+    levels = {"significantly better": 1, 3: 0.7}
+    assert parse_row({**PAIR, "m": "significantly better"}, "m", levels).margins == [1]
+    for three in (3, 3.0, "3"):
+        assert parse_row({**PAIR, "m": three}, "m", levels).margins == [0.7]
+    row = {"prompt": "p", "responses": ["a", "b", "c"], "scores": [1, 4, 2]}
+    assert parse_row(row, "scores").margins == [2, 3, 1]  # b-c, b-a, c-a
+    assert parse_row({**row, "m": 0.5}, "m").margins == [0.5] * 3
+    ranks = {"prompt": "p", "responses": ["a", "b", "c"], "ranks": [3, 1, 2]}
+    assert parse_row(ranks, "ranks").margins == [1, 2, 1]  # 1 is best
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (None, "missing_margin"),
+        (float("nan"), "missing_margin"),
+        ([1, None], "missing_margin"),
+        ([1], "missing_margin"),
+        (-0.1, "negative_margin"),
+        ([1, 2], "negative_margin"),
+    ],
+)
+def test_a_row_without_a_margin_of_0_or_more_is_excluded(value, reason):
+    assert why(parse_row, {**PAIR, "m": value}, "m")[0] == reason
+
+
+@pytest.mark.parametrize("value", ["so so", ["a", "b"], True])
+def test_a_margin_that_is_neither_names_its_column(value):
+    for categories in (None, {"better": 1}):
+        with pytest.raises(Malformed, match="column 'm' should be"):
+            parse_row({**PAIR, "m": value}, "m", categories)
+
+
+# --- messages --------------------------------------------------------------------------------
+
+
+def test_roles_by_other_names_are_read_as_what_they_are_and_unknown_ones_named():
+    for theirs, ours in {"human": "user", "gpt": "assistant", "developer": "system", "Tool ": "tool"}.items():
+        assert as_messages([{**said(theirs, "a"), "name": "x"}]) == [said(ours, "a")]
+    assert why(as_messages, [USER, said("narrator", "q")]) == ("unknown_role", "role 'narrator'")
+
+
+def test_parts_of_text_are_joined_and_another_kind_of_part_is_named():
+    text = {"type": "text", "text": "Hi, "}
+    # As Parquet has them: every key that a part of the column has.
+    padded = [{**text, "image_url": None}, {"type": "text", "text": "you", "image_url": None}]
+    assert as_messages([said("user", padded)]) == [said("user", "Hi, you")]
+    for part, kind in (({"type": "image_url", "image_url": "x"}, "image_url"), ("Hi", "str"), ({}, "None")):
+        assert why(as_messages, [said("user", [text, part])]) == ("not_text", f"a part of type '{kind}'")
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"tool_calls": [{"function": {"name": "f"}}], "content": None}, "tool_calls"),
+        ({"function_call": {"name": "f"}}, "tool_calls"),
+        ({"reasoning_content": "hm"}, "reasoning_content"),
+        ({"thinking": "hm"}, "reasoning_content"),
+        ({"content": None}, "not_messages"),
+        ({"role": None}, "not_messages"),
+    ],
+)
+def test_what_a_message_says_beside_its_text_is_no_silent_loss(more, reason):
+    assert why(as_messages, [USER, {**REPLY, **more}])[0] == reason
+    assert as_messages([{**REPLY, "tool_calls": [], "reasoning_content": None, "weight": 1}]) == [REPLY]
+
+
+TURNS = [USER, REPLY, said("user", "And you?\n\nReally?")]
+
+
+def test_a_prompts_text_may_be_messages_as_json_or_a_transcript():
+    text = transcript("Hi", "good", "And you?\n\nReally?")
+    for prompt in (
+        json.dumps(TURNS),
+        " " + json.dumps(TURNS, indent=1),
+        text,
+        f"{text}\n\nAssistant:",
+        f"{text}\n\nAssistant: ".lstrip(),
+        text.replace("\n", "\r\n"),
+    ):
+        assert as_messages(prompt) == TURNS
+    assert as_messages(f"{text}\n\nAssistant: Yes") == [*TURNS, said("assistant", "Yes")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Human: is it 'Human:' or\n\nAssistant: that comes first?",
+        "Which\n\nHuman: and\n\nAssistant:",
+        '{"role": "editor", "name": "x"}',
+        '[{"title": "a", "content": "the \\"role\\" of b"}]',
+        "['role', 'content']",
+    ],
+)
+def test_a_text_that_only_looks_like_messages_is_a_text(text):
+    assert as_messages(text) == [said("user", text)]
+
+
+def test_messages_as_text_that_cannot_be_decoded_are_never_a_text():
+    assert why(as_messages, str(TURNS))[0] == "python_repr"
+    assert why(as_messages, f"array([{USER},\n       {REPLY}], dtype=object)")[0] == "python_repr"
+    assert why(as_messages, json.dumps(TURNS)[:-5])[0] == "not_messages"
+
+
+# --- transcripts -----------------------------------------------------------------------------
+
+# Pieces in which markers, white space and other scripts meet.
+PIECES = st.sampled_from(
+    ["\n\nHuman:", "\n\nAssistant:", "Human:", "Assistant: ", "\n", " ", "hi", "你好", "é", "\u2028", "\n\n"]
+)
+TEXTS = st.one_of(st.text(), st.lists(PIECES).map("".join))
+
+
+def joined(turns) -> str:
+    return "".join(f"\n\n{speaker}:{text}" for speaker, text in turns)
+
+
+@given(TEXTS)
+def test_a_transcript_that_is_taken_apart_and_joined_is_the_same_text(text):
+    try:
+        turns = split_turns(text)
+    except Excluded:
+        assert not text.lstrip().startswith(("Human:", "Assistant:"))
+    else:
+        assert joined(turns) == "\n\n" + text.lstrip()
+        speakers = [speaker for speaker, _ in turns]
+        assert all(a != b for a, b in itertools.pairwise(speakers))
+
+
+@given(st.lists(TEXTS.map(str.strip), min_size=1))
+def test_messages_that_are_written_as_a_transcript_are_read_back(contents):
+    """But for those that hold the start of another speaker's turn: nothing could tell it apart."""
+    speakers = ["Human", "Assistant"] * len(contents)
+    text = joined([(s, f" {c}") for s, c in zip(speakers, contents, strict=False)])
+    markers = text.count("\n\nHuman:") + text.count("\n\nAssistant:")
+    if markers == len(contents):
+        read = [message["content"] for message in parse_transcript(text)]
+        assert read == [content.replace("\r\n", "\n").strip() for content in contents]
+
+
+def test_a_speakers_name_inside_a_message_starts_no_turn():
+    text = "\n\nHuman: Write a dialogue. Human: hi\nAssistant: hey\n\nAssistant: done "
+    written = said("user", "Write a dialogue. Human: hi\nAssistant: hey")
+    assert parse_transcript(text) == [written, said("assistant", "done")]
+
+
+def test_a_reply_that_writes_a_turn_of_its_own_is_a_comparison_all_the_same():
+    row = {"chosen": transcript("q", "one") + "\n\nAssistant: two", "rejected": transcript("q", "three")}
+    assert prompts_differ(row)
+    assert parse_row(row) == Comparison([said("user", "q")], ["one\n\nAssistant: two", "three"])
+    assert not prompts_differ({"chosen": transcript("q", "a"), "rejected": transcript("q", "b")})
+
+
+@needs_hh_rlhf
+@pytest.mark.parametrize("subset", ["helpful-base", "harmless-base"])
+def test_every_genuine_transcript_is_given_back_character_for_character(subset):
+    for split in ("train", "test"):
+        with gzip.open(HH_RLHF / subset / f"{split}.jsonl.gz", "rt", encoding="utf-8") as file:
+            for row in map(json.loads, file):
+                for side in ("chosen", "rejected"):
+                    assert joined(split_turns(row[side])) == row[side]
