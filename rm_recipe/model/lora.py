@@ -81,21 +81,27 @@ def check_target_modules(model: PreTrainedModel, config: ModelConfig) -> None:
                 f"'lora_target_modules: {targets}' is neither a name nor a regular expression: {error}"
             ) from None
         targets = [] if found else [targets]
+
+    def lacking(wanted: list[str] | None, known: list[str]) -> str:
+        return ", ".join(
+            part for part in wanted or [] if not any(f".{n}".endswith(f".{part}") for n in known)
+        )
+
+    if names := lacking(targets, modules):
+        body = model.base_model.named_modules()
+        layers = [name for name, module in body if isinstance(module, (nn.Linear, Conv1D))]
+        linear = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+        raise RecipeError(f"'lora_target_modules': no layer is called {names}; this model's are {linear}")
     parameters = [name for name, _ in model.named_parameters()]
     for key, wanted, known in (
-        ("lora_target_modules", targets, modules),
         ("lora_modules_to_save", config.lora_modules_to_save, modules),
         ("lora_target_parameters", config.lora_target_parameters, parameters),
     ):
-        missing = [part for part in wanted or [] if not any(f".{n}".endswith(f".{part}") for n in known)]
-        if missing:
-            close = did_you_mean(missing[0].rpartition(".")[2], {n.rpartition(".")[2] for n in known if n})
-            body = model.base_model.named_modules()
-            layers = [name for name, module in body if isinstance(module, (nn.Linear, Conv1D))]
-            linear = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
-            raise RecipeError(
-                f"'{key}': no layer is called {', '.join(missing)}.{close} This model's are {linear}"
+        if names := lacking(wanted, known):
+            close = did_you_mean(
+                names.rpartition(".")[2], {name.rpartition(".")[2] for name in known if name}
             )
+            raise RecipeError(f"'{key}': this model has no {names}.{close}")
 
 
 def target_modules(config: ModelConfig) -> str | list[str]:
@@ -119,7 +125,8 @@ def lora_config(config: ModelConfig, new_modules: list[str]) -> LoraConfig:
     """PEFT's settings by TRL's keys."""
     settings = cast(LoraConfig, get_peft_config(config))
     settings.task_type = TaskType.SEQ_CLS
-    settings.target_modules = target_modules(config)
+    targets = target_modules(config)
+    settings.target_modules = set(targets) if isinstance(targets, list) else targets
     settings.modules_to_save = outermost([*new_modules, *(config.lora_modules_to_save or [])])
     return settings
 
