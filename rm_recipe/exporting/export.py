@@ -66,9 +66,10 @@ def export(
     recipe = read_run_recipe(run)
     output = output or run / "export"
     check_replaceable(output, overwrite)
+    check_data(run, recipe)
+    evaluation = evaluation_of(run)
     trained = Path(find_model(str(run)))
     judge = RewardModel.from_pretrained(run)
-    evaluation = evaluation_of(run)
     verification = Verification(judge, held_out_of(run, recipe, judge))
     with FolderLock(run) as lock, whole_folder(output) as folder:
         lock.take()
@@ -117,12 +118,7 @@ def evaluation_of(run: Path) -> dict[str, Any]:
 
 
 def held_out_of(run: Path, recipe: Recipe, judge: RewardModel) -> HeldOut:
-    """The held-out conversations to verify by, with the rewards that the run's evaluation gave them.
-
-    Raises:
-        RecipeError: they changed since the run was trained.
-    """
-    check_data(run, recipe)
+    """The held-out conversations to verify by, with the rewards that the run's evaluation gave them."""
     split = tokenize(load_held_out_split(recipe), judge.tokenizer, judge.max_length, judge.truncation)
     return HeldOut.of(split, [line for line in read_predictions(run) if line["dataset"] == HELD_OUT])
 
