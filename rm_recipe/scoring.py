@@ -73,7 +73,7 @@ class RewardModel:
         named: str | Sequence[str] = "item",
         unfit: float | None = None,
     ) -> NDArray[np.float32]:
-        """Rewards of `{"prompt": str or messages, "response": str}` items; `(n,)` float32.
+        """Score `{"prompt": str or messages, "response": str}` items: rewards `(n,)`, float32.
 
         A `system` text of an item comes before its prompt. Items with the same prompt share its encoding. A
         conversation that is too long loses its oldest turns, as in training.
@@ -128,7 +128,7 @@ class RewardModel:
     def score_encoded(
         self, comparisons: Sequence[Encoded], progress: str = "", check: bool = True
     ) -> list[NDArray[np.float32]]:
-        """Rewards of tokenised comparisons, in order: for each an array `(K,)` float32.
+        """Score tokenised comparisons, in order: for each an array `(K,)` float32.
 
         Comparisons of similar length are scored together. Raises TrainingError if a reward is not
         finite, unless `check` is False.

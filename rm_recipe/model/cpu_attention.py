@@ -31,7 +31,7 @@ def by_block(model: Any) -> bool:
 
 
 def announce_rows(mask: torch.Tensor) -> None:
-    """Makes known what each comparison's tokens attend to, by the labels of `shared_rows(one_row=True)`."""
+    """Register what each comparison's tokens attend to, by the labels of `shared_rows(one_row=True)`."""
     if not mask.dtype.is_floating_point and mask.dtype != torch.bool and mask not in _blocks:
         _blocks[mask] = blocks_of(mask)
 

@@ -43,7 +43,7 @@ def outermost(names: list[str]) -> list[str]:
 
 
 def to_float32(model: PreTrainedModel, name: str) -> None:
-    """Makes everything of a head fp32, with the same weights: what it holds, and what its layers read.
+    """Make everything of a head fp32, with the same weights: what it holds, and what its layers read.
 
     Its linear layers become `Float32Linear`. Another layer, such as ModernBERT's norm between two of them,
     would meet fp32 with weights in the body's precision.
@@ -75,7 +75,7 @@ def is_float32(layer: nn.Module) -> bool:
 
 
 def initialise(model: PreTrainedModel, name: str) -> None:
-    """Draws a fresh head's weights anew: in fp32, from the generator that the seed has set."""
+    """Draw a fresh head's weights anew: in fp32, from the generator that the seed has set."""
     for module in model.get_submodule(name).modules():
         if isinstance(module, nn.Linear):
             std = getattr(model.config.get_text_config(), "initializer_range", None) or 0.02
@@ -106,7 +106,7 @@ def saved_tensors(folder: Path, starts: tuple[str, ...] = ("",)) -> dict[str, to
 
 
 def check_saved_head(folder: Path, start: dict[str, torch.Tensor]) -> None:
-    """Reads the head's tensors back from disk: they are there and differ from `start`.
+    """Read the head's tensors back from disk: they are there and differ from `start`.
 
     Raises:
         TrainingError: naming one that is not, or does not.

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import PartialState
-from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+from bitsandbytes.nn.modules import Linear4bit
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
@@ -81,21 +81,27 @@ def check_target_modules(model: PreTrainedModel, config: ModelConfig) -> None:
                 f"'lora_target_modules: {targets}' is neither a name nor a regular expression: {error}"
             ) from None
         targets = [] if found else [targets]
+
+    def lacking(wanted: list[str] | None, known: list[str]) -> str:
+        return ", ".join(
+            part for part in wanted or [] if not any(f".{n}".endswith(f".{part}") for n in known)
+        )
+
+    if names := lacking(targets, modules):
+        body = model.base_model.named_modules()
+        layers = [name for name, module in body if isinstance(module, (nn.Linear, Conv1D))]
+        linear = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+        raise RecipeError(f"'lora_target_modules': no layer is called {names}; this model's are {linear}")
     parameters = [name for name, _ in model.named_parameters()]
     for key, wanted, known in (
-        ("lora_target_modules", targets, modules),
         ("lora_modules_to_save", config.lora_modules_to_save, modules),
         ("lora_target_parameters", config.lora_target_parameters, parameters),
     ):
-        missing = [part for part in wanted or [] if not any(f".{n}".endswith(f".{part}") for n in known)]
-        if missing:
-            close = did_you_mean(missing[0].rpartition(".")[2], {n.rpartition(".")[2] for n in known if n})
-            body = model.base_model.named_modules()
-            layers = [name for name, module in body if isinstance(module, (nn.Linear, Conv1D))]
-            linear = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
-            raise RecipeError(
-                f"'{key}': no layer is called {', '.join(missing)}.{close} This model's are {linear}"
+        if names := lacking(wanted, known):
+            close = did_you_mean(
+                names.rpartition(".")[2], {name.rpartition(".")[2] for name in known if name}
             )
+            raise RecipeError(f"'{key}': this model has no {names}.{close}")
 
 
 def target_modules(config: ModelConfig) -> str | list[str]:
@@ -119,7 +125,8 @@ def lora_config(config: ModelConfig, new_modules: list[str]) -> LoraConfig:
     """PEFT's settings by TRL's keys."""
     settings = cast(LoraConfig, get_peft_config(config))
     settings.task_type = TaskType.SEQ_CLS
-    settings.target_modules = target_modules(config)
+    targets = target_modules(config)
+    settings.target_modules = set(targets) if isinstance(targets, list) else targets
     settings.modules_to_save = outermost([*new_modules, *(config.lora_modules_to_save or [])])
     return settings
 
@@ -264,18 +271,6 @@ def dequantize(model: PreTrainedModel, device: torch.device | None = None) -> No
             layer.weight = nn.Parameter(linear.weight.data.T.contiguous(), requires_grad=False)
             layer.bias = linear.bias
             model.set_submodule(name, layer)
-
-
-def compute_in_float32(model: nn.Module) -> None:
-    """Let 4-bit layers multiply in fp32 what they hold; layers in 8 bits cannot."""
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.compute_dtype = torch.float32
-
-
-def eight_bit_layers(model: nn.Module) -> list[str]:
-    """The names of the layers that multiply in 8 bits."""
-    return [name for name, module in model.named_modules() if isinstance(module, Linear8bitLt)]
 
 
 def check_head_is_whole(model: nn.Module, new_modules: list[str], name: str) -> None:

@@ -37,8 +37,7 @@ from rm_recipe.recipe.schema import CHECKPOINTING
 
 LAYERS = (2, 4)  # of the copies that are measured
 ADAMW_STATE = 8  # bytes for each trained parameter: two moments in fp32
-QUANTISED_BYTES = {"nf4": 0.5, "fp4": 0.5, "int8": 1.0}
-BLOCK, NESTED_BLOCK = 64, 256  # weights and scales that share a scale in bitsandbytes' 4 bits
+FOUR_BITS = 0.5 + 4 / 64  # bytes of a weight: in bitsandbytes' 4 bits 64 share a scale in fp32, or in less
 # What a process has before and beside its tensors: Python and the libraries, a CUDA context.
 PROCESS = 0.7e9
 # Without and with checkpointing: measured as resident memory on SmolLM2-135M and MiniLM, glibc's heap.
@@ -54,10 +53,6 @@ CGROUP_FILES = (
     ("", "memory.max", "memory.current", "inactive_file"),
     ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
-
-
-class UnplannableError(RecipeError):
-    """What a step of a model needs cannot be planned."""
 
 
 @dataclass(frozen=True)
@@ -211,9 +206,7 @@ def _weights(whole: Any, model: ModelConfig) -> tuple[float, float]:
     stored = sum(p.nbytes for p in whole.parameters())
     if not (model.load_in_4bit or model.load_in_8bit):
         return stored, 0
-    each = QUANTISED_BYTES[str(model.bnb_4bit_quant_type) if model.load_in_4bit else "int8"]
-    if model.load_in_4bit:
-        each += (1 + 4 / NESTED_BLOCK if model.use_bnb_nested_quant else 4) / BLOCK
+    each = FOUR_BITS if model.load_in_4bit else 1.0
     quantised = [
         module.weight
         for name, module in whole.base_model.named_modules()
@@ -240,7 +233,7 @@ def _measure_step(
         outline.to_empty(device="cpu").tie_weights()
         inputs = {name: mode.from_tensor(tensor) for name, tensor in rows.items()}
         if blocks:
-            fake_blocks = [mode.from_tensor(each) for each in blocks]
+            fake_blocks: list[torch.Tensor] = [mode.from_tensor(each) for each in blocks]
             cpu_attention.announce_blocks(inputs["attention_mask"], fake_blocks)
         live = _LiveBytes()
         for parameter in outline.parameters():
@@ -254,7 +247,7 @@ def _measure_step(
 
 
 class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of the storages that are alive, `now` and at their `peak`."""
+    """Count the bytes of the storages that are alive, `now` and at their `peak`."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -305,7 +298,7 @@ def fit(
         larger: look for the largest batch that fits where the recipe's does, which takes long.
 
     Raises:
-        UnplannableError: for whatever reason.
+        RecipeError: the step cannot be planned.
     """
     training = recipe.training
 
@@ -314,10 +307,8 @@ def fit(
         try:
             return plan(*parts, shared=shared, checkpointing=checkpointing, device=device)
         except Exception as error:  # whatever a foreign architecture raises
-            raise UnplannableError(
-                f"what a step of this {config.model_type} needs could not be planned: "
-                f"{type(error).__name__}: {one_line(error)}"
-            ) from error
+            what = f"what a step of this {config.model_type} needs could not be planned"
+            raise RecipeError(f"{what}: {type(error).__name__}: {one_line(error)}") from error
 
     n, without = training.per_device_train_batch_size, None
     checkpointing = any(getattr(training, key) for key in CHECKPOINTING)
@@ -382,7 +373,7 @@ def needs_checkpointing(
     """
     try:
         found = _fit_split(config, recipe, new_modules, split, shared)
-    except UnplannableError as error:
+    except RecipeError as error:
         return True, str(error)
     reason = f"the largest batch needs about {found.plan.peak / 1e9:.1f} of {found.memory / 1e9:.1f} GB"
     if not found.fits:
@@ -397,7 +388,7 @@ def too_little(recipe: Recipe, trainer: Any, new_modules: Sequence[str], split: 
     n, device = recipe.training.per_device_train_batch_size, recipe.training.device.type.upper()
     smaller = with_batch_of(recipe, n - 1) if n > 1 else "gradient_checkpointing: true and a lower max_length"
     planned, lower = "", f"take {smaller}"
-    with suppress(UnplannableError):
+    with suppress(RecipeError):
         found = _fit_split(trainer.model.config, recipe, new_modules, split, trainer.data_collator.share)
         peak, there = found.plan.peak / 1e9, found.memory / 1e9
         planned = f": the largest batch takes about {peak:.1f} of {there:.1f} GB by the plan"

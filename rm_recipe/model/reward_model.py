@@ -217,7 +217,7 @@ def is_decoder(model: nn.Module) -> bool:
 
 
 def add_reward_positions(model: PreTrainedModel) -> None:
-    """Gives a decoder's classifier a forward that returns rewards at given positions.
+    """Give a decoder's classifier a forward that returns rewards at given positions.
 
     Called with `ends` (responses, 2), rows and columns, it runs the backbone on the rows and the
     head on those positions alone; without, it is the original. Everything calls the model as

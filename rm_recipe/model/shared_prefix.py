@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rm_recipe.data.comparison import Encoded
@@ -41,7 +42,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def choose_rows(lengths: Sequence[int]) -> list[list[int]]:
-    """Packs `lengths` into rows of the length that costs least.
+    """Pack `lengths` into rows of the length that costs least.
 
     Rows as long as the longest comparison leave gaps; longer ones fill better and pay for larger
     masks. Tried are one to four times the longest, in quarters; a row costs its tokens, plus half
@@ -94,12 +95,11 @@ def shared_rows(
                 start = stop
                 if response:
                     ends[member].append((row, stop - 1))
+    owners = (comparison_of, response_of)
     return {
         "input_ids": input_ids,
         "position_ids": position_ids,
-        "attention_mask": torch.stack([comparison_of, response_of], dim=1)[:, None]
-        if one_row
-        else visible(comparison_of, response_of)[:, None],
+        "attention_mask": torch.stack(owners, dim=1)[:, None] if one_row else visible(*owners)[:, None],
         "ends": torch.tensor([end for comparison in ends for end in comparison]),
     }
 
@@ -110,14 +110,12 @@ def padded_rows(batch: Sequence[Encoded], pad_token_id: int) -> dict[str, torch.
     Returns:
         input_ids, attention_mask: (responses, length) int64, responses in the order of the batch.
     """
-    conversations = [ids for comparison in batch for ids in comparison.conversations()]
-    length = max(map(len, conversations))
-    input_ids = torch.full((len(conversations), length), pad_token_id)
-    attention_mask = torch.zeros((len(conversations), length), dtype=torch.long)
-    for row, ids in enumerate(conversations):
-        input_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
-        attention_mask[row, : len(ids)] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
+    conversations = [torch.tensor(ids) for comparison in batch for ids in comparison.conversations()]
+    ones = [torch.ones_like(ids) for ids in conversations]
+    return {
+        "input_ids": pad_sequence(conversations, batch_first=True, padding_value=pad_token_id),
+        "attention_mask": pad_sequence(ones, batch_first=True),
+    }
 
 
 # --- may a model share prefixes? proven on a small random copy ---------------------------------

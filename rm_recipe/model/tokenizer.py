@@ -127,7 +127,7 @@ def _own_template(tokenizer: PreTrainedTokenizerBase, name: str, revision: str) 
 
 @cache
 def _warn(message: str) -> None:
-    """Says it once, however often the tokenizer is loaded."""
+    """Log a warning once, however often the tokenizer is loaded."""
     logger.warning("warning: %s", message)
 
 

@@ -133,6 +133,7 @@ def _parse(row: dict[str, Any], *, replies: bool) -> Sample:
 # is written when it is finished: what was interrupted goes on where it stood and ends the same.
 
 AT_ONCE = 64  # replies that are drawn in one batch
+GENERATION = ("temperature", "top_p", "top_k", "max_new_tokens")  # settings that `generate` knows
 
 
 @dataclass(frozen=True)
@@ -212,18 +213,13 @@ def sample(
     return drawn, excluded
 
 
-def settings_file(target: Path) -> Path:
-    """Where the settings stand with which a samples file was drawn."""
-    return target.with_suffix(".sampling.json")
-
-
 def _already_there(settings: dict[str, Any], target: Path, overwrite: bool) -> dict[str, Sample]:
     """What a file holds of these settings; a line that a kill left half-written is removed.
 
     Raises:
         RecipeError: it holds replies of others.
     """
-    beside, lines = settings_file(target), ""
+    beside, lines = target.with_suffix(".sampling.json"), ""
     if target.is_file() and not overwrite:
         theirs = read_json(beside) if beside.is_file() else {}
         differing = [key for key in settings if theirs.get(key) != settings[key]]
@@ -265,16 +261,10 @@ def _policy(sampling: Sampling) -> Iterator[tuple[Any, PreTrainedTokenizerBase]]
         # The tokens that end a reply are the model's, and the one that its tokenizer calls EOS.
         known = model.generation_config.eos_token_id
         ends = {*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id} - {None}
+        settings = {key: value for key, value in asdict(sampling).items() if key in GENERATION}
+        settings |= {"eos_token_id": sorted(ends), "pad_token_id": min(ends, default=0)}  # one that it has
         # In place of the model's own settings, of which generate would take what ours leave out.
-        model.generation_config = GenerationConfig(
-            do_sample=True,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            max_new_tokens=sampling.max_new_tokens,
-            eos_token_id=sorted(ends),
-            pad_token_id=min(ends, default=0),  # one that the model has; what follows an end is cut
-        )
+        model.generation_config = GenerationConfig(do_sample=True, **settings)
         yield model.to(this_device()).eval(), tokenizer
 
 
