@@ -185,7 +185,7 @@ def launch_training(recipe: Recipe, path: Path, overrides: Sequence[str], flag: 
 
 
 def pass_on(number: int, launcher: subprocess.Popen[bytes]) -> None:
-    """Send a signal to what the launcher started, or to itself if that is nothing, and waits for its end.
+    """Send a signal to what the launcher started, or to itself if that is nothing, and wait for its end.
 
     That saves first. Another signal meanwhile is passed on as well.
     """
