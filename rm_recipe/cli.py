@@ -20,6 +20,7 @@ import typer
 
 from rm_recipe.errors import INTERRUPTS, LAUNCHED, UNDER_RUN, Interrupted, RmRecipeError, one_line
 from rm_recipe.files import redact
+from rm_recipe.recipe.reader import read_recipe
 
 app = typer.Typer(
     name="rm-recipe",
@@ -55,8 +56,6 @@ def train(
     overwrite: Overwrite = False,
 ) -> None:
     """Train a reward model; any recipe key can be given as --key value."""
-    from rm_recipe.recipe.reader import read_recipe
-
     parsed = read_recipe(recipe, context.args)
     from rm_recipe.training.train import train as train_recipe
 
@@ -88,8 +87,6 @@ def check(
     ] = None,
 ) -> None:
     """Check a recipe: its keys, values and paths; its data, a step, and its memory if asked to."""
-    from rm_recipe.recipe.reader import read_recipe
-
     if gpu_memory and not plan:
         raise typer.BadParameter("--gpu-memory is for --plan")
     parsed = read_recipe(recipe, context.args, check_inputs=not plan)
@@ -207,8 +204,6 @@ def benchmark(
     output: Output = None,
 ) -> None:
     """Measure this trainer against stock TRL on the recipe; any recipe key as --key value."""
-    from rm_recipe.recipe.reader import read_recipe
-
     parsed = read_recipe(recipe, context.args)
     from rm_recipe.tools.benchmark import benchmark as run_benchmark
 

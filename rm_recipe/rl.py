@@ -5,7 +5,9 @@ gives the same rewards to conversations, and more: it reads prompts that are pla
 where TRL would apply no template to them, and it normalises, clips and combines.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -107,33 +109,23 @@ def exchange(
         where a message has thoughts beside its text, where a text holds a control token, or where it is too
         long: its turns belong together, so none is dropped.
     """
-    if not isinstance(completion, list) or not completion or not prompt:
-        return None
     try:
         before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if completion[-1]["role"] not in ("assistant", "tool"):
-            return None
         messages = [_without_parts(message) for message in [*before, *completion]]
-        if any(not (message.get("content") or message.get("tool_calls")) for message in messages):
-            return None
-        if any(message.get(key) for message in messages for key in THOUGHTS):
-            return None
-        if any(map(special_tokens(tokenizer).search, _texts(messages))):
+        readable = (
+            before
+            and completion[-1]["role"] in ("assistant", "tool")
+            and all(message.get("content") or message.get("tool_calls") for message in messages)
+            and not any(message.get(key) for message in messages for key in THOUGHTS)
+            and not special_tokens(tokenizer).search(json.dumps(messages, ensure_ascii=False))
+            and _shows_all(tokenizer, messages)
+        )
+        if not readable:
             return None
         ids: list[int] = tokenizer(render(tokenizer, messages), add_special_tokens=False)["input_ids"]
-        shown = all(MARK in render(tokenizer, marked) for marked in _marked(messages))
     except Exception:  # whatever a policy wrote, and whatever a template makes of it
         return None
-    return ids if shown and (max_length is None or len(ids) <= max_length) else None
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """All texts in messages, at any depth."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping | list):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts(part)
+    return ids if max_length is None or len(ids) <= max_length else None
 
 
 def _without_parts(message: dict[str, Any]) -> dict[str, Any]:
@@ -144,16 +136,17 @@ def _without_parts(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "content": text}
 
 
-def _marked(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """The messages with `MARK` for a text or the name of a call, for each: does the template show it?"""
-    for n, message in enumerate(messages):
-        changed = [{**message, "content": MARK}] if message.get("content") else []
-        calls = message.get("tool_calls") or []
-        for k, call in enumerate(calls):
-            marked = {**call.get("function", call), "name": MARK}
-            marked = {**call, "function": marked} if "function" in call else marked
-            changed.append({**message, "tool_calls": [*calls[:k], marked, *calls[k + 1 :]]})
-        yield from ([*messages[:n], other, *messages[n + 1 :]] for other in changed)
+def _shows_all(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> bool:
+    """Whether the template shows every text and every call: marks in their places are in what it renders."""
+    marked = deepcopy(messages)
+    places = [(message, "content") for message in marked if message.get("content")]
+    calls = [call for message in marked for call in message.get("tool_calls") or []]
+    places += [(call.get("function", call), "name") for call in calls]
+    marks = [f"{MARK}{number}." for number in range(len(places))]
+    for mark, (place, key) in zip(marks, places, strict=True):
+        place[key] = mark
+    text = render(tokenizer, marked)
+    return all(mark in text for mark in marks)
 
 
 def combine(
@@ -190,18 +183,15 @@ def combine(
         marked = np.zeros(len(safe), bool) if is_safety is None else np.array(is_safety, bool)
         # The paper's logit of the sigmoid is the reward itself.
         readable = ~(np.isnan(safe) | np.isnan(helpful))
-        unsafe = marked | (_sigmoid(np.where(readable, safe, 0)) < threshold)
+        probability = np.exp(-np.logaddexp(0, -np.where(readable, safe, 0)))
+        unsafe = marked | (probability < threshold)
         rewards = np.where(readable, np.where(unsafe, safe, helpful), np.nan)
         return (_whitened(rewards) if whiten else rewards).tolist()
 
     return combined
 
 
-def _sigmoid(rewards: NDArray[Any]) -> NDArray[Any]:
-    return np.exp(-np.logaddexp(0, -rewards))
-
-
 def _whitened(rewards: NDArray[Any]) -> NDArray[Any]:
     if np.isnan(rewards).all():
-        return rewards
+        return rewards  # which numpy would warn of
     return (rewards - np.nanmean(rewards)) / max(float(np.nanstd(rewards)), LEAST_STD)

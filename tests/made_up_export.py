@@ -19,6 +19,46 @@ MODEL_FILES = {
 }
 
 
+PROOF = {
+    "passed": True,
+    "n_sequences": 64,
+    "tolerance": 0.5,
+    "tolerance_float32": 1e-3,
+    "max_abs_diff": {"merged": 0.25, "fresh_process": 1e-5, "batch_size": 1e-5, "padding_side": None},
+    "reward_at": "last token",
+    "steps": {"merge": 1e-6, "rounding": 0.1},
+    "samples": [{"prompt": "hello", "response": "good", "text": "<|user|>hello", "reward": 1.25}],
+    "merge_base": None,
+    "contracts": {"ppo": True},
+    "ppo_reason": None,
+    "end_token": "</s>",
+}
+RECIPE = """
+model_name_or_path: bob/base
+dataset_name: ann/pairs
+dataset_test_split: test
+use_peft: true
+lora_r: 8
+lora_alpha: 16
+load_in_4bit: false
+load_in_8bit: false
+per_device_train_batch_size: 8
+gradient_accumulation_steps: 2
+learning_rate: 0.0001
+max_length: 512
+"""
+RECORD = {
+    "seed": 0,
+    "comparisons": {"train": 100},
+    "steps": 7,
+    "processes": 1,
+    "train_seconds": 60.0,
+    "device": "cpu",
+    "peak_memory_bytes": 10**9,
+    "versions": {"torch": "2.13.0"},
+}
+
+
 def write(path: Path, content: str | dict[str, Any]) -> None:
     path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
 
@@ -32,17 +72,13 @@ def prove(export: Path, **keys: Any) -> None:
     }
     trained = export.parent / "model" / "adapter_model.safetensors"
     of_adapter = {trained.name: hashlib.sha256(trained.read_bytes()).hexdigest()}
-    moved = {"merged": 0.25, "fresh_process": 1e-5, "batch_size": 1e-5, "padding_side": None}
-    sample = {"prompt": "hello", "response": "good", "text": "<|user|>hello", "reward": 1.25}
-    proof = {"n_sequences": 64, "tolerance": 0.5, "max_abs_diff": moved, "reward_at": "last token",
-             "steps": {"merge": 1e-6, "rounding": 0.1}, "samples": [sample], "merge_base": None,
-             "contracts": {"ppo": True}, "ppo_reason": None, "end_token": "</s>"}  # fmt: skip
-    write(export / "proof.json", {"passed": True, "files": files, "trained": of_adapter, **proof, **keys})
+    write(export / "proof.json", PROOF | {"files": files, "trained": of_adapter} | keys)
 
 
 def evaluation(passed: bool = True) -> dict[str, Any]:
     gate = {"target": 0.65, "statistic": "ci_low", "value": 0.7 if passed else 0.6123, "passed": passed}
-    return {"datasets": {"held_out": {"accuracy": 0.75}}, "gate": gate}
+    metrics = {"accuracy": 0.75, "accuracy_ci95": [0.7, 0.8], "n_scored": 40, "excluded": {"too_long": 2}}
+    return {"datasets": {"held_out": metrics | {"baselines": {"longer_wins": 0.6}}}, "gate": gate}
 
 
 def make_export(parent: Path) -> Path:
@@ -51,13 +87,8 @@ def make_export(parent: Path) -> Path:
     folder, model = run / "export", run / "model"
     folder.mkdir(parents=True)
     model.mkdir()
-    recipe = {"model_name_or_path": "bob/base", "dataset_name": "ann/pairs", "use_peft": True, "lora_r": 8,
-              "lora_alpha": 16, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2,
-              "learning_rate": 1e-4, "max_length": 512, "dataset_test_split": "test"}  # fmt: skip
-    write(run / "recipe.yaml", f"# a run{RUN_HEADER}\n{json.dumps(recipe)}\n")
-    record = {"seed": 0, "comparisons": {"train": 100}, "steps": 7, "processes": 1, "train_seconds": 60.0,
-              "device": "cpu", "peak_memory_bytes": 10**9, "versions": {"torch": "2.13.0"}}  # fmt: skip
-    write(run / "run.json", record)
+    write(run / "recipe.yaml", f"# a run{RUN_HEADER}\n{RECIPE}")
+    write(run / "run.json", RECORD)
     for place, weights in ((folder, "model"), (model, "adapter_model")):
         save_file({"score.weight": np.arange(3000, dtype=np.float32)}, place / f"{weights}.safetensors")
         config = {"rm_recipe": {"version": 1}, "num_labels": 1, "reward_mean": 0.5, "reward_std": 2.0}
@@ -83,20 +114,6 @@ def failed_proof(export: Path) -> None:
     prove(export, passed=False)
 
 
-def old_proof(export: Path) -> None:
-    write(export / "proof.json", {"passed": True})
-
-
-def outside_proof(export: Path) -> None:
-    write(export / "proof.json", {"passed": True, "files": {"../model/adapter_model.safetensors": "0"}})
-
-
-def pickled_proof(export: Path) -> None:
-    write(
-        export / "proof.json", {"passed": True, "files": {"model.safetensors": "0", "training_args.bin": "0"}}
-    )
-
-
 def broken_proof(export: Path) -> None:
     write(export / "proof.json", "{")
 
@@ -118,14 +135,6 @@ def other_evaluation(export: Path) -> None:
     write(export / "evaluation.json", {"datasets": {"reward-bench": {}}, "gate": None})
 
 
-def failed_gate(export: Path) -> None:
-    write(export / "evaluation.json", evaluation(passed=False))
-
-
-def no_gate(export: Path) -> None:
-    write(export / "evaluation.json", evaluation() | {"gate": None})
-
-
 def no_card(export: Path) -> None:
     (export / "README.md").unlink()
 
@@ -136,22 +145,14 @@ def foreign(export: Path) -> None:
 
 
 # What makes an export unfit for upload, and what is said about it.
-REFUSED = [
-    (no_proof, "never proven"),
-    (failed_proof, "says that the export did not pass"),
-    (old_proof, "names no weights that were proven"),
-    (outside_proof, "is no file of an export"),
-    (pickled_proof, "names 'training_args.bin', which is no file of an export"),
-    (broken_proof, "proof.json is not JSON that can be read"),
-    (
-        changed_weights,
-        "model.safetensors has changed since it was proven; export anew with `rm-recipe export",
-    ),
-    (missing_weights, "model.safetensors is gone since it was proven"),
-    (no_evaluation, "run/export was exported without an evaluation"),
-    (other_evaluation, "run`, then `rm-recipe export"),
-    (failed_gate, "the lower end of the accuracy's interval is 0.612, the recipe's target 0.650"),
-    (no_gate, "has no gate"),
-    (no_card, "has no README.md"),
-    (foreign, "is not an export of `rm-recipe export`"),
-]
+REFUSED = {
+    no_proof: "has no proof.json that says it passed; export anew with `rm-recipe export",
+    failed_proof: "has no proof.json that says it passed",
+    broken_proof: "proof.json is not JSON that can be read",
+    changed_weights: "model.safetensors changed or is gone since",
+    missing_weights: "model.safetensors changed or is gone since",
+    no_evaluation: "run/export was exported without an evaluation",
+    other_evaluation: "run`, then `rm-recipe export",
+    no_card: "README.md changed or is gone",
+    foreign: "is not an export of `rm-recipe export`",
+}

@@ -26,7 +26,6 @@ from rm_recipe.data.splits import load_split
 from rm_recipe.errors import DataError, RecipeError
 from rm_recipe.recipe.reader import read_recipe
 from rm_recipe.recipe.schema import DataArguments
-from rm_recipe.scoring import read_items
 
 
 def tree(folder: Path) -> dict[Path, bytes | None]:
@@ -75,32 +74,29 @@ def test_a_recipes_key(write_recipe, refused, keys, fragment):
     refused("check", str(write_recipe(**keys)), parts=(fragment,))
 
 
-BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n"
-    for before, name in zip("abcdefg", "bcdefgh", strict=True)
-)
-FILES: list[tuple[str, bytes, str]] = [
-    ("nothing", b"", "is empty; a recipe is a mapping"),
-    ("a list", b"- a\n- b\n", "holds a list"),
-    ("an open bracket", b"seed: [1,\n", "not valid YAML"),
-    ("a Python object", b"seed: !!python/object/apply:os.system [exit]\n", "not valid YAML"),
-    ("a key twice", b"seed: 1\nseed: 2\n", "line 2: key 'seed' is given twice"),
-    ("Latin-1", "output_dir: Übung\n".encode("latin-1"), "not UTF-8 text (byte 12)"),
-    ("a mapping for a key", b"{a: 1}: 2\n", "line 1: not valid YAML"),
-    ("aliases of aliases", BOMB.encode(), "unknown key 'a'"),
-    ("brackets of brackets", b"[" * 5000, "not valid YAML"),
-    ("a date in month 13", b"seed: 2026-13-01\n", "not valid YAML"),
-    ("binary", bytes(range(256)), "not UTF-8 text"),
-]
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n"
+for before, name in zip("abcdefg", "bcdefgh", strict=True):
+    BOMB += f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n"
+FILES = {
+    b"": "is empty; a recipe is a mapping",
+    b"- a\n- b\n": "holds a list",
+    b"seed: [1,\n": "not valid YAML",
+    b"seed: !!python/object/apply:os.system [exit]\n": "not valid YAML",
+    b"seed: 1\nseed: 2\n": "line 2: key 'seed' is given twice",
+    "output_dir: Übung\n".encode("latin-1"): "not UTF-8 text (byte 12)",
+    b"{a: 1}: 2\n": "line 1: not valid YAML",
+    BOMB.encode(): "unknown key 'a'",
+    b"[" * 5000: "not valid YAML",
+    b"seed: 2026-13-01\n": "not valid YAML",
+    bytes(range(256)): "not UTF-8 text",
+}
 
 
-@pytest.mark.parametrize(
-    ("content", "fragment"), [case[1:] for case in FILES], ids=[case[0] for case in FILES]
-)
-def test_a_recipes_file(tmp_path, refused, content, fragment):
+@pytest.mark.parametrize("content", FILES, ids=range(len(FILES)))
+def test_a_recipes_file(tmp_path, refused, content):
     (tmp_path / "bad.yaml").write_bytes(content)
     with at_most(20):
-        refused("check", "bad.yaml", parts=("bad.yaml", fragment))
+        refused("check", "bad.yaml", parts=("bad.yaml", FILES[content]))
 
 
 def test_a_recipe_that_is_a_folder_or_not_there(tmp_path, refused):
@@ -185,13 +181,6 @@ def test_a_data_file(write_recipe, refused, tmp_path, name, content, fragment):
     refused("train", str(write_recipe(dataset_name=str(tmp_path / "data"))), parts=(fragment,))
 
 
-def test_train_prompts_that_are_held_out(write_recipe, refused, tmp_path):
-    for name in ("train", "test"):
-        write_jsonl(tmp_path / "data" / f"{name}.jsonl", make_rows(4, seed=2))
-    recipe = write_recipe(dataset_name=str(tmp_path / "data"))
-    refused("train", str(recipe), parts=("4 of 4 train comparisons", "leakage: drop"))
-
-
 def test_a_file_of_responses(refused, tmp_path, tiny_llama):
     judge = tmp_path / "judge"
     AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=1).save_pretrained(judge)
@@ -237,11 +226,6 @@ def test_a_base(write_recipe, refused, tmp_path, tiny_llama, damage, fragment):
 
 
 # --- folders -------------------------------------------------------------------------------------
-
-
-def test_an_output_folder_that_is_a_file(write_recipe, refused, tmp_path):
-    (tmp_path / "run").write_text("mine")
-    refused("train", str(write_recipe()), parts=(f"'output_dir: {tmp_path}/run' is a file",))
 
 
 def test_an_output_folder_with_something_else_in_it(write_recipe, refused, tmp_path):
@@ -306,20 +290,8 @@ def test_a_mutated_recipe_is_read_or_refused(tmp_path_factory, seed):
             assert str(path) in str(error)
 
 
-WORDS = [
-    "\n\nHuman:",
-    "\n\nAssistant:",
-    "\n\n",
-    "\n",
-    " ",
-    "Human:",
-    "Assistant: ",
-    "\x00",
-    "\u202e",
-    "a",
-    "\u2028",
-]
-PIECES = st.sampled_from(WORDS)
+SPEAKERS = ["\n\nHuman:", "\n\nAssistant:", "Human:", "Assistant: "]
+PIECES = st.sampled_from([*SPEAKERS, "\n\n", "\n", " ", "\x00", "\u202e", "a", "\u2028"])
 TEXTS = st.lists(PIECES, max_size=14).map("".join)
 
 
@@ -335,7 +307,7 @@ def test_any_pair_of_transcripts_is_a_comparison_or_is_refused(chosen, rejected)
         assert comparison.prompt
 
 
-@pytest.mark.parametrize("piece", ["\n\nHuman:", "\n\nAssistant: a", "\n", " \n\n", "Human: Assistant: "])
+@pytest.mark.parametrize("piece", ["\n\nHuman:", " \n\n"])
 def test_a_long_transcript_takes_no_longer_than_its_length(piece):
     text = "\n\nHuman: a" + piece * (300_000 // len(piece)) + "\n\nAssistant: b"
     with at_most(10), suppress(Excluded, Malformed):
@@ -389,11 +361,3 @@ def texts_of(value: Any, key: str = "") -> Iterator[str]:
             yield from texts_of(json.loads(value))
         else:
             yield from (said.strip() for said in re.split(r"\n\n(?:Human|Assistant):", value))
-
-
-@needs_hunt
-@pytest.mark.parametrize("name", ["bom.jsonl", "blank_lines.jsonl", "crlf.jsonl", "list.json", "z.jsonl.gz"])
-def test_scores_files_are_read_as_they_are_met(name):
-    items = list(read_items(HUNT / "score" / name).values())
-    assert items[0]["prompt"].startswith("How do I cook rice")
-    assert len(items) > 1

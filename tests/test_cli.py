@@ -130,9 +130,9 @@ def test_of_several_processes_the_main_one_speaks_and_the_others_only_if_it_does
 
 
 def test_the_module_is_the_command(tmp_path):
-    result = run_cli("export", "gone", cwd=tmp_path)
+    result = run_cli("train", "gone.yaml", cwd=tmp_path)
     assert result.returncode == 2
-    assert result.stderr == "rm-recipe: gone is not a run folder: it has no recipe.yaml of a run\n"
+    assert result.stderr == "rm-recipe: gone.yaml: no such recipe\n"
 
 
 def test_help_shows_the_defaults_of_options(monkeypatch, capsys):

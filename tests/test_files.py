@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import make_recipe, run_cli
+from conftest import make_recipe
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -311,10 +311,3 @@ def test_a_run_in_the_home_folder_names_it_only_where_the_base_is_looked_for(rec
     assert "write it out" in card
     # Everything is found again.
     assert RewardModel.from_pretrained(run).score([{"prompt": "hello", "response": "good"}]).shape == (1,)
-
-
-def test_the_command_line_says_a_path_at_home_with_a_tilde(at_home):
-    result = run_cli("score", str(at_home / "gone"), "--prompt", "a", "--response", "b")
-    assert result.returncode == 2
-    assert "~/gone does not exist" in result.stderr
-    assert str(at_home) not in result.stderr

@@ -82,7 +82,7 @@ def test_every_launch_names_a_configuration_and_a_recipe_that_parse(command):
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("rm-recipe push")])
 def test_every_push_names_an_export_that_needs_only_a_token(command, workplace, monkeypatch):
-    """Pushing itself, to a Hub on localhost, is in test_hub and test_published."""
+    """Pushing itself, to a Hub on localhost, is in test_push."""
     monkeypatch.setenv("HF_TOKEN", "")
     monkeypatch.setenv("HF_HOME", str(workplace))
     result = run_cli(*shlex.split(command)[1:], cwd=workplace)

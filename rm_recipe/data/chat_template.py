@@ -26,7 +26,7 @@ PROBE = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content":
 
 
 def fixed_date(template: str) -> str:
-    """The template with `FIXED_DATE` for today, if it asks for today at all.
+    """Put `FIXED_DATE` in the place of today in a template that asks for it.
 
     transformers gives templates a function `strftime_now`; a macro of the same name takes its place.
     """
@@ -44,7 +44,7 @@ def fixed_date(template: str) -> str:
 
 
 def end_of_reply(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """What ends a reply in the template's text, a special token, and what the template writes after it.
+    """Find the special token that ends a reply in the template's text, and what is written after it.
 
     Both are empty where no special token comes after a reply.
     """
@@ -60,7 +60,7 @@ def end_of_reply(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
 
 
 def served(tokenizer: PreTrainedTokenizerBase, leading: str) -> str:
-    """The template, wrapped so that a conversation begins with `leading` and ends with its end token.
+    """Wrap the template so that a conversation begins with `leading` and ends with its end token.
 
     BOS stands in it as a text, so that the tokenizer need not name one that it never adds.
 
@@ -100,7 +100,7 @@ def _quoted(text: str) -> str:
 
 
 def ppo_fault(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Why PPO would score other ids than the reward model was trained on; None where it would not.
+    """Say why PPO would score other ids than the reward model was trained on; None where it would not.
 
     PPO scores the prompt with the generation prompt, the reply as it was sampled, and the end token.
     """
@@ -122,13 +122,13 @@ def ppo_fault(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def render_probe(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]] = PROBE, **options: Any
 ) -> str:
-    """The text of a question and an answer that occur nowhere else."""
+    """Render a question and an answer that occur nowhere else."""
     return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
 
 @lru_cache(maxsize=64)  # asked for every text, and Llama 3 has 256 of them
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """What finds one of the tokenizer's own special tokens in a text, which it would read as that token."""
+    """Compile the pattern of the tokenizer's own special tokens, as a text may hold them."""
     added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     named = sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, named)) or r"(?!)")

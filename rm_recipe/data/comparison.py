@@ -27,12 +27,12 @@ class Encoded:
         return len(self.prefix) + sum(map(len, self.rests))
 
     def conversations(self) -> list[list[int]]:
-        """The K whole conversations, as they are served."""
+        """Return the K whole conversations, as they are served."""
         return [self.prefix + rest for rest in self.rests]
 
 
 def split_at_common_prefix(conversations: Sequence[Sequence[int]]) -> Encoded:
-    """Splits K tokenised conversations at their longest common token prefix.
+    """Split K tokenised conversations at their longest common token prefix.
 
     The prefix is shortened where a conversation would be left without a token of its own, which
     is where its reward is read.
@@ -70,12 +70,12 @@ class Comparison:
             self.ranks.extend(range(len(self.responses)))
 
     def conversations(self) -> list[list[Message]]:
-        """The K whole conversations, each ending in its response."""
+        """Return the K whole conversations, each ending in its response."""
         return [conversation(self.prompt, response) for response in self.responses]
 
 
 def untied_pairs(ranks: Sequence[int]) -> list[tuple[int, int]]:
-    """The pairs (better, worse) that K ranks, best first, give: K choose 2 of them without ties."""
+    """List the pairs (better, worse) of K ranks, best first: K choose 2 of them without ties."""
     k = len(ranks)
     return [(i, j) for i in range(k) for j in range(i + 1, k) if ranks[i] < ranks[j]]
 
@@ -85,7 +85,7 @@ Indices = NDArray[np.int64]
 
 
 def agreement(chosen: ArrayLike, rejected: ArrayLike) -> Array:
-    """1 where the chosen response got the higher reward, 1/2 at a tie, 0 otherwise; `(n,)`.
+    """Score each pair: 1 where chosen got the higher reward, 1/2 at a tie, 0 otherwise; `(n,)`.
 
     A tie says nothing about the preference, so counting it as a win (trl PR 1012) or as a loss
     (trl's `eval_accuracy`) would both be wrong.
@@ -95,7 +95,7 @@ def agreement(chosen: ArrayLike, rejected: ArrayLike) -> Array:
 
 
 def pair_indices(ranks: Sequence[Sequence[int]]) -> tuple[Indices, Indices, Indices]:
-    """The untied pairs of comparisons whose responses are laid end to end, best first.
+    """Number the untied pairs of comparisons whose responses are laid end to end, best first.
 
     Args:
         ranks: for each comparison the ranks of its K responses.
@@ -116,7 +116,7 @@ def pair_indices(ranks: Sequence[Sequence[int]]) -> tuple[Indices, Indices, Indi
 
 
 def mean_by_comparison(values: ArrayLike, comparison: Indices) -> Array:
-    """The mean over each comparison's pairs, so that each comparison weighs 1; `(comparisons,)`.
+    """Average over each comparison's pairs, so that each comparison weighs 1; `(comparisons,)`.
 
     InstructGPT (arXiv 2203.02155, equation 1) divides by K choose 2 for the same reason.
     """
@@ -124,7 +124,7 @@ def mean_by_comparison(values: ArrayLike, comparison: Indices) -> Array:
 
 
 def pairwise_agreement(values: ArrayLike, ranks: Sequence[Sequence[int]]) -> Array:
-    """For each comparison the share of its untied pairs that `values` order as its ranks do.
+    """Compute for each comparison the share of its untied pairs that `values` order as its ranks do.
 
     Args:
         values: of all responses end to end, `(responses,)`: rewards, or lengths for a baseline.

@@ -23,12 +23,12 @@ FIRST_ROWS = 5  # that a report names for each reason
 
 
 def row_name(row: dict[str, Any]) -> str:
-    """`SUBSET:ROW` of a comparison, or its row alone where the source has no subsets."""
+    """Name a comparison `SUBSET:ROW`, or by its row alone where the source has no subsets."""
     return f"{row['subset']}:{row['row']}" if row["subset"] else str(row["row"])
 
 
 def as_comparisons(rows: Mapping[str, Any]) -> list[Comparison]:
-    """Comparisons of the columns that `loading` wrote."""
+    """Read comparisons from the columns that `loading` wrote."""
     names = ("prompt", "responses", "ranks", "margins", "subset")
     return [Comparison(*values) for values in zip(*(rows[name] for name in names), strict=True)]
 
@@ -68,12 +68,12 @@ class Split:
         return as_comparisons(self.comparisons[index : index + 1])[0]
 
     def encoded(self) -> list[Encoded]:
-        """The tokenised comparisons, in order."""
+        """Return the tokenised comparisons, in order."""
         columns = (self.comparisons["prefix"][:], self.comparisons["rests"][:])
         return [Encoded(prefix, rests) for prefix, rests in zip(*columns, strict=True)]
 
     def sizes(self, shared: bool, padded: bool = False) -> NDArray[np.int64]:
-        """Tokens of each comparison.
+        """Count the tokens of each comparison, `(comparisons,)`.
 
         Args:
             shared: its prefix is counted once, otherwise for each response.
@@ -90,19 +90,19 @@ class Split:
         return np.concatenate(sizes)
 
     def largest(self, n: int, shared: bool) -> NDArray[np.int64]:
-        """The numbers of the n comparisons that make the largest batch.
+        """Find the numbers of the n comparisons that make the largest batch.
 
         One sequence a row, each row is as long as the longest sequence of the batch.
         """
         return np.argsort(-self.sizes(shared, padded=not shared), kind="stable")[:n]
 
     def longest(self, n: int, shared: bool) -> list[Encoded]:
-        """The comparisons of the largest batch of n."""
+        """Return the comparisons of the largest batch of n."""
         rows = self.comparisons.select(self.largest(n, shared))
         return [Encoded(row["prefix"], row["rests"]) for row in rows]
 
     def why_excluded(self) -> str:
-        """Reasons with their numbers and the first row of each, on one line."""
+        """Write the reasons with their numbers and the first row of each on one line."""
         reasons = []
         for reason, n in self.excluded.items():
             first, detail = self.first_rows.get(reason), self.details.get(reason)
@@ -111,16 +111,16 @@ class Split:
         return "; ".join(reasons) or "no rows"
 
     def column(self, name: str) -> NDArray[Any]:
-        """A column of numbers as an array."""
+        """Return a column of numbers as an array."""
         return np.asarray(arrow_column(self.comparisons, name).to_numpy())
 
     def names(self, indices: NDArray[np.int64]) -> list[str]:
-        """`SUBSET:ROW` of the comparisons with these numbers."""
+        """Name the comparisons with these numbers, `SUBSET:ROW`."""
         rows = self.comparisons.select_columns(["subset", "row"]).select(indices)
         return [row_name(row) for row in rows]
 
     def select(self, indices: NDArray[np.int64], reason: str) -> "Split":
-        """The comparisons with these numbers; the others count under `reason`."""
+        """Keep the comparisons with these numbers; the others count under `reason`."""
         left_out = len(self.comparisons) - len(indices)
         if not left_out:
             return self
@@ -148,7 +148,7 @@ def set_aside(split: Split, column: str) -> Split:
 
 
 def arrow_column(rows: hf_datasets.Dataset, name: str) -> Any:
-    """A column as pyarrow has it, without a Python object for each row."""
+    """Return a column as pyarrow has it, without a Python object for each row."""
     # A format's own `columns` would select after reading: rows out of order are copied as a whole.
     return rows.select_columns(name).with_format("arrow")[:][name]
 
@@ -157,12 +157,12 @@ def arrow_column(rows: hf_datasets.Dataset, name: str) -> Any:
 
 
 def fingerprint(comparisons: hf_datasets.Dataset) -> str:
-    """A hash of texts, ranks and margins, in order: of data, not of their place or of the code that reads."""
+    """Hash texts, ranks and margins, in order: the data, not their place or the code that reads them."""
     return hashlib.sha256(arrow_column(comparisons, "key").to_numpy().tobytes()).hexdigest()
 
 
 def fingerprint_of_tokens(comparisons: hf_datasets.Dataset) -> str:
-    """A hash of the token ids, in order."""
+    """Hash the token ids, in order."""
     digest = hashlib.sha256()
     for rows in comparisons.select_columns(["prefix", "rests"]).with_format("arrow").iter(10_000):
         rests = pc.list_flatten(rows["rests"])
@@ -179,7 +179,7 @@ LARGE = 20_000  # rows from which starting more processes takes less time than t
 
 
 def cache_key(*depends_on: Any) -> str:
-    """A name in the cache for what follows from these: values, and modules for the source of their code."""
+    """Hash what a cached result depends on: values, and modules for the source of their code."""
     parts = [inspect.getsource(part) if isinstance(part, ModuleType) else part for part in depends_on]
     return str(Hasher.hash(parts))
 
@@ -193,7 +193,7 @@ def run_pass(
     num_proc: int | None = None,
     **options: Any,
 ) -> hf_datasets.Dataset:
-    """The rows with what `function` makes of them, computed once and memory-mapped.
+    """Map `function` over the rows, once; the result is cached and memory-mapped.
 
     Args:
         depends_on: besides the rows, what the result depends on, for `cache_key`.

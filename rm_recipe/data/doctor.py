@@ -30,7 +30,7 @@ from rm_recipe.recipe.reader import Recipe
 
 
 def examine(recipe: Recipe, train: Split, test: Split, leakage: Leakage) -> dict[str, Any]:
-    """The content of `data_report.json` for a recipe's tokenised splits."""
+    """Count the content of `data_report.json` for a recipe's tokenised splits."""
     data, num_proc = recipe.data, recipe.training.dataset_num_proc
     return {
         "model": recipe.model.model_name_or_path,
@@ -88,7 +88,7 @@ def _examine_split(split: Split, num_proc: int | None) -> dict[str, Any]:
 
 
 def print_report(report: dict[str, Any], console: Console | None = None) -> None:
-    """The report as a table of 80 columns at most, and what it says of leakage, in words."""
+    """Print the report as a table of at most 80 columns, then rows, columns and leakage in words."""
     console = console or Console()
     say = partial(console.print, soft_wrap=True, highlight=False, markup=False)
     splits = report["splits"]
@@ -170,7 +170,7 @@ _WORD = re.compile(f"[{_CJK}]|[^\\W{_CJK}]+")
 
 
 def count_duplicates(split: Split, num_proc: int | None = None) -> dict[str, int]:
-    """How many comparisons repeat an earlier one of the split.
+    """Count the comparisons that repeat an earlier one of the split.
 
     Returns:
         `exact`: same prompt and same responses, case and white space apart; `near`: other than
@@ -217,7 +217,7 @@ def _mark(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def shingles(text: str) -> set[bytes]:
-    """The three-word sequences of a text; the whole of a shorter one."""
+    """List the three-word sequences of a text; a shorter text is one of its own."""
     words = _WORD.findall(text)
     if len(words) < 3:
         return {text.encode("utf-8", "surrogatepass")}

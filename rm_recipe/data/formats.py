@@ -47,12 +47,12 @@ COLUMNS = ALSO_READ.union(*SHAPES)
 
 
 def is_comparison_shape(columns: Collection[str]) -> bool:
-    """Whether rows with these columns can be comparisons."""
+    """Tell whether rows with these columns can be comparisons."""
     return any(shape <= set(columns) for shape in SHAPES)
 
 
 def unread(columns: Collection[str]) -> list[str]:
-    """The columns that are part of no comparison, of rows with all these columns."""
+    """List the columns that are part of no comparison, of rows with all these columns."""
     read = ALSO_READ.union(*(shape for shape in SHAPES if shape <= set(columns)))
     return [name for name in columns if name not in read]
 
@@ -62,7 +62,7 @@ def parse_row(
     margin_column: str | None = None,
     margin_map: Mapping[Any, float] | None = None,
 ) -> Comparison:
-    """A comparison from a row of one of the `SHAPES`.
+    """Parse a row of one of the `SHAPES`.
 
     Pairs: without a prompt, `chosen` and `rejected` are hh-rlhf transcripts or whole lists of
     messages. With one, the prompt is a text (one user message), a transcript or messages, and the responses
@@ -193,7 +193,7 @@ def _margins(
 
 
 def prompts_differ(row: Mapping[str, Any]) -> bool:
-    """Whether two transcripts differ before the last `Assistant:` of either.
+    """Tell whether two transcripts differ before the last `Assistant:` of either.
 
     Such a row is a comparison all the same where the name stands inside a reply (`messages`).
     """

@@ -1,5 +1,6 @@
 """Rows of a source to comparisons: the first of two cached passes over a data set."""
 
+import csv
 import errno
 import gzip
 import hashlib
@@ -7,11 +8,13 @@ import json
 import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from io import BufferedReader, TextIOWrapper
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import datasets as hf_datasets
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets.exceptions import DatasetGenerationError
@@ -59,17 +62,18 @@ def load_comparisons(
     """
     file = find_file(source, split)
     place = f"'{file}'" if file else f"'{source.path}', split '{split}'"
-    table = None if file else _load_from_hub(source, split, data.dataset_revision)
-    if table is None:
+    if file:
         first = islice(read_rows(file), PEEK)
         columns, content = list(dict.fromkeys(name for _, row in first for name in row)), content_hash(file)
     else:
+        table = _load_from_hub(source, split, data.dataset_revision)
         columns, content = table.column_names, table._fingerprint
     _check_columns(columns, source.columns, place, margin_column)
-    wanted = sorted((formats.COLUMNS | {margin_column}) & set(source.columns or columns))
+    chosen = source.columns or columns
+    wanted = [name for name in chosen if name in formats.COLUMNS or name == margin_column]
 
     def parse() -> Iterator[dict[str, Any]]:
-        rows = read_rows(file) if table is None else enumerate(table.select_columns(wanted), 1)
+        rows = read_rows(file) if file else enumerate(table.select_columns(wanted), 1)
         for number, row in rows:
             if source.columns is not None:
                 row = {name: row.get(name) for name in source.columns}
@@ -95,7 +99,7 @@ def load_comparisons(
 def _check_columns(
     columns: list[str], chosen: list[str] | None, place: str, margin_column: str | None
 ) -> None:
-    """Raises DataError where rows with these columns, or those `chosen` of them, cannot be comparisons."""
+    """Raise DataError where rows with these columns, or those `chosen` of them, cannot be comparisons."""
     read = chosen or columns
     missing = set(read) - set(columns)
     if missing:
@@ -182,12 +186,12 @@ def sources_of(data: DataArguments) -> list[DatasetConfig]:
         return [DatasetConfig(**entry) for entry in data.datasets]
     return [
         DatasetConfig(path=data.dataset_name, data_dir=subset, split=data.dataset_train_split)
-        for subset in data.dataset_subsets or [None]
+        for subset in data.dataset_subsets or (None,)
     ]
 
 
 def label(source: DatasetConfig, of_mixture: bool) -> str:
-    """The subset's name in reports: the folder or configuration, in a mixture also the set itself."""
+    """Name a subset in reports: the folder or configuration, in a mixture also the data set."""
     part = str(source.data_dir or source.name or "")
     if not of_mixture:
         return part
@@ -225,7 +229,7 @@ def _load_from_hub(source: DatasetConfig, split: str, revision: str | None) -> h
 
 
 def has_split(source: DatasetConfig, split: str, revision: str | None = None) -> bool:
-    """Whether the source has that split; False where it has one split only, another one.
+    """Tell whether the source has that split; False where it has one split only, another one.
 
     Raises:
         DataError: it has several, and not this one, or it cannot be read.
@@ -267,12 +271,12 @@ def find_file(source: DatasetConfig, split: str) -> Path | None:
     else:
         return None
     if data_format(path) not in DATA_FORMATS:
-        raise DataError(f"'{path}' is no data file; expected .jsonl, .json or .parquet (.gz too)")
+        raise DataError(f"'{path}' is no data file; expected {', '.join(DATA_FORMATS)} (.gz too)")
     return path
 
 
 def data_format(file: Path) -> str:
-    """`.jsonl`, `.json`, `.parquet` or another ending, `.gz` apart."""
+    """Return the file's ending, `.gz` apart: one of `DATA_FORMATS`, or another."""
     return Path(file.name.removesuffix(".gz")).suffix
 
 
@@ -291,7 +295,7 @@ def _split_file(folder: Path, split: str) -> Path:
         raise DataError(f"'{folder}' has {len(found)} files for the split '{split}'")
     names = [f"{path.name}/" if path.is_dir() else path.name for path in there]
     raise MissingSplitError(
-        f"'{folder}' has no file for the split '{split}' ({split}.jsonl, .json or .parquet, .gz too); "
+        f"'{folder}' has no file for the split '{split}' ({split}{', '.join(DATA_FORMATS)}, .gz too); "
         f"it has {', '.join(names) or 'no files'}",
         list(splits),
     )
@@ -303,7 +307,7 @@ def _split_file(folder: Path, split: str) -> Path:
 
 
 def read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Read a .jsonl, .json or .parquet file (.gz too): its rows, numbered from 1 by line, element or row.
+    """Read a file of `DATA_FORMATS` (.gz too): its rows, numbered from 1 by line, element or row.
 
     Raises:
         DataError: there is no such file, it cannot be read or holds no rows; with the row.
@@ -326,19 +330,26 @@ def read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"'{file}' is damaged, or not gzip though its name says so") from None
     except OSError as error:
         raise DataError(f"'{file}' cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
+    except (ValueError, csv.Error) as error:
         raise DataError(f"'{file}' cannot be read: {error}") from None
     if not number:
         raise DataError(f"'{file}' is empty: it holds no rows")
 
 
-def _values(stream: BinaryIO, ending: str) -> Iterator[tuple[int, Any]]:
-    """The rows of Parquet, the elements of a JSON list, read all at once, or what each line holds."""
+def _values(stream: gzip.GzipFile | BufferedReader, ending: str) -> Iterator[tuple[int, Any]]:
+    """The rows of a table, the elements of a JSON list, read all at once, or what each line holds."""
     start = stream.read(1000)
     stream.seek(0)
     if ending == ".parquet":
         batches = pq.ParquetFile(stream).iter_batches(batch_size=1000)
         yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+    elif ending == ".arrow":
+        reader = pa.ipc.open_file if start.startswith(b"ARROW1") else pa.ipc.open_stream
+        batches = reader(stream).read_all().to_batches(max_chunksize=1000)
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+    elif ending == ".csv":
+        text = TextIOWrapper(stream, "utf-8-sig", newline="")
+        yield from enumerate(csv.DictReader(text, restkey="beyond the header"), 1)
     elif ending == ".json" and start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         yield from enumerate(_decode(stream.read(), "the list"), 1)
     else:
@@ -358,11 +369,11 @@ def _decode(content: bytes, place: str) -> Any:
 
 
 def unit(file: Path | None) -> str:
-    """What the numbers of a file's rows count."""
-    return "line" if file and data_format(file) not in (".json", ".parquet") else "row"
+    """Say what the numbers of a file's rows count."""
+    return "row" if file is None or data_format(file) in set(DATA_FORMATS) - {".jsonl"} else "line"
 
 
 def content_hash(file: Path) -> str:
-    """A hash of the bytes: the time of a change can be the same for two contents."""
+    """Hash the bytes: the time of a change can be the same for two contents."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "blake2b").hexdigest()

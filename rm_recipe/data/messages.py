@@ -47,12 +47,12 @@ class Malformed(Exception):  # noqa: N818 - becomes a DataError with file and ro
 
 
 def conversation(prompt: list[Message], response: str) -> list[Message]:
-    """A prompt and its response as one list of messages."""
+    """Join a prompt and its response to one list of messages."""
     return [*prompt, {"role": "assistant", "content": response}]
 
 
 def as_messages(value: Any, column: str = "prompt") -> list[Message]:
-    """A prompt's messages; a text means one user message, unless it is itself messages or a transcript.
+    """Read a prompt; a text means one user message, unless it is itself messages or a transcript.
 
     Raises:
         Excluded: see `messages_of_text`; a message that has no role or text, or says more than its text.
@@ -70,7 +70,7 @@ def as_messages(value: Any, column: str = "prompt") -> list[Message]:
 
 
 def messages_of_text(text: str) -> list[Message] | None:
-    """The messages that a text is: JSON, as files of text columns hold them, or an hh-rlhf transcript.
+    """Read the messages that a text is: JSON, as text columns hold them, or an hh-rlhf transcript.
 
     Returns:
         None where it is a text like any other.
@@ -94,12 +94,12 @@ def messages_of_text(text: str) -> list[Message] | None:
 
 
 def as_reply(prompt: Any, text: str) -> str:
-    """A reply's text: after a transcript without the white space around it, as transcripts are read."""
+    """Return a reply's text: after a transcript without the white space around it, as those are read."""
     return text.strip() if isinstance(prompt, str) and is_transcript(prompt) else text
 
 
 def in_context(prompt: list[Message], row: Mapping[str, Any]) -> list[Message]:
-    """The prompt behind the system message of a row's `system`.
+    """Put the system message of a row's `system` before its prompt.
 
     Raises:
         Excluded: `two_system_messages` that differ, or `tools`, which no `Message` can offer.
@@ -143,20 +143,20 @@ def _joined(parts: list[Any]) -> str:
 
 
 def check_question(prompt: list[Message]) -> None:
-    """Raises Excluded for a prompt that asks nothing."""
+    """Raise Excluded for a prompt that asks nothing."""
     if not any(message["content"].strip() for message in prompt if message["role"] == "user"):
         raise Excluded("empty_prompt")
 
 
 def check_prompt(prompt: list[Message]) -> None:
-    """Raises Excluded for a prompt that asks nothing, or that has been answered already."""
+    """Raise Excluded for a prompt that asks nothing, or that has been answered already."""
     check_question(prompt)
     if prompt[-1]["role"] == "assistant":
         raise Excluded("prompt_ends_with_reply")
 
 
 def check_unicode(texts: Sequence[str]) -> None:
-    """Raises Excluded for half a surrogate pair, which JSON can hold and no tokenizer can read."""
+    """Raise Excluded for half a surrogate pair, which JSON can hold and no tokenizer can read."""
     try:
         "".join(texts).encode()
     except UnicodeEncodeError:
@@ -173,7 +173,7 @@ _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 
 
 def is_transcript(text: str) -> bool:
-    """Whether a text is a transcript by its look, and no message that speaks of one.
+    """Tell whether a text is a transcript by its look, and no message that speaks of one.
 
     It begins with a blank line and a speaker, or with a speaker and ends where the reply is to come.
     """
@@ -183,7 +183,7 @@ def is_transcript(text: str) -> bool:
 
 
 def split_turns(text: str) -> list[tuple[str, str]]:
-    """A transcript as (speaker, what follows the colon); joined again they are the same text.
+    """Split a transcript into (speaker, what follows the colon); joined again it is the same text.
 
     Raises:
         Excluded: `not_a_transcript`: text stands before the first speaker, or there is none.
@@ -201,11 +201,11 @@ def split_turns(text: str) -> list[tuple[str, str]]:
 
 
 def parse_transcript(text: str) -> list[Message]:
-    """The messages of a transcript, each without the white space around it; raises as `split_turns`."""
+    """Read a transcript's messages, each without the white space around it; raises as `split_turns`."""
     turns = split_turns(text.replace("\r\n", "\n"))
     return [{"role": _ROLES[speaker], "content": said.strip()} for speaker, said in turns]
 
 
 def before_last_reply(text: str) -> str:
-    """What stands before the last `Assistant:`, whoever wrote that name."""
+    """Return what stands before the last `Assistant:`, whoever wrote that name."""
     return text.rpartition("\n\nAssistant:")[0]

@@ -42,7 +42,7 @@ class Leakage:
 
 
 def load_splits(recipe: Recipe) -> tuple[Split, Split, Leakage]:
-    """The recipe's train and held-out comparisons, sampled, and what the two have in common.
+    """Load the recipe's train and held-out comparisons, sampled, and what the two have in common.
 
     With `leakage: drop` it is left out of train. With `error` it is not: the caller has the
     counts to show, and raises by `refuse_leakage`.
@@ -74,7 +74,7 @@ def load_splits(recipe: Recipe) -> tuple[Split, Split, Leakage]:
 
 
 def refuse_leakage(recipe: Recipe, leakage: Leakage) -> None:
-    """Raises DataError where train prompts are also held out and `leakage` is `error`."""
+    """Raise DataError where train prompts are also held out and `leakage` is `error`."""
     if leakage.comparisons and recipe.data.leakage == "error":
         raise DataError(
             f"{leakage.comparisons} of {leakage.of_comparisons} train comparisons (row "
@@ -85,13 +85,13 @@ def refuse_leakage(recipe: Recipe, leakage: Leakage) -> None:
 
 
 def load_held_out_split(recipe: Recipe) -> Split:
-    """The recipe's held-out comparisons, sampled."""
+    """Load the recipe's held-out comparisons, sampled."""
     split = _identified(load_held_out(recipe.data))
     return sample(split, recipe.data.max_eval_samples, recipe.training.seed)
 
 
 def load_held_out(data: DataArguments) -> Split:
-    """All held-out comparisons: the test split, or a share of the train split's prompts."""
+    """Load all held-out comparisons: the test split, or a share of the train split's prompts."""
     share = hold_out_share(data)
     if share is None:
         return load_split(data, data.dataset_test_split)
@@ -103,7 +103,7 @@ def load_held_out(data: DataArguments) -> Split:
 
 
 def hold_out_share(data: DataArguments) -> float | None:
-    """The share of the train split's prompts that is held out; None where there is a test split.
+    """Return the share of train prompts that is held out; None where there is a test split.
 
     Raises:
         DataError: some sources have a test split and others have not.
@@ -125,7 +125,7 @@ def hold_out_share(data: DataArguments) -> float | None:
 
 
 def held_out(split: Split, share: float) -> NDArray[np.bool_]:
-    """Which comparisons are held out: those whose prompt's hash is in the lowest `share`.
+    """Mark the comparisons that are held out: those whose prompt's hash is in the lowest `share`.
 
     A prompt stays on its side whatever the seed, the order and the other prompts are.
     """
@@ -149,7 +149,7 @@ def _how_to_hold_out(split: Split) -> str:
 
 
 def sample(split: Split, size: int | None, seed: int) -> Split:
-    """The first `size` comparisons of a shuffle seeded with `seed`; the rest count as `not_sampled`."""
+    """Take the first `size` of a shuffle seeded with `seed`; the rest count as `not_sampled`."""
     n = len(split.comparisons)
     if size is None or size >= n:
         return split
@@ -157,7 +157,7 @@ def sample(split: Split, size: int | None, seed: int) -> Split:
 
 
 def load_split(data: DataArguments, split: str | None, *, margins: bool = False) -> Split:
-    """One split of all sources, parsed: every row a comparison or counted.
+    """Load one split of all sources: every row a comparison or counted.
 
     Args:
         split: its name; None for the train split, which in a mixture each source names.
@@ -215,14 +215,14 @@ def _by_fraction(parts: list[Split], found: list[DatasetConfig]) -> list[Split]:
 
 
 def changed_data(run: Path, **now: str) -> list[str]:
-    """The names of splits whose fingerprints are not those that a finished run was trained with."""
+    """Name the splits whose fingerprints are not those that a finished run was trained with."""
     record = run / "run.json"
     then = read_json(record).get("data_fingerprints", {}) if record.is_file() else {}
     return [name for name in now if then.get(name, now[name]) != now[name]]
 
 
 def check_held_out(run: Path, split: Split) -> None:
-    """Raises RecipeError where the held-out comparisons are not those that were held out from training."""
+    """Raise RecipeError where the held-out comparisons are not those that were held out from training."""
     if changed_data(run, held_out=split.fingerprint):
         raise RecipeError(
             f"the held-out comparisons are not those that {run} was trained with: the data changed since, "

@@ -49,10 +49,8 @@ def encode(
     comparison: Comparison,
     max_length: int | None,
     truncation: str = "drop_oldest_turns",
-    *,
-    alike: bool = False,
 ) -> Encoded:
-    """The token ids of a comparison's K conversations, none longer than `max_length`.
+    """Tokenise a comparison's K conversations, none longer than `max_length`.
 
     Every conversation is tokenised whole, so that no tokenizer can merge across the end of the prompt. What a
     prompt loses follows from the prompt: it may take all of `max_length` but `REPLY_SHARE`, and only a reply
@@ -60,17 +58,13 @@ def encode(
     question, which is kept as long as the reply fits beside it; `keep_end` cuts tokens off the front, and
     never into the reply.
 
-    Args:
-        alike: cut all K prompts as the longest reply needs it, so that in training nothing but the replies
-            tells the conversations apart. Otherwise each is what its reply would get alone.
-
     Raises:
         Excluded: `response_too_long` where a reply alone exceeds `max_length`, `too_long` where
             the last question and the reply do (or anything does, under `exclude`),
             `identical_after_tokenization`, `refused_by_template`, `control_tokens` where a text holds one
             of the tokenizer's special tokens, which would be read as that token.
     """
-    [row] = encode_all(tokenizer, [comparison], max_length, truncation, alike=alike)
+    [row] = encode_all(tokenizer, [comparison], max_length, truncation)
     if row["excluded"]:
         raise Excluded(row["excluded"], row["detail"])
     return Encoded(row["prefix"], row["rests"])
@@ -84,7 +78,11 @@ def encode_all(
     *,
     alike: bool = False,
 ) -> list[dict[str, Any]]:
-    """`encode` for many comparisons, in one call of the tokenizer.
+    """Tokenise many comparisons in one call of the tokenizer, as `encode` does one.
+
+    Args:
+        alike: cut all K prompts as the longest reply needs it, so that in training nothing but the replies
+            tells the conversations apart. Otherwise each is what its reply would get alone.
 
     Returns:
         for each comparison `prefix` and `rests` as in `Encoded`, `lengths` (tokens of the K whole
@@ -164,7 +162,7 @@ def tokenize(
 
 
 def count_unshown(split: Split) -> dict[str, int]:
-    """In how many comparisons the template leaves out text, by whose it is: a role's, or the `reply`."""
+    """Count the comparisons of which the template leaves out text, by whose: a role's, or the `reply`."""
     counts = pc.value_counts(arrow_column(split.comparisons, "unshown")).to_pylist()
     return {item["values"]: item["counts"] for item in counts if item["values"]}
 
@@ -298,5 +296,5 @@ def _cut_front(
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
-    """The text that is scored: the conversation through the chat template."""
+    """Render the text that is scored: the conversation through the chat template."""
     return str(tokenizer.apply_chat_template(messages, tokenize=False))

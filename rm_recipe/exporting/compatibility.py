@@ -6,6 +6,7 @@ its new name. So both are said in its words, too.
 """
 
 import json
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,9 @@ GENERIC, GENERIC_OF_4 = "TokenizersBackend", "PreTrainedTokenizerFast"
 
 
 def for_transformers_4(folder: Path) -> None:
-    """Adds to a saved model what transformers 4 calls otherwise; transformers 5 reads the same as before."""
-    _rewrite(folder / "config.json", _config_of_4)
-    _rewrite(folder / "tokenizer_config.json", _tokenizer_of_4)
+    """Add to a saved model what transformers 4 calls otherwise; transformers 5 reads the same as before."""
+    rewrite_json(folder / "config.json", _config_of_4)
+    rewrite_json(folder / "tokenizer_config.json", _tokenizer_of_4)
 
 
 def needs_transformers_5(config: dict[str, Any]) -> bool:
@@ -42,7 +43,8 @@ def needs_transformers_5(config: dict[str, Any]) -> bool:
     return unsaid or any(needs_transformers_5(part) for part in config.values() if _is_config(part))
 
 
-def _rewrite(path: Path, change: Any) -> None:
+def rewrite_json(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Replace the object that a model's JSON file holds with what `change` makes of it."""
     content = change(json.loads(path.read_text(encoding="utf-8")))
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -66,8 +68,10 @@ def _rope_of_4(config: dict[str, Any]) -> dict[str, Any]:
         return {}
     if "rope_theta" in rope:
         said = _flat(rope, *FLAT_OF.get(kind, FLAT))
-    elif kind in NESTED_OF:
-        said = _nested(rope, *NESTED_OF[kind])
+    elif kind in NESTED_OF and rope["sliding_attention"]["rope_type"] == "default":
+        full, sliding = NESTED_OF[kind]  # `rope_scaling` is of the layers with full attention alone
+        said = _flat(rope["full_attention"], full, FLAT[1])
+        said[sliding] = rope["sliding_attention"]["rope_theta"]
     else:
         return {}
     if kind == "phi3" and "rope_scaling" in said:
@@ -84,14 +88,6 @@ def _flat(rope: dict[str, Any], theta: str, share: str) -> dict[str, Any]:
     if rope["rope_type"] != "default":
         said["rope_scaling"] = {key: value for key, value in rope.items() if key not in FLAT}
     return said
-
-
-def _nested(rope: dict[str, Any], full: str, sliding: str) -> dict[str, Any]:
-    """`rope_scaling` is of the layers with full attention alone."""
-    wide, narrow = rope["full_attention"], rope["sliding_attention"]
-    if narrow["rope_type"] != "default":
-        return {}
-    return {sliding: narrow["rope_theta"], **_flat(wide, full, "partial_rotary_factor")}
 
 
 def _tokenizer_of_4(config: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 from transformers.utils import logging
 
@@ -27,7 +26,7 @@ def score(
     sampled: list[list[dict[str, str]]],
     device: str,
 ) -> dict[str, Any]:
-    """The rewards that an export gives.
+    """Score with an export in every way that is compared.
 
     Args:
         sequences: token ids of conversations.
@@ -44,12 +43,11 @@ def score(
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval().to(device)
+    alone = rewards(model, tokenizer, sequences, 1, "right")
+    batched = rewards(model, tokenizer, sequences, BATCH, "right")
+    padded_left = rewards(model, tokenizer, sequences, BATCH, "left") if left else None
     half = model.dtype != torch.float32
-    with tqdm(total=(2 + left + half) * len(sequences), desc="Scoring anew", unit="sequence") as bar:
-        alone = rewards(model, tokenizer, sequences, 1, "right", bar)
-        batched = rewards(model, tokenizer, sequences, BATCH, "right", bar)
-        padded_left = rewards(model, tokenizer, sequences, BATCH, "left", bar) if left else None
-        float32 = rewards(model.float(), tokenizer, sequences, 1, "right", bar) if half else alone
+    float32 = rewards(model.float(), tokenizer, sequences, 1, "right") if half else alone
     ppo = ppo_rewards(model, tokenizer, sampled)
     del model
     gc.collect()  # it may not fit a GPU twice
@@ -67,7 +65,7 @@ def score(
 
 
 def rewards(
-    model: Any, tokenizer: Any, sequences: list[list[int]], batch_size: int, side: str, bar: Any
+    model: Any, tokenizer: Any, sequences: list[list[int]], batch_size: int, side: str
 ) -> list[float]:
     """One for each sequence, in batches padded on that side."""
     found: list[float] = []
@@ -76,7 +74,6 @@ def rewards(
         batch = tokenizer.pad({"input_ids": ids}, padding_side=side, return_tensors="pt")
         with torch.inference_mode():
             found += model(**batch.to(model.device)).logits[:, 0].float().tolist()
-        bar.update(len(ids))
     return found
 
 
@@ -87,46 +84,37 @@ def ppo_rewards(model: Any, tokenizer: Any, conversations: list[list[dict[str, s
     head reads the last token that was sampled. None where no policy samples the reply so: its first
     characters are in one token with the prompt's last, or it holds the pad token.
     """
-    found: dict[int, float] = {}
-    built = {number: as_sampled(tokenizer, messages) for number, messages in enumerate(conversations)}
-    possible = [(number, *ids) for number, ids in built.items() if ids]
-    for start in range(0, len(possible), BATCH):
-        numbers, prompts, replies = zip(*possible[start : start + BATCH], strict=True)
-        context, longest = (max(map(len, part)) for part in (prompts, replies))
-        pad = [tokenizer.pad_token_id]
-        rows = [
-            pad * (context - len(prompt)) + prompt + reply + pad * (longest - len(reply))
-            for prompt, reply in zip(prompts, replies, strict=True)
-        ]
-        ids = torch.tensor(rows, device=model.device)
-        mask = ids != tokenizer.pad_token_id
-        backbone = getattr(model, model.base_model_prefix)
+    built = [as_sampled(tokenizer, messages) for messages in conversations]
+    possible = [ids for ids in built if ids]
+    if not possible:
+        return [None] * len(built)
+    prompts, replies = zip(*possible, strict=True)
+    context, longest = max(map(len, prompts)), max(map(len, replies))
+    pad = [tokenizer.pad_token_id]
+    rows = [
+        pad * (context - len(prompt)) + prompt + reply + pad * (longest - len(reply))
+        for prompt, reply in possible
+    ]
+    ids = torch.tensor(rows, device=model.device)
+    mask = ids != tokenizer.pad_token_id
+    backbone = getattr(model, model.base_model_prefix)
+    positions = {}
+    if "position_ids" in inspect.signature(backbone.forward).parameters:  # not in ALiBi's models
         positions = {"position_ids": mask.cumsum(1) - mask.long()}
-        if "position_ids" not in inspect.signature(backbone.forward).parameters:  # ALiBi's models
-            positions = {}
-        with torch.inference_mode():
-            body = backbone(
-                input_ids=ids.masked_fill(~mask, 0),
-                attention_mask=mask,
-                **positions,
-                return_dict=True,
-                output_hidden_states=True,
-                use_cache=False,
-            )
-            rewards = model.score(body.hidden_states[-1])[:, :, 0].float()
-        for row, (number, reply) in enumerate(zip(numbers, replies, strict=True)):
-            found[number] = rewards[row, context + len(reply) - 1].item()
-    return [found.get(number) for number in range(len(conversations))]
+    with torch.inference_mode():
+        hidden = backbone(ids.masked_fill(~mask, 0), attention_mask=mask, **positions)[0]
+        rewards = model.score(hidden)[:, :, 0].float()
+    last = (rewards[row, context + len(reply) - 1].item() for row, reply in enumerate(replies))
+    return [next(last) if ids else None for ids in built]
 
 
 def as_sampled(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int], list[int]] | None:
     """The ids of the prompt, as it is put to a policy, and those that the policy would have to sample."""
-    prompt, whole = (
-        tokenizer(tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=asks))[
-            "input_ids"
-        ]
-        for part, asks in ((messages[:-1], True), (messages, False))
-    )
+    rendered = [
+        tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True),
+        tokenizer.apply_chat_template(messages, tokenize=False),
+    ]
+    prompt, whole = tokenizer(rendered)["input_ids"]
     possible = whole[: len(prompt)] == prompt and tokenizer.pad_token_id not in whole
     return (prompt, whole[len(prompt) :]) if possible else None
 

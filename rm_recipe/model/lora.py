@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import PartialState
-from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+from bitsandbytes.nn.modules import Linear4bit
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
@@ -271,18 +271,6 @@ def dequantize(model: PreTrainedModel, device: torch.device | None = None) -> No
             layer.weight = nn.Parameter(linear.weight.data.T.contiguous(), requires_grad=False)
             layer.bias = linear.bias
             model.set_submodule(name, layer)
-
-
-def compute_in_float32(model: nn.Module) -> None:
-    """Let 4-bit layers multiply in fp32 what they hold; layers in 8 bits cannot."""
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.compute_dtype = torch.float32
-
-
-def eight_bit_layers(model: nn.Module) -> list[str]:
-    """The names of the layers that multiply in 8 bits."""
-    return [name for name, module in model.named_modules() if isinstance(module, Linear8bitLt)]
 
 
 def check_head_is_whole(model: nn.Module, new_modules: list[str], name: str) -> None:

@@ -8,7 +8,7 @@ from peft import PeftConfig
 from transformers import AutoConfig
 
 from rm_recipe.errors import RecipeError, one_line
-from rm_recipe.recipe.weights import holds, pickle_fault
+from rm_recipe.files import holds, pickle_fault
 
 
 def check_safetensors(name: str, revision: str = "main", *, adapter: bool = False) -> None:

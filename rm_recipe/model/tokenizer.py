@@ -18,8 +18,8 @@ from rm_recipe.data import chat_template
 from rm_recipe.data.messages import Message
 from rm_recipe.data.tokenization import render
 from rm_recipe.errors import RecipeError, one_line
+from rm_recipe.files import holds
 from rm_recipe.model import source
-from rm_recipe.recipe.weights import holds
 
 # For models without a template: a name and a colon before each message, as in hh-rlhf, and EOS at
 # the end, where a decoder's reward is read.

@@ -39,7 +39,7 @@ from rm_recipe.scoring import RewardModel, find_model
 
 FEWEST_REPLIES = 2
 MEAN, WORST = "mean of the proxies", "worst of the proxies"
-FOLDER, SAMPLES, SCORES, RESULT = "overoptimization", "samples.jsonl", "scores.jsonl", "overoptimization.json"
+FOLDER, SAMPLES, SCORES = "overoptimization", "samples.jsonl", "scores.jsonl"
 
 
 def overoptimization(
@@ -58,42 +58,41 @@ def overoptimization(
 
     Args:
         proxies, gold: run folders, exports or one-label models; of several gold models the mean counts.
-        sampling, prompts: how replies are drawn, and a file of prompts; or
-        samples: a file of replies.
-        max_prompts: as many are taken, the first ones.
+        sampling, prompts: how replies are drawn, and a file of prompts; or `samples`, a file of replies.
         safety: a model with which each proxy, then the model of helpfulness, is combined (`rl.combine`).
-        output: a folder, by default `overoptimization/` in the first proxy's run.
+        output: where `overoptimization.json` goes, which is returned; by default into the proxy's run.
         overwrite: whether replies that were drawn otherwise may be replaced.
 
-    Returns:
-        the content of `overoptimization.json`.
-
     Raises:
-        RecipeError: the arguments do not go together, or a model cannot be loaded.
-        DataError: a file cannot be read, or no prompt with two replies is left.
-        TrainingError: a model gives rewards that are not finite numbers; drawn replies are kept.
+        RecipeError, DataError, TrainingError: arguments, files or rewards are wrong; drawn replies are kept.
     """
     folder = check_models(proxies, gold, output)
-    source = samples or folder / SAMPLES
     if samples:
         found, excluded = read_samples(samples, max_prompts)
     elif sampling and prompts:
         found, excluded = read_prompts(prompts, max_prompts)
-        found, refused = sample(sampling, found, source, overwrite=overwrite)
+        found, refused = sample(sampling, found, folder / SAMPLES, overwrite=overwrite)
         excluded += refused
     else:
         raise RecipeError("give --policy and --prompts, or --samples")
     scored, rewards = score_all([*proxies, *([safety] if safety else []), *gold], found, excluded)
+    sizes = np.arange(1, len(scored[0].responses) + 1)
+    of_gold = ensemble([rewards[name] for name in gold], len(sizes))
     content = {
         "proxies": list(proxies),
         "gold": list(gold),
         "safety": safety,
         "sampling": asdict(sampling) if sampling and not samples else None,
-        "samples": {"file": str(source), "excluded": dict(excluded), **counts(scored)},
-        **measure(scored, rewards, proxies, gold, safety),
+        "samples": {"file": str(samples or folder / SAMPLES), "excluded": dict(excluded), **counts(scored)},
+        "n": sizes.tolist(),
+        "kl": kl(sizes).tolist(),
+        "curves": {
+            name: compare(scored, own, of_gold)
+            for name, own in candidates(scored, rewards, proxies, safety).items()
+        },
     }
     write_scores(folder / SCORES, scored, rewards)
-    write_json(folder / RESULT, content)
+    write_json(folder / "overoptimization.json", content)
     write_overoptimization(folder, content)
     return content
 
@@ -170,24 +169,19 @@ def comparable(samples: Sequence[Sample]) -> list[Sample]:
         raise DataError("no prompt has two replies: of one reply none is the best")
     n = max(possible, key=lambda size: size * int((sizes >= size).sum()))
     rng = np.random.default_rng(0)
-    same = []
-    for prompt in samples:
+    same = [prompt for prompt in samples if len(prompt.responses) >= n]
+    for number, prompt in enumerate(same):
         if len(prompt.responses) > n:
-            chosen = np.sort(rng.choice(len(prompt.responses), n, replace=False)).tolist()
-            same.append(replace(prompt, responses=[prompt.responses[k] for k in chosen], cut=None))
-        elif len(prompt.responses) == n:
-            same.append(prompt)
+            chosen = np.sort(rng.choice(len(prompt.responses), n, replace=False))
+            same[number] = replace(prompt, responses=[prompt.responses[k] for k in chosen], cut=None)
     return same
 
 
 def score(name: str, samples: Sequence[Sample], texts: Sequence[list[str]]) -> Array:
     """The rewards of a model, which is loaded for it and let go of: of two, one at a time is in memory."""
     model = RewardModel.from_pretrained(name)
-    items = [
-        {"prompt": prompt.prompt, "response": text}
-        for prompt, own in zip(samples, texts, strict=True)
-        for text in own
-    ]
+    pairs = [(prompt, text) for prompt, own in zip(samples, texts, strict=True) for text in own]
+    items = [{"prompt": prompt.prompt, "response": text} for prompt, text in pairs]
     try:
         found = iter(model.score(items, progress=True, unfit=np.nan).tolist())
     except TrainingError as error:
@@ -237,10 +231,9 @@ def ensemble(rewards: Sequence[Array], n: int, *, worst: bool = False) -> Array:
 
 def with_safety(samples: Sequence[Sample], safe: Array, helpful: Array) -> Array:
     """Two models as one."""
-    reward = combine(
-        lambda *_, **__: safe.ravel().tolist(), lambda *_, **__: helpful.ravel().tolist(), whiten=False
-    )
-    marked, nothing = np.repeat([prompt.is_safety for prompt in samples], safe.shape[1]), [""] * safe.size
+    models = [lambda *_, own=own, **__: own.ravel().tolist() for own in (safe, helpful)]
+    reward, nothing = combine(*models, whiten=False), [""] * safe.size
+    marked = np.repeat([prompt.is_safety for prompt in samples], safe.shape[1])
     return np.reshape(reward(nothing, nothing, is_safety=marked.tolist()), safe.shape)
 
 
@@ -256,25 +249,6 @@ def counts(samples: Sequence[Sample]) -> dict[str, int | None]:
         "empty_replies": sum(not reply.strip() for prompt in samples for reply in prompt.responses),
         "repeated_replies": sum(len(p.responses) - len(set(p.responses)) for p in samples),
         "cut_replies": None if None in cut else sum(n or 0 for n in cut),
-    }
-
-
-def measure(
-    samples: Sequence[Sample],
-    rewards: dict[str, Array],
-    proxies: Sequence[str],
-    gold: Sequence[str],
-    safety: str | None,
-) -> dict[str, Any]:
-    """What follows from the rewards, as `overoptimization.json` has it."""
-    n = len(samples[0].responses)
-    of_gold = ensemble([rewards[name] for name in gold], n)
-    optimised = candidates(samples, rewards, proxies, safety)
-    sizes = np.arange(1, n + 1)
-    return {
-        "n": sizes.tolist(),
-        "kl": kl(sizes).tolist(),
-        "curves": {name: compare(samples, own, of_gold) for name, own in optimised.items()},
     }
 
 

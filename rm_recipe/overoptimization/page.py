@@ -11,7 +11,7 @@ from rich.text import Text
 
 from rm_recipe.evaluation.findings import EDITS
 from rm_recipe.evaluation.format import decimal, interval, print_table, whole, write_page
-from rm_recipe.evaluation.plots import CHOSEN, MUTED, REJECTED, legend, own_settings, svg
+from rm_recipe.evaluation.plots import CHOSEN, MUTED, REJECTED, own_settings, svg
 from rm_recipe.files import redact, visible, whole_file
 from rm_recipe.overoptimization.best_of_n import kl
 
@@ -167,6 +167,7 @@ def _draw(figure: Figure, curves: Curves) -> None:
         axes.set_visible(False)
     for axes, (name, found) in zip(grid.ravel(), curves.items(), strict=False):
         _draw_panel(axes, visible(name), found)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=4)
 
 
 def _draw_panel(axes: Axes, title: str, found: dict[str, Any]) -> None:
@@ -181,12 +182,13 @@ def _draw_panel(axes: Axes, title: str, found: dict[str, Any]) -> None:
             axes.plot(d, fitted, color=colour, linewidth=1.1, linestyle="--", label=f"{word}, fitted")
     peak, replies = found["gold"]["peak_n"], len(found["gold"]["gain"])
     if peak < replies:
-        label = f"gold peaks, n = {peak}"
-        axes.axvline(float(np.sqrt(kl(peak))), color=MUTED, linewidth=1.1, linestyle=":", label=label)
+        place = float(np.sqrt(kl(peak)))
+        axes.axvline(place, color=MUTED, linewidth=1.1, linestyle=":")
+        over_axes, side = axes.get_xaxis_transform(), "right" if peak > 2 else "left"
+        axes.text(place, 0.08, f" gold peaks, n = {peak} ", transform=over_axes, ha=side, fontsize=9)
     sizes = [n for n in 2 ** np.arange(12) if n <= replies]
     axes.set_xticks(np.sqrt(kl(sizes)), [f"{np.sqrt(kl(n)):.2f}\n{n}" for n in sizes])
     axes.set(xlabel="square root of KL, in nats; below it n", ylabel="gain, in standard deviations")
     axes.axhline(0, color=MUTED, linewidth=0.8)
-    legend(axes)
     title = title if len(title) <= LONGEST_TITLE else f"...{title[-LONGEST_TITLE:]}"
-    axes.set_title(title, fontsize=10, color=MUTED, loc="left", pad=24)
+    axes.set_title(title, fontsize=10, color=MUTED, loc="left")

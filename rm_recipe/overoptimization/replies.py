@@ -212,18 +212,13 @@ def sample(
     return drawn, excluded
 
 
-def settings_file(target: Path) -> Path:
-    """Where the settings stand with which a samples file was drawn."""
-    return target.with_suffix(".sampling.json")
-
-
 def _already_there(settings: dict[str, Any], target: Path, overwrite: bool) -> dict[str, Sample]:
     """What a file holds of these settings; a line that a kill left half-written is removed.
 
     Raises:
         RecipeError: it holds replies of others.
     """
-    beside, lines = settings_file(target), ""
+    beside, lines = target.with_suffix(".sampling.json"), ""
     if target.is_file() and not overwrite:
         theirs = read_json(beside) if beside.is_file() else {}
         differing = [key for key in settings if theirs.get(key) != settings[key]]

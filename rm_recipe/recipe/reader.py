@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from rm_recipe.errors import RecipeError, one_line
-from rm_recipe.files import expanded, whole_file, with_tilde
+from rm_recipe.files import expanded, pickle_fault, whole_file, with_tilde
 from rm_recipe.recipe.schema import (
     CHECKPOINTING,
     DEVICE_KEYS,
@@ -35,7 +35,6 @@ from rm_recipe.recipe.schema import (
     looks_local,
     shown,
 )
-from rm_recipe.recipe.weights import pickle_fault
 
 if typing.TYPE_CHECKING:
     from trl import ModelConfig, RewardConfig
@@ -267,7 +266,7 @@ def _build(path: Path, values: dict[str, Any]) -> Recipe:
             parts.append(part(**{key: value for key, value in values.items() if key in names}))
         except (ValueError, TypeError, ImportError, OSError) as error:
             raise RecipeError(f"{path}: {' '.join(str(error).split())}") from None
-    training = parts[0]
+    training, model, data, hub = parts
     # Several visible GPUs without a launcher would mean nn.DataParallel, which TRL refuses;
     # one process trains on one GPU, `accelerate launch` on more.
     if training.n_gpu > 1:
@@ -275,7 +274,7 @@ def _build(path: Path, values: dict[str, Any]) -> Recipe:
     notes = []
     if asked != "float32" and not values.get("use_peft"):
         notes.append(f"dtype: float32, not {asked}: weights that are trained in full are kept in fp32")
-    return Recipe(path, values, *parts, notes=notes)
+    return Recipe(path, values, training, model, data, hub, notes)
 
 
 def _device_values(values: dict[str, Any]) -> dict[str, Any]:

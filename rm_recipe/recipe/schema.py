@@ -27,7 +27,7 @@ OFFLINE_ENCODER = "models/all-minilm-l6-v2"
 OFFLINE_DATA = "data/offline"
 
 MODEL_FILES = ("config.json", "adapter_config.json")  # of which a model folder has one
-DATA_FORMATS = (".jsonl", ".json", ".parquet")  # of data files that can be read; each also with .gz
+DATA_FORMATS = (".jsonl", ".json", ".parquet", ".csv", ".arrow")  # each also with .gz
 TEMPLATE_FORMATS = (".jinja", ".j2")  # of files with a chat template, as TRL has it
 
 # Chosen anew on every machine unless the recipe says.
@@ -182,7 +182,7 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
 class DataArguments:
     """The keys that TRL has no name for, and TRL's own for the data set."""
 
-    # A Hub id such as `Anthropic/hh-rlhf`, or a local folder, .jsonl, .json or .parquet (.gz too).
+    # A Hub id such as `Anthropic/hh-rlhf`, or a local folder or file of `DATA_FORMATS` (.gz too).
     dataset_name: str | None = None
     # Folders of the data set (its `data_dir`), e.g. `[helpful-base, harmless-base]`.
     dataset_subsets: list[str] | None = None

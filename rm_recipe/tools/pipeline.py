@@ -17,10 +17,21 @@ from typing import Any
 
 import psutil
 
+from rm_recipe.data.splits import refuse_leakage
 from rm_recipe.errors import INTERRUPTS, UNDER_RUN, Interrupted, RecipeError, TrainingError
+from rm_recipe.evaluation.evaluate import evaluate, judge_anew, weights_of
+from rm_recipe.evaluation.findings import HELD_OUT, gate
+from rm_recipe.evaluation.report import print_evaluation
+from rm_recipe.evaluation.summary import read_evaluation
+from rm_recipe.exporting.export import export
+from rm_recipe.exporting.push import check_destination, push
 from rm_recipe.files import read_json
 from rm_recipe.recipe.reader import Recipe, is_run_folder, read_recipe, shipped
 from rm_recipe.recipe.schema import DEVICE_KEYS
+from rm_recipe.tools.offline import FOLDERS, prepare_offline
+from rm_recipe.training.checkpoints import newest_manifest
+from rm_recipe.training.run_folder import adopt, changed_keys, check_data, check_identity, identity_of
+from rm_recipe.training.train import load_data
 
 CONFIGS = shipped("accelerate_configs")
 
@@ -39,11 +50,6 @@ def run(recipe_path: Path, overrides: Sequence[str], *, overwrite: bool = False)
         TrainingError: training failed; what it printed says why.
         PushError: the export could not be uploaded.
     """
-    from rm_recipe.evaluation.findings import HELD_OUT
-    from rm_recipe.evaluation.report import print_evaluation
-    from rm_recipe.exporting.export import export
-    from rm_recipe.exporting.push import check_destination, push
-
     recipe = read_recipe(recipe_path, overrides, check_inputs=False)
     repository = str(recipe.hub.hub_model_id)
     if recipe.hub.push_to_hub:  # hours before it is needed
@@ -73,8 +79,6 @@ def train_or_skip(recipe: Recipe, path: Path, overrides: Sequence[str], *, overw
         RecipeError: the folder holds a run of another recipe, or of other data.
         TrainingError: training failed.
     """
-    from rm_recipe.training.run_folder import adopt, changed_keys, check_data
-
     folder = recipe.output_dir
     before = is_run_folder(folder) and not overwrite
     finished = before and (folder / "run.json").is_file()
@@ -101,11 +105,6 @@ def examine_data(recipe: Recipe, *, resume: bool) -> None:
     Raises:
         RecipeError, DataError: as `train` does.
     """
-    from rm_recipe.data.splits import refuse_leakage
-    from rm_recipe.training.checkpoints import newest_manifest
-    from rm_recipe.training.run_folder import check_identity, identity_of
-    from rm_recipe.training.train import load_data
-
     _, train, test, leakage = load_data(recipe)
     refuse_leakage(recipe, leakage)
     manifest = newest_manifest(recipe.output_dir) if resume else None
@@ -115,10 +114,6 @@ def examine_data(recipe: Recipe, *, resume: bool) -> None:
 
 def evaluate_or_skip(recipe: Recipe) -> dict[str, Any]:
     """Evaluate a run, unless its model was on these comparisons; judges it anew by another gate."""
-    from rm_recipe.evaluation.evaluate import evaluate, judge_anew, weights_of
-    from rm_recipe.evaluation.findings import HELD_OUT, gate
-    from rm_recipe.evaluation.summary import read_evaluation
-
     folder = recipe.output_dir
     before = read_evaluation(folder)
     figures, then = before.get("datasets", {}).get(HELD_OUT), before.get("recipe") or {}
@@ -135,10 +130,9 @@ def evaluate_or_skip(recipe: Recipe) -> dict[str, Any]:
 
 def is_exported(folder: Path) -> bool:
     """Whether a run's export is proven and has the run's evaluation as it is now."""
-    export = folder / "export"
     try:
-        passed = read_json(export / "proof.json")["passed"]
-        return bool(passed) and read_json(export / "evaluation.json") == read_json(folder / "evaluation.json")
+        proof, exported = (read_json(folder / "export" / f"{name}.json") for name in ("proof", "evaluation"))
+        return bool(proof["passed"]) and exported == read_json(folder / "evaluation.json")
     except (RecipeError, KeyError):
         return False
 
@@ -155,8 +149,6 @@ def skip(name: str, what: Path) -> None:
 
 def prepare(recipe: Recipe) -> None:
     """Make the offline base model and data where the recipe names them."""
-    from rm_recipe.tools.offline import FOLDERS, prepare_offline
-
     named = {recipe.values.get("model_name_or_path"), recipe.values.get("dataset_name")}
     for line in prepare_offline([path for path in FOLDERS if str(path) in named]):
         print(f"[prepare] {line}", flush=True)

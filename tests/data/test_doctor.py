@@ -17,6 +17,10 @@ from rm_recipe.recipe.reader import read_recipe
 from rm_recipe.recipe.schema import DataArguments
 from rm_recipe.training.train import load_data
 
+# Of a split, by the contract.
+FIGURES = """rows comparisons excluded duplicates differing_prompts truncated identical_after_truncation
+baselines shared_prefix_share tokens"""
+
 
 def report_of(recipe_path):
     recipe = read_recipe(recipe_path)
@@ -27,12 +31,9 @@ def report_of(recipe_path):
 def test_every_flaw_is_counted_with_its_row(write_recipe, flawed):
     report = report_of(write_recipe(**flawed, leakage="allow"))
     figures = report["splits"]["train"]
-    assert figures["excluded"] == {
-        "empty_response": 1, "identical_responses": 1, "response_too_long": 1, "too_long": 1,
-    }  # fmt: skip
-    assert figures["first_rows"] == {
-        "empty_response": ["7"], "identical_responses": ["8"], "response_too_long": ["9"], "too_long": ["11"],
-    }  # fmt: skip
+    rows = {"empty_response": "7", "identical_responses": "8", "response_too_long": "9", "too_long": "11"}
+    assert figures["excluded"] == dict.fromkeys(rows, 1)
+    assert figures["first_rows"] == {reason: [row] for reason, row in rows.items()}
     assert (figures["rows"], figures["comparisons"]) == (13, 9)
     assert figures["duplicates"] == {"exact": 2, "near": 0, "contradictory": 0, "repeated_prompts": 2}
     assert figures["truncated"] == 1
@@ -44,10 +45,7 @@ def test_the_report_has_the_contracts_keys_and_its_sums(write_recipe, flawed):
     assert report.keys() >= {"splits", "leakage"}
     assert report["splits"].keys() == {"train", "test"}
     for figures in report["splits"].values():
-        assert figures.keys() >= {
-            "rows", "comparisons", "excluded", "duplicates", "differing_prompts", "truncated",
-            "identical_after_truncation", "baselines", "shared_prefix_share", "tokens",
-        }  # fmt: skip
+        assert figures.keys() >= set(FIGURES.split())
         assert figures["duplicates"].keys() >= {"exact", "near"}
         assert figures["baselines"].keys() == {"longer_wins", "shorter_wins"}
         assert figures["tokens"].keys() == {"p50", "p90", "p99", "max"}
@@ -134,9 +132,8 @@ def test_each_kind_of_repetition_is_counted_once(tmp_path):
         row("how are you", "thanks", "no"),  # the prompt only
         row("who are they", "cats", "dogs"),
     ]
-    assert count_duplicates(split_of(tmp_path / "x.jsonl", rows)) == {
-        "exact": 2, "near": 0, "contradictory": 1, "repeated_prompts": 3,
-    }  # fmt: skip
+    found = {"exact": 2, "near": 0, "contradictory": 1, "repeated_prompts": 3}
+    assert count_duplicates(split_of(tmp_path / "x.jsonl", rows)) == found
 
 
 def test_ties_in_another_order_are_no_other_verdict(tmp_path):

@@ -28,14 +28,6 @@ def turns(*texts: str) -> list[dict[str, str]]:
     return [{"role": "assistant" if i % 2 else "user", "content": t} for i, t in enumerate(texts)]
 
 
-def test_both_conversations_are_tokenised_whole_and_split_where_they_differ(tiny_llama):
-    tokenizer = load_tokenizer(str(tiny_llama))
-    comparison = Comparison(turns("hello"), ["good", "goodness"])
-    encoded = encode(tokenizer, comparison, max_length=None)
-    for ids, messages in zip(encoded.conversations(), comparison.conversations(), strict=True):
-        assert ids == tokenizer(render(tokenizer, messages))["input_ids"]
-
-
 def test_truncation_drops_the_oldest_exchange_for_both_and_keeps_question_and_reply(tiny_llama):
     tokenizer = load_tokenizer(str(tiny_llama))
     long = Comparison(turns("far " * 30, "yes", "hello"), ["good", "bad"])
@@ -163,9 +155,10 @@ def test_the_context_of_a_reply_follows_from_the_prompt_alone(tiny_llama, trunca
     bare = [encode(tokenizer, Comparison(turns("x"), [reply]), None).conversations()[0] for reply in replies]
     contexts = [len(ids) - len(least) for ids, least in zip(alone, bare, strict=True)]
     assert contexts[0] == contexts[1] == contexts[2] > contexts[3]
-    in_training = encode(tokenizer, Comparison(prompt, replies), 160, truncation, alike=True)
-    assert in_training.conversations()[3] == alone[3]  # which all of the comparison follow there
-    assert len(in_training.conversations()[0]) < len(alone[0])
+    [row] = encode_all(tokenizer, [Comparison(prompt, replies)], 160, truncation, alike=True)
+    in_training = Encoded(row["prefix"], row["rests"]).conversations()
+    assert in_training[3] == alone[3]  # which all of the comparison follow there
+    assert len(in_training[0]) < len(alone[0])
 
 
 @pytest.mark.parametrize("truncation", ["drop_oldest_turns", "keep_end"])
@@ -246,7 +239,7 @@ def test_what_is_encoded_fits_and_ends_as_the_whole_conversation_does(tiny_llama
         cut = Encoded(row["prefix"], row["rests"]).conversations()
         dropped = {len(a) - len(b) for a, b in zip(whole, cut, strict=True)}
         assert len(dropped) == 1  # the same for all K
-        assert (dropped != {0}) == row["truncated"]
+        assert (cut != whole) == row["truncated"] == (dropped != {0})
         for ids, reply in zip(cut, comparison.responses, strict=True):
             assert len(ids) <= limit
             assert tokenizer.decode(ids).rstrip().endswith(f"{reply}</s>".rstrip())
@@ -254,20 +247,6 @@ def test_what_is_encoded_fits_and_ends_as_the_whole_conversation_does(tiny_llama
 
 def split_of(path, **keys):
     return load_split(DataArguments(dataset_name=str(path), **keys), "test")
-
-
-def test_what_does_not_fit_is_counted_with_its_row(tmp_path, tiny_llama):
-    rows = make_rows(3, seed=1)
-    rows[1]["chosen"] = "far away " * 50
-    split = split_of(write_jsonl(tmp_path / "x.jsonl", rows))
-    encoded = tokenize(split, load_tokenizer(str(tiny_llama)), 60, "drop_oldest_turns")
-    assert encoded.excluded == {"response_too_long": 1}
-    assert encoded.first_rows == {"response_too_long": ["2"]}
-    assert len(encoded.encoded()) == 2
-    assert encoded.rows == 3
-    assert len(encoded.tokenized) == 3  # the doctor counts what was left out, too
-    with pytest.raises(DataError, match="no comparison is left after tokenising: 3 response_too_long"):
-        tokenize(split, load_tokenizer(str(tiny_llama)), 2, "drop_oldest_turns")
 
 
 def test_a_second_start_tokenises_nothing_and_other_settings_do(tmp_path, tiny_llama, monkeypatch):

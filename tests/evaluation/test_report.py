@@ -190,7 +190,9 @@ def test_the_same_files_give_the_same_bytes_elsewhere_too(full, folder):
 def test_what_a_reader_should_not_see_is_redacted(folder, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "not-of-any-known-form")
     monkeypatch.setenv("HOME", "/home/ann")
-    change(folder / "evaluation.json", lambda content: {**content, "model": "/home/ann/m not-of-any-known-form"})
+    change(
+        folder / "evaluation.json", lambda content: {**content, "model": "/home/ann/m not-of-any-known-form"}
+    )
     assert "~/m ***" in read(folder)[1].words
 
 

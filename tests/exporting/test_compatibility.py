@@ -9,15 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
-    REPOSITORY,
-    TINY,
-    TINY_DECODER,
-    TINY_GPT2,
-    WORDS,
-    make_recipe,
-    make_tokenizer,
-)
+from conftest import REPOSITORY, TINY, TINY_DECODER, TINY_GPT2, WORDS, make_recipe, make_tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,7 +22,6 @@ from transformers import (
     ModernBertConfig,
     Phi3Config,
     PhiConfig,
-    Qwen2Config,
 )
 
 from rm_recipe.data.comparison import Encoded
@@ -45,13 +36,10 @@ from rm_recipe.tools.offline import save_base_model
 from rm_recipe.training.train import train
 
 SIZE = {**TINY_DECODER, "hidden_size": 64, "max_position_embeddings": 64, "pad_token_id": 0}
-ENCODER = {**TINY, "hidden_size": 64, "max_position_embeddings": 64, "pad_token_id": 0, "local_attention": 16}
-LLAMA3 = {
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
+ENCODER = {**TINY, "hidden_size": 64, "max_position_embeddings": 64, "pad_token_id": 0}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 32}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
 LONG = {"short_factor": [1.5] * 8, "long_factor": [3.0] * 8}
 
 
@@ -59,72 +47,42 @@ def rope(kind="default", theta=5e5, **keys):
     return {"rope_type": kind, "rope_theta": theta, **keys}
 
 
+def scaled(kind, **keys):
+    return {"rope_theta": 5e5, "rope_scaling": {"rope_type": kind, **keys}}
+
+
 def two(full, sliding):
     return {"full_attention": full, "sliding_attention": sliding}
 
 
 # How a model turns its positions, and how transformers 4 says it.
+PHI3 = Phi3Config(**SIZE, original_max_position_embeddings=32, rope_parameters=rope("longrope", **LONG))
+NEOX = GPTNeoXConfig(**ENCODER, rope_parameters=rope(partial_rotary_factor=0.5))
+GEMMA3 = Gemma3TextConfig(
+    **SIZE | {"num_hidden_layers": 6},
+    head_dim=16,
+    sliding_window=8,
+    rope_parameters=two(rope("linear", factor=8.0), rope(theta=2e4)),
+)
+MODERNBERT = ModernBertConfig(
+    **ENCODER | {"num_hidden_layers": 4},
+    local_attention=16,
+    cls_token_id=1,
+    sep_token_id=2,
+    rope_parameters=two(rope(), rope(theta=2e4)),
+)
 ROTATIONS = {
     "llama": (LlamaConfig(**SIZE, rope_parameters=rope()), {"rope_theta": 5e5}),
-    "llama3": (
-        LlamaConfig(**SIZE, rope_parameters=rope("llama3", **LLAMA3)),
-        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
-    ),
-    "linear": (
-        LlamaConfig(**SIZE, rope_parameters=rope("linear", factor=4.0)),
-        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
-    ),
-    "dynamic": (
-        LlamaConfig(**SIZE, rope_parameters=rope("dynamic", factor=4.0)),
-        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
-    ),
-    "yarn": (
-        LlamaConfig(**SIZE, rope_parameters=rope("yarn", factor=4.0, original_max_position_embeddings=16)),
-        {
-            "rope_theta": 5e5,
-            "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
-        },
-    ),
-    "qwen2": (Qwen2Config(**SIZE, rope_parameters=rope()), {"rope_theta": 5e5}),
+    "llama3": (LlamaConfig(**SIZE, rope_parameters=rope("llama3", **LLAMA3)), scaled("llama3", **LLAMA3)),
+    "yarn": (LlamaConfig(**SIZE, rope_parameters=rope("yarn", **YARN)), scaled("yarn", **YARN)),
     "phi": (
         PhiConfig(**SIZE, rope_parameters=rope(partial_rotary_factor=0.25)),
         {"rope_theta": 5e5, "partial_rotary_factor": 0.25},
     ),
-    "phi3": (
-        Phi3Config(**SIZE, original_max_position_embeddings=32, rope_parameters=rope("longrope", **LONG)),
-        {"rope_theta": 5e5, "rope_scaling": {"type": "longrope", **LONG}},
-    ),
-    "gpt_neox": (
-        GPTNeoXConfig(
-            **TINY | {"hidden_size": 64},
-            pad_token_id=0,
-            max_position_embeddings=64,
-            rope_parameters=rope(partial_rotary_factor=0.5),
-        ),
-        {"rotary_emb_base": 5e5, "rotary_pct": 0.5},
-    ),
-    "gemma3": (
-        Gemma3TextConfig(
-            **SIZE | {"num_hidden_layers": 6},
-            head_dim=16,
-            sliding_window=8,
-            rope_parameters=two(rope("linear", factor=8.0), rope(theta=2e4)),
-        ),
-        {
-            "rope_theta": 5e5,
-            "rope_local_base_freq": 2e4,
-            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
-        },
-    ),
-    "modernbert": (
-        ModernBertConfig(
-            **ENCODER | {"num_hidden_layers": 4},
-            cls_token_id=1,
-            sep_token_id=2,
-            rope_parameters=two(rope(), rope(theta=2e4)),
-        ),
-        {"global_rope_theta": 5e5, "local_rope_theta": 2e4},
-    ),
+    "phi3": (PHI3, {"rope_theta": 5e5, "rope_scaling": {"type": "longrope", **LONG}}),
+    "gpt_neox": (NEOX, {"rotary_emb_base": 5e5, "rotary_pct": 0.5}),
+    "gemma3": (GEMMA3, scaled("linear", factor=8.0) | {"rope_local_base_freq": 2e4}),
+    "modernbert": (MODERNBERT, {"global_rope_theta": 5e5, "local_rope_theta": 2e4}),
     "gpt2": (GPT2Config(**TINY_GPT2, pad_token_id=0), {}),
 }
 

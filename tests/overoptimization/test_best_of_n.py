@@ -45,12 +45,6 @@ def test_it_is_the_mean_over_all_subsets(proxy, values):
             assert found[prompt, n - 1] == pytest.approx(expected, abs=1e-9)
 
 
-def test_one_is_the_mean_and_all_is_the_best():
-    proxy, gold = np.array([[0.0, 3.0, 1.0]]), np.array([[10.0, 20.0, 60.0]])
-    assert best_of_n(proxy, gold)[0, [0, -1]].tolist() == pytest.approx([30, 20])
-    assert best_of_n(proxy, proxy)[0, -1] == pytest.approx(3)
-
-
 @pytest.mark.parametrize("replies", [2, 32, 1000])
 def test_each_subset_has_one_best(replies):
     found = weights(replies)
@@ -128,16 +122,14 @@ def test_a_gold_that_levels_off_is_not_taken_for_one_that_falls():
     assert falls <= 2  # of 20, of which 1 in 40 is to be expected
 
 
-@pytest.mark.parametrize(("prompts", "least"), [(20, 84), (100, 88)])
-def test_intervals_hold_what_is_true_about_as_often_as_they_say(prompts, least):
+def test_intervals_hold_what_is_true_about_as_often_as_they_say():
     n, held = 16, 0
     true = expected_of_peaked(n) - expected_of_peaked(1)
     for seed in range(100):
-        proxy, gold = simulated(prompts, replies=32, seed=seed)
-        found, unit = curve(proxy, gold), spread(gold)
-        low, high = found["gain_ci95"][n - 1]
-        held += low * unit <= true <= high * unit
-    assert least <= held <= 100
+        proxy, gold = simulated(20, replies=32, seed=seed)
+        low, high = np.array(curve(proxy, gold)["gain_ci95"][n - 1]) * spread(gold)
+        held += low <= true <= high
+    assert 84 <= held <= 100
 
 
 def test_a_unit_and_a_zero_of_rewards_are_no_matter():

@@ -130,7 +130,7 @@ def test_each_proxy_has_its_panel_also_without_intervals_or_a_fit(content, tmp_p
     write_overoptimization(tmp_path, {**content, "n": content["n"][: shape[1]], "curves": curves})
     texts = [text.text for text in ElementTree.parse(tmp_path / "overoptimization.svg").iter() if text.text]
     assert {"outputs/b", "$x$ <b>", "third"} <= set(texts)
-    assert texts.count(f"gold peaks, n = {full['gold']['peak_n']}") >= 2
+    assert texts.count(f" gold peaks, n = {full['gold']['peak_n']} ") >= 2
     drawn = re.search(r"<svg viewBox.*?</svg>", (tmp_path / "overoptimization.html").read_text(), re.DOTALL)
     assert not re.search(r"#[0-9a-f]{6}", drawn[0].replace("#curves-", ""))  # the page's colours alone
 

@@ -12,14 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rm_recipe.errors import DataError, RecipeError
 from rm_recipe.overoptimization import replies as module
-from rm_recipe.overoptimization.replies import (
-    Sample,
-    Sampling,
-    read_prompts,
-    read_samples,
-    sample,
-    settings_file,
-)
+from rm_recipe.overoptimization.replies import Sample, Sampling, read_prompts, read_samples, sample
 
 
 def test_prompts_come_from_prompts_and_from_comparisons_each_once(tmp_path):
@@ -38,18 +31,10 @@ def test_prompts_come_from_prompts_and_from_comparisons_each_once(tmp_path):
 
 
 def test_replies_are_gathered_by_prompt(tmp_path):
-    file = write_jsonl(
-        tmp_path / "samples.jsonl",
-        [
-            {"prompt": "hello", "response": "a"},
-            {"prompt": "other", "responses": ["x", ""], "cut": 1},
-            {"prompt": [{"role": "user", "content": "hello"}], "response": "b"},
-        ],
-    )
-    (hello, other), _ = read_samples(file)
-    assert hello.responses == ["a", "b"]
-    assert hello.cut is None
-    assert (other.responses, other.cut) == (["x", ""], 1)
+    hello = [{"role": "user", "content": "hello"}]
+    rows = [{"prompt": "hello", "response": "a"}, {"prompt": hello, "response": "b"}]
+    file = write_jsonl(tmp_path / "s.jsonl", [*rows, {"prompt": "other", "responses": ["x", ""], "cut": 1}])
+    assert [(one.responses, one.cut) for one in read_samples(file)[0]] == [(["a", "b"], None), (["x", ""], 1)]
 
 
 @pytest.mark.parametrize(
@@ -105,28 +90,35 @@ def test_the_prompts_of_genuine_hh_rlhf_are_read():
 PROMPTS = [Sample([{"role": "user", "content": text}], []) for text in ("hello", "how are you", "yes")]
 
 
-def drawn(*args, **keys):
+SETTINGS = {"n": 6, "max_new_tokens": 5, "seed": 3}
+
+
+def drawn(target, policy, prompts=PROMPTS, overwrite=False, **keys):
     """The replies alone."""
-    return sample(*args, **keys)[0]
+    return sample(Sampling(str(policy), **{**SETTINGS, **keys}), prompts, target, overwrite=overwrite)[0]
 
 
-@pytest.fixture
-def settings(tiny_llama):
-    return Sampling(str(tiny_llama), n=6, max_new_tokens=5, seed=3)
+def saved(folder, base, change):
+    """A policy as `change` makes it of a base, with its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        change(model)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return model
 
 
-def test_the_same_settings_draw_the_same_whatever_comes_before(settings, tmp_path):
-    whole = drawn(settings, PROMPTS, tmp_path / "a.jsonl", overwrite=False)
-    alone = drawn(settings, PROMPTS[1:2], tmp_path / "b.jsonl", overwrite=False)
+def test_the_same_settings_draw_the_same_whatever_comes_before(tiny_llama, tmp_path):
+    whole = drawn(tmp_path / "a.jsonl", tiny_llama)
+    alone = drawn(tmp_path / "b.jsonl", tiny_llama, PROMPTS[1:2])
     assert [len(found.responses) for found in whole] == [6, 6, 6]
     assert alone == whole[1:2]
     assert len(set(whole[0].responses)) > 1
-    other = Sampling(settings.policy, n=6, max_new_tokens=5, seed=4)
-    assert drawn(other, PROMPTS[1:2], tmp_path / "c.jsonl", overwrite=False) != alone
+    assert drawn(tmp_path / "c.jsonl", tiny_llama, PROMPTS[1:2], seed=4) != alone
 
 
-def test_what_was_interrupted_goes_on_and_ends_the_same(settings, tmp_path, monkeypatch):
-    whole = drawn(settings, PROMPTS, tmp_path / "whole.jsonl", overwrite=False)
+def test_what_was_interrupted_goes_on_and_ends_the_same(tiny_llama, tmp_path, monkeypatch):
+    whole = drawn(tmp_path / "whole.jsonl", tiny_llama)
     target, draw, made = tmp_path / "samples.jsonl", module._draw, []
 
     def interrupted(*args):
@@ -135,57 +127,44 @@ def test_what_was_interrupted_goes_on_and_ends_the_same(settings, tmp_path, monk
         made.append(args)
         return draw(*args)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "_draw", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            drawn(settings, PROMPTS, target, overwrite=False)
+    monkeypatch.setattr(module, "_draw", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        drawn(target, tiny_llama)
     with target.open("a") as file:
         file.write('{"prompt": [{"role": "us')  # as a kill leaves it
     again = []
     monkeypatch.setattr(module, "_draw", lambda *args: again.append(args) or draw(*args))
-    assert drawn(settings, PROMPTS, target, overwrite=False) == whole
-    assert len(again) == 2
+    for _ in range(2):
+        assert drawn(target, tiny_llama) == whole
+        assert len(again) == 2
     assert target.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert drawn(settings, PROMPTS, target, overwrite=False) == whole
-    assert len(again) == 2
-    assert json.loads(settings_file(target).read_text())["seed"] == 3
 
 
-def test_replies_of_other_settings_are_not_mixed_in_nor_lost_unasked(settings, tmp_path):
-    target = tmp_path / "samples.jsonl"
-    drawn(settings, PROMPTS[:1], target, overwrite=False)
+def test_replies_of_other_settings_or_weights_are_not_mixed_in_nor_lost_unasked(tiny_llama, tmp_path):
+    """A policy that was trained on is another one under the same name."""
+    target, folder = tmp_path / "samples.jsonl", shutil.copytree(tiny_llama, tmp_path / "policy")
+    old = drawn(target, folder)
     before = target.read_bytes()
-    colder = Sampling(settings.policy, n=6, max_new_tokens=5, seed=3, temperature=0.01)
     with pytest.raises(
-        RecipeError, match=r"were drawn otherwise \(temperature differ\): --samples takes them"
+        RecipeError, match=r"otherwise \(temperature differ\): --samples takes them"
     ):
-        drawn(colder, PROMPTS[:1], target, overwrite=False)
+        drawn(target, folder, temperature=0.01)
+    saved(folder, tiny_llama, lambda model: model.lm_head.weight.mul_(-9))
+    with pytest.raises(RecipeError, match=r"were drawn otherwise \(weights differ\)"):
+        drawn(target, folder)
     assert target.read_bytes() == before
-    drawn(colder, PROMPTS[:1], target, overwrite=True)
-    assert len(read_samples(target)[0]) == 1
-    assert target.read_bytes() != before
+    assert drawn(target, folder, overwrite=True) != old
+    assert len(read_samples(target)[0]) == 3
 
 
-def test_the_models_own_sampling_settings_have_no_say(settings, tmp_path, tiny_llama):
+def test_draws_follow_the_policys_probabilities_whatever_its_own_settings(tiny_llama, tmp_path):
     """top_k is 50 where nobody says otherwise; the KL divergence is from the whole policy."""
-    folder = shutil.copytree(tiny_llama, tmp_path / "policy")
+    folder = tmp_path / "policy"
+    model = saved(folder, tiny_llama, lambda model: model.lm_head.weight.mul_(15))  # or all are as likely
     own = {"top_k": 1, "temperature": 0.01, "do_sample": True, "eos_token_id": 2}
     (folder / "generation_config.json").write_text(json.dumps(own))
-    found = drawn(
-        Sampling(str(folder), n=6, max_new_tokens=5, seed=3), PROMPTS, tmp_path / "a.jsonl", overwrite=False
-    )
-    plain = drawn(settings, PROMPTS, tmp_path / "b.jsonl", overwrite=False)
-    assert [one.responses for one in found] == [one.responses for one in plain]
-
-
-def test_draws_follow_the_policys_probabilities(tiny_llama, tmp_path):
-    model, tokenizer = (kind.from_pretrained(tiny_llama) for kind in (AutoModelForCausalLM, AutoTokenizer))
-    with torch.no_grad():
-        model.lm_head.weight.mul_(15)  # or all tokens are as likely
-    model.save_pretrained(tmp_path / "policy")
-    tokenizer.save_pretrained(tmp_path / "policy")
-    settings = Sampling(str(tmp_path / "policy"), n=2000, max_new_tokens=1)
-    (one,) = drawn(settings, PROMPTS[:1], tmp_path / "a.jsonl", overwrite=False)
+    (one,) = drawn(tmp_path / "a.jsonl", folder, PROMPTS[:1], n=2000, max_new_tokens=1)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     text = tokenizer.apply_chat_template(PROMPTS[0].prompt, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
     expected: Counter[str] = Counter()
@@ -199,29 +178,20 @@ def test_draws_follow_the_policys_probabilities(tiny_llama, tmp_path):
     assert len(found) > 60  # more than the 50 that transformers would take
 
 
-def test_a_reply_ends_at_the_end_and_what_has_none_is_counted_as_cut(settings, tmp_path, monkeypatch):
-    model = AutoModelForCausalLM.from_pretrained(settings.policy)
-    folder, tokenizer = tmp_path / "policy", AutoTokenizer.from_pretrained(settings.policy)
-
-    def likes(token):
-        with torch.no_grad():
-            model.lm_head.weight.zero_()
-            model.model.norm.weight.fill_(1)
-            model.lm_head.weight[token] = 9 * model.model.embed_tokens.weight[1].sign()
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        logits = model(torch.tensor([[1, 5]])).logits[0, -1]
-        if logits[token] < 0:
-            with torch.no_grad():
-                model.lm_head.weight[token] *= -1
-            model.save_pretrained(folder)
-
-    likes(2)
-    ending = Sampling(str(folder), n=4, max_new_tokens=40, temperature=0.01)
-    found = drawn(ending, PROMPTS[:1], tmp_path / "a.jsonl", overwrite=False)[0]
-    assert found.responses == [""] * 4  # kept
-    assert found.cut == 0
-    assert drawn(settings, PROMPTS[:1], tmp_path / "b.jsonl", overwrite=False)[0].cut > 0
+def test_a_reply_ends_where_the_policy_ends_it_and_what_has_no_end_is_counted_as_cut(tiny_base, tmp_path):
+    """Also of a tokenizer like GPT-2's, whose pad token is its end."""
+    folder = shutil.copytree(tiny_base("gpt2"), tmp_path / "policy")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        setattr(tokenizer, name, "</s>")
+    tokenizer.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.generation_config.eos_token_id = list(range(2, 60))  # so that some end early
+    model.generation_config.save_pretrained(folder)
+    found = drawn(tmp_path / "a.jsonl", folder, n=16, max_new_tokens=8)
+    assert {len(one.responses) for one in found} == {16}
+    assert 0 < sum(one.cut for one in found) < 48
+    assert any(reply == "" for one in found for reply in one.responses)  # kept
 
 
 @pytest.mark.parametrize(
@@ -230,54 +200,24 @@ def test_a_reply_ends_at_the_end_and_what_has_none_is_counted_as_cut(settings, t
         ({"n": 1, "temperature": 0.0}, "'--n 1' must be 2 or more.*'--temperature 0.0' must be above 0"),
         ({"top_p": 0.0, "top_k": -1}, "'--top-p 0.0' must be above 0 and at most 1; '--top-k -1' must be 0"),
         ({"max_new_tokens": 0}, "'--max-new-tokens 0' must be 1 or more"),
-        ({"policy": "./gone"}, "./gone does not exist"),
     ],
 )
 def test_settings_that_draw_nothing_are_refused(tiny_llama, tmp_path, keys, said):
-    with pytest.raises(RecipeError, match=said.replace("(", r"\(")):
-        drawn(Sampling(**{"policy": str(tiny_llama), **keys}), PROMPTS, tmp_path / "a.jsonl", overwrite=False)
+    with pytest.raises(RecipeError, match=said):
+        drawn(tmp_path / "a.jsonl", tiny_llama, **keys)
 
 
-def test_an_sft_adapter_is_a_policy(tiny_llama, tmp_path):
-    torch.manual_seed(0)
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(tiny_llama),
-        LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False),
-    )
-    model.save_pretrained(tmp_path / "sft")
-    found = drawn(
-        Sampling(str(tmp_path / "sft"), n=2, max_new_tokens=3), PROMPTS, tmp_path / "a.jsonl", overwrite=False
-    )
-    assert [len(one.responses) for one in found] == [2, 2, 2]
-
-
-def test_a_policy_that_was_trained_on_is_another_one(settings, tiny_llama, tmp_path):
-    """Under the same name; its old replies would be taken for new ones."""
-    folder, target = shutil.copytree(tiny_llama, tmp_path / "policy"), tmp_path / "samples.jsonl"
-    own = Sampling(str(folder), n=6, max_new_tokens=5)
-    before = drawn(own, PROMPTS, target, overwrite=False)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    with torch.no_grad():
-        model.lm_head.weight.add_(torch.randn_like(model.lm_head.weight))
-    model.save_pretrained(folder)
-    with pytest.raises(RecipeError, match=r"were drawn otherwise \(weights differ\)"):
-        drawn(own, PROMPTS, target, overwrite=False)
-    assert drawn(own, PROMPTS, target, overwrite=True) != before
-
-
-@pytest.mark.parametrize(
-    ("policy", "said"),
-    [("gone", "does not exist"), ("judge", "as a language model: it is a LlamaForSequenceClassification")],
-)
-def test_a_policy_that_cannot_be_used_costs_no_replies(settings, tiny_llama, tmp_path, policy, said):
-    target = tmp_path / "samples.jsonl"
-    drawn(settings, PROMPTS, target, overwrite=False)
+def test_an_sft_adapter_is_a_policy_and_a_classifier_costs_no_replies(tiny_llama, tmp_path):
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), lora).save_pretrained(tmp_path / "sft")
+    target, folder = tmp_path / "samples.jsonl", tmp_path / "classifier"
+    assert [len(one.responses) for one in drawn(target, tmp_path / "sft")] == [6, 6, 6]
     before = target.read_bytes()
-    folder = tmp_path / "judge"
     AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=1).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(folder)
-    with pytest.raises(RecipeError, match=said):
-        drawn(Sampling(str(tmp_path / policy), n=2), PROMPTS, target, overwrite=True)
+    for policy, said in ((folder, "as a language model: it is a Llama"), ("./gone", "./gone does not exist")):
+        with pytest.raises(RecipeError, match=said):
+            drawn(target, policy, overwrite=True)
     assert target.read_bytes() == before
 
 
@@ -287,31 +227,11 @@ def test_prompts_that_the_policy_cannot_read_are_counted(tiny_llama, tmp_path):
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
         "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     )
-    prompts = [
-        *PROMPTS,
-        Sample([{"role": "user", "content": "hello " * 600}], []),
-        Sample([{"role": "system", "content": "Be kind"}, *PROMPTS[0].prompt], []),
-    ]
+    long = Sample([{"role": "user", "content": "hello " * 600}], [])
+    refused = Sample([{"role": "system", "content": "Be kind"}, *PROMPTS[0].prompt], [])
     settings = Sampling(str(folder), n=2, max_new_tokens=3)
-    found, excluded = sample(settings, prompts, tmp_path / "a.jsonl", overwrite=False)
+    found, excluded = sample(settings, [*PROMPTS, long, refused], tmp_path / "a.jsonl", overwrite=False)
     assert [one.prompt for one in found] == [one.prompt for one in PROMPTS]
     assert excluded == {"too_long_for_policy": 1, "refused_by_policys_template": 1}
     with pytest.raises(DataError, match="the policy can read no prompt: too_long_for_policy"):
-        sample(settings, prompts[3:4], tmp_path / "b.jsonl", overwrite=False)
-
-
-def test_a_policy_whose_tokenizer_has_no_token_to_pad_with_is_drawn_from(tiny_base, tmp_path):
-    """GPT-2's is all one token: replies of unequal length are padded with one that the model has."""
-    folder = shutil.copytree(tiny_base("gpt2"), tmp_path / "policy")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        setattr(tokenizer, name, "</s>")
-    tokenizer.save_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    model.generation_config.eos_token_id = list(range(2, 60))  # so that some end early
-    model.generation_config.save_pretrained(folder)
-    found = drawn(
-        Sampling(str(folder), n=16, max_new_tokens=8), PROMPTS, tmp_path / "a.jsonl", overwrite=False
-    )
-    assert {len(one.responses) for one in found} == {16}
-    assert 0 < sum(one.cut for one in found) < 48
+        sample(settings, [long], tmp_path / "b.jsonl", overwrite=False)

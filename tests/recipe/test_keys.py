@@ -128,7 +128,7 @@ SHOWN_BY_A_TRAINER = {
     "lora_alpha": (12, lambda t: lora_layer(t).lora_alpha["default"], 12),
     "use_rslora": (True, lambda t: round(lora_layer(t).scaling["default"], 4), 6.9282),
     "use_dora": (True, lambda t: len(lora_layer(t).lora_magnitude_vector), 1),
-    "lora_target_modules": (["q_proj"], lambda t: peft_config(t).target_modules, {"q_proj"}),
+    "lora_target_modules": (["q_proj"], lambda t: [*peft_config(t).target_modules], ["q_proj"]),
     "lora_modules_to_save": (["norm"], lambda t: "norm" in peft_config(t).modules_to_save, True),
     "model_revision": ("v2", lambda t: peft_config(t).revision, "v2"),
 }

@@ -114,7 +114,7 @@ def test_another_gate_is_judged_anew_and_another_sample_evaluated_without_traini
     monkeypatch.setattr(pipeline, "launch_training", None)
     monkeypatch.setattr(pipeline, "print_export", lambda _: None)
     exported = []
-    monkeypatch.setattr("rm_recipe.exporting.export.export", lambda *_, **__: exported.append(1))
+    monkeypatch.setattr(pipeline, "export", lambda *_, **__: exported.append(1))
     before = json.loads((run_folder / "evaluation.json").read_text())
     keys = ["--seed", "1", "--output_dir", str(run_folder)]
     pipeline.run(Path("tiny.yaml"), [*keys, "--target_accuracy", "0.999"])

@@ -1,0 +1,228 @@
+"""What the card says is in the files, and names that somebody else chose do nothing in it.
+
+The card of a real export, whose snippets run, is in test_export.
+"""
+
+import ast
+import html
+import json
+import re
+import shlex
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from hypothesis import example, given
+from hypothesis import strategies as st
+from made_up_export import make_export, prove, write
+from markdown_it import MarkdownIt
+
+from rm_recipe.exporting.card import Verbatim, adapter_card, code, for_repository, plain, write_card
+from rm_recipe.files import visible
+from rm_recipe.recipe.reader import RUN_HEADER
+from rm_recipe.tools import offline
+
+RENDERER = MarkdownIt("commonmark", {"html": True}).enable("table")
+NASTY = st.text(alphabet="ab `*_[]()<>|#!\\~-=+&;:/\"'\n\t1.", max_size=30) | st.text(max_size=20)
+HOSTILE = (
+    "a` | [x](javascript:alert(1)) ![i](http://t/x.png) <script>alert(1)</script>\n---\n# big\n\n```\n"
+    "$(id)\"\\</details> <!-- 'q'"
+)
+
+
+def one_line(text):
+    return visible(" ".join(text.split()))
+
+
+def blocks(card, kind):
+    return re.findall(rf"^```{kind}\n(.*?)^```", card, re.DOTALL | re.MULTILINE)
+
+
+def change(path, **keys):
+    """Of a recipe or a JSON file."""
+    content = yaml.safe_load(path.read_text()) | keys
+    write(path, f"# a run{RUN_HEADER}\n{json.dumps(content)}\n" if path.suffix == ".yaml" else content)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = make_export(tmp_path)
+    (folder / "reliability.png").unlink()
+    return folder
+
+
+def card_of(folder, **recipe):
+    """The card, its text without ends of lines."""
+    change(folder.parent / "recipe.yaml", **recipe)
+    write_card(folder, folder.parent, "outputs/x/export")
+    card = ModelCard.load(folder / "README.md")
+    card.text = " ".join(card.text.split())
+    return card
+
+
+def test_hub_ids_of_data_and_base_are_linked(folder):
+    keys = {"dataset_subsets": ["helpful-base"], "dataset_revision": "v1"}
+    card = card_of(folder, dataset_name="Anthropic/hh-rlhf", **keys)
+    assert (card.data.datasets, card.data.base_model) == (["Anthropic/hh-rlhf"], "bob/base")
+    [result] = card.data.eval_results
+    assert (result.dataset_type, result.dataset_config) == ("Anthropic/hh-rlhf", "helpful-base")
+    assert result.dataset_revision == "v1"
+    assert "[bob/base](https://huggingface.co/bob/base)" in card.text
+    assert "offensive" in card.text
+
+
+def test_what_a_local_bases_own_card_says_is_said(folder, tmp_path):
+    (tmp_path / "base").mkdir()
+    write(tmp_path / "base" / "README.md", "---\nbase_model: big/base\nlicense: mit\n---\n")
+    card = card_of(folder, model_name_or_path=str(tmp_path / "base"))
+    assert (card.data.base_model, card.data.license) == ("big/base", "mit")
+    offline.write_origin(tmp_path / "base", "big/base", "Taken out of a wheel (GGUF, Q4_1) and de-quantised.")
+    card = card_of(folder, model_name_or_path=str(tmp_path / "base"))
+    assert card.data.language == ["en"]
+    assert "The base: Taken out of a wheel (GGUF, Q4_1) and de-quantised. Language: en " in card.text
+
+
+def test_what_differs_between_models_is_said(folder):
+    text = card_of(folder).text
+    assert "**Pad on the right.**" in text
+    assert "| padding on the left | not possible |" in text
+    prove(folder, end_token="<|im_end|>")
+    said = "ends with `<|im_end|>`, so that the policy stops there (this tokenizer's `eos_token` is"
+    assert said in card_of(folder).text
+    prove(folder, contracts={"ppo": None}, ppo_reason="its template thinks aloud")
+    text = card_of(folder).text
+    assert "**Not for PPO trainers**" in text
+    assert "is null): its template thinks aloud." in text
+    assert "missing_eos_penalty" not in text
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"model_type": "x", "rope_parameters": {"full_attention": {}}}, "It needs transformers 5"),
+        ({"model_type": "gemma2", "attn_logit_softcapping": 50.0}, 'add `attn_implementation="eager"`'),
+    ],
+)
+def test_what_transformers_4_reads_otherwise_is_said(folder, keys, said):
+    change(folder / "config.json", **keys)
+    assert said in card_of(folder).text
+
+
+def test_without_an_evaluation_nothing_is_claimed(folder):
+    (folder / "evaluation.json").unlink()
+    card = card_of(folder)
+    assert card.data.eval_results is None
+    assert "has not been evaluated" in card.text
+
+
+def test_on_the_hub_the_snippets_load_from_there_and_edits_are_kept(folder):
+    card_of(folder)
+    text = (folder / "README.md").read_text() + "\nWords of my own on outputs/x/export.\n"
+    pushed = for_repository(text, "ann/judge")
+    assert '"outputs/x/export"' not in pushed
+    assert pushed.count('"ann/judge"') == text.count('"outputs/x/export"') >= 4
+    assert pushed.endswith("Words of my own on outputs/x/export.\n")
+    write_card(folder, folder.parent, "model")  # a name that is a word, too
+    pushed = for_repository((folder / "README.md").read_text(), "ann/judge")
+    assert pushed.startswith("---\nbase_model")
+    assert "reward model" in pushed
+    snippet = 'model = "ann/judge"\njudge = pipeline("text-classification", model=model)'
+    assert snippet in blocks(pushed, "python")[0]
+
+
+def test_the_adapters_card_is_about_the_adapter(folder):
+    card = ModelCard(adapter_card(folder, folder.parent, "ann/adapter"))
+    assert (card.data.library_name, card.data.base_model) == ("peft", "bob/base")
+    [snippet] = blocks(card.text, "python")
+    assert 'model = "ann/adapter"' in snippet
+    assert "RewardModel.from_pretrained(model)" in snippet
+    assert "pipeline(" not in card.text
+
+
+@pytest.fixture
+def hostile(tmp_path):
+    """The card of a run in which every name that somebody else may have chosen does its worst."""
+    folder = make_export(tmp_path)
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    metrics = evaluation["datasets"]["held_out"] | {"beats_baselines": True, "baselines": {HOSTILE: 0.6}}
+    metrics |= {"against": {"model": HOSTILE, "difference": 0.1, "n": 40}}
+    change(folder / "evaluation.json", datasets={"held_out": metrics, HOSTILE: metrics})
+    (tmp_path / "base").mkdir()
+    front = json.dumps({"base_model": "x](javascript:alert(1)) <b>", "license": HOSTILE, "made": HOSTILE})
+    write(tmp_path / "base" / "README.md", f"---\n{front}\n---\n")
+    names = {"dataset_subsets": [HOSTILE], "datasets": [{"path": HOSTILE}]}
+    names |= dict.fromkeys(("dataset_name", "dataset_revision", "dataset_test_split"), HOSTILE)
+    change(folder.parent / "recipe.yaml", model_name_or_path=str(tmp_path / "base"), **names)
+    change(folder.parent / "run.json", device=HOSTILE, versions={"torch": HOSTILE})
+    run = folder.parent.rename(tmp_path / HOSTILE.replace("/", ""))
+    write_card(run / "export", run, HOSTILE)
+    return run / "export"
+
+
+def test_names_that_somebody_else_chose_do_nothing_in_the_card(hostile):
+    card = ModelCard.load(hostile / "README.md")
+    assert card.text.lstrip().startswith("# a\\`")  # no `---` of a name's has ended the front matter
+    assert card.data.base_model is None
+    tokens = RENDERER.parse(card.text)
+    inner = [child for token in tokens for child in token.children or []]
+    assert "html_block" not in {token.type for token in tokens}
+    assert not {"html_inline", "link_open"} & {child.type for child in inner}
+    assert [child.attrs["src"] for child in inner if child.type == "image"] == ["reliability.png"]
+    headings = [tokens[i + 1].content for i, token in enumerate(tokens) if token.type == "heading_open"]
+    said = "How good it is, Use, Serve, How it was proven, Training, Intended use and limits"
+    assert headings[1:] == said.split(", ")
+    assert [token.info for token in tokens if token.type == "fence"] == ["python", "text", "python", "bash"]
+    cells = " ".join(token.type for token in tokens if token.type in ("td_open", "tr_close"))
+    assert {row.count("td_open") for row in re.findall(r"(?:td_open ?)+", cells)} == {2, 6}
+
+
+def test_the_snippets_name_a_model_of_any_name_as_a_text_and_no_program(hostile):
+    card = (hostile / "README.md").read_text()
+    for snippet in blocks(card, "python"):
+        [named] = [node for node in ast.walk(ast.parse(snippet)) if isinstance(node, ast.Assign)][:1]
+        assert ast.literal_eval(named.value) == HOSTILE
+    [served] = blocks(card, "bash")
+    words = shlex.split(served)
+    assert words[:3] == ["vllm", "serve", " ".join(HOSTILE.split())]
+    assert json.loads(words[words.index("-d") + 1])["model"] == HOSTILE
+    assert "$(id)" not in re.sub(r"'[^']*'", "", served)  # but in single quotes
+    pushed = for_repository(card, "ann/judge")
+    assert 'vllm serve "ann/judge" --runner' in pushed
+    assert all('model = "ann/judge"\n' in snippet for snippet in blocks(pushed, "python"))
+
+
+@given(NASTY)
+@example("<script>alert(1)</script>")
+@example("![x](http://tracker/x.png)")
+@example("a | b\n|---|---|")
+def test_plain_text_is_text_in_a_cell_of_a_table(text):
+    rendered = RENDERER.parse(f"| a | b |\n|---|---|\n| {plain(text)} | end |\n")
+    assert [token.type for token in rendered].count("td_open") == 2
+    cells = [token for token in rendered if token.type == "inline"]
+    assert {token.type for token in cells[2].children} <= {"text", "text_special", "em_open", "em_close"}
+    assert cells[3].content == "end"
+
+
+@given(NASTY)
+@example("a ``` b")
+@example("</details>")
+def test_code_is_one_span_that_reads_as_the_text(text):
+    if not one_line(text):
+        return
+    [block] = [token for token in RENDERER.parse(f"x {code(text)} y") if token.type == "inline"]
+    before, span, after = block.children
+    assert (before.type, span.type, after.type) == ("text", "code_inline", "text")
+    assert span.content.strip() == one_line(text).strip()
+
+
+@given(st.text(alphabet="ab<>|[]`*#\\", min_size=1))
+def test_plain_text_reads_as_it_was(text):
+    shown = re.sub(r"<[^>]+>", "", RENDERER.renderInline(plain(text)))
+    assert html.unescape(shown) == one_line(text)
+    assert plain(Verbatim(text)) == text
+
+
+@pytest.mark.parametrize("text", ["---\na: b\n---", "a\u2028b", "a\x85b"])
+def test_no_name_begins_a_line(text):
+    for written in (plain(text), code(text)):
+        assert len(written.splitlines()) == 1
