@@ -41,7 +41,6 @@ from rm_recipe.model.reward_model import (
 )
 from rm_recipe.model.source import load_config
 from rm_recipe.model.tokenizer import load_tokenizer
-from rm_recipe.recipe import weights
 from rm_recipe.recipe.reader import read_recipe
 from rm_recipe.training.train import load_data, train
 
@@ -412,6 +411,6 @@ def test_a_proxy_that_fails_is_named(monkeypatch):
     def answer(*_):
         raise httpx.ProxyError("407 Proxy Authentication Required")
 
-    monkeypatch.setattr(weights, "_on_hub", answer)
+    monkeypatch.setattr("rm_recipe.files._on_hub", answer)
     with pytest.raises(RecipeError, match="'model_name_or_path: user/behind-a-proxy' cannot be loaded: 407"):
         source.adapter_config("user/behind-a-proxy")
