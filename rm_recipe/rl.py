@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from rm_recipe.data.chat_template import special_tokens
-from rm_recipe.data.comparison import split_at_common_prefix
-from rm_recipe.data.messages import KEYS_LEFT_OUT, Excluded, Malformed, as_messages
+from rm_recipe.data.comparison import KEYS_LEFT_OUT, Excluded, Malformed, as_messages, split_at_common_prefix
 from rm_recipe.data.tokenization import render
 from rm_recipe.errors import RecipeError
 from rm_recipe.scoring import RewardModel

@@ -12,9 +12,18 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from rm_recipe.data.comparison import Comparison, Encoded, split_at_common_prefix
+from rm_recipe.data.comparison import (
+    Comparison,
+    Encoded,
+    Excluded,
+    Malformed,
+    as_messages,
+    as_reply,
+    check_unicode,
+    in_context,
+    split_at_common_prefix,
+)
 from rm_recipe.data.loading import read_rows, unit
-from rm_recipe.data.messages import Excluded, Malformed, as_messages, as_reply, check_unicode, in_context
 from rm_recipe.data.tokenization import encode
 from rm_recipe.errors import DataError, RecipeError, TrainingError, UnfitError
 from rm_recipe.files import whole_file

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rm_recipe import cli
+from rm_recipe.data.comparison import Excluded, Malformed
 from rm_recipe.data.formats import parse_row
-from rm_recipe.data.messages import Excluded, Malformed
 from rm_recipe.data.splits import load_split
 from rm_recipe.errors import DataError, RecipeError
 from rm_recipe.recipe.reader import read_recipe

@@ -10,8 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import ModelConfig
 
 from rm_recipe import RewardModel
-from rm_recipe.data.comparison import Comparison, Encoded
-from rm_recipe.data.messages import as_messages
+from rm_recipe.data.comparison import Comparison, Encoded, as_messages
 from rm_recipe.data.tokenization import encode_all
 from rm_recipe.errors import DataError, RecipeError, TrainingError
 from rm_recipe.model.reward_model import load_base

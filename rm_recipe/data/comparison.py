@@ -1,12 +1,218 @@
-"""What a comparison is, as texts and as tokens, and the pairs that its ranks make."""
+"""What a comparison is: messages, responses and ranks, as texts and as tokens; and how a row is refused.
 
-from collections.abc import Sequence
+`Excluded` is a verdict on one row and is counted under its reason; `Malformed` is a fault of the file.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rm_recipe.data.messages import Message, conversation
+Message = dict[str, str]  # {"role": one of ROLES, "content": text}
+ROLES = ("system", "user", "assistant", "tool")
+# What others call them; capitals do not matter.
+ROLE_NAMES = {"developer": "system", "human": "user", "gpt": "assistant"} | {role: role for role in ROLES}
+# Keys beside role and content that say something a `Message` cannot, and the reason that a row with one of
+# them is left out for.
+KEYS_LEFT_OUT = {
+    "tool_calls": "tool_calls",
+    "function_call": "tool_calls",
+    "reasoning_content": "reasoning_content",
+    "reasoning": "reasoning_content",
+    "thinking": "reasoning_content",
+}
+_WRITTEN_BY_PYTHON = re.compile(r"(array\()?\[?\s*\{\s*'")
+_WRITTEN_AS_JSON = re.compile(r'\[?\s*\{\s*"')
+
+
+class Excluded(Exception):  # noqa: N818 - a verdict on a row, no error of the program
+    """A row that is no comparison.
+
+    Args:
+        reason: a short name that is counted.
+        detail: what of this row, in words.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.detail = reason, detail
+
+
+class Malformed(Exception):  # noqa: N818 - becomes a DataError with file and row
+    """A value of the wrong type; the arguments are its column, what was expected, and the value."""
+
+    def __str__(self) -> str:
+        column, expected, value = self.args
+        return f"column '{column}' should be {expected}, not {type(value).__name__} {str(value)[:60]!r}"
+
+
+def conversation(prompt: list[Message], response: str) -> list[Message]:
+    """Join a prompt and its response to one list of messages."""
+    return [*prompt, {"role": "assistant", "content": response}]
+
+
+def as_messages(value: Any, column: str = "prompt") -> list[Message]:
+    """Read a prompt; a text means one user message, unless it is itself messages or a transcript.
+
+    Raises:
+        Excluded: see `messages_of_text`; a message that has no role or text, or says more than its text.
+        Malformed: neither a text nor a list of messages.
+    """
+    if isinstance(value, str):
+        messages = messages_of_text(value)
+        if messages is None:
+            return [{"role": "user", "content": value}]
+        asked = is_transcript(value) and messages[-1] == {"role": "assistant", "content": ""}
+        return messages[:-1] if asked else messages
+    if not isinstance(value, list) or not all(isinstance(m, Mapping) for m in value):
+        raise Malformed(column, "a text or a list of messages", value)
+    return [_message(message) for message in value]
+
+
+def messages_of_text(text: str) -> list[Message] | None:
+    """Read the messages that a text is: JSON, as text columns hold them, or an hh-rlhf transcript.
+
+    Returns:
+        None where it is a text like any other.
+
+    Raises:
+        Excluded: `python_repr` where Python wrote a list into the text, which says less than JSON does;
+            `not_messages` for JSON that is not whole.
+    """
+    start = text.lstrip()
+    if _WRITTEN_BY_PYTHON.match(start) and "'role'" in start and "'content'" in start:
+        raise Excluded("python_repr", "write messages as JSON, not by Python's str()")
+    if _WRITTEN_AS_JSON.match(start) and '"role"' in start and '"content"' in start:
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            raise Excluded("not_messages", "JSON text that cannot be decoded") from None
+        value = value if isinstance(value, list) else [value]
+        if all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in value):
+            return as_messages(value)
+    return parse_transcript(text) if is_transcript(text) else None
+
+
+def as_reply(prompt: Any, text: str) -> str:
+    """Return a reply's text: after a transcript without the white space around it, as those are read."""
+    return text.strip() if isinstance(prompt, str) and is_transcript(prompt) else text
+
+
+def in_context(prompt: list[Message], row: Mapping[str, Any]) -> list[Message]:
+    """Put the system message of a row's `system` before its prompt.
+
+    Raises:
+        Excluded: `two_system_messages` that differ, or `tools`, which no `Message` can offer.
+        Malformed: it is no text.
+    """
+    if row.get("tools") not in (None, [], {}, "", "[]", "{}", "null"):
+        raise Excluded("tools", "the tools that its prompt offers are not rendered")
+    system = row.get("system")
+    if not system:
+        return prompt
+    if not isinstance(system, str):
+        raise Malformed("system", "a text", system)
+    if not prompt or prompt[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *prompt]
+    if prompt[0]["content"].strip() != system.strip():
+        raise Excluded("two_system_messages", "one in 'system', another in the messages")
+    return prompt
+
+
+def _message(message: Mapping[str, Any]) -> Message:
+    for key, reason in KEYS_LEFT_OUT.items():
+        if message.get(key):
+            raise Excluded(reason, f"a message has {key}")
+    role, content = message.get("role"), message.get("content")
+    if isinstance(content, list):
+        content = _joined(content)
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise Excluded("not_messages", "a message's role or content is no text")
+    if role.strip().lower() not in ROLE_NAMES:  # a template may pass over it and its text
+        raise Excluded("unknown_role", f"role '{role[:40]}'")
+    return {"role": ROLE_NAMES[role.strip().lower()], "content": content}
+
+
+def _joined(parts: list[Any]) -> str:
+    """The text of a content in parts, as templates write it: one part after the other."""
+    for part in parts:
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise Excluded("not_text", f"a part of type '{str(kind)[:40]}'")
+    return "".join(part["text"] for part in parts)
+
+
+def check_question(prompt: list[Message]) -> None:
+    """Raise Excluded for a prompt that asks nothing."""
+    if not any(message["content"].strip() for message in prompt if message["role"] == "user"):
+        raise Excluded("empty_prompt")
+
+
+def check_prompt(prompt: list[Message]) -> None:
+    """Raise Excluded for a prompt that asks nothing, or that has been answered already."""
+    check_question(prompt)
+    if prompt[-1]["role"] == "assistant":
+        raise Excluded("prompt_ends_with_reply")
+
+
+def check_unicode(texts: Sequence[str]) -> None:
+    """Raise Excluded for half a surrogate pair, which JSON can hold and no tokenizer can read."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        raise Excluded("invalid_text") from None
+
+
+# --- hh-rlhf transcripts (`\n\nHuman: ...\n\nAssistant: ...`) as turns and messages ---------------
+# The format has no way to quote a speaker's name, so a rule has to say where a turn starts: at a
+# name after a blank line, and only where the speaker changes. `Human:` in the middle of a message,
+# or an `Assistant:` that an assistant's reply wrote itself, is then part of the message.
+
+_ROLES = {"Human": "user", "Assistant": "assistant"}
+_SPEAKER = re.compile(r"\n\n(Human|Assistant):")
+
+
+def is_transcript(text: str) -> bool:
+    """Tell whether a text is a transcript by its look, and no message that speaks of one.
+
+    It begins with a blank line and a speaker, or with a speaker and ends where the reply is to come.
+    """
+    text = text.replace("\r\n", "\n")
+    begins = text.lstrip().startswith(("Human:", "Assistant:"))
+    return begins and (text.startswith("\n\n") or text.rstrip().endswith("\n\nAssistant:"))
+
+
+def split_turns(text: str) -> list[tuple[str, str]]:
+    """Split a transcript into (speaker, what follows the colon); joined again it is the same text.
+
+    Raises:
+        Excluded: `not_a_transcript`: text stands before the first speaker, or there is none.
+    """
+    before, *parts = _SPEAKER.split("\n\n" + text.lstrip())
+    if before or not parts:
+        raise Excluded("not_a_transcript")
+    turns: list[tuple[str, str]] = []
+    for speaker, said in zip(parts[::2], parts[1::2], strict=True):
+        if turns and turns[-1][0] == speaker:
+            turns[-1] = (speaker, f"{turns[-1][1]}\n\n{speaker}:{said}")
+        else:
+            turns.append((speaker, said))
+    return turns
+
+
+def parse_transcript(text: str) -> list[Message]:
+    """Read a transcript's messages, each without the white space around it; raises as `split_turns`."""
+    turns = split_turns(text.replace("\r\n", "\n"))
+    return [{"role": _ROLES[speaker], "content": said.strip()} for speaker, said in turns]
+
+
+def before_last_reply(text: str) -> str:
+    """Return what stands before the last `Assistant:`, whoever wrote that name."""
+    return text.rpartition("\n\nAssistant:")[0]
 
 
 @dataclass(frozen=True)

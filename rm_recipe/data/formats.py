@@ -10,8 +10,8 @@ from collections.abc import Collection, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from rm_recipe.data.comparison import Comparison, untied_pairs
-from rm_recipe.data.messages import (
+from rm_recipe.data.comparison import (
+    Comparison,
     Excluded,
     Malformed,
     Message,
@@ -24,6 +24,7 @@ from rm_recipe.data.messages import (
     in_context,
     messages_of_text,
     parse_transcript,
+    untied_pairs,
 )
 
 # The columns that a row is recognised by; then what is missing, in words.

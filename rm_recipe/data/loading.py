@@ -21,9 +21,8 @@ from datasets.exceptions import DatasetGenerationError
 from trl.scripts.utils import DatasetConfig
 
 from rm_recipe.data import comparison, formats, messages
-from rm_recipe.data.comparison import Comparison
+from rm_recipe.data.comparison import Comparison, Excluded, Malformed, Message
 from rm_recipe.data.dataset import Split, arrow_column, cache_key, set_aside
-from rm_recipe.data.messages import Excluded, Malformed, Message
 from rm_recipe.errors import DataError, one_line
 from rm_recipe.recipe.schema import DATA_FORMATS, DataArguments, looks_local
 

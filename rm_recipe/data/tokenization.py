@@ -20,9 +20,8 @@ from transformers import PreTrainedTokenizerBase
 from rm_recipe.data import chat_template
 from rm_recipe.data import comparison as comparison_module
 from rm_recipe.data.chat_template import special_tokens
-from rm_recipe.data.comparison import Comparison, Encoded, split_at_common_prefix
+from rm_recipe.data.comparison import Comparison, Encoded, Excluded, Message, split_at_common_prefix
 from rm_recipe.data.dataset import Split, arrow_column, as_comparisons, run_pass, set_aside
-from rm_recipe.data.messages import Excluded, Message
 from rm_recipe.errors import DataError, one_line
 
 logger = logging.getLogger("rm_recipe")

@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from rm_recipe.data.comparison import Array, Comparison, Encoded, pair_indices
+from rm_recipe.data.comparison import Array, Comparison, Encoded, Excluded, pair_indices
 from rm_recipe.data.dataset import Split
-from rm_recipe.data.messages import Excluded
 from rm_recipe.data.tokenization import encode
 from rm_recipe.evaluation.metrics import pair_weights
 from rm_recipe.scoring import RewardModel

@@ -24,9 +24,8 @@ from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from rm_recipe.data.chat_template import ppo_fault
-from rm_recipe.data.comparison import Encoded, pairwise_agreement
+from rm_recipe.data.comparison import Encoded, Message, conversation, pairwise_agreement
 from rm_recipe.data.dataset import Split
-from rm_recipe.data.messages import Message, conversation
 from rm_recipe.data.tokenization import render
 from rm_recipe.errors import ExportError
 from rm_recipe.files import read_json

@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rm_recipe.data import chat_template
-from rm_recipe.data.messages import Message
+from rm_recipe.data.comparison import Message
 from rm_recipe.data.tokenization import render
 from rm_recipe.errors import RecipeError, one_line
 from rm_recipe.files import holds

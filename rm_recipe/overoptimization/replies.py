@@ -15,9 +15,7 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
-from rm_recipe.data.formats import is_comparison_shape, parse_row
-from rm_recipe.data.loading import read_rows, unit
-from rm_recipe.data.messages import (
+from rm_recipe.data.comparison import (
     Excluded,
     Malformed,
     Message,
@@ -27,6 +25,8 @@ from rm_recipe.data.messages import (
     check_unicode,
     in_context,
 )
+from rm_recipe.data.formats import is_comparison_shape, parse_row
+from rm_recipe.data.loading import read_rows, unit
 from rm_recipe.errors import DataError, RecipeError, one_line
 from rm_recipe.evaluation.evaluate import weights_of
 from rm_recipe.files import read_json, redacted, whole_file, write_json

@@ -10,9 +10,16 @@ from conftest import HH_RLHF, needs_hh_rlhf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rm_recipe.data.comparison import Comparison, untied_pairs
+from rm_recipe.data.comparison import (
+    Comparison,
+    Excluded,
+    Malformed,
+    as_messages,
+    parse_transcript,
+    split_turns,
+    untied_pairs,
+)
 from rm_recipe.data.formats import parse_row, prompts_differ
-from rm_recipe.data.messages import Excluded, Malformed, as_messages, parse_transcript, split_turns
 
 
 def said(role: str, text: str) -> dict[str, str]:

@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rm_recipe.data import tokenization
-from rm_recipe.data.comparison import Comparison, Encoded
-from rm_recipe.data.messages import Excluded
+from rm_recipe.data.comparison import Comparison, Encoded, Excluded
 from rm_recipe.data.splits import load_split
 from rm_recipe.data.tokenization import (
     REPLY_SHARE,

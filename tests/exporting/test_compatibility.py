@@ -24,8 +24,7 @@ from transformers import (
     PhiConfig,
 )
 
-from rm_recipe.data.comparison import Encoded
-from rm_recipe.data.messages import conversation
+from rm_recipe.data.comparison import Encoded, conversation
 from rm_recipe.data.tokenization import render
 from rm_recipe.evaluation.evaluate import evaluate
 from rm_recipe.exporting.compatibility import for_transformers_4, needs_transformers_5

@@ -12,8 +12,7 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, GPT2Config, LlamaConfig
 from trl import ModelConfig, RewardConfig, RewardTrainer
 
-from rm_recipe.data.comparison import split_at_common_prefix, untied_pairs
-from rm_recipe.data.messages import conversation
+from rm_recipe.data.comparison import conversation, split_at_common_prefix, untied_pairs
 from rm_recipe.data.splits import load_split
 from rm_recipe.data.tokenization import tokenize
 from rm_recipe.errors import TrainingError
