@@ -188,8 +188,8 @@ def score(
         count = scoring.score_file(model, input, output)
         print(f"{count} responses scored: {output}")
     else:
-        judge = scoring.RewardModel.from_pretrained(model)
-        print(f"{judge.score([{'prompt': prompt, 'response': response}])[0]:.4f}")
+        reward_model = scoring.RewardModel.from_pretrained(model)
+        print(f"{reward_model.score([{'prompt': prompt, 'response': response}])[0]:.4f}")
 
 
 @app.command(context_settings=WITH_OVERRIDES)

@@ -51,8 +51,10 @@ def reward_function(
     Raises:
         RecipeError: there is no such model, or `normalize` is asked of one without mean and std.
     """
-    judge = RewardModel.from_pretrained(path, device)
-    scale: list[Any] = [getattr(judge.model.config, name, None) for name in ("reward_mean", "reward_std")]
+    reward_model = RewardModel.from_pretrained(path, device)
+    scale: list[Any] = [
+        getattr(reward_model.model.config, name, None) for name in ("reward_mean", "reward_std")
+    ]
     if normalize and None in scale:
         raise RecipeError(f"{path} has no reward_mean and reward_std in its config.json; export it anew")
     mean, std = map(float, scale if normalize else (0, 1))
@@ -63,13 +65,14 @@ def reward_function(
         pairs = list(zip(prompts, completions, strict=True))
         items = {number: item for number, pair in enumerate(pairs) if (item := as_item(*pair))}
         rewards = np.full(len(pairs), np.nan)
-        rewards[list(items)] = judge.score(list(items.values()), unfit=np.nan)
+        rewards[list(items)] = reward_model.score(list(items.values()), unfit=np.nan)
         others = {
             number: ids
             for number in range(len(pairs))
-            if number not in items and (ids := exchange(judge.tokenizer, *pairs[number], judge.max_length))
+            if number not in items
+            and (ids := exchange(reward_model.tokenizer, *pairs[number], reward_model.max_length))
         }
-        scored = judge.score_encoded([split_at_common_prefix([ids]) for ids in others.values()])
+        scored = reward_model.score_encoded([split_at_common_prefix([ids]) for ids in others.values()])
         rewards[list(others)] = [value for values in scored for value in values]
         return np.clip((rewards - mean) / std, -limit, limit).tolist()
 
@@ -169,7 +172,9 @@ def combine(
     Returns:
         a reward function; the marks come from the data set's column `is_safety`, if it has one.
     """
-    judges = [judge if callable(judge) else reward_function(judge) for judge in (safety, helpfulness)]
+    reward_functions = [
+        model if callable(model) else reward_function(model) for model in (safety, helpfulness)
+    ]
 
     def combined(
         prompts: Sequence[Text],
@@ -178,7 +183,9 @@ def combine(
         **columns: Any,
     ) -> list[float]:
         """One reward for each prompt and its completion."""
-        safe, helpful = (np.array(judge(prompts, completions, **columns), float) for judge in judges)
+        safe, helpful = (
+            np.array(score(prompts, completions, **columns), float) for score in reward_functions
+        )
         marked = np.zeros(len(safe), bool) if is_safety is None else np.array(is_safety, bool)
         # The paper's logit of the sigmoid is the reward itself.
         readable = ~(np.isnan(safe) | np.isnan(helpful))

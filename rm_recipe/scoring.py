@@ -110,9 +110,9 @@ class RewardModel:
             whole = split_at_common_prefix([conversations[i] for i in group])
             shared = self.sharing.used
             once, each = (len(whole.prefix), 0) if shared else (0, len(whole.prefix))
-            for part in _in_groups([each + len(rest) for rest in whole.rests], once):
+            for part in _in_groups([each + len(rest) for rest in whole.suffixes], once):
                 members.append([group[k] for k in part])
-                encoded.append(Encoded(whole.prefix, [whole.rests[k] for k in part]))
+                encoded.append(Encoded(whole.prefix, [whole.suffixes[k] for k in part]))
         rewards = np.full(len(items), unfit or 0.0, np.float32)
         found = self.score_encoded(encoded, "Scoring" if progress else "")
         for group, values in zip(members, found, strict=True):
@@ -161,7 +161,7 @@ class RewardModel:
                 rewards = logits.float().squeeze(-1).cpu().numpy()
                 if check and not np.isfinite(rewards).all():
                     raise TrainingError("the model gives rewards that are not finite numbers")
-                ends = np.cumsum([len(comparison.rests) for comparison in batch])[:-1]
+                ends = np.cumsum([len(comparison.suffixes) for comparison in batch])[:-1]
                 for i, values in zip(members, np.split(rewards, ends), strict=True):
                     results[i] = values
                 bar.update(len(members))
@@ -216,8 +216,8 @@ def score_file(model_path: str, source: Path, target: Path) -> int:
     if target.is_dir():
         raise DataError(f"{target} is a folder; --output names a file")
     items = read_items(source)
-    judge = RewardModel.from_pretrained(model_path)
-    rewards = judge.score(list(items.values()), progress=True, named=list(items))
+    reward_model = RewardModel.from_pretrained(model_path)
+    rewards = reward_model.score(list(items.values()), progress=True, named=list(items))
     with whole_file(target) as partial, partial.open("w", encoding="utf-8") as file:
         for item, reward in zip(items.values(), rewards, strict=True):
             file.write(json.dumps({**item, "reward": float(reward)}, ensure_ascii=False) + "\n")

@@ -131,9 +131,9 @@ def test_a_fresh_process_gives_the_rewards_that_were_trained_and_decoders_share_
 def test_a_sliding_window_is_obeyed_where_conversations_are_longer(trained):
     result = trained("mistral-short")
     rewards = result.rewards(ITEMS)
-    judge = RewardModel(result.model, result.tokenizer)
+    reward_model = RewardModel(result.model, result.tokenizer)
     for item, reward in zip(ITEMS, rewards, strict=True):
-        ids = judge._encode(item, "item")
+        ids = reward_model._encode(item, "item")
         assert len(ids) > 16
         with torch.no_grad():
             assert result.model(input_ids=torch.tensor([ids])).logits.item() == pytest.approx(
@@ -270,12 +270,12 @@ ODD = {
 def test_an_odd_architecture_trains_and_is_scored_as_it_is_merged(odd_recipe, name):
     """A norm in ModernBERT's head, BART's one EOS, Gemma 3's vision tower, Mixtral's experts."""
     result = train_watched(odd_recipe(name, **ODD[name]))
-    judge = RewardModel.from_pretrained(result.run)
+    reward_model = RewardModel.from_pretrained(result.run)
     items = [{"prompt": row["prompt"], "response": row["chosen"]} for row in turns(4, 7)]
-    rewards = judge.score(items)
-    half = judge.model.dtype == torch.bfloat16
-    judge.model = judge.model.float().merge_and_unload()
-    assert judge.score(items) == pytest.approx(rewards, abs=0.05 if half else 1e-5)
+    rewards = reward_model.score(items)
+    half = reward_model.model.dtype == torch.bfloat16
+    reward_model.model = reward_model.model.float().merge_and_unload()
+    assert reward_model.score(items) == pytest.approx(rewards, abs=0.05 if half else 1e-5)
     assert not any("vision" in key for key in result.saved())
 
 

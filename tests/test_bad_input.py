@@ -182,13 +182,13 @@ def test_a_data_file(write_recipe, refused, tmp_path, name, content, fragment):
 
 
 def test_a_file_of_responses(refused, tmp_path, tiny_llama):
-    judge = tmp_path / "judge"
-    AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=1).save_pretrained(judge)
-    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(judge)
+    reward_model = tmp_path / "judge"
+    AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=1).save_pretrained(reward_model)
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(reward_model)
     for content in (b"{", b'{"prompt": "a"}\n', b'{"prompt": 1, "response": "a"}\n', b"[]\n"):
         (tmp_path / "in.jsonl").write_bytes(content)
         arguments = ("--input", "in.jsonl", "--output", "out.jsonl")
-        refused("score", str(judge), *arguments, parts=("in.jsonl", "line 1"))
+        refused("score", str(reward_model), *arguments, parts=("in.jsonl", "line 1"))
 
 
 # --- models --------------------------------------------------------------------------------------

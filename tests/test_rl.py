@@ -67,10 +67,10 @@ def test_two_steps_of_trls_trainers_see_the_rewards_of_score(
         train_dataset=Dataset.from_list([{"prompt": as_messages(prompt)} for prompt in PROMPTS]),
         processing_class=tokenizer,
     ).train()
-    judge = RewardModel.from_pretrained(run / "export")
+    reward_model = RewardModel.from_pretrained(run / "export")
     assert len(seen) == 2
     for prompts, completions, rewards in seen:
-        expected = judge.score([as_item(*pair) for pair in zip(prompts, completions, strict=True)])
+        expected = reward_model.score([as_item(*pair) for pair in zip(prompts, completions, strict=True)])
         assert rewards == pytest.approx(expected.tolist(), abs=1e-5)
         assert np.ptp(rewards) > 0
 

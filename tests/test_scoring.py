@@ -102,7 +102,7 @@ def test_evaluation_and_score_agree_on_prompts_near_max_length(model):
     fitting = [(c, row) for c, row in zip(comparisons, found, strict=True) if not row["excluded"]]
     assert len(fitting) > 5
     assert any(row["truncated"] for _, row in fitting)
-    encoded = [Encoded(row["prefix"], row["rests"]) for _, row in fitting]
+    encoded = [Encoded(row["prefix"], row["suffixes"]) for _, row in fitting]
     evaluated = np.concatenate(model.score_encoded(encoded))
     items = [{"prompt": c.prompt, "response": reply} for c, _ in fitting for reply in c.responses]
     assert np.allclose(model.score(items), evaluated, atol=1e-6)
@@ -248,11 +248,11 @@ def test_a_model_that_says_no_length_is_given_what_it_has_positions_for(tiny_dis
     model = AutoModelForSequenceClassification.from_pretrained(tiny_distilbert, num_labels=1)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_distilbert).save_pretrained(folder)
-    judge = RewardModel.from_pretrained(folder)
+    reward_model = RewardModel.from_pretrained(folder)
     turns = [{"role": role, "content": "good " * 12} for role in ("user", "assistant") * 3][:5]
-    long, short = judge.score([{"prompt": turns[start:], "response": "fine"} for start in (0, 4)])
-    assert judge.max_length == 64
-    assert long == pytest.approx(judge.score([{"prompt": turns[2:], "response": "fine"}])[0])
+    long, short = reward_model.score([{"prompt": turns[start:], "response": "fine"} for start in (0, 4)])
+    assert reward_model.max_length == 64
+    assert long == pytest.approx(reward_model.score([{"prompt": turns[2:], "response": "fine"}])[0])
     assert long != short
 
 

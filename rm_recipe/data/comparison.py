@@ -221,20 +221,20 @@ class Encoded:
 
     Attributes:
         prefix: the tokens that all K conversations start with.
-        rests: for each response the tokens after the prefix, at least one each.
+        suffixes: for each response the tokens after the prefix, at least one each.
     """
 
     prefix: list[int]
-    rests: list[list[int]]
+    suffixes: list[list[int]]
 
     @property
     def length(self) -> int:
         """Tokens that the comparison takes in a row."""
-        return len(self.prefix) + sum(map(len, self.rests))
+        return len(self.prefix) + sum(map(len, self.suffixes))
 
     def conversations(self) -> list[list[int]]:
         """Return the K whole conversations, as they are served."""
-        return [self.prefix + rest for rest in self.rests]
+        return [self.prefix + rest for rest in self.suffixes]
 
 
 def split_at_common_prefix(conversations: Sequence[Sequence[int]]) -> Encoded:

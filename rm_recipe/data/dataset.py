@@ -40,7 +40,7 @@ class Split:
     Attributes:
         comparisons: columns `prompt`, `responses`, `ranks`, `margins`, `margin_fault`, `subset`,
             `row` (counted from 1 in its source; of a .jsonl the line), `prompt_key`, `key` (of texts,
-            ranks and margins); after tokenising `prefix`, `rests`, `lengths`, `truncated`
+            ranks and margins); after tokenising `prefix`, `suffixes`, `lengths`, `truncated`
             (`tokenization.tokenize`).
         rows: rows of the source; `rows == len(comparisons) + sum(excluded.values())`.
         excluded: number of rows by reason.
@@ -69,8 +69,8 @@ class Split:
 
     def encoded(self) -> list[Encoded]:
         """Return the tokenised comparisons, in order."""
-        columns = (self.comparisons["prefix"][:], self.comparisons["rests"][:])
-        return [Encoded(prefix, rests) for prefix, rests in zip(*columns, strict=True)]
+        columns = (self.comparisons["prefix"][:], self.comparisons["suffixes"][:])
+        return [Encoded(prefix, suffixes) for prefix, suffixes in zip(*columns, strict=True)]
 
     def sizes(self, shared: bool, padded: bool = False) -> NDArray[np.int64]:
         """Count the tokens of each comparison, `(comparisons,)`.
@@ -80,12 +80,16 @@ class Split:
             padded: each response counts as its longest one, as in rows of one sequence.
         """
         sizes = []
-        columns = self.comparisons.select_columns(["prefix", "rests"]).with_format("arrow")
+        columns = self.comparisons.select_columns(["prefix", "suffixes"]).with_format("arrow")
         for rows in columns.iter(10_000):  # as many at a time, so that memory stays flat
             prefix, responses = (pc.list_value_length(rows[name]).to_numpy() for name in rows.column_names)
-            rests = pc.list_value_length(pc.list_flatten(rows["rests"])).to_numpy()
+            suffixes = pc.list_value_length(pc.list_flatten(rows["suffixes"])).to_numpy()
             starts = np.cumsum(responses) - responses
-            own = responses * np.maximum.reduceat(rests, starts) if padded else np.add.reduceat(rests, starts)
+            own = (
+                responses * np.maximum.reduceat(suffixes, starts)
+                if padded
+                else np.add.reduceat(suffixes, starts)
+            )
             sizes.append(prefix * (1 if shared else responses) + own)
         return np.concatenate(sizes)
 
@@ -99,7 +103,7 @@ class Split:
     def longest(self, n: int, shared: bool) -> list[Encoded]:
         """Return the comparisons of the largest batch of n."""
         rows = self.comparisons.select(self.largest(n, shared))
-        return [Encoded(row["prefix"], row["rests"]) for row in rows]
+        return [Encoded(row["prefix"], row["suffixes"]) for row in rows]
 
     def why_excluded(self) -> str:
         """Write the reasons with their numbers and the first row of each on one line."""
@@ -164,11 +168,11 @@ def fingerprint(comparisons: hf_datasets.Dataset) -> str:
 def fingerprint_of_tokens(comparisons: hf_datasets.Dataset) -> str:
     """Hash the token ids, in order."""
     digest = hashlib.sha256()
-    for rows in comparisons.select_columns(["prefix", "rests"]).with_format("arrow").iter(10_000):
-        rests = pc.list_flatten(rows["rests"])
-        for lists in (rows["prefix"], rows["rests"], rests):
+    for rows in comparisons.select_columns(["prefix", "suffixes"]).with_format("arrow").iter(10_000):
+        suffixes = pc.list_flatten(rows["suffixes"])
+        for lists in (rows["prefix"], rows["suffixes"], suffixes):
             digest.update(pc.list_value_length(lists).to_numpy().tobytes())
-        for ids in (rows["prefix"], rests):
+        for ids in (rows["prefix"], suffixes):
             digest.update(pc.list_flatten(ids).to_numpy().tobytes())
     return digest.hexdigest()
 

@@ -34,7 +34,7 @@ _IDS = hf_datasets.List(hf_datasets.Value("int32"))
 _TEXT = hf_datasets.Value("string")
 _TOKENIZED = {
     "prefix": _IDS,
-    "rests": hf_datasets.List(_IDS),
+    "suffixes": hf_datasets.List(_IDS),
     "lengths": _IDS,
     "truncated": hf_datasets.Value("bool"),
     "unshown": _TEXT,
@@ -66,7 +66,7 @@ def encode(
     [row] = encode_all(tokenizer, [comparison], max_length, truncation)
     if row["excluded"]:
         raise Excluded(row["excluded"], row["detail"])
-    return Encoded(row["prefix"], row["rests"])
+    return Encoded(row["prefix"], row["suffixes"])
 
 
 def encode_all(
@@ -84,7 +84,7 @@ def encode_all(
             tells the conversations apart. Otherwise each is what its reply would get alone.
 
     Returns:
-        for each comparison `prefix` and `rests` as in `Encoded`, `lengths` (tokens of the K whole
+        for each comparison `prefix` and `suffixes` as in `Encoded`, `lengths` (tokens of the K whole
         conversations), `truncated`, `unshown` (whose text the chat template leaves out: a role, or `reply`),
         and where it is left out only `excluded`, the reason, with `detail`.
     """
@@ -97,7 +97,7 @@ def encode_all(
     ids = iter(_ids(tokenizer, [text for texts in rendered if isinstance(texts, list) for text in texts]))
     rows = []
     for comparison, texts in zip(comparisons, rendered, strict=True):
-        row = {"prefix": [], "rests": [], "lengths": [], "truncated": False}
+        row = {"prefix": [], "suffixes": [], "lengths": [], "truncated": False}
         row |= {"unshown": "", "excluded": "", "detail": ""}
         try:
             if isinstance(texts, Excluded):
@@ -108,7 +108,7 @@ def encode_all(
             fitted = _fit(tokenizer, comparison, whole, max_length, truncation, alike)
             row["truncated"] = fitted != whole
             encoded = split_at_common_prefix(fitted)
-            row |= {"prefix": encoded.prefix, "rests": encoded.rests}
+            row |= {"prefix": encoded.prefix, "suffixes": encoded.suffixes}
         except Excluded as excluded:
             row |= {"excluded": excluded.reason, "detail": excluded.detail}
         rows.append(row)

@@ -64,7 +64,7 @@ def predictions(name: str, split: Split, rewards: Sequence[NDArray[np.float32]])
                 "margin": float(np.mean(margins)),
                 "correct": float(agreement(margins, np.zeros(len(margins))).mean()),
                 "tokens": [len(ids) for ids in encoded.conversations()],
-                "response_tokens": [len(rest) for rest in encoded.rests],
+                "response_tokens": [len(rest) for rest in encoded.suffixes],
                 "turns": sum(message["role"] == "user" for message in row["prompt"]),
             }
         )

@@ -69,18 +69,18 @@ def export(
     check_data(run, recipe)
     evaluation = evaluation_of(run)
     trained = Path(find_model(str(run)))
-    judge = RewardModel.from_pretrained(run)
-    verification = Verification(judge, held_out_of(run, recipe, judge))
+    reward_model = RewardModel.from_pretrained(run)
+    verification = Verification(reward_model, held_out_of(run, recipe, reward_model))
     with FolderLock(run) as lock, whole_folder(output) as folder:
         lock.take()
-        body, head = body_precision(judge.model), torch.float32
+        body, head = body_precision(reward_model.model), torch.float32
         if dtype:
             body = head = getattr(torch, dtype)
         quantised = compute_in_float32(verification, trained, merge_base)
         verification.check_recorded()
-        judge.model = merge(judge.model)
+        reward_model.model = merge(reward_model.model)
         verification.step("merge", "merging changed the rewards")
-        save(judge, folder, body, head, reward_scale(evaluation, verification))
+        save(reward_model, folder, body, head, reward_scale(evaluation, verification))
         verification.step(
             "rounding", "rounding the weights (--dtype float32 would not) changed the rewards", ROUNDING
         )
@@ -117,9 +117,11 @@ def evaluation_of(run: Path) -> dict[str, Any]:
     return evaluation
 
 
-def held_out_of(run: Path, recipe: Recipe, judge: RewardModel) -> HeldOut:
+def held_out_of(run: Path, recipe: Recipe, reward_model: RewardModel) -> HeldOut:
     """The held-out conversations to verify by, with the rewards that the run's evaluation gave them."""
-    split = tokenize(load_held_out_split(recipe), judge.tokenizer, judge.max_length, judge.truncation)
+    split = tokenize(
+        load_held_out_split(recipe), reward_model.tokenizer, reward_model.max_length, reward_model.truncation
+    )
     return HeldOut.of(split, [line for line in read_predictions(run) if line["dataset"] == HELD_OUT])
 
 
@@ -134,7 +136,7 @@ def compute_in_float32(verification: Verification, trained: Path, merge_base: Me
     Raises:
         ExportError: they give other rewards; the original base may give somewhat other ones.
     """
-    model = verification.judge.model
+    model = verification.reward_model.model
     if not getattr(model.config, "quantization_config", None):
         model.to(float32_device(model)).float()
         verification.step("precision", "computing in fp32 changed the rewards", ROUNDING)
@@ -152,10 +154,10 @@ def compute_in_float32(verification: Verification, trained: Path, merge_base: Me
 
 def load_base(verification: Verification, trained: Path, base: Base) -> None:
     """Put the adapter on another base in fp32; the model that was there makes room for it first."""
-    judge = verification.judge
-    device = float32_device(judge.model)
+    reward_model = verification.reward_model
+    device = float32_device(reward_model.model)
     verification.free_model()
-    judge.model = load_trained(str(trained), judge.tokenizer, base=base, device=device).float()
+    reward_model.model = load_trained(str(trained), reward_model.tokenizer, base=base, device=device).float()
 
 
 def float32_device(model: torch.nn.Module) -> torch.device:
@@ -192,7 +194,7 @@ def reward_scale(evaluation: dict[str, Any], verification: Verification) -> dict
 
 
 def save(
-    judge: RewardModel, folder: Path, body: torch.dtype, head: torch.dtype, scale: dict[str, float]
+    reward_model: RewardModel, folder: Path, body: torch.dtype, head: torch.dtype, scale: dict[str, float]
 ) -> None:
     """Write model and tokenizer in these precisions; the model stays as it will be loaded, but in fp32.
 
@@ -200,19 +202,19 @@ def save(
         head: also what config.json names: what plain transformers computes in.
         scale: what config.json says of the rewards.
     """
-    for module in judge.model.modules():
+    for module in reward_model.model.modules():
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.to(head if is_float32(module) else body)
     try:
-        judge.model.save_pretrained(folder)
+        reward_model.model.save_pretrained(folder)
     except SafetensorError as error:  # how it names a full disk, among others
         raise ExportError(f"the export cannot be written: {one_line(error)}; nothing was exported") from None
-    judge.model.float()
-    judge.tokenizer.save_pretrained(folder)
+    reward_model.model.float()
+    reward_model.tokenizer.save_pretrained(folder)
     said = {"dtype": str(head).removeprefix("torch."), "sentence_transformers": NO_SIGMOID, **scale}
     rewrite_json(folder / "config.json", lambda config: config | said)
     for_transformers_4(folder)
-    leave_out_bos(folder, judge.tokenizer.chat_template)
+    leave_out_bos(folder, reward_model.tokenizer.chat_template)
 
 
 def leave_out_bos(folder: Path, template: str) -> None:

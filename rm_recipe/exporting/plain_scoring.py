@@ -51,14 +51,14 @@ def score(
     ppo = ppo_rewards(model, tokenizer, sampled)
     del model
     gc.collect()  # it may not fit a GPU twice
-    judge = pipeline("text-classification", model=folder, device=device)
+    reward_model = pipeline("text-classification", model=folder, device=device)
     return {
         "alone": alone,
         "batched": batched,
         "left": padded_left,
         "float32": float32,
         "ids": [tokenizer(texts, add_special_tokens=added)["input_ids"] for added in (False, True)],
-        "pipeline": [judge(text)[0] for text in texts],
+        "pipeline": [reward_model(text)[0] for text in texts],
         "ppo": ppo,
         "modules": sorted({name.partition(".")[0] for name in sys.modules}),
     }

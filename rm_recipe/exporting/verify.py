@@ -83,13 +83,13 @@ class HeldOut:
         lines = {line["index"]: line["rewards"] for line in predictions}
         found = cls([], [], [], [], {})
         for number, row in enumerate(split.comparisons):
-            is_whole = [len(row["prefix"]) + len(rest) for rest in row["rests"]] == row["lengths"]
+            is_whole = [len(row["prefix"]) + len(rest) for rest in row["suffixes"]] == row["lengths"]
             for k, messages in enumerate(split[number].conversations()):
                 if is_whole and len(found.texts) < N_SERVED:
                     found.texts[len(found.names)] = messages
                 found.names.append(f"held-out comparison {number + 1}, response {k + 1} (best first)")
-            found.recorded += lines.get(number, [np.nan] * len(row["rests"]))
-            found.encoded.append(Encoded(row["prefix"], row["rests"]))
+            found.recorded += lines.get(number, [np.nan] * len(row["suffixes"]))
+            found.encoded.append(Encoded(row["prefix"], row["suffixes"]))
             found.ranks.append(row["ranks"])
             if len(found.names) >= N_SEQUENCES:
                 break
@@ -104,26 +104,26 @@ class Verification:
     """Follow the rewards of held-out conversations from step to step; the first that moves them ends it.
 
     Attributes:
-        judge: the model as it is now.
+        reward_model: the model as it is now.
         evaluated: its rewards at the start, `(sequences,)`; `now` are those of the last step.
         float32: what a step that rounds nothing may move a reward by.
         tolerance: what all steps together may.
         moved: by step the largest difference that it made.
     """
 
-    def __init__(self, judge: RewardModel, held_out: HeldOut) -> None:
-        self.judge, self.held_out = judge, held_out
+    def __init__(self, reward_model: RewardModel, held_out: HeldOut) -> None:
+        self.reward_model, self.held_out = reward_model, held_out
         self.evaluated = self.now = self.rewards()
         self.spread = float(self.evaluated.std())
         self.float32 = self.tolerance = max(LEAST, FLOAT32 * self.spread)
         self.moved: dict[str, float] = {}
 
     def rewards(self) -> Rewards:
-        """Score with the judge as it is now, `(sequences,)`."""
-        return np.concatenate(self.judge.score_encoded(self.held_out.encoded))
+        """Score with the reward model as it is now, `(sequences,)`."""
+        return np.concatenate(self.reward_model.score_encoded(self.held_out.encoded))
 
     def step(self, name: str, claim: str, share: float = 0.0) -> None:
-        """Go on to the rewards of the judge as it is now.
+        """Go on to the rewards of the reward model as it is now.
 
         Args:
             claim: what is wrong if they differ from those of the last step.
@@ -153,8 +153,8 @@ class Verification:
         self.moved["recorded"] = compare(claim, before, self.evaluated, self.tolerance, names)
 
     def free_model(self) -> None:
-        """Free the judge's model: it and the one that is loaded next may not fit a device together."""
-        self.judge.model = None
+        """Free the reward model's model: it and the one that is loaded next may not fit a device together."""
+        self.reward_model.model = None
         gc.collect()  # its own forward is bound to it, a circle
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
@@ -165,16 +165,19 @@ class Verification:
         Raises:
             ExportError: plain transformers, its pipeline, TRL or a PPO trainer gets other rewards.
         """
-        tokenizer = self.judge.tokenizer
+        tokenizer = self.reward_model.tokenizer
         samples, conversations, expected = self._served()
         rendered = [render(tokenizer, messages) for messages in conversations]
-        causal, device = reads_last_token(self.judge.model), next(self.judge.model.parameters()).device
+        causal, device = (
+            reads_last_token(self.reward_model.model),
+            next(self.reward_model.model.parameters()).device,
+        )
         reason = ppo_fault(tokenizer) if causal else ENCODER
         sequences, ranks = self.held_out.sequences(), self.held_out.ranks
         request = {
             "folder": str(folder),
             "sequences": sequences,
-            "left": pads_left(self.judge.model),
+            "left": pads_left(self.reward_model.model),
             "texts": rendered,
             "sampled": [] if reason else conversations,
             "device": str(device),
@@ -212,7 +215,7 @@ class Verification:
     def _served(self) -> tuple[list[dict[str, str]], list[list[Message]], Rewards]:
         """The samples that fit the model; the conversations to go through pipeline and TRL; their rewards."""
         items = [{"prompt": prompt, "response": response} for prompt, response in SAMPLES]
-        rewards = self.judge.score(items, unfit=np.nan)
+        rewards = self.reward_model.score(items, unfit=np.nan)
         fit = np.isfinite(rewards)
         samples = [item for item, fits in zip(items, fit, strict=True) if fits]
         texts = [conversation([{"role": "user", "content": s["prompt"]}], s["response"]) for s in samples]

@@ -27,9 +27,9 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def add_lora(
-    model: PreTrainedModel, config: ModelConfig, new_modules: list[str], autocast: bool
+    model: PreTrainedModel, config: ModelConfig, modules_to_save: list[str], autocast: bool
 ) -> PeftModel:
-    """Wrap the model for LoRA by TRL's keys; `new_modules` are trained in full.
+    """Wrap the model for LoRA by TRL's keys; `modules_to_save` are trained in full.
 
     Args:
         autocast: whether training computes in half precision (`bf16` or `fp16`).
@@ -37,7 +37,7 @@ def add_lora(
     Raises:
         RecipeError: PEFT refuses it.
     """
-    settings = lora_config(config, new_modules)
+    settings = lora_config(config, modules_to_save)
     settings.exclude_modules = _beside_text(model)
     try:
         wrapped = get_peft_model(model, settings, revision=config.model_revision)
@@ -121,13 +121,13 @@ def selects_layers(config: ModelConfig) -> bool:
     return bool(config.use_peft) and isinstance(wanted, str) and wanted != ALL_LINEAR
 
 
-def lora_config(config: ModelConfig, new_modules: list[str]) -> LoraConfig:
+def lora_config(config: ModelConfig, modules_to_save: list[str]) -> LoraConfig:
     """PEFT's settings by TRL's keys."""
     settings = cast(LoraConfig, get_peft_config(config))
     settings.task_type = TaskType.SEQ_CLS
     targets = target_modules(config)
     settings.target_modules = set(targets) if isinstance(targets, list) else targets
-    settings.modules_to_save = outermost([*new_modules, *(config.lora_modules_to_save or [])])
+    settings.modules_to_save = outermost([*modules_to_save, *(config.lora_modules_to_save or [])])
     return settings
 
 
@@ -273,7 +273,7 @@ def dequantize(model: PreTrainedModel, device: torch.device | None = None) -> No
             model.set_submodule(name, layer)
 
 
-def check_head_is_whole(model: nn.Module, new_modules: list[str], name: str) -> None:
+def check_head_is_whole(model: nn.Module, modules_to_save: list[str], name: str) -> None:
     """Refuse a base that comes quantised, parts of its future head too.
 
     Raises:
@@ -281,7 +281,7 @@ def check_head_is_whole(model: nn.Module, new_modules: list[str], name: str) -> 
     """
     quantised = [
         new
-        for new in new_modules
+        for new in modules_to_save
         for module in model.get_submodule(new).modules()
         if "Linear" in type(module).__name__ and type(module) not in (nn.Linear, Float32Linear)
     ]

@@ -127,7 +127,7 @@ def plan(
     config: Any,
     model: ModelConfig,
     training: RewardConfig,
-    new_modules: Sequence[str],
+    modules_to_save: Sequence[str],
     batch: Sequence[Encoded],
     *,
     shared: bool,
@@ -138,17 +138,17 @@ def plan(
 
     Args:
         config: of the one-label classifier, a transformers configuration.
-        new_modules: trained in full beside LoRA, as `reward_model.load_base` finds them.
+        modules_to_save: trained in full beside LoRA, as `reward_model.load_base` finds them.
         batch: the comparisons of the largest batch.
         shared: whether they share prefixes.
         device: that it will run on, by default this machine's.
     """
-    whole = _outline(config, model, training, new_modules)
+    whole = _outline(config, model, training, modules_to_save)
     weights, dequantised = _weights(whole, model)
     trained = [p for p in whole.parameters() if p.requires_grad]
 
     def step(layers: int | None) -> int:
-        outline = _outline(config, model, training, new_modules, layers)
+        outline = _outline(config, model, training, modules_to_save, layers)
         return _measure_step(outline, training, batch, shared, checkpointing)
 
     if lora.selects_layers(model):
@@ -171,7 +171,7 @@ def _outline(
     config: Any,
     model: ModelConfig,
     training: RewardConfig,
-    new_modules: Sequence[str],
+    modules_to_save: Sequence[str],
     layers: int | None = None,
 ) -> nn.Module:
     """Build the model as it will be trained, with so many layers (by default all), without weights."""
@@ -193,11 +193,11 @@ def _outline(
             outline.set_attn_implementation(chosen)
         if training.disable_dropout:  # as the trainer does: attention with dropout keeps all its scores
             disable_dropout_in_model(outline)
-        for name in new_modules:
+        for name in modules_to_save:
             head.to_float32(outline, name)
         if model.use_peft:
             half = training.bf16 or training.fp16
-            outline = lora.add_lora(outline, model, list(new_modules), autocast=half)
+            outline = lora.add_lora(outline, model, list(modules_to_save), autocast=half)
         return outline.train()
 
 
@@ -224,7 +224,7 @@ def _measure_step(
     """Peak bytes of two micro-batches' forward and backward beside the weights."""
     by_block = cpu_attention.by_block(outline)
     rows = shared_rows(batch, 0, by_block) if shared else padded_rows(batch, 0)
-    rows.pop("ends", None)  # the reward head weighs nothing
+    rows.pop("last_token_positions", None)  # the reward head weighs nothing
     blocks = cpu_attention.blocks_of(rows["attention_mask"]) if shared and by_block else []
     if checkpointing:
         outline.gradient_checkpointing_enable({"use_reentrant": False})
@@ -282,7 +282,7 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def fit(
     config: Any,
     recipe: Recipe,
-    new_modules: Sequence[str],
+    modules_to_save: Sequence[str],
     batch_of: Callable[[int], Sequence[Encoded]],
     *,
     shared: bool,
@@ -303,7 +303,7 @@ def fit(
     training = recipe.training
 
     def step_of(n: int, checkpointing: bool) -> MemoryPlan:
-        parts = (config, recipe.model, training, new_modules, batch_of(n))
+        parts = (config, recipe.model, training, modules_to_save, batch_of(n))
         try:
             return plan(*parts, shared=shared, checkpointing=checkpointing, device=device)
         except Exception as error:  # whatever a foreign architecture raises
@@ -365,14 +365,14 @@ def read_for(path: Path, overrides: Sequence[str], device: torch.device) -> Reci
 
 
 def needs_checkpointing(
-    config: Any, recipe: Recipe, new_modules: Sequence[str], split: Split, shared: bool
+    config: Any, recipe: Recipe, modules_to_save: Sequence[str], split: Split, shared: bool
 ) -> tuple[bool, str]:
     """Whether a step fits the device only with gradient checkpointing, and why, in words.
 
     It makes a step about a third slower, so it is used where it is needed and where nothing is known.
     """
     try:
-        found = _fit_split(config, recipe, new_modules, split, shared)
+        found = _fit_split(config, recipe, modules_to_save, split, shared)
     except RecipeError as error:
         return True, str(error)
     reason = f"the largest batch needs about {found.plan.peak / 1e9:.1f} of {found.memory / 1e9:.1f} GB"
@@ -383,13 +383,13 @@ def needs_checkpointing(
     return found.checkpointing, reason
 
 
-def too_little(recipe: Recipe, trainer: Any, new_modules: Sequence[str], split: Split) -> str:
+def too_little(recipe: Recipe, trainer: Any, modules_to_save: Sequence[str], split: Split) -> str:
     """Say, where a step has found no memory, what it takes by the plan and what to lower."""
     n, device = recipe.training.per_device_train_batch_size, recipe.training.device.type.upper()
     smaller = with_batch_of(recipe, n - 1) if n > 1 else "gradient_checkpointing: true and a lower max_length"
     planned, lower = "", f"take {smaller}"
     with suppress(RecipeError):
-        found = _fit_split(trainer.model.config, recipe, new_modules, split, trainer.data_collator.share)
+        found = _fit_split(trainer.model.config, recipe, modules_to_save, split, trainer.data_collator.share)
         peak, there = found.plan.peak / 1e9, found.memory / 1e9
         planned = f": the largest batch takes about {peak:.1f} of {there:.1f} GB by the plan"
         if not found.fits:  # else something else is on the device, or the plan is too low
@@ -397,10 +397,12 @@ def too_little(recipe: Recipe, trainer: Any, new_modules: Sequence[str], split: 
     return f"{device} out of memory{planned}; {lower}"
 
 
-def _fit_split(config: Any, recipe: Recipe, new_modules: Sequence[str], split: Split, shared: bool) -> Fit:
+def _fit_split(
+    config: Any, recipe: Recipe, modules_to_save: Sequence[str], split: Split, shared: bool
+) -> Fit:
     """`fit` of a split's longest comparisons on this device."""
     device = recipe.training.device
-    parts = (config, recipe, new_modules, lambda n: split.longest(n, shared))
+    parts = (config, recipe, modules_to_save, lambda n: split.longest(n, shared))
     return fit(*parts, shared=shared, device=device, memory_bytes=device_memory(device), larger=False)
 
 

@@ -186,12 +186,12 @@ def quietly() -> Iterator[None]:
 
 
 def prepare_for_rewards(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new_modules: Sequence[str] = ()
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, modules_to_save: Sequence[str] = ()
 ) -> None:
     """Pad token, label, fp32 head and the forward that reads rewards at given positions.
 
     Args:
-        new_modules: which belong to the head, too; BERT's new pooler lies inside its body.
+        modules_to_save: which belong to the head, too; BERT's new pooler lies inside its body.
     """
     model.config.id2label, model.config.label2id = {0: LABEL}, {LABEL: 0}
     model.config.problem_type = "regression"  # keeps `pipeline` from applying a sigmoid
@@ -206,7 +206,7 @@ def prepare_for_rewards(
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    for name in outermost([*head_names(model), *new_modules]):
+    for name in outermost([*head_names(model), *modules_to_save]):
         to_float32(model, name)
     add_reward_positions(model)
 
@@ -219,8 +219,8 @@ def is_decoder(model: nn.Module) -> bool:
 def add_reward_positions(model: PreTrainedModel) -> None:
     """Give a decoder's classifier a forward that returns rewards at given positions.
 
-    Called with `ends` (responses, 2), rows and columns, it runs the backbone on the rows and the
-    head on those positions alone; without, it is the original. Everything calls the model as
+    Called with `last_token_positions` (responses, 2), rows and columns, it runs the backbone on the rows and
+    the head on those positions alone; without, it is the original. Everything calls the model as
     Accelerate hands it over (wrapped), so gradients are synchronised and autocast applies. An
     encoder's head reads one fixed position, so it keeps its forward.
     """
@@ -232,11 +232,11 @@ def add_reward_positions(model: PreTrainedModel) -> None:
         self: PreTrainedModel,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        ends: torch.Tensor | None = None,
+        last_token_positions: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Rewards (responses, 1) at `ends` as `logits`, or what the model gives without them."""
-        if ends is None:
+        """Rewards (responses, 1) at these positions as `logits`, or what the model gives without them."""
+        if last_token_positions is None:
             return original(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         kwargs = {key: value for key, value in kwargs.items() if value is not None}
         kwargs["use_cache"] = False
@@ -245,7 +245,7 @@ def add_reward_positions(model: PreTrainedModel) -> None:
         elif attention_mask is not None:
             announce_rows(attention_mask)
         body = self.base_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        hidden = body.last_hidden_state[ends[:, 0], ends[:, 1]]
+        hidden = body.last_hidden_state[last_token_positions[:, 0], last_token_positions[:, 1]]
         return SequenceClassifierOutput(logits=self.score(hidden))
 
     model.forward = types.MethodType(forward, model)

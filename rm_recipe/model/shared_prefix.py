@@ -69,8 +69,8 @@ def shared_rows(
         attention_mask: (rows, 1, length, length) bool, True where the row's token may attend. With `one_row`
             (1, 1, 2, length) int64, whose token each is, as the square would be far larger than its blocks:
             the comparison's number and the response's, from 1, or 0 in the prefix.
-        ends: (responses, 2) int64, row and column of each response's last token, responses in the
-            order of the batch.
+        last_token_positions: (responses, 2) int64, row and column of each response's last token, responses
+            in the order of the batch.
     """
     lengths = [comparison.length for comparison in batch]
     rows = [list(range(len(batch)))] if one_row else choose_rows(lengths)
@@ -85,7 +85,7 @@ def shared_rows(
         start = 0
         for member in members:
             prefix_length = len(batch[member].prefix)
-            for response, tokens in enumerate([batch[member].prefix, *batch[member].rests]):
+            for response, tokens in enumerate([batch[member].prefix, *batch[member].suffixes]):
                 stop = start + len(tokens)
                 first = prefix_length if response else 0
                 input_ids[row, start:stop] = torch.tensor(tokens, dtype=torch.long)
@@ -100,7 +100,7 @@ def shared_rows(
         "input_ids": input_ids,
         "position_ids": position_ids,
         "attention_mask": torch.stack(owners, dim=1)[:, None] if one_row else visible(*owners)[:, None],
-        "ends": torch.tensor([end for comparison in ends for end in comparison]),
+        "last_token_positions": torch.tensor([end for comparison in ends for end in comparison]),
     }
 
 
@@ -280,4 +280,4 @@ def _random_comparisons() -> list[Encoded]:
         return [rng.randrange(3, VOCABULARY) for _ in range(n)]
 
     shapes = [(0, (3, 5)), (7, (1, 9)), (20, (4, 4, 6)), (2, (2, 1))]
-    return [Encoded(tokens(prefix), [tokens(n) for n in rests]) for prefix, rests in shapes]
+    return [Encoded(tokens(prefix), [tokens(n) for n in suffixes]) for prefix, suffixes in shapes]

@@ -48,12 +48,16 @@ def measure_training(recipe: Recipe, what: str) -> dict[str, Any]:
         is trained, 2 for its own (recomputing does not count).
     """
     tokenizer, train_split, test_split, _ = load_data(recipe)
-    model, new_modules = load_model(recipe, tokenizer)
+    model, modules_to_save = load_model(recipe, tokenizer)
     parameters = model.num_parameters(exclude_embeddings=True)
-    decide_checkpointing(recipe, model, new_modules, train_split, shared=False)  # as stock needs it, for both
+    decide_checkpointing(
+        recipe, model, modules_to_save, train_split, shared=False
+    )  # as stock needs it, for both
     if what == "ours":
-        sharing = settle_step(recipe, model, new_modules, train_split)
-        trainer: Any = make_trainer(recipe, tokenizer, model, new_modules, train_split, test_split, sharing)
+        sharing = settle_step(recipe, model, modules_to_save, train_split)
+        trainer: Any = make_trainer(
+            recipe, tokenizer, model, modules_to_save, train_split, test_split, sharing
+        )
     else:
         recipe.training.chat_template_path = None  # what is tokenised already needs none
         trainer = RewardTrainer(
@@ -61,7 +65,7 @@ def measure_training(recipe: Recipe, what: str) -> dict[str, Any]:
             args=recipe.training,
             train_dataset=as_pairs(train_split),
             processing_class=tokenizer,
-            peft_config=lora.lora_config(recipe.model, new_modules) if recipe.model.use_peft else None,
+            peft_config=lora.lora_config(recipe.model, modules_to_save) if recipe.model.use_peft else None,
         )
     start_alike(trainer.model, recipe.training.seed)
     watch = Watch(trainer, tokenizer.pad_token_id)
@@ -100,8 +104,8 @@ def as_pairs(split: Split) -> Any:
     def pair(row: dict[str, Any]) -> dict[str, Any]:
         chosen, rejected = sorted(range(2), key=lambda k: row["ranks"][k])
         ids = {
-            "chosen_ids": row["prefix"] + row["rests"][chosen],
-            "rejected_ids": row["prefix"] + row["rests"][rejected],
+            "chosen_ids": row["prefix"] + row["suffixes"][chosen],
+            "rejected_ids": row["prefix"] + row["suffixes"][rejected],
         }
         return ids | ({"margin": row["margins"][0]} if row["margins"] else {})
 
@@ -154,9 +158,9 @@ def measure_scoring(recipe: Recipe, repeats: int) -> dict[str, Any]:
     """
     tokenizer, _, test_split, _ = load_data(recipe)
     model, _ = load_model(recipe, tokenizer)
-    judge = RewardModel(model.to(recipe.training.device).eval(), tokenizer)
+    reward_model = RewardModel(model.to(recipe.training.device).eval(), tokenizer)
     rows = test_split.comparisons.select(range(min(SCORED, len(test_split.comparisons))))
-    comparisons = [Encoded(row["prefix"], row["rests"]) for row in rows]
+    comparisons = [Encoded(row["prefix"], row["suffixes"]) for row in rows]
     size = recipe.training.eval_batch_size
 
     def plain() -> np.ndarray:
@@ -169,12 +173,12 @@ def measure_scoring(recipe: Recipe, repeats: int) -> dict[str, Any]:
         return np.concatenate(rewards)
 
     def ours() -> np.ndarray:
-        return np.concatenate(judge.score_encoded(comparisons))
+        return np.concatenate(reward_model.score_encoded(comparisons))
 
     def speed(score: Callable[[], np.ndarray]) -> float:
         began = _now()
         score()
-        return sum(len(comparison.rests) for comparison in comparisons) / (_now() - began)
+        return sum(len(comparison.suffixes) for comparison in comparisons) / (_now() - began)
 
     difference = float(np.abs(plain() - ours()).max())  # warms up, too
     speeds = [(speed(plain), speed(ours)) for _ in range(repeats)]

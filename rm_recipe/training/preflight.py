@@ -60,14 +60,14 @@ class Preflight:
 def preflight(
     recipe: Recipe,
     trainer: SharedPrefixRewardTrainer,
-    new_modules: list[str],
+    modules_to_save: list[str],
     train_split: Split,
     test: Split,
 ) -> Preflight | None:
     """Make a training step on the largest batch and undo it.
 
     Args:
-        new_modules: the head, and whatever else is trained in full beside LoRA.
+        modules_to_save: the head, and whatever else is trained in full beside LoRA.
 
     Returns:
         what it has shown; None where the model will be sharded over processes, which happens in training.
@@ -83,11 +83,11 @@ def preflight(
     sizes = train_split.sizes(shared)
     try:
         with as_before(trainer):
-            loss, peak, of_a_token = measure(trainer, new_modules, train_split, sizes)
+            loss, peak, of_a_token = measure(trainer, modules_to_save, train_split, sizes)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise RecipeError(f"preflight: {too_little(recipe, trainer, new_modules, train_split)}") from None
+        raise RecipeError(f"preflight: {too_little(recipe, trainer, modules_to_save, train_split)}") from None
     # Optimizer steps, as Trainer counts them.
     _, of_epoch, *_, steps = trainer.set_initial_training_values(training, trainer.get_train_dataloader())
     epochs = steps / of_epoch
@@ -103,7 +103,7 @@ def preflight(
 
 
 def measure(
-    trainer: SharedPrefixRewardTrainer, new_modules: list[str], split: Split, sizes: NDArray[np.int64]
+    trainer: SharedPrefixRewardTrainer, modules_to_save: list[str], split: Split, sizes: NDArray[np.int64]
 ) -> tuple[float, int, float]:
     """Make steps on the largest batch, as it takes most memory, and on some that come as they come.
 
@@ -119,7 +119,7 @@ def measure(
     n, rng = trainer.args.per_device_train_batch_size, np.random.default_rng(trainer.args.seed)
     largest = split.largest(n, trainer.data_collator.share)
     loss = step(trainer, split, largest)
-    check_gradients(trainer.model, new_modules)
+    check_gradients(trainer.model, modules_to_save)
     trainer.create_optimizer().step()
     step(trainer, split, largest)
     peak = peak_memory()
@@ -168,7 +168,7 @@ def as_before(trainer: SharedPrefixRewardTrainer) -> Iterator[None]:
         trainer._total_train_tokens = 0
 
 
-def check_gradients(model: torch.nn.Module, new_modules: list[str]) -> None:
+def check_gradients(model: torch.nn.Module, modules_to_save: list[str]) -> None:
     """Refuse a step in which an adapter or the head has no gradient, or something frozen has one.
 
     Of an adapter B counts: at the start B is 0, and A's gradient with it. An expert that no token was
@@ -190,7 +190,7 @@ def check_gradients(model: torch.nn.Module, new_modules: list[str]) -> None:
             )
             if not any(moved(parameter) for parameter in ups):
                 without.append(name)
-    for name in new_modules:
+    for name in modules_to_save:
         trained = [p for p in base.get_submodule(name).parameters() if p.requires_grad]
         # A bias of the reward itself cancels in every comparison.
         if not trained or not all(moved(weight) for weight in trained if weight.ndim > 1):

@@ -72,10 +72,10 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> N
         if recipe.hub.push_to_hub:
             say("push_to_hub: training uploads nothing; `rm-recipe run` uploads the proven export at its end")
         trainer, kept = ready.trainer, add_callbacks(recipe, ready, run)
-        start = head_of(trainer.model, ready.new_modules)
+        start = head_of(trainer.model, ready.modules_to_save)
         with (
             told_in_one_message(
-                trainer, lambda: too_little(recipe, trainer, ready.new_modules, ready.train_split)
+                trainer, lambda: too_little(recipe, trainer, ready.modules_to_save, ready.train_split)
             ),
             cheaper_adapters(trainer),
             INTERRUPTS.deferred(PROMISE),
@@ -99,7 +99,7 @@ class Ready:
     train_split: Split
     test_split: Split
     report: dict[str, Any] | None
-    new_modules: list[str]
+    modules_to_save: list[str]
     sharing: Sharing
     trainer: SharedPrefixRewardTrainer
 
@@ -116,14 +116,14 @@ def make_ready(recipe: Recipe) -> Ready:
     report = report_data(recipe, train_split, test_split, leakage)
     wait_for_main_process()  # or another would end it before it has said what is wrong
     refuse_leakage(recipe, leakage)
-    model, new_modules = load_model(recipe, tokenizer)
-    sharing = settle_step(recipe, model, new_modules, train_split)
-    trainer = make_trainer(recipe, tokenizer, model, new_modules, train_split, test_split, sharing)
+    model, modules_to_save = load_model(recipe, tokenizer)
+    sharing = settle_step(recipe, model, modules_to_save, train_split)
+    trainer = make_trainer(recipe, tokenizer, model, modules_to_save, train_split, test_split, sharing)
     with cheaper_adapters(trainer):
-        shown = preflight(recipe, trainer, new_modules, train_split, test_split)
+        shown = preflight(recipe, trainer, modules_to_save, train_split, test_split)
     if shown:
         say(str(shown))
-    return Ready(train_split, test_split, report, new_modules, sharing, trainer)
+    return Ready(train_split, test_split, report, modules_to_save, sharing, trainer)
 
 
 def load_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Split, Split, Leakage]:
@@ -183,16 +183,16 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Any,
     training = recipe.training
     set_seed(training.seed)
     with whole_weights():
-        model, new_modules = reward_model.load_base(recipe.model, tokenizer, training.seed)
+        model, modules_to_save = reward_model.load_base(recipe.model, tokenizer, training.seed)
     model.config.rm_recipe = {
         "max_length": training.max_length,
         "truncation": recipe.data.truncation,
         "prefix_sharing": recipe.data.prefix_sharing,
     }
-    return model, new_modules
+    return model, modules_to_save
 
 
-def settle_step(recipe: Recipe, model: Any, new_modules: list[str], train_split: Split) -> Sharing:
+def settle_step(recipe: Recipe, model: Any, modules_to_save: list[str], train_split: Split) -> Sharing:
     """What model and data decide of a step, and says so: whether prefixes are shared and, where the recipe
     leaves it open, `gradient_checkpointing`.
     """
@@ -201,17 +201,17 @@ def settle_step(recipe: Recipe, model: Any, new_modules: list[str], train_split:
             model, recipe.data.prefix_sharing, recipe.training.max_length, recipe.training.device
         )
     say(f"prefix sharing: {'on' if sharing.used else 'off'} ({sharing.reason})")
-    decide_checkpointing(recipe, model, new_modules, train_split, sharing.used)
+    decide_checkpointing(recipe, model, modules_to_save, train_split, sharing.used)
     return sharing
 
 
 def decide_checkpointing(
-    recipe: Recipe, model: Any, new_modules: list[str], train_split: Split, shared: bool
+    recipe: Recipe, model: Any, modules_to_save: list[str], train_split: Split, shared: bool
 ) -> None:
     """Settle `gradient_checkpointing` by the memory plan, unless the recipe does."""
     if any(key in recipe.values for key in CHECKPOINTING):
         return
-    decision = memory.needs_checkpointing(model.config, recipe, new_modules, train_split, shared)
+    decision = memory.needs_checkpointing(model.config, recipe, modules_to_save, train_split, shared)
     needed, reason = broadcast_object_list([decision])[0]  # unequal devices must not decide differently
     for key in CHECKPOINTING:
         setattr(recipe.training, key, needed)
@@ -223,7 +223,7 @@ def make_trainer(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     model: Any,
-    new_modules: list[str],
+    modules_to_save: list[str],
     train_split: Split,
     test_split: Split,
     sharing: Sharing,
@@ -232,7 +232,7 @@ def make_trainer(
     training = recipe.training
     if recipe.model.use_peft:
         half = training.bf16 or training.fp16
-        model = lora.add_lora(model, recipe.model, new_modules, autocast=half)
+        model = lora.add_lora(model, recipe.model, modules_to_save, autocast=half)
     was_there = recipe.output_dir.exists()
     args = copy(training)
     args.chat_template_path = None  # the tokenizer has it; TRL would put the file's own text in its place

@@ -26,7 +26,7 @@ from rm_recipe.training.distributed import autocast_of, keep_precision, without_
 
 TIED = 1e-6  # rewards that differ by no more say nothing of a comparison
 FAULTY_NAMED = 5  # comparisons whose loss is not finite, in the message
-COLUMNS = ["prefix", "rests", "ranks", "margins", "subset", "row"]
+COLUMNS = ["prefix", "suffixes", "ranks", "margins", "subset", "row"]
 
 
 @dataclass
@@ -49,7 +49,7 @@ class RowCollator:
         pair; `margins` (pairs,); `pairs_each` (comparisons,) int64; `num_tokens` (), the real tokens;
         and `names`, a list of what to call each comparison.
         """
-        batch = [Encoded(example["prefix"], example["rests"]) for example in examples]
+        batch = [Encoded(example["prefix"], example["suffixes"]) for example in examples]
         rows: dict[str, Any] = (
             shared_rows(batch, self.pad_token_id, self.one_row)
             if self.share

@@ -114,14 +114,14 @@ def test_a_sample_is_a_prefix_of_the_seeds_shuffle(tmp_path):
 def test_the_largest_batch_is_by_what_its_rows_take():
     """One sequence a row, a batch is as wide as its longest; with shared prefixes only tokens count."""
     prefix = [[1] * 10, [1] * 10, [1] * 50, [1] * 2]
-    rests = [[[1] * 40, [1] * 40], [[1] * 70, [1] * 2], [[1] * 30, [1] * 30], [[1]] * 3]
-    rows = hf_datasets.Dataset.from_dict({"prefix": prefix, "rests": rests})
+    suffixes = [[[1] * 40, [1] * 40], [[1] * 70, [1] * 2], [[1] * 30, [1] * 30], [[1]] * 3]
+    rows = hf_datasets.Dataset.from_dict({"prefix": prefix, "suffixes": suffixes})
     split = Split(rows.select([3, 0, 1, 2]), 4)  # out of order
     assert split.sizes(True).tolist() == [5, 90, 82, 110]
     assert split.sizes(False).tolist() == [9, 100, 92, 160]
     assert split.largest(3, shared=True).tolist() == [3, 1, 2]
     assert split.largest(3, shared=False).tolist() == [2, 3, 1]
-    assert split.longest(1, shared=False) == [Encoded([1] * 10, rests[1])]
+    assert split.longest(1, shared=False) == [Encoded([1] * 10, suffixes[1])]
     assert len(split.longest(99, shared=True)) == 4
 
 

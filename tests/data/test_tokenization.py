@@ -43,7 +43,7 @@ def test_keep_end_cuts_the_front_of_the_shared_prefix(tiny_llama):
     whole = encode(tokenizer, comparison, None)
     cut = encode(tokenizer, comparison, 20, "keep_end")
     assert len(cut.prefix) == 15  # a quarter is the reply's
-    assert cut.rests == whole.rests
+    assert cut.suffixes == whole.suffixes
     assert whole.prefix[-len(cut.prefix) :] == cut.prefix
 
 
@@ -113,7 +113,7 @@ def test_a_template_that_takes_no_prompt_alone_excludes_what_does_not_fit(tiny_l
 def test_ties_may_read_the_same_and_others_may_not(tiny_distilbert):
     tokenizer = load_tokenizer(str(tiny_distilbert))  # knows no case
     tied = Comparison(turns("hi"), ["good", "good", "bad"], [0, 0, 1])
-    assert len(encode(tokenizer, tied, None).rests) == 3
+    assert len(encode(tokenizer, tied, None).suffixes) == 3
     with pytest.raises(Excluded, match="identical_after_tokenization"):
         encode(tokenizer, Comparison(turns("hi"), ["good", "Good"]), None)
 
@@ -155,7 +155,7 @@ def test_the_context_of_a_reply_follows_from_the_prompt_alone(tiny_llama, trunca
     contexts = [len(ids) - len(least) for ids, least in zip(alone, bare, strict=True)]
     assert contexts[0] == contexts[1] == contexts[2] > contexts[3]
     [row] = encode_all(tokenizer, [Comparison(prompt, replies)], 160, truncation, alike=True)
-    in_training = Encoded(row["prefix"], row["rests"]).conversations()
+    in_training = Encoded(row["prefix"], row["suffixes"]).conversations()
     assert in_training[3] == alone[3]  # which all of the comparison follow there
     assert len(in_training[0]) < len(alone[0])
 
@@ -234,8 +234,8 @@ def test_what_is_encoded_fits_and_ends_as_the_whole_conversation_does(tiny_llama
             assert max(row["lengths"]) > int(limit * (1 - REPLY_SHARE))
             assert row["excluded"] in {"too_long", "response_too_long"}
             continue
-        assert all(row["rests"])
-        cut = Encoded(row["prefix"], row["rests"]).conversations()
+        assert all(row["suffixes"])
+        cut = Encoded(row["prefix"], row["suffixes"]).conversations()
         dropped = {len(a) - len(b) for a, b in zip(whole, cut, strict=True)}
         assert len(dropped) == 1  # the same for all K
         assert (cut != whole) == row["truncated"] == (dropped != {0})

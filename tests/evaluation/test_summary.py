@@ -36,7 +36,7 @@ def make_lines(
             "subset": subsets[i] if subsets else "",
             "row": 10 + i,
             "prefix": [1] * (i + 1),
-            "rests": [[2] * n for n in lengths[i]],
+            "suffixes": [[2] * n for n in lengths[i]],
         }
         for i, own in enumerate(rewards)
     ]

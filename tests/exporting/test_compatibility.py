@@ -178,10 +178,10 @@ PROMPTS = ["hello", "how are you", "the cat sat on the mat", "good dog"]
 @pytest.mark.slow
 def test_transformers_4_gives_the_same_ids_and_rewards(exported):
     export_folder, base = exported / "run" / "export", exported / "base"
-    judge = RewardModel.from_pretrained(export_folder)
+    reward_model = RewardModel.from_pretrained(export_folder)
     pairs = [(prompt, reply) for prompt in PROMPTS for reply in ("good", "bad no")]
     texts = [
-        render(judge.tokenizer, conversation([{"role": "user", "content": prompt}], reply))
+        render(reward_model.tokenizer, conversation([{"role": "user", "content": prompt}], reply))
         for prompt, reply in pairs
     ]
     answers = run_elsewhere(
@@ -199,7 +199,7 @@ def test_transformers_4_gives_the_same_ids_and_rewards(exported):
                 logits = model(torch.tensor([ids])).logits
             expected = logits.item() if folder == export_folder else logits[0, -1].tolist()
             assert seen == pytest.approx(expected, abs=1e-4)
-    rewards = judge.score([{"prompt": prompt, "response": reply} for prompt, reply in pairs])
+    rewards = reward_model.score([{"prompt": prompt, "response": reply} for prompt, reply in pairs])
     assert len({round(float(reward), 3) for reward in rewards}) == len(rewards)
     assert answers[str(export_folder)]["outputs"] == pytest.approx(rewards.tolist(), abs=1e-4)
     assert answers[str(export_folder)]["activation"] == "Identity"
@@ -240,15 +240,15 @@ def test_two_steps_of_ppo_see_the_rewards_of_score(exported, tmp_path):
         ".venv-ppo", "steps_of_ppo.py", export_folder, exported / "base", tmp_path, asked=asked
     )
     assert answer["steps"] == 2
-    judge = RewardModel.from_pretrained(export_folder)
+    reward_model = RewardModel.from_pretrained(export_folder)
     ids, scores = [row for row, _ in answer["seen"]], [score for _, score in answer["seen"]]
     assert len(ids) == 8
-    assert judge.score_encoded([Encoded([], [row]) for row in ids]) == pytest.approx(scores, abs=1e-5)
+    assert reward_model.score_encoded([Encoded([], [row]) for row in ids]) == pytest.approx(scores, abs=1e-5)
     texts = []
     for row, score in zip(ids, scores, strict=True):
-        prompt, reply = judge.tokenizer.decode(row).split("</s>\n<|assistant|>\n")
+        prompt, reply = reward_model.tokenizer.decode(row).split("</s>\n<|assistant|>\n")
         if reply.endswith("</s>") and reply != "</s>":  # the others were cut, or say nothing
             texts.append((prompt.removeprefix("<s><|user|>\n"), reply.removesuffix("</s>"), score))
     assert len(texts) >= 3
-    rewards = judge.score([{"prompt": prompt, "response": reply} for prompt, reply, _ in texts])
+    rewards = reward_model.score([{"prompt": prompt, "response": reply} for prompt, reply, _ in texts])
     assert rewards.tolist() == pytest.approx([score for *_, score in texts], abs=1e-5)

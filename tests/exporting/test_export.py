@@ -140,7 +140,7 @@ def test_plain_transformers_gives_the_rewards_of_the_run(exported, kind):
     tokenizer = AutoTokenizer.from_pretrained(run / "export")
     assert (model.config.num_labels, model.config.problem_type) == (1, "regression")
     assert model.dtype == torch.float32
-    judge = pipeline("text-classification", model=str(run / "export"), device="cpu")
+    reward_model = pipeline("text-classification", model=str(run / "export"), device="cpu")
     rewards = RewardModel.from_pretrained(run).score(ITEMS)
     assert abs(rewards[0] - rewards[1]) > 1e-4
     for item, reward in zip(ITEMS, rewards, strict=True):
@@ -152,7 +152,7 @@ def test_plain_transformers_gives_the_rewards_of_the_run(exported, kind):
         with torch.no_grad():
             plain = model(**tokenizer(text, return_tensors="pt")).logits.item()
         assert plain == pytest.approx(reward, abs=drift)
-        assert judge(text)[0] == {"label": "reward", "score": pytest.approx(plain, abs=1e-6)}
+        assert reward_model(text)[0] == {"label": "reward", "score": pytest.approx(plain, abs=1e-6)}
     assert RewardModel.from_pretrained(run / "export").score(ITEMS) == pytest.approx(rewards, abs=drift)
     causal = kind != "encoder"
     assert proof == json.loads((run / "export" / "proof.json").read_text())
@@ -290,8 +290,8 @@ def test_an_export_that_scores_otherwise_is_not_put_in_place_of_one_that_does_no
         export(run)
     save = export_module.save
 
-    def save_otherwise(judge, folder, *rest):
-        save(judge, folder, *rest)
+    def save_otherwise(reward_model, folder, *rest):
+        save(reward_model, folder, *rest)
         weights = saved(folder)
         weights["score.weight"] = weights["score.weight"] * 1.01
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
@@ -326,8 +326,8 @@ ADDS_BOS = {
 def test_what_would_be_served_otherwise_is_refused(run, monkeypatch, file, change, claim):
     save = export_module.save
 
-    def save_otherwise(judge, folder, *rest):
-        save(judge, folder, *rest)
+    def save_otherwise(reward_model, folder, *rest):
+        save(reward_model, folder, *rest)
         content = json.loads((folder / file).read_text()) | change
         (folder / file).write_text(json.dumps(content))
 
@@ -390,10 +390,10 @@ def test_an_original_base_that_gives_other_rewards_is_refused(run, monkeypatch):
 def test_weights_that_are_rounded_too_coarsely_are_refused(run, monkeypatch):
     save = export_module.save
 
-    def coarsely(judge, *rest):
-        for parameter in judge.model.parameters():
+    def coarsely(reward_model, *rest):
+        for parameter in reward_model.model.parameters():
             parameter.data = (parameter.data * 8).round() / 8
-        save(judge, *rest)
+        save(reward_model, *rest)
 
     monkeypatch.setattr(export_module, "save", coarsely)
     refused("rounding the weights .* changed the rewards", run)

@@ -418,10 +418,11 @@ model = AutoModelForSequenceClassification.from_pretrained(name)
 tokenizer = AutoTokenizer.from_pretrained(name)
 text = tokenizer.apply_chat_template(messages, tokenize=False)
 plain = model.eval()(**tokenizer(text, return_tensors="pt")).logits.item()
-judge = pipeline("text-classification", model=name, device="cpu")
+reward_model = pipeline("text-classification", model=name, device="cpu")
 from rm_recipe import RewardModel
 item = {"prompt": messages[:-1], "response": messages[-1]["content"]}
-print(json.dumps([plain, judge(text)[0]["score"], float(RewardModel.from_pretrained(name).score([item])[0])]))
+again = RewardModel.from_pretrained(name).score([item])[0]
+print(json.dumps([plain, reward_model(text)[0]["score"], float(again)]))
 """
 
 

@@ -43,7 +43,7 @@ CONVERSATIONS = [
 
 
 @pytest.fixture
-def judge(tiny_llama):
+def reward_model(tiny_llama):
     tokenizer = load_tokenizer(str(tiny_llama))
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=1).eval()
@@ -52,12 +52,12 @@ def judge(tiny_llama):
 
 
 @pytest.fixture
-def held_out(judge, write_recipe):
+def held_out(reward_model, write_recipe):
     """The held-out comparisons of a recipe, truncated to so many tokens."""
 
     def of(max_length=512, truncation="keep_end", **keys):
         split = load_held_out_split(read_recipe(write_recipe(**keys)))
-        return tokenize(split, judge.tokenizer, max_length, truncation)
+        return tokenize(split, reward_model.tokenizer, max_length, truncation)
 
     return of
 
@@ -70,7 +70,7 @@ def test_64_sequences_are_compared_and_8_of_them_as_texts(held_out):
     assert np.isnan(found.recorded).sum() == N_SEQUENCES - 2
 
 
-def test_truncated_conversations_have_no_text(judge, held_out, tmp_path):
+def test_truncated_conversations_have_no_text(reward_model, held_out, tmp_path):
     """Of a short reply beside a long one, too: both read the same prompt, cut for the long one."""
     turns = [{"role": role, "content": "hello " * 12} for role in ("user", "assistant", "user")]
     rows = [{"prompt": turns, "chosen": "good", "rejected": "bad " * 30}, *make_rows(3, seed=2)]
@@ -81,12 +81,12 @@ def test_truncated_conversations_have_no_text(judge, held_out, tmp_path):
     found = HeldOut.of(held_out((short + long) // 2, "drop_oldest_turns", dataset_name=data))
     assert len(found.texts) == 6
     for number, messages in found.texts.items():
-        text = judge.tokenizer.apply_chat_template(messages, tokenize=False)
-        assert judge.tokenizer(text)["input_ids"] == found.sequences()[number]
+        text = reward_model.tokenizer.apply_chat_template(messages, tokenize=False)
+        assert reward_model.tokenizer(text)["input_ids"] == found.sequences()[number]
 
 
-def test_the_sequence_that_moved_most_is_named_with_both_rewards(judge, held_out, monkeypatch):
-    verification = Verification(judge, HeldOut.of(held_out()))
+def test_the_sequence_that_moved_most_is_named_with_both_rewards(reward_model, held_out, monkeypatch):
+    verification = Verification(reward_model, HeldOut.of(held_out()))
     before = verification.now
     for moved, said in ({5: 0.25, 6: 0.125}, "3, response 2"), ({7: np.nan}, "4, response 2"):
         after = before.copy()
@@ -99,12 +99,12 @@ def test_the_sequence_that_moved_most_is_named_with_both_rewards(judge, held_out
             verification.step("merge", "it moved")
 
 
-def test_only_steps_that_round_and_do_move_rewards_add_to_the_tolerance(judge, held_out):
-    verification = Verification(judge, HeldOut.of(held_out()))
+def test_only_steps_that_round_and_do_move_rewards_add_to_the_tolerance(reward_model, held_out):
+    verification = Verification(reward_model, HeldOut.of(held_out()))
     verification.step("merge", "")
     verification.step("rounding", "", ROUNDING)
     assert verification.tolerance == verification.float32
-    for parameter in judge.model.parameters():
+    for parameter in reward_model.model.parameters():
         parameter.data = parameter.data.bfloat16().float()
     verification.step("rounding", "", ROUNDING)
     allowed = ROUNDING * verification.evaluated.std() + verification.float32
@@ -157,10 +157,10 @@ def test_trl_gives_the_rewards_of_score(tiny_base, tmp_path, monkeypatch, base):
 @pytest.mark.parametrize("base", ["llama", "gpt2"])
 def test_ids_as_ppo_builds_them_get_the_rewards_of_score(tiny_base, tmp_path, base):
     """The prompt with its generation prompt, what a policy sampled, the end token; padded, in a batch."""
-    judge = save_classifier(tiny_base(base), tmp_path, CHAT_TEMPLATE.replace("</s>\n", "</s>"))
+    reward_model = save_classifier(tiny_base(base), tmp_path, CHAT_TEMPLATE.replace("</s>\n", "</s>"))
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     found = ppo_rewards(model, AutoTokenizer.from_pretrained(tmp_path), CONVERSATIONS)
-    assert found == pytest.approx(judge.score(ITEMS).tolist(), abs=1e-5)
+    assert found == pytest.approx(reward_model.score(ITEMS).tolist(), abs=1e-5)
     assert len(set(found)) == len(PAIRS)
 
 

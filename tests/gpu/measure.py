@@ -172,15 +172,15 @@ def largest_batch(m: Measure, name: str, batch: int | None, checkpointing: bool 
     """
     recipe = m.recipe(name)
     tokenizer, train_split, test_split, _ = load_data(recipe)
-    model, new_modules = load_model(recipe, tokenizer)
-    sharing = settle_step(recipe, model, new_modules, train_split)
+    model, modules_to_save = load_model(recipe, tokenizer)
+    sharing = settle_step(recipe, model, modules_to_save, train_split)
     device = torch.device("cuda")
     if batch is None:
         del recipe.values["gradient_checkpointing"]
         found = fit(
             model.config,
             recipe,
-            new_modules,
+            modules_to_save,
             lambda n: train_split.longest(n, sharing.used),
             shared=sharing.used,
             device=device,
@@ -193,14 +193,14 @@ def largest_batch(m: Measure, name: str, batch: int | None, checkpointing: bool 
         model.config,
         recipe.model,
         recipe.training,
-        new_modules,
+        modules_to_save,
         train_split.longest(batch, sharing.used),
         shared=sharing.used,
         checkpointing=bool(checkpointing),
         device=device,
     )
-    trainer = make_trainer(recipe, tokenizer, model, new_modules, train_split, test_split, sharing)
-    shown = preflight(recipe, trainer, new_modules, train_split, test_split)
+    trainer = make_trainer(recipe, tokenizer, model, modules_to_save, train_split, test_split, sharing)
+    shown = preflight(recipe, trainer, modules_to_save, train_split, test_split)
     assert shown is not None
     return {
         "batch": batch,

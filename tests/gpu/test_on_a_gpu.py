@@ -53,9 +53,9 @@ def batch_on_gpu(write_recipe, **keys):
     """A trainer on the GPU and the inputs of its first batch."""
     recipe = read_recipe(write_recipe(**ON_GPU, bf16=True, **keys))
     tokenizer, train_split, test_split, _ = load_data(recipe)
-    model, new_modules = load_model(recipe, tokenizer)
-    sharing = settle_step(recipe, model, new_modules, train_split)
-    trainer = make_trainer(recipe, tokenizer, model, new_modules, train_split, test_split, sharing)
+    model, modules_to_save = load_model(recipe, tokenizer)
+    sharing = settle_step(recipe, model, modules_to_save, train_split)
+    trainer = make_trainer(recipe, tokenizer, model, modules_to_save, train_split, test_split, sharing)
     return trainer, next(iter(trainer.get_train_dataloader()))
 
 
@@ -135,13 +135,13 @@ def test_running_out_of_memory_says_what_to_lower(write_recipe, tmp_path):
         write_recipe(**ON_GPU, dataset_name=str(data), max_length=512, per_device_train_batch_size=64)
     )
     tokenizer, train_split, test_split, _ = load_data(recipe)
-    model, new_modules = load_model(recipe, tokenizer)
-    sharing = settle_step(recipe, model, new_modules, train_split)
-    trainer = make_trainer(recipe, tokenizer, model, new_modules, train_split, test_split, sharing)
+    model, modules_to_save = load_model(recipe, tokenizer)
+    sharing = settle_step(recipe, model, modules_to_save, train_split)
+    trainer = make_trainer(recipe, tokenizer, model, modules_to_save, train_split, test_split, sharing)
     total = torch.cuda.mem_get_info()[1]
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 60e6) / total)
     try:
         with pytest.raises(RecipeError, match="out of memory.*per_device_train_batch_size"):
-            preflight(recipe, trainer, new_modules, train_split, test_split)
+            preflight(recipe, trainer, modules_to_save, train_split, test_split)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

@@ -63,7 +63,7 @@ def really(config, model_config, training, new, shared: bool, checkpointing: boo
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     rows = shared_rows(BATCH, 0, by_block) if shared else padded_rows(BATCH, 0)
-    rows.pop("ends", None)
+    rows.pop("last_token_positions", None)
     if by_block:
         cpu_attention.announce_rows(rows["attention_mask"])
     live = memory._LiveBytes()

@@ -23,14 +23,14 @@ batches = st.lists(comparisons, min_size=1, max_size=4) | st.lists(comparisons, 
 def test_splitting_keeps_every_conversation_and_leaves_each_a_token_of_its_own(conversations):
     encoded = split_at_common_prefix(conversations)
     assert encoded.conversations() == conversations
-    assert all(encoded.rests)
+    assert all(encoded.suffixes)
 
 
 @given(st.lists(tokens, min_size=2, max_size=4))
 def test_the_prefix_is_the_longest_possible(conversations):
     encoded = split_at_common_prefix(conversations)
-    first_tokens = {rest[0] for rest in encoded.rests}
-    assert len(first_tokens) > 1 or min(map(len, encoded.rests)) == 1
+    first_tokens = {rest[0] for rest in encoded.suffixes}
+    assert len(first_tokens) > 1 or min(map(len, encoded.suffixes)) == 1
 
 
 @given(st.lists(st.integers(1, 20), max_size=12), st.integers(20, 40))
@@ -45,7 +45,7 @@ def test_packing_places_every_comparison_once_and_overfills_no_row(lengths, capa
 def test_each_response_reads_back_from_what_its_last_token_attends_to(batch):
     """The naive check: ids and positions that the end of a response sees are its conversation."""
     rows = shared_rows(batch, PAD)
-    ends = iter(rows["ends"].tolist())
+    ends = iter(rows["last_token_positions"].tolist())
     for comparison in batch:
         for conversation in comparison.conversations():
             row, column = next(ends)
@@ -61,9 +61,9 @@ def test_the_mask_is_the_one_that_its_definition_gives_pair_by_pair_of_tokens(ba
     rows = shared_rows(batch, PAD)
     n_rows, length = rows["input_ids"].shape
     whose = [[None] * length for _ in range(n_rows)]  # (comparison, response), of a prefix (comparison, 0)
-    ends = iter(rows["ends"].tolist())
+    ends = iter(rows["last_token_positions"].tolist())
     for number, comparison in enumerate(batch):
-        for response, tokens_of_it in enumerate(comparison.rests, start=1):
+        for response, tokens_of_it in enumerate(comparison.suffixes, start=1):
             row, end = next(ends)
             start = end + 1 - len(tokens_of_it)
             whose[row][start : end + 1] = [(number, response)] * len(tokens_of_it)
@@ -91,7 +91,7 @@ def test_padded_rows_hold_one_conversation_each_padded_right():
 def test_one_row_holds_the_whole_batch_without_padding_and_each_response_reads_back(batch):
     rows = shared_rows(batch, PAD, one_row=True)
     assert rows["input_ids"].shape == (1, sum(comparison.length for comparison in batch))
-    ends = rows["ends"].tolist()
+    ends = rows["last_token_positions"].tolist()
     conversations = [ids for comparison in batch for ids in comparison.conversations()]
     square = visible(rows["attention_mask"][:, 0, 0], rows["attention_mask"][:, 0, 1])
     for (row, column), conversation in zip(ends, conversations, strict=True):

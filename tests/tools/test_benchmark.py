@@ -156,8 +156,8 @@ def test_of_what_ran_out_of_memory_nothing_is_claimed(stock, tuned, ratios):
 
 def test_stock_gets_whole_conversations_the_better_one_as_chosen():
     rows = [
-        {"prefix": [1, 2], "rests": [[3], [4, 5]], "ranks": [1, 0], "margins": [0.5]},
-        {"prefix": [], "rests": [[6], [7]], "ranks": [0, 1], "margins": [1.0]},
+        {"prefix": [1, 2], "suffixes": [[3], [4, 5]], "ranks": [1, 0], "margins": [0.5]},
+        {"prefix": [], "suffixes": [[6], [7]], "ranks": [0, 1], "margins": [1.0]},
     ]
     pairs = as_pairs(Split(Dataset.from_list(rows), rows=2))
     assert pairs[0] == {"chosen_ids": [1, 2, 4, 5], "rejected_ids": [1, 2, 3], "margin": 0.5}
@@ -169,9 +169,9 @@ def test_adapters_start_alike_whatever_was_drawn_before(write_recipe):
     tokenizer = load_data(recipe)[0]
     drawn = []
     for numbers in (0, 3):
-        model, new_modules = load_model(recipe, tokenizer)
+        model, modules_to_save = load_model(recipe, tokenizer)
         torch.rand(numbers)
-        wrapped = add_lora(model, recipe.model, new_modules, autocast=False)
+        wrapped = add_lora(model, recipe.model, modules_to_save, autocast=False)
         before = {name: p.clone() for name, p in wrapped.named_parameters()}
         start_alike(wrapped, seed=0)
         changed = [name for name, p in wrapped.named_parameters() if not torch.equal(p, before[name])]
@@ -193,7 +193,7 @@ def test_both_trainers_are_measured_on_the_same_comparisons_without_the_first_st
         assert result["seconds"] > 0
     assert np.allclose(stock["losses"], ours["losses"], atol=1e-5)
     split = load_data(read_recipe(path))[1]
-    whole = [len(c.prefix) + len(rest) for c in split.encoded() for rest in c.rests]
+    whole = [len(c.prefix) + len(rest) for c in split.encoded() for rest in c.suffixes]
     assert 2 * 16 * min(whole) <= stock["tokens"] <= 2 * 16 * max(whole)
     assert ours["tokens"] < stock["tokens"]  # the prompts stand there once
     assert ours["padding"] < stock["padding"]

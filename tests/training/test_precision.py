@@ -49,8 +49,8 @@ def test_a_small_step_moves_nearly_every_weight_of_a_base_trained_in_full_in_bf1
     saved = {name: value for name, value in result.saved().items() if "layers" in name}
     moved = torch.cat([(value != result.started(name)).flatten() for name, value in saved.items()])
     assert moved.float().mean() > 0.9
-    judge = RewardModel.from_pretrained(result.run)
-    assert {p.dtype for p in judge.model.parameters()} == {torch.float32}
+    reward_model = RewardModel.from_pretrained(result.run)
+    assert {p.dtype for p in reward_model.model.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize(

@@ -106,19 +106,19 @@ def test_a_gradient_that_is_missing_or_too_many_stops_a_run(write_recipe):
     base = ready.trainer.model.get_base_model()
     for name in ("model.layers.1.mlp.up_proj", "score"):
         preflight.step(ready.trainer, ready.train_split, range(4))
-        preflight.check_gradients(ready.trainer.model, ready.new_modules)
+        preflight.check_gradients(ready.trainer.model, ready.modules_to_save)
         for part, parameter in base.get_submodule(name).named_parameters():
             if parameter.requires_grad and "lora_A" not in part:
                 parameter.grad = None if name == "score" else torch.zeros_like(parameter)
         with pytest.raises(
             TrainingError, match=f"preflight: no gradient reaches {name}: training would leave"
         ):
-            preflight.check_gradients(ready.trainer.model, ready.new_modules)
+            preflight.check_gradients(ready.trainer.model, ready.modules_to_save)
     preflight.step(ready.trainer, ready.train_split, range(4))
     frozen = next(p for p in ready.trainer.model.parameters() if not p.requires_grad)
     frozen.grad = torch.ones_like(frozen)
     with pytest.raises(TrainingError, match="is frozen and has a gradient"):
-        preflight.check_gradients(ready.trainer.model, ready.new_modules)
+        preflight.check_gradients(ready.trainer.model, ready.modules_to_save)
 
 
 def test_a_head_that_starts_with_large_rewards_is_pointed_out(write_recipe, monkeypatch, capsys):

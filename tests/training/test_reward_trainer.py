@@ -53,7 +53,7 @@ def encoded(prompt, replies, **rest) -> dict:
     """One row of tokenised replies to a prompt."""
     whole = [TOKENIZER.apply_chat_template(conversation(prompt, r), return_dict=False) for r in replies]
     split = split_at_common_prefix(whole)
-    return {"prefix": split.prefix, "rests": split.rests, "margins": [], "subset": "", **rest}
+    return {"prefix": split.prefix, "suffixes": split.suffixes, "margins": [], "subset": "", **rest}
 
 
 def pairs(n: int = 24, margin: float | None = None) -> Dataset:
@@ -61,7 +61,7 @@ def pairs(n: int = 24, margin: float | None = None) -> Dataset:
     rows = []
     for number, row in enumerate(make_rows(n, seed=1)):
         found = encoded(row["prompt"], [row["chosen"], row["rejected"]], ranks=[0, 1], row=number)
-        chosen, rejected = (found["prefix"] + rest for rest in found["rests"])
+        chosen, rejected = (found["prefix"] + rest for rest in found["suffixes"])
         found |= {"chosen_ids": chosen, "rejected_ids": rejected}
         if margin is not None:
             found |= {"margin": margin * number, "margins": [margin * number]}
@@ -121,7 +121,7 @@ def assert_same(ours, theirs, tolerance: float) -> None:
 
 def rewards_alone(model, row) -> list[torch.Tensor]:
     """The rewards of a row's replies, each conversation by itself."""
-    return [model(input_ids=torch.tensor([row["prefix"] + rest])).logits[0, 0] for rest in row["rests"]]
+    return [model(input_ids=torch.tensor([row["prefix"] + rest])).logits[0, 0] for rest in row["suffixes"]]
 
 
 @pytest.mark.parametrize(
@@ -270,5 +270,7 @@ def test_no_batch_holds_a_comparison_without_a_pair_or_a_response_without_a_toke
     assert sum(len(batch["pairs_each"]) for batch in batches) == kept
     for batch in batches:
         assert batch["pairs_each"].min() >= 1
-        assert len(batch["ends"].unique(dim=0)) == len(batch["ends"])  # none reads another's reward
-        assert (batch["input_ids"][tuple(batch["ends"].T)] != tokenizer.pad_token_id).all()
+        assert len(batch["last_token_positions"].unique(dim=0)) == len(
+            batch["last_token_positions"]
+        )  # none reads another's reward
+        assert (batch["input_ids"][tuple(batch["last_token_positions"].T)] != tokenizer.pad_token_id).all()
