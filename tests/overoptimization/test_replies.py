@@ -145,9 +145,7 @@ def test_replies_of_other_settings_or_weights_are_not_mixed_in_nor_lost_unasked(
     target, folder = tmp_path / "samples.jsonl", shutil.copytree(tiny_llama, tmp_path / "policy")
     old = drawn(target, folder)
     before = target.read_bytes()
-    with pytest.raises(
-        RecipeError, match=r"otherwise \(temperature differ\): --samples takes them"
-    ):
+    with pytest.raises(RecipeError, match=r"otherwise \(temperature differ\): --samples takes them"):
         drawn(target, folder, temperature=0.01)
     saved(folder, tiny_llama, lambda model: model.lm_head.weight.mul_(-9))
     with pytest.raises(RecipeError, match=r"were drawn otherwise \(weights differ\)"):
