@@ -24,9 +24,8 @@ def test_prompts_come_from_prompts_and_from_comparisons_each_once(tmp_path):
     )
     found, excluded = read_prompts(file)
     assert not excluded
-    assert [one.prompt[-1]["content"] for one in found] == [
-        "hello", *(row["prompt"][0]["content"] for row in rows), "Hi?", "bad?"
-    ]  # fmt: skip
+    texts = [one.prompt[-1]["content"] for one in found]
+    assert texts == ["hello", *(row["prompt"][0]["content"] for row in rows), "Hi?", "bad?"]
     assert [one.is_safety for one in found] == [False, False, False, False, True]
 
 
@@ -145,9 +144,7 @@ def test_replies_of_other_settings_or_weights_are_not_mixed_in_nor_lost_unasked(
     target, folder = tmp_path / "samples.jsonl", shutil.copytree(tiny_llama, tmp_path / "policy")
     old = drawn(target, folder)
     before = target.read_bytes()
-    with pytest.raises(
-        RecipeError, match=r"otherwise \(temperature differ\): --samples takes them"
-    ):
+    with pytest.raises(RecipeError, match=r"otherwise \(temperature differ\): --samples takes them"):
         drawn(target, folder, temperature=0.01)
     saved(folder, tiny_llama, lambda model: model.lm_head.weight.mul_(-9))
     with pytest.raises(RecipeError, match=r"were drawn otherwise \(weights differ\)"):
