@@ -64,18 +64,6 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{decimal(seconds, 1)} s"
 
 
-def mapping(value: Any, *keys: str) -> dict[str, Any]:
-    """The object at the end of a path of keys; empty where something on the way is absent."""
-    for key in keys:
-        value = value.get(key) or {}
-    return dict(value)
-
-
-def limits(value: Any) -> tuple[float, float] | None:
-    """An interval as two numbers, None where there is none."""
-    return (float(value[0]), float(value[1])) if value else None
-
-
 def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> None:
     """Print a table whose first and last column may wrap; its texts cannot command the terminal."""
     table = Table(title=title, title_justify="left")

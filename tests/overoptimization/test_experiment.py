@@ -77,10 +77,8 @@ def test_given_replies_are_scored_by_both_each_by_its_own_template(models, sampl
     assert found["gold"]["gain"] == pytest.approx(expected["gain"], abs=1e-4)
     assert found["gold"]["peak_n"] == expected["peak_n"]
     assert found["spread"]["gold"] == pytest.approx(spread(gold), rel=1e-4)
-    assert content["samples"] == {
-        "file": str(samples), "n_prompts": 12, "n_replies": 8, "excluded": {}, "empty_replies": 4,
-        "repeated_replies": 0, "cut_replies": None,
-    }  # fmt: skip
+    counted = {"empty_replies": 4, "repeated_replies": 0, "cut_replies": None, "excluded": {}}
+    assert content["samples"] == {"file": str(samples), "n_prompts": 12, "n_replies": 8, **counted}
     files = {path.name for path in (tmp_path / "o").iterdir()}
     assert files == {"overoptimization.json", "overoptimization.html", "overoptimization.svg", "scores.jsonl"}
     assert json.loads((tmp_path / "o" / "overoptimization.json").read_text()) == content

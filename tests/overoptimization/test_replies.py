@@ -24,9 +24,8 @@ def test_prompts_come_from_prompts_and_from_comparisons_each_once(tmp_path):
     )
     found, excluded = read_prompts(file)
     assert not excluded
-    assert [one.prompt[-1]["content"] for one in found] == [
-        "hello", *(row["prompt"][0]["content"] for row in rows), "Hi?", "bad?"
-    ]  # fmt: skip
+    texts = [one.prompt[-1]["content"] for one in found]
+    assert texts == ["hello", *(row["prompt"][0]["content"] for row in rows), "Hi?", "bad?"]
     assert [one.is_safety for one in found] == [False, False, False, False, True]
 
 
