@@ -20,13 +20,13 @@ import pyarrow.parquet as pq
 from datasets.exceptions import DatasetGenerationError
 from trl.scripts.utils import DatasetConfig
 
-from rm_recipe.data import comparison, formats, messages
+from rm_recipe.data import comparison, formats
 from rm_recipe.data.comparison import Comparison, Excluded, Malformed, Message
 from rm_recipe.data.dataset import Split, arrow_column, cache_key, set_aside
 from rm_recipe.errors import DataError, one_line
 from rm_recipe.recipe.schema import DATA_FORMATS, DataArguments, looks_local
 
-CODE = [sys.modules[__name__], messages, formats, comparison]  # that a comparison follows from
+CODE = [sys.modules[__name__], formats, comparison]  # that a comparison follows from
 PEEK = 1000  # rows of a JSON file in which its columns have to be found
 
 _TEXT = hf_datasets.Value("string")
