@@ -81,9 +81,7 @@ def export(
         reward_model.model = merge(reward_model.model)
         verification.step("merge", "merging changed the rewards")
         save(reward_model, folder, body, head, reward_scale(evaluation, verification))
-        verification.step(
-            "rounding", "rounding the weights (--dtype float32 would not) changed the rewards", ROUNDING
-        )
+        verification.step("rounding", "rounding the weights changed rewards; try --dtype float32", ROUNDING)
         content = verification.read_back(folder) | hashes(folder, trained)
         content |= {"merge_base": merge_base if quantised else None, "dtype": dtype}
         describe(folder, run, output, evaluation, content)
