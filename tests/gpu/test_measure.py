@@ -1,0 +1,30 @@
+"""What `make gpu` measures, tried with small shapes where there is no GPU."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY, make_rows, write_jsonl
+
+
+@pytest.mark.slow
+def test_the_measurements_run_and_are_written(tmp_path, tiny_llama, tiny_distilbert):
+    for name, model in (("smollm2-135m-instruct", tiny_llama), ("all-minilm-l6-v2", tiny_distilbert)):
+        shutil.copytree(model, tmp_path / "models" / name)
+    for split, n in (("train", 700), ("test", 40)):
+        write_jsonl(tmp_path / "data" / f"{split}.jsonl", make_rows(n, seed=1 if split == "train" else 2))
+    command = [sys.executable, "tests/gpu/measure.py", "--tiny", "--only", "distilbert_hh", "plan", "scoring"]
+    folders = ["--data", tmp_path / "data", "--models", tmp_path / "models", "--output", tmp_path / "out"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    subprocess.run([*command, *map(str, folders)], check=True, cwd=REPOSITORY, env=environment)
+    results = json.loads((tmp_path / "out" / "gpu.json").read_text())
+    speeds = results["distilbert_hh"]
+    assert speeds["ours, 16"]["comparisons_per_s"] > 0
+    assert speeds["stock, 32"]["losses"][0] == pytest.approx(speeds["ours, 32"]["losses"][0], abs=1e-3)
+    assert len(results["plan"]) == len(results["scoring"]) == 6
+    assert not any(
+        "failed" in (found or {}) for step in ("plan", "scoring") for found in results[step].values()
+    )
