@@ -165,23 +165,21 @@ class Verification:
         Raises:
             ExportError: plain transformers, its pipeline, TRL or a PPO trainer gets other rewards.
         """
-        tokenizer = self.reward_model.tokenizer
+        tokenizer, model = self.reward_model.tokenizer, self.reward_model.model
         samples, conversations, expected = self._served()
         rendered = [render(tokenizer, messages) for messages in conversations]
-        causal, device = (
-            reads_last_token(self.reward_model.model),
-            next(self.reward_model.model.parameters()).device,
-        )
+        causal, device = reads_last_token(model), next(model.parameters()).device
         reason = ppo_fault(tokenizer) if causal else ENCODER
         sequences, ranks = self.held_out.sequences(), self.held_out.ranks
         request = {
             "folder": str(folder),
             "sequences": sequences,
-            "left": pads_left(self.reward_model.model),
+            "left": pads_left(model),
             "texts": rendered,
             "sampled": [] if reason else conversations,
             "device": str(device),
         }
+        del model
         self.free_model()
         answer = _score_anew(request)
         allowed, differences = self._compare_files(answer)
@@ -189,9 +187,7 @@ class Verification:
         _compare_ids(answer, tokenizer(rendered)["input_ids"])
         sampled = _compare_served(answer, conversations, expected, allowed)
         reason = reason or (None if sampled else UNSAMPLED)
-        agreement = [
-            pairwise_agreement(rewards, ranks) for rewards in (self.evaluated, np.array(answer["alone"]))
-        ]
+        rewards = {"adapter": self.evaluated, "merged": np.array(answer["alone"])}
         return {
             "n_sequences": len(sequences),
             "n_comparisons": len(ranks),
@@ -199,7 +195,7 @@ class Verification:
             "tolerance_float32": self.float32,
             "max_abs_diff": differences,
             "steps": self.moved,
-            "accuracy": dict(zip(("adapter", "merged"), (float(a.mean()) for a in agreement), strict=True)),
+            "accuracy": {name: float(pairwise_agreement(r, ranks).mean()) for name, r in rewards.items()},
             "contracts": dict.fromkeys(("transformers", "pipeline", "trl_reward_funcs"), True)
             | {"ppo": None if reason else True},
             "ppo_reason": reason,
