@@ -27,8 +27,8 @@ from rm_recipe.data.loading import read_rows, unit
 from rm_recipe.data.tokenization import encode
 from rm_recipe.errors import DataError, RecipeError, TrainingError, UnfitError
 from rm_recipe.files import whole_file
-from rm_recipe.model.cpu_attention import by_block
 from rm_recipe.model.reward_model import autocast, load_trained
+from rm_recipe.model.row_attention import by_block
 from rm_recipe.model.shared_prefix import decide_sharing, padded_rows, shared_rows
 from rm_recipe.model.tokenizer import load_tokenizer, positions
 from rm_recipe.processes import this_device

@@ -196,7 +196,7 @@ def _margins(
 def prompts_differ(row: Mapping[str, Any]) -> bool:
     """Tell whether two transcripts differ before the last `Assistant:` of either.
 
-    Such a row is a comparison all the same where the name stands inside a reply (`messages`).
+    Such a row is a comparison all the same where the name stands inside a reply (`comparison.split_turns`).
     """
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if row.get("prompt") is not None or not (isinstance(chosen, str) and isinstance(rejected, str)):

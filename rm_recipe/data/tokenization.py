@@ -230,14 +230,14 @@ def _truncate(
         return conversations
     while True:
         longest = max(map(len, conversations))
-        alone, question = _question(tokenizer, prompt, conversations)
-        if longest <= max_length and (alone <= room or truncation == "exclude"):  # which cuts nothing
+        prompt_tokens, prompt_tokens_kept = _prompt_tokens(tokenizer, prompt, conversations)
+        if longest <= max_length and (prompt_tokens <= room or truncation == "exclude"):  # which cuts nothing
             return conversations
-        if longest - question > max_length:
+        if longest - prompt_tokens_kept > max_length:
             raise Excluded("response_too_long")
         if truncation == "keep_end":
-            over = max(alone - room, longest - max_length)
-            return _cut_front(tokenizer, conversations, question, over)
+            over = max(prompt_tokens - room, longest - max_length)
+            return _cut_front(tokenizer, conversations, prompt_tokens_kept, over)
         shorter = _drop_oldest_turn(prompt) if truncation == "drop_oldest_turns" else None
         if shorter is None and longest > max_length:
             raise Excluded("too_long")
@@ -263,7 +263,7 @@ def _drop_oldest_turn(prompt: list[Message]) -> list[Message] | None:
     return [*system, *turns[starts[0] :]] if starts else None
 
 
-def _question(
+def _prompt_tokens(
     tokenizer: PreTrainedTokenizerBase, prompt: list[Message], conversations: list[list[int]]
 ) -> tuple[int, int]:
     """Tokens of the prompt by itself, whatever the replies, and those of them that the conversations keep.
@@ -280,16 +280,16 @@ def _question(
 
 
 def _cut_front(
-    tokenizer: PreTrainedTokenizerBase, conversations: list[list[int]], question: int, over: int
+    tokenizer: PreTrainedTokenizerBase, conversations: list[list[int]], prompt_tokens: int, over: int
 ) -> list[list[int]]:
     """Cuts `over` tokens off the front, behind a special token that it starts with.
 
-    An encoder reads its reward at that token. The first `question` tokens may be cut, the replies
+    An encoder reads its reward at that token. The first `prompt_tokens` tokens may be cut, the replies
     behind them never.
     """
     first = tokenizer.convert_ids_to_tokens(conversations[0][0])
     kept = 1 if special_tokens(tokenizer).fullmatch(first) else 0
-    if kept + over >= question:
+    if kept + over >= prompt_tokens:
         raise Excluded("too_long")
     return [ids[:kept] + ids[kept + over :] for ids in conversations]
 

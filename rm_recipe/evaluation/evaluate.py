@@ -152,7 +152,7 @@ def _earlier_evaluation(
 ) -> dict[str, Any]:
     """The evaluation that a folder holds, which the new one is to be merged with.
 
-    In the model's own folder, one of the weights before they changed is of no model any more and gives way.
+    If the folder is the model's own and its evaluation belongs to earlier weights, the new one replaces it.
 
     Raises:
         RecipeError: it is another model's, or its held-out figures would be lost.

@@ -25,7 +25,7 @@ from rm_recipe.exporting.card import FIGURE, write_card
 from rm_recipe.exporting.compatibility import for_transformers_4, rewrite_json
 from rm_recipe.exporting.verify import ORIGINAL, ROUNDING, HeldOut, Verification
 from rm_recipe.files import FolderLock, read_json, sha256, whole_folder, write_json
-from rm_recipe.model.head import is_float32
+from rm_recipe.model.head import is_head_layer
 from rm_recipe.model.memory import device_memory, fits_in_float32, float32_bytes
 from rm_recipe.model.reward_model import Base, load_trained
 from rm_recipe.processes import say
@@ -34,7 +34,9 @@ from rm_recipe.scoring import RewardModel, find_model
 from rm_recipe.training.run_folder import check_data
 
 MergeBase = Literal["dequantized", "original"]
-NO_SIGMOID = {"activation_fn": "torch.nn.modules.linear.Identity"}  # what its CrossEncoder reads
+NO_SIGMOID = {
+    "activation_fn": "torch.nn.modules.linear.Identity"
+}  # what sentence-transformers' CrossEncoder reads
 
 
 def export(
@@ -56,11 +58,10 @@ def export(
             in which rewards would tie otherwise, is fp32.
 
     Returns:
-        the content of the export's `proof.json`.
+        the content of `proof.json`.
 
     Raises:
-        RecipeError: `run` is no finished run, the export is there already, or what is there and
-            would be overwritten is no export.
+        RecipeError: `run` is no finished run, or the export may not go there (`check_replaceable`).
         ExportError: some step gives other rewards, or the files cannot be written. What was there is kept.
     """
     recipe = read_run_recipe(run)
@@ -69,19 +70,22 @@ def export(
     check_data(run, recipe)
     evaluation = evaluation_of(run)
     trained = Path(find_model(str(run)))
-    reward_model = RewardModel.from_pretrained(run)
-    verification = Verification(reward_model, held_out_of(run, recipe, reward_model))
     with FolderLock(run) as lock, whole_folder(output) as folder:
-        lock.take()
+        lock.take()  # so that nothing trains the run anew meanwhile
+        reward_model = RewardModel.from_pretrained(run)
+        verification = Verification(reward_model, held_out_of(run, recipe, reward_model))
         body, head = body_precision(reward_model.model), torch.float32
         if dtype:
             body = head = getattr(torch, dtype)
         quantised = compute_in_float32(verification, trained, merge_base)
         verification.check_recorded()
         reward_model.model = merge(reward_model.model)
-        verification.step("merge", "merging changed the rewards")
+        verification.check_step("merge", "merging changed the rewards")
+        # which rounds the model in memory, too
         save(reward_model, folder, body, head, reward_scale(evaluation, verification))
-        verification.step("rounding", "rounding the weights changed rewards; try --dtype float32", ROUNDING)
+        verification.check_step(
+            "rounding", "rounding the weights changed rewards; try --dtype float32", ROUNDING
+        )
         content = verification.read_back(folder) | hashes(folder, trained)
         content |= {"merge_base": merge_base if quantised else None, "dtype": dtype}
         describe(folder, run, output, evaluation, content)
@@ -137,14 +141,14 @@ def compute_in_float32(verification: Verification, trained: Path, merge_base: Me
     model = verification.reward_model.model
     if not getattr(model.config, "quantization_config", None):
         model.to(float32_device(model)).float()
-        verification.step("precision", "computing in fp32 changed the rewards", ROUNDING)
+        verification.check_step("precision", "computing in fp32 changed the rewards", ROUNDING)
         return False
     del model
     load_base(verification, trained, "dequantized")
-    verification.step("precision", "the de-quantised model is not what was evaluated", ROUNDING)
+    verification.check_step("precision", "the de-quantised model is not what was evaluated", ROUNDING)
     if merge_base == "original":
         load_base(verification, trained, merge_base)
-        verification.step(
+        verification.check_step(
             "base", "the original base (--merge-base dequantized would not) changed the rewards", ORIGINAL
         )
     return True
@@ -202,7 +206,7 @@ def save(
     """
     for module in reward_model.model.modules():
         for parameter in module.parameters(recurse=False):
-            parameter.data = parameter.data.to(head if is_float32(module) else body)
+            parameter.data = parameter.data.to(head if is_head_layer(module) else body)
     try:
         reward_model.model.save_pretrained(folder)
     except SafetensorError as error:  # how it names a full disk, among others

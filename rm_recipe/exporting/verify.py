@@ -122,11 +122,12 @@ class Verification:
         """Score with the reward model as it is now, `(sequences,)`."""
         return np.concatenate(self.reward_model.score_encoded(self.held_out.encoded))
 
-    def step(self, name: str, claim: str, share: float = 0.0) -> None:
-        """Go on to the rewards of the reward model as it is now.
+    def check_step(self, name: str, claim: str, share: float = 0.0) -> None:
+        """Score with the reward model as it is now and compare with the rewards of the step before.
 
         Args:
-            claim: what is wrong if they differ from those of the last step.
+            name: of what was done to the model since.
+            claim: what to say if they differ.
             share: the standard deviations that they may differ by beyond `float32`.
 
         Raises:

@@ -69,7 +69,7 @@ def read_own_precision(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, 
     )
 
 
-def is_float32(layer: nn.Module) -> bool:
+def is_head_layer(layer: nn.Module) -> bool:
     """Whether a layer is one of a head that `to_float32` has made."""
     return isinstance(layer, Float32Linear) or read_own_precision in layer._forward_pre_hooks.values()
 

@@ -30,7 +30,7 @@ from trl.trainer import disable_dropout_in_model
 from rm_recipe.data.comparison import Encoded
 from rm_recipe.data.dataset import Split
 from rm_recipe.errors import RecipeError, one_line
-from rm_recipe.model import cpu_attention, head, lora, reward_model, source, tokenizer
+from rm_recipe.model import head, lora, reward_model, row_attention, source, tokenizer
 from rm_recipe.model.shared_prefix import decide_sharing, padded_rows, shared_rows
 from rm_recipe.recipe.reader import Recipe, read_recipe
 from rm_recipe.recipe.schema import CHECKPOINTING
@@ -189,7 +189,7 @@ def _outline(
         outline = AutoModelForSequenceClassification.from_config(
             config, dtype=dtype, attn_implementation="eager" if chosen == "eager" else None
         )
-        if chosen == cpu_attention.NAME:
+        if chosen == row_attention.NAME:
             outline.set_attn_implementation(chosen)
         if training.disable_dropout:  # as the trainer does: attention with dropout keeps all its scores
             disable_dropout_in_model(outline)
@@ -222,10 +222,10 @@ def _measure_step(
     outline: Any, training: RewardConfig, batch: Sequence[Encoded], shared: bool, checkpointing: bool
 ) -> int:
     """Peak bytes of two micro-batches' forward and backward beside the weights."""
-    by_block = cpu_attention.by_block(outline)
+    by_block = row_attention.by_block(outline)
     rows = shared_rows(batch, 0, by_block) if shared else padded_rows(batch, 0)
     rows.pop("last_token_positions", None)  # the reward head weighs nothing
-    blocks = cpu_attention.blocks_of(rows["attention_mask"]) if shared and by_block else []
+    blocks = row_attention.blocks_of(rows["attention_mask"]) if shared and by_block else []
     if checkpointing:
         outline.gradient_checkpointing_enable({"use_reentrant": False})
     half = torch.bfloat16 if training.bf16 else torch.float16
@@ -234,7 +234,7 @@ def _measure_step(
         inputs = {name: mode.from_tensor(tensor) for name, tensor in rows.items()}
         if blocks:
             fake_blocks: list[torch.Tensor] = [mode.from_tensor(each) for each in blocks]
-            cpu_attention.announce_blocks(inputs["attention_mask"], fake_blocks)
+            row_attention.announce_blocks(inputs["attention_mask"], fake_blocks)
         live = _LiveBytes()
         for parameter in outline.parameters():
             live.count(parameter)

@@ -37,8 +37,8 @@ from trl import ModelConfig
 from rm_recipe.errors import RecipeError, one_line
 from rm_recipe.files import holds
 from rm_recipe.model import lora, source
-from rm_recipe.model.cpu_attention import announce_rows
 from rm_recipe.model.head import head_names, initialise, outermost, saved_tensors, to_float32
+from rm_recipe.model.row_attention import announce_rows
 from rm_recipe.model.source import check_safetensors, load_config, sft_adapter
 from rm_recipe.model.tokenizer import check_lengths
 from rm_recipe.processes import is_out_of_memory

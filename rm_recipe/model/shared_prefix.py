@@ -22,9 +22,9 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rm_recipe.data.comparison import Encoded
 from rm_recipe.errors import RecipeError, one_line
-from rm_recipe.model.cpu_attention import NAME as ROW_ATTENTION
-from rm_recipe.model.cpu_attention import visible
 from rm_recipe.model.reward_model import add_reward_positions, is_decoder
+from rm_recipe.model.row_attention import NAME as ROW_ATTENTION
+from rm_recipe.model.row_attention import row_mask
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -99,7 +99,7 @@ def shared_rows(
     return {
         "input_ids": input_ids,
         "position_ids": position_ids,
-        "attention_mask": torch.stack(owners, dim=1)[:, None] if one_row else visible(*owners)[:, None],
+        "attention_mask": torch.stack(owners, dim=1)[:, None] if one_row else row_mask(*owners)[:, None],
         "last_token_positions": torch.tensor([end for comparison in ends for end in comparison]),
     }
 
@@ -153,7 +153,7 @@ def decide_sharing(
         max_length: the longest conversation. It must fit the sliding window, if there is one: a row
             may be longer, because the mask that comes with it is used in place of the window's.
         device: where the model will compute, by default where it is. On a CPU a model that shares
-            prefixes and uses `sdpa` gets the attention of `cpu_attention.py`, as part of what is proven.
+            prefixes and uses `sdpa` gets the attention of `row_attention.py`, as part of what is proven.
     """
     config = model.config
     attention = config._attn_implementation
@@ -184,7 +184,7 @@ def decide_sharing(
 def measure_sharing(config: Any, attention: str) -> float:
     """Largest reward difference between shared rows and one sequence at a time, on a small copy.
 
-    One sequence at a time is computed by transformers' own attention, rows by `cpu_attention`.
+    One sequence at a time is computed by transformers' own attention, rows by `row_attention`.
     """
     own_attention = "sdpa" if attention == ROW_ATTENTION else attention
     batch = _random_comparisons()

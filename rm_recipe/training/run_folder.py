@@ -95,7 +95,7 @@ class Run:
 
     Attributes:
         checkpoint: to go on from, with its manifest; None to begin at the beginning.
-        identity: what a resumed run needs the same; known once it has begun.
+        identity: what must not change between a run and its resumption; known once it has begun.
     """
 
     recipe: Recipe
@@ -147,7 +147,7 @@ class Run:
 
 @contextmanager
 def open_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> Iterator[Run]:
-    """Check that a run may use its folder and keep other processes out of it.
+    """Check that a run may use its folder, keep other processes out, and choose the checkpoint to go on from.
 
     Raises:
         RecipeError: as `check_run_folder` does, or another process is at work in it.

@@ -71,8 +71,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> N
             say(note)
         if recipe.hub.push_to_hub:
             say("push_to_hub: training uploads nothing; `rm-recipe run` uploads the proven export at its end")
-        trainer, kept = ready.trainer, add_callbacks(recipe, ready, run)
-        start = head_of(trainer.model, ready.modules_to_save)
+        trainer, checkpoints = ready.trainer, add_callbacks(recipe, ready, run)
+        initial_head = head_of(trainer.model, ready.modules_to_save)
         with (
             told_in_one_message(
                 trainer, lambda: too_little(recipe, trainer, ready.modules_to_save, ready.train_split)
@@ -81,9 +81,9 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> N
             INTERRUPTS.deferred(PROMISE),
         ):
             trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
-        cost = kept.cost()
+        cost = checkpoints.cost()
         trainer.accelerator.wait_for_everyone()
-        save_model(trainer, recipe, start)
+        save_model(trainer, recipe, initial_head)
         if trainer.is_world_process_zero():
             write_json(recipe.output_dir / "run.json", run_record(recipe, ready, run, cost))
         end(trainer)
@@ -265,9 +265,9 @@ def add_callbacks(recipe: Recipe, ready: Ready, run: Run) -> Checkpoints:
     each = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     plain = training.center_rewards_coefficient is None and recipe.data.margin_column is None
     ready.trainer.add_callback(EarlySigns(each, len(ready.test_split.comparisons), plain))
-    kept = Checkpoints(ready.trainer, run.identity, run.manifest, training.save_total_limit)
-    ready.trainer.add_callback(kept)
-    return kept
+    checkpoints = Checkpoints(ready.trainer, run.identity, run.manifest, training.save_total_limit)
+    ready.trainer.add_callback(checkpoints)
+    return checkpoints
 
 
 # --- after -----------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from trl import RewardTrainer
 from rm_recipe.data.comparison import Encoded, pair_indices
 from rm_recipe.data.dataset import row_name
 from rm_recipe.errors import TrainingError
-from rm_recipe.model.cpu_attention import by_block
+from rm_recipe.model.row_attention import by_block
 from rm_recipe.model.shared_prefix import padded_rows, shared_rows
 from rm_recipe.training.distributed import autocast_of, keep_precision, without_random_numbers
 
@@ -67,7 +67,7 @@ class RowCollator:
         }
 
 
-def mean_by_comparison(values: torch.Tensor, pairs_each: torch.Tensor) -> torch.Tensor:
+def mean_of_pairs(values: torch.Tensor, pairs_each: torch.Tensor) -> torch.Tensor:
     """The mean of (pairs,) values over the pairs of each comparison; (comparisons,)."""
     n = len(pairs_each)
     numbers = torch.arange(n, device=values.device)
@@ -162,7 +162,7 @@ class SharedPrefixRewardTrainer(RewardTrainer):
         of_pairs = -logsigmoid(chosen - rejected - margins)
         if self.args.center_rewards_coefficient is not None:
             of_pairs = of_pairs + self.args.center_rewards_coefficient * (chosen + rejected) ** 2
-        losses = mean_by_comparison(of_pairs, pairs_each)
+        losses = mean_of_pairs(of_pairs, pairs_each)
         difference = (chosen - rejected).detach()
         metrics = {
             "accuracy": (difference.sign() + 1) / 2,  # a tie counts 1/2
@@ -170,7 +170,7 @@ class SharedPrefixRewardTrainer(RewardTrainer):
             "mean_reward": (chosen + rejected).detach() / 2,
             "ties": (difference.abs() <= TIED).to(difference.dtype),
         }
-        means = {key: mean_by_comparison(values, pairs_each) for key, values in metrics.items()}
+        means = {key: mean_of_pairs(values, pairs_each) for key, values in metrics.items()}
         self._count(names, num_tokens, {"loss": losses.detach(), **means})
         loss = losses.mean()
         return (loss, {"rewards": rewards}) if return_outputs else loss

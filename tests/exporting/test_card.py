@@ -126,7 +126,7 @@ def test_on_the_hub_the_snippets_load_from_there_and_edits_are_kept(folder):
     pushed = for_repository((folder / "README.md").read_text(), "ann/judge")
     assert pushed.startswith("---\nbase_model")
     assert "reward model" in pushed
-    snippet = 'model = "ann/judge"\njudge = pipeline("text-classification", model=model)'
+    snippet = 'model = "ann/judge"\nreward_model = pipeline("text-classification", model=model)'
     assert snippet in blocks(pushed, "python")[0]
 
 

@@ -96,17 +96,17 @@ def test_the_sequence_that_moved_most_is_named_with_both_rewards(reward_model, h
         with pytest.raises(
             ExportError, match=f"it moved: held-out comparison {said} .* went from .* is allo"
         ):
-            verification.step("merge", "it moved")
+            verification.check_step("merge", "it moved")
 
 
 def test_only_steps_that_round_and_do_move_rewards_add_to_the_tolerance(reward_model, held_out):
     verification = Verification(reward_model, HeldOut.of(held_out()))
-    verification.step("merge", "")
-    verification.step("rounding", "", ROUNDING)
+    verification.check_step("merge", "")
+    verification.check_step("rounding", "", ROUNDING)
     assert verification.tolerance == verification.float32
     for parameter in reward_model.model.parameters():
         parameter.data = parameter.data.bfloat16().float()
-    verification.step("rounding", "", ROUNDING)
+    verification.check_step("rounding", "", ROUNDING)
     allowed = ROUNDING * verification.evaluated.std() + verification.float32
     assert verification.tolerance == pytest.approx(allowed)
     assert verification.float32 < verification.moved["rounding"] < allowed

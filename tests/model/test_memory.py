@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from rm_recipe.data.comparison import Encoded
 from rm_recipe.errors import RecipeError
-from rm_recipe.model import cpu_attention, lora, memory
+from rm_recipe.model import lora, memory, row_attention
 from rm_recipe.model.head import to_float32
 from rm_recipe.model.memory import (
     MemoryPlan,
@@ -51,10 +51,10 @@ def small(tmp_path):
 def really(config, model_config, training, new, shared: bool, checkpointing: bool) -> tuple[int, int, int]:
     """Of a step with real tensors: bytes of weights, how many are trained, and bytes of the peak beside."""
     dtype = getattr(torch, model_config.dtype) if model_config.use_peft else torch.float32
-    by_block = config._attn_implementation == cpu_attention.NAME
+    by_block = config._attn_implementation == row_attention.NAME
     model = AutoModelForSequenceClassification.from_config(config, dtype=dtype, attn_implementation="sdpa")
     if by_block:
-        model.set_attn_implementation(cpu_attention.NAME)
+        model.set_attn_implementation(row_attention.NAME)
     model.config.use_cache = False
     to_float32(model, new[0])
     if model_config.use_peft:
@@ -65,7 +65,7 @@ def really(config, model_config, training, new, shared: bool, checkpointing: boo
     rows = shared_rows(BATCH, 0, by_block) if shared else padded_rows(BATCH, 0)
     rows.pop("last_token_positions", None)
     if by_block:
-        cpu_attention.announce_rows(rows["attention_mask"])
+        row_attention.announce_rows(rows["attention_mask"])
     live = memory._LiveBytes()
     for parameter in model.parameters():
         live.count(parameter)
@@ -84,7 +84,7 @@ def really(config, model_config, training, new, shared: bool, checkpointing: boo
         ([], True, False, "sdpa"),
         ([], True, True, "sdpa"),
         ([], False, False, "sdpa"),
-        (["--bf16", "true"], True, False, cpu_attention.NAME),
+        (["--bf16", "true"], True, False, row_attention.NAME),
         (["--use_peft", "false", "--bf16", "true"], False, True, "sdpa"),
         (["--lora_target_modules", r".*layers\.[45]\..*_proj"], True, False, "sdpa"),
     ],

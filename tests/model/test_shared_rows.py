@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rm_recipe.data.comparison import Encoded, split_at_common_prefix
-from rm_recipe.model.cpu_attention import visible
+from rm_recipe.model.row_attention import row_mask
 from rm_recipe.model.shared_prefix import choose_rows, pack, padded_rows, shared_rows
 
 PAD = 0
@@ -93,7 +93,7 @@ def test_one_row_holds_the_whole_batch_without_padding_and_each_response_reads_b
     assert rows["input_ids"].shape == (1, sum(comparison.length for comparison in batch))
     ends = rows["last_token_positions"].tolist()
     conversations = [ids for comparison in batch for ids in comparison.conversations()]
-    square = visible(rows["attention_mask"][:, 0, 0], rows["attention_mask"][:, 0, 1])
+    square = row_mask(rows["attention_mask"][:, 0, 0], rows["attention_mask"][:, 0, 1])
     for (row, column), conversation in zip(ends, conversations, strict=True):
         seen = square[row, column]
         assert rows["input_ids"][row, seen].tolist() == conversation

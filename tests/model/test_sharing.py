@@ -24,9 +24,9 @@ from transformers import (
 )
 
 from rm_recipe.data.comparison import Encoded, split_at_common_prefix
-from rm_recipe.model import cpu_attention, shared_prefix
-from rm_recipe.model.cpu_attention import NAME, announce_rows, row_attention, visible
+from rm_recipe.model import row_attention, shared_prefix
 from rm_recipe.model.reward_model import add_reward_positions
+from rm_recipe.model.row_attention import NAME, announce_rows, attend_by_comparison, row_mask
 from rm_recipe.model.shared_prefix import (
     check_padding,
     decide_sharing,
@@ -160,7 +160,7 @@ class Layer(torch.nn.Module):
 def masks() -> tuple[torch.Tensor, torch.Tensor]:
     """Of the batch in one row: the labels that blocks are made of, and the whole square."""
     labels = shared_rows(BATCH, 0, one_row=True)["attention_mask"]
-    return labels, visible(labels[:, 0, 0], labels[:, 0, 1])[:, None]
+    return labels, row_mask(labels[:, 0, 0], labels[:, 0, 1])[:, None]
 
 
 def attention(mask: torch.Tensor, **keys):
@@ -168,7 +168,7 @@ def attention(mask: torch.Tensor, **keys):
     torch.manual_seed(0)
     shapes = [(mask.shape[0], heads, mask.shape[-1], 8) for heads in (4, 2, 2)]
     tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    output, _ = row_attention(Layer(), *tensors, mask, **keys)
+    output, _ = attend_by_comparison(Layer(), *tensors, mask, **keys)
     output.square().sum().backward()
     return [output.detach(), *(tensor.grad for tensor in tensors)]
 
@@ -180,7 +180,7 @@ def test_block_by_block_the_output_and_the_gradients_are_those_of_the_whole_mask
     scaling, scores, autocast, monkeypatch
 ):
     """A few queries at a time too, as of long comparisons; and under autocast in the values' precision."""
-    monkeypatch.setattr(cpu_attention, "SCORES", scores)
+    monkeypatch.setattr(row_attention, "SCORES", scores)
     labels, square = masks()
     expected = attention(square, scaling=scaling)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -196,7 +196,7 @@ def test_gradients_in_bf16_are_as_close_to_exact_as_those_of_sdpa():
 
     def gradients(dtype: torch.dtype, mask: torch.Tensor) -> torch.Tensor:
         tensors = [each.detach().to(dtype, copy=True).requires_grad_() for each in exact]
-        output, _ = row_attention(torch.nn.Module(), *tensors, mask)
+        output, _ = attend_by_comparison(torch.nn.Module(), *tensors, mask)
         output.double().square().sum().backward()
         return torch.cat([tensor.grad.double().flatten() for tensor in tensors])
 
@@ -214,7 +214,7 @@ def test_dropout_drops_weights_of_a_comparison_and_scales_up_the_others():
     value = torch.eye(length, dtype=torch.float64).expand(1, 4, -1, -1)  # the output is the weights
 
     def weights(**keys):
-        return row_attention(torch.nn.Module(), query, key, value, labels, **keys)[0].transpose(1, 2)
+        return attend_by_comparison(torch.nn.Module(), query, key, value, labels, **keys)[0].transpose(1, 2)
 
     whole, dropped = weights(), weights(dropout=0.5)
     kept = dropped != 0

@@ -16,9 +16,9 @@ from rm_recipe.data.comparison import conversation, split_at_common_prefix, unti
 from rm_recipe.data.splits import load_split
 from rm_recipe.data.tokenization import tokenize
 from rm_recipe.errors import TrainingError
-from rm_recipe.model.cpu_attention import NAME as ROW_ATTENTION
 from rm_recipe.model.lora import add_lora
 from rm_recipe.model.reward_model import add_reward_positions, prepare_for_rewards
+from rm_recipe.model.row_attention import NAME as ROW_ATTENTION
 from rm_recipe.model.shared_prefix import decide_sharing
 from rm_recipe.model.tokenizer import load_tokenizer
 from rm_recipe.recipe.schema import DataArguments

@@ -1,4 +1,4 @@
-"""Attention over shared-prefix rows on a CPU: one comparison after the other.
+"""What a token of a shared-prefix row attends to, and how a CPU computes it: one comparison after the other.
 
 A row's mask is block-diagonal, one block for each comparison, and a dense kernel computes the empty
 part too: for three comparisons of a length two thirds of it. On a GPU that costs less than many small
@@ -25,6 +25,19 @@ SCORES = 1024 * 1024
 _blocks: MutableMapping[torch.Tensor, list[torch.Tensor]] = WeakTensorKeyDictionary()
 
 
+def row_mask(comparison_of: torch.Tensor, response_of: torch.Tensor) -> torch.Tensor:
+    """(rows, length, length) bool from two (rows, length) labellings.
+
+    A token attends to earlier tokens and itself within its comparison: to the prefix and to its
+    own response. Padding attends to padding, so that no row of the softmax is empty (NaN).
+    """
+    length = comparison_of.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    same = comparison_of[:, :, None] == comparison_of[:, None, :]
+    own = (response_of[:, None, :] == 0) | (response_of[:, :, None] == response_of[:, None, :])
+    return causal & same & own
+
+
 def by_block(model: Any) -> bool:
     """Whether a model computes rows block by block, so that a batch is one long row."""
     return bool(model.config._attn_implementation == NAME)
@@ -42,7 +55,7 @@ def blocks_of(mask: torch.Tensor) -> list[torch.Tensor]:
     _, sizes = comparison_of.unique_consecutive(return_counts=True)
     blocks = []
     for own in response_of.split(sizes.tolist()):
-        seen = visible(torch.zeros_like(own)[None], own[None])[0]
+        seen = row_mask(torch.zeros_like(own)[None], own[None])[0]
         blocks.append(torch.zeros(seen.shape).masked_fill_(~seen, float("-inf")))
     return blocks
 
@@ -52,7 +65,7 @@ def announce_blocks(mask: torch.Tensor, blocks: list[torch.Tensor]) -> None:
     _blocks[mask] = blocks
 
 
-def row_attention(
+def attend_by_comparison(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -163,18 +176,5 @@ class _BlockAttention(torch.autograd.Function):
         return of_query.mul_(context.scale), of_key, of_value, None, None
 
 
-AttentionInterface.register(NAME, row_attention)
+AttentionInterface.register(NAME, attend_by_comparison)
 AttentionMaskInterface.register(NAME, sdpa_mask)
-
-
-def visible(comparison_of: torch.Tensor, response_of: torch.Tensor) -> torch.Tensor:
-    """(rows, length, length) bool from two (rows, length) labellings.
-
-    A token attends to earlier tokens and itself within its comparison: to the prefix and to its
-    own response. Padding attends to padding, so that no row of the softmax is empty (NaN).
-    """
-    length = comparison_of.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    same = comparison_of[:, :, None] == comparison_of[:, None, :]
-    own = (response_of[:, None, :] == 0) | (response_of[:, :, None] == response_of[:, None, :])
-    return causal & same & own
