@@ -74,9 +74,8 @@ def export(
         lock.take()  # so that nothing trains the run anew meanwhile
         reward_model = RewardModel.from_pretrained(run)
         verification = Verification(reward_model, held_out_of(run, recipe, reward_model))
-        body, head = body_precision(reward_model.model), torch.float32
-        if dtype:
-            body = head = getattr(torch, dtype)
+        body = getattr(torch, dtype) if dtype else body_precision(reward_model.model)
+        head = body if dtype else torch.float32
         quantised = compute_in_float32(verification, trained, merge_base)
         verification.check_recorded()
         reward_model.model = merge(reward_model.model)
