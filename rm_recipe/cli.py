@@ -285,8 +285,8 @@ def main() -> None:
         if end.code == 130:  # what typer makes of KeyboardInterrupt
             fail("interrupted", 128 + (INTERRUPTS.received or signal.SIGINT))
         raise
-    except ModuleNotFoundError as error:
-        if find_spec((error.name or "rm_recipe").partition(".")[0]) is not None:  # a fault of ours
+    except ImportError as error:  # transformers names none where it only says what a model needs
+        if error.name and find_spec(error.name.partition(".")[0]) is not None:  # a fault of ours
             raise
         fail(f"a package is missing: {error}; install rm_recipe and what it needs again", 2)
     except (RuntimeError, MemoryError) as error:

@@ -220,12 +220,12 @@ def score_file(model_path: str, source: Path, target: Path) -> int:
     rewards = reward_model.score(list(items.values()), progress=True, named=list(items))
     with whole_file(target) as partial, partial.open("w", encoding="utf-8") as file:
         for item, reward in zip(items.values(), rewards, strict=True):
-            file.write(json.dumps({**item, "reward": float(reward)}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({**item, "reward": float(reward)}, ensure_ascii=False, default=str) + "\n")
     return len(items)
 
 
 def read_items(source: Path) -> dict[str, dict[str, Any]]:
-    """The `{"prompt", "response"}` items of a .jsonl or .json file (.gz too), by file and row.
+    """The `{"prompt", "response"}` items of a data file (`data.loading.read_rows`), by file and row.
 
     Raises:
         DataError: with file and row.

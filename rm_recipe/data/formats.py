@@ -7,6 +7,7 @@ that is a fault of the file, not of the row.
 
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from decimal import Decimal
 from typing import Any
 
@@ -128,10 +129,10 @@ def _labelled(row: Mapping[str, Any]) -> tuple[list[Message], list[str], list[fl
     for column, reason in needed.items():
         if row.get(column) is None:
             raise Excluded(reason)
-    if row["label"] not in (1, 2):
+    if str(row["label"]) not in ("1", "2"):  # in a .csv a number is text
         raise Malformed("label", "1 or 2, the number of the better output", row["label"])
     outputs = {name: row[name] for name in ("output_1", "output_2")}
-    return *_split_replies(row["input"], outputs), [0, 1] if row["label"] == 1 else [1, 0]
+    return *_split_replies(row["input"], outputs), [0, 1] if str(row["label"]) == "1" else [1, 0]
 
 
 def _ranking(row: Mapping[str, Any]) -> tuple[list[Message], list[str], list[float]]:
@@ -176,6 +177,9 @@ def _margins(
         if not found:
             raise Malformed(column, f"one of margin_map's {', '.join(map(str, categories))}", value)
         value = found[0]
+    if isinstance(value, str):  # in a .csv a number is text
+        with suppress(ValueError):
+            value = float(value) if value else None
     pairs = untied_pairs(ranks)
     if value is None or (isinstance(value, list) and (None in value or len(value) != len(order))):
         raise Excluded("missing_margin")

@@ -7,7 +7,7 @@ import hashlib
 import json
 import sys
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import BufferedReader, TextIOWrapper
 from itertools import islice
 from pathlib import Path
@@ -28,6 +28,8 @@ from rm_recipe.recipe.schema import DATA_FORMATS, DataArguments, looks_local
 
 CODE = [sys.modules[__name__], formats, comparison]  # that a comparison follows from
 PEEK = 1000  # rows of a JSON file in which its columns have to be found
+
+csv.field_size_limit(2**31 - 1)  # a long conversation is a field
 
 _TEXT = hf_datasets.Value("string")
 _PARSED = {
@@ -62,8 +64,7 @@ def load_comparisons(
     file = find_file(source, split)
     place = f"'{file}'" if file else f"'{source.path}', split '{split}'"
     if file:
-        first = islice(read_rows(file), PEEK)
-        columns, content = list(dict.fromkeys(name for _, row in first for name in row)), content_hash(file)
+        columns, content = _columns_of(file), content_hash(file)
     else:
         table = _load_from_hub(source, split, data.dataset_revision)
         columns, content = table.column_names, table._fingerprint
@@ -72,7 +73,7 @@ def load_comparisons(
     wanted = [name for name in chosen if name in formats.COLUMNS or name == margin_column]
 
     def parse() -> Iterator[dict[str, Any]]:
-        rows = read_rows(file) if file else enumerate(table.select_columns(wanted), 1)
+        rows = read_rows(file, wanted) if file else enumerate(table.select_columns(wanted), 1)
         for number, row in rows:
             if source.columns is not None:
                 row = {name: row.get(name) for name in source.columns}
@@ -165,7 +166,6 @@ def normalise(text: str) -> str:
 # --- sources: files, folders, the Hub and mixtures ---------------------------------------------
 
 # Files beside the rows that `datasets` writes about them.
-_NO_SPLITS = ("dataset_info.json", "dataset_infos.json", "state.json")
 
 
 class MissingSplitError(DataError):
@@ -217,7 +217,7 @@ def _load_from_hub(source: DatasetConfig, split: str, revision: str | None) -> h
         )
     except Exception as error:
         cause = error.__cause__ or error
-        if getattr(cause, "errno", None) == errno.ENOSPC:  # the machine's fault, not the data's
+        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):  # not the data's fault
             raise
         reason = one_line(cause) or type(cause).__name__
         if not isinstance(error, ValueError) or not reason.startswith("Unknown split"):
@@ -284,7 +284,7 @@ def _split_file(folder: Path, split: str) -> Path:
     there = sorted(folder.iterdir())
     splits: dict[str, list[Path]] = {}
     for path in there:
-        if path.is_file() and data_format(path) in DATA_FORMATS and path.name not in _NO_SPLITS:
+        if path.is_file() and data_format(path) in DATA_FORMATS and _may_be_a_split(path):
             name = path.name.removesuffix(".gz").removesuffix(data_format(path))
             splits.setdefault(name, []).append(path)
     found = splits.get(split, [])
@@ -300,13 +300,35 @@ def _split_file(folder: Path, split: str) -> Path:
     )
 
 
+def _may_be_a_split(path: Path) -> bool:
+    """Tell whether a file holds comparisons; a .json, .csv or .arrow beside them may say something else."""
+    if data_format(path) in (".jsonl", ".parquet"):
+        return True
+    try:
+        return formats.is_comparison_shape(_columns_of(path))
+    except DataError:  # which is said when it is read; most other files are .json
+        return data_format(path) != ".json"
+
+
 # --- files -------------------------------------------------------------------------------------
 # Not by `load_dataset`: of JSON it fixes the types of columns from a file's beginning, and turns a later
 # number or message list into text without a word, or refuses a sound file.
 
 
-def read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _columns_of(file: Path) -> list[str]:
+    """The columns of a file; of text the keys in its first `PEEK` rows."""
+    rows = islice(read_rows(file, names_only=True), PEEK)
+    return list(dict.fromkeys(name for _, row in rows for name in row))
+
+
+def read_rows(
+    file: Path, columns: Sequence[str] | None = None, names_only: bool = False
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Read a file of `DATA_FORMATS` (.gz too): its rows, numbered from 1 by line, element or row.
+
+    Args:
+        columns: of a table, those to read, all by default.
+        names_only: give one row of a table, with the names of its columns.
 
     Raises:
         DataError: there is no such file, it cannot be read or holds no rows; with the row.
@@ -319,7 +341,7 @@ def read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if stream.read(23) == b"version https://git-lfs":
                 raise DataError(f"'{file}' is a Git LFS pointer, not the file itself; fetch it: git lfs pull")
         with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
-            for number, row in _values(stream, data_format(file)):
+            for number, row in _values(stream, data_format(file), columns, names_only):
                 if not isinstance(row, dict):
                     hint = "; a file that is one list is named .json" if isinstance(row, list) else ""
                     kind = f"a row is a JSON object, this is a {type(row).__name__}{hint}"
@@ -329,23 +351,33 @@ def read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"'{file}' is damaged, or not gzip though its name says so") from None
     except OSError as error:
         raise DataError(f"'{file}' cannot be read: {error.strerror or error}") from None
-    except (ValueError, csv.Error) as error:
-        raise DataError(f"'{file}' cannot be read: {error}") from None
+    except _NotJsonError as error:
+        raise DataError(f"'{file}', {error}") from None
+    except (ValueError, OverflowError, csv.Error, pa.ArrowException) as error:
+        raise DataError(f"'{file}' cannot be read: {one_line(error)}") from None
     if not number:
         raise DataError(f"'{file}' is empty: it holds no rows")
 
 
-def _values(stream: gzip.GzipFile | BufferedReader, ending: str) -> Iterator[tuple[int, Any]]:
+class _NotJsonError(ValueError):
+    """What a place of a file holds is no JSON."""
+
+
+def _values(
+    stream: gzip.GzipFile | BufferedReader, ending: str, columns: Sequence[str] | None, names_only: bool
+) -> Iterator[tuple[int, Any]]:
     """The rows of a table, the elements of a JSON list, read all at once, or what each line holds."""
     start = stream.read(1000)
     stream.seek(0)
     if ending == ".parquet":
-        batches = pq.ParquetFile(stream).iter_batches(batch_size=1000)
-        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+        table = pq.ParquetFile(stream)
+        batches = table.iter_batches(batch_size=1000, columns=columns)
+        yield from _table_rows(table.schema_arrow.names, batches, names_only)
     elif ending == ".arrow":
-        reader = pa.ipc.open_file if start.startswith(b"ARROW1") else pa.ipc.open_stream
-        batches = reader(stream).read_all().to_batches(max_chunksize=1000)
-        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+        opened = (pa.ipc.open_file if start.startswith(b"ARROW1") else pa.ipc.open_stream)(stream).read_all()
+        names = opened.column_names
+        batches = opened.select(columns or names).to_batches(max_chunksize=1000)
+        yield from _table_rows(names, batches, names_only)
     elif ending == ".csv":
         text = TextIOWrapper(stream, "utf-8-sig", newline="")
         yield from enumerate(csv.DictReader(text, restkey="beyond the header"), 1)
@@ -357,14 +389,23 @@ def _values(stream: gzip.GzipFile | BufferedReader, ending: str) -> Iterator[tup
                 yield number, _decode(line, f"line {number}")
 
 
+def _table_rows(names: list[str], batches: Iterable[Any], names_only: bool) -> Iterator[tuple[int, Any]]:
+    if names_only:
+        yield 1, dict.fromkeys(names)
+        return
+    yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+
+
 def _decode(content: bytes, place: str) -> Any:
-    """What UTF-8 JSON says; raises ValueError with the place."""
+    """What UTF-8 JSON says; raises `_NotJsonError` with the place."""
     try:
         return json.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{place}, byte {error.start + 1} of it: not UTF-8 text") from None
-    except (ValueError, RecursionError) as error:  # the latter for thousands of brackets
-        raise ValueError(f"{place}: not JSON: {error}") from None
+        raise _NotJsonError(f"{place}, byte {error.start + 1} of it: not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise _NotJsonError(f"{place}: not JSON: {error.msg} (column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # a number or thousands of brackets too many
+        raise _NotJsonError(f"{place}: not JSON: {error}") from None
 
 
 def unit(file: Path | None) -> str:

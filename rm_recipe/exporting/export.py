@@ -68,11 +68,11 @@ def export(
     output = output or run / "export"
     check_replaceable(output, overwrite)
     check_data(run, recipe)
-    evaluation = evaluation_of(run)
     trained = Path(find_model(str(run)))
     with FolderLock(run) as lock, whole_folder(output) as folder:
         lock.take()  # so that nothing trains the run anew meanwhile
         reward_model = RewardModel.from_pretrained(run)
+        evaluation = evaluation_of(run)
         verification = Verification(reward_model, held_out_of(run, recipe, reward_model))
         body = getattr(torch, dtype) if dtype else body_precision(reward_model.model)
         head = body if dtype else torch.float32

@@ -340,7 +340,8 @@ def _fault(place: tuple[int | str, ...], items: list[Any]) -> str:
     reasons = [str(item.get("ctx", {}).get("error") or item["msg"].replace("Input", "")) for item in items]
     value = str(shown(items[0]["input"]))
     choices = re.findall(r"'([^']+)'", str(items[0].get("ctx", {}).get("expected", "")))
-    reason = " or ".join(dict.fromkeys(reasons)) + did_you_mean(value, choices)
+    close = did_you_mean(value, choices)
+    reason = " or ".join(dict.fromkeys(reasons)) + (f".{close}" if close else "")
     return f"{where}'{key}: {hide_secrets(value)}'{reason}"
 
 

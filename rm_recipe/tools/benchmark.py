@@ -158,7 +158,9 @@ def best_batch(recipe: Recipe, train: Any) -> tuple[int, dict[int, float | None]
     for size in sizes:
         result = train("stock", size, 2)
         tried[size] = speed(result) if result else None
-    return max(sizes, key=lambda size: tried[size] or 0.0), tried
+        if result is None:  # what is larger needs more
+            break
+    return max(tried, key=lambda size: tried[size] or 0.0), tried
 
 
 def in_turns(train: Any, stock_batch: int, steps: int, repeats: int) -> dict[str, list[dict[str, Any]]]:

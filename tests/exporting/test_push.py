@@ -465,7 +465,7 @@ def test_a_run_ends_with_its_export_on_the_hub_from_where_it_gives_the_same_rewa
 
 @pytest.mark.parametrize(
     ("repo_id", "said"),
-    [("just-a-name", "give USER/NAME"), (None, "'push_to_hub: true' needs a 'hub_model_id: USER/NAME'")],
+    [("just-a-name", "give USER/NAME"), (None, "'push_to_hub' needs 'hub_model_id'")],
 )
 def test_what_a_push_will_lack_is_said_before_training(write_recipe, tmp_path, repo_id, said):
     result = run_cli("run", str(write_recipe(push_to_hub=True, hub_model_id=repo_id)))
