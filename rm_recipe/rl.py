@@ -7,7 +7,6 @@ where TRL would apply no template to them, and it normalises, clips and combines
 
 import json
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +139,7 @@ def _without_parts(message: dict[str, Any]) -> dict[str, Any]:
 
 def _shows_all(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> bool:
     """Whether the template shows every text and every call: marks in their places are in what it renders."""
-    marked = deepcopy(messages)
+    marked = json.loads(json.dumps(messages))  # nothing stands there twice
     places = [(message, "content") for message in marked if message.get("content")]
     calls = [call for message in marked for call in message.get("tool_calls") or []]
     places += [(call.get("function", call), "name") for call in calls]

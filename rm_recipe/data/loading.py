@@ -399,11 +399,12 @@ def _table_rows(names: list[str], batches: Iterable[Any], names_only: bool) -> I
 def _decode(content: bytes, place: str) -> Any:
     """What UTF-8 JSON says; raises `_NotJsonError` with the place."""
     try:
-        return json.loads(content.decode("utf-8-sig"))
+        return json.loads(content.decode("utf-8-sig").rstrip())
     except UnicodeDecodeError as error:
         raise _NotJsonError(f"{place}, byte {error.start + 1} of it: not UTF-8 text") from None
     except json.JSONDecodeError as error:
-        raise _NotJsonError(f"{place}: not JSON: {error.msg} (column {error.colno})") from None
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise _NotJsonError(f"{place}: not JSON: {error.msg} ({line}column {error.colno})") from None
     except (ValueError, RecursionError) as error:  # a number or thousands of brackets too many
         raise _NotJsonError(f"{place}: not JSON: {error}") from None
 

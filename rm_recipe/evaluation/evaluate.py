@@ -161,13 +161,13 @@ def _earlier_evaluation(
     if not before or before.get("weights") == weights:
         return before
     path, own = output / "evaluation.json", output.resolve() == Path(target).resolve()
-    if own and (HELD_OUT in names or HELD_OUT not in before["datasets"]):
+    if own and (HELD_OUT in names or HELD_OUT not in before.get("datasets", {})):
         say(f"{path} is of this model before it changed: it is written anew")
         return {}
     first = f"first `rm-recipe evaluate {target}`, or " if own else ""
     raise RecipeError(
-        f"{path} is of {'this model before it changed' if own else 'another model'} ({before['model']}), and "
-        f"two do not mix; {first}give another --output"
+        f"{path} is of {'this model before it changed' if own else 'another model'} "
+        f"({before.get('model')}), and two do not mix; {first}give another --output"
     )
 
 
@@ -299,7 +299,7 @@ def judge_anew(run: Path) -> dict[str, Any]:
     """Apply the gate of a run's recipe as it is now to figures that are there; returns the new evaluation."""
     recipe = read_run_recipe(run)
     before = read_evaluation(run)
-    held_out = {HELD_OUT: before["datasets"][HELD_OUT]}
+    held_out = {HELD_OUT: before.get("datasets", {})[HELD_OUT]}
     content = _merge(before, str(run), recipe, held_out, weights_of(str(run)))
     write_json(run / "evaluation.json", content)
     write_report(run)

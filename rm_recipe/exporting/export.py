@@ -23,7 +23,7 @@ from rm_recipe.evaluation.plots import save_reliability
 from rm_recipe.evaluation.summary import read_evaluation, read_predictions
 from rm_recipe.exporting.card import FIGURE, write_card
 from rm_recipe.exporting.compatibility import for_transformers_4, rewrite_json
-from rm_recipe.exporting.verify import ORIGINAL, ROUNDING, HeldOut, Verification
+from rm_recipe.exporting.verify import EIGHT_BITS, ORIGINAL, ROUNDING, HeldOut, Verification
 from rm_recipe.files import FolderLock, read_json, sha256, whole_folder, write_json
 from rm_recipe.model.head import is_head_layer
 from rm_recipe.model.memory import device_memory, fits_in_float32, float32_bytes
@@ -82,9 +82,8 @@ def export(
         verification.check_step("merge", "merging changed the rewards")
         # which rounds the model in memory, too
         save(reward_model, folder, body, head, reward_scale(evaluation, verification))
-        verification.check_step(
-            "rounding", "rounding the weights changed rewards; try --dtype float32", ROUNDING
-        )
+        share = 0.0 if body == head == torch.float32 else ROUNDING
+        verification.check_step("rounding", "rounding changed the rewards; try --dtype float32", share)
         content = verification.read_back(folder) | hashes(folder, trained)
         content |= {"merge_base": merge_base if quantised else None, "dtype": dtype}
         describe(folder, run, output, evaluation, content)
@@ -142,9 +141,10 @@ def compute_in_float32(verification: Verification, trained: Path, merge_base: Me
         model.to(float32_device(model)).float()
         verification.check_step("precision", "computing in fp32 changed the rewards", ROUNDING)
         return False
+    share = EIGHT_BITS if getattr(model.config.quantization_config, "load_in_8bit", False) else ROUNDING
     del model
     load_base(verification, trained, "dequantized")
-    verification.check_step("precision", "the de-quantised model is not what was evaluated", ROUNDING)
+    verification.check_step("precision", "the de-quantised model is not what was evaluated", share)
     if merge_base == "original":
         load_base(verification, trained, merge_base)
         verification.check_step(

@@ -169,7 +169,7 @@ def _verified(export: Path, allow_failed_gate: bool) -> list[CommitOperationAdd]
     proof = read_json(export / PROOF) if (export / PROOF).is_file() else {}
     if proof.get("passed") is not True:
         raise RecipeError(f"{export} has no {PROOF} that says it passed; {_export_anew(export)}")
-    hashes = proof["files"]
+    hashes = proof.get("files") or {"model.safetensors": ""}
     gone = [name for name in (*hashes, CARD) if not (export / name).is_file()]
     files = [] if gone else _read(export, hashes)
     changed = [file.path_in_repo for file in files if _sha256(file) != hashes[file.path_in_repo]]
@@ -182,7 +182,7 @@ def _verified(export: Path, allow_failed_gate: bool) -> list[CommitOperationAdd]
             f"{export} was exported without an evaluation on held-out comparisons; run `rm-recipe evaluate "
             f"{_run(export)}`, then `rm-recipe export {_run(export)} --overwrite`"
         )
-    gate = gate_words(found["gate"])
+    gate = gate_words(found.get("gate"))
     if not allow_failed_gate and not (gate and gate["passed"]):
         why = gate["why"] if gate else "it has none"
         raise RecipeError(f"{export} has not passed its gate: {why}; --allow-failed-gate uploads it as it is")

@@ -125,7 +125,8 @@ def _parse(row: dict[str, Any], *, replies: bool) -> Sample:
     if not replies:
         return Sample(prompt, [], is_safety)
     check_unicode(texts)
-    return Sample(prompt, [as_reply(row["prompt"], text) for text in texts], is_safety, row.get("cut"))
+    cut = row["cut"] if isinstance(row.get("cut"), int) else None
+    return Sample(prompt, [as_reply(row["prompt"], text) for text in texts], is_safety, cut)
 
 
 # --- replies drawn from a policy, several to each prompt ---------------------------------------

@@ -9,6 +9,7 @@ import threading
 
 import datasets as hf_datasets
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import HH_RLHF, make_rows, needs_hh_rlhf, write_jsonl
 from hypothesis import HealthCheck, given, settings
@@ -143,7 +144,7 @@ def test_rows_come_with_the_number_of_their_line_or_element(tmp_path, name, cont
         ("a.jsonl.gz", b"not gzip at all", "not gzip though its name says so"),
         ("a.jsonl.gz", PACKED[: len(PACKED) // 2], "is damaged"),
         ("a.jsonl.gz", PACKED[:-8] + b"\x00" * 8, "is damaged"),  # the checksum
-        ("a.json", b'[{"chosen": "a"},\n {"chosen": ]', "not JSON: Expecting value: line 2 column 13"),
+        ("a.json", b'[{"chosen": "a"},\n {"chosen": ]', r"not JSON: Expecting value \(line 2, column 13\)"),
         ("a.json", b"[]", "is empty"),
         ("a.json", b'[\n"\xff"]', "byte 4 of it: not UTF-8 text"),
         ("a.parquet", b"not parquet", "cannot be read: Parquet"),
@@ -408,3 +409,35 @@ def test_a_process_that_is_killed_is_one_message():
 
     with pytest.raises(TrainingError, match="dying: a process was killed"):
         run_pass(NUMBERS, die, "Dying", NUMBERS.features, ["die"], 2)
+
+
+def test_what_lies_beside_a_split_is_no_split_unless_it_holds_comparisons(tmp_path):
+    rows = b"".join(ROW + b"\n" for _ in range(3))
+    (tmp_path / "train.jsonl").write_bytes(rows)
+    (tmp_path / "metadata.json").write_text('{\n "a": 1\n}')
+    (tmp_path / "stats.csv").write_text("step,loss\n1,0.7\n")
+    with pytest.raises(MissingSplitError) as caught:
+        loading.find_file(DatasetConfig(path=str(tmp_path)), "test")
+    assert caught.value.others == ["train"]
+
+
+def test_a_csv_has_margins_labels_and_long_fields(tmp_path):
+    file = tmp_path / "train.csv"
+    long = "word " * 40_000
+    file.write_text(f"prompt,chosen,rejected,margin\na,{long},c,0.5\nd,e,f,\n")
+    data = DataArguments(dataset_name=str(file), margin_column="margin")
+    split = load_comparisons(DatasetConfig(path=str(file)), "train", "", data, "margin")
+    assert split.comparisons["margins"][:] == [[0.5], []]
+    file = tmp_path / "llmbar.csv"
+    file.write_text("input,output_1,output_2,label\na,b,c,2\n")
+    split = load_comparisons(DatasetConfig(path=str(file)), "train", "", data, None)
+    assert split.comparisons["responses"][:] == [["c", "b"]]  # the best first
+
+
+def test_of_a_table_only_the_columns_of_a_comparison_are_read(tmp_path):
+    file = tmp_path / "train.parquet"
+    beyond = pa.array([2**50], pa.timestamp("ms"))  # which Python has no date for
+    pq.write_table(pa.table({"prompt": ["a"], "chosen": ["b"], "rejected": ["c"], "at": beyond}), file)
+    data = DataArguments(dataset_name=str(file))
+    split = load_comparisons(DatasetConfig(path=str(file)), "train", "", data, None)
+    assert (len(split.comparisons), split.unread) == (1, ["at"])

@@ -396,7 +396,7 @@ def test_weights_that_are_rounded_too_coarsely_are_refused(run, monkeypatch):
         save(reward_model, *rest)
 
     monkeypatch.setattr(export_module, "save", coarsely)
-    refused("rounding the weights changed rewards", run)
+    refused("rounding changed the rewards", run)
 
 
 def test_ctrl_c_leaves_no_half_written_export(run, monkeypatch):

@@ -16,6 +16,7 @@ from rm_recipe.data.tokenization import tokenize
 from rm_recipe.errors import ExportError
 from rm_recipe.exporting.plain_scoring import ppo_rewards
 from rm_recipe.exporting.verify import (
+    EIGHT_BITS,
     N_SEQUENCES,
     N_SERVED,
     PLAIN_SCORING,
@@ -63,7 +64,7 @@ def held_out(reward_model, write_recipe):
 
 
 def test_64_sequences_are_compared_and_8_of_them_as_texts(held_out):
-    found = HeldOut.of(held_out(), [{"index": 1, "rewards": [2.0, -1.0]}])
+    found = HeldOut.of(held_out(), [{"index": 1, "row": 2, "rewards": [2.0, -1.0]}])
     assert len(found.names) == len(found.sequences()) == N_SEQUENCES
     assert list(found.texts) == list(range(N_SERVED))
     assert found.recorded[2:4] == [2.0, -1.0]
@@ -107,9 +108,27 @@ def test_only_steps_that_round_and_do_move_rewards_add_to_the_tolerance(reward_m
     for parameter in reward_model.model.parameters():
         parameter.data = parameter.data.bfloat16().float()
     verification.check_step("rounding", "", ROUNDING)
-    allowed = ROUNDING * verification.evaluated.std() + verification.float32
-    assert verification.tolerance == pytest.approx(allowed)
-    assert verification.float32 < verification.moved["rounding"] < allowed
+    moved = verification.moved["rounding"]
+    assert verification.float32 < moved < ROUNDING * verification.evaluated.std()
+    assert verification.tolerance == pytest.approx(verification.float32 + moved)
+
+
+def test_what_rounds_may_move_a_single_reward_far_but_not_all_of_them(reward_model, held_out, monkeypatch):
+    verification = Verification(reward_model, HeldOut.of(held_out()))
+    spread, before = verification.spread, verification.now
+    one = before + np.where(np.arange(len(before)) == 3, 2 * spread, 0)
+    monkeypatch.setattr(verification, "rewards", lambda: one)
+    verification.check_step("precision", "", ROUNDING)
+    assert verification.moved["precision"] == pytest.approx(2 * spread, rel=1e-4)
+    verification.now = before
+    shuffled = np.random.default_rng(0).permutation(before)
+    monkeypatch.setattr(verification, "rewards", lambda: shuffled)
+    with pytest.raises(ExportError):
+        verification.check_step("precision", "others", EIGHT_BITS)
+    verification.now = before
+    monkeypatch.setattr(verification, "rewards", lambda: one)
+    with pytest.raises(ExportError):
+        verification.check_step("merge", "nothing is rounded")
 
 
 @pytest.mark.parametrize(
