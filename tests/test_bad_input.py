@@ -125,7 +125,7 @@ ARGUMENTS: list[tuple[str, str]] = [
     ("export gone", "gone is not a run folder"),
     ("export {data}", "is not a run folder: it has no recipe.yaml of a run"),
     ("export gone --dtype int3", "'int3' is not one of"),
-    ("push {model} --repo-id a/b", "is not an export of `rm-recipe export`"),
+    ("push {model} --repo-id a", "give USER/NAME"),
     ("push gone", "Missing option '--repo-id'"),
     ("score {model}", "give --input and --output, or --prompt and --response"),
     ("score {model} --prompt a --response b --input c", "--prompt and --response"),
