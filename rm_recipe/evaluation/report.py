@@ -24,6 +24,7 @@ from rm_recipe.files import read_json, visible
 Figures = dict[str, Any]
 
 HEAD = ["data set", "accuracy", "95 % interval", "n", "left out", "ties", "loss", "best baseline"]
+IN_TERMINAL = 6  # of these columns fit a terminal; the sentences below the table name the best baseline
 
 
 def overview(name: str, figures: Figures) -> list[str]:
@@ -48,8 +49,8 @@ def print_evaluation(content: dict[str, Any], names: Sequence[str], console: Con
         content: of `evaluation.json`.
     """
     console = console or Console()
-    rows = [overview(name, content["datasets"][name]) for name in names]
-    print_table("Preference accuracy", HEAD, rows, console)
+    rows = [overview(name, content["datasets"][name])[:IN_TERMINAL] for name in names]
+    print_table("Preference accuracy", HEAD[:IN_TERMINAL], rows, console)
     for name in names:
         for _, sentence in readings(content["datasets"][name]):
             console.print(Text(visible(f"{name}: {sentence}" if len(names) > 1 else sentence)))
