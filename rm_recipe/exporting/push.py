@@ -73,10 +73,11 @@ def push(
     for file in files:
         if isinstance(file.path_or_fileobj, bytes) and token.encode() in file.path_or_fileobj:
             raise RecipeError(f"{file.path_in_repo} holds your token for the Hub; remove it and export anew")
+    base = adapter_base(export) if adapter else None
     api = HfApi(token=token, library_name="rm_recipe", library_version=__version__)
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            _publish(api, repo_id, files, private)
+            _publish(api, repo_id, files, private, base)
             break
         except RmRecipeError:
             raise
@@ -149,7 +150,7 @@ def adapter_files(export: Path, repo_id: str, *, allow_failed_gate: bool) -> lis
         raise RecipeError(
             f"{model} is not the adapter that {export} was verified against; {_export_anew(export)}"
         )
-    base = read_json(model / ADAPTER[0])["base_model_name_or_path"] or ""
+    base = adapter_base(export)
     if Path(base).is_dir() or not is_repo_id(base):
         raise RecipeError(
             f"the adapter's base is the local folder {base}, so nobody else could load it; push the merged "
@@ -158,6 +159,11 @@ def adapter_files(export: Path, repo_id: str, *, allow_failed_gate: bool) -> lis
     card = adapter_card(export, run, repo_id)
     shown = [FIGURE] if FIGURE in card and (export / FIGURE).is_file() else []
     return [*files, *_read(export, [EVALUATION, *shown]), CommitOperationAdd(CARD, card.encode())]
+
+
+def adapter_base(export: Path) -> str:
+    """What the adapter of an export's run was trained on: a repository or a folder."""
+    return read_json(export.resolve().parent / "model" / ADAPTER[0])["base_model_name_or_path"] or ""
 
 
 def _verified(export: Path, allow_failed_gate: bool) -> list[CommitOperationAdd]:
@@ -214,10 +220,21 @@ def _export_anew(export: Path) -> str:
 # --- the upload -----------------------------------------------------------------------------------
 
 
-def _publish(api: HfApi, repo_id: str, files: list[CommitOperationAdd], private: bool) -> None:
-    """Make the repository hold the files, in one commit, and compares what it holds then."""
+def _publish(
+    api: HfApi, repo_id: str, files: list[CommitOperationAdd], private: bool, base: str | None
+) -> None:
+    """Make the repository hold the files, in one commit, and compare what it holds then.
+
+    Args:
+        base: of an adapter, which has to be on the Hub.
+    """
     # Each time: huggingface_hub replaces its client after a failed connection.
     huggingface_hub.get_session().timeout = TIMEOUT
+    if base and not api.repo_exists(base):  # a folder's relative path can look like a repository
+        raise RecipeError(
+            f"the adapter's base {base} is not on the Hub, so nobody else could load it; push the merged "
+            "model, without --adapter"
+        )
     # None leaves it to the organisation's default, which may be private; False would override that.
     api.create_repo(repo_id, exist_ok=True, private=private or None)
     info = api.model_info(repo_id)
