@@ -180,7 +180,7 @@ _SECRETS = re.compile(
 def redact(text: str) -> str:
     """The text with `***` for tokens and passwords, and `~` for the user's home folder."""
     text, home = hide_secrets(text), _home()
-    # Whole components alone: for /root neither /rootfs nor /data/root is one.
+    # Whole components alone: for /home/ann neither /home/anna nor /data/home/ann is one.
     before, after = r"(?:(?<=file://)|(?<![\w.+@~/-]))", r"(?!\.?[\w+@~-])"
     for folder in {home, os.path.realpath(home)} if home else ():
         text = re.sub(f"{before}{re.escape(folder)}{after}", "~", text)

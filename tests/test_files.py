@@ -126,26 +126,29 @@ def at_home(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("/root/data/a.jsonl", "~/data/a.jsonl"),
-        ("in /root, '/root' and (/root/x).", "in ~, '~' and (~/x)."),
-        ("It is /root.", "It is ~."),
-        ("a=/root/x:/root/y file:///root/z", "a=~/x:~/y file://~/z"),
-        ("/rootfs /root2/x /root-x /root.old /root_x", "/rootfs /root2/x /root-x /root.old /root_x"),
-        ("https://example.org/root/x", "https://example.org/root/x"),
+        ("/home/ann/data/a.jsonl", "~/data/a.jsonl"),
+        ("in /home/ann, '/home/ann' and (/home/ann/x).", "in ~, '~' and (~/x)."),
+        ("It is /home/ann.", "It is ~."),
+        ("a=/home/ann/x:/home/ann/y file:///home/ann/z", "a=~/x:~/y file://~/z"),
+        (
+            "/home/annfs /home/ann2/x /home/ann-x /home/ann.old /home/ann_x",
+            "/home/annfs /home/ann2/x /home/ann-x /home/ann.old /home/ann_x",
+        ),
+        ("https://example.org/home/ann/x", "https://example.org/home/ann/x"),
         ("root and Root/x", "root and Root/x"),
     ],
 )
 def test_the_home_folder_is_a_tilde_where_it_is_whole_components_of_a_path(monkeypatch, text, expected):
-    monkeypatch.setenv("HOME", "/root")
+    monkeypatch.setenv("HOME", "/home/ann")
     assert redact(text) == expected
-    monkeypatch.setenv("HOME", "/root/")
+    monkeypatch.setenv("HOME", "/home/ann/")
     assert redact(text) == expected
 
 
 @pytest.mark.parametrize("home", [None, "", "/", "//", "relative", "."])
 def test_without_a_home_of_its_own_nothing_is_replaced(monkeypatch, home):
     monkeypatch.delenv("HOME") if home is None else monkeypatch.setenv("HOME", home)
-    text = "/root/a /etc/x relative/y . ./z"
+    text = "/home/ann/a /etc/x relative/y . ./z"
     assert redact(text) == text
     assert with_tilde([text, "/", "/a", "relative"]) == [text, "/", "/a", "relative"]
 
