@@ -26,7 +26,6 @@ from rm_recipe.errors import DataError, one_line
 
 logger = logging.getLogger("rm_recipe")
 
-TRUNCATIONS = ("drop_oldest_turns", "keep_end", "exclude")
 # The part of `max_length` that is kept for a reply, so that the context it is read in follows from the
 # prompt and not from what the reply is scored beside.
 REPLY_SHARE = 0.25

@@ -11,7 +11,6 @@ from rm_recipe.data.comparison import Comparison, Encoded, Excluded
 from rm_recipe.data.splits import load_split
 from rm_recipe.data.tokenization import (
     REPLY_SHARE,
-    TRUNCATIONS,
     count_unshown,
     encode,
     encode_all,
@@ -21,6 +20,8 @@ from rm_recipe.data.tokenization import (
 from rm_recipe.errors import DataError
 from rm_recipe.model.tokenizer import load_tokenizer
 from rm_recipe.recipe.schema import DataArguments
+
+TRUNCATIONS = ("drop_oldest_turns", "keep_end", "exclude")
 
 
 def turns(*texts: str) -> list[dict[str, str]]:
