@@ -36,7 +36,7 @@ from rm_recipe.evaluation.summary import (
     write_predictions,
 )
 from rm_recipe.files import sha256, write_json
-from rm_recipe.model.source import adapter_config
+from rm_recipe.model.lora import adapter_config
 from rm_recipe.processes import each_once, main_process_first, processes, say
 from rm_recipe.recipe.reader import Recipe, is_run_folder, read_run_recipe
 from rm_recipe.recipe.schema import DataArguments

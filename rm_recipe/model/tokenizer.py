@@ -19,7 +19,7 @@ from rm_recipe.data.comparison import Message
 from rm_recipe.data.tokenization import render
 from rm_recipe.errors import RecipeError, one_line
 from rm_recipe.files import holds
-from rm_recipe.model import source
+from rm_recipe.model.lora import adapter_config, load_config
 
 # For models without a template: a name and a colon before each message, as in hh-rlhf, and EOS at
 # the end, where a decoder's reward is read.
@@ -63,7 +63,7 @@ def load_tokenizer(
     Raises:
         RecipeError: it cannot be loaded, has no fast version, or its chat template is broken.
     """
-    adapter = source.adapter_config(name, revision)
+    adapter = adapter_config(name, revision)
     try:
         if adapter is not None and not holds(name, "tokenizer_config.json", revision):
             name, revision = adapter.base_model_name_or_path, adapter.revision or "main"
@@ -121,7 +121,7 @@ def _own_template(tokenizer: PreTrainedTokenizerBase, name: str, revision: str) 
     if tokenizer.cls_token is None or tokenizer.sep_token is None:
         return DECODER_TEMPLATE
     with_config = holds(name, "config.json", revision)  # else it is a tokenizer alone
-    seq2seq = with_config and source.load_config(name, revision).is_encoder_decoder
+    seq2seq = with_config and load_config(name, revision).is_encoder_decoder
     return ENCODER_DECODER_TEMPLATE if seq2seq else ENCODER_TEMPLATE
 
 

@@ -30,8 +30,8 @@ from rm_recipe.data.loading import read_rows, unit
 from rm_recipe.errors import DataError, RecipeError, one_line
 from rm_recipe.evaluation.evaluate import weights_of
 from rm_recipe.files import read_json, redacted, whole_file, write_json
-from rm_recipe.model.reward_model import as_one_model, quietly
-from rm_recipe.model.source import check_safetensors, load_config
+from rm_recipe.model.lora import load_config
+from rm_recipe.model.reward_model import as_one_model, check_safetensors, quietly
 from rm_recipe.model.tokenizer import load_tokenizer, positions
 from rm_recipe.processes import this_device
 

@@ -87,7 +87,7 @@ def preflight(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise RecipeError(f"preflight: {too_little(recipe, trainer, modules_to_save, train_split)}") from None
+        raise RecipeError(f"preflight: {too_little(recipe)}") from None
     # Optimizer steps, as Trainer counts them.
     _, of_epoch, *_, steps = trainer.set_initial_training_values(training, trainer.get_train_dataloader())
     epochs = steps / of_epoch

@@ -28,11 +28,10 @@ from rm_recipe.data.splits import Leakage, load_splits, refuse_leakage
 from rm_recipe.data.tokenization import tokenize
 from rm_recipe.errors import INTERRUPTS, RecipeError
 from rm_recipe.files import whole_folder, write_json
-from rm_recipe.model import lora, memory, reward_model, source
+from rm_recipe.model import lora, memory, reward_model
 from rm_recipe.model.head import check_saved_head, head_of
 from rm_recipe.model.memory import too_little
-from rm_recipe.model.shared_prefix import Sharing, check_padding, decide_sharing
-from rm_recipe.model.source import load_config
+from rm_recipe.model.shared_prefix import Sharing, decide_sharing
 from rm_recipe.model.tokenizer import check_one_end, check_vocabulary, load_tokenizer
 from rm_recipe.processes import main_process_first, say, wait_for_main_process
 from rm_recipe.recipe.reader import Recipe
@@ -74,9 +73,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> N
         trainer, checkpoints = ready.trainer, add_callbacks(recipe, ready, run)
         initial_head = head_of(trainer.model, ready.modules_to_save)
         with (
-            told_in_one_message(
-                trainer, lambda: too_little(recipe, trainer, ready.modules_to_save, ready.train_split)
-            ),
+            told_in_one_message(trainer, lambda: too_little(recipe)),
             cheaper_adapters(trainer),
             INTERRUPTS.deferred(PROMISE),
         ):
@@ -136,11 +133,10 @@ def load_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Split, Split, Le
     """
     training, data = recipe.training, recipe.data
     name, revision = str(recipe.model.model_name_or_path), recipe.model.model_revision
-    config = load_config(name, revision)
+    config = lora.load_config(name, revision)
     reward_model.check_base(config, recipe.model, training.max_length)
-    check_padding(config, name)
     tokenizer = load_tokenizer(name, revision, training.chat_template_path, of_base=True)
-    if source.sft_adapter(name, revision) is None:  # merging one makes embeddings for its tokens
+    if lora.sft_adapter(name, revision) is None:  # merging one makes embeddings for its tokens
         check_vocabulary(config, tokenizer, name)
     check_one_end(config, tokenizer, name)
     settings = (tokenizer, training.max_length, data.truncation, training.dataset_num_proc)

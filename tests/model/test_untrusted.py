@@ -17,8 +17,7 @@ from rm_recipe import RewardModel
 from rm_recipe.errors import RecipeError, TrainingError
 from rm_recipe.evaluation.evaluate import evaluate
 from rm_recipe.exporting.export import export
-from rm_recipe.model import source
-from rm_recipe.model.reward_model import load_base, load_trained
+from rm_recipe.model.reward_model import check_safetensors, load_base, load_trained
 from rm_recipe.model.tokenizer import load_tokenizer
 from rm_recipe.recipe.reader import read_recipe, saved_values
 from rm_recipe.training.train import load_data, load_model, make_trainer, settle_step, train
@@ -122,7 +121,7 @@ def test_a_reward_model_that_is_a_pickle_is_refused(tiny_llama, tmp_path, kind):
 def test_a_repository_on_the_hub_that_is_a_pickle_is_refused(monkeypatch):
     monkeypatch.setattr("rm_recipe.files._on_hub", lambda name, file, revision: file == "pytorch_model.bin")
     with pytest.raises(RecipeError, match=f"'big/old' has its weights in pytorch_model.bin {CONVERT}"):
-        source.check_safetensors("big/old")
+        check_safetensors("big/old")
 
 
 # --- checkpoints -----------------------------------------------------------------------------
