@@ -63,7 +63,7 @@ KEYS: list[tuple[dict[str, Any], str]] = [
     ({"max_length": 513}, "'max_length: 513'"),
     ({"lora_target_modules": ["nope_proj"]}, "'lora_target_modules': no layer is called nope_proj"),
     ({"lora_target_modules": "["}, "'lora_target_modules: ['"),
-    ({"fp16": True, "bf16": "omit"}, "'fp16: true': a CPU computes in bf16 or fp32"),
+    ({"fp16": True, "bf16": "omit"}, "a CPU computes in bf16 or fp32"),
     ({"trust_remote_code": True}, "'trust_remote_code: true'"),
     ({"attn_implementation": "flash_attention_2"}, "cannot be loaded as a classifier: FlashAttention2"),
 ]
