@@ -4,9 +4,7 @@ What a key may be by itself is in `schema.py`. A term of the tables here is `key
 which holds where that has a value other than false, 0 and null.
 """
 
-import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +25,9 @@ lora_dropout disable_dropout=true: TRL switches dropout off; set 'disable_dropou
 neftune_noise_alpha prefix_sharing=auto: the noise is scaled by a row's length; set 'prefix_sharing: off'
 warmup_steps lr_scheduler_type=constant|reduce_lr_on_plateau|greedy: that schedule has no warm-up
 lr_scheduler_kwargs lr_scheduler_type=constant|constant_with_warmup: that schedule takes none
+optim_args optim=adamw_torch|adamw_torch_fused|adamw_torch_xla|adafactor: that optimizer takes none
+optim_args optim=adamw_8bit|adamw_bnb_8bit|paged_adamw_8bit|paged_adamw_32bit: that optimizer takes none
+optim_args optim=lion_8bit|lion_32bit|paged_lion_8bit|paged_lion_32bit: that optimizer takes none
 fp16 use_cpu=true: a CPU computes in bf16 or fp32; leave 'fp16' out
 activation_offloading use_cpu=true: on a CPU activations are where it would move them
 attn_implementation=flex_attention use_cpu=true: it cannot train on a CPU; leave 'attn_implementation' out
@@ -61,6 +62,7 @@ hub_model_id hub_private_repo: push_to_hub
 """)
 # What the rules take keys for that are not in the recipe.
 USUAL = {"disable_dropout": True, "prefix_sharing": "auto", "eval_strategy": "no", "save_strategy": "steps"}
+USUAL |= {"optim": "adamw_torch_fused"}
 BEST_EVERY = 0.1  # of all steps, after which the best checkpoint is looked for where the recipe says nothing
 EARLY_STOPPING = {  # what `early_stopping_patience` sets
     "load_best_model_at_end": True,
@@ -164,38 +166,24 @@ def input_faults(values: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def making_faults(training: "RewardConfig") -> list[str]:
+def making_faults(training: "RewardConfig") -> Iterator[str]:
     """Find what cannot be made here of a recipe whose every key is right, by making it."""
     import torch
     from transformers import Trainer, get_scheduler
     from transformers.integrations import get_reporting_integration_callbacks
 
-    faults: list[str] = []
-    optim, schedule = str(training.optim.value), training.lr_scheduler_type
-    parameters = [torch.nn.Parameter(torch.zeros(1))]
-    plain = copy.copy(training)
-    plain.optim_args = None
-
-    @contextmanager
-    def made_for(key: str) -> Iterator[None]:
+    schedule, options = training.lr_scheduler_type, training.lr_scheduler_kwargs or None
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    makers: dict[str, Callable[[], Any]] = {
+        "report_to": lambda: [kind() for kind in get_reporting_integration_callbacks(training.report_to)],
+        f"lr_scheduler_type: {schedule.value}": lambda: get_scheduler(schedule, optimizer, 0, 10, options),
+        f"optim: {training.optim.value}": lambda: Trainer.get_optimizer_cls_and_kwargs(training),
+    }
+    for key, make in makers.items():
         try:
-            yield
+            make()
         except (ImportError, RuntimeError, TypeError, ValueError) as error:
-            faults.append(f"'{key}': {one_line(error)}")
-
-    with made_for("report_to"):
-        for tracker in get_reporting_integration_callbacks(training.report_to):
-            tracker()
-    with made_for(f"lr_scheduler_type: {schedule.value}"):
-        optimizer = torch.optim.SGD(parameters, lr=1.0)
-        get_scheduler(schedule, optimizer, 0, 10, training.lr_scheduler_kwargs or None)
-    with made_for(f"optim: {optim}"):
-        kind, options = Trainer.get_optimizer_cls_and_kwargs(training)
-        if training.optim_args and options == Trainer.get_optimizer_cls_and_kwargs(plain)[1]:
-            raise ValueError(f"'optim_args: {training.optim_args}' changes nothing of it")
-        if not optim.startswith(("galore", "apollo")):  # which are made of a model's layers
-            kind(parameters, **options)
-    return faults
+            yield f"'{key}': {one_line(error)}"
 
 
 # --- what follows, for the keys that a recipe leaves open ---------------------------------------

@@ -118,7 +118,8 @@ _METRICS = ("accuracy", "loss", "margin", "mean_reward", "ties")  # of a compari
 _LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (_POSITIVE, lambda x: x > 0, "must be above 0"),
     ("seed data_seed", lambda x: 0 <= x < 2**32, f"must lie between 0 and {2**32 - 1}"),  # as NumPy's
-    ("center_rewards_coefficient dataloader_num_workers", lambda x: x >= 0, "must not be below 0"),
+    ("center_rewards_coefficient dataloader_num_workers weight_decay", lambda x: x >= 0, "must be 0 or more"),
+    ("adam_beta1 adam_beta2", lambda x: 0 <= x < 1, "must be below 1, and not below 0"),
     ("max_steps", lambda x: x > 0 or x == -1, "must be above 0; leave it out to train 'num_train_epochs'"),
     ("test_split_size", lambda x: 0 < x < 1, "must lie between 0 and 1"),
     ("target_accuracy", lambda x: 0 <= x <= 1, "must lie between 0 and 1"),

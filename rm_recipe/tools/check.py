@@ -11,17 +11,8 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from rm_recipe.data.splits import refuse_leakage
 from rm_recipe.errors import RecipeError
 from rm_recipe.files import write_json
-from rm_recipe.model import reward_model, source
-from rm_recipe.model.memory import (
-    PROCESS,
-    Fit,
-    device_memory,
-    fit_by_config,
-    read_for,
-    what_to_lower,
-)
+from rm_recipe.model import memory, reward_model, source
 from rm_recipe.model.shared_prefix import check_padding
-from rm_recipe.model.source import load_config
 from rm_recipe.model.tokenizer import check_one_end, check_vocabulary, load_tokenizer
 from rm_recipe.recipe.reader import Recipe, is_run_folder
 from rm_recipe.recipe.schema import DEVICE_KEYS
@@ -45,7 +36,7 @@ def check_base(recipe: Recipe) -> None:
     folder = folder_at_hand(name, recipe.model.model_revision)
     if folder is None:
         return
-    config = load_config(folder)
+    config = source.load_config(folder)
     reward_model.check_base(config, recipe.model, recipe.training.max_length)
     check_padding(config, name)
     holders = [path for path in (name, folder) if (Path(path) / "tokenizer_config.json").is_file()]
@@ -127,10 +118,10 @@ def check_memory(path: Path, overrides: Sequence[str], gpu_memory: str | None = 
     if gpu_memory is not None:
         device, there = torch.device("cuda"), parse_bytes(gpu_memory)
     else:
-        device = read_for(path, overrides, torch.device("cpu")).training.device
-        there = device_memory(device)
-    recipe = read_for(path, overrides, device)
-    found = fit_by_config(recipe, device, there)
+        device = memory.read_for(path, overrides, torch.device("cpu")).training.device
+        there = memory.device_memory(device)
+    recipe = memory.read_for(path, overrides, device)
+    found = memory.fit_by_config(recipe, device, there)
     print_fit(found, recipe, device)
     return found.fits
 
@@ -148,7 +139,7 @@ def parse_bytes(text: str) -> float:
     return size
 
 
-def print_fit(found: Fit, recipe: Recipe, device: torch.device) -> None:
+def print_fit(found: memory.Fit, recipe: Recipe, device: torch.device) -> None:
     """Print the plan as a table, and whether it fits."""
     plan = found.plan
     length, on = recipe.training.max_length, device.type.upper()
@@ -158,7 +149,7 @@ def print_fit(found: Fit, recipe: Recipe, device: torch.device) -> None:
         ("adapters and head" if recipe.model.use_peft else "trained weights", plan.trained),
         ("optimizer", plan.optimizer),
         (f"step: activations and gradients of {found.batch} comparisons", plan.heap * plan.step),
-        ("process and libraries", PROCESS),
+        ("process and libraries", memory.PROCESS),
         ("peak", plan.peak),
     ):
         print(f"  {name:<56} {size / 1e9:6.2f} GB")
@@ -171,4 +162,4 @@ def print_fit(found: Fit, recipe: Recipe, device: torch.device) -> None:
     print(f"evaluation: about {plan.evaluation / 1e9:.1f} GB")
     print(f"export, verified in fp32: about {plan.export / 1e9:.1f} GB{on_cpu}")
     if not found.fits:
-        print(f"instead: {what_to_lower(found, recipe)}")
+        print(f"instead: {memory.what_to_lower(found, recipe)}")

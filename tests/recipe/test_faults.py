@@ -43,8 +43,8 @@ report_to: azure_ml                                 -> 'report_to': AzureMLCallb
 report_to: [weights]                                -> 'report_to': weights is not supported, only azure_ml
 lr_scheduler_type: cosine_with_min_lr               -> One of min_lr or min_lr_rate should be set
 optim: galore_adamw                                 -> 'optim: galore_adamw': You need to install
-optim_args: alpha=3                                 -> 'optim_args: alpha=3' changes nothing
-adam_beta1: 1.5                                     -> 'optim: adamw_torch_fused': Invalid beta parameter
+optim_args: alpha=3                                 -> 'optim_args' and 'optim: adamw_torch_fused' exclude
+adam_beta1: 1.5                                     -> 'adam_beta1: 1.5' must be below 1
 """
 CONTRADICTS_NOTHING = """
 use_peft: false, lora_r: 8
