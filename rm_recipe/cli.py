@@ -106,7 +106,7 @@ def check(
 def evaluate(
     target: Model,
     dataset: Annotated[
-        list[str] | None, Option(help="Data to evaluate on, not held_out; repeatable.")
+        list[str] | None, Option(help="Data instead of held_out; repeatable.")
     ] = None,
     output: Output = None,
     against: Annotated[str | None, Option(help="Compare with another model.")] = None,
