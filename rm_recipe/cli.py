@@ -105,9 +105,7 @@ def check(
 @app.command()
 def evaluate(
     target: Model,
-    dataset: Annotated[
-        list[str] | None, Option(help="Data instead of held_out; repeatable.")
-    ] = None,
+    dataset: Annotated[list[str] | None, Option(help="Data instead of held_out; repeatable.")] = None,
     output: Output = None,
     against: Annotated[str | None, Option(help="Compare with another model.")] = None,
     gate: Annotated[bool, Option("--gate", help="Exit with 1 if target_accuracy is missed.")] = False,

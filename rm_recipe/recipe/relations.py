@@ -147,11 +147,9 @@ def input_faults(values: dict[str, Any]) -> Iterator[str]:
     named = [("model_name_or_path", base), ("dataset_name", values.get("dataset_name"))]
     named += [("path", entry.get("path")) for entry in values.get("datasets") or []]
     for key, name in [*named, ("chat_template_path", template)]:
-        if name in (schema.OFFLINE_MODEL, schema.OFFLINE_ENCODER, schema.OFFLINE_DATA):
-            if not Path(name).exists():
-                yield f"'{key}: {name}' does not exist yet; run `rm-recipe prepare offline`"
-        elif name and schema.looks_local(name) and not Path(name).exists():
-            yield f"'{key}: {name}' does not exist"
+        hint = " yet; run `rm-recipe prepare offline`" if name in schema.OFFLINE else ""
+        if name and not Path(name).exists() and (hint or schema.looks_local(name)):
+            yield f"'{key}: {name}' does not exist{hint}"
     if base and Path(base).exists():
         files = [file for file in schema.MODEL_FILES if (Path(base) / file).is_file()]
         if not files:

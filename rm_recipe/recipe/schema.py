@@ -21,10 +21,8 @@ from rm_recipe.files import hide_secrets
 # TRL's name and transformers' new one, of which its Trainer reads only the second.
 CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
 
-# What `rm-recipe prepare offline` makes (tools/offline.py); named here for the hint that says so.
-OFFLINE_MODEL = "models/smollm2-135m-instruct"
-OFFLINE_ENCODER = "models/all-minilm-l6-v2"
-OFFLINE_DATA = "data/offline"
+# What `rm-recipe prepare offline` makes (tools/offline.py): base model, encoder, comparisons.
+OFFLINE = ("models/smollm2-135m-instruct", "models/all-minilm-l6-v2", "data/offline")
 
 MODEL_FILES = ("config.json", "adapter_config.json")  # of which a model folder has one
 DATA_FORMATS = (".jsonl", ".json", ".parquet", ".csv", ".arrow")  # each also with .gz

