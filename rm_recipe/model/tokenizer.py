@@ -71,7 +71,9 @@ def load_tokenizer(
         if not tokenizer.is_fast:
             raise ValueError("it has no fast version, which rm_recipe needs")
         own = _read_template(template) if template else _own_template(tokenizer, name, revision)
-    except (OSError, ValueError, ImportError) as error:
+    except RecipeError:
+        raise
+    except Exception as error:  # a plain one comes from tokenizers, for a file that it cannot read
         raise RecipeError(f"the tokenizer of '{name}' cannot be loaded: {one_line(error)}") from None
     tokenizer.chat_template = chat_template.fixed_date(own)
     if tokenizer.chat_template != own:
