@@ -223,18 +223,19 @@ def overoptimization(
     prompts: Annotated[Path | None, typer.Option(help="A file of prompts, or of comparisons.")] = None,
     samples: Annotated[Path | None, typer.Option(help="A file of replies in place of a policy.")] = None,
     max_prompts: Annotated[int | None, typer.Option(min=1, help="How many prompts, the first ones.")] = None,
-    n: Annotated[int, typer.Option("--n", help="Replies per prompt.")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens after which a reply is cut.")] = 128,
-    temperature: Annotated[float, typer.Option(help="1 draws from the policy as it is.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="1 draws from all tokens.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="0 draws from all tokens.")] = 0,
+    n: Annotated[int, typer.Option("--n", min=2, help="Replies per prompt.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens after which a reply is cut.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.01, help="1 draws from the policy as it is.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1, help="1 draws from all tokens.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="0 draws from all tokens.")] = 0,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the draws.")] = 0,
     safety: Annotated[str | None, typer.Option(help="A safety model, combined as in Llama 2.")] = None,
     output: Output = None,
     overwrite: Overwrite = False,
 ) -> None:
     """See what optimising against a reward model will do, by best-of-n and a better model."""
-    if (samples is None) == (policy is None) or (policy is None) != (prompts is None):
+    file = prompts or samples
+    if file is None or (samples is None) == (policy is None) or (policy is None) != (prompts is None):
         raise typer.BadParameter("give --policy and --prompts, or --samples")
     how: dict[str, Any] = {"n": n, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     how["max_new_tokens"] = max_new_tokens
@@ -248,10 +249,9 @@ def overoptimization(
     content = module.overoptimization(
         proxy,
         gold,
+        file,
         sampling=Sampling(policy, **how) if policy else None,
-        prompts=prompts,
         max_prompts=max_prompts,
-        samples=samples,
         safety=safety,
         output=output,
         overwrite=overwrite,
