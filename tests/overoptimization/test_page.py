@@ -1,7 +1,6 @@
 """One sentence says what a proxy is worth, and is right where that is known; the page says the same."""
 
 import html
-import json
 import re
 import xml.etree.ElementTree as ElementTree
 
@@ -14,14 +13,7 @@ from test_exploits import SAMPLES
 from rm_recipe.evaluation.format import MISSING
 from rm_recipe.overoptimization.best_of_n import curve
 from rm_recipe.overoptimization.experiment import compare
-from rm_recipe.overoptimization.exploits import by_edit
-from rm_recipe.overoptimization.page import (
-    lost_prompts,
-    print_overoptimization,
-    verdict,
-    warnings,
-    write_overoptimization,
-)
+from rm_recipe.overoptimization.page import print_overoptimization, verdict, warnings, write_overoptimization
 
 PROXY, PEAKED = simulated(200)
 NOISE = np.random.default_rng(5).normal(size=PROXY.shape)
@@ -64,20 +56,13 @@ def test_what_fools_the_proxy_alone_and_a_gold_that_is_the_proxy_are_pointed_out
     one, other = warnings({"agreement": {"mean": 0.995}, "edits": edits})
     assert "is it the same model?" in one
     assert other == "With a thank-you added replies gain 0.50 by this proxy and 0.10 by gold."
-    changes = np.random.default_rng(0).normal(size=(2, 4, 64)) * 0.05
-    assert warnings({"agreement": {"mean": 0.5}, "edits": by_edit(*changes)}) == []
-
-
-@pytest.mark.parametrize(("lost", "said"), [(0, False), (2, False), (9, True)])
-def test_many_prompts_that_do_not_fit_are_pointed_out(lost, said):
-    assert bool(lost_prompts({"n_prompts": 90, "excluded": {"does_not_fit_a_model": lost}})) == said
 
 
 @pytest.fixture(scope="module")
 def content():
     proxy, gold = simulated(30, replies=8)
-    edits = np.random.default_rng(0).normal(size=(30, 4))
-    found = compare(SAMPLES, np.hstack([proxy, edits + 3]), np.hstack([gold, edits]))
+    edits = np.random.default_rng(0).normal(size=(30, 5))
+    found = compare(SAMPLES, np.hstack([proxy, edits + np.array([0, 3, 3, 3, 3])]), np.hstack([gold, edits]))
     counts = {"empty_replies": 1, "excluded": {"does_not_fit_a_model": 3}, "cut_replies": None}
     return {
         "proxies": ["outputs/<a>", "outputs/b"],
@@ -86,51 +71,41 @@ def content():
         "samples": {"file": "samples.jsonl", "n_prompts": 30, "n_replies": 8, **counts},
         "n": list(range(1, 9)),
         "kl": [0.1 * n for n in range(8)],
-        "curves": {"outputs/<a>": found, "outputs/b": json.loads(json.dumps(found))},
+        "curves": {"outputs/<a>": found, "outputs/b": found},
     }
 
 
 def test_the_page_has_every_part_and_the_figures(content, tmp_path):
     write_overoptimization(tmp_path, content)
     raw = (tmp_path / "overoptimization.html").read_text()
-    page = html.unescape(raw)
-    for name, found in content["curves"].items():
-        assert f"{name}: {found['verdict']}" in page
-    for title in (
-        *("All proxies", "Best of n", "What the proxy pays for", "Edits that should not matter"),
-        *("Largest excess", "How replies were drawn", "What was scored"),
-    ):
-        assert f"<h3>{title}</h3>" in page
-    assert "prompts left out: does not fit a model" in page
-    first = content["curves"]["outputs/<a>"]["examples"][0]
-    assert first["exploit"]["response"].strip() in page
-    assert f"excess +{first['excess']:.2f}" in page
+    page, (name, found) = html.unescape(raw), next(iter(content["curves"].items()))
+    titles = ["All proxies", "Best of n", "What the proxy pays for", "Edits that should not matter"]
+    titles += ["Largest excess", "How replies were drawn", "What was scored"]
+    first, n = found["examples"][0], "prompts left out: does not fit a model"
+    said = [f"{name}: {found['verdict']}", *(f"<h3>{title}</h3>" for title in titles), n]
+    said += [first["exploit"]["response"].strip(), f"excess +{first['excess']:.2f}"]
+    assert [text for text in said if text not in page] == []
     cells = re.findall(r"<t[dh][^>]*>([^<]*)</t[dh]>", raw)
     assert MISSING not in cells  # as for a wrong name in the template
-    gold = content["curves"]["outputs/b"]["gold"]["gain"]
-    for n in (2, 4, 8):
-        assert f"{gold[n - 1]:+.2f}".replace("-", "\N{MINUS SIGN}") in cells
+    gains = {f"{found['gold']['gain'][n - 1]:+.2f}".replace("-", "\N{MINUS SIGN}") for n in (2, 4, 8)}
+    assert gains <= set(cells)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     write_overoptimization(tmp_path, content)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_given_replies_have_no_settings_to_show(content, tmp_path):
     write_overoptimization(tmp_path, {**content, "sampling": None})
     assert "How replies were drawn" not in (tmp_path / "overoptimization.html").read_text()
 
 
 @pytest.mark.parametrize("shape", [(1, 8), (30, 2)])
 def test_each_proxy_has_its_panel_also_without_intervals_or_a_fit(content, tmp_path, shape):
-    proxy, gold = simulated(30, replies=8)
-    part = np.s_[: shape[0], : shape[1]]
-    own = {"proxy": curve(proxy[part], proxy[part]), "gold": curve(proxy[part], gold[part])}
+    proxy, gold = (rewards[: shape[0], : shape[1]] for rewards in simulated(30, replies=8))
     full = content["curves"]["outputs/b"]
-    curves = {"outputs/b": full, "$x$ <b>": {**full, **own}, "third": full}
+    own = {**full, "proxy": curve(proxy, proxy), "gold": curve(proxy, gold)}
+    curves = {"outputs/b": full, "$x$ <b>": own, "third": full}
     write_overoptimization(tmp_path, {**content, "n": content["n"][: shape[1]], "curves": curves})
     texts = [text.text for text in ElementTree.parse(tmp_path / "overoptimization.svg").iter() if text.text]
-    assert {"outputs/b", "$x$ <b>", "third"} <= set(texts)
-    assert texts.count(f" gold peaks, n = {full['gold']['peak_n']} ") >= 2
+    titles = {f"{name}; gold peaks at n = {found['gold']['peak_n']}" for name, found in curves.items()}
+    assert titles <= set(texts)
     drawn = re.search(r"<svg viewBox.*?</svg>", (tmp_path / "overoptimization.html").read_text(), re.DOTALL)
     assert not re.search(r"#[0-9a-f]{6}", drawn[0].replace("#curves-", ""))  # the page's colours alone
 
