@@ -113,9 +113,9 @@ def draw_curves(figure: Figure, log: Sequence[dict[str, Any]]) -> None:
                 axes.plot(*points.T, "o-", color=colour, linewidth=1.4, markersize=2.5, label=word)
         if chance:
             axes.axhline(chance, color=MUTED, linestyle="--", linewidth=1.2, label="chance")
+            legend(axes)
         axes.set(xlabel="optimiser step", ylabel=words(key))
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5))
-        legend(axes)
 
 
 def legend(axes: Axes) -> None:
