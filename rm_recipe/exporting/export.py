@@ -245,8 +245,7 @@ def describe(
     if evaluation:
         write_json(folder / "evaluation.json", evaluation)
     calibration = evaluation.get("datasets", {}).get(HELD_OUT, {}).get("calibration", {})
-    bins = [(part["confidence"], part["accuracy"], part["n"]) for part in calibration.get("bins", [])]
-    if bins:
+    if bins := calibration.get("bins"):
         save_reliability(bins, folder / FIGURE)
     # As it is called from here, so that the card need not name the user's own folders.
     called = output.relative_to(Path.cwd()) if output.is_relative_to(Path.cwd()) else output
