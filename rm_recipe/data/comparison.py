@@ -19,14 +19,10 @@ ROLE_NAMES = {"developer": "system", "human": "user", "gpt": "assistant"} | {rol
 # Keys beside role and content that say something a `Message` cannot, and the reason that a row with one of
 # them is left out for.
 KEYS_LEFT_OUT = {
-    "tool_calls": "tool_calls",
-    "function_call": "tool_calls",
-    "reasoning_content": "reasoning_content",
-    "reasoning": "reasoning_content",
-    "thinking": "reasoning_content",
+    **dict.fromkeys(["tool_calls", "function_call"], "tool_calls"),
+    **dict.fromkeys(["reasoning_content", "reasoning", "thinking"], "reasoning_content"),
 }
-_WRITTEN_BY_PYTHON = re.compile(r"(array\()?\[?\s*\{\s*'")
-_WRITTEN_AS_JSON = re.compile(r'\[?\s*\{\s*"')
+_WRITTEN_OUT = re.compile(r"""\s*(array\()?\[?\s*\{\s*(['"])""")  # messages as text, by Python or as JSON
 
 
 class Excluded(Exception):  # noqa: N818 - a verdict on a row, no error of the program
@@ -83,10 +79,10 @@ def messages_of_text(text: str) -> list[Message] | None:
         Excluded: `python_repr` where Python wrote a list into the text, which says less than JSON does;
             `not_messages` for JSON that is not whole.
     """
-    start = text.lstrip()
-    if _WRITTEN_BY_PYTHON.match(start) and "'role'" in start and "'content'" in start:
-        raise Excluded("python_repr", "write messages as JSON, not by Python's str()")
-    if _WRITTEN_AS_JSON.match(start) and '"role"' in start and '"content"' in start:
+    start = _WRITTEN_OUT.match(text)
+    if start and all(f"{start[2]}{key}{start[2]}" in text for key in ("role", "content")):
+        if start[2] == "'":
+            raise Excluded("python_repr", "write messages as JSON, not by Python's str()")
         try:
             value = json.loads(text)
         except (ValueError, RecursionError):
@@ -146,16 +142,11 @@ def _joined(parts: list[Any]) -> str:
     return "".join(part["text"] for part in parts)
 
 
-def check_question(prompt: list[Message]) -> None:
-    """Raise Excluded for a prompt that asks nothing."""
+def check_prompt(prompt: list[Message], continued: bool = False) -> None:
+    """Raise Excluded for a prompt that asks nothing, or (unless `continued`) has been answered already."""
     if not any(message["content"].strip() for message in prompt if message["role"] == "user"):
         raise Excluded("empty_prompt")
-
-
-def check_prompt(prompt: list[Message]) -> None:
-    """Raise Excluded for a prompt that asks nothing, or that has been answered already."""
-    check_question(prompt)
-    if prompt[-1]["role"] == "assistant":
+    if prompt[-1]["role"] == "assistant" and not continued:
         raise Excluded("prompt_ends_with_reply")
 
 
@@ -210,11 +201,6 @@ def parse_transcript(text: str) -> list[Message]:
     return [{"role": _ROLES[speaker], "content": said.strip()} for speaker, said in turns]
 
 
-def before_last_reply(text: str) -> str:
-    """Return what stands before the last `Assistant:`, whoever wrote that name."""
-    return text.rpartition("\n\nAssistant:")[0]
-
-
 @dataclass(frozen=True)
 class Encoded:
     """One tokenised comparison: K whole conversations, split at their common prefix.
@@ -263,6 +249,7 @@ class Comparison:
         margins: how much better the first of each of `untied_pairs(ranks)` is (Llama 2, arXiv 2307.09288,
             section 3.2.2); empty where nothing is known.
         subset: the part of the data set that the row comes from.
+        margin_fault: why there are no margins though there should be some.
     """
 
     prompt: list[Message]
@@ -270,6 +257,7 @@ class Comparison:
     ranks: list[int] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
     subset: str = ""
+    margin_fault: str = ""
 
     def __post_init__(self) -> None:
         if not self.ranks:
@@ -310,15 +298,10 @@ def pair_indices(ranks: Sequence[Sequence[int]]) -> tuple[Indices, Indices, Indi
         better, worse, comparison: `(pairs,)` each; the first two count responses, the last
         comparisons.
     """
-    better, worse, comparison = [], [], []
-    start = 0
-    for number, own in enumerate(ranks):
-        for i, j in untied_pairs(own):
-            better.append(start + i)
-            worse.append(start + j)
-            comparison.append(number)
-        start += len(own)
-    return np.array(better, np.int64), np.array(worse, np.int64), np.array(comparison, np.int64)
+    starts = np.cumsum([0, *map(len, ranks)])
+    pairs = [(starts[n] + i, starts[n] + j, n) for n, own in enumerate(ranks) for i, j in untied_pairs(own)]
+    better, worse, comparison = np.array(pairs, np.int64).reshape(-1, 3).T
+    return better, worse, comparison
 
 
 def mean_by_comparison(values: ArrayLike, comparison: Indices) -> Array:

@@ -5,7 +5,7 @@ import inspect
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from types import ModuleType
 from typing import Any
 
@@ -29,7 +29,7 @@ def row_name(row: dict[str, Any]) -> str:
 
 def as_comparisons(rows: Mapping[str, Any]) -> list[Comparison]:
     """Read comparisons from the columns that `loading` wrote."""
-    names = ("prompt", "responses", "ranks", "margins", "subset")
+    names = [field.name for field in fields(Comparison)]
     return [Comparison(*values) for values in zip(*(rows[name] for name in names), strict=True)]
 
 
@@ -85,12 +85,8 @@ class Split:
             prefix, responses = (pc.list_value_length(rows[name]).to_numpy() for name in rows.column_names)
             suffixes = pc.list_value_length(pc.list_flatten(rows["suffixes"])).to_numpy()
             starts = np.cumsum(responses) - responses
-            own = (
-                responses * np.maximum.reduceat(suffixes, starts)
-                if padded
-                else np.add.reduceat(suffixes, starts)
-            )
-            sizes.append(prefix * (1 if shared else responses) + own)
+            own = (np.maximum if padded else np.add).reduceat(suffixes, starts)
+            sizes.append(prefix * (1 if shared else responses) + own * (responses if padded else 1))
         return np.concatenate(sizes)
 
     def largest(self, n: int, shared: bool) -> NDArray[np.int64]:
@@ -102,16 +98,13 @@ class Split:
 
     def longest(self, n: int, shared: bool) -> list[Encoded]:
         """Return the comparisons of the largest batch of n."""
-        rows = self.comparisons.select(self.largest(n, shared))
-        return [Encoded(row["prefix"], row["suffixes"]) for row in rows]
+        return replace(self, comparisons=self.comparisons.select(self.largest(n, shared))).encoded()
 
     def why_excluded(self) -> str:
         """Write the reasons with their numbers and the first row of each on one line."""
-        reasons = []
-        for reason, n in self.excluded.items():
-            first, detail = self.first_rows.get(reason), self.details.get(reason)
-            where = (f", first in row {first[0]}" if first else "") + (f": {detail}" if detail else "")
-            reasons.append(f"{n} {reason}{where}")
+        rows = {reason: f", first in row {names[0]}" for reason, names in self.first_rows.items()}
+        said = {reason: f": {detail}" for reason, detail in self.details.items()}
+        reasons = [f"{n} {why}{rows.get(why, '')}{said.get(why, '')}" for why, n in self.excluded.items()]
         return "; ".join(reasons) or "no rows"
 
     def column(self, name: str) -> NDArray[Any]:

@@ -1,4 +1,4 @@
-"""The shapes in which data sets write a comparison.
+"""The shapes in which data sets write a comparison, and how a row of each is read.
 
 A row of a data set becomes a `Comparison` or raises `Excluded` with the reason under which it is
 counted; nothing is skipped in silence. A value that is not of the shape at all raises `Malformed`:
@@ -8,6 +8,7 @@ that is a fault of the file, not of the row.
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
@@ -18,65 +19,86 @@ from rm_recipe.data.comparison import (
     Message,
     as_messages,
     as_reply,
-    before_last_reply,
     check_prompt,
-    check_question,
     check_unicode,
     in_context,
     messages_of_text,
     parse_transcript,
     untied_pairs,
 )
+from rm_recipe.errors import DataError
 
-# The columns that a row is recognised by; then what is missing, in words.
-SHAPES: tuple[set[str], ...] = (
-    {"chosen", "rejected"},
-    {"prompt", "responses", "ranks"},
-    {"prompt", "responses", "scores"},
-    {"instruction", "completions"},  # UltraFeedback as published
-    {"input", "output_1", "output_2", "label"},  # LLMBar as published
+Row = Mapping[str, Any]
+ALSO_READ = ("prompt", "system", "tools", "subset")  # beside the columns of a shape
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a data set writes a comparison; a row has the shape whose columns it has.
+
+    Columns are named as they are; `answers[text]` is the `text` of each element of the list in `answers`.
+
+    Attributes:
+        prompt: the column of the prompt; empty where a row needs none, because its responses are whole
+            conversations.
+        responses: the columns of the responses, the best first unless a verdict says otherwise; or one
+            column, a list of them.
+        verdict: the column that says which response is better, if there is one.
+        better: what the verdict is: `ranks` (1 is best), `scores` (the highest is best), or for each value,
+            as a text, the number of the better one of two responses.
+    """
+
+    prompt: str
+    responses: str
+    verdict: str = ""
+    better: str | Mapping[str, int] = ""
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that it is known by."""
+        paths = f"{self.prompt} {self.responses} {self.verdict}".split()
+        return list(dict.fromkeys(path.partition("[")[0] for path in paths))
+
+
+SHAPES = (
+    Shape("", "chosen rejected"),  # TRL's; hh-rlhf
+    Shape("prompt", "responses", "ranks", "ranks"),
+    Shape("prompt", "responses", "scores", "scores"),
+    Shape("instruction", "completions[response]", "completions[overall_score]", "scores"),  # UltraFeedback
+    Shape("input", "output_1 output_2", "label", {"1": 0, "2": 1}),  # LLMBar
 )
-SHAPES_IN_WORDS = (
-    "chosen and rejected (and perhaps prompt), or prompt, responses and ranks or scores, or (LLMBar) input, "
-    "output_1, output_2 and label"
-)
-# Read beside those of a shape; `tools` leaves a row out, as a Message cannot say them.
-ALSO_READ = {"prompt", "system", "tools", "subset"}
-COLUMNS = ALSO_READ.union(*SHAPES)
+SHAPES_IN_WORDS = "; or ".join(", ".join(shape.columns) for shape in SHAPES)
 
 
 # --- rows ------------------------------------------------------------------------------------
 
 
-def is_comparison_shape(columns: Collection[str]) -> bool:
-    """Tell whether rows with these columns can be comparisons."""
-    return any(shape <= set(columns) for shape in SHAPES)
+def shapes_of(columns: Collection[str]) -> list[Shape]:
+    """Find the shapes that rows with these columns have."""
+    return [shape for shape in SHAPES if {*shape.columns} <= {*columns}]
 
 
-def unread(columns: Collection[str]) -> list[str]:
-    """List the columns that are part of no comparison, of rows with all these columns."""
-    read = ALSO_READ.union(*(shape for shape in SHAPES if shape <= set(columns)))
-    return [name for name in columns if name not in read]
+def shape_of(columns: Collection[str], place: str = "a row") -> Shape:
+    """Find the shape of rows with these columns; raises DataError, with their place, where there is none."""
+    if found := shapes_of(columns):
+        return found[0]
+    has = ", ".join(columns) or "none"
+    raise DataError(f"{place}: its columns are {has}; rm_recipe needs {SHAPES_IN_WORDS}")
 
 
 def parse_row(
-    row: Mapping[str, Any],
+    row: Row,
     margin_column: str | None = None,
     margin_map: Mapping[Any, float] | None = None,
+    shape: Shape | None = None,
 ) -> Comparison:
-    """Parse a row of one of the `SHAPES`.
+    """Parse a row of one of the `SHAPES`, by default that of its columns.
 
     Pairs: without a prompt, `chosen` and `rejected` are hh-rlhf transcripts or whole lists of
     messages. With one, the prompt is a text (one user message), a transcript or messages, and the responses
     are texts, what the assistant's side wrote after the prompt, or the whole conversation. What they share
     is the prompt, where the column holds less, too. Other texts are taken as they stand. A `system` text
-    comes before it all.
-
-    Rankings: `responses` of one prompt with `ranks` (1 is best) or `scores` (the highest is best);
-    equal ones are ties and give no pair.
-
-    Benchmarks as published: RewardBench's pairs are of the first kind, with their own `subset`; LLMBar's have
-    two outputs and the number of the better one (`label`).
+    comes before it all. Equal ranks or scores of a ranking are ties and give no pair.
 
     Args:
         margin_column: where the margins stand: a number, a category of `margin_map`, or for
@@ -87,7 +109,12 @@ def parse_row(
         Excluded: with the reason.
         Malformed: a value has the wrong type.
     """
-    prompt, responses, levels = _by_shape(row)
+    shape = shape or shape_of(row)
+    replies = _replies(row, shape)
+    levels = _levels(row, shape, len(replies))
+    if shape.prompt and row.get(shape.prompt) is None:
+        raise Excluded("empty_prompt")
+    prompt, responses = _split_replies(row.get(shape.prompt or "prompt"), replies)
     prompt = in_context(prompt, row)
     check_unicode([*(message["content"] for message in prompt), *responses])
     if not all(response.strip() for response in responses):
@@ -99,70 +126,61 @@ def parse_row(
         raise Excluded("identical_responses")
     if len(distinct) == 1:
         raise Excluded("all_tied")
-    margins = []
-    if margin_column is not None:
+    if margin_column is None:
+        return Comparison(prompt, responses, ranks)
+    try:
         margins = _margins(margin_column, row.get(margin_column), margin_map, order, ranks)
+    except Excluded as fault:  # without its margin it may be held out, not trained on
+        return Comparison(prompt, responses, ranks, margin_fault=fault.reason)
     return Comparison(prompt, responses, ranks, margins)
 
 
-def _by_shape(row: Mapping[str, Any]) -> tuple[list[Message], list[str], list[float]]:
-    """Prompt, responses and for each a level (the lower, the better), of the shape that has values."""
-    if row.get("chosen") is not None or row.get("rejected") is not None:  # TRL's columns come first
-        return _pair(row)
-    if row.get("responses") is not None or row.get("completions") is not None:
-        return _ranking(row)
-    if row.get("output_1") is not None:
-        return _labelled(row)
-    raise Excluded("missing_response")
+def _get(row: Row, path: str) -> Any:
+    """The value of a column, or of one key of each element of the list that it holds."""
+    column, _, key = path.rstrip("]").partition("[")
+    value = row.get(column)
+    if not key or value is None:
+        return value
+    if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
+        raise Malformed(column, f"a list of mappings with {key}", value)
+    return [item.get(key) for item in value]
 
 
-def _pair(row: Mapping[str, Any]) -> tuple[list[Message], list[str], list[float]]:
-    chosen, rejected = row.get("chosen"), row.get("rejected")
-    if chosen is None or rejected is None:
+def _replies(row: Row, shape: Shape) -> list[tuple[str, Any]]:
+    """The responses of a row as they are written there, each with its column."""
+    columns = shape.responses.split()
+    values = [_get(row, column) for column in columns]
+    if len(columns) == 1 and values != [None]:
+        if not isinstance(values[0], list):
+            raise Malformed(columns[0], "a list", values[0])
+        columns, values = columns * len(values[0]), values[0]
+    if None in values:
         raise Excluded("missing_response")
-    return *_split_replies(row.get("prompt"), {"chosen": chosen, "rejected": rejected}), [0, 1]
-
-
-def _labelled(row: Mapping[str, Any]) -> tuple[list[Message], list[str], list[float]]:
-    """Two outputs and the number, 1 or 2, of the better one."""
-    needed = {"input": "empty_prompt", "output_2": "missing_response", "label": "missing_label"}
-    for column, reason in needed.items():
-        if row.get(column) is None:
-            raise Excluded(reason)
-    if str(row["label"]) not in ("1", "2"):  # in a .csv a number is text
-        raise Malformed("label", "1 or 2, the number of the better output", row["label"])
-    outputs = {name: row[name] for name in ("output_1", "output_2")}
-    return *_split_replies(row["input"], outputs), [0, 1] if str(row["label"]) == "1" else [1, 0]
-
-
-def _ranking(row: Mapping[str, Any]) -> tuple[list[Message], list[str], list[float]]:
-    column = "scores" if row.get("ranks") is None and "scores" in row else "ranks"
-    prompt, replies, levels = row.get("prompt"), row.get("responses"), row.get(column)
-    if replies is None:
-        column, prompt, completions = "overall_score", row.get("instruction"), row["completions"]
-        if not isinstance(completions, list) or not all(isinstance(c, Mapping) for c in completions):
-            raise Malformed("completions", "a list of mappings with response and overall_score", completions)
-        replies = [completion.get("response") for completion in completions]
-        scores = [completion.get(column) for completion in completions]
-        levels = [score if _is_number(score) else None for score in scores]  # N/A where the judge gave none
-    if prompt is None:
-        raise Excluded("empty_prompt")
-    if not isinstance(replies, list):
-        raise Malformed("responses", "a list", replies)
-    if None in replies:
-        raise Excluded("missing_response")
-    if len(replies) < 2:
+    if len(values) < 2:
         raise Excluded("single_response")
-    if not levels or (isinstance(levels, list) and None in levels):
+    return list(zip(columns, values, strict=True))
+
+
+def _levels(row: Row, shape: Shape, n: int) -> list[Any]:
+    """A number for each response, the lower, the better."""
+    if not shape.verdict:
+        return list(range(n))
+    value, column = _get(row, shape.verdict), shape.verdict.rstrip("]").rpartition("[")[2]
+    if value is None or value == []:
         raise Excluded(f"missing_{column}")
-    if not isinstance(levels, list) or not all(map(_is_number, levels)):
-        raise Malformed(column, "a list of numbers", levels)
-    if len(levels) != len(replies):
+    if not isinstance(shape.better, str):
+        first = shape.better.get(str(value))
+        if first is None:
+            raise Malformed(column, f"one of {', '.join(shape.better)}", value)
+        return [first, 1 - first]
+    if not isinstance(value, list):
+        raise Malformed(column, "a list of numbers", value)
+    if len(value) != n:
         raise Excluded("ranks_do_not_match")
-    if not all(map(_is_finite, levels)):
-        raise Excluded(f"missing_{column}")
-    sign = 1 if column == "ranks" else -1
-    return *_split_replies(prompt, dict(enumerate(replies))), [sign * level for level in levels]
+    numbers = [_number(element) for element in value]
+    if None in numbers:
+        raise Excluded(f"missing_{column}", f"{column}: {str(value)[:60]}")
+    return numbers if shape.better == "ranks" else [-number for number in numbers if number is not None]
 
 
 def _margins(
@@ -177,27 +195,22 @@ def _margins(
         if not found:
             raise Malformed(column, f"one of margin_map's {', '.join(map(str, categories))}", value)
         value = found[0]
-    if isinstance(value, str):  # in a .csv a number is text
-        with suppress(ValueError):
-            value = float(value) if value else None
-    pairs = untied_pairs(ranks)
-    if value is None or (isinstance(value, list) and (None in value or len(value) != len(order))):
-        raise Excluded("missing_margin")
-    if isinstance(value, list) and all(map(_is_number, value)):
-        sign = -1 if column == "ranks" else 1  # where the lowest is best
-        margins = [sign * (value[order[i]] - value[order[j]]) for i, j in pairs]
-    elif _is_number(value):
-        margins = [value] * len(pairs)
-    else:
+    each = value if isinstance(value, list) else [value]
+    if any(isinstance(x, str | bool) and x != "" and _number(x) is None for x in each):
         raise Malformed(column, "a number, or a category and 'margin_map' in the recipe", value)
-    if not all(map(_is_finite, margins)):
+    numbers, pairs = [_number(element) for element in each], untied_pairs(ranks)
+    if None in numbers or (isinstance(value, list) and len(value) != len(order)):
         raise Excluded("missing_margin")
+    margins = numbers * len(pairs)
+    if isinstance(value, list):
+        sign = -1 if column == "ranks" else 1  # where the lowest is best
+        margins = [sign * (numbers[order[i]] - numbers[order[j]]) for i, j in pairs]
     if min(margins) < 0:
         raise Excluded("negative_margin")
     return [float(margin) for margin in margins]
 
 
-def prompts_differ(row: Mapping[str, Any]) -> bool:
+def prompts_differ(row: Row) -> bool:
     """Tell whether two transcripts differ before the last `Assistant:` of either.
 
     Such a row is a comparison all the same where the name stands inside a reply (`comparison.split_turns`).
@@ -205,14 +218,14 @@ def prompts_differ(row: Mapping[str, Any]) -> bool:
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if row.get("prompt") is not None or not (isinstance(chosen, str) and isinstance(rejected, str)):
         return False
-    return before_last_reply(chosen) != before_last_reply(rejected)
+    return chosen.rpartition("\n\nAssistant:")[0] != rejected.rpartition("\n\nAssistant:")[0]
 
 
 # --- values ----------------------------------------------------------------------------------
 
 
-def _split_replies(prompt: Any, responses: Mapping[Any, Any]) -> tuple[list[Message], list[str]]:
-    """The prompt and the replies to it; without a prompt, texts are transcripts.
+def _split_replies(prompt: Any, responses: Sequence[tuple[str, Any]]) -> tuple[list[Message], list[str]]:
+    """The prompt and the replies to it, each with its column; without a prompt, texts are transcripts.
 
     Raises:
         Excluded: `prompt_ends_with_reply` where the column holds a reply already.
@@ -220,9 +233,9 @@ def _split_replies(prompt: Any, responses: Mapping[Any, Any]) -> tuple[list[Mess
     empty = prompt is None or (isinstance(prompt, str) and not prompt.strip())
     before = [] if empty else as_messages(prompt)
     conversations = []
-    for column, value in responses.items():
+    for column, value in responses:
         if not isinstance(value, str):
-            said = as_messages(value, column if isinstance(column, str) else "responses")
+            said = as_messages(value, column)
         elif (messages := messages_of_text(value)) is not None:
             said = messages
         elif prompt is None:
@@ -231,7 +244,7 @@ def _split_replies(prompt: Any, responses: Mapping[Any, Any]) -> tuple[list[Mess
             said = [{"role": "assistant", "content": as_reply(prompt, value)}]
         conversations.append(_whole(before, said))
     found, replies = _shared(conversations)
-    (check_prompt if len(found) <= len(before) else check_question)(found)
+    check_prompt(found, continued=len(found) > len(before))
     return found, replies
 
 
@@ -267,9 +280,10 @@ def _shared(conversations: Sequence[list[Message]]) -> tuple[list[Message], list
     return conversations[0][:n], [messages[-1]["content"] for messages in conversations]
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | Decimal) and not isinstance(value, bool)
-
-
-def _is_finite(number: float) -> bool:
-    return abs(number) <= sys.float_info.max  # not for infinity, NaN or whole numbers of hundreds of digits
+def _number(value: Any) -> Any:
+    """A finite number, also one that is written as a text; None for anything else."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = float(value)
+    known = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
+    return value if known and abs(value) <= sys.float_info.max else None

@@ -7,7 +7,7 @@ import hashlib
 import json
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from io import BufferedReader, TextIOWrapper
 from itertools import islice
 from pathlib import Path
@@ -15,15 +15,15 @@ from typing import Any
 
 import datasets as hf_datasets
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets.exceptions import DatasetGenerationError
 from trl.scripts.utils import DatasetConfig
 
 from rm_recipe.data import comparison, formats
 from rm_recipe.data.comparison import Comparison, Excluded, Malformed, Message
-from rm_recipe.data.dataset import Split, arrow_column, cache_key, set_aside
+from rm_recipe.data.dataset import cache_key
 from rm_recipe.errors import DataError, one_line
+from rm_recipe.files import sha256
 from rm_recipe.recipe.schema import DATA_FORMATS, DataArguments, looks_local
 
 CODE = [sys.modules[__name__], formats, comparison]  # that a comparison follows from
@@ -37,48 +37,45 @@ _PARSED = {
     "responses": hf_datasets.List(_TEXT),
     "ranks": hf_datasets.List(hf_datasets.Value("int32")),
     "margins": hf_datasets.List(hf_datasets.Value("float64")),
-    "subset": _TEXT,
-    "margin_fault": _TEXT,
-    "row": hf_datasets.Value("int64"),
-    "prompt_key": hf_datasets.Value("int64"),
-    "key": hf_datasets.Value("int64"),
     "prompts_differ": hf_datasets.Value("bool"),
-    "excluded": _TEXT,
-    "detail": _TEXT,
+    **dict.fromkeys(["subset", "margin_fault", "excluded", "detail"], _TEXT),
+    **dict.fromkeys(["row", "prompt_key", "key"], hf_datasets.Value("int64")),
 }
 
 
-def load_comparisons(
+def load_rows(
     source: DatasetConfig, split: str, subset: str, data: DataArguments, margin_column: str | None
-) -> Split:
-    """Read one split of one source: every row a comparison or counted. Cached by content.
+) -> tuple[hf_datasets.Dataset, list[str]]:
+    """Read one split of one source: every row a comparison, or the reason why not. Cached by content.
 
     Args:
         subset: the name that rows without a `subset` of their own get.
 
+    Returns:
+        the rows, with the columns of `_PARSED`, and the columns of the source that are not read.
+
     Raises:
-        MissingSplitError: the source has other splits.
-        DataError: the source cannot be read, its columns are not those of comparisons, or a row is
-            malformed; with the row.
+        DataError: there is no such split, the source cannot be read, its columns are not those of
+            comparisons, or a row is malformed; with the row.
     """
-    file = find_file(source, split)
-    place = f"'{file}'" if file else f"'{source.path}', split '{split}'"
-    if file:
-        columns, content = _columns_of(file), content_hash(file)
+    file = find_split(splits_of(source, data.dataset_revision), split, source)
+    if isinstance(file, Path):
+        place, columns, content = f"'{file}'", _columns_of(file), sha256(file)
     else:
-        table = _load_from_hub(source, split, data.dataset_revision)
-        columns, content = table.column_names, table._fingerprint
-    _check_columns(columns, source.columns, place, margin_column)
+        place = f"'{source.path}', split '{split}'"
+        columns, content = file.column_names, file._fingerprint
     chosen = source.columns or columns
-    wanted = [name for name in chosen if name in formats.COLUMNS or name == margin_column]
+    if missing := {*chosen, *filter(None, [margin_column])} - {*columns}:
+        raise DataError(f"{place} has no column {', '.join(sorted(missing))} ('columns', 'margin_column')")
+    shape = formats.shape_of(chosen, place)
+    read = [*shape.columns, *formats.ALSO_READ, *filter(None, [margin_column])]
+    wanted = [name for name in read if name in (source.columns or read)]  # a file may have some of them later
 
     def parse() -> Iterator[dict[str, Any]]:
-        rows = read_rows(file, wanted) if file else enumerate(table.select_columns(wanted), 1)
-        for number, row in rows:
-            if source.columns is not None:
-                row = {name: row.get(name) for name in source.columns}
+        table = None if isinstance(file, Path) else file.select_columns([n for n in columns if n in wanted])
+        for number, row in enumerate(table, 1) if table else read_rows(file, wanted):
             try:
-                yield _parsed(row, number, subset, margin_column, data.margin_map)
+                yield _parsed(row, number, subset, shape, margin_column, data)
             except Malformed as fault:
                 raise DataError(f"{place}, {unit(file)} {number}: {fault}") from None
 
@@ -91,56 +88,32 @@ def load_comparisons(
         )
     except DatasetGenerationError as error:
         raise (error.__cause__ or error) from None
-    differing = int(pc.sum(arrow_column(parsed, "prompts_differ")).as_py())
-    unread = [] if source.columns else [name for name in formats.unread(columns) if name != margin_column]
-    return set_aside(Split(parsed, len(parsed), differing_prompts=differing, unread=unread), "excluded")
-
-
-def _check_columns(
-    columns: list[str], chosen: list[str] | None, place: str, margin_column: str | None
-) -> None:
-    """Raise DataError where rows with these columns, or those `chosen` of them, cannot be comparisons."""
-    read = chosen or columns
-    missing = set(read) - set(columns)
-    if missing:
-        raise DataError(f"{place} has no column {', '.join(sorted(missing))} ('columns')")
-    if not formats.is_comparison_shape(read):
-        has = ", ".join(read) or "none"
-        raise DataError(f"{place}: its columns are {has}; rm_recipe needs {formats.SHAPES_IN_WORDS}")
-    if margin_column is not None and margin_column not in read:
-        raise DataError(f"{place} has no column '{margin_column}' (margin_column)")
+    return parsed, [] if source.columns else [name for name in columns if name not in read]
 
 
 def _parsed(
-    row: Mapping[str, Any],
+    row: formats.Row,
     number: int,
     subset: str,
+    shape: formats.Shape,
     margin_column: str | None,
-    margin_map: Mapping[str | int, float] | None,
+    data: DataArguments,
 ) -> dict[str, Any]:
     """The columns of `_PARSED`: of a comparison, or empty ones and the reason."""
     if row.get("subset") not in (None, ""):
         subset = str(row["subset"]).encode(errors="replace").decode()
-    found = Comparison([], [], subset=subset)
-    margin_fault = reason = detail = ""
+    found, reason, detail = Comparison([], []), "", ""
     try:
-        try:
-            found = formats.parse_row(row, margin_column, margin_map)
-        except Excluded as excluded:  # without its margin it may be held out, not trained on
-            if excluded.reason not in ("missing_margin", "negative_margin"):
-                raise
-            margin_fault = excluded.reason
-            found = formats.parse_row(row)
+        found = formats.parse_row(row, margin_column, data.margin_map, shape)
     except Excluded as excluded:
         reason, detail = excluded.reason, excluded.detail
-    content = {name: getattr(found, name) for name in ("prompt", "responses", "ranks", "margins")}
+    content = [found.prompt, found.responses, found.ranks, found.margins]
     return {
-        **content,
+        **vars(found),
         "subset": subset,
-        "margin_fault": margin_fault,
         "row": number,
         "prompt_key": text_key(normalised_prompt(found.prompt)),
-        "key": text_key([json.dumps(list(content.values()), sort_keys=True)]),
+        "key": text_key([json.dumps(content, sort_keys=True)]),
         "prompts_differ": formats.prompts_differ(row) or reason == "differing_prompts",
         "excluded": reason,
         "detail": detail,
@@ -165,16 +138,6 @@ def normalise(text: str) -> str:
 
 # --- sources: files, folders, the Hub and mixtures ---------------------------------------------
 
-# Files beside the rows that `datasets` writes about them.
-
-
-class MissingSplitError(DataError):
-    """A data set has no such split; `others` are the splits that it has."""
-
-    def __init__(self, message: str, others: list[str]) -> None:
-        super().__init__(message)
-        self.others = others
-
 
 def sources_of(data: DataArguments) -> list[DatasetConfig]:
     """List the sources that a recipe names; `split` is the train split.
@@ -191,123 +154,68 @@ def sources_of(data: DataArguments) -> list[DatasetConfig]:
 
 def label(source: DatasetConfig, of_mixture: bool) -> str:
     """Name a subset in reports: the folder or configuration, in a mixture also the data set."""
-    part = str(source.data_dir or source.name or "")
-    if not of_mixture:
-        return part
     path = Path(source.path)
-    name = f"{path.parent.name}/{path.name}" if path.is_file() else path.name
-    return "/".join(filter(None, [name, part]))
+    name = "/".join(path.parts[-2:] if path.is_file() else path.parts[-1:]) if of_mixture else ""
+    return "/".join(filter(None, [name, source.data_dir or source.name]))
 
 
-def _load_from_hub(source: DatasetConfig, split: str, revision: str | None) -> hf_datasets.Dataset:
-    """Load the rows of a split, memory-mapped.
+def splits_of(source: DatasetConfig, revision: str | None = None) -> dict[str, Any]:
+    """Find the splits of a source: a local file for each, or of a data set on the Hub its rows.
+
+    A file is one split, whatever it is called: its name here is empty.
 
     Raises:
-        MissingSplitError: the data set has other splits.
-        DataError: it cannot be loaded.
+        DataError: there is no such file, folder or data set.
     """
+    place = Path(source.path, source.data_dir or "", str(source.data_files or ""))
+    if place.is_file():
+        if data_format(place) not in DATA_FORMATS:
+            raise DataError(f"'{place}' is no data file; expected {', '.join(DATA_FORMATS)} (.gz too)")
+        return {"": place}
+    if place.is_dir():
+        return _splits_in(place)
+    if Path(source.path).exists() or looks_local(source.path):
+        raise DataError(f"'{place}' does not exist; check 'dataset_name' and 'dataset_subsets'")
+    keys = ("path", "name", "data_dir", "data_files")
     try:
-        return hf_datasets.load_dataset(
-            path=source.path,
-            name=source.name,
-            data_dir=source.data_dir,
-            data_files=source.data_files,
-            revision=revision,
-            split=split,
-        )
+        return hf_datasets.load_dataset(**{key: getattr(source, key) for key in keys}, revision=revision)
     except Exception as error:
         cause = error.__cause__ or error
         if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):  # not the data's fault
             raise
         reason = one_line(cause) or type(cause).__name__
-        if not isinstance(error, ValueError) or not reason.startswith("Unknown split"):
-            raise DataError(f"data set '{source.path}' cannot be loaded from the Hub: {reason}") from None
-        others = str(error).partition("[")[2].rpartition("]")[0]
-        message = f"data set '{source.path}' has no split '{split}'; it has {others}"
-        raise MissingSplitError(message, [name.strip(" '\"") for name in others.split(",")]) from None
+        raise DataError(f"data set '{source.path}' cannot be loaded from the Hub: {reason}") from None
 
 
-def has_split(source: DatasetConfig, split: str, revision: str | None = None) -> bool:
-    """Tell whether the source has that split; False where it has one split only, another one.
-
-    Raises:
-        DataError: it has several, and not this one, or it cannot be read.
-    """
-    path = Path(source.path)
-    if path.is_file() or (path.is_dir() and source.data_files is not None):
-        return False  # a file is one split, whatever it is called
-    try:
-        if find_file(source, split) is None:  # on the Hub, which says so only when it is asked for it
-            _load_from_hub(source, split, revision)
-    except MissingSplitError as missing:
-        if len(missing.others) > 1:
-            raise
-        return False
-    return True
-
-
-def find_file(source: DatasetConfig, split: str) -> Path | None:
-    """Find the local file that holds a split; None for a data set on the Hub.
-
-    Raises:
-        DataError: the path was meant to be local and holds no such file.
-    """
-    path = Path(source.path)
-    if path.is_dir():
-        folder = path / (source.data_dir or "")
-        if not folder.is_dir():
-            raise DataError(f"'{folder}' is no folder; check 'dataset_subsets'")
-        if source.data_files is None:
-            return _split_file(folder, split)
-        path = folder / str(source.data_files)
-        if not path.is_file():
-            raise DataError(f"'{path}' is no file; 'data_files' of a local folder is one file's name")
-    elif path.is_file():
-        if source.data_dir or source.data_files:
-            raise DataError(f"'{path}' is a file and has no subsets or files; name the folder that has them")
-    elif looks_local(source.path):
-        raise DataError(f"'{path}' does not exist")
-    else:
-        return None
-    if data_format(path) not in DATA_FORMATS:
-        raise DataError(f"'{path}' is no data file; expected {', '.join(DATA_FORMATS)} (.gz too)")
-    return path
-
-
-def data_format(file: Path) -> str:
-    """Return the file's ending, `.gz` apart: one of `DATA_FORMATS`, or another."""
-    return Path(file.name.removesuffix(".gz")).suffix
-
-
-def _split_file(folder: Path, split: str) -> Path:
-    """The one file of a local folder that holds the split, named as on the Hub: train.jsonl.gz."""
-    there = sorted(folder.iterdir())
-    splits: dict[str, list[Path]] = {}
-    for path in there:
+def _splits_in(folder: Path) -> dict[str, Any]:
+    """The files of a local folder, by their splits' names, which are as on the Hub: train.jsonl.gz."""
+    splits: dict[str, Any] = {}
+    for path in sorted(folder.iterdir()):
         if path.is_file() and data_format(path) in DATA_FORMATS and _may_be_a_split(path):
             name = path.name.removesuffix(".gz").removesuffix(data_format(path))
-            splits.setdefault(name, []).append(path)
-    found = splits.get(split, [])
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise DataError(f"'{folder}' has {len(found)} files for the split '{split}'")
-    names = [f"{path.name}/" if path.is_dir() else path.name for path in there]
-    raise MissingSplitError(
-        f"'{folder}' has no file for the split '{split}' ({split}{', '.join(DATA_FORMATS)}, .gz too); "
-        f"it has {', '.join(names) or 'no files'}",
-        list(splits),
-    )
+            if name in splits:
+                raise DataError(f"'{folder}' has two files for the split '{name}'")
+            splits[name] = path
+    return splits
 
 
 def _may_be_a_split(path: Path) -> bool:
     """Tell whether a file holds comparisons; a .json, .csv or .arrow beside them may say something else."""
-    if data_format(path) in (".jsonl", ".parquet"):
-        return True
     try:
-        return formats.is_comparison_shape(_columns_of(path))
-    except DataError:  # which is said when it is read; most other files are .json
-        return data_format(path) != ".json"
+        return data_format(path) in (".jsonl", ".parquet") or bool(formats.shape_of(_columns_of(path)))
+    except DataError:
+        return False
+
+
+def find_split(splits: dict[str, Any], split: str, source: DatasetConfig) -> Any:
+    """Find a split among those of a source; raises DataError where it has only others."""
+    if split in splits or "" in splits:
+        return splits[split if split in splits else ""]
+    raise DataError(
+        f"'{'/'.join(filter(None, [source.path, source.data_dir]))}' has no split '{split}'; it has "
+        f"{', '.join(splits) or 'none'}; set 'dataset_train_split' and 'dataset_test_split', or "
+        "'test_split_size' to hold out that share of all prompts"
+    )
 
 
 # --- files -------------------------------------------------------------------------------------
@@ -315,106 +223,94 @@ def _may_be_a_split(path: Path) -> bool:
 # number or message list into text without a word, or refuses a sound file.
 
 
+def data_format(file: Path) -> str:
+    """Return the file's ending, `.gz` apart: one of `DATA_FORMATS`, or another."""
+    return Path(file.name.removesuffix(".gz")).suffix
+
+
+def unit(file: Any) -> str:
+    """Say what the numbers of a file's rows count."""
+    return "line" if isinstance(file, Path) and data_format(file) == ".jsonl" else "row"
+
+
 def _columns_of(file: Path) -> list[str]:
     """The columns of a file; of text the keys in its first `PEEK` rows."""
-    rows = islice(read_rows(file, names_only=True), PEEK)
-    return list(dict.fromkeys(name for _, row in rows for name in row))
+    names: dict[str, None] = {}
+    for number, row in islice(_numbered(file, None), PEEK):
+        names |= dict.fromkeys(row)
+        if number == 0:
+            break
+    return list(names)
 
 
-def read_rows(
-    file: Path, columns: Sequence[str] | None = None, names_only: bool = False
-) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
     """Read a file of `DATA_FORMATS` (.gz too): its rows, numbered from 1 by line, element or row.
 
     Args:
-        columns: of a table, those to read, all by default.
-        names_only: give one row of a table, with the names of its columns.
+        columns: those to give, all that a row has by default.
 
     Raises:
         DataError: there is no such file, it cannot be read or holds no rows; with the row.
     """
-    if not file.is_file():
-        raise DataError(f"{file}: {'no such file' if not file.exists() else 'not a file'}")
+    for number, row in _numbered(file, columns):
+        if number:
+            yield number, {name: row.get(name) for name in columns} if columns else row
+
+
+def _numbered(file: Path, columns: Sequence[str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """As `read_rows`; of a table first, as number 0, a row with the names of all its columns."""
     number = 0
     try:
         with file.open("rb") as stream:
             if stream.read(23) == b"version https://git-lfs":
                 raise DataError(f"'{file}' is a Git LFS pointer, not the file itself; fetch it: git lfs pull")
         with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
-            for number, row in _values(stream, data_format(file), columns, names_only):
+            for number, row in _values(stream, file, columns):
                 if not isinstance(row, dict):
                     hint = "; a file that is one list is named .json" if isinstance(row, list) else ""
                     kind = f"a row is a JSON object, this is a {type(row).__name__}{hint}"
                     raise DataError(f"'{file}', {unit(file)} {number}: {kind}")
                 yield number, row
-    except (gzip.BadGzipFile, EOFError, zlib.error):
-        raise DataError(f"'{file}' is damaged, or not gzip though its name says so") from None
-    except OSError as error:
-        raise DataError(f"'{file}' cannot be read: {error.strerror or error}") from None
-    except _NotJsonError as error:
-        raise DataError(f"'{file}', {error}") from None
-    except (ValueError, OverflowError, csv.Error, pa.ArrowException) as error:
-        raise DataError(f"'{file}' cannot be read: {one_line(error)}") from None
+    except (OSError, EOFError, ValueError, OverflowError, zlib.error, csv.Error, pa.ArrowException) as error:
+        raise DataError(
+            f"'{file}' cannot be read: {getattr(error, 'strerror', 0) or one_line(error)}"
+        ) from None
     if not number:
         raise DataError(f"'{file}' is empty: it holds no rows")
 
 
-class _NotJsonError(ValueError):
-    """What a place of a file holds is no JSON."""
-
-
 def _values(
-    stream: gzip.GzipFile | BufferedReader, ending: str, columns: Sequence[str] | None, names_only: bool
+    stream: gzip.GzipFile | BufferedReader, file: Path, columns: Sequence[str] | None
 ) -> Iterator[tuple[int, Any]]:
     """The rows of a table, the elements of a JSON list, read all at once, or what each line holds."""
-    start = stream.read(1000)
+    start, ending = stream.read(1000), data_format(file)
     stream.seek(0)
-    if ending == ".parquet":
-        table = pq.ParquetFile(stream)
-        batches = table.iter_batches(batch_size=1000, columns=columns)
-        yield from _table_rows(table.schema_arrow.names, batches, names_only)
-    elif ending == ".arrow":
-        opened = (pa.ipc.open_file if start.startswith(b"ARROW1") else pa.ipc.open_stream)(stream).read_all()
-        names = opened.column_names
-        batches = opened.select(columns or names).to_batches(max_chunksize=1000)
-        yield from _table_rows(names, batches, names_only)
+    if ending in (".parquet", ".arrow"):
+        open_arrow = pa.ipc.open_file if start.startswith(b"ARROW1") else pa.ipc.open_stream
+        table = pq.ParquetFile(stream) if ending == ".parquet" else open_arrow(stream).read_all()
+        names = getattr(table, "schema_arrow", table.schema).names
+        yield 0, dict.fromkeys(names)
+        read = [name for name in names if name in (columns or names)]
+        batches = (
+            table.iter_batches(1000, columns=read)
+            if ending == ".parquet"
+            else table.select(read).to_batches(1000)
+        )
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
     elif ending == ".csv":
         text = TextIOWrapper(stream, "utf-8-sig", newline="")
         yield from enumerate(csv.DictReader(text, restkey="beyond the header"), 1)
     elif ending == ".json" and start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        yield from enumerate(_decode(stream.read(), "the list"), 1)
+        yield from enumerate(_decode(stream.read(), f"'{file}', the list"), 1)
     else:
         for number, line in enumerate(stream, 1):
             if line.strip():
-                yield number, _decode(line, f"line {number}")
-
-
-def _table_rows(names: list[str], batches: Iterable[Any], names_only: bool) -> Iterator[tuple[int, Any]]:
-    if names_only:
-        yield 1, dict.fromkeys(names)
-        return
-    yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+                yield number, _decode(line, f"'{file}', line {number}")
 
 
 def _decode(content: bytes, place: str) -> Any:
-    """What UTF-8 JSON says; raises `_NotJsonError` with the place."""
+    """What UTF-8 JSON says; raises DataError with the place."""
     try:
         return json.loads(content.decode("utf-8-sig").rstrip())
-    except UnicodeDecodeError as error:
-        raise _NotJsonError(f"{place}, byte {error.start + 1} of it: not UTF-8 text") from None
-    except json.JSONDecodeError as error:
-        line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise _NotJsonError(f"{place}: not JSON: {error.msg} ({line}column {error.colno})") from None
-    except (ValueError, RecursionError) as error:  # a number or thousands of brackets too many
-        raise _NotJsonError(f"{place}: not JSON: {error}") from None
-
-
-def unit(file: Path | None) -> str:
-    """Say what the numbers of a file's rows count."""
-    return "row" if file is None or data_format(file) in set(DATA_FORMATS) - {".jsonl"} else "line"
-
-
-def content_hash(file: Path) -> str:
-    """Hash the bytes: the time of a change can be the same for two contents."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "blake2b").hexdigest()
+    except (ValueError, RecursionError) as error:  # no UTF-8, or a number or thousands of brackets too many
+        raise DataError(f"{place}: not JSON: {error}") from None
