@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -229,12 +230,9 @@ def split_at_common_prefix(conversations: Sequence[Sequence[int]]) -> Encoded:
     The prefix is shortened where a conversation would be left without a token of its own, which
     is where its reward is read.
     """
-    shortest = min(conversations, key=len)
-    longest_prefix = len(shortest) - 1
-    end = 0
-    while end < longest_prefix and all(ids[end] == shortest[end] for ids in conversations):
-        end += 1
-    return Encoded(list(shortest[:end]), [list(ids[end:]) for ids in conversations])
+    places = zip(*(ids[:-1] for ids in conversations), strict=False)
+    prefix = [ids[0] for ids in takewhile(lambda ids: len({*ids}) == 1, places)]
+    return Encoded(prefix, [list(ids[len(prefix) :]) for ids in conversations])
 
 
 @dataclass(frozen=True)

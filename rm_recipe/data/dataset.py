@@ -29,8 +29,9 @@ def row_name(row: dict[str, Any]) -> str:
 
 def as_comparisons(rows: Mapping[str, Any]) -> list[Comparison]:
     """Read comparisons from the columns that `loading` wrote."""
-    names = [field.name for field in fields(Comparison)]
-    return [Comparison(*values) for values in zip(*(rows[name] for name in names), strict=True)]
+    names = [field.name for field in fields(Comparison) if field.name in rows]
+    columns = (rows[name] for name in names)
+    return [Comparison(**dict(zip(names, values, strict=True))) for values in zip(*columns, strict=True)]
 
 
 @dataclass
@@ -44,8 +45,8 @@ class Split:
             (`tokenization.tokenize`).
         rows: rows of the source; `rows == len(comparisons) + sum(excluded.values())`.
         excluded: number of rows by reason.
-        first_rows: for each reason the first rows that it was found in, `SUBSET:ROW`.
-        details: for each reason what it was in the first of them, where there is more to say.
+        first_rows: for each reason the first rows that it was found in, `SUBSET:ROW`, in brackets what it
+            was there, where there is more to say.
         differing_prompts: rows of the source whose transcripts or messages differ before the last
             reply, whatever became of them.
         unread: columns of the source that are part of no comparison.
@@ -58,7 +59,6 @@ class Split:
     rows: int
     excluded: Counter[str] = field(default_factory=Counter)
     first_rows: dict[str, list[str]] = field(default_factory=dict)
-    details: dict[str, str] = field(default_factory=dict)
     differing_prompts: int = 0
     unread: list[str] = field(default_factory=list)
     tokenized: hf_datasets.Dataset | None = None
@@ -103,9 +103,10 @@ class Split:
     def why_excluded(self) -> str:
         """Write the reasons with their numbers and the first row of each on one line."""
         rows = {reason: f", first in row {names[0]}" for reason, names in self.first_rows.items()}
-        said = {reason: f": {detail}" for reason, detail in self.details.items()}
-        reasons = [f"{n} {why}{rows.get(why, '')}{said.get(why, '')}" for why, n in self.excluded.items()]
-        return "; ".join(reasons) or "no rows"
+        return (
+            "; ".join(f"{n} {reason}{rows.get(reason, '')}" for reason, n in self.excluded.items())
+            or "no rows"
+        )
 
     def column(self, name: str) -> NDArray[Any]:
         """Return a column of numbers as an array."""
@@ -131,17 +132,17 @@ class Split:
 def set_aside(split: Split, column: str) -> Split:
     """Leave out the comparisons that have a reason in `column`, counted and the first of them named."""
     reasons = arrow_column(split.comparisons, column)
-    excluded, first_rows, details = split.excluded.copy(), dict(split.first_rows), dict(split.details)
+    excluded, first_rows = split.excluded.copy(), dict(split.first_rows)
     for reason in pc.unique(reasons).to_pylist():
         if reason:
             numbers = np.flatnonzero(pc.equal(reasons, reason).to_numpy())
             excluded[reason] += len(numbers)
-            first_rows[reason] = split.names(numbers[:FIRST_ROWS])
-            if detail := split.comparisons[int(numbers[0])]["detail"]:
-                details[reason] = detail
+            first = numbers[:FIRST_ROWS]
+            details = (f" ({detail})" if detail else "" for detail in split.comparisons[first]["detail"])
+            first_rows[reason] = [*map(str.__add__, split.names(first), details)]
     kept = np.flatnonzero(pc.equal(reasons, "").to_numpy())
     comparisons = split.comparisons if len(kept) == len(reasons) else split.comparisons.select(kept)
-    return replace(split, comparisons=comparisons, excluded=excluded, first_rows=first_rows, details=details)
+    return replace(split, comparisons=comparisons, excluded=excluded, first_rows=first_rows)
 
 
 def arrow_column(rows: hf_datasets.Dataset, name: str) -> Any:

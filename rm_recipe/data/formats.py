@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import takewhile
 from typing import Any
 
 from rm_recipe.data.comparison import (
@@ -215,10 +216,9 @@ def prompts_differ(row: Row) -> bool:
 
     Such a row is a comparison all the same where the name stands inside a reply (`comparison.split_turns`).
     """
-    chosen, rejected = row.get("chosen"), row.get("rejected")
-    if row.get("prompt") is not None or not (isinstance(chosen, str) and isinstance(rejected, str)):
-        return False
-    return chosen.rpartition("\n\nAssistant:")[0] != rejected.rpartition("\n\nAssistant:")[0]
+    sides = [row.get("chosen"), row.get("rejected")]
+    texts = [side.rpartition("\n\nAssistant:")[0] for side in sides if isinstance(side, str)]
+    return row.get("prompt") is None and len(texts) == 2 and texts[0] != texts[1]
 
 
 # --- values ----------------------------------------------------------------------------------
@@ -271,9 +271,8 @@ def _same(one: list[Message], other: list[Message]) -> bool:
 
 def _shared(conversations: Sequence[list[Message]]) -> tuple[list[Message], list[str]]:
     """What whole conversations have in common, and the one reply in which each ends."""
-    n = 0
-    while n < min(map(len, conversations)) - 1 and all(m[n] == conversations[0][n] for m in conversations):
-        n += 1
+    before = zip(*(messages[:-1] for messages in conversations), strict=False)
+    n = sum(1 for _ in takewhile(lambda found: all(m == found[0] for m in found), before))
     if any(len(messages) > n + 1 for messages in conversations):
         asked = any(message["role"] in ("user", "system") for m in conversations for message in m[n:])
         raise Excluded("differing_prompts" if asked else "reply_of_several_messages")

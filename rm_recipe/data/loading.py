@@ -7,7 +7,8 @@ import hashlib
 import json
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from io import BufferedReader, TextIOWrapper
 from itertools import islice
 from pathlib import Path
@@ -27,6 +28,7 @@ from rm_recipe.files import sha256
 from rm_recipe.recipe.schema import DATA_FORMATS, DataArguments, looks_local
 
 CODE = [sys.modules[__name__], formats, comparison]  # that a comparison follows from
+Parser = Callable[[formats.Row], Comparison]
 PEEK = 1000  # rows of a JSON file in which its columns have to be found
 
 csv.field_size_limit(2**31 - 1)  # a long conversation is a field
@@ -71,11 +73,15 @@ def load_rows(
     read = [*shape.columns, *formats.ALSO_READ, *filter(None, [margin_column])]
     wanted = [name for name in read if name in (source.columns or read)]  # a file may have some of them later
 
+    parse_row = partial(
+        formats.parse_row, margin_column=margin_column, margin_map=data.margin_map, shape=shape
+    )
+
     def parse() -> Iterator[dict[str, Any]]:
         table = None if isinstance(file, Path) else file.select_columns([n for n in columns if n in wanted])
         for number, row in enumerate(table, 1) if table else read_rows(file, wanted):
             try:
-                yield _parsed(row, number, subset, shape, margin_column, data)
+                yield _parsed(row, number, subset, parse_row)
             except Malformed as fault:
                 raise DataError(f"{place}, {unit(file)} {number}: {fault}") from None
 
@@ -91,20 +97,13 @@ def load_rows(
     return parsed, [] if source.columns else [name for name in columns if name not in read]
 
 
-def _parsed(
-    row: formats.Row,
-    number: int,
-    subset: str,
-    shape: formats.Shape,
-    margin_column: str | None,
-    data: DataArguments,
-) -> dict[str, Any]:
+def _parsed(row: formats.Row, number: int, subset: str, parse: Parser) -> dict[str, Any]:
     """The columns of `_PARSED`: of a comparison, or empty ones and the reason."""
     if row.get("subset") not in (None, ""):
         subset = str(row["subset"]).encode(errors="replace").decode()
     found, reason, detail = Comparison([], []), "", ""
     try:
-        found = formats.parse_row(row, margin_column, data.margin_map, shape)
+        found = parse(row)
     except Excluded as excluded:
         reason, detail = excluded.reason, excluded.detail
     content = [found.prompt, found.responses, found.ranks, found.margins]
@@ -203,8 +202,8 @@ def _may_be_a_split(path: Path) -> bool:
     """Tell whether a file holds comparisons; a .json, .csv or .arrow beside them may say something else."""
     try:
         return data_format(path) in (".jsonl", ".parquet") or bool(formats.shape_of(_columns_of(path)))
-    except DataError:
-        return False
+    except DataError:  # which is said when it is read
+        return path.name.startswith(("train", "test"))
 
 
 def find_split(splits: dict[str, Any], split: str, source: DatasetConfig) -> Any:

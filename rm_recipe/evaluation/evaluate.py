@@ -201,8 +201,8 @@ def _score(path: str, splits: dict[str, Split], *, with_edits: bool = False) -> 
     for name, whole in splits.items():
         with main_process_first():
             split = tokenize(whole, model.tokenizer, model.max_length, model.truncation)
-        for reason, detail in split.details.items():
-            say(f"{name}: {split.excluded[reason]} left out, {reason}: {detail}")
+        for reason, rows in split.first_rows.items():
+            say(f"{name}: {split.excluded[reason]} left out, {reason}: first in row {rows[0]}")
         row_names = split.names(np.arange(len(split.comparisons)))
         lines = predictions(name, split, _rewards(model, split.encoded(), "Scoring", row_names))
         score = partial(_rewards, model, bar="Scoring edited replies")

@@ -266,9 +266,9 @@ def test_a_comparison_knows_its_row_subset_ranks_and_margins_and_a_reason_its_fi
     asked = [{"role": "user", "content": "p"}]
     assert split[0] == Comparison(asked, ["b", "a", "c"], [0, 1, 1], [2.0, 2.0], "mine")
     assert split.column("row").tolist() == [2]
-    assert split.first_rows == {"single_response": ["theirs:1"], "unknown_role": ["mine:3", "mine:4"]}
-    assert split.details == {"unknown_role": "role 'judge'"}
-    assert split.why_excluded().endswith("; 2 unknown_role, first in row mine:3: role 'judge'")
+    unknown = ["mine:3 (role 'judge')", "mine:4 (role 'narrator')"]
+    assert split.first_rows == {"single_response": ["theirs:1"], "unknown_role": unknown}
+    assert split.why_excluded().endswith("; 2 unknown_role, first in row mine:3 (role 'judge')")
 
 
 def test_a_rows_type_and_columns_are_its_own_however_far_down_it_stands(tmp_path):

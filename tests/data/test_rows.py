@@ -1,12 +1,10 @@
 """Rows of data sets, in whatever shape they are written, become comparisons or a counted reason."""
 
-import gzip
 import itertools
 import json
 from decimal import Decimal
 
 import pytest
-from conftest import HH_RLHF, needs_hh_rlhf
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -193,22 +191,6 @@ def test_a_ranking_is_one_comparison_best_first_whichever_way_it_is_written():
     assert parse_row({"instruction": "Hi", "completions": published}) == expected
 
 
-@given(st.lists(st.integers(1, 5), min_size=2, max_size=9))
-def test_k_responses_give_k_choose_2_pairs_less_the_ties(scores):
-    row = {"prompt": "p", "responses": [f"r{n}" for n in range(len(scores))], "scores": scores}
-    k = len(scores)
-    ties = sum(scores[i] == scores[j] for i in range(k) for j in range(i))
-    try:
-        comparison = parse_row(row)
-    except Excluded:
-        assert ties == k * (k - 1) / 2
-    else:
-        assert len(untied_pairs(comparison.ranks)) == k * (k - 1) / 2 - ties
-        by_text = dict(zip(row["responses"], scores, strict=True))
-        for i, j in untied_pairs(comparison.ranks):
-            assert by_text[comparison.responses[i]] > by_text[comparison.responses[j]]
-
-
 def test_a_margin_is_a_number_a_category_or_the_difference_of_a_rankings_numbers():
     assert parse_row({**PAIR, "m": 0.5}, "m").margins == [0.5]
     levels = {"significantly better": 1, 3: 0.7}
@@ -332,17 +314,6 @@ def test_a_transcript_that_is_taken_apart_and_joined_is_the_same_text(text):
         assert all(a != b for a, b in itertools.pairwise(speakers))
 
 
-@given(st.lists(TEXTS.map(str.strip), min_size=1))
-def test_messages_that_are_written_as_a_transcript_are_read_back(contents):
-    """But for those that hold the start of another speaker's turn: nothing could tell it apart."""
-    speakers = ["Human", "Assistant"] * len(contents)
-    text = joined([(s, f" {c}") for s, c in zip(speakers, contents, strict=False)])
-    markers = text.count("\n\nHuman:") + text.count("\n\nAssistant:")
-    if markers == len(contents):
-        read = [message["content"] for message in parse_transcript(text)]
-        assert read == [content.replace("\r\n", "\n").strip() for content in contents]
-
-
 def test_a_speakers_name_inside_a_message_starts_no_turn():
     text = "\n\nHuman: Write a dialogue. Human: hi\nAssistant: hey\n\nAssistant: done "
     written = said("user", "Write a dialogue. Human: hi\nAssistant: hey")
@@ -354,13 +325,3 @@ def test_a_reply_that_writes_a_turn_of_its_own_is_a_comparison_all_the_same():
     assert prompts_differ(row)
     assert parse_row(row) == Comparison([said("user", "q")], ["one\n\nAssistant: two", "three"])
     assert not prompts_differ({"chosen": transcript("q", "a"), "rejected": transcript("q", "b")})
-
-
-@needs_hh_rlhf
-@pytest.mark.parametrize("subset", ["helpful-base", "harmless-base"])
-def test_every_genuine_transcript_is_given_back_character_for_character(subset):
-    for split in ("train", "test"):
-        with gzip.open(HH_RLHF / subset / f"{split}.jsonl.gz", "rt", encoding="utf-8") as file:
-            for row in map(json.loads, file):
-                for side in ("chosen", "rejected"):
-                    assert joined(split_turns(row[side])) == row[side]
