@@ -6,6 +6,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
@@ -13,14 +14,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Message = dict[str, str]  # {"role": one of ROLES, "content": text}
+Message = dict[str, str]  # {"role": one of ROLES, "content": text}, and perhaps "tool_calls": JSON
 ROLES = ("system", "user", "assistant", "tool")
 # What others call them; capitals do not matter.
-ROLE_NAMES = {"developer": "system", "human": "user", "gpt": "assistant"} | {role: role for role in ROLES}
+ROLE_NAMES = {
+    "developer": "system",
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+}
+ROLE_NAMES |= {"observation": "tool", "function": "tool"} | {role: role for role in ROLES}
+MEDIA = ("images", "image", "videos", "audios")  # columns of what no text model can read
 # Keys beside role and content that say something a `Message` cannot, and the reason that a row with one of
 # them is left out for.
 KEYS_LEFT_OUT = {
-    **dict.fromkeys(["tool_calls", "function_call"], "tool_calls"),
     **dict.fromkeys(["reasoning_content", "reasoning", "thinking"], "reasoning_content"),
 }
 _WRITTEN_OUT = re.compile(r"""\s*(array\()?\[?\s*\{\s*(['"])""")  # messages as text, by Python or as JSON
@@ -65,9 +73,10 @@ def as_messages(value: Any, column: str = "prompt") -> list[Message]:
             return [{"role": "user", "content": value}]
         asked = is_transcript(value) and messages[-1] == {"role": "assistant", "content": ""}
         return messages[:-1] if asked else messages
-    if not isinstance(value, list) or not all(isinstance(m, Mapping) for m in value):
+    messages = [value] if isinstance(value, Mapping) else value
+    if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
         raise Malformed(column, "a text or a list of messages", value)
-    return [_message(message) for message in value]
+    return [_message(message) for message in messages]
 
 
 def messages_of_text(text: str) -> list[Message] | None:
@@ -81,7 +90,8 @@ def messages_of_text(text: str) -> list[Message] | None:
             `not_messages` for JSON that is not whole.
     """
     start = _WRITTEN_OUT.match(text)
-    if start and all(f"{start[2]}{key}{start[2]}" in text for key in ("role", "content")):
+    keys = [{"role", "content"}, {"from", "value"}]
+    if start and any(all(f"{start[2]}{key}{start[2]}" in text for key in pair) for pair in keys):
         if start[2] == "'":
             raise Excluded("python_repr", "write messages as JSON, not by Python's str()")
         try:
@@ -89,7 +99,7 @@ def messages_of_text(text: str) -> list[Message] | None:
         except (ValueError, RecursionError):
             raise Excluded("not_messages", "JSON text that cannot be decoded") from None
         value = value if isinstance(value, list) else [value]
-        if all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in value):
+        if all(isinstance(message, dict) and any(p <= message.keys() for p in keys) for message in value):
             return as_messages(value)
     return parse_transcript(text) if is_transcript(text) else None
 
@@ -103,11 +113,11 @@ def in_context(prompt: list[Message], row: Mapping[str, Any]) -> list[Message]:
     """Put the system message of a row's `system` before its prompt.
 
     Raises:
-        Excluded: `two_system_messages` that differ, or `tools`, which no `Message` can offer.
+        Excluded: `two_system_messages` that differ, or pictures and the like (`MEDIA`).
         Malformed: it is no text.
     """
-    if row.get("tools") not in (None, [], {}, "", "[]", "{}", "null"):
-        raise Excluded("tools", "the tools that its prompt offers are not rendered")
+    if media := [name for name in MEDIA if row.get(name)]:
+        raise Excluded("not_text", f"'{media[0]}' holds what no text model can read")
     system = row.get("system")
     if not system:
         return prompt
@@ -120,18 +130,48 @@ def in_context(prompt: list[Message], row: Mapping[str, Any]) -> list[Message]:
     return prompt
 
 
+def tools_of(row: Mapping[str, Any]) -> str:
+    """Return the tools that a row's prompt offers, as JSON; raises Malformed where they are no list."""
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        with suppress(ValueError):
+            tools = json.loads(tools)
+    if not isinstance(tools or [], list) or not all(isinstance(tool, Mapping) for tool in tools or []):
+        raise Malformed("tools", "a list of mappings, or one as JSON", tools)
+    return json.dumps(tools) if tools else ""
+
+
 def _message(message: Mapping[str, Any]) -> Message:
     for key, reason in KEYS_LEFT_OUT.items():
         if message.get(key):
             raise Excluded(reason, f"a message has {key}")
-    role, content = message.get("role"), message.get("content")
+    role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+    calls = message.get("tool_calls") or []
+    if message.get("function_call"):  # as OpenAI had it before
+        calls = [{"type": "function", "function": message["function_call"]}]
     if isinstance(content, list):
         content = _joined(content)
+    elif content is None and calls:
+        content = ""
     if not isinstance(role, str) or not isinstance(content, str):
         raise Excluded("not_messages", "a message's role or content is no text")
     if role.strip().lower() not in ROLE_NAMES:  # a template may pass over it and its text
         raise Excluded("unknown_role", f"role '{role[:40]}'")
-    return {"role": ROLE_NAMES[role.strip().lower()], "content": content}
+    read = {"role": ROLE_NAMES[role.strip().lower()], "content": content}
+    return {**read, "tool_calls": _calls(calls)} if calls else read
+
+
+def _calls(calls: Any) -> str:
+    """Calls of tools as JSON, their arguments too where they are a text, as OpenAI writes them."""
+    try:
+        calls = json.loads(calls) if isinstance(calls, str) else json.loads(json.dumps(calls))
+        for call in calls:
+            function = call.get("function") or call
+            if isinstance(function["arguments"], str):
+                function["arguments"] = json.loads(function["arguments"])
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise Excluded("tool_calls", "calls of tools that cannot be decoded") from None
+    return json.dumps(calls)
 
 
 def _joined(parts: list[Any]) -> str:
@@ -248,6 +288,7 @@ class Comparison:
             section 3.2.2); empty where nothing is known.
         subset: the part of the data set that the row comes from.
         margin_fault: why there are no margins though there should be some.
+        tools: those that the prompt offers, as JSON; empty for none.
     """
 
     prompt: list[Message]
@@ -256,6 +297,7 @@ class Comparison:
     margins: list[float] = field(default_factory=list)
     subset: str = ""
     margin_fault: str = ""
+    tools: str = ""
 
     def __post_init__(self) -> None:
         if not self.ranks:

@@ -5,8 +5,10 @@ counted; nothing is skipped in silence. A value that is not of the shape at all 
 that is a fault of the file, not of the row.
 """
 
+import json
+import re
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
@@ -14,6 +16,7 @@ from itertools import takewhile
 from typing import Any
 
 from rm_recipe.data.comparison import (
+    MEDIA,
     Comparison,
     Excluded,
     Malformed,
@@ -25,66 +28,196 @@ from rm_recipe.data.comparison import (
     in_context,
     messages_of_text,
     parse_transcript,
+    tools_of,
     untied_pairs,
 )
 from rm_recipe.errors import DataError
 
 Row = Mapping[str, Any]
-ALSO_READ = ("prompt", "system", "tools", "subset")  # beside the columns of a shape
+ALSO_READ = ("prompt", "system", "tools", "subset", *MEDIA)  # beside the columns of a shape
 
 
 @dataclass(frozen=True)
 class Shape:
     """How a data set writes a comparison; a row has the shape whose columns it has.
 
-    Columns are named as they are; `answers[text]` is the `text` of each element of the list in `answers`.
+    Columns are named as they are; `question.text` is a key of what stands in `question`, `answers[text]` that
+    of each element of the list in `answers`; `a/b` is `a`, or `b` where there is no `a`.
 
     Attributes:
+        name: as people call it.
         prompt: the column of the prompt; empty where a row needs none, because its responses are whole
             conversations.
         responses: the columns of the responses, the best first unless a verdict says otherwise; or one
-            column, a list of them.
-        verdict: the column that says which response is better, if there is one.
-        better: what the verdict is: `ranks` (1 is best), `scores` (the highest is best), or for each value,
-            as a text, the number of the better one of two responses.
+            column, a list of them. What holds a list holds responses that are equally good.
+        verdict: the column (or one for each response) that says which response is better, if there is one.
+        better: what the verdict is: `ranks` (the lowest is best), `scores` (the highest is), `strength`
+            (below 0 the first of two is better, above it the second), or values: where the first of two
+            responses is better, where the second is, and those of a tie.
+        known: the columns that it is known by, where those above are made of them (`PREPARED`).
     """
 
+    name: str
     prompt: str
     responses: str
     verdict: str = ""
-    better: str | Mapping[str, int] = ""
+    better: str = ""
+    known: str = ""
 
     @property
     def columns(self) -> list[str]:
         """The columns that it is known by."""
-        paths = f"{self.prompt} {self.responses} {self.verdict}".split()
-        return list(dict.fromkeys(path.partition("[")[0] for path in paths))
+        paths = (self.known or f"{self.prompt} {self.responses} {self.verdict}").split()
+        return list(dict.fromkeys(re.split(r"[\[.]", path)[0] for path in paths))
 
 
-SHAPES = (
-    Shape("", "chosen rejected"),  # TRL's; hh-rlhf
-    Shape("prompt", "responses", "ranks", "ranks"),
-    Shape("prompt", "responses", "scores", "scores"),
-    Shape("instruction", "completions[response]", "completions[overall_score]", "scores"),  # UltraFeedback
-    Shape("input", "output_1 output_2", "label", {"1": 0, "2": 1}),  # LLMBar
+# One a line, as the attributes of `Shape`.
+_SHAPES = """
+TRL preference | prompt | chosen rejected
+whole conversations (hh-rlhf) | | chosen rejected
+orca_dpo_pairs | question | chosen rejected
+distilabel | input | chosen rejected
+instruction and two replies | instruction | chosen rejected
+messages and two replies | messages | chosen rejected
+LLaMA-Factory sharegpt | conversations | chosen rejected
+LLaMA-Factory alpaca | instruction | chosen rejected | | | instruction input chosen rejected
+LLaMA-Factory alpaca of old | instruction | output | | | instruction input output
+ms-swift | prompt | chosen rejected | | | messages rejected_response
+ms-swift messages | | messages rejected_messages
+chosen_response | prompt | chosen_response rejected_response
+chosen_response to an instruction | instruction | chosen_response rejected_response
+Stack Exchange paired | question | response_j response_k
+ranking | prompt | responses | ranks | ranks
+ranking by scores | prompt | responses | scores | scores
+UltraFeedback | instruction | completions[response] | completions[overall_score/fine-grained_score] | scores
+distilabel ratings | instruction | generations | ratings | scores
+Nectar | prompt | answers[answer] | answers[rank] | ranks
+Stack Exchange answers | question | answers[text] | answers[pm_score] | scores
+OpenAssistant tree | prompt | responses | ranks | ranks | message_tree_id prompt
+summarize_from_feedback | info | summaries[text] | choice | 0, 1
+PKU-SafeRLHF by the better | prompt | response_0 response_1 | better_response_id | 0, 1
+PKU-SafeRLHF by the safer | prompt | response_0 response_1 | safer_response_id | 0, 1
+SHP | history | human_ref_A human_ref_B | labels | 1, 0
+WebGPT comparisons | question.full_text | answer_0 answer_1 | score_0 score_1 | scores
+HelpSteer 2 | prompt | response_1 response_2 | preference_strength | strength
+HelpSteer 3 | context | response1 response2 | overall_preference | strength
+Chatbot Arena | | conversation_a conversation_b | winner | model_a, model_b, tie, tie (bothbad), both_bad
+Chatbot Arena turns | prompt | response_a response_b | winner_model_a winner_model_b | scores
+JudgeBench | question | response_A response_B | label | A>B, B>A, A=B
+LLMBar | input | output_1 output_2 | label | 1, 2
+"""
+SHAPES = [Shape(*map(str.strip, line.split("|"))) for line in _SHAPES.strip().splitlines()]
+SHAPES_IN_WORDS = (
+    "prompt, chosen and rejected, or prompt, responses and ranks or scores, or the columns of a public set; "
+    "others are named by 'columns: {prompt: ..., chosen: ..., rejected: ...}'"
 )
-SHAPES_IN_WORDS = "; or ".join(", ".join(shape.columns) for shape in SHAPES)
+
+
+# --- columns that have to be made of others ----------------------------------------------------
+
+
+def _alpaca(row: Row) -> Row:
+    """As LLaMA-Factory joins them: the instruction, and on the next line its input."""
+    asked = [row.get("instruction"), row.get("input")]
+    return {**row, "instruction": "\n".join(text for text in asked if isinstance(text, str) and text)}
+
+
+def _swift(row: Row) -> Row:
+    """`messages` end in the chosen reply."""
+    messages = as_messages(row.get("messages"), "messages")
+    return {**row, "prompt": messages[:-1], "chosen": messages[-1:], "rejected": row.get("rejected_response")}
+
+
+def _summary(row: Row) -> Row:
+    """The query of Stiennon et al. 2020 (arXiv 2009.01325, appendix B.5): a Reddit post or an article."""
+    info = row["info"] if isinstance(row.get("info"), Mapping) else {}
+    about = f"SUBREDDIT: r/{info.get('subreddit')}\n\nTITLE: {info.get('title')}\n\nPOST: {info.get('post')}"
+    return {
+        **row,
+        "info": f"{about if info.get('post') else 'Article: ' + str(info.get('article'))}\n\nTL;DR:",
+    }
+
+
+def _turns(row: Row) -> Row:
+    """Each column is a list of texts as JSON, one a turn."""
+    with suppress(ValueError, TypeError):
+        asked, *sides = (json.loads(row[name]) for name in ("prompt", "response_a", "response_b"))
+        found: dict[str, Any] = {}
+        for name, side in zip(("response_a", "response_b"), sides, strict=True):
+            turns = (zip(("user", "assistant"), turn, strict=True) for turn in zip(asked, side, strict=True))
+            found[name] = [{"role": role, "content": text} for turn in turns for role, text in turn]
+        return {**row, "prompt": [], **found}
+    return row
+
+
+PREPARED = {
+    **dict.fromkeys(["LLaMA-Factory alpaca", "LLaMA-Factory alpaca of old"], _alpaca),
+    "ms-swift": _swift,
+    "summarize_from_feedback": _summary,
+    "Chatbot Arena turns": _turns,
+}
+
+
+# --- which shape rows have -------------------------------------------------------------------
+
+
+def shapes_of(columns: Collection[str], named: Mapping[str, str] = {}) -> list[Shape]:
+    """Find the shapes that rows with these columns have, but for those that have a part of another's.
+
+    Args:
+        named: names of ours (or `verdict`) and those of columns: only shapes that read all of them.
+    """
+    asked = {name for name in named if name not in ("verdict", *ALSO_READ[1:])}
+    found = [
+        shape
+        for shape in SHAPES
+        if asked <= {*shape.columns} <= {*columns} and named.get("verdict", shape.verdict) == shape.verdict
+    ]
+    return [shape for shape in found if not any(_beats(other, shape) for other in found)]
+
+
+def _beats(one: Shape, other: Shape) -> bool:
+    """Whether it has all that the other has and more, or the same replies to a `prompt` by its right name."""
+    a, b = {*one.columns}, {*other.columns}
+    return b < a or (one.prompt == "prompt" and a - {"prompt"} == b - {other.prompt} and a != b)
+
+
+def shape_of(columns: Collection[str], place: str = "a row", named: Mapping[str, str] = {}) -> Shape:
+    """Find the shape of rows with these columns; raises DataError, with their place, unless there is one."""
+    found = shapes_of(columns, named)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        fit = " and ".join(f"{shape.name} ({', '.join(shape.columns)})" for shape in found)
+        ways = " or ".join(f"{{{', '.join(f'{c}: {c}' for c in shape.columns)}}}" for shape in found)
+        if len({shape.responses for shape in found}) == 1:
+            ways = " or ".join(f"{{verdict: {shape.verdict}}}" for shape in found)
+        raise DataError(f"{place} fits {fit}; say which one: 'columns: {ways}'")
+    has = ", ".join(columns) or "none"
+    raise DataError(f"{place}: its columns are {has}; rm_recipe needs {SHAPES_IN_WORDS}")
+
+
+def rows_of(row: Row, shape: Shape) -> list[Row]:
+    """List the rows that a row stands for: of a tree one for each question with ranked replies."""
+    if shape.name != "OpenAssistant tree":
+        return [row]
+    return list(_questions(row.get("prompt"), [])) or [{}]
+
+
+def _questions(node: Any, before: list[Message]) -> Iterator[Row]:
+    if not isinstance(node, Mapping):
+        return
+    messages = [*before, {"role": node.get("role"), "content": node.get("text")}]
+    replies = [reply for reply in node.get("replies") or [] if isinstance(reply, Mapping)]
+    ranked = [reply for reply in replies if reply.get("rank") is not None]
+    if node.get("role") == "prompter" and len(ranked) > 1:
+        texts, ranks = [reply.get("text") for reply in ranked], [reply["rank"] for reply in ranked]
+        yield {"prompt": messages, "responses": texts, "ranks": ranks}
+    for reply in replies:
+        yield from _questions(reply, messages)
 
 
 # --- rows ------------------------------------------------------------------------------------
-
-
-def shapes_of(columns: Collection[str]) -> list[Shape]:
-    """Find the shapes that rows with these columns have."""
-    return [shape for shape in SHAPES if {*shape.columns} <= {*columns}]
-
-
-def shape_of(columns: Collection[str], place: str = "a row") -> Shape:
-    """Find the shape of rows with these columns; raises DataError, with their place, where there is none."""
-    if found := shapes_of(columns):
-        return found[0]
-    has = ", ".join(columns) or "none"
-    raise DataError(f"{place}: its columns are {has}; rm_recipe needs {SHAPES_IN_WORDS}")
 
 
 def parse_row(
@@ -110,13 +243,19 @@ def parse_row(
         Excluded: with the reason.
         Malformed: a value has the wrong type.
     """
-    shape = shape or shape_of(row)
-    replies = _replies(row, shape)
-    levels = _levels(row, shape, len(replies))
-    if shape.prompt and row.get(shape.prompt) is None:
+    if shape is None:
+        shape = shape_of(row)
+        row = rows_of(row, shape)[0]
+    if shape.name in PREPARED:
+        row = PREPARED[shape.name](row)
+    replies, levels = _replies(row, shape)
+    if shape.verdict:
+        levels = _levels(row, shape, len(replies))
+    asked = _get(row, shape.prompt or "prompt")
+    if asked is None and shape.prompt and shape.verdict:
         raise Excluded("empty_prompt")
-    prompt, responses = _split_replies(row.get(shape.prompt or "prompt"), replies)
-    prompt = in_context(prompt, row)
+    prompt, responses = _split_replies(asked, replies)
+    prompt, tools = in_context(prompt, row), tools_of(row)
     check_unicode([*(message["content"] for message in prompt), *responses])
     if not all(response.strip() for response in responses):
         raise Excluded("empty_response")
@@ -128,60 +267,90 @@ def parse_row(
     if len(distinct) == 1:
         raise Excluded("all_tied")
     if margin_column is None:
-        return Comparison(prompt, responses, ranks)
+        return Comparison(prompt, responses, ranks, tools=tools)
+    margin = row.get(margin_column)
+    if shape.better == "strength" and margin_column == shape.verdict:
+        margin = abs(_number(margin))
     try:
-        margins = _margins(margin_column, row.get(margin_column), margin_map, order, ranks)
+        margins = _margins(margin_column, margin, margin_map, order, ranks)
     except Excluded as fault:  # without its margin it may be held out, not trained on
-        return Comparison(prompt, responses, ranks, margin_fault=fault.reason)
-    return Comparison(prompt, responses, ranks, margins)
+        return Comparison(prompt, responses, ranks, margin_fault=fault.reason, tools=tools)
+    return Comparison(prompt, responses, ranks, margins, tools=tools)
 
 
 def _get(row: Row, path: str) -> Any:
-    """The value of a column, or of one key of each element of the list that it holds."""
-    column, _, key = path.rstrip("]").partition("[")
-    value = row.get(column)
+    """The value of a column, of a key of what stands there, or of a key of each element of its list."""
+    column, bracket, key = re.fullmatch(r"(\w+)([\[.]?)(.*?)\]?", path).groups()
+    value, keys = row.get(column), key.split("/")
     if not key or value is None:
         return value
-    if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
-        raise Malformed(column, f"a list of mappings with {key}", value)
-    return [item.get(key) for item in value]
+    items = _decoded(value) if bracket == "[" else [value]
+    if not isinstance(items, list) or not all(isinstance(item, Mapping) for item in items):
+        raise Malformed(
+            column, f"{'a list of mappings' if bracket == '[' else 'a mapping'} with {keys[0]}", value
+        )
+    found = [next((item[key] for key in keys if item.get(key) is not None), None) for item in items]
+    return found if bracket == "[" else found[0]
 
 
-def _replies(row: Row, shape: Shape) -> list[tuple[str, Any]]:
-    """The responses of a row as they are written there, each with its column."""
+def _decoded(value: Any) -> Any:
+    """A list that is written as JSON, as a .csv has to; anything else as it is."""
+    with suppress(ValueError):
+        return json.loads(value) if isinstance(value, str) and value.startswith("[") else value
+    return value
+
+
+def _replies(row: Row, shape: Shape) -> tuple[list[tuple[str, Any]], list[Any]]:
+    """The responses of a row as they are written there, each with its column; and their order."""
     columns = shape.responses.split()
     values = [_get(row, column) for column in columns]
     if len(columns) == 1 and values != [None]:
-        if not isinstance(values[0], list):
+        found = _decoded(values[0])
+        if not isinstance(found, list):
             raise Malformed(columns[0], "a list", values[0])
-        columns, values = columns * len(values[0]), values[0]
-    if None in values:
+        replies, levels = [(columns[0], value) for value in found], list(range(len(found)))
+    else:
+        several = [value if _is_several(value) else [value] for value in values]
+        replies = [
+            (column, value) for column, own in zip(columns, several, strict=True) for value in own or [None]
+        ]
+        levels = [level for level, own in enumerate(several) for _ in own]
+    if any(value is None for _, value in replies):
         raise Excluded("missing_response")
-    if len(values) < 2:
+    if len(replies) < 2:
         raise Excluded("single_response")
-    return list(zip(columns, values, strict=True))
+    return replies, levels
+
+
+def _is_several(value: Any) -> bool:
+    """Whether a list holds several responses and is not the messages of one."""
+    return isinstance(value, list) and not all(isinstance(item, Mapping) for item in value)
 
 
 def _levels(row: Row, shape: Shape, n: int) -> list[Any]:
     """A number for each response, the lower, the better."""
-    if not shape.verdict:
-        return list(range(n))
-    value, column = _get(row, shape.verdict), shape.verdict.rstrip("]").rpartition("[")[2]
+    paths, names = shape.verdict.split(), re.findall(r"\w+", shape.verdict)
+    column = names["[" in shape.verdict]
+    value = [_get(row, path) for path in paths] if len(paths) > 1 else _get(row, paths[0])
     if value is None or value == []:
         raise Excluded(f"missing_{column}")
-    if not isinstance(shape.better, str):
-        first = shape.better.get(str(value))
-        if first is None:
-            raise Malformed(column, f"one of {', '.join(shape.better)}", value)
-        return [first, 1 - first]
-    if not isinstance(value, list):
+    if shape.better not in ("ranks", "scores", "strength"):
+        found = f"{value:g}" if isinstance(value, float) else str(value).strip()
+        known = shape.better.split(", ")
+        if found not in known:
+            raise Malformed(column, f"one of {shape.better}", value)
+        return [[0, 1], [1, 0], [0, 0]][min(known.index(found), 2)]
+    values = [value] if shape.better == "strength" else _decoded(value)
+    if not isinstance(values, list):
         raise Malformed(column, "a list of numbers", value)
-    if len(value) != n:
-        raise Excluded("ranks_do_not_match")
-    numbers = [_number(element) for element in value]
+    numbers = [_number(element) for element in values]
     if None in numbers:
         raise Excluded(f"missing_{column}", f"{column}: {str(value)[:60]}")
-    return numbers if shape.better == "ranks" else [-number for number in numbers if number is not None]
+    if shape.better == "strength":
+        return [numbers[0], 0]
+    if len(values) != n:
+        raise Excluded("ranks_do_not_match")
+    return numbers if shape.better == "ranks" else [-number for number in numbers]
 
 
 def _margins(
@@ -265,7 +434,10 @@ def _whole(prompt: list[Message], said: list[Message]) -> list[Message]:
 
 def _same(one: list[Message], other: list[Message]) -> bool:
     """Whether messages are the same but for white space at their ends."""
-    stripped = [[(m["role"], m["content"].strip()) for m in messages] for messages in (one, other)]
+    stripped = [
+        [(m["role"], m["content"].strip(), m.get("tool_calls")) for m in messages]
+        for messages in (one, other)
+    ]
     return stripped[0] == stripped[1]
 
 
@@ -276,6 +448,8 @@ def _shared(conversations: Sequence[list[Message]]) -> tuple[list[Message], list
     if any(len(messages) > n + 1 for messages in conversations):
         asked = any(message["role"] in ("user", "system") for m in conversations for message in m[n:])
         raise Excluded("differing_prompts" if asked else "reply_of_several_messages")
+    if any("tool_calls" in messages[-1] for messages in conversations):
+        raise Excluded("tool_calls", "a reply is a call of a tool")
     return conversations[0][:n], [messages[-1]["content"] for messages in conversations]
 
 
