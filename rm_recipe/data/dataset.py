@@ -31,7 +31,11 @@ def as_comparisons(rows: Mapping[str, Any]) -> list[Comparison]:
     """Read comparisons from the columns that `loading` wrote."""
     names = [field.name for field in fields(Comparison) if field.name in rows]
     columns = (rows[name] for name in names)
-    return [Comparison(**dict(zip(names, values, strict=True))) for values in zip(*columns, strict=True)]
+    found = [Comparison(**dict(zip(names, values, strict=True))) for values in zip(*columns, strict=True)]
+    for comparison, calls in zip(found, rows.get("calls", []), strict=False):
+        for message, call in zip(comparison.prompt, calls, strict=False):
+            message |= {"tool_calls": call} if call else {}
+    return found
 
 
 @dataclass
@@ -50,6 +54,7 @@ class Split:
         differing_prompts: rows of the source whose transcripts or messages differ before the last
             reply, whatever became of them.
         unread: columns of the source that are part of no comparison.
+        shapes: those that its sources have, and the columns that they are known by, in words.
         tokenized: after tokenising, all that went into it, also what was left out.
         fingerprint: of a recipe's split, `fingerprint`: of train as it is trained on, of what is held out
             before sampling.
@@ -61,6 +66,7 @@ class Split:
     first_rows: dict[str, list[str]] = field(default_factory=dict)
     differing_prompts: int = 0
     unread: list[str] = field(default_factory=list)
+    shapes: list[str] = field(default_factory=list)
     tokenized: hf_datasets.Dataset | None = None
     fingerprint: str = ""
 

@@ -71,6 +71,7 @@ def _examine_split(split: Split, num_proc: int | None) -> dict[str, Any]:
         "pairs": len(comparison.pair_indices(ranks)[0]),
         "excluded": dict(split.excluded),
         "first_rows": split.first_rows,
+        "shapes": split.shapes,
         "columns_not_read": split.unread,
         "differing_prompts": split.differing_prompts,
         "duplicates": count_duplicates(split, num_proc),
@@ -104,6 +105,9 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
         for reason, rows in figures["first_rows"].items():
             more = " ..." if figures["excluded"][reason] > len(rows) else ""
             say(f"{name}, {reason}: row {', '.join(rows)}{more}")
+    shapes = dict.fromkeys(shape for figures in splits.values() for shape in figures["shapes"])
+    if shapes:
+        say(f"Read as {', '.join(shapes)}.")
     unread = dict.fromkeys(name for figures in splits.values() for name in figures["columns_not_read"])
     if unread:
         say(f"Columns not read: {', '.join(unread)}.")

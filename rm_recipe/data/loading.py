@@ -5,6 +5,7 @@ import errno
 import gzip
 import hashlib
 import json
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -39,53 +40,57 @@ _PARSED = {
     "responses": hf_datasets.List(_TEXT),
     "ranks": hf_datasets.List(hf_datasets.Value("int32")),
     "margins": hf_datasets.List(hf_datasets.Value("float64")),
+    "calls": hf_datasets.List(_TEXT),
     "prompts_differ": hf_datasets.Value("bool"),
-    **dict.fromkeys(["subset", "margin_fault", "excluded", "detail"], _TEXT),
+    **dict.fromkeys(["subset", "margin_fault", "tools", "excluded", "detail"], _TEXT),
     **dict.fromkeys(["row", "prompt_key", "key"], hf_datasets.Value("int64")),
 }
 
 
 def load_rows(
     source: DatasetConfig, split: str, subset: str, data: DataArguments, margin_column: str | None
-) -> tuple[hf_datasets.Dataset, list[str]]:
+) -> tuple[hf_datasets.Dataset, list[str], str]:
     """Read one split of one source: every row a comparison, or the reason why not. Cached by content.
 
     Args:
+        split: its name, perhaps with a slice as `datasets` has them: `train[:20]`.
         subset: the name that rows without a `subset` of their own get.
 
     Returns:
-        the rows, with the columns of `_PARSED`, and the columns of the source that are not read.
+        the rows, with the columns of `_PARSED`, the columns of the source that are not read, and its shape
+        in words.
 
     Raises:
         DataError: there is no such split, the source cannot be read, its columns are not those of
             comparisons, or a row is malformed; with the row.
     """
-    file = find_split(splits_of(source, data.dataset_revision), split, source)
-    if isinstance(file, Path):
-        place, columns, content = f"'{file}'", _columns_of(file), sha256(file)
+    found = find_split(splits_of(source, data.dataset_revision), split, source)
+    place, files = f"'{source.path}', split '{split}'", found if isinstance(found, list) else []
+    if files:
+        place = f"'{files[0]}'" if len(files) == 1 else place
+        columns, content = _columns_of(files[0]), [sha256(file) for file in files]
     else:
-        place = f"'{source.path}', split '{split}'"
-        columns, content = file.column_names, file._fingerprint
-    chosen = source.columns or columns
-    if missing := {*chosen, *filter(None, [margin_column])} - {*columns}:
-        raise DataError(f"{place} has no column {', '.join(sorted(missing))} ('columns', 'margin_column')")
-    shape = formats.shape_of(chosen, place)
+        columns, content = found.column_names, found._fingerprint
+    ours = _named(columns, source, data, margin_column, place)
+    shape = formats.shape_of(ours, place, data.columns or {})
     read = [*shape.columns, *formats.ALSO_READ, *filter(None, [margin_column])]
-    wanted = [name for name in read if name in (source.columns or read)]  # a file may have some of them later
-
+    complete = not (source.columns or data.columns)  # then a row may have a column that the first ones lack
+    wanted = {name: ours.get(name, name) for name in read if name in ours or complete}
+    theirs = list(dict.fromkeys(wanted.values()))
     parse_row = partial(
         formats.parse_row, margin_column=margin_column, margin_map=data.margin_map, shape=shape
     )
 
     def parse() -> Iterator[dict[str, Any]]:
-        table = None if isinstance(file, Path) else file.select_columns([n for n in columns if n in wanted])
-        for number, row in enumerate(table, 1) if table else read_rows(file, wanted):
+        for number, row in _rows_of(found, theirs):
+            row = {name: row.get(column) for name, column in wanted.items()}
             try:
-                yield _parsed(row, number, subset, parse_row)
+                for part in formats.rows_of(row, shape):
+                    yield _parsed(part, number, subset, parse_row)
             except Malformed as fault:
-                raise DataError(f"{place}, {unit(file)} {number}: {fault}") from None
+                raise DataError(f"{place}, {unit(files[0] if files else None)} {number}: {fault}") from None
 
-    settings = [subset, margin_column, data.margin_map, source.columns]
+    settings = [subset, margin_column, data.margin_map, source.columns, data.columns]
     try:
         parsed = hf_datasets.Dataset.from_generator(
             parse,
@@ -94,7 +99,33 @@ def load_rows(
         )
     except DatasetGenerationError as error:
         raise (error.__cause__ or error) from None
-    return parsed, [] if source.columns else [name for name in columns if name not in read]
+    unread = [] if source.columns else [name for name in columns if name not in wanted.values()]
+    known = f"{shape.name} (by {', '.join(ours[name] for name in shape.columns)})"
+    return _sliced(parsed, split), unread, known
+
+
+def _named(
+    columns: list[str], source: DatasetConfig, data: DataArguments, margin_column: str | None, place: str
+) -> dict[str, str]:
+    """The columns of a source that may be read, by our names; one that is called so and not meant is not."""
+    given = {ours: theirs for ours, theirs in (data.columns or {}).items() if ours != "verdict"}
+    asked = {*(source.columns or []), *(data.columns or {}).values(), *filter(None, [margin_column])}
+    if missing := asked - {*columns}:
+        raise DataError(f"{place} has no column {', '.join(sorted(missing))} ('columns', 'margin_column')")
+    own = {name: name for name in source.columns or columns if name not in given.values()}
+    return own | given | ({margin_column: margin_column} if margin_column else {})
+
+
+def _sliced(rows: hf_datasets.Dataset, split: str) -> hf_datasets.Dataset:
+    """The rows of a slice, `train[10:20]` or `train[:50%]`, as `datasets` means it."""
+    if "[" not in split:
+        return rows
+    try:
+        instruction = hf_datasets.ReadInstruction.from_spec(split)
+        [part] = instruction.to_absolute({split.partition("[")[0]: len(rows)})
+    except (ValueError, AssertionError) as error:
+        raise DataError(f"split '{split}' cannot be read: {one_line(error)}") from None
+    return rows.select(range(part.from_, part.to))
 
 
 def _parsed(row: formats.Row, number: int, subset: str, parse: Parser) -> dict[str, Any]:
@@ -106,9 +137,12 @@ def _parsed(row: formats.Row, number: int, subset: str, parse: Parser) -> dict[s
         found = parse(row)
     except Excluded as excluded:
         reason, detail = excluded.reason, excluded.detail
-    content = [found.prompt, found.responses, found.ranks, found.margins]
+    content = [found.prompt, found.responses, found.ranks, found.margins, *filter(None, [found.tools])]
+    calls = [message.get("tool_calls", "") for message in found.prompt]
     return {
         **vars(found),
+        "prompt": [{name: message[name] for name in ("role", "content")} for message in found.prompt],
+        "calls": calls if any(calls) else [],
         "subset": subset,
         "row": number,
         "prompt_key": text_key(normalised_prompt(found.prompt)),
@@ -121,7 +155,7 @@ def _parsed(row: formats.Row, number: int, subset: str, parse: Parser) -> dict[s
 
 def normalised_prompt(prompt: list[Message]) -> list[str]:
     """Return what equal prompts have in common: roles and normalised texts."""
-    return [f"{message['role']} {normalise(message['content'])}" for message in prompt]
+    return [f"{m['role']} {normalise(m['content'])}{m.get('tool_calls', '')}" for m in prompt]
 
 
 def text_key(texts: Sequence[str]) -> int:
@@ -158,8 +192,22 @@ def label(source: DatasetConfig, of_mixture: bool) -> str:
     return "/".join(filter(None, [name, source.data_dir or source.name]))
 
 
+def read_name(name: str) -> dict[str, Any]:
+    """Read `NAME[:SUBSET][@SPLIT][#REVISION]` as keys of a recipe; a path that exists is one as it stands."""
+    parts = re.fullmatch(r"(.+?)(?::([^:@#]+))?(?:@([^@#]+))?(?:#([^#]+))?", name, re.DOTALL)
+    if parts is None or Path(name).exists():
+        return {"dataset_name": name}
+    path, subset, split, revision = parts.groups()
+    named = {
+        "dataset_test_split": split,
+        "dataset_revision": revision,
+        "dataset_subsets": subset and [subset],
+    }
+    return {"dataset_name": path, **{key: value for key, value in named.items() if value}}
+
+
 def splits_of(source: DatasetConfig, revision: str | None = None) -> dict[str, Any]:
-    """Find the splits of a source: a local file for each, or of a data set on the Hub its rows.
+    """Find the splits of a source: the local files of each, or of a data set on the Hub its rows.
 
     A file is one split, whatever it is called: its name here is empty.
 
@@ -170,14 +218,16 @@ def splits_of(source: DatasetConfig, revision: str | None = None) -> dict[str, A
     if place.is_file():
         if data_format(place) not in DATA_FORMATS:
             raise DataError(f"'{place}' is no data file; expected {', '.join(DATA_FORMATS)} (.gz too)")
-        return {"": place}
+        return {"": [place]}
     if place.is_dir():
         return _splits_in(place)
     if Path(source.path).exists() or looks_local(source.path):
         raise DataError(f"'{place}' does not exist; check 'dataset_name' and 'dataset_subsets'")
-    keys = ("path", "name", "data_dir", "data_files")
+    keys = {key: getattr(source, key) for key in ("path", "name", "data_dir", "data_files")}
     try:
-        return hf_datasets.load_dataset(**{key: getattr(source, key) for key in keys}, revision=revision)
+        if source.data_dir and source.data_dir in hf_datasets.get_dataset_config_names(source.path, revision):
+            keys |= {"name": source.data_dir, "data_dir": None}
+        return hf_datasets.load_dataset(**keys, revision=revision)
     except Exception as error:
         cause = error.__cause__ or error
         if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):  # not the data's fault
@@ -186,34 +236,63 @@ def splits_of(source: DatasetConfig, revision: str | None = None) -> dict[str, A
         raise DataError(f"data set '{source.path}' cannot be loaded from the Hub: {reason}") from None
 
 
+_SHARD = re.compile(r"-\d{5}-of-\d{5}(-\w+)?$")  # of a data set that came from the Hub
+
+
 def _splits_in(folder: Path) -> dict[str, Any]:
-    """The files of a local folder, by their splits' names, which are as on the Hub: train.jsonl.gz."""
+    """The files of a local folder, by their splits' names, which are as on the Hub: train.jsonl.gz.
+
+    The folder may be one of `save_to_disk`, or a clone of a data set on the Hub.
+    """
+    if (folder / "state.json").is_file():
+        return {"": sorted(folder.glob("*.arrow"))}
+    if (folder / "dataset_dict.json").is_file():
+        return {part.name: sorted(part.glob("*.arrow")) for part in folder.iterdir() if part.is_dir()}
     splits: dict[str, Any] = {}
     for path in sorted(folder.iterdir()):
         if path.is_file() and data_format(path) in DATA_FORMATS and _may_be_a_split(path):
-            name = path.name.removesuffix(".gz").removesuffix(data_format(path))
-            if name in splits:
+            stem = path.name[: path.name.lower().rindex(data_format(path))]
+            name = _SHARD.sub("", stem)
+            if name in splits and name == stem:
                 raise DataError(f"'{folder}' has two files for the split '{name}'")
-            splits[name] = path
+            splits.setdefault(name, []).append(path)
+    if not splits and (folder / "data").is_dir():
+        return _splits_in(folder / "data")
     return splits
 
 
 def _may_be_a_split(path: Path) -> bool:
     """Tell whether a file holds comparisons; a .json, .csv or .arrow beside them may say something else."""
+    if data_format(path) in (".jsonl", ".ndjson", ".parquet") or path.name.startswith(("train", "test")):
+        return True
     try:
-        return data_format(path) in (".jsonl", ".parquet") or bool(formats.shape_of(_columns_of(path)))
-    except DataError:  # which is said when it is read
-        return path.name.startswith(("train", "test"))
+        return bool(formats.shapes_of(_columns_of(path)))
+    except DataError:
+        return False
 
 
 def find_split(splits: dict[str, Any], split: str, source: DatasetConfig) -> Any:
-    """Find a split among those of a source; raises DataError where it has only others."""
-    if split in splits or "" in splits:
-        return splits[split if split in splits else ""]
-    raise DataError(
-        f"'{'/'.join(filter(None, [source.path, source.data_dir]))}' has no split '{split}'; it has "
-        f"{', '.join(splits) or 'none'}; set 'dataset_train_split' and 'dataset_test_split', or "
-        "'test_split_size' to hold out that share of all prompts"
+    """Find a split among those of a source; raises DataError where it has only others.
+
+    `train` is also `train_prefs`, and `test` `test_prefs`, or the only split that there is; but what is there
+    for testing alone is not trained on.
+    """
+    name, only = split.partition("[")[0], next(iter(splits), "")
+    names = [name, f"{name}_prefs", ""]
+    if len(splits) == 1 and (name == "test" or (name == "train" and not only.startswith("test"))):
+        names.append(only)
+    for name in names:
+        if name in splits:
+            return splits[name]
+    raise no_split(splits, split, source)
+
+
+def no_split(splits: dict[str, Any], split: str, source: DatasetConfig) -> DataError:
+    """Say that a source has no such split, and what can be done."""
+    place, others = "/".join(filter(None, [source.path, source.data_dir])), ", ".join(filter(None, splits))
+    return DataError(
+        f"'{place}' has no split '{split}'; it has {others or 'none'}; set 'dataset_train_split' and "
+        "'dataset_test_split', or 'test_split_size' to hold out that share of all prompts"
     )
 
 
@@ -224,12 +303,12 @@ def find_split(splits: dict[str, Any], split: str, source: DatasetConfig) -> Any
 
 def data_format(file: Path) -> str:
     """Return the file's ending, `.gz` apart: one of `DATA_FORMATS`, or another."""
-    return Path(file.name.removesuffix(".gz")).suffix
+    return Path(file.name.lower().removesuffix(".gz")).suffix
 
 
 def unit(file: Any) -> str:
     """Say what the numbers of a file's rows count."""
-    return "line" if isinstance(file, Path) and data_format(file) == ".jsonl" else "row"
+    return "line" if isinstance(file, Path) and data_format(file) in (".jsonl", ".ndjson") else "row"
 
 
 def _columns_of(file: Path) -> list[str]:
@@ -256,6 +335,20 @@ def read_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[tupl
             yield number, {name: row.get(name) for name in columns} if columns else row
 
 
+def _rows_of(found: Any, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a split, of its shards' rows numbered on."""
+    if not isinstance(found, list):
+        yield from enumerate(
+            found.select_columns([name for name in found.column_names if name in columns]), 1
+        )
+        return
+    before = number = 0
+    for file in found:
+        for number, row in read_rows(file, columns):
+            yield before + number, row
+        before += number
+
+
 def _numbered(file: Path, columns: Sequence[str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
     """As `read_rows`; of a table first, as number 0, a row with the names of all its columns."""
     number = 0
@@ -263,7 +356,7 @@ def _numbered(file: Path, columns: Sequence[str] | None) -> Iterator[tuple[int, 
         with file.open("rb") as stream:
             if stream.read(23) == b"version https://git-lfs":
                 raise DataError(f"'{file}' is a Git LFS pointer, not the file itself; fetch it: git lfs pull")
-        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+        with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as stream:
             for number, row in _values(stream, file, columns):
                 if not isinstance(row, dict):
                     hint = "; a file that is one list is named .json" if isinstance(row, list) else ""
@@ -296,9 +389,9 @@ def _values(
             else table.select(read).to_batches(1000)
         )
         yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
-    elif ending == ".csv":
-        text = TextIOWrapper(stream, "utf-8-sig", newline="")
-        yield from enumerate(csv.DictReader(text, restkey="beyond the header"), 1)
+    elif ending in (".csv", ".tsv"):
+        text, comma = TextIOWrapper(stream, "utf-8-sig", newline=""), "," if ending == ".csv" else "\t"
+        yield from enumerate(csv.DictReader(text, restkey="beyond the header", delimiter=comma), 1)
     elif ending == ".json" and start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         yield from enumerate(_decode(stream.read(), f"'{file}', the list"), 1)
     else:

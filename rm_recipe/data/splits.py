@@ -112,11 +112,10 @@ def hold_out_share(data: DataArguments) -> float | None:
         return data.test_split_size
     found = loading.sources_of(data)
     splits = [loading.splits_of(source, data.dataset_revision) for source in found]
-    without = [n for n, names in enumerate(splits) if data.dataset_test_split not in names]
+    test = data.dataset_test_split.partition("[")[0]
+    without = [n for n, names in enumerate(splits) if not {test, f"{test}_prefs"} & {*names}]
     if without and any(len(names) > 1 for names in splits):  # nobody can say which was meant
-        loading.find_split(
-            dict.fromkeys(filter(None, splits[without[0]])), data.dataset_test_split, found[without[0]]
-        )
+        raise loading.no_split(splits[without[0]], data.dataset_test_split, found[without[0]])
     return HELD_OUT_SHARE if without else None
 
 
@@ -151,17 +150,18 @@ def load_split(data: DataArguments, split: str | None, *, margins: bool = False)
     """
     found = loading.sources_of(data)
     column = data.margin_column if margins else None
-    parts, unread = [], []
+    parts, unread, shapes = [], [], []
     for source in found:
         name = loading.label(source, of_mixture=bool(data.datasets))
-        rows, others = loading.load_rows(source, split or source.split, name, data, column)
+        rows, others, shape = loading.load_rows(source, split or source.split, name, data, column)
         parts.append(rows)
         unread += others
+        shapes.append(shape)
     # Their own infos are other ones once they come from the cache, and would change the fingerprint.
     rows = hf_datasets.concatenate_datasets(parts, info=hf_datasets.DatasetInfo())
     differing = int(pc.sum(arrow_column(rows, "prompts_differ")).as_py())
-    whole = Split(rows, len(rows), differing_prompts=differing, unread=list(dict.fromkeys(unread)))
-    result = set_aside(whole, "excluded")
+    result = set_aside(Split(rows, len(rows), differing_prompts=differing), "excluded")
+    result = replace(result, unread=list(dict.fromkeys(unread)), shapes=list(dict.fromkeys(shapes)))
     if not len(result.comparisons):
         name = " and ".join(dict.fromkeys(source.path for source in found))
         raise DataError(

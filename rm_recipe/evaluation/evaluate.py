@@ -20,6 +20,7 @@ from transformers.utils import cached_file
 
 from rm_recipe.data.comparison import Encoded
 from rm_recipe.data.dataset import Split, arrow_column
+from rm_recipe.data.loading import read_name
 from rm_recipe.data.splits import changed_data, check_held_out, load_held_out_split, load_split, load_splits
 from rm_recipe.data.tokenization import tokenize
 from rm_recipe.errors import DataError, RecipeError, TrainingError, one_line
@@ -178,10 +179,13 @@ def _load(name: str, recipe: Recipe | None) -> Split:
             split = load_held_out_split(recipe)
             check_held_out(recipe.output_dir, split)
         else:
-            data = DataArguments(dataset_name=name)
-            if recipe is not None:
+            given = read_name(name)
+            data = DataArguments(**given)
+            if recipe is not None and "dataset_test_split" not in given:
                 data = replace(data, dataset_test_split=recipe.data.dataset_test_split)
             split = load_split(data, data.dataset_test_split)
+    if name != HELD_OUT:
+        say(f"{name}: read as {', '.join(split.shapes)}")
     if split.unread:
         say(f"{name}: columns not read: {', '.join(split.unread)}")
     return split
