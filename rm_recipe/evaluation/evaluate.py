@@ -18,6 +18,7 @@ from huggingface_hub import snapshot_download
 from numpy.typing import NDArray
 
 from rm_recipe.data.dataset import Split, arrow_column
+from rm_recipe.data.loading import read_name
 from rm_recipe.data.splits import changed_data, check_held_out, load_held_out_split, load_split, load_splits
 from rm_recipe.data.tokenization import tokenize
 from rm_recipe.errors import DataError, RecipeError, TrainingError, one_line
@@ -156,8 +157,12 @@ def _load(name: str, recipe: Recipe | None) -> Split:
             split = load_held_out_split(recipe)
             check_held_out(recipe.output_dir, split)
         else:
-            data = recipe.data if recipe else DataArguments()
-            split = load_split(DataArguments(dataset_name=name), data.dataset_test_split)
+            given = read_name(name)
+            test = recipe.data.dataset_test_split if recipe else DataArguments.dataset_test_split
+            data = DataArguments(**{"dataset_test_split": test, **given})
+            split = load_split(data, data.dataset_test_split)
+    if name != HELD_OUT:
+        say(f"{name}: read as {', '.join(split.shapes)}")
     if split.unread:
         say(f"{name}: columns not read: {', '.join(split.unread)}")
     return split
@@ -188,8 +193,8 @@ def _score(path: str, splits: dict[str, Split], *, with_edits: bool = False) -> 
     for name, whole in splits.items():
         with main_process_first():
             split = tokenize(whole, model.tokenizer, model.max_length, model.truncation)
-        for reason, detail in split.details.items():
-            say(f"{name}: {split.excluded[reason]} left out, {reason}: {detail}")
+        for reason, rows in split.first_rows.items():
+            say(f"{name}: {split.excluded[reason]} left out, {reason}: first in row {rows[0]}")
         lines = summary.predictions(name, split, _rewards(model, split))
         fits = np.flatnonzero(np.equal(arrow_column(split.tokenized, "excluded").to_pylist(), ""))
         edits = consistency(split, partial(each_once, function=score)) if with_edits else {}

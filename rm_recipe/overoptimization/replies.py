@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
 from rm_recipe.data.comparison import Excluded, Malformed, Message, as_reply, check_unicode
-from rm_recipe.data.formats import is_comparison_shape, parse_row
+from rm_recipe.data.formats import parse_row, shapes_of
 from rm_recipe.data.loading import read_rows, unit
 from rm_recipe.errors import DataError, RecipeError, one_line
 from rm_recipe.evaluation.evaluate import weights_of
@@ -91,7 +91,7 @@ def _parse(row: dict[str, Any], replies: bool) -> Sample:
         Excluded: it is one that training would leave out.
         Malformed: it has not what is asked for.
     """
-    as_it_is = is_comparison_shape(row) and not replies
+    as_it_is = bool(shapes_of(row)) and not replies
     if row.get("prompt") is None and not as_it_is:
         raise Malformed("prompt", "a text or a list of messages", None)
     texts = row.get("responses", [row.get("response")]) if replies else []

@@ -10,7 +10,6 @@ import pytest
 import torch
 from conftest import TINY, TINY_BASES, make_recipe, make_tokenizer
 from transformers import (
-    AlbertConfig,
     AutoModelForSequenceClassification,
     Gemma3TextConfig,
     GPT2Config,
@@ -18,9 +17,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
-    PerceiverConfig,
     Qwen2Config,
-    T5Config,
 )
 
 from rm_recipe.data.comparison import Encoded, split_at_common_prefix
