@@ -2,6 +2,7 @@
 
 import atexit
 import json
+import logging
 import os
 import random
 import shutil
@@ -197,6 +198,14 @@ class Trained:
         raise KeyError(name)
 
 
+def ready_trainer(recipe: Any) -> Any:
+    """The trainer of a recipe as it is before the preflight."""
+    from rm_recipe.training.train import load_data, load_model, make_trainer
+
+    tokenizer, *splits, _ = load_data(recipe)
+    return make_trainer(recipe, tokenizer, *load_model(recipe, tokenizer), *splits)
+
+
 def train_watched(recipe: Path) -> Trained:
     """`rm_recipe.training.train.train`, keeping what it trained."""
     import rm_recipe.training.train
@@ -300,6 +309,20 @@ def make_recipe(folder: Path, model: Path, data: Path, **keys: Any) -> Path:
 def write_recipe(tmp_path: Path, tiny_llama: Path, tiny_data: Path) -> Callable[..., Path]:
     """`make_recipe` for the tiny Llama, in the test's folder."""
     return partial(make_recipe, tmp_path, tiny_llama, tiny_data)
+
+
+@pytest.fixture(autouse=True)
+def as_on_the_command_line() -> Iterator[None]:
+    """What the package logs is printed, as by `cli.main`; log levels and handlers are put back."""
+    from rm_recipe import cli
+
+    logger = logging.getLogger("rm_recipe")
+    before = logger.handlers, logger.level, logger.propagate
+    cli.print_what_is_logged()
+    logger.propagate = True  # for `caplog`
+    yield
+    logger.handlers, logger.propagate = before[0], before[2]
+    logger.setLevel(before[1])
 
 
 @pytest.fixture

@@ -17,9 +17,9 @@ from rm_recipe.errors import RecipeError
 from rm_recipe.evaluation.evaluate import evaluate
 from rm_recipe.exporting.export import export
 from rm_recipe.files import (
-    FolderLock,
     expanded,
     hide_secrets,
+    locked,
     read_json,
     read_json_lines,
     redact,
@@ -88,9 +88,8 @@ def test_what_was_written_is_read_back_whatever_it_holds(tmp_path):
 HOLDS = """
 import sys
 from pathlib import Path
-from rm_recipe.files import FolderLock
-with FolderLock(Path(sys.argv[1])) as lock:
-    lock.take()
+from rm_recipe.files import locked
+with locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -100,13 +99,12 @@ def test_a_folder_is_locked_for_other_processes_until_the_holder_ends_or_is_kill
     command = [sys.executable, "-c", HOLDS, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
-        with FolderLock(tmp_path) as lock, pytest.raises(RecipeError, match="another process is at work in"):
-            lock.take()
+        with pytest.raises(RecipeError, match="another process is at work in"), locked(tmp_path):
+            pass
         holder.kill()
         holder.wait()
-    with FolderLock(tmp_path) as lock:
-        lock.take()
-        lock.take()  # which it has
+    with locked(tmp_path):
+        pass
     assert list(tmp_path.iterdir()) == []
 
 

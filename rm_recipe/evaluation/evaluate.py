@@ -37,7 +37,7 @@ from rm_recipe.evaluation.summary import (
 )
 from rm_recipe.files import sha256, write_json
 from rm_recipe.model.source import adapter_config
-from rm_recipe.processes import each_once, main_process_first, processes, say
+from rm_recipe.processes import each_once, main_process_first, processes, say, warn
 from rm_recipe.recipe.reader import Recipe, is_run_folder, read_run_recipe
 from rm_recipe.recipe.schema import DataArguments
 from rm_recipe.scoring import RewardModel, find_model
@@ -270,8 +270,8 @@ def _train_split(recipe: Recipe | None) -> Split | None:
         say(f"no bag-of-words baseline, as what the recipe trains on cannot be read: {error}")
         return None
     if changed_data(recipe.output_dir, train=train.fingerprint):
-        say(
-            f"warning: the train comparisons are not those that {recipe.output_dir} was trained with: the "
+        warn(
+            f"the train comparisons are not those that {recipe.output_dir} was trained with: the "
             "data changed; so prompts that were trained on are not counted, and no bag of words is trained"
         )
         return None

@@ -26,14 +26,8 @@ from rm_recipe.model.memory import peak_memory
 from rm_recipe.model.shared_prefix import padded_rows
 from rm_recipe.recipe.reader import Recipe, read_recipe
 from rm_recipe.scoring import RewardModel
-from rm_recipe.training.train import (
-    cheaper_adapters,
-    decide_checkpointing,
-    load_data,
-    load_model,
-    make_trainer,
-    settle_step,
-)
+from rm_recipe.training.train import decide_checkpointing, load_data, load_model, make_trainer
+from rm_recipe.training.trainer import cheaper_adapters
 
 SCORED = 256  # comparisons: enough that their lengths are the data's
 
@@ -54,10 +48,7 @@ def measure_training(recipe: Recipe, what: str) -> dict[str, Any]:
         recipe, model, modules_to_save, train_split, shared=False
     )  # as stock needs it, for both
     if what == "ours":
-        sharing = settle_step(recipe, model, modules_to_save, train_split)
-        trainer: Any = make_trainer(
-            recipe, tokenizer, model, modules_to_save, train_split, test_split, sharing
-        )
+        trainer: Any = make_trainer(recipe, tokenizer, model, modules_to_save, train_split, test_split)
     else:
         recipe.training.chat_template_path = None  # what is tokenised already needs none
         trainer = RewardTrainer(

@@ -9,13 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY, make_recipe
+from conftest import REPOSITORY, make_recipe, ready_trainer
 from transformers import DefaultFlowCallback, TrainerControl
 from trl import ModelConfig, RewardConfig
 
 from rm_recipe.errors import RecipeError
 from rm_recipe.model import lora as lora_module
-from rm_recipe.model.shared_prefix import Sharing
 from rm_recipe.recipe.reader import read_recipe
 from rm_recipe.recipe.schema import (
     FIXED_KEYS,
@@ -26,7 +25,6 @@ from rm_recipe.recipe.schema import (
     looks_local,
     recipe_keys,
 )
-from rm_recipe.training.train import load_data, load_model, make_trainer
 
 OF_TRL = [item.name for part in (RewardConfig, ModelConfig) for item in dataclasses.fields(part) if item.init]
 
@@ -166,15 +164,7 @@ def trainer(tmp_path_factory, tiny_llama, tiny_data):
     keys: dict[str, Any] = {key: value for key, (value, *_) in SHOWN_BY_A_TRAINER.items()}
     keys["output_dir"] = keys["output_dir"].format(folder=folder)
     recipe = read_recipe(make_recipe(folder, tiny_llama, tiny_data, **keys, prefix_sharing="off"))
-    tokenizer, train_split, test_split, _ = load_data(recipe)
-    made = make_trainer(
-        recipe,
-        tokenizer,
-        *load_model(recipe, tokenizer),
-        train_split,
-        test_split,
-        Sharing(False, "off", None),
-    )
+    made = ready_trainer(recipe)
     made.create_optimizer_and_scheduler(100)
     return made
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils import DeepSpeedPlugin, DistributedType
+from accelerate.utils import DeepSpeedPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from accelerate.utils.other import get_free_port
 from conftest import REPOSITORY, make_recipe, make_rows, write_jsonl
@@ -34,8 +34,8 @@ from rm_recipe.processes import each_once
 from rm_recipe.recipe.reader import read_recipe
 from rm_recipe.scoring import RewardModel
 from rm_recipe.training.checkpoints import fault_of
-from rm_recipe.training.distributed import check_sharding, keep_precision
-from rm_recipe.training.train import train
+from rm_recipe.training.train import check_sharding, train
+from rm_recipe.training.trainer import keep_precision
 
 CONFIGS = {path.stem: path for path in (REPOSITORY / "accelerate_configs").glob("*.yaml")}
 SHARDED = Path(__file__).parent / "two_ranks_sharded.py"
@@ -377,25 +377,16 @@ def test_sharded_adapters_and_head_stay_fp32_on_a_bf16_base(runs, config):
 
 
 @pytest.mark.parametrize("name", ["FSDP", "DeepSpeed"])
-def test_sharding_with_one_process_is_refused(write_recipe, monkeypatch, name):
-    recipe = read_recipe(write_recipe())
-    check_sharding(recipe.training)
+def test_sharding_with_one_process_or_of_a_4_bit_base_is_refused(write_recipe, monkeypatch, name):
+    """Accelerate would leave the model, or its weights in 4 bits, whole."""
+    recipe = read_recipe(write_recipe(load_in_4bit=True))
+    check_sharding(recipe)
     monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
-    with pytest.raises(RecipeError, match=f"{name} was asked for .* here is 1 process on cpu"):
-        check_sharding(recipe.training)
-
-
-def test_a_4_bit_base_is_refused_under_sharding(write_recipe, monkeypatch):
-    """Accelerate leaves its weights whole, with a warning."""
-    state = SimpleNamespace(
-        distributed_type=DistributedType.MULTI_GPU, num_processes=2, device=torch.device("cuda")
-    )
-    monkeypatch.setattr("rm_recipe.training.distributed.PartialState", lambda: state)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    training = read_recipe(write_recipe()).training
-    check_sharding(training)
-    with pytest.raises(RecipeError, match="a base in 4 or 8 bits is not sharded"):
-        check_sharding(training, quantised=True)
+    with pytest.raises(RecipeError, match=f"{name} was asked for.* a base in 4 or 8 bits is not sharded"):
+        check_sharding(recipe)
+    recipe.model.load_in_4bit = False
+    with pytest.raises(RecipeError, match=rf"{name} was asked for .* here are 1 process\(es\) on cpu"):
+        check_sharding(recipe)
 
 
 def test_fsdp_asked_for_by_the_recipe_is_refused_before_data_are_read(tmp_path, tiny_llama):

@@ -13,16 +13,17 @@ from transformers import AutoModelForSequenceClassification, GPT2Config, LlamaCo
 from trl import ModelConfig, RewardConfig, RewardTrainer
 
 from rm_recipe.data.comparison import conversation, split_at_common_prefix, untied_pairs
+from rm_recipe.data.dataset import Split
 from rm_recipe.data.splits import load_split
 from rm_recipe.data.tokenization import tokenize
 from rm_recipe.errors import TrainingError
 from rm_recipe.model.lora import add_lora
 from rm_recipe.model.reward_model import add_reward_positions, prepare_for_rewards
 from rm_recipe.model.row_attention import NAME as ROW_ATTENTION
-from rm_recipe.model.shared_prefix import decide_sharing
+from rm_recipe.model.shared_prefix import Sharing, decide_sharing
 from rm_recipe.model.tokenizer import load_tokenizer
 from rm_recipe.recipe.schema import DataArguments
-from rm_recipe.training.trainer import COLUMNS, SharedPrefixRewardTrainer
+from rm_recipe.training.trainer import SharedPrefixRewardTrainer
 
 STEPS = 30
 TOKENIZER = make_tokenizer()
@@ -93,7 +94,7 @@ def trained(folder, model="llama", data=None, trainer_class=SharedPrefixRewardTr
     if isinstance(model, str):
         model = make_model(model)
         add_reward_positions(model)
-    ours = {"share_prefixes": share} if issubclass(trainer_class, SharedPrefixRewardTrainer) else {}
+    ours = issubclass(trainer_class, SharedPrefixRewardTrainer)
     if ours and share:  # it chooses the attention, too
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         assert decide_sharing(base, "auto", max_length=None).used
@@ -106,7 +107,11 @@ def trained(folder, model="llama", data=None, trainer_class=SharedPrefixRewardTr
     }
     config = RewardConfig(output_dir=str(folder), **values)
     data = pairs() if data is None else data
-    trainer = Capturing(model=model, args=config, train_dataset=data, processing_class=TOKENIZER, **ours)
+    if ours:
+        splits = [Split(data, len(data))] * 2
+        trainer = Capturing(model, config, TOKENIZER, splits, Sharing(share, "asked for"), ["score"])
+    else:
+        trainer = Capturing(model=model, args=config, train_dataset=data, processing_class=TOKENIZER)
     trainer.train()
     return trainer, losses
 
@@ -265,7 +270,7 @@ def test_no_batch_holds_a_comparison_without_a_pair_or_a_response_without_a_toke
     kept = len(split.comparisons)
     assert kept == 4 - len(cut)
     keys = {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
-    trainer, _ = trained(tmp_path, data=split.comparisons.select_columns(COLUMNS), **keys)
+    trainer, _ = trained(tmp_path, data=split.comparisons, **keys)
     batches = list(trainer.get_train_dataloader())
     assert sum(len(batch["pairs_each"]) for batch in batches) == kept
     for batch in batches:

@@ -24,16 +24,15 @@ from rm_recipe.exporting.export import export
 from rm_recipe.model.memory import peak_memory
 from rm_recipe.model.shared_prefix import Sharing
 from rm_recipe.recipe.reader import read_recipe
-from rm_recipe.training.run_folder import changed_keys, empty
-from rm_recipe.training.train import load_data, load_model, run_record, train
+from rm_recipe.training.run_folder import changed_keys, empty, run_record
+from rm_recipe.training.train import load_data, load_model, train
 
 ITEMS = [{"prompt": "hello 3 cat", "response": response} for response in ("good good", "bad bad")]
 HOLDS = """
 import sys
 from pathlib import Path
-from rm_recipe.files import FolderLock
-with FolderLock(Path(sys.argv[1])) as lock:
-    lock.take()
+from rm_recipe.files import locked
+with locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -182,18 +181,18 @@ def test_the_best_checkpoint_is_chosen_by_exact_held_out_accuracy(write_recipe, 
 
 def test_speed_counts_comparisons_over_all_processes_and_a_norm_that_overflowed_loses_no_record():
     split = Split(Dataset.from_dict({"prefix": [[1]] * 10}), 12, {"empty_response": 2})
-    training = SimpleNamespace(
-        seed=3, device="cpu", world_size=2, per_device_train_batch_size=2, gradient_accumulation_steps=2
-    )
     log = [{"loss": 0.7, "grad_norm": float("inf")}, {"loss": 0.5}, {"train_runtime": 4.0}]
-    state = SimpleNamespace(global_step=2, epoch=1.6, log_history=log)
-    trainer = SimpleNamespace(state=state, _total_train_tokens=500)
-    sharing = Sharing(True, "equal", 1e-7)
-    ready = SimpleNamespace(trainer=trainer, train_split=split, test_split=split, sharing=sharing)
-    run = SimpleNamespace(identity={"data_fingerprints": {}}, manifest=None)
-    cost = {"train_seconds": 4.0, "peak_memory_bytes": 10**9}
-    found = run_record(SimpleNamespace(training=training), ready, run, cost)
-    assert found["comparisons_per_s"] == 16 / 4  # 2 steps of 2 x 2 on 2 processes
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(seed=3, device="cpu", world_size=2),
+        state=SimpleNamespace(global_step=2, epoch=1.6, log_history=log),
+        sharing=Sharing(True, "equal", 1e-7),
+        train_split=split,
+        test_split=split,
+        get_total_train_batch_size=lambda _: 8,
+        _total_train_tokens=500,
+    )
+    found = run_record(trainer, 0, {"train_seconds": 4.0, "peak_memory_bytes": 10**9})
+    assert found["comparisons_per_s"] == 16 / 4  # 2 steps of 8
     assert found["tokens_per_s"] == 500 / 4
     assert found["final_loss"] == 0.5
     assert json.loads(json.dumps(found, allow_nan=False))["log"][0] == {"loss": 0.7, "grad_norm": None}
@@ -222,13 +221,13 @@ def test_peak_memory_is_of_the_training_not_of_the_preflight(write_recipe, tmp_p
 @pytest.mark.parametrize(
     ("flags", "finished", "keys", "message"),
     [
-        ({}, True, {}, "add --resume to go on with it, --overwrite to start anew"),
+        ({}, True, {}, "add --resume or --overwrite"),
         ({"resume": True}, True, {}, "is finished; there is nothing to resume"),
         (
             {"resume": True},
             False,
             {"learning_rate": 1e-5, "logging_steps": 3},
-            "another recipe; resuming needs the same values of: learning_rate$",
+            "another recipe; resuming needs the same learning_rate$",
         ),
         ({"resume": True}, False, {"output_dir": "/tmp/nowhere-at-all"}, "holds no run to resume"),
     ],
