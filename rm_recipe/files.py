@@ -256,8 +256,9 @@ def pickle_fault(name: str, revision: str = "main", *, adapter: bool = False) ->
         return ""
     for file in PICKLED[adapter]:
         if holds(name, file, revision):
+            how = "PeftModel.from_pretrained(BASE, ...)" if adapter else "AutoModel.from_pretrained(...)"
             return (
-                f"'{name}' has its weights in {file} alone, a pickle, which can run code when read, and no "
-                f"{SAFE[adapter][0]}; if you trust it, load it and `save_pretrained` it with transformers"
+                f"'{name}' has its weights in {file} alone, a pickle, which can run code when it is read; if you "
+                f"trust it, convert it by transformers: `{how}` and `.save_pretrained(FOLDER)`"
             )
     return ""

@@ -28,6 +28,7 @@ import datasets
 import pytest
 import torch
 from hypothesis import settings
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModel,
@@ -164,6 +165,16 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory, tiny_distilbert: Path) -
         return root / name
 
     return folder
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """What a run with adapters has saved."""
+    return load_file(run / "model" / "adapter_model.safetensors")
+
+
+def logged(run: Path, key: str) -> list[float]:
+    """A figure of a run's log, in order."""
+    return [entry[key] for entry in json.loads((run / "run.json").read_text())["log"] if key in entry]
 
 
 @dataclass

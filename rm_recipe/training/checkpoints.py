@@ -51,7 +51,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def write_manifest(checkpoint: Path, content: Mapping[str, Any]) -> None:
-    """Mark a checkpoint as whole: SHA-256 and size of each of its files, and `content`.
+    """Mark a checkpoint as whole: the SHA-256 of each of its files, and `content`.
 
     The files' bytes are on the disk before, and not only in memory, as a power cut would show.
     """
@@ -59,24 +59,19 @@ def write_manifest(checkpoint: Path, content: Mapping[str, Any]) -> None:
     for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        files[str(path.relative_to(checkpoint))] = {"sha256": sha256(path), "bytes": path.stat().st_size}
+        files[str(path.relative_to(checkpoint))] = sha256(path)
     write_json(checkpoint / MANIFEST, {**content, "files": files})
 
 
 def fault_of(checkpoint: Path) -> str | None:
     """Why a checkpoint does not count, None if it is as it was when it was finished."""
-    if not (checkpoint / MANIFEST).is_file():
-        return "it was not finished"
     try:
         files = read_json(checkpoint / MANIFEST)["files"]
     except (RecipeError, KeyError):
-        return f"its {MANIFEST} cannot be read"
+        return f"it was not finished, or its {MANIFEST} is broken"
     for name, known in files.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != known["bytes"] or sha256(path) != known["sha256"]:
-            return f"{name} is not as it was written"
+        if not (checkpoint / name).is_file() or sha256(checkpoint / name) != known:
+            return f"{name} is missing or not as it was written"
     return None
 
 
@@ -306,10 +301,6 @@ def ended_well(recipe: Recipe, trainer: SharedPrefixRewardTrainer) -> Iterator[N
         if checkpoint.is_dir() and not (checkpoint / MANIFEST).is_file():
             raise not_written(checkpoint, error) from error
         raise
-    finally:
-        for callback in trainer.callback_handler.callbacks:
-            if hasattr(callback, "close"):  # a progress bar's
-                callback.close()
 
 
 def not_written(unfinished: Path, error: Exception) -> TrainingError:
