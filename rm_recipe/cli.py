@@ -334,7 +334,7 @@ def fail(message: str, code: int) -> None:
     if rank and not interrupted:
         time.sleep(SECONDS_TO_SPEAK + rank)
     if rank == 0 or not interrupted:
-        tqdm.write(f"rm-recipe: {redact(message)}", file=sys.stderr)  # above a progress bar
+        print(f"rm-recipe: {redact(message)}", file=sys.stderr, flush=True)
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         # Taken down in order, DDP may wait for ever for a thread of its group (`training.train.end`).

@@ -258,7 +258,7 @@ def pickle_fault(name: str, revision: str = "main", *, adapter: bool = False) ->
         if holds(name, file, revision):
             how = "PeftModel.from_pretrained(BASE, ...)" if adapter else "AutoModel.from_pretrained(...)"
             return (
-                f"'{name}' has its weights in {file} alone, a pickle, which can run code when it is read; if you "
-                f"trust it, convert it by transformers: `{how}` and `.save_pretrained(FOLDER)`"
+                f"'{name}' has its weights in {file} alone, a pickle, which can run code when it is read; if "
+                f"you trust it, convert it by transformers: `{how}` and `.save_pretrained(FOLDER)`"
             )
     return ""

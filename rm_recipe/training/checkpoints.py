@@ -301,6 +301,10 @@ def ended_well(recipe: Recipe, trainer: SharedPrefixRewardTrainer) -> Iterator[N
         if checkpoint.is_dir() and not (checkpoint / MANIFEST).is_file():
             raise not_written(checkpoint, error) from error
         raise
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if hasattr(callback, "close"):  # a progress bar's
+                callback.close()
 
 
 def not_written(unfinished: Path, error: Exception) -> TrainingError:

@@ -35,6 +35,12 @@ class LogLines(ProgressCallback):
         parts = [f"{key.replace('_', ' ')} {logs[key]:{form}}" for key, form in SHOWN.items() if key in logs]
         self.training_bar.write(f"step {state.global_step:>4}  " + "  ".join(parts))
 
+    def close(self) -> None:
+        """End the bars where they stand."""
+        for bar in (self.prediction_bar, self.training_bar):
+            if bar is not None:
+                bar.close()
+
 
 class EarlySigns(TrainerCallback):
     """Look at what is logged; warn of a loss that stays, of chance, of equal rewards and of overfitting.

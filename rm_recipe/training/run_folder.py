@@ -70,7 +70,7 @@ def check_run_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         fault = "--resume and --overwrite exclude each other"
     elif folder.is_file() or (there - {DATA_REPORT, BENCHMARK} and not used):
-        fault = f"'output_dir: {folder}' holds something else and is not a run folder; choose another one"
+        fault = f"'output_dir: {folder}' is a file or not empty, and is not a run folder; choose another"
     elif used and not (resume or overwrite):
         fault = f"{folder} holds a run already; add --resume or --overwrite, or give another --output_dir"
     elif resume and not used:

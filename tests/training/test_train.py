@@ -243,7 +243,7 @@ def test_overwriting_starts_anew_but_never_in_a_foreign_folder(write_recipe, tmp
     """A recipe of the user's own does not make it a run's."""
     (tmp_path / "thesis.tex").write_text("kept")
     recipe = write_recipe(output_dir=str(tmp_path))
-    with pytest.raises(RecipeError, match="is not a run folder; choose another one"):
+    with pytest.raises(RecipeError, match="is not a run folder; choose another"):
         train(read_recipe(recipe), overwrite=True)
     assert recipe.is_file()
     assert (tmp_path / "thesis.tex").read_text() == "kept"
