@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from tqdm import tqdm
 from typer import Argument, Option
 
 from rm_recipe.errors import INTERRUPTS, LAUNCHED, UNDER_RUN, Interrupted, RmRecipeError, one_line
@@ -261,9 +262,26 @@ def offline() -> None:
     print("\n".join(prepare_offline()))
 
 
+class Lines(logging.Handler):
+    """Print what the package logs as plain lines, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warning = "warning: " if record.levelno >= logging.WARNING else ""
+        tqdm.write(f"{warning}{record.getMessage()}")
+        sys.stdout.flush()
+
+
+def print_what_is_logged() -> None:
+    """Have INFO and above printed once; who uses the package as a library sets up handlers of their own."""
+    logger = logging.getLogger("rm_recipe")
+    logger.handlers, logger.propagate = [Lines()], False
+    logger.setLevel(logging.INFO)
+
+
 def main() -> None:
     """Run a verb and exit with the code that `errors` gives its failure."""
     set_environment()
+    print_what_is_logged()
     try:
         with INTERRUPTS.listening():
             app(prog_name="rm-recipe")
@@ -307,7 +325,7 @@ def fail(message: str, code: int) -> None:
         print(f"rm-recipe: {redact(message)}", file=sys.stderr, flush=True)
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        # Taken down in order, DDP may wait for ever for a thread of its group (`distributed.end`).
+        # Taken down in order, DDP may wait for ever for a thread of its group (`training.train.end`).
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)

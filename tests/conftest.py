@@ -2,6 +2,7 @@
 
 import atexit
 import json
+import logging
 import os
 import random
 import shutil
@@ -27,6 +28,7 @@ import datasets
 import pytest
 import torch
 from hypothesis import settings
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModel,
@@ -165,6 +167,16 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory, tiny_distilbert: Path) -
     return folder
 
 
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """What a run with adapters has saved."""
+    return load_file(run / "model" / "adapter_model.safetensors")
+
+
+def logged(run: Path, key: str) -> list[float]:
+    """A figure of a run's log, in order."""
+    return [entry[key] for entry in json.loads((run / "run.json").read_text())["log"] if key in entry]
+
+
 @dataclass
 class Trained:
     """A finished run, its model still in memory, and the model's state dict as training met it."""
@@ -195,6 +207,14 @@ class Trained:
             if plain.replace(".default.", ".") == name:
                 return value
         raise KeyError(name)
+
+
+def ready_trainer(recipe: Any) -> Any:
+    """The trainer of a recipe as it is before the preflight."""
+    from rm_recipe.training.train import load_data, load_model, make_trainer
+
+    tokenizer, *splits, _ = load_data(recipe)
+    return make_trainer(recipe, tokenizer, *load_model(recipe, tokenizer), *splits)
 
 
 def train_watched(recipe: Path) -> Trained:
@@ -300,6 +320,20 @@ def make_recipe(folder: Path, model: Path, data: Path, **keys: Any) -> Path:
 def write_recipe(tmp_path: Path, tiny_llama: Path, tiny_data: Path) -> Callable[..., Path]:
     """`make_recipe` for the tiny Llama, in the test's folder."""
     return partial(make_recipe, tmp_path, tiny_llama, tiny_data)
+
+
+@pytest.fixture(autouse=True)
+def as_on_the_command_line() -> Iterator[None]:
+    """What the package logs is printed, as by `cli.main`; log levels and handlers are put back."""
+    from rm_recipe import cli
+
+    logger = logging.getLogger("rm_recipe")
+    before = logger.handlers, logger.level, logger.propagate
+    cli.print_what_is_logged()
+    logger.propagate = True  # for `caplog`
+    yield
+    logger.handlers, logger.propagate = before[0], before[2]
+    logger.setLevel(before[1])
 
 
 @pytest.fixture

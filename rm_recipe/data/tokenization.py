@@ -4,7 +4,6 @@
 """
 
 import json
-import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,8 +23,7 @@ from rm_recipe.data.chat_template import special_tokens
 from rm_recipe.data.comparison import Comparison, Encoded, Excluded, Message, split_at_common_prefix
 from rm_recipe.data.dataset import Split, arrow_column, as_comparisons, run_pass, set_aside
 from rm_recipe.errors import DataError, one_line
-
-logger = logging.getLogger("rm_recipe")
+from rm_recipe.processes import warn
 
 # The part of `max_length` that is kept for a reply, so that the context it is read in follows from the
 # prompt and not from what the reply is scored beside.
@@ -156,7 +154,7 @@ def tokenize(
     unshown = count_unshown(result)
     if unshown:
         parts = ", ".join(f"{whose} in {n}" for whose, n in unshown.items())
-        logger.warning(f"warning: the chat template leaves out text of comparisons: {parts}")
+        warn(f"the chat template leaves out text of comparisons: {parts}")
     return result
 
 

@@ -28,7 +28,7 @@ from rm_recipe.evaluation.metrics import paired_difference
 from rm_recipe.evaluation.probes import Scorer, bag_of_words, consistency
 from rm_recipe.evaluation.report import write_report
 from rm_recipe.files import sha256, write_json
-from rm_recipe.processes import each_once, main_process_first, processes, say
+from rm_recipe.processes import each_once, main_process_first, processes, say, warn
 from rm_recipe.recipe.reader import Recipe, is_run_folder, read_run_recipe
 from rm_recipe.recipe.schema import DataArguments
 from rm_recipe.scoring import RewardModel, find_model
@@ -231,7 +231,7 @@ def _train_split(recipe: Recipe) -> Split | None:
         reason = f"the train comparisons are not those that {recipe.output_dir} was trained with"
     except DataError as error:
         reason = f"what the recipe trains on cannot be read: {error}"
-    say(f"warning: no bag-of-words baseline, nor a count of prompts that were trained on, as {reason}")
+    warn(f"no bag-of-words baseline, nor a count of prompts that were trained on, as {reason}")
     return None
 
 

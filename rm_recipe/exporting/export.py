@@ -24,7 +24,7 @@ from rm_recipe.evaluation.summary import read_evaluation, read_predictions
 from rm_recipe.exporting.card import FIGURE, write_card
 from rm_recipe.exporting.compatibility import for_transformers_4, rewrite_json
 from rm_recipe.exporting.verify import EIGHT_BITS, ORIGINAL, ROUNDING, HeldOut, Verification
-from rm_recipe.files import FolderLock, read_json, sha256, whole_folder, write_json
+from rm_recipe.files import locked, read_json, sha256, whole_folder, write_json
 from rm_recipe.model.head import is_head_layer
 from rm_recipe.model.memory import device_memory, fits_in_float32, float32_bytes
 from rm_recipe.model.reward_model import Base, load_trained
@@ -69,8 +69,7 @@ def export(
     check_replaceable(output, overwrite)
     check_data(run, recipe)
     trained = Path(find_model(str(run)))
-    with FolderLock(run) as lock, whole_folder(output) as folder:
-        lock.take()  # so that nothing trains the run anew meanwhile
+    with locked(run), whole_folder(output) as folder:  # nothing trains the run anew meanwhile
         reward_model = RewardModel.from_pretrained(run)
         evaluation = evaluation_of(run)
         verification = Verification(reward_model, held_out_of(run, recipe, reward_model))

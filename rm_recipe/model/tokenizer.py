@@ -6,7 +6,6 @@ in `pipeline` and in TRL's RL trainers. The pad token is never EOS, because a cl
 reward at the last token that is not padding. What the template is made to write: `chat_template`.
 """
 
-import logging
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from rm_recipe.data.tokenization import render
 from rm_recipe.errors import RecipeError, one_line
 from rm_recipe.files import holds
 from rm_recipe.model.lora import adapter_config, load_config
+from rm_recipe.processes import warn
 
 # For models without a template: a name and a colon before each message, as in hh-rlhf, and EOS at
 # the end, where a decoder's reward is read.
@@ -42,8 +42,6 @@ ENCODER_DECODER_TEMPLATE = (
 
 # Of the model's embeddings, what its own tokenizer uses at least: DeepSeek's leaves 2 % in reserve.
 SMALLEST_VOCABULARY = 0.9
-
-logger = logging.getLogger("rm_recipe")
 
 
 def load_tokenizer(
@@ -130,7 +128,7 @@ def _own_template(tokenizer: PreTrainedTokenizerBase, name: str, revision: str) 
 @cache
 def _warn(message: str) -> None:
     """Log a warning once, however often the tokenizer is loaded."""
-    logger.warning("warning: %s", message)
+    warn(message)
 
 
 def _leading_specials(tokenizer: PreTrainedTokenizerBase) -> str:

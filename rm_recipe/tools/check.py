@@ -19,9 +19,9 @@ from rm_recipe.model.shared_prefix import decide_sharing
 from rm_recipe.model.tokenizer import check_lengths, check_one_end, check_vocabulary, load_tokenizer
 from rm_recipe.recipe.reader import Recipe, is_run_folder, read_recipe
 from rm_recipe.recipe.schema import DEVICE_KEYS
-from rm_recipe.training.distributed import check_sharding
+from rm_recipe.training.preflight import preflight
 from rm_recipe.training.run_folder import DATA_REPORT, changed_keys, check_run_folder
-from rm_recipe.training.train import load_data, make_ready, report_data
+from rm_recipe.training.train import check_sharding, load_data, load_model, make_trainer, report_data
 
 # The precision of a GPU, on a machine that has none.
 AS_ON_GPU = {"use_cpu": "true", "fp16": "false", "bf16": "true"}
@@ -105,9 +105,13 @@ def check_step(recipe: Recipe) -> None:
     Raises:
         RecipeError, DataError, TrainingError: whatever would stop training.
     """
-    check_sharding(recipe.training, bool(recipe.model.load_in_4bit or recipe.model.load_in_8bit))
+    check_sharding(recipe)
     check_run_folder(recipe, resume=False, overwrite=is_run_folder(recipe.output_dir))
-    make_ready(recipe)
+    tokenizer, train_split, test_split, leakage = load_data(recipe)
+    report_data(recipe, train_split, test_split, leakage)
+    refuse_leakage(recipe, leakage)
+    model, modules_to_save = load_model(recipe, tokenizer)
+    preflight(recipe, make_trainer(recipe, tokenizer, model, modules_to_save, train_split, test_split))
 
 
 def check_memory(path: Path, overrides: Sequence[str], gpu_memory: str | None = None) -> bool:
