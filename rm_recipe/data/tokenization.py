@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import datasets as hf_datasets
@@ -80,6 +81,7 @@ def encode_all(
         conversations), `truncated`, `unshown` (whose text the chat template leaves out: a role, or `reply`),
         and where it is left out only `excluded`, the reason, with `detail`.
     """
+    truncate = partial(_truncate, tokenizer, max_length=max_length, truncation=truncation)
     rows, texts = [], []
     for comparison in comparisons:
         row: dict[str, Any] = {"prefix": [], "suffixes": [], "lengths": [], "truncated": False}
@@ -97,7 +99,12 @@ def encode_all(
         whole = [next(ids) for _ in own]
         row["lengths"] = [len(conversation) for conversation in whole]
         try:
-            fitted = _fit(tokenizer, comparison, whole, max_length, truncation, alike)
+            if alike:
+                fitted = truncate(comparison, whole)
+            else:
+                each = [Comparison(comparison.prompt, [response]) for response in comparison.responses]
+                fitted = [truncate(one, [ids])[0] for one, ids in zip(each, whole, strict=True)]
+            _check_ranks(fitted, comparison.ranks)
             encoded = split_at_common_prefix(fitted)
             row |= {"prefix": encoded.prefix, "suffixes": encoded.suffixes, "truncated": fitted != whole}
         except Excluded as excluded:
@@ -182,26 +189,11 @@ def _unshown(comparison: Comparison, texts: Sequence[str]) -> str:
     return next(hidden, "")
 
 
-def _fit(
-    tokenizer: Tokenizer,
-    comparison: Comparison,
-    conversations: _Ids,
-    max_length: int | None,
-    truncation: str,
-    alike: bool,
-) -> _Ids:
-    """The conversations as they fit `max_length`: cut alike, or each as its reply needs it alone."""
-    if alike:
-        fitted = _truncate(tokenizer, comparison, conversations, max_length, truncation)
-    else:
-        fitted = []
-        for response, ids in zip(comparison.responses, conversations, strict=True):
-            alone = Comparison(comparison.prompt, [response])
-            fitted += _truncate(tokenizer, alone, [ids], max_length, truncation)
-    as_read = [tuple(ids) for ids in fitted]
-    if len(set(zip(as_read, comparison.ranks, strict=True))) > len(set(as_read)):  # one text, two ranks
+def _check_ranks(conversations: _Ids, ranks: list[int]) -> None:
+    """Raise Excluded where two conversations that are not tied read the same."""
+    as_read = [tuple(ids) for ids in conversations]
+    if len(set(zip(as_read, ranks, strict=True))) > len(set(as_read)):
         raise Excluded("identical_after_tokenization")
-    return fitted
 
 
 def _truncate(
