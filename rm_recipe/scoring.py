@@ -12,17 +12,8 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from rm_recipe.data.comparison import (
-    Comparison,
-    Encoded,
-    Excluded,
-    Malformed,
-    as_messages,
-    as_reply,
-    check_unicode,
-    in_context,
-    split_at_common_prefix,
-)
+from rm_recipe.data import comparison
+from rm_recipe.data.comparison import Comparison, Encoded, Excluded, Malformed, split_at_common_prefix
 from rm_recipe.data.loading import read_rows, unit
 from rm_recipe.data.tokenization import encode
 from rm_recipe.errors import DataError, RecipeError, TrainingError, UnfitError
@@ -119,9 +110,10 @@ class RewardModel:
         _check_item(item, name)
         prompt, response = item["prompt"], item["response"]
         try:
-            comparison = Comparison(in_context(as_messages(prompt), item), [as_reply(prompt, response)])
-            check_unicode([*(message["content"] for message in comparison.prompt), response])
-            encoded = encode(self.tokenizer, comparison, self.max_length, self.truncation)
+            messages = comparison.in_context(comparison.as_messages(prompt), item)
+            comparison.check_unicode([*(message["content"] for message in messages), response])
+            one = Comparison(messages, [comparison.as_reply(prompt, response)])
+            encoded = encode(self.tokenizer, one, self.max_length, self.truncation)
         except Excluded as excluded:
             limit = f" (at most {self.max_length} tokens)" if "long" in excluded.reason else ""
             detail = f": {excluded.detail}" if excluded.detail else ""
@@ -156,7 +148,7 @@ class RewardModel:
                 rewards = logits.float().squeeze(-1).cpu().numpy()
                 if check and not np.isfinite(rewards).all():
                     raise TrainingError("the model gives rewards that are not finite numbers")
-                ends = np.cumsum([len(comparison.suffixes) for comparison in batch])[:-1]
+                ends = np.cumsum([len(c.suffixes) for c in batch])[:-1]
                 for i, values in zip(members, np.split(rewards, ends), strict=True):
                     results[i] = values
                 bar.update(len(members))

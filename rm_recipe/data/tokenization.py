@@ -15,12 +15,10 @@ import jinja2
 import pyarrow.compute as pc
 import tokenizers
 import transformers
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from rm_recipe.data import chat_template
 from rm_recipe.data import comparison as comparison_module
-from rm_recipe.data.chat_template import special_tokens
 from rm_recipe.data.comparison import Comparison, Encoded, Excluded, Message, split_at_common_prefix
 from rm_recipe.data.dataset import Split, arrow_column, as_comparisons, run_pass, set_aside
 from rm_recipe.errors import DataError, one_line
@@ -164,12 +162,16 @@ def render(tokenizer: Tokenizer, messages: list[Message], **options: Any) -> str
 
 def _texts(tokenizer: Tokenizer, comparison: Comparison) -> list[str]:
     """The K conversations through the chat template; raises Excluded where that cannot be."""
+    special = chat_template.special_tokens(tokenizer)
     texts = [*(message["content"] for message in comparison.prompt), *comparison.responses]
-    if any(map(special_tokens(tokenizer).search, texts)):
+    if any(map(special.search, texts)):
         raise Excluded("control_tokens")
     try:
         return [render(tokenizer, messages) for messages in comparison.conversations()]
-    except (TemplateError, TypeError) as error:  # such as one that wants user and assistant to alternate
+    except (
+        jinja2.TemplateError,
+        TypeError,
+    ) as error:  # such as one that wants user and assistant to alternate
         raise Excluded("refused_by_template", f"the template says: {one_line(error)}") from None
 
 
@@ -239,7 +241,7 @@ def _prompt_tokens(tokenizer: Tokenizer, prompt: list[Message], conversations: _
     """
     try:
         text = render(tokenizer, prompt, add_generation_prompt=True)
-    except (TemplateError, TypeError):  # one that takes no prompt without its reply
+    except (jinja2.TemplateError, TypeError):  # one that takes no prompt without its reply
         common = len(split_at_common_prefix(conversations).prefix)
         return common, common
     [alone] = _ids(tokenizer, [text])
@@ -253,7 +255,7 @@ def _cut_front(tokenizer: Tokenizer, conversations: _Ids, prompt_tokens: int, ov
     behind them never.
     """
     first = tokenizer.convert_ids_to_tokens(conversations[0][0])
-    kept = 1 if special_tokens(tokenizer).fullmatch(first) else 0
+    kept = 1 if chat_template.special_tokens(tokenizer).fullmatch(first) else 0
     if kept + over >= prompt_tokens:
         raise Excluded("too_long")
     return [ids[:kept] + ids[kept + over :] for ids in conversations]

@@ -36,13 +36,12 @@ TEMPLATES = {
     "tinyllama": (make_tokenizer().chat_template, "</s>"),
     "plain": (None, "</s>"),
 }
-SPECIAL = ["<|im_start|>", "<|im_end|>"]
 
 
-def save(folder: Path, template: str | None, special: list[str] = SPECIAL) -> str:
+def save(folder: Path, template: str | None) -> str:
     """A tokenizer that adds BOS by itself, with a template; its folder's name."""
     tokenizer = make_tokenizer()
-    tokenizer.add_special_tokens({"extra_special_tokens": special})
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -145,26 +144,11 @@ def test_a_date_is_the_same_on_every_day(tmp_path, caplog):
 @pytest.mark.parametrize("template", [CHATML, "{{ bos_token }}" + CHATML])
 def test_bos_comes_once_where_the_base_had_it(tmp_path, template):
     """TinyLlama's template writes none, and its tokenizer did: a text without is not as the base saw it."""
-    folder = save(tmp_path, template)
-    trained_with = AutoTokenizer.from_pretrained(folder)("hello")["input_ids"]
-    tokenizer = load_tokenizer(folder, of_base=True)
+    tokenizer = load_tokenizer(save(tmp_path, template), of_base=True)
     bos = tokenizer.bos_token_id
-    assert trained_with[0] == bos
     ids = tokenizer(render(tokenizer, MESSAGES))["input_ids"]
     assert (ids[0], ids.count(bos)) == (bos, 1)
     prompt = render(tokenizer, MESSAGES[:1], add_generation_prompt=True)
     assert tokenizer(prompt)["input_ids"].count(bos) == 1
     tokenizer.bos_token = None  # as in an export, which names none
     assert tokenizer(render(tokenizer, MESSAGES))["input_ids"] == ids
-
-
-def test_whoever_cuts_what_is_too_long_keeps_the_reply(tmp_path):
-    tokenizer = load_tokenizer(save(tmp_path, CHATML), of_base=True)
-    tokenizer.save_pretrained(tmp_path / "export")
-    served = AutoTokenizer.from_pretrained(tmp_path / "export")
-    asked = {"role": "user", "content": "far " * 90}
-    replies = ({"role": "assistant", "content": reply} for reply in ("good", "bad"))
-    texts = [render(tokenizer, [asked, reply]) for reply in replies]
-    one, other = served(texts, truncation=True, max_length=40)["input_ids"]
-    assert one != other
-    assert one[-1] == other[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")

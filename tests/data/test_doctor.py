@@ -41,7 +41,7 @@ def test_every_flaw_is_counted_with_its_row(write_recipe, flawed):
     assert leakage.items() <= report["leakage"].items()
 
 
-def test_the_report_has_the_contracts_keys_and_its_sums(write_recipe, flawed):
+def test_the_report_has_the_contracts_keys_and_its_sums_and_the_table_fits(write_recipe, flawed, tmp_path):
     report = report_of(write_recipe(**flawed, leakage="drop", max_train_samples=4))
     assert report.keys() >= {"splits", "leakage"}
     assert report["splits"].keys() == {"train", "test"}
@@ -53,6 +53,20 @@ def test_the_report_has_the_contracts_keys_and_its_sums(write_recipe, flawed):
         assert figures["rows"] == figures["comparisons"] + sum(figures["excluded"].values())
     assert report["splits"]["train"]["excluded"]["leaked_prompt"] == 1
     json.dumps(report, allow_nan=False)
+    console = Console(width=80, record=True)
+    print_report(report, console)
+    printed = console.export_text()
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "train, too_long: row 11" in printed
+    assert "Leakage: 1 train comparisons on 1 held-out prompts, left out of train (row 6)." in printed
+    rows = [{**row, "context": "doc", "subset": "[/INST] [red]"} for row in make_rows(30, seed=1)]
+    rows[0]["prompt"] = [{"role": "judge", "content": "a"}]
+    path = write_jsonl(tmp_path / "x.jsonl", rows)
+    print_report(report_of(write_recipe(dataset_name=str(path), test_split_size=0.5)), console)
+    printed = console.export_text()
+    assert "Held out: 50% of the prompts" in printed
+    assert "train, unknown_role: row [/INST] [red]:1 (role 'judge')" in printed
+    assert printed.count("Columns not read: context.") == 1
 
 
 def test_tokens_prefix_share_and_baselines_equal_a_naive_count(write_recipe, tiny_data, tiny_llama):
@@ -76,23 +90,6 @@ def test_tokens_prefix_share_and_baselines_equal_a_naive_count(write_recipe, tin
     assert figures["shared_prefix_share"] == pytest.approx(1 - shared / plain)
     assert figures["baselines"]["longer_wins"] == pytest.approx(np.mean(longer))
     assert figures["baselines"]["shorter_wins"] == pytest.approx(1 - np.mean(longer))
-
-
-def test_the_table_fits_80_columns_and_tells_what_was_found(write_recipe, flawed, tmp_path):
-    console = Console(width=80, record=True)
-    print_report(report_of(write_recipe(**flawed, leakage="drop")), console)
-    printed = console.export_text()
-    assert max(map(len, printed.splitlines())) <= 80
-    assert "train, response_too_long: row 9" in printed
-    assert "Leakage: 1 train comparisons on 1 held-out prompts, left out of train (row 6)." in printed
-    rows = [{**row, "context": "doc", "subset": "[/INST] [red]"} for row in make_rows(30, seed=1)]
-    rows[0]["prompt"] = [{"role": "judge", "content": "a"}]
-    path = write_jsonl(tmp_path / "x.jsonl", rows)
-    print_report(report_of(write_recipe(dataset_name=str(path), test_split_size=0.5)), console)
-    printed = console.export_text()
-    assert "Held out: 50% of the prompts" in printed
-    assert "train, unknown_role: row [/INST] [red]:1 (role 'judge')" in printed
-    assert printed.count("Columns not read: context.") == 1
 
 
 @needs_hh_rlhf
