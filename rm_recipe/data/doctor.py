@@ -150,7 +150,6 @@ def _column(report: dict[str, Any], split: dict[str, Any]) -> dict[str, Any]:
 SIMILAR = 0.8
 SKETCH = 64  # numbers a sketch: Jaccard to within 0.05 (one standard error) at 0.8
 BAND = 4  # numbers that have to agree before two sketches are compared: misses 2 in 10,000 at 0.8
-CHUNK = 100_000
 _NUMBER = hf_datasets.Value("int64")
 _SKETCH = hf_datasets.List(hf_datasets.Value("uint32"), length=SKETCH)
 _MARKS = {"key": _NUMBER, "verdict": _NUMBER, "sketch": _SKETCH}
@@ -224,7 +223,6 @@ def _near(sketches: NDArray[np.uint32]) -> NDArray[np.bool_]:
         keys = (sketches[:, start : start + BAND].astype(np.uint64) * odd).sum(axis=1)  # one for each band
         order = np.argsort(keys, kind="stable")
         pairs = np.flatnonzero(keys[order][1:] == keys[order][:-1])
-        for part in np.array_split(pairs, 1 + len(pairs) // CHUNK):
-            earlier, later = order[part], order[part + 1]
-            near[later] |= np.mean(sketches[earlier] == sketches[later], axis=1) >= SIMILAR
+        earlier, later = order[pairs], order[pairs + 1]
+        near[later] |= np.mean(sketches[earlier] == sketches[later], axis=1) >= SIMILAR
     return near

@@ -39,19 +39,17 @@ def test_truncation_drops_the_oldest_exchange_for_both_and_keeps_question_and_re
     assert encode(tokenizer, long, room - 2) == encode(tokenizer, short, None)
 
 
-def test_keep_end_cuts_the_front_of_the_shared_prefix(tokenizer):
+def test_keep_end_cuts_the_front_of_the_shared_prefix(tokenizer, tiny_distilbert):
+    """Behind the token at which an encoder reads its reward."""
     comparison = Comparison(turns("far " * 30), ["good", "bad cat"])
     whole = encode(tokenizer, comparison, None)
     cut = encode(tokenizer, comparison, 20, "keep_end")
     assert len(cut.prefix) == 15  # a quarter is the reply's
     assert cut.suffixes == whole.suffixes
     assert whole.prefix[-len(cut.prefix) :] == cut.prefix
-
-
-def test_keep_end_keeps_the_token_at_which_an_encoder_reads_its_reward(tiny_distilbert):
-    tokenizer = load_tokenizer(str(tiny_distilbert))
-    cut = encode(tokenizer, Comparison(turns("far " * 30), ["good", "bad cat"]), 20, "keep_end")
-    assert cut.prefix[0] == tokenizer.cls_token_id
+    encoder = load_tokenizer(str(tiny_distilbert))
+    cut = encode(encoder, comparison, 20, "keep_end")
+    assert cut.prefix[0] == encoder.cls_token_id
     assert max(map(len, cut.conversations())) == 20
 
 
@@ -77,9 +75,12 @@ def test_what_a_template_says_when_it_refuses_is_told(tokenizer, tmp_path):
     ],
 )
 def test_what_does_not_fit_is_excluded_by_name(tokenizer, truncation, comparison, reason):
-    with pytest.raises(Excluded) as caught:
+    with pytest.raises(Excluded, match=f"^{reason}$"):
         encode(tokenizer, comparison, 40, truncation)
-    assert caught.value.reason == reason
+    refuses = "{% if messages[-1]['role'] != 'assistant' %}{{ raise_exception('no reply') }}{% endif %}"
+    tokenizer.chat_template = refuses + tokenizer.chat_template
+    with pytest.raises(Excluded, match="too_long"):  # also of one that takes no prompt alone
+        encode(tokenizer, comparison, 40, truncation)
 
 
 def test_what_a_tokenizer_truncated_or_padded_to_before_is_forgotten(tokenizer, tmp_path):
@@ -94,13 +95,6 @@ def test_what_a_tokenizer_truncated_or_padded_to_before_is_forgotten(tokenizer, 
     assert again.backend_tokenizer.truncation is None
     assert again.backend_tokenizer.padding is None
     assert encode(again, comparison, None) == expected
-
-
-def test_a_template_that_takes_no_prompt_alone_excludes_what_does_not_fit(tokenizer):
-    refuses = "{% if messages[-1]['role'] != 'assistant' %}{{ raise_exception('no reply') }}{% endif %}"
-    tokenizer.chat_template = refuses + tokenizer.chat_template
-    with pytest.raises(Excluded, match="too_long"):
-        encode(tokenizer, Comparison(turns("far " * 40), ["good", "bad"]), 40)
 
 
 def test_ties_may_read_the_same_and_others_may_not(tiny_distilbert):
