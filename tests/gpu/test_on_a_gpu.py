@@ -49,18 +49,18 @@ def test_losses_equal_stock_trl(write_recipe, name):
     assert np.allclose(stock["losses"], ours["losses"], rtol=0, atol=tolerance)
 
 
-def batch_on_gpu(write_recipe, **keys):
-    """A trainer on the GPU and the inputs of its first batch."""
-    recipe = read_recipe(write_recipe(**ON_GPU, bf16=True, **keys))
+def before_training(recipe):
+    """What the preflight takes: the recipe, a trainer, the modules trained in full, and the splits."""
     tokenizer, train_split, test_split, _ = load_data(recipe)
     model, modules_to_save = load_model(recipe, tokenizer)
     sharing = settle_step(recipe, model, modules_to_save, train_split)
     trainer = make_trainer(recipe, tokenizer, model, modules_to_save, train_split, test_split, sharing)
-    return trainer, next(iter(trainer.get_train_dataloader()))
+    return recipe, trainer, modules_to_save, train_split, test_split
 
 
 def test_the_attention_of_rows_is_computed_by_a_fused_kernel(write_recipe):
-    trainer, inputs = batch_on_gpu(write_recipe)
+    _, trainer, *_ = before_training(read_recipe(write_recipe(**ON_GPU, bf16=True)))
+    inputs = next(iter(trainer.get_train_dataloader()))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         with autocast_of(trainer.args):
             loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(inputs))
@@ -134,14 +134,11 @@ def test_running_out_of_memory_says_what_to_lower(write_recipe, tmp_path):
     recipe = read_recipe(
         write_recipe(**ON_GPU, dataset_name=str(data), max_length=512, per_device_train_batch_size=64)
     )
-    tokenizer, train_split, test_split, _ = load_data(recipe)
-    model, modules_to_save = load_model(recipe, tokenizer)
-    sharing = settle_step(recipe, model, modules_to_save, train_split)
-    trainer = make_trainer(recipe, tokenizer, model, modules_to_save, train_split, test_split, sharing)
+    everything = before_training(recipe)
     total = torch.cuda.mem_get_info()[1]
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 60e6) / total)
     try:
         with pytest.raises(RecipeError, match="out of memory.*per_device_train_batch_size"):
-            preflight(recipe, trainer, modules_to_save, train_split, test_split)
+            preflight(*everything)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
