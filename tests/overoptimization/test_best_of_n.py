@@ -8,16 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from rm_recipe.overoptimization.best_of_n import (
-    best_of_n,
-    curve,
-    fit,
-    kl,
-    mean_interval,
-    spread,
-    standardised,
-    weights,
-)
+from rm_recipe.overoptimization.best_of_n import best_of_n, curve, fit, kl, spread, standardised, weights
 
 
 def by_brute_force(proxy, values, n):
@@ -42,12 +33,11 @@ def test_it_is_the_mean_over_all_subsets(proxy, values):
         assert found[prompt] == pytest.approx(expected, abs=1e-9)
 
 
-@pytest.mark.parametrize("replies", [2, 1000])
-def test_each_subset_has_one_best(replies):
-    found = weights(replies)
-    assert found.sum(axis=1) == pytest.approx(np.ones(replies))
+def test_each_subset_has_one_best_also_where_their_numbers_are_huge():
+    found = weights(2000)
+    assert found.sum(axis=1) == pytest.approx(np.ones(2000))
     assert (found >= 0).all()
-    assert found[1, -1] == pytest.approx(2 / replies)  # of pairs, those with the last reply
+    assert found[1, -1] == pytest.approx(2 / 2000)  # of pairs, those with the last reply
 
 
 def test_the_divergence_is_the_papers():
@@ -78,7 +68,7 @@ def expected_of_peaked(n):
 def simulated(prompts, replies=64, seed=0, noise=0.5):
     rng = np.random.default_rng(seed)
     u = rng.uniform(size=(prompts, replies))
-    # The proxy's own scale and each prompt's zero are no matter.
+    # The proxy's own scale and each prompt's zero do not matter.
     return 5 * u + rng.normal(size=(prompts, 1)), peaked(u) + noise * rng.normal(size=u.shape)
 
 
@@ -86,7 +76,6 @@ def test_a_peak_that_is_known_is_found():
     proxy, gold = simulated(400)
     found, sizes = curve(proxy, gold), np.arange(1, 65)
     expected = expected_of_peaked(sizes) - expected_of_peaked(1)
-    assert expected.argmax() + 1 == 6
     assert np.array(found["gain"]) * spread(gold) == pytest.approx(expected, abs=0.05)
     assert found["peak_n_ci95"][0] <= 6 <= found["peak_n_ci95"][1]
     late = found["late_change"]
@@ -94,20 +83,7 @@ def test_a_peak_that_is_known_is_found():
     assert late["mean"] * spread(gold) == pytest.approx(expected[63] - expected[15], abs=0.05)
     assert late["ci95"][1] < 0
     assert np.sqrt(kl(4)) < found["fit"]["peak_sqrt_kl"] < np.sqrt(kl(9))
-    by_proxy = curve(proxy, proxy)
-    assert (np.diff(by_proxy["gain"]) > 0).all()
-    assert by_proxy["late_change"]["ci95"][0] > 0
-    assert by_proxy["peak_n"] == 64
-
-
-def test_a_gold_that_levels_off_is_not_taken_for_one_that_falls():
-    """Though the fit, a parabola, bends down, and some n before the last has the largest gain by chance."""
-    falls = 0
-    for seed in range(20):
-        rng = np.random.default_rng(seed)
-        u = rng.uniform(size=(64, 32))
-        falls += curve(u, np.minimum(u, 0.6) + 0.3 * rng.normal(size=u.shape))["late_change"]["ci95"][1] < 0
-    assert falls <= 2  # of 20, of which 1 in 40 is to be expected
+    assert (np.diff(curve(proxy, proxy)["gain"]) > 0).all()
 
 
 def test_intervals_hold_what_is_true_about_as_often_as_they_say():
@@ -118,21 +94,6 @@ def test_intervals_hold_what_is_true_about_as_often_as_they_say():
         low, high = np.array(curve(proxy, gold)["gain_ci95"][n - 1]) * spread(gold)
         held += low <= true <= high
     assert 84 <= held <= 100
-
-
-def test_a_unit_and_a_zero_of_rewards_are_no_matter():
-    proxy, gold = simulated(10)
-    offset = np.arange(10.0)[:, None]
-    assert curve(7 * proxy - offset, 100 * gold + offset)["gain"] == pytest.approx(curve(proxy, gold)["gain"])
-
-
-def test_one_prompt_has_no_interval_and_two_replies_have_no_fit():
-    found = curve(*simulated(1, replies=2))
-    assert found["gain_ci95"] is found["late_change"]["ci95"] is found["peak_n_ci95"] is None
-    assert found["fit"]["alpha"] is None
-    assert found["late_change"]["from_n"] == 1
-    assert mean_interval(np.array([np.nan])) == {"mean": None, "ci95": None}
-    assert mean_interval(np.array([2.0, np.nan])) == {"mean": 2.0, "ci95": None}
 
 
 def test_equal_rewards_gain_nothing():
