@@ -183,7 +183,8 @@ class Scored(NamedTuple):
 def _score(path: str, splits: dict[str, Split], *, with_edits: bool = False) -> dict[str, Scored]:
     """Load a model and score every data set with it."""
     model = RewardModel.from_pretrained(path, device=str(processes().device))
-    score = partial(model.score, progress=processes().is_main_process, unfit=np.nan)
+    alone = partial(model.score, progress=processes().is_main_process, unfit=np.nan)
+    score = partial(each_once, function=lambda items: list(alone(items)))
     result = {}
     for name, whole in splits.items():
         with main_process_first():
@@ -192,7 +193,7 @@ def _score(path: str, splits: dict[str, Split], *, with_edits: bool = False) -> 
             say(f"{name}: {split.excluded[reason]} left out, {reason}: {detail}")
         lines = summary.predictions(name, split, _rewards(model, split))
         fits = np.flatnonzero(np.equal(arrow_column(split.tokenized, "excluded").to_pylist(), ""))
-        edits = consistency(split, partial(each_once, function=score)) if with_edits else {}
+        edits = consistency(split, score) if with_edits else {}
         result[name] = Scored(split, dict(zip(fits.tolist(), lines, strict=True)), edits)
     return result
 

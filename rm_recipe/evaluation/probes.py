@@ -56,9 +56,9 @@ def consistency(
     """
     numbers = np.linspace(0, len(split.comparisons) - 1, min(N_COMPARISONS, len(split.comparisons)))
     items = [
-        {"prompt": comparison.prompt, "response": edit(reply)}
+        {"prompt": comparison.prompt, "response": edit(reply) if edit else reply}
         for comparison in (split[int(number)] for number in numbers)
-        for edit in (str, *EDITS.values())
+        for edit in (None, *EDITS.values())
         for reply in (comparison.responses[0], comparison.responses[-1])
     ]
     rewards = np.reshape(np.asarray(score(items), float), (-1, 1 + len(EDITS), 2))
