@@ -22,6 +22,7 @@ from rm_recipe.data.comparison import (
     check_unicode,
     in_context,
     split_at_common_prefix,
+    tools_of,
 )
 from rm_recipe.data.loading import read_rows, unit
 from rm_recipe.data.tokenization import encode
@@ -121,9 +122,10 @@ class RewardModel:
 
     def _encode(self, item: dict[str, Any], name: str) -> list[int]:
         _check_item(item, name)
-        prompt, response = item["prompt"], item["response"]
+        response = item["response"]
         try:
-            comparison = Comparison(in_context(as_messages(prompt), item), [as_reply(prompt, response)])
+            prompt = in_context(as_messages(item["prompt"]), item)
+            comparison = Comparison(prompt, [as_reply(item["prompt"], response)], tools=tools_of(item))
             check_unicode([*(message["content"] for message in comparison.prompt), response])
             encoded = encode(self.tokenizer, comparison, self.max_length, self.truncation)
         except Excluded as excluded:

@@ -3,6 +3,7 @@
 `tokenize` is the second of two cached passes over a data set; the first is in `loading`.
 """
 
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -167,13 +168,20 @@ def count_unshown(split: Split) -> dict[str, int]:
 
 def _texts(tokenizer: PreTrainedTokenizerBase, comparison: Comparison) -> list[str]:
     """The K conversations through the chat template; raises Excluded where that cannot be."""
-    texts = [*(message["content"] for message in comparison.prompt), *comparison.responses]
+    calls = [message["tool_calls"] for message in comparison.prompt if "tool_calls" in message]
+    tools = [text for text in (comparison.tools, *calls) if text]
+    texts = [*(message["content"] for message in comparison.prompt), *comparison.responses, *tools]
     if any(map(special_tokens(tokenizer).search, texts)):
         raise Excluded("control_tokens")
     try:
-        return [render(tokenizer, messages) for messages in comparison.conversations()]
+        texts = [render(tokenizer, messages, comparison.tools) for messages in comparison.conversations()]
     except (TemplateError, TypeError) as error:  # such as one that wants user and assistant to alternate
         raise Excluded("refused_by_template", f"the template says: {one_line(error)}") from None
+    for tool in (tool for text in tools for tool in json.loads(text)):
+        name = str((tool.get("function") or tool).get("name"))
+        if name not in texts[0]:
+            raise Excluded("tools", f"the template does not show '{name}'")
+    return texts
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
@@ -203,13 +211,12 @@ def _fit(
     """The conversations as they fit `max_length`: cut alike, or each as its reply needs it alone."""
     fitted = conversations
     if max_length is not None and alike:
-        fitted = _truncate(
-            tokenizer, comparison.prompt, comparison.responses, conversations, max_length, truncation
-        )
+        fitted = _truncate(tokenizer, comparison, conversations, max_length, truncation)
     elif max_length is not None:
         fitted = []
         for response, ids in zip(comparison.responses, conversations, strict=True):
-            fitted += _truncate(tokenizer, comparison.prompt, [response], [ids], max_length, truncation)
+            alone = replace(comparison, responses=[response], ranks=[0])
+            fitted += _truncate(tokenizer, alone, [ids], max_length, truncation)
     if _identical(fitted, comparison.ranks):
         raise Excluded("identical_after_tokenization")
     return fitted
@@ -217,8 +224,7 @@ def _fit(
 
 def _truncate(
     tokenizer: PreTrainedTokenizerBase,
-    prompt: list[Message],
-    responses: list[str],
+    comparison: Comparison,
     conversations: list[list[int]],
     max_length: int,
     truncation: str,
@@ -229,7 +235,7 @@ def _truncate(
         return conversations
     while True:
         longest = max(map(len, conversations))
-        prompt_tokens, prompt_tokens_kept = _prompt_tokens(tokenizer, prompt, conversations)
+        prompt_tokens, prompt_tokens_kept = _prompt_tokens(tokenizer, comparison, conversations)
         if longest <= max_length and (prompt_tokens <= room or truncation == "exclude"):  # which cuts nothing
             return conversations
         if longest - prompt_tokens_kept > max_length:
@@ -237,13 +243,13 @@ def _truncate(
         if truncation == "keep_end":
             over = max(prompt_tokens - room, longest - max_length)
             return _cut_front(tokenizer, conversations, prompt_tokens_kept, over)
-        shorter = _drop_oldest_turn(prompt) if truncation == "drop_oldest_turns" else None
+        shorter = _drop_oldest_turn(comparison.prompt) if truncation == "drop_oldest_turns" else None
         if shorter is None and longest > max_length:
             raise Excluded("too_long")
         if shorter is None:
             return conversations
-        prompt = shorter
-        conversations = _ids(tokenizer, _texts(tokenizer, Comparison(prompt, responses)))
+        comparison = replace(comparison, prompt=shorter)
+        conversations = _ids(tokenizer, _texts(tokenizer, comparison))
 
 
 def _identical(conversations: list[list[int]], ranks: list[int]) -> bool:
@@ -263,14 +269,14 @@ def _drop_oldest_turn(prompt: list[Message]) -> list[Message] | None:
 
 
 def _prompt_tokens(
-    tokenizer: PreTrainedTokenizerBase, prompt: list[Message], conversations: list[list[int]]
+    tokenizer: PreTrainedTokenizerBase, comparison: Comparison, conversations: list[list[int]]
 ) -> tuple[int, int]:
     """Tokens of the prompt by itself, whatever the replies, and those of them that the conversations keep.
 
     The K replies' own common start is not among them.
     """
     try:
-        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        text = render(tokenizer, comparison.prompt, comparison.tools, add_generation_prompt=True)
     except (TemplateError, TypeError):  # one that takes no prompt without its reply
         common = len(split_at_common_prefix(conversations).prefix)
         return common, common
@@ -293,6 +299,13 @@ def _cut_front(
     return [ids[:kept] + ids[kept + over :] for ids in conversations]
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
-    """Render the text that is scored: the conversation through the chat template."""
-    return str(tokenizer.apply_chat_template(messages, tokenize=False))
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: str = "", **options: Any
+) -> str:
+    """Render the text that is scored: a conversation, with the tools it offers, by the chat template."""
+    called = [m for m in messages if isinstance(m.get("tool_calls"), str)]
+    if called:
+        messages = [m | {"tool_calls": json.loads(m["tool_calls"])} if m in called else m for m in messages]
+    if tools:
+        options["tools"] = json.loads(tools)
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))

@@ -18,6 +18,7 @@ from huggingface_hub import snapshot_download
 from numpy.typing import NDArray
 
 from rm_recipe.data.dataset import Split, arrow_column
+from rm_recipe.data.loading import read_name
 from rm_recipe.data.splits import changed_data, check_held_out, load_held_out_split, load_split, load_splits
 from rm_recipe.data.tokenization import tokenize
 from rm_recipe.errors import DataError, RecipeError, TrainingError, one_line
@@ -150,14 +151,21 @@ def _earlier_evaluation(output: Path, target: str, weights: dict[str, str], name
     raise RecipeError(f"{output / 'evaluation.json'} is of {whose}; {fix} give another --output")
 
 
+def _data_of(name: str, recipe: Recipe | None) -> DataArguments:
+    """What a name stands for; one without a split means the recipe's test split."""
+    split = {"dataset_test_split": recipe.data.dataset_test_split} if recipe else {}
+    return DataArguments(**(split | read_name(name)))
+
+
 def _load(name: str, recipe: Recipe | None) -> Split:
     with main_process_first():
         if name == HELD_OUT and recipe is not None:
             split = load_held_out_split(recipe)
             check_held_out(recipe.output_dir, split)
         else:
-            data = recipe.data if recipe else DataArguments()
-            split = load_split(DataArguments(dataset_name=name), data.dataset_test_split)
+            data = _data_of(name, recipe)
+            split = load_split(data, data.dataset_test_split)
+            say(f"{name}: read as {', '.join(split.shapes)}")
     if split.unread:
         say(f"{name}: columns not read: {', '.join(split.unread)}")
     return split
@@ -189,8 +197,8 @@ def _score(path: str, splits: dict[str, Split], *, with_edits: bool = False) -> 
     for name, whole in splits.items():
         with main_process_first():
             split = tokenize(whole, model.tokenizer, model.max_length, model.truncation)
-        for reason, detail in split.details.items():
-            say(f"{name}: {split.excluded[reason]} left out, {reason}: {detail}")
+        for reason, rows in split.first_rows.items():
+            say(f"{name}: {split.excluded[reason]} left out, {reason}: first in row {rows[0]}")
         lines = summary.predictions(name, split, _rewards(model, split))
         fits = np.flatnonzero(np.equal(arrow_column(split.tokenized, "excluded").to_pylist(), ""))
         edits = consistency(split, score) if with_edits else {}

@@ -25,7 +25,7 @@ from rm_recipe.data.comparison import (
     check_unicode,
     in_context,
 )
-from rm_recipe.data.formats import is_comparison_shape, parse_row
+from rm_recipe.data.formats import parse_row, shapes_of
 from rm_recipe.data.loading import read_rows, unit
 from rm_recipe.errors import DataError, RecipeError, one_line
 from rm_recipe.evaluation.evaluate import weights_of
@@ -113,7 +113,7 @@ def _parse(row: dict[str, Any], *, replies: bool) -> Sample:
     """
     is_safety = bool(row.get("is_safety"))
     if row.get("prompt") is None:
-        if replies or not is_comparison_shape(row):
+        if replies or not shapes_of(row):
             raise Malformed("prompt", "a text or a list of messages", None)
         return Sample(parse_row(row).prompt, [], is_safety)
     texts: Any = row["responses"] if row.get("responses") is not None else [row.get("response")]

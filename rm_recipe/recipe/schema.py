@@ -27,7 +27,7 @@ OFFLINE_ENCODER = "models/all-minilm-l6-v2"
 OFFLINE_DATA = "data/offline"
 
 MODEL_FILES = ("config.json", "adapter_config.json")  # of which a model folder has one
-DATA_FORMATS = (".jsonl", ".json", ".parquet", ".csv", ".arrow")  # each also with .gz
+DATA_FORMATS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".arrow")  # each also with .gz
 TEMPLATE_FORMATS = (".jinja", ".j2")  # of files with a chat template, as TRL has it
 
 # Chosen anew on every machine unless the recipe says.
@@ -138,6 +138,8 @@ FOREIGN_KEYS = {
     for key in keys.split()
 }
 
+# What `columns` can give a name to.
+COLUMNS = "prompt chosen rejected responses ranks scores verdict system tools subset"
 _POSITIVE = """
 learning_rate per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps max_length
 lora_r lora_alpha num_train_epochs max_train_samples max_eval_samples dataset_num_proc
@@ -159,6 +161,10 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "test_split_size": (lambda x: 0 < x < 1, "must lie between 0 and 1"),
     "target_accuracy": (lambda x: 0 <= x <= 1, "must lie between 0 and 1"),
     "save_total_limit": (lambda x: x >= 2, "must be 2 or more: one is left where the newest is cut off"),
+    "columns": (
+        lambda x: x.keys() <= {*COLUMNS.split()} and len({*x.values()}) == len(x),
+        f"should give each of some of {COLUMNS} another column's name",
+    ),
     "margin_map": (lambda x: min(x.values(), default=0) >= 0, "a margin below 0 would reward being wrong"),
     "metric_for_best_model": (
         lambda x: x.removeprefix("eval_") in METRICS,
@@ -197,6 +203,10 @@ class DataArguments:
     # Share of the prompts to hold out of the train split, all comparisons of a prompt together; 0.1 where a
     # set has a train split only.
     test_split_size: float | None = None
+    # Names that the data set has for ours, e.g. `{prompt: question, chosen: best, rejected: worst}`; also
+    # `responses`, `ranks`, `scores`, `system`, `tools`, `subset`. `verdict` names the one that counts of
+    # several: `{verdict: safer_response_id}`. (In an entry of `datasets`, `columns` is TRL's list.)
+    columns: dict[str, str] | None = None
     # How much better the chosen response is: a number to subtract from the reward difference in the loss
     # (Llama 2, arXiv 2307.09288, section 3.2.2), or a category of `margin_map`. Rankings may have a number
     # for each response: `scores`, say.
@@ -366,5 +376,5 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 
 def looks_local(name: str) -> bool:
     """Whether a name that does not exist was meant as a path: a Hub id is NAME or USER/NAME."""
-    data_file = name.removesuffix(".gz").endswith(DATA_FORMATS)
+    data_file = name.lower().removesuffix(".gz").endswith(DATA_FORMATS)
     return data_file or name.startswith((".", "~", "/")) or name.count("/") > 1
