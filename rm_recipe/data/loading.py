@@ -68,7 +68,7 @@ def load_rows(
     place, files = f"'{source.path}', split '{split}'", found if isinstance(found, list) else []
     if files:
         place = f"'{files[0]}'" if len(files) == 1 else place
-        columns, content = _columns_of(files[0]), [sha256(file) for file in files]
+        columns, content = columns_of(files[0]), [sha256(file) for file in files]
     else:
         columns, content = found.column_names, found._fingerprint
     ours = _named(columns, source, data, margin_column, place)
@@ -82,7 +82,7 @@ def load_rows(
     )
 
     def parse() -> Iterator[dict[str, Any]]:
-        for number, row in _rows_of(found, theirs):
+        for number, row in rows_of(found, theirs):
             row = {name: row.get(column) for name, column in wanted.items()}
             try:
                 for part in formats.rows_of(row, shape):
@@ -264,7 +264,7 @@ def _may_be_a_split(path: Path) -> bool:
     if data_format(path) in (".jsonl", ".ndjson", ".parquet") or path.name.startswith(("train", "test")):
         return True
     try:
-        return bool(formats.shapes_of(_columns_of(path)))
+        return bool(formats.shapes_of(columns_of(path)))
     except DataError:
         return False
 
@@ -309,7 +309,7 @@ def unit(file: Any) -> str:
     return "line" if isinstance(file, Path) and data_format(file) in (".jsonl", ".ndjson") else "row"
 
 
-def _columns_of(file: Path) -> list[str]:
+def columns_of(file: Path) -> list[str]:
     """The columns of a file; of text the keys in its first `PEEK` rows."""
     names: dict[str, None] = {}
     for number, row in islice(_numbered(file, None), PEEK):
@@ -333,7 +333,7 @@ def read_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[tupl
             yield number, row
 
 
-def _rows_of(found: Any, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def rows_of(found: Any, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a split, of its shards' rows numbered on."""
     if not isinstance(found, list):
         yield from enumerate(
