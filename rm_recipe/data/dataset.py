@@ -48,11 +48,10 @@ def with_tools(found: Comparison) -> dict[str, Any]:
 
 
 def _comparison(prompt: list[Message], tools: str = "", **columns: Any) -> Comparison:
-    calls = []
     if tools:
         tools, calls = json.loads(tools)
-    for message, call in zip(prompt, calls, strict=False):
-        message |= {"tool_calls": call} if call else {}
+        both = zip(prompt, calls, strict=True)  # not written into the prompt, which is the data set's
+        prompt = [message | {"tool_calls": call} if call else message for message, call in both]
     return Comparison(prompt, tools=tools, **columns)
 
 

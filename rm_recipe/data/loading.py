@@ -83,7 +83,7 @@ def load_rows(
 
     def parse() -> Iterator[dict[str, Any]]:
         for number, row in rows_of(found, theirs):
-            row = {name: row.get(column) for name, column in wanted.items()}
+            row = row if complete else {name: row.get(column) for name, column in wanted.items()}
             try:
                 for part in formats.rows_of(row, shape):
                     yield _parsed(part, number, subset, parse_row)
