@@ -15,8 +15,8 @@ from rm_recipe.model.tokenizer import positions
 from rm_recipe.recipe.schema import DataArguments
 from rm_recipe.scoring import RewardModel
 
-# A row of a benchmark: its columns, and the rewards of its `good` and of its `bad`
-# responses, each in their order; three times NaN where it could not be scored.
+# A row of a benchmark: its columns, and the rewards of its `good` and of its `bad` responses, each in their
+# order; three times NaN where it could not be scored.
 Row = dict[str, Any]
 Scores = tuple[float, dict[str, float]]  # of the benchmark, and of its sections by name
 
@@ -181,17 +181,17 @@ def _fits(name: str, row: Row) -> bool:
     return name != "RewardBench" or bool(_by_section([row], "subset", REWARD_BENCH))
 
 
-def result(benchmark: Benchmark, split: Split, lines: Iterable[dict[str, Any]]) -> dict[str, Any]:
+def benchmark_result(benchmark: Benchmark, split: Split, lines: Mapping[int, Any]) -> dict[str, Any]:
     """`benchmark` of `evaluation.json`: its name, score and sections, and how many rows were cut.
 
     Args:
         split: tokenised.
-        lines: of `predictions.jsonl`.
+        lines: of `predictions.jsonl`, by number.
     """
     name, rows = benchmark
     unscored = {"good": np.full(3, np.nan), "bad": np.full(3, np.nan)}
     rows = {number: row | unscored for number, row in rows.items()}
-    for line in lines:
+    for line in lines.values():
         rewards, best = np.array(line["rewards"]), line["ranks"].count(0)
         rows[line["row"]] |= {"good": rewards[:best], "bad": rewards[best:]}
     score, sections = BENCHMARKS[name][1](list(rows.values()))

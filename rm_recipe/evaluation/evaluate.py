@@ -23,7 +23,7 @@ from rm_recipe.data.splits import changed_data, check_held_out, load_held_out_sp
 from rm_recipe.data.tokenization import tokenize
 from rm_recipe.errors import DataError, RecipeError, TrainingError, one_line
 from rm_recipe.evaluation import summary
-from rm_recipe.evaluation.benchmarks import Benchmark, find_benchmark, in_full, result
+from rm_recipe.evaluation.benchmarks import Benchmark, benchmark_result, find_benchmark, in_full
 from rm_recipe.evaluation.findings import HELD_OUT, gate
 from rm_recipe.evaluation.metrics import paired_difference
 from rm_recipe.evaluation.probes import Scorer, bag_of_words, consistency
@@ -74,7 +74,7 @@ def evaluate(
         words = bag_of_words(train.comparisons) if train else None
         results = {name: _figures(scored[name], train, words) for name in names}
         for name, benchmark in benchmarks.items():
-            results[name]["benchmark"] = result(benchmark, scored[name].split, scored[name].lines.values())
+            results[name]["benchmark"] = benchmark_result(benchmark, *scored[name][:2])
         for name, found in other.items():
             results[name]["against"] = {"model": against, **_compare(scored[name].lines, found.lines)}
         content = _merged(before, target, recipe, weights, results)
