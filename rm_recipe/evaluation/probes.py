@@ -64,7 +64,7 @@ def consistency(
         replies += [edit(reply) for edit in EDITS.values() for reply in replies[:2]]
         tied = [0] * len(replies)  # an edit may come to nothing in the template
         try:
-            everything = Comparison(comparison.prompt, replies, tied)
+            everything = Comparison(comparison.prompt, replies, tied, tools=comparison.tools)
             encoded.append(encode(model.tokenizer, everything, model.max_length, model.truncation))
         except Excluded:  # too long with the edit
             continue
