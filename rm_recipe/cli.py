@@ -105,8 +105,14 @@ def check(
 @app.command()
 def evaluate(
     target: Model,
+    more: Annotated[
+        list[str] | None, typer.Argument(metavar="", help="More data sets, after --dataset.", hidden=True)
+    ] = None,
     dataset: Annotated[
-        list[str] | None, typer.Option(help="A data set instead of the held-out split; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            help="NAME[:SUBSET][@SPLIT][#REVISION] or a path, instead of the held-out split; several."
+        ),
     ] = None,
     output: Output = None,
     against: Annotated[str | None, typer.Option(help="Another model to compare with.")] = None,
@@ -119,7 +125,9 @@ def evaluate(
     from rm_recipe.evaluation.report import print_evaluation
     from rm_recipe.processes import processes
 
-    names = list(dict.fromkeys(dataset or [HELD_OUT]))
+    if more and not dataset:
+        raise typer.BadParameter(f"what is {' '.join(more)}? Data sets come after --dataset")
+    names = list(dict.fromkeys([*(dataset or [HELD_OUT]), *(more or [])]))
     if gate:
         check_gate(target, names)
     content = evaluate_model(target, dataset, output, against)

@@ -229,7 +229,7 @@ def test_a_prompt_is_read_as_in_training(model):
     ]
     assert np.ptp(model.score(items)) == pytest.approx(0, abs=1e-6)
     assert model.score(items)[0] != model.score([{"prompt": turns, "response": "fine"}])[0]
-    with pytest.raises(DataError, match="item 1: tools: the tools that its prompt offers are not rendered"):
+    with pytest.raises(DataError, match="item 1: tools: the template does not show 'f'"):
         model.score([{"prompt": turns, "response": "fine", "tools": [{"name": "f"}]}])
 
 

@@ -25,7 +25,7 @@ from rm_recipe.data import comparison, formats
 from rm_recipe.data.comparison import Comparison, Excluded, Malformed, Message
 from rm_recipe.data.dataset import cache_key, with_tools
 from rm_recipe.errors import DataError, one_line
-from rm_recipe.files import sha256
+from rm_recipe.files import LFS_POINTER, is_lfs_pointer, sha256
 from rm_recipe.recipe.schema import DATA_FORMATS, DataArguments, looks_local
 
 CODE = [sys.modules[__name__], formats, comparison]  # that a comparison follows from
@@ -351,9 +351,8 @@ def _numbered(file: Path, columns: Sequence[str] | None) -> Iterator[tuple[int, 
     """As `read_rows`; of a table first, as number 0, a row with the names of all its columns."""
     number = 0
     try:
-        with file.open("rb") as stream:
-            if stream.read(23) == b"version https://git-lfs":
-                raise DataError(f"'{file}' is a Git LFS pointer, not the file itself; fetch it: git lfs pull")
+        if is_lfs_pointer(file):
+            raise DataError(f"'{file}' {LFS_POINTER}")
         with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as stream:
             for number, row in _values(stream, file, columns):
                 if not isinstance(row, dict):

@@ -85,6 +85,7 @@ class HeldOut:
         found = cls([], [], [], [], {})
         for number, row in enumerate(split.comparisons):
             is_whole = [len(row["prefix"]) + len(rest) for rest in row["suffixes"]] == row["lengths"]
+            is_whole = is_whole and not row.get("tools")  # which TRL's trainer and the pipeline are not given
             for k, messages in enumerate(split[number].conversations()):
                 if is_whole and len(found.texts) < N_SERVED:
                     found.texts[len(found.names)] = messages

@@ -1,6 +1,7 @@
 """A base in a folder or on the Hub: its configuration, an SFT adapter's, and its safetensors files."""
 
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
@@ -8,7 +9,7 @@ from peft import PeftConfig
 from transformers import AutoConfig
 
 from rm_recipe.errors import RecipeError, one_line
-from rm_recipe.files import holds, pickle_fault
+from rm_recipe.files import LFS_POINTER, holds, is_lfs_pointer, pickle_fault
 
 
 def check_safetensors(name: str, revision: str = "main", *, adapter: bool = False) -> None:
@@ -44,8 +45,12 @@ def adapter_config(name: str, revision: str = "main") -> PeftConfig | None:
     """What PEFT knows of an adapter, in a folder or on the Hub; None where `name` is no adapter.
 
     Raises:
-        RecipeError: it cannot be read, or the Hub has nothing under that name.
+        RecipeError: it cannot be read, the Hub has nothing under that name, or a file of the folder is not
+            there but a Git LFS pointer to it.
     """
+    for path in filter(Path.is_file, sorted(Path(name).glob("*"))):
+        if is_lfs_pointer(path):
+            raise RecipeError(f"'{path}' {LFS_POINTER}")
     try:
         found = holds(name, "adapter_config.json", revision)
         return PeftConfig.from_pretrained(name, revision=revision) if found else None

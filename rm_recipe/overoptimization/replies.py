@@ -92,6 +92,11 @@ def _read(file: Path, most: int | None, *, replies: bool) -> tuple[list[Sample],
             continue
         except Malformed as fault:
             raise DataError(f"{file}, {unit(file)} {number}: {fault}") from None
+        if row.get("tools") or any(
+            "tool_calls" in message for message in new.prompt
+        ):  # no policy is given them
+            excluded["tools"] += 1
+            continue
         before = found.get(new.key)
         if before is not None:
             cut = None if before.cut is None or new.cut is None else before.cut + new.cut
