@@ -106,7 +106,11 @@ def check(
 @app.command()
 def evaluate(
     target: Model,
-    dataset: Annotated[list[str] | None, Option(help="Data instead of held_out; repeatable.")] = None,
+    more: Annotated[list[str] | None, Argument(help="More data sets, after --dataset.", hidden=True)] = None,
+    dataset: Annotated[
+        list[str] | None,
+        Option(help="A path or NAME[:SUBSET][@SPLIT][#REVISION] instead of held_out; several."),
+    ] = None,
     output: Output = None,
     against: Annotated[str | None, Option(help="Compare with another model.")] = None,
     gate: Annotated[bool, Option("--gate", help="Exit with 1 if target_accuracy is missed.")] = False,
@@ -118,7 +122,9 @@ def evaluate(
     from rm_recipe.evaluation.report import print_evaluation
     from rm_recipe.processes import processes
 
-    names = list(dict.fromkeys(dataset or [HELD_OUT]))
+    if more and not dataset:
+        raise typer.BadParameter(f"what is {' '.join(more)}? Data sets come after --dataset")
+    names = list(dict.fromkeys([*(dataset or [HELD_OUT]), *(more or [])]))
     if gate:
         check_gate(target, names)
     content = evaluate_model(target, dataset, output, against)

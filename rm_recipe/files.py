@@ -246,6 +246,15 @@ def _on_hub(name: str, file: str, revision: str) -> bool:
     return bool(has_file(name, file, revision))
 
 
+def is_lfs_pointer(path: Path) -> bool:
+    """Tell whether a file is what Git LFS leaves in the place of one that it has not fetched."""
+    with path.open("rb") as file:
+        return file.read(23) == b"version https://git-lfs"
+
+
+LFS_POINTER = "is a Git LFS pointer, not the file itself; fetch it: git lfs pull"
+
+
 def pickle_fault(name: str, revision: str = "main", *, adapter: bool = False) -> str:
     """What is wrong with a model or adapter whose weights are a pickle; else nothing.
 

@@ -197,7 +197,7 @@ def test_a_prompt_is_read_as_in_training(model):
     assert np.ptp(rewards[:4]) == pytest.approx(0, abs=1e-6)
     assert rewards[4] == pytest.approx(rewards[5], abs=1e-6)
     assert rewards[0] != rewards[5]
-    with pytest.raises(DataError, match="item 1: tools: the tools that its prompt offers are not rendered"):
+    with pytest.raises(DataError, match="item 1: tools: the template does not show 'f'"):
         model.score([{**items[0], "tools": [{"name": "f"}]}])
 
 

@@ -23,6 +23,7 @@ from rm_recipe.data.splits import changed_data, check_held_out, load_held_out_sp
 from rm_recipe.data.tokenization import tokenize
 from rm_recipe.errors import DataError, RecipeError, TrainingError, one_line
 from rm_recipe.evaluation import summary
+from rm_recipe.evaluation.benchmarks import Benchmark, benchmark_result, find_benchmark, in_full
 from rm_recipe.evaluation.findings import HELD_OUT, gate
 from rm_recipe.evaluation.metrics import paired_difference
 from rm_recipe.evaluation.probes import Scorer, bag_of_words, consistency
@@ -64,19 +65,22 @@ def evaluate(
     weights = weights_of(target)
     before = _earlier_evaluation(output, target, weights, names)
     splits = {name: _load(name, recipe) for name in names}
-    scored = _score(target, splits, with_edits=True)
-    other = _score(against, splits) if against else {}
+    benchmarks = _benchmarks_among(names, recipe)
+    scored = _score(target, splits, benchmarks, with_edits=True)
+    other = _score(against, splits, benchmarks) if against else {}
     content = None
     if processes().is_main_process:
         train = _train_split(recipe) if recipe else None
         words = bag_of_words(train.comparisons) if train else None
-        results = {name: _figures(found, train, words) for name, found in scored.items()}
+        results = {name: _figures(scored[name], train, words) for name in names}
+        for name, benchmark in benchmarks.items():
+            results[name]["benchmark"] = benchmark_result(benchmark, *scored[name][:2])
         for name, found in other.items():
             results[name]["against"] = {"model": against, **_compare(scored[name].lines, found.lines)}
         content = _merged(before, target, recipe, weights, results)
         if not before:
             (output / summary.PREDICTIONS).unlink(missing_ok=True)
-        lines = [line for found in scored.values() for line in found.lines.values()]
+        lines = [line for name in names for line in scored[name].lines.values()]
         summary.write_predictions(output, lines)
         write_json(output / "evaluation.json", content)
         write_report(output)
@@ -151,21 +155,29 @@ def _earlier_evaluation(output: Path, target: str, weights: dict[str, str], name
     raise RecipeError(f"{output / 'evaluation.json'} is of {whose}; {fix} give another --output")
 
 
+def _data_of(name: str, recipe: Recipe | None) -> DataArguments:
+    """What a name stands for; one without a split means the recipe's test split."""
+    split = {"dataset_test_split": recipe.data.dataset_test_split} if recipe else {}
+    return DataArguments(**(split | read_name(name)))
+
+
 def _load(name: str, recipe: Recipe | None) -> Split:
     with main_process_first():
         if name == HELD_OUT and recipe is not None:
             split = load_held_out_split(recipe)
             check_held_out(recipe.output_dir, split)
         else:
-            given = read_name(name)
-            test = recipe.data.dataset_test_split if recipe else DataArguments.dataset_test_split
-            data = DataArguments(**{"dataset_test_split": test, **given})
+            data = _data_of(name, recipe)
             split = load_split(data, data.dataset_test_split)
-    if name != HELD_OUT:
-        say(f"{name}: read as {', '.join(split.shapes)}")
+            say(f"{name}: read as {', '.join(split.shapes)}")
     if split.unread:
         say(f"{name}: columns not read: {', '.join(split.unread)}")
     return split
+
+
+def _benchmarks_among(names: list[str], recipe: Recipe | None) -> dict[str, Benchmark]:
+    found = {name: find_benchmark(_data_of(name, recipe)) for name in names if name != HELD_OUT}
+    return {name: benchmark for name, benchmark in found.items() if benchmark}
 
 
 # --- rewards -----------------------------------------------------------------------------------
@@ -185,21 +197,28 @@ class Scored(NamedTuple):
     edits: dict[str, Any]
 
 
-def _score(path: str, splits: dict[str, Split], *, with_edits: bool = False) -> dict[str, Scored]:
-    """Load a model and score every data set with it."""
+def _score(
+    path: str, splits: dict[str, Split], benchmarks: dict[str, Benchmark], *, with_edits: bool = False
+) -> dict[str, Scored]:
+    """Load a model and score every data set with it, the benchmarks last, in full."""
     model = RewardModel.from_pretrained(path, device=str(processes().device))
-    score = partial(model.score, progress=processes().is_main_process, unfit=np.nan)
-    result = {}
-    for name, whole in splits.items():
+    scored = {}
+    for name in sorted(splits, key=benchmarks.__contains__):
+        model = in_full(model) if name in benchmarks else model
         with main_process_first():
-            split = tokenize(whole, model.tokenizer, model.max_length, model.truncation)
+            split = tokenize(splits[name], model.tokenizer, model.max_length, model.truncation)
         for reason, rows in split.first_rows.items():
             say(f"{name}: {split.excluded[reason]} left out, {reason}: first in row {rows[0]}")
         lines = summary.predictions(name, split, _rewards(model, split))
         fits = np.flatnonzero(np.equal(arrow_column(split.tokenized, "excluded").to_pylist(), ""))
-        edits = consistency(split, partial(each_once, function=score)) if with_edits else {}
-        result[name] = Scored(split, dict(zip(fits.tolist(), lines, strict=True)), edits)
-    return result
+        edits = consistency(split, partial(_score_items, model)) if with_edits else {}
+        scored[name] = Scored(split, dict(zip(fits.tolist(), lines, strict=True)), edits)
+    return scored
+
+
+def _score_items(model: RewardModel, items: list[dict[str, Any]]) -> list[np.float32]:
+    score = partial(model.score, progress=processes().is_main_process, unfit=np.nan)
+    return each_once(items, lambda own: list(score(own)))
 
 
 def _rewards(model: RewardModel, split: Split) -> list[NDArray[np.float32]]:

@@ -72,6 +72,10 @@ def readings(figures: dict[str, Any]) -> list[Finding]:
         theirs = f"{other.get('model')} has accuracy {decimal(other.get('other_accuracy'))} {where}"
         said = f"{theirs}; this model's minus that is {lead}, McNemar's p {p_value(other.get('p_value'))}."
         found.append(("plain", said))
+    if own := figures.get("benchmark"):
+        parts = "".join(f"; {name} {decimal(score)}" for name, score in own["sections"].items())
+        cut = f"{whole(own['cut'])} of {whole(figures['n_scored'])} rows were cut"
+        found.append(("plain", f"{own['name']} by its own rules: {decimal(own['score'])}{parts}; {cut}."))
     return found
 
 

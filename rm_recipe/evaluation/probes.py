@@ -46,7 +46,7 @@ def consistency(
     """For each of `EDITS` how rewards of the best and the worst response of some comparisons change.
 
     Args:
-        score: gives the rewards of `{"prompt", "response"}` items, NaN where one does not fit the model.
+        score: gives the rewards of `{"prompt", "tools", "response"}` items, NaN where one does not fit.
 
     Returns:
         by edit: `n` replies, `mean_change` and `std_change` of their rewards, the `largest` change either
@@ -56,10 +56,10 @@ def consistency(
     """
     numbers = np.linspace(0, len(split.comparisons) - 1, min(N_COMPARISONS, len(split.comparisons)))
     items = [
-        {"prompt": comparison.prompt, "response": edit(reply)}
-        for comparison in (split[int(number)] for number in numbers)
-        for edit in (str, *EDITS.values())
-        for reply in (comparison.responses[0], comparison.responses[-1])
+        {"prompt": found.prompt, "tools": found.tools, "response": edit(reply) if edit else reply}
+        for found in (split[int(number)] for number in numbers)
+        for edit in (None, *EDITS.values())
+        for reply in (found.responses[0], found.responses[-1])
     ]
     rewards = np.reshape(np.asarray(score(items), float), (-1, 1 + len(EDITS), 2))
     rewards = rewards[np.isfinite(rewards).all((1, 2))]

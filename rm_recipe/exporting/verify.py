@@ -93,7 +93,8 @@ class Verification:
             for number, ranks in enumerate(self.ranks, 1)
             for k in range(1, len(ranks) + 1)
         ]
-        lengths = [length for row in rows for length in row["lengths"]]
+        # TRL's trainer and the pipeline are not given tools, nor what `max_length` has cut.
+        lengths = [0 if row["tools"] else length for row in rows for length in row["lengths"]]
         whole = [i for i, ids in enumerate(self.sequences) if len(ids) == lengths[i]][:N_SERVED]
         messages = [messages for number in range(len(rows)) for messages in split[number].conversations()]
         self.texts = {number: messages[number] for number in whole}

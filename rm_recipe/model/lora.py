@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from rm_recipe.errors import RecipeError, TrainingError, one_line
-from rm_recipe.files import holds
+from rm_recipe.files import LFS_POINTER, holds, is_lfs_pointer
 from rm_recipe.model.head import Float32Linear, outermost, read_own_precision, saved_tensors
 from rm_recipe.processes import is_out_of_memory
 from rm_recipe.recipe.schema import did_you_mean
@@ -68,8 +68,12 @@ def adapter_config(name: str, revision: str = "main") -> PeftConfig | None:
     """What PEFT knows of an adapter, in a folder or on the Hub; None where `name` is no adapter.
 
     Raises:
-        RecipeError: it cannot be read, or the Hub has nothing under that name.
+        RecipeError: it cannot be read, the Hub has nothing under that name, or a file of the folder is not
+            there but a Git LFS pointer to it.
     """
+    for path in filter(Path.is_file, sorted(Path(name).glob("*"))):
+        if is_lfs_pointer(path):
+            raise RecipeError(f"'{path}' {LFS_POINTER}")
     with readable(f"'model_name_or_path: {name}' cannot be loaded"):
         found = holds(name, "adapter_config.json", revision)
         return PeftConfig.from_pretrained(name, revision=revision) if found else None

@@ -74,6 +74,10 @@ def read_samples(file: Path, most: int | None = None, *, replies: bool = True) -
             continue
         except Malformed as fault:
             raise DataError(f"{file}, {unit(file)} {number}: {fault}") from None
+        called = any("tool_calls" in message for message in new.prompt)
+        if row.get("tools") or called:  # which no policy is given
+            excluded["tools"] += 1
+            continue
         if before := found.get(new.key):
             new = replace(before, responses=before.responses + new.responses, cut=None)
         found[new.key] = new

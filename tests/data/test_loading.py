@@ -140,7 +140,7 @@ def test_rows_come_with_the_number_of_their_line_or_element(tmp_path, name, cont
         ("a.jsonl.gz", PACKED[:-8] + b"\x00" * 8, "cannot be read: CRC check failed"),
         ("a.json", b'[{"chosen": "a"},\n {"chosen": ]', "not JSON: Expecting value: line 2 column 13"),
         ("a.parquet", b"not parquet", "cannot be read: Parquet"),
-        ("a.tsv", b"a\tb", "is no data file"),
+        ("a.txt", b"a\tb", "is no data file"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\nsize 9\n", "is a Git LFS pointer"),
     ],
 )
@@ -208,6 +208,7 @@ def hub(monkeypatch):
         return hf_datasets.DatasetDict(dict.fromkeys(("train", "test"), hf_datasets.Dataset.from_list(ROWS)))
 
     monkeypatch.setattr(loading.hf_datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(loading.hf_datasets, "get_dataset_config_names", lambda *_: ["default", "preference"])
     return asked
 
 
@@ -216,6 +217,8 @@ def test_the_four_tranches_of_hh_rlhf_are_asked_for_by_data_dir(hub):
     assert load("Anthropic/hh-rlhf", dataset_subsets=tranches, dataset_revision="09be8c5").rows == 4 * 3
     assert [call["data_dir"] for call in hub] == tranches
     assert {(call["path"], call["revision"]) for call in hub} == {("Anthropic/hh-rlhf", "09be8c5")}
+    assert load("nvidia/HelpSteer3", dataset_subsets=["preference"]).rows == 3
+    assert (hub[-1]["name"], hub[-1]["data_dir"]) == ("preference", None)  # a configuration of that name
 
 
 @pytest.mark.usefixtures("hub")
@@ -302,7 +305,7 @@ def test_columns_and_rows_that_are_missing_or_of_the_wrong_type_are_named(tmp_pa
         (path, {"margin_column": "margin"}, "x.jsonl' has no column margin"),
         (path, levels | {"margin_map": {"much": 1}}, "line 1: column 'strength' .* one of margin_map's much"),
         (path, {"columns": [*pair, "other"]}, "x.jsonl' has no column other"),
-        (path, {"columns": pair[:2]}, "its columns are prompt, chosen; rm_recipe needs chosen, rejected"),
+        (path, {"columns": pair[:2]}, "its columns are prompt, chosen; rm_recipe needs prompt, chosen and"),
         (empty, {}, "none.parquet' is empty"),
         (table, {}, "x.parquet', row 1: column 'chosen' should be a text"),
     ):

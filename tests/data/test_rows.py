@@ -116,7 +116,11 @@ REFUSED = {
     "reply_of_several_messages": {**PAIR, "chosen": [*CALLED, REPLY], "rejected": [REPLY]},
     "prompt_ends_with_reply": {**PAIR, "prompt": [USER, REPLY]},
     "two_system_messages": {**PAIR, "prompt": [SYSTEM, USER], "system": "Be kind."},
-    "tools": {**PAIR, "tools": [{"type": "function"}]},
+    "not_text": {**PAIR, "images": ["a.png"]},
+    "tool_calls": {
+        **PAIR,
+        "chosen": [{**REPLY, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}],
+    },
     "invalid_text": {**PAIR, "chosen": "a\ud800"},
     "single_response": {"prompt": "p", "responses": ["a"], "ranks": [1]},
     "ranks_do_not_match": {"prompt": "p", "responses": ["a", "b"], "ranks": [1]},
@@ -141,7 +145,8 @@ def test_a_score_that_is_no_number_leaves_its_row_out_and_is_shown(score):
     ("row", "column"),
     [
         ({"prompt": "p", "chosen": 5, "rejected": "b"}, "chosen"),
-        ({"prompt": {"role": "user"}, "chosen": "a", "rejected": "b"}, "prompt"),
+        ({"prompt": 5, "chosen": "a", "rejected": "b"}, "prompt"),
+        ({**PAIR, "tools": "f"}, "tools"),
         ({"prompt": "p", "responses": "ab", "ranks": [1, 2]}, "responses"),
         ({"prompt": "p", "responses": ["a", "b"], "ranks": 1}, "ranks"),
         ({"instruction": "p", "completions": ["a", "b"]}, "completions"),
@@ -224,6 +229,7 @@ def test_a_margin_that_is_neither_names_its_column(value):
 def test_roles_by_other_names_are_read_as_what_they_are_and_unknown_ones_named():
     for theirs, ours in {"human": "user", "gpt": "assistant", "developer": "system", "Tool ": "tool"}.items():
         assert as_messages([{**said(theirs, "a"), "name": "x"}]) == [said(ours, "a")]
+        assert as_messages({"from": theirs, "value": "a"}) == [said(ours, "a")]
     assert why(as_messages, [USER, said("narrator", "q")]) == ("unknown_role", "role 'narrator'")
 
 
@@ -239,8 +245,7 @@ def test_parts_of_text_are_joined_and_another_kind_of_part_is_named():
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        ({"tool_calls": [{"function": {"name": "f"}}], "content": None}, "tool_calls"),
-        ({"function_call": {"name": "f"}}, "tool_calls"),
+        ({"tool_calls": [{"function": {"name": "f"}}]}, "tool_calls"),
         ({"reasoning_content": "hm"}, "reasoning_content"),
         ({"thinking": "hm"}, "reasoning_content"),
         ({"content": None}, "not_messages"),
@@ -250,6 +255,14 @@ def test_parts_of_text_are_joined_and_another_kind_of_part_is_named():
 def test_what_a_message_says_beside_its_text_is_no_silent_loss(more, reason):
     assert why(as_messages, [USER, {**REPLY, **more}])[0] == reason
     assert as_messages([{**REPLY, "tool_calls": [], "reasoning_content": None, "weight": 1}]) == [REPLY]
+
+
+def test_calls_of_tools_are_kept_as_json_however_they_are_written():
+    call = {"name": "f", "arguments": {"n": 1}}
+    kept = {**REPLY, "content": "", "tool_calls": json.dumps([{"type": "function", "function": call}])}
+    as_text = {"type": "function", "function": {"name": "f", "arguments": '{"n": 1}'}}
+    for written in ({"tool_calls": [as_text]}, {"function_call": call}):
+        assert as_messages([{**REPLY, "content": None, **written}]) == [kept]
 
 
 TURNS = [USER, REPLY, said("user", "And you?\n\nReally?")]

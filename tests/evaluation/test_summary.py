@@ -72,15 +72,11 @@ def test_a_model_beats_the_baselines_where_it_surely_beats_the_best_of_them(n_ri
     assert (difference["ci95"][0] > 0) is beats
 
 
-def test_the_worst_mistakes_and_the_closest_of_the_others_are_shown(monkeypatch):
+def test_the_worst_mistakes_and_the_closest_of_the_others_are_shown_with_their_texts(monkeypatch):
     monkeypatch.setattr(summary, "SHOWN", 2)
     lines = make_lines([[margin, 0.0] for margin in (-5.0, 3.0, 0.1, -0.2, -7.0, 0.0)])
     shown = {line["index"]: line["shown"] for line in lines if "shown" in line}
     assert shown == {4: "mistake", 0: "mistake", 5: "close", 2: "close"}
-
-
-def test_only_what_is_shown_carries_its_text():
-    lines = make_lines([[float(i), 50.0] for i in range(60)])
     assert all(("text" in line) == ("shown" in line) for line in lines)
-    assert lines[3]["text"]["responses"] == ["reply 3 0", "reply 3 1"]
-    assert (lines[3]["row"], lines[3]["margin"], lines[3]["tokens"]) == (13, -47, [5, 6])
+    assert lines[4]["text"]["responses"] == ["reply 4 0", "reply 4 1"]
+    assert (lines[4]["row"], lines[4]["margin"], lines[4]["tokens"]) == (14, -7, [6, 7])
