@@ -182,7 +182,7 @@ def _load(name: str, recipe: Recipe | None) -> Split:
             given = read_name(name)
             data = DataArguments(**given)
             if recipe is not None and "dataset_test_split" not in given:
-                data = replace(data, dataset_test_split=recipe.data.dataset_test_split)
+                data = replace(data, dataset_test_split=recipe.data.dataset_test_split.partition("[")[0])
             split = load_split(data, data.dataset_test_split)
     if name != HELD_OUT:
         say(f"{name}: read as {', '.join(split.shapes)}")
