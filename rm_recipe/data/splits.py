@@ -108,7 +108,7 @@ def hold_out_share(data: DataArguments) -> float | None:
     Raises:
         DataError: some sources have a test split and others have not.
     """
-    if data.test_split_size is not None:
+    if data.test_split_size is not None or "[" in data.dataset_test_split:  # a slice, of a file too
         return data.test_split_size
     found = loading.sources_of(data)
     splits = [loading.splits_of(source, data.dataset_revision) for source in found]

@@ -157,7 +157,7 @@ def _earlier_evaluation(output: Path, target: str, weights: dict[str, str], name
 
 def _data_of(name: str, recipe: Recipe | None) -> DataArguments:
     """What a name stands for; one without a split means the recipe's test split."""
-    split = {"dataset_test_split": recipe.data.dataset_test_split} if recipe else {}
+    split = {"dataset_test_split": recipe.data.dataset_test_split.partition("[")[0]} if recipe else {}
     return DataArguments(**(split | read_name(name)))
 
 

@@ -304,6 +304,14 @@ def test_splits_have_other_names_shards_and_slices(tmp_path):
     assert load(HUNT / "rewardbench_folder", "raw").rows == 4
 
 
+def test_slices_of_one_file_are_what_is_trained_on_and_what_is_held_out(tmp_path, write_recipe):
+    path = write_jsonl(tmp_path / "x.jsonl", make_rows(10, seed=1))
+    slices = {"dataset_train_split": "train[:8]", "dataset_test_split": "train[80%:]"}
+    train, test, _ = load_splits(read_recipe(write_recipe(dataset_name=str(path), **slices)))
+    assert train.column("row").tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert sorted(test.column("row").tolist()) == [9, 10]
+
+
 def test_an_ending_may_be_in_capitals_and_a_table_of_tabs(tmp_path):
     row = json.dumps(make_rows(1, seed=1)[0]).encode()
     (tmp_path / "A.JSONL.GZ").write_bytes(gzip.compress(row))
