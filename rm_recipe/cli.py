@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from tqdm import tqdm
 from typer import Argument, Option
 
 from rm_recipe.errors import INTERRUPTS, LAUNCHED, UNDER_RUN, Interrupted, RmRecipeError, one_line
@@ -212,18 +213,19 @@ def overoptimization(
     prompts: Annotated[Path | None, Option(help="A file of prompts or comparisons.")] = None,
     samples: Annotated[Path | None, Option(help="A file of replies, in place of a policy.")] = None,
     max_prompts: Annotated[int | None, Option(min=1, help="Take the first so many prompts.")] = None,
-    n: Annotated[int, Option("--n", help="Replies per prompt.")] = 32,
-    max_new_tokens: Annotated[int, Option(help="Longest reply, in tokens.")] = 128,
-    temperature: Annotated[float, Option(help="Above 1 more at random, below 1 less.")] = 1.0,
-    top_p: Annotated[float, Option(help="Draw from this share of probability.")] = 1.0,
-    top_k: Annotated[int, Option(help="Draw from so many tokens; 0: from all.")] = 0,
+    n: Annotated[int, Option("--n", min=2, help="Replies per prompt.")] = 32,
+    max_new_tokens: Annotated[int, Option(min=1, help="Longest reply, in tokens.")] = 128,
+    temperature: Annotated[float, Option(min=0.01, help="Above 1 more at random, below 1 less.")] = 1.0,
+    top_p: Annotated[float, Option(min=0.01, max=1, help="Draw from this share of probability.")] = 1.0,
+    top_k: Annotated[int, Option(min=0, help="Draw from so many tokens; 0: from all.")] = 0,
     seed: Annotated[int, Option(min=0, max=2**32 - 1, help="Seed of the random draws.")] = 0,
     safety: Annotated[str | None, Option(help="A safety reward model, as in Llama 2.")] = None,
     output: Output = None,
     overwrite: Overwrite = False,
 ) -> None:
     """See what optimising against a reward model does, by best-of-n and a better one."""
-    if (samples is None) == (policy is None) or (policy is None) != (prompts is None):
+    file = prompts or samples
+    if file is None or (samples is None) == (policy is None) or (policy is None) != (prompts is None):
         raise typer.BadParameter("give --policy and --prompts, or --samples")
     how = {key: context.params[key] for key in SAMPLING.split()}
     said = [key for key in how if str(context.get_parameter_source(key)).endswith("COMMANDLINE")]
@@ -236,10 +238,9 @@ def overoptimization(
     content = module.overoptimization(
         proxy,
         gold,
+        file,
         sampling=Sampling(policy, **how) if policy else None,
-        prompts=prompts,
         max_prompts=max_prompts,
-        samples=samples,
         safety=safety,
         output=output,
         overwrite=overwrite,
@@ -261,9 +262,26 @@ def offline() -> None:
     print("\n".join(prepare_offline()))
 
 
+class Lines(logging.Handler):
+    """Print what the package logs as plain lines, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warning = "warning: " if record.levelno >= logging.WARNING else ""
+        tqdm.write(f"{warning}{record.getMessage()}")
+        sys.stdout.flush()
+
+
+def print_what_is_logged() -> None:
+    """Have INFO and above printed once; who uses the package as a library sets up handlers of their own."""
+    logger = logging.getLogger("rm_recipe")
+    logger.handlers, logger.propagate = [Lines()], False
+    logger.setLevel(logging.INFO)
+
+
 def main() -> None:
     """Run a verb and exit with the code that `errors` gives its failure."""
     set_environment()
+    print_what_is_logged()
     try:
         with INTERRUPTS.listening():
             app(prog_name="rm-recipe")
@@ -307,7 +325,7 @@ def fail(message: str, code: int) -> None:
         print(f"rm-recipe: {redact(message)}", file=sys.stderr, flush=True)
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        # Taken down in order, DDP may wait for ever for a thread of its group (`distributed.end`).
+        # Taken down in order, DDP may wait for ever for a thread of its group (`training.train.end`).
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)

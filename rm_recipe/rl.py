@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
+from scipy.special import expit
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from rm_recipe.data.chat_template import special_tokens
 from rm_recipe.data.comparison import KEYS_LEFT_OUT, Excluded, Malformed, as_messages, split_at_common_prefix
@@ -51,9 +51,8 @@ def reward_function(
         RecipeError: there is no such model, or `normalize` is asked of one without mean and std.
     """
     reward_model = RewardModel.from_pretrained(path, device)
-    scale: list[Any] = [
-        getattr(reward_model.model.config, name, None) for name in ("reward_mean", "reward_std")
-    ]
+    config = reward_model.model.config
+    scale: list[Any] = [getattr(config, name, None) for name in ("reward_mean", "reward_std")]
     if normalize and None in scale:
         raise RecipeError(f"{path} has no reward_mean and reward_std in its config.json; export it anew")
     mean, std = map(float, scale if normalize else (0, 1))
@@ -61,18 +60,17 @@ def reward_function(
 
     def reward(prompts: Sequence[Text], completions: Sequence[Text], **_: Any) -> list[float]:
         """One reward for each prompt and its completion."""
-        pairs = list(zip(prompts, completions, strict=True))
-        items = {number: item for number, pair in enumerate(pairs) if (item := as_item(*pair))}
-        rewards = np.full(len(pairs), np.nan)
+        items: dict[int, dict[str, Any]] = {}
+        exchanges: dict[int, list[int]] = {}
+        for number, pair in enumerate(zip(prompts, completions, strict=True)):
+            if item := as_item(*pair):
+                items[number] = item
+            elif ids := exchange(reward_model.tokenizer, *pair, reward_model.max_length):
+                exchanges[number] = ids
+        rewards = np.full(len(prompts), np.nan)
         rewards[list(items)] = reward_model.score(list(items.values()), unfit=np.nan)
-        others = {
-            number: ids
-            for number in range(len(pairs))
-            if number not in items
-            and (ids := exchange(reward_model.tokenizer, *pairs[number], reward_model.max_length))
-        }
-        scored = reward_model.score_encoded([split_at_common_prefix([ids]) for ids in others.values()])
-        rewards[list(others)] = [value for values in scored for value in values]
+        scored = reward_model.score_encoded([split_at_common_prefix([ids]) for ids in exchanges.values()])
+        rewards[list(exchanges)] = [value for [value] in scored]
         return np.clip((rewards - mean) / std, -limit, limit).tolist()
 
     reward.__name__ = Path(path).name  # TRL logs rewards under it
@@ -94,15 +92,13 @@ def as_item(prompt: Text, completion: Text) -> dict[str, Any] | None:
     except (Excluded, Malformed):
         return None
     roles = [message["role"] for message in said]
-    with_tools = any(message["role"] == "tool" for message in [*before, *said])
+    with_tools = any(m["role"] == "tool" or "tool_calls" in m for m in [*before, *said])
     if with_tools or not before or roles[-1:] != ["assistant"]:
         return None
     return {"prompt": [*before, *said[:-1]], "response": said[-1]["content"]}
 
 
-def exchange(
-    tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Any, max_length: int | None
-) -> list[int] | None:
+def exchange(tokenizer: Tokenizer, prompt: Text, completion: Any, max_length: int | None) -> list[int] | None:
     """Token ids of an exchange with tools, rendered whole as TRL's own reward path does.
 
     Returns:
@@ -137,7 +133,7 @@ def _without_parts(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "content": text}
 
 
-def _shows_all(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> bool:
+def _shows_all(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> bool:
     """Whether the template shows every text and every call: marks in their places are in what it renders."""
     marked = json.loads(json.dumps(messages))  # nothing stands there twice
     places = [(message, "content") for message in marked if message.get("content")]
@@ -171,32 +167,21 @@ def combine(
     Returns:
         a reward function; the marks come from the data set's column `is_safety`, if it has one.
     """
-    reward_functions = [
-        model if callable(model) else reward_function(model) for model in (safety, helpfulness)
-    ]
+    functions = [model if callable(model) else reward_function(model) for model in (safety, helpfulness)]
 
     def combined(
-        prompts: Sequence[Text],
-        completions: Sequence[Text],
-        is_safety: Sequence[bool] | None = None,
-        **columns: Any,
+        prompts: Sequence[Text], completions: Sequence[Text], is_safety: Any = None, **columns: Any
     ) -> list[float]:
         """One reward for each prompt and its completion."""
-        safe, helpful = (
-            np.array(score(prompts, completions, **columns), float) for score in reward_functions
-        )
-        marked = np.zeros(len(safe), bool) if is_safety is None else np.array(is_safety, bool)
+        safe, helpful = (np.array(score(prompts, completions, **columns), float) for score in functions)
+        unsafe = expit(safe) < threshold
+        if is_safety is not None:
+            unsafe |= np.array(is_safety, bool)
         # The paper's logit of the sigmoid is the reward itself.
-        readable = ~(np.isnan(safe) | np.isnan(helpful))
-        probability = np.exp(-np.logaddexp(0, -np.where(readable, safe, 0)))
-        unsafe = marked | (probability < threshold)
-        rewards = np.where(readable, np.where(unsafe, safe, helpful), np.nan)
-        return (_whitened(rewards) if whiten else rewards).tolist()
+        rewards = np.where(unsafe, safe, helpful)
+        rewards[np.isnan(safe) | np.isnan(helpful)] = np.nan
+        if whiten and not np.isnan(rewards).all():  # which numpy would warn of
+            rewards = (rewards - np.nanmean(rewards)) / max(float(np.nanstd(rewards)), LEAST_STD)
+        return rewards.tolist()
 
     return combined
-
-
-def _whitened(rewards: NDArray[Any]) -> NDArray[Any]:
-    if np.isnan(rewards).all():
-        return rewards  # which numpy would warn of
-    return (rewards - np.nanmean(rewards)) / max(float(np.nanstd(rewards)), LEAST_STD)

@@ -1,7 +1,7 @@
 """From (prompt, response) to rewards: one path for evaluation, `score`, the export and RL."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +10,10 @@ import torch
 from numpy.typing import NDArray
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from rm_recipe.data.comparison import (
-    Comparison,
-    Encoded,
-    Excluded,
-    Malformed,
-    as_messages,
-    as_reply,
-    check_unicode,
-    in_context,
-    split_at_common_prefix,
-)
+from rm_recipe.data import comparison
+from rm_recipe.data.comparison import Comparison, Encoded, Excluded, Malformed, split_at_common_prefix
 from rm_recipe.data.loading import read_rows, unit
 from rm_recipe.data.tokenization import encode
 from rm_recipe.errors import DataError, RecipeError, TrainingError, UnfitError
@@ -48,15 +39,14 @@ class RewardModel:
     A prompt is a text (one user message) or a list of messages.
     """
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, model: Any, tokenizer: Tokenizer) -> None:
         self.model = model
         self.tokenizer = tokenizer
         settings = getattr(model.config, "rm_recipe", None) or {}  # what training truncated to
         self.max_length: int | None = settings.get("max_length", positions(model))
         self.truncation: str = settings.get("truncation", "drop_oldest_turns")
         base = model.get_base_model() if isinstance(model, PeftModel) else model
-        wanted = settings.get("prefix_sharing", "auto")
-        self.sharing = decide_sharing(base, wanted, self.max_length)
+        self.sharing = decide_sharing(base, settings.get("prefix_sharing", "auto"), self.max_length)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str | None = None) -> "RewardModel":
@@ -79,7 +69,7 @@ class RewardModel:
         self,
         items: Sequence[dict[str, Any]],
         progress: bool = False,
-        named: str | Sequence[str] = "item",
+        named: Sequence[str] = (),
         unfit: float | None = None,
     ) -> NDArray[np.float32]:
         """Score `{"prompt": str or messages, "response": str}` items: rewards `(n,)`, float32.
@@ -88,7 +78,7 @@ class RewardModel:
         conversation that is too long loses its oldest turns, as in training.
 
         Args:
-            named: what an error calls an item, before its number, which counts from 1; or each one's name.
+            named: what an error calls each item, in place of its number.
             unfit: the reward of an item that does not fit the model, which otherwise raises.
 
         Raises:
@@ -97,20 +87,17 @@ class RewardModel:
         groups: dict[str, list[int]] = {}
         conversations: dict[int, list[int]] = {}
         for number, item in enumerate(items):
-            name = f"{named} {number + 1}" if isinstance(named, str) else named[number]
             try:
-                conversations[number] = self._encode(item, name)
+                conversations[number] = self._encode(item, named[number] if named else f"item {number + 1}")
+                groups.setdefault(json.dumps(item["prompt"]), []).append(number)
             except UnfitError:
                 if unfit is None:
                     raise
-                continue
-            groups.setdefault(json.dumps(item["prompt"]), []).append(number)
         members, encoded = [], []
         for group in groups.values():
             whole = split_at_common_prefix([conversations[i] for i in group])
-            shared = self.sharing.used
-            once, each = (len(whole.prefix), 0) if shared else (0, len(whole.prefix))
-            for part in _in_groups([each + len(rest) for rest in whole.suffixes], once):
+            once, each = (len(whole.prefix), 0) if self.sharing.used else (0, len(whole.prefix))
+            for part in _batches(range(len(group)), [each + len(rest) for rest in whole.suffixes], once):
                 members.append([group[k] for k in part])
                 encoded.append(Encoded(whole.prefix, [whole.suffixes[k] for k in part]))
         rewards = np.full(len(items), unfit or 0.0, np.float32)
@@ -121,11 +108,13 @@ class RewardModel:
 
     def _encode(self, item: dict[str, Any], name: str) -> list[int]:
         _check_item(item, name)
-        prompt, response = item["prompt"], item["response"]
+        response = item["response"]
         try:
-            comparison = Comparison(in_context(as_messages(prompt), item), [as_reply(prompt, response)])
-            check_unicode([*(message["content"] for message in comparison.prompt), response])
-            encoded = encode(self.tokenizer, comparison, self.max_length, self.truncation)
+            messages = comparison.in_context(comparison.as_messages(item["prompt"]), item)
+            reply = comparison.as_reply(item["prompt"], response)
+            one = Comparison(messages, [reply], tools=comparison.tools_of(item))
+            comparison.check_unicode([*(message["content"] for message in messages), response])
+            encoded = encode(self.tokenizer, one, self.max_length, self.truncation)
         except Excluded as excluded:
             limit = f" (at most {self.max_length} tokens)" if "long" in excluded.reason else ""
             detail = f": {excluded.detail}" if excluded.detail else ""
@@ -151,8 +140,7 @@ class RewardModel:
         sizes = [c.length if shared else sum(map(len, c.conversations())) for c in comparisons]
         order = sorted(range(len(comparisons)), key=lambda i: -sizes[i])
         with tqdm(total=len(order), desc=progress, unit="prompt", disable=not progress) as bar:
-            for group in _in_groups([sizes[i] for i in order]):
-                members = [order[place] for place in group]
+            for members in _batches(order, sizes):
                 batch = [comparisons[i] for i in members]
                 rows = shared_rows(batch, pad, by_block(self.model)) if shared else padded_rows(batch, pad)
                 rows = {key: value.to(device) for key, value in rows.items()}
@@ -161,23 +149,23 @@ class RewardModel:
                 rewards = logits.float().squeeze(-1).cpu().numpy()
                 if check and not np.isfinite(rewards).all():
                     raise TrainingError("the model gives rewards that are not finite numbers")
-                ends = np.cumsum([len(comparison.suffixes) for comparison in batch])[:-1]
+                ends = np.cumsum([len(c.suffixes) for c in batch])[:-1]
                 for i, values in zip(members, np.split(rewards, ends), strict=True):
                     results[i] = values
                 bar.update(len(members))
         return results
 
 
-def _in_groups(sizes: Sequence[int], once: int = 0) -> list[list[int]]:
-    """Group indices, in their order, so that a group fits a batch: of sizes and of what it holds `once`."""
+def _batches(numbers: Iterable[int], sizes: Sequence[int], once: int = 0) -> list[list[int]]:
+    """Group numbers, in their order, so that `once` and the sizes of a group fit a batch."""
     groups: list[list[int]] = []
     tokens = 0
-    for index, size in enumerate(sizes):
-        if not groups or tokens + size > TOKENS_PER_BATCH:
+    for number in numbers:
+        if not groups or tokens + sizes[number] > TOKENS_PER_BATCH:
             groups.append([])
             tokens = once
-        groups[-1].append(index)
-        tokens += size
+        groups[-1].append(number)
+        tokens += sizes[number]
     return groups
 
 
@@ -196,12 +184,7 @@ def find_model(path: str) -> str:
     if (folder / "model" / "config.json").is_file():
         return str(folder / "model")
     if folder.is_dir() and not any((folder / file).is_file() for file in MODEL_FILES):
-        unfinished = (folder / "recipe.yaml").is_file()
-        raise RecipeError(
-            f"{path} has no trained model yet; continue its training with `--resume`"
-            if unfinished
-            else f"{path} holds no model (no config.json) and no run (no model/)"
-        )
+        raise RecipeError(f"{path} holds no model; an interrupted run goes on with `train RECIPE --resume`")
     if not folder.exists() and (looks_local(path) or folder.parts[0] == "outputs"):
         raise RecipeError(f"{path} does not exist")
     return path
@@ -211,28 +194,16 @@ def score_file(model_path: str, source: Path, target: Path) -> int:
     """Write the items of a file as lines with their `"reward"`; returns how many.
 
     Raises:
-        DataError: a row is not such an item; nothing is written.
+        DataError: a row is no `{"prompt", "response"}`, or the file cannot be read; nothing is written.
     """
     if target.is_dir():
         raise DataError(f"{target} is a folder; --output names a file")
-    items = read_items(source)
+    items = {f"{source}, {unit(source)} {number}": item for number, item in read_rows(source)}
+    for name, item in items.items():  # before the model is loaded
+        _check_item(item, name)
     reward_model = RewardModel.from_pretrained(model_path)
     rewards = reward_model.score(list(items.values()), progress=True, named=list(items))
     with whole_file(target) as partial, partial.open("w", encoding="utf-8") as file:
-        for item, reward in zip(items.values(), rewards, strict=True):
-            file.write(json.dumps({**item, "reward": float(reward)}, ensure_ascii=False, default=str) + "\n")
+        for item, reward in zip(items.values(), rewards.tolist(), strict=True):
+            file.write(json.dumps({**item, "reward": reward}, ensure_ascii=False, default=str) + "\n")
     return len(items)
-
-
-def read_items(source: Path) -> dict[str, dict[str, Any]]:
-    """The `{"prompt", "response"}` items of a data file (`data.loading.read_rows`), by file and row.
-
-    Raises:
-        DataError: with file and row.
-    """
-    items = {}
-    for number, item in read_rows(source):
-        name = f"{source}, {unit(source)} {number}"
-        _check_item(item, name)
-        items[name] = item
-    return items

@@ -4,7 +4,6 @@ Every base is random and comes without a classification head, as a language mode
 """
 
 import json
-import math
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from conftest import (
     train_watched,
     write_jsonl,
 )
-from peft.tuners.lora import LoraLayer
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
@@ -34,6 +32,8 @@ from transformers import (
 )
 
 from rm_recipe import RewardModel
+from rm_recipe.data.comparison import Comparison
+from rm_recipe.data.tokenization import encode
 from rm_recipe.errors import RecipeError
 from rm_recipe.exporting.export import export
 from rm_recipe.recipe.reader import read_recipe
@@ -63,25 +63,28 @@ SET_UPS = {
 }
 
 
-@pytest.fixture(scope="module")
-def finished() -> dict[str, Trained]:
-    return {}
+FINISHED: dict[str, Trained] = {}
 
 
 @pytest.fixture
-def trained(finished, write_recipe, tiny_base, tmp_path_factory):
+def trained(write_recipe, tiny_base, tmp_path_factory):
     """Trains by one of `SET_UPS`, in fp32, once for all tests."""
 
     def get(name: str) -> Trained:
-        if name not in finished:
+        if name not in FINISHED:
             base, keys = SET_UPS[name]
-            common = {"max_steps": 2, "learning_rate": LEARNING_RATE, "lora_target_modules": "all-linear"}
-            run = tmp_path_factory.mktemp("trained") / "run"
-            recipe = write_recipe(
-                model_name_or_path=str(tiny_base(base)), output_dir=str(run), **common | keys
-            )
-            finished[name] = train_watched(recipe)
-        return finished[name]
+            keys = {
+                "max_steps": 2,
+                "learning_rate": LEARNING_RATE,
+                "lora_target_modules": "all-linear",
+            } | keys
+            places = {
+                "model_name_or_path": tiny_base(base),
+                "output_dir": tmp_path_factory.mktemp("trained") / "run",
+            }
+            recipe = write_recipe(**{key: str(path) for key, path in places.items()}, **keys)
+            FINISHED[name] = train_watched(recipe)
+        return FINISHED[name]
 
     return get
 
@@ -131,29 +134,21 @@ def test_a_fresh_process_gives_the_rewards_that_were_trained_and_decoders_share_
 def test_a_sliding_window_is_obeyed_where_conversations_are_longer(trained):
     result = trained("mistral-short")
     rewards = result.rewards(ITEMS)
-    reward_model = RewardModel(result.model, result.tokenizer)
     for item, reward in zip(ITEMS, rewards, strict=True):
-        ids = reward_model._encode(item, "item")
+        comparison = Comparison([{"role": "user", "content": item["prompt"]}], [item["response"]])
+        [ids] = encode(result.tokenizer, comparison, None).conversations()
         assert len(ids) > 16
-        with torch.no_grad():
-            assert result.model(input_ids=torch.tensor([ids])).logits.item() == pytest.approx(
-                reward, abs=1e-6
-            )
-            cut = result.model(input_ids=torch.tensor([ids[1 - 2 * 16 :]])).logits.item()
-        assert cut == pytest.approx(reward, abs=1e-6)  # two layers see no further than twice 15 tokens
+        for read in (ids, ids[1 - 2 * 16 :]):  # two layers see no further than twice 15 tokens
+            with torch.no_grad():
+                found = result.model(input_ids=torch.tensor([read])).logits.item()
+            assert found == pytest.approx(reward, abs=1e-6)
 
 
 # Each takes a fresh process: of every kind of head and position one is enough for `make test`.
-EXPORTED = ("gpt2", "deberta")
+OTHERS = [pytest.param(n, marks=pytest.mark.slow) for n in (*ARCHITECTURES, RSLORA, DORA)]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(n, marks=[] if n in EXPORTED else pytest.mark.slow)
-        for n in (*ARCHITECTURES, RSLORA, DORA)
-    ],
-)
+@pytest.mark.parametrize("name", ["gpt2", "deberta", *OTHERS])
 def test_the_export_gives_the_rewards_that_were_trained(trained, name, tmp_path):
     result = trained(name)
     export(result.run, tmp_path / "export")
@@ -161,25 +156,8 @@ def test_the_export_gives_the_rewards_that_were_trained(trained, name, tmp_path)
     assert rewards == pytest.approx(result.rewards(ITEMS), abs=1e-5)
 
 
-def test_rsloras_scaling_is_alpha_over_the_root_of_r_in_training_and_read_back(trained):
-    result = trained(RSLORA)
-    for model in (result.model, RewardModel.from_pretrained(result.run).model):
-        layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-        assert {layer.scaling["default"] for layer in layers} == {16 / math.sqrt(4)}
-
-
-def test_doras_magnitudes_are_trained_and_saved(trained):
-    result = trained(DORA)
-    magnitudes = {key: v for key, v in result.saved().items() if "lora_magnitude_vector" in key}
-    assert len(magnitudes) == LINEAR_LAYERS["gpt2"]
-    for key, value in magnitudes.items():
-        assert (value - result.started(key)).abs().mean() > LEARNING_RATE / 10, key
-
-
 @pytest.mark.parametrize(("architecture", "labels"), [("llama", 1), ("llama", 2), ("bert", 2)])
-def test_a_classifier_is_a_base_too(
-    tiny_base, write_recipe, tmp_path, rewards_elsewhere, architecture, labels
-):
+def test_a_classifier_is_a_base_too(tiny_base, write_recipe, tmp_path, architecture, labels):
     """Of one label it is a reward model to go on with, of more its head is drawn anew."""
     torch.manual_seed(1)
     base = AutoModelForSequenceClassification.from_pretrained(tiny_base(architecture), num_labels=labels)
@@ -189,7 +167,9 @@ def test_a_classifier_is_a_base_too(
     head = "score.weight" if architecture == "llama" else "classifier.weight"
     assert torch.equal(result.started(head), base.state_dict()[head]) == (labels == 1)
     assert (result.saved()[head] - result.started(head)).abs().mean() > LEARNING_RATE / 10
-    assert rewards_elsewhere(result.run, ITEMS) == pytest.approx(result.rewards(ITEMS), abs=1e-6)
+    assert RewardModel.from_pretrained(result.run).score(ITEMS) == pytest.approx(
+        result.rewards(ITEMS), abs=1e-6
+    )
 
 
 # --- the ones that need care: random bodies, with a tokenizer of the shape that each has ------------
@@ -221,17 +201,12 @@ def odd_config(name: str, size: int, pad: int):
 
 def turns(n: int, start: int) -> list[dict]:
     """Comparisons whose conversations have one, two or three questions."""
-    return [
-        {
-            "prompt": [
-                {"role": role, "content": f"hello {number} cat"}
-                for role in (["user", "assistant"] * 3)[: 2 * (number % 3) + 1]
-            ],
-            "chosen": "good good",
-            "rejected": "bad bad",
-        }
-        for number in range(start, start + n)
-    ]
+    rows = []
+    for number in range(start, start + n):
+        roles = (["user", "assistant"] * 3)[: 2 * (number % 3) + 1]
+        prompt = [{"role": role, "content": f"hello {number} cat"} for role in roles]
+        rows.append({"prompt": prompt, "chosen": "good good", "rejected": "bad bad"})
+    return rows
 
 
 @pytest.fixture
@@ -251,8 +226,8 @@ def odd_recipe(tmp_path, write_recipe):
         write_jsonl(tmp_path / "turns" / "train.jsonl", turns(16, 0))
         write_jsonl(tmp_path / "turns" / "test.jsonl", turns(9, 100))
         keys = {"dtype": "bfloat16", "bf16": True, "max_steps": 1, "lora_target_modules": "all-linear"} | keys
-        data = {"dataset_name": str(tmp_path / "turns")}
-        return write_recipe(model_name_or_path=str(tmp_path / "base"), **data, **keys)
+        keys |= {"model_name_or_path": str(tmp_path / "base"), "dataset_name": str(tmp_path / "turns")}
+        return write_recipe(**keys)
 
     return make
 
@@ -295,9 +270,7 @@ def test_a_base_whose_rewards_depend_on_padding_is_refused_before_data_is_read(o
         load_data(read_recipe(odd_recipe(name)))
 
 
-def test_a_template_that_ends_every_turn_with_eos_is_refused_for_bart_before_data_is_read(
-    odd_recipe, tmp_path
-):
+def test_a_template_that_ends_every_turn_with_eos_is_refused_for_bart(odd_recipe, tmp_path):
     template = tmp_path / "t.jinja"
     template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}")
     with pytest.raises(RecipeError, match="writes </s> after every turn, and a bart classifier wants"):

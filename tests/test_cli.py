@@ -128,7 +128,7 @@ def test_an_interrupt_before_training_began_says_the_same_command_again(
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rm_recipe.training.train.make_ready", interrupted)
+    monkeypatch.setattr("rm_recipe.training.train.load_data", interrupted)
     recipe = write_recipe()
     code, _, err = invoke(monkeypatch, capsys, "train", str(recipe), "--seed", "3", *flags)
     assert code == 130

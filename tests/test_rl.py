@@ -88,9 +88,6 @@ def test_texts_and_messages_get_the_same_rewards(run):
     items = [{"prompt": prompt, "response": reply} for prompt, reply in zip(as_turns, replies, strict=True)]
     assert texts == pytest.approx(RewardModel.from_pretrained(run).score(items).tolist(), abs=1e-5)
     assert reward.__name__ == "export"
-
-
-def test_of_several_messages_the_last_one_is_judged_in_the_light_of_the_others():
     turns = [*as_messages("a", "assistant"), *as_messages("b", "user"), *as_messages("c", "assistant")]
     assert as_item("q", turns) == {"prompt": [*as_messages("q"), *turns[:2]], "response": "c"}
 
@@ -115,13 +112,15 @@ def with_tools(run, tmp_path_factory):
     return folder
 
 
+PARTS = [{"type": "text", "text": "It is 42."}]
+
+
 @pytest.mark.parametrize(
     "completion",
     [
         [CALLING, RESULT],
-        [CALLING, RESULT, *as_messages("It is 42.", "assistant")],
         [{"role": "assistant", "tool_calls": [CALL]}],
-        [CALLING, RESULT, {"role": "assistant", "content": [{"type": "text", "text": "It is 42."}]}],
+        [CALLING, RESULT, *as_messages(PARTS, "assistant")],
     ],
 )
 def test_an_exchange_with_tools_is_scored_whole_as_trls_own_reward_path_does(with_tools, completion):
@@ -145,35 +144,32 @@ def test_a_completion_that_is_no_reply_has_no_reward_and_is_no_exception(run, wi
     )
     (dropped / "chat_template.jinja").write_text(only_text)
     prompt = as_messages("six times seven?")
-    none: list = [
-        [],
-        None,
-        5,
-        [{"role": "assistant", "content": None}],
-        [{}],
-        [{"role": "assistant", "content": [{"type": "image"}]}],
-        [RESULT, {"role": "assistant", "content": None}],
-        [{"role": "assistant", "content": "", "tool_calls": ["no call"]}],
-        [{"role": "assistant", "content": "", "tool_calls": [{**CALL, "id": "</s>"}]}],
-        [CALLING, {**RESULT, "content": "far " * 500}],
-        [{"role": "assistant", "content": "42", "reasoning_content": "six times seven"}],
-        [*as_messages("42", "assistant"), *as_messages("and then?")],
+    none: list = [[], None, 5, [{}], [*as_messages("42", "assistant"), *as_messages("and then?")]]
+    none += [
+        [{"role": "assistant", **said}]
+        for said in (
+            {"content": None},
+            {"content": [{"type": "image"}]},
+            {"content": "", "tool_calls": ["no call"]},
+            {"content": "", "tool_calls": [{**CALL, "id": "</s>"}]},
+            {"content": "42", "reasoning_content": "six times seven"},
+        )
     ]
-    assert all(math.isnan(value) for value in reward_function(with_tools)([prompt] * len(none), none))
-    hidden = [
-        [CALLING],
-        [CALLING, RESULT],
-        [*as_messages("a", "assistant"), RESULT, *as_messages("b", "assistant")],
-    ]
-    assert all(math.isnan(value) for value in reward_function(dropped)([prompt] * 3, hidden))
-    after_a_tool = [*prompt, CALLING, RESULT]
+    none += [[RESULT, {"role": "assistant", "content": None}], [CALLING, {**RESULT, "content": "far " * 500}]]
+    whole, hiding = reward_function(with_tools), reward_function(dropped)
+    assert np.isnan(whole([prompt] * len(none), none)).all()
     answer = as_messages("It is 42.", "assistant")
-    assert math.isnan(reward_function(dropped)([after_a_tool], [answer])[0])
-    assert math.isfinite(reward_function(with_tools)([after_a_tool], [answer])[0])
-    assert math.isnan(reward_function(with_tools)([[]], [answer])[0])
-    mixed = reward_function(with_tools)([prompt] * 3, [as_messages("good", "assistant"), [], "good"])
+    hidden = [[CALLING], [CALLING, RESULT], [*as_messages("a", "assistant"), RESULT, *answer]]
+    assert np.isnan(hiding([prompt] * 3, hidden)).all()
+    after_a_tool = [*prompt, CALLING, RESULT]
+    assert math.isnan(hiding([after_a_tool], [answer])[0])
+    assert math.isfinite(whole([after_a_tool], [answer])[0])
+    assert math.isnan(whole([[]], [answer])[0])
+    mixed = whole([prompt] * 3, [as_messages("good", "assistant"), [], "good"])
     assert mixed[0] == pytest.approx(mixed[2], abs=1e-6)
     assert math.isnan(mixed[1])
+    too_long = whole([prompt] * 2, ["good", "good " * 200])
+    assert too_long == pytest.approx([mixed[0], math.nan], abs=1e-6, nan_ok=True)
 
 
 def test_normalised_rewards_have_held_out_mean_0_and_deviation_1(run, tiny_data):
@@ -186,14 +182,6 @@ def test_normalised_rewards_have_held_out_mean_0_and_deviation_1(run, tiny_data)
     assert clipped == np.clip(rewards, -0.5, 0.5).tolist()
     with pytest.raises(RecipeError, match="has no reward_mean and reward_std"):
         reward_function(run, normalize=True)
-
-
-def test_a_completion_that_does_not_fit_has_no_reward_and_the_others_keep_theirs(run):
-    reward = reward_function(run / "export")
-    alone = reward(["hello"], ["good"])
-    found = reward(["hello", "hello"], ["good", "good " * 200])
-    assert found[0] == pytest.approx(alone[0], abs=1e-6)
-    assert math.isnan(found[1])
 
 
 def scores(*values):
@@ -225,12 +213,9 @@ def test_what_one_of_two_models_cannot_read_has_no_reward():
     assert math.isnan(marked[0])
 
 
-def test_extreme_scores_and_a_batch_of_one_stay_numbers():
+def test_extreme_scores_and_a_batch_of_one_stay_numbers_and_folders_are_models(run):
     found = combine(scores(-1e4, 1e4), scores(5.0, 6.0), whiten=False)(["q"] * 2, ["a"] * 2)
     assert found == [-1e4, 6.0]
     assert combine(scores(1.0), scores(2.0))(["q"], ["a"]) == [0.0]
-
-
-def test_models_are_combined_by_their_folders(run):
     both = combine(safety=run / "export", helpfulness=run / "export", whiten=False)
     assert both(PROMPTS, ["good"] * 4) == reward_function(run / "export")(PROMPTS, ["good"] * 4)

@@ -16,7 +16,12 @@ from rm_recipe.errors import DataError, RecipeError, TrainingError
 from rm_recipe.model.reward_model import load_base
 from rm_recipe.model.tokenizer import load_tokenizer
 from rm_recipe.processes import this_device
-from rm_recipe.scoring import read_items, score_file
+from rm_recipe.scoring import score_file
+
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    return [{"role": "assistant" if i % 2 else "user", "content": t} for i, t in enumerate(texts)]
+
 
 ITEMS = [
     {"prompt": "hello", "response": "good cat"},
@@ -26,13 +31,15 @@ ITEMS = [
 ]
 
 
+def untrained(folder, **options) -> RewardModel:
+    tokenizer = load_tokenizer(str(folder), **options)
+    model, _ = load_base(ModelConfig(model_name_or_path=str(folder)), tokenizer, seed=0)
+    return RewardModel(model.eval(), tokenizer)
+
+
 @pytest.fixture(params=["tiny_llama", "tiny_distilbert"])
 def model(request) -> RewardModel:
-    folder = str(request.getfixturevalue(request.param))
-    tokenizer = load_tokenizer(folder)
-    return RewardModel(
-        load_base(ModelConfig(model_name_or_path=folder), tokenizer, seed=0)[0].eval(), tokenizer
-    )
+    return untrained(request.getfixturevalue(request.param))
 
 
 def test_rewards_are_those_of_plain_transformers(model):
@@ -40,9 +47,7 @@ def test_rewards_are_those_of_plain_transformers(model):
     assert rewards.dtype == np.float32
     assert rewards.shape == (4,)
     for item, reward in zip(ITEMS, rewards, strict=True):
-        prompt = item["prompt"]
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        messages = [*messages, {"role": "assistant", "content": item["response"]}]
+        messages = [*as_messages(item["prompt"]), {"role": "assistant", "content": item["response"]}]
         text = model.tokenizer.apply_chat_template(messages, tokenize=False)
         ids = model.tokenizer(text, return_tensors="pt")["input_ids"]
         with torch.no_grad():
@@ -58,8 +63,13 @@ def test_the_order_and_the_company_of_an_item_do_not_matter(model):
 
 def test_many_responses_to_one_prompt_are_split_and_score_the_same(model, monkeypatch):
     items = [{"prompt": "hello", "response": f"good cat {n}"} for n in range(30)]
-    sizes = []
-    monkeypatch.setattr(model.model, "forward", recording(model.model.forward, sizes))
+    forward, sizes = model.model.forward, []
+
+    def recorded(**rows):
+        sizes.append(rows["input_ids"].numel())
+        return forward(**rows)
+
+    monkeypatch.setattr(model.model, "forward", recorded)
     together = model.score(items)
     (in_one,) = sizes
     monkeypatch.setattr("rm_recipe.scoring.TOKENS_PER_BATCH", 30)
@@ -67,35 +77,12 @@ def test_many_responses_to_one_prompt_are_split_and_score_the_same(model, monkey
     assert max(sizes[1:]) < in_one / 2
 
 
-def recording(forward, sizes):
-    def recorded(**kwargs):
-        sizes.append(kwargs["input_ids"].numel())
-        return forward(**kwargs)
-
-    return recorded
-
-
-def test_a_conversation_too_long_loses_its_oldest_turns_as_in_training(model):
-    old = [{"role": "user", "content": "far away " * 20}, {"role": "assistant", "content": "yes"}]
-    question = [{"role": "user", "content": "hello"}]
-    model.max_length = 40
-    long = model.score([{"prompt": old + question, "response": "good"}])
-    assert long[0] == model.score([{"prompt": question, "response": "good"}])[0]
-
-
 def test_evaluation_and_score_agree_on_prompts_near_max_length(model):
     """One by one, in batches and as evaluation reads them: a reply's context follows from its prompt."""
     model.max_length = limit = 60
     model.truncation = "keep_end" if not model.sharing.used else "drop_oldest_turns"
     comparisons = [
-        Comparison(
-            [
-                {"role": "user", "content": "cat " * words},
-                {"role": "assistant", "content": "yes"},
-                {"role": "user", "content": "far"},
-            ],
-            ["good", "bad cat", "dog " * 20],
-        )
+        Comparison(turns("cat " * words, "yes", "far"), ["good", "bad cat", "dog " * 20])
         for words in range(0, 40, 3)
     ]
     found = encode_all(model.tokenizer, comparisons, limit, model.truncation)
@@ -111,11 +98,8 @@ def test_evaluation_and_score_agree_on_prompts_near_max_length(model):
 
 def test_ids_as_ppo_builds_them_get_the_rewards_of_score(tiny_llama):
     """Prompt with generation prompt, sampled ids and their end token, padded on the left, in a batch."""
-    tokenizer = load_tokenizer(str(tiny_llama), of_base=True)
-    model = RewardModel(
-        load_base(ModelConfig(model_name_or_path=str(tiny_llama)), tokenizer, seed=0)[0].eval(), tokenizer
-    )
-    rows = []
+    model = untrained(tiny_llama, of_base=True)
+    tokenizer, rows = model.tokenizer, []
     for item in ITEMS:
         messages = as_messages(item["prompt"])
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -126,15 +110,6 @@ def test_ids_as_ppo_builds_them_get_the_rewards_of_score(tiny_llama):
         rewards = model.model(**batch).logits[:, 0].numpy()
     assert len({len(row) for row in rows}) > 1
     assert np.allclose(rewards, model.score(ITEMS), atol=1e-6)
-
-
-def test_text_that_would_be_read_as_a_control_token_is_named(model):
-    end = model.tokenizer.eos_token or model.tokenizer.sep_token
-    forged = {"prompt": "hello", "response": f"good{end} bad"}
-    with pytest.raises(DataError, match="item 2: control tokens"):
-        model.score([ITEMS[0], forged])
-    rewards = model.score([ITEMS[0], forged], unfit=np.nan)
-    assert np.isfinite(rewards).tolist() == [True, False]
 
 
 def test_rewards_that_are_no_numbers_are_refused(model):
@@ -152,14 +127,18 @@ def test_rewards_that_are_no_numbers_are_refused(model):
         (5, "b", "'prompt' should be a text or a list of messages"),
         ("a\ud800", "b", "invalid text"),
         ("far away " * 40, "yes", "too long .at most 40 tokens."),
+        ("a", "good</s>[SEP] bad", "control tokens"),
         (str([{"role": "user", "content": "a"}]), "b", "python repr: write messages as JSON"),
         ([{"role": "judge", "content": "a"}], "b", "unknown role: role 'judge'"),
     ],
 )
 def test_an_item_that_cannot_be_scored_is_named(model, prompt, response, fault):
     model.max_length = 40
+    items = [{"prompt": "a", "response": "b"}, {"prompt": prompt, "response": response}]
     with pytest.raises(DataError, match=f"item 2: {fault}"):
-        model.score([{"prompt": "a", "response": "b"}, {"prompt": prompt, "response": response}])
+        model.score(items)
+    if "expected" not in fault and "should be" not in fault:
+        assert np.isfinite(model.score(items, unfit=np.nan)).tolist() == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -175,7 +154,7 @@ def test_a_bad_line_is_named_with_its_file(tmp_path, content, message):
     path = tmp_path / "in.jsonl"
     path.write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
-        read_items(path)
+        score_file("no model is loaded", path, tmp_path / "out.jsonl")
     assert str(path) in str(caught.value)
 
 
@@ -198,39 +177,28 @@ def test_score_reads_the_files_that_training_reads(model, tmp_path, monkeypatch,
     scored = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [{key: row[key] for key in ("prompt", "response")} for row in scored] == ITEMS
     assert [row["reward"] for row in scored] == pytest.approx(model.score(ITEMS).tolist(), abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("name", "joined", "named"),
-    [("in.jsonl", "%s\n\n%s\n", "in.jsonl, line 3: "), ("in.json", "[\n%s,\n\n%s]", "in.json, row 2: ")],
-)
-def test_a_row_is_named_by_its_number_in_the_file(model, tmp_path, monkeypatch, name, joined, named):
-    model.max_length = 60
-    monkeypatch.setattr(RewardModel, "from_pretrained", lambda _: model)
-    long = json.dumps({"prompt": "hello", "response": "far " * 200})
-    (tmp_path / name).write_text(joined % (LINES[0].decode(), long))
-    with pytest.raises(DataError, match=f"{named}response too long"):
+    model.max_length = 4
+    with pytest.raises(
+        DataError, match=f"{name}, {'row' if 'list' in name else 'line'} 1: response too long"
+    ):
         score_file("m", tmp_path / name, tmp_path / "out.jsonl")
 
 
 def test_a_prompt_is_read_as_in_training(model):
     """A transcript and messages as JSON text are the same prompt as the messages."""
-    said = [("user", "hello"), ("assistant", "yes"), ("user", "how are you")]
-    turns = [{"role": role, "content": content} for role, content in said]
+    messages = turns("hello", "yes", "how are you")
     transcript = "\n\nHuman: hello\n\nAssistant: yes\n\nHuman: how are you\n\nAssistant:"
-    prompts = [turns, transcript, json.dumps(turns), [{**turns[0], "role": "human"}, *turns[1:]]]
-    responses = ["fine", " fine", "fine", "fine"]
-    items = [{"prompt": p, "response": r} for p, r in zip(prompts, responses, strict=True)]
-    assert np.ptp(model.score(items)) == pytest.approx(0, abs=1e-6)
-    system = {"role": "system", "content": "good"}
-    items = [
-        {"prompt": [system, *turns], "response": "fine"},
-        {"prompt": turns, "system": "good", "response": "fine"},
-    ]
-    assert np.ptp(model.score(items)) == pytest.approx(0, abs=1e-6)
-    assert model.score(items)[0] != model.score([{"prompt": turns, "response": "fine"}])[0]
+    human = [{**messages[0], "role": "human"}, *messages[1:]]
+    items = [{"prompt": p, "response": "fine"} for p in (messages, json.dumps(messages), human)]
+    items.append({"prompt": transcript, "response": " fine"})
+    with_system = [{"role": "system", "content": "good"}, *messages]
+    items += [{"prompt": with_system, "response": "fine"}, {**items[0], "system": "good"}]
+    rewards = model.score(items)
+    assert np.ptp(rewards[:4]) == pytest.approx(0, abs=1e-6)
+    assert rewards[4] == pytest.approx(rewards[5], abs=1e-6)
+    assert rewards[0] != rewards[5]
     with pytest.raises(DataError, match="item 1: tools: the tools that its prompt offers are not rendered"):
-        model.score([{"prompt": turns, "response": "fine", "tools": [{"name": "f"}]}])
+        model.score([{**items[0], "tools": [{"name": "f"}]}])
 
 
 def test_a_model_or_input_that_is_not_there_is_named_and_leaves_no_output(tmp_path):
@@ -249,28 +217,24 @@ def test_a_model_that_says_no_length_is_given_what_it_has_positions_for(tiny_dis
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_distilbert).save_pretrained(folder)
     reward_model = RewardModel.from_pretrained(folder)
-    turns = [{"role": role, "content": "good " * 12} for role in ("user", "assistant") * 3][:5]
-    long, short = reward_model.score([{"prompt": turns[start:], "response": "fine"} for start in (0, 4)])
+    said = turns(*["good " * 12] * 5)
+    long, cut, short = reward_model.score([{"prompt": said[n:], "response": "fine"} for n in (0, 2, 4)])
     assert reward_model.max_length == 64
-    assert long == pytest.approx(reward_model.score([{"prompt": turns[2:], "response": "fine"}])[0])
+    assert long == pytest.approx(cut)
     assert long != short
 
 
 @pytest.mark.parametrize(
-    ("kind", "count", "current", "rank", "expected"),
+    ("kind", "count", "current", "expected"),
     [
-        ("cuda", 8, 0, "3", "cuda:3"),  # under a launcher, before Accelerate has chosen
-        ("cuda", 8, 5, None, "cuda:5"),  # chosen already
-        ("cuda", 1, 0, "3", "cuda:0"),  # each process sees its own alone
-        (None, 0, 0, "3", "cpu"),
+        ("cuda", 8, 0, "cuda:3"),  # under a launcher, before Accelerate has chosen
+        ("cuda", 8, 5, "cuda:5"),  # chosen already
+        ("cuda", 1, 0, "cuda:0"),  # each process sees its own alone
+        (None, 0, 0, "cpu"),
     ],
 )
-def test_a_reward_model_goes_to_the_accelerator_of_its_process(
-    monkeypatch, tiny_llama, kind, count, current, rank, expected
-):
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    if rank is not None:
-        monkeypatch.setenv("LOCAL_RANK", rank)
+def test_a_reward_model_goes_to_the_accelerator_of_its_process(monkeypatch, kind, count, current, expected):
+    monkeypatch.setenv("LOCAL_RANK", "3")
     found = torch.device(kind) if kind else None
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 # Stands for today in templates that ask for it, on every machine, so that a run can be resumed tomorrow and
 # a score stays true. It is the one that Llama 3.2's template has where it knows no clock.
@@ -43,7 +43,7 @@ def fixed_date(template: str) -> str:
     )
 
 
-def end_of_reply(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+def end_of_reply(tokenizer: Tokenizer) -> tuple[str, str]:
     """Find the special token that ends a reply in the template's text, and what is written after it.
 
     Both are empty where no special token comes after a reply.
@@ -59,7 +59,7 @@ def end_of_reply(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     return end, rest[run.start() + len(end) :]
 
 
-def served(tokenizer: PreTrainedTokenizerBase, leading: str) -> str:
+def served(tokenizer: Tokenizer, leading: str) -> str:
     """Wrap the template so that a conversation begins with `leading` and ends with its end token.
 
     BOS stands in it as a text, so that the tokenizer need not name one that it never adds.
@@ -72,20 +72,15 @@ def served(tokenizer: PreTrainedTokenizerBase, leading: str) -> str:
     if bos and "bos_token" in template and not template.startswith(set_bos):
         template = set_bos + template
     end, after = end_of_reply(tokenizer)
-    adds = bool(leading) and not render_probe(tokenizer).startswith(leading)
-    if not after and not adds:
+    if not after and render_probe(tokenizer).startswith(leading):
         return template
     # The empty expressions keep jinja's trimming of white space around blocks away from the template's own.
-    text = "{% set whole %}{{ '' }}" + _at_start(template).removesuffix("\n") + "{{ '' }}{% endset %}"
-    if adds:
-        text += (
-            f"{{% if not whole.startswith({_quoted(leading)}) %}}{{{{ {_quoted(leading)} }}}}{{% endif %}}"
-        )
-    if not after:
-        return text + "{{ whole }}"
-    return text + (
-        f"{{% if not add_generation_prompt and whole.endswith({_quoted(end + after)}) %}}"
-        f"{{{{ whole[:-{len(after)}] }}}}{{% else %}}{{{{ whole }}}}{{% endif %}}"
+    first, last = _quoted(leading), _quoted(end + after)
+    return (
+        "{% set whole %}{{ '' }}" + _at_start(template).removesuffix("\n") + "{{ '' }}{% endset %}"
+        f"{{% if not whole.startswith({first}) %}}{{{{ {first} }}}}{{% endif %}}"
+        f"{{% if not add_generation_prompt and whole.endswith({last}) %}}"
+        f"{{{{ whole[:whole | length - {len(after)}] }}}}{{% else %}}{{{{ whole }}}}{{% endif %}}"
     )
 
 
@@ -99,7 +94,7 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def ppo_fault(tokenizer: PreTrainedTokenizerBase) -> str | None:
+def ppo_fault(tokenizer: Tokenizer) -> str | None:
     """Say why PPO would score other ids than the reward model was trained on; None where it would not.
 
     PPO scores the prompt with the generation prompt, the reply as it was sampled, and the end token.
@@ -119,15 +114,13 @@ def ppo_fault(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return None
 
 
-def render_probe(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]] = PROBE, **options: Any
-) -> str:
+def render_probe(tokenizer: Tokenizer, messages: list[dict[str, str]] = PROBE, **options: Any) -> str:
     """Render a question and an answer that occur nowhere else."""
     return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
 
 @lru_cache(maxsize=64)  # asked for every text, and Llama 3 has 256 of them
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+def special_tokens(tokenizer: Tokenizer) -> re.Pattern[str]:
     """Compile the pattern of the tokenizer's own special tokens, as a text may hold them."""
     added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     named = sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)

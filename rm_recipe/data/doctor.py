@@ -6,7 +6,7 @@ the comparisons that the recipe would use: after sampling, with the model's own 
 
 import re
 import sys
-from collections.abc import Iterable
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 from zlib import crc32
@@ -15,7 +15,6 @@ import datasets as hf_datasets
 import datasketch
 import numpy as np
 import pyarrow.compute as pc
-from datasketch import MinHash
 from numpy.typing import NDArray
 from rich import box
 from rich.console import Console
@@ -23,7 +22,6 @@ from rich.table import Table
 
 from rm_recipe.data import comparison, loading
 from rm_recipe.data.dataset import Split, arrow_column, run_pass
-from rm_recipe.data.loading import normalise, normalised_prompt, text_key
 from rm_recipe.data.splits import Leakage, hold_out_share
 from rm_recipe.data.tokenization import count_unshown
 from rm_recipe.recipe.reader import Recipe
@@ -31,22 +29,15 @@ from rm_recipe.recipe.reader import Recipe
 
 def examine(recipe: Recipe, train: Split, test: Split, leakage: Leakage) -> dict[str, Any]:
     """Count the content of `data_report.json` for a recipe's tokenised splits."""
-    data, num_proc = recipe.data, recipe.training.dataset_num_proc
+    data = recipe.data
+    splits = {data.dataset_train_split: train, data.dataset_test_split: test}
     return {
         "model": recipe.model.model_name_or_path,
         "max_length": recipe.training.max_length,
         "truncation": data.truncation,
-        "splits": {
-            data.dataset_train_split: _examine_split(train, num_proc),
-            data.dataset_test_split: _examine_split(test, num_proc),
-        },
+        "splits": {n: _examine_split(split, recipe.training.dataset_num_proc) for n, split in splits.items()},
         "held_out_by_prompt": hold_out_share(data),
-        "leakage": {
-            "prompts": leakage.prompts,
-            "comparisons": leakage.comparisons,
-            "first_rows": leakage.first_rows,
-            "policy": data.leakage,
-        },
+        "leakage": asdict(leakage) | {"policy": data.leakage},
     }
 
 
@@ -54,7 +45,7 @@ def _examine_split(split: Split, num_proc: int | None) -> dict[str, Any]:
     """The counts of one split.
 
     Returns:
-        `rows` is `comparisons` plus the sum of `excluded`; `details` says more of a reason's first row.
+        `rows` is `comparisons` plus the sum of `excluded`.
         `tokens` are those of whole conversations, before truncation; `unshown`, by whose text it is, the
         comparisons of which the chat template leaves out a part. `shared_prefix_share` is the part of all
         tokens that encoding prompts once saves.
@@ -71,7 +62,7 @@ def _examine_split(split: Split, num_proc: int | None) -> dict[str, Any]:
         "pairs": len(comparison.pair_indices(ranks)[0]),
         "excluded": dict(split.excluded),
         "first_rows": split.first_rows,
-        "details": split.details,
+        "shapes": split.shapes,
         "columns_not_read": split.unread,
         "differing_prompts": split.differing_prompts,
         "duplicates": count_duplicates(split, num_proc),
@@ -91,42 +82,45 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
     """Print the report as a table of at most 80 columns, then rows, columns and leakage in words."""
     console = console or Console()
     say = partial(console.print, soft_wrap=True, highlight=False, markup=False)
-    splits = report["splits"]
+    splits, leakage = report["splits"], report["leakage"]
     table = Table("", title="Data", title_justify="left", box=box.SIMPLE_HEAD)
     for name in splits:
         table.add_column(name, justify="right", no_wrap=True)
-    reasons = dict.fromkeys(reason for split in splits.values() for reason in split["excluded"])
-    roles = dict.fromkeys(whose for split in splits.values() for whose in split["unshown"])
-    columns = [_column(split, report["max_length"], reasons, roles) for split in splits.values()]
+    columns = [_column(report, figures) for figures in splits.values()]
     for title in columns[0]:
         table.add_row(title, *(str(column[title]) for column in columns))
     console.print(table)
     for name, figures in splits.items():
         for reason, rows in figures["first_rows"].items():
-            more = " ..." if figures["excluded"][reason] > len(rows) else ""
-            detail = f" ({figures['details'][reason]})" if reason in figures["details"] else ""
-            say(f"{name}, {reason}: row {', '.join(rows)}{more}{detail}")
+            say(f"{name}, {reason}: row {_named(rows, figures['excluded'][reason])}")
+    shapes = dict.fromkeys(shape for figures in splits.values() for shape in figures["shapes"])
+    if shapes:
+        say(f"Read as {', '.join(shapes)}.")
     unread = dict.fromkeys(name for figures in splits.values() for name in figures["columns_not_read"])
     if unread:
         say(f"Columns not read: {', '.join(unread)}.")
     if report["held_out_by_prompt"] is not None:
-        share = report["held_out_by_prompt"]
-        say(f"Held out: {share:.0%} of the prompts, with all their comparisons.")
-    leakage = report["leakage"]
+        say(f"Held out: {report['held_out_by_prompt']:.0%} of the prompts, with all their comparisons.")
     if leakage["comparisons"]:
         what = {"drop": "left out of train", "allow": "trained on all the same", "error": "not allowed"}
-        more = " ..." if leakage["comparisons"] > len(leakage["first_rows"]) else ""
+        rows = _named(leakage["first_rows"], leakage["comparisons"])
         say(
             f"Leakage: {leakage['comparisons']} train comparisons on {leakage['prompts']} held-out prompts, "
-            f"{what[leakage['policy']]} (row {', '.join(leakage['first_rows'])}{more})."
+            f"{what[leakage['policy']]} (row {rows})."
         )
 
 
-def _column(
-    split: dict[str, Any], max_length: int | None, reasons: Iterable[str], roles: Iterable[str]
-) -> dict[str, Any]:
-    """What the table says of a split, by the title of its row."""
+def _named(rows: list[str], n: int) -> str:
+    """The first rows of `n`."""
+    return ", ".join(rows) + (" ..." if n > len(rows) else "")
+
+
+def _column(report: dict[str, Any], split: dict[str, Any]) -> dict[str, Any]:
+    """What the table says of a split, by the title of its row: the same rows for every split."""
     duplicates, tokens, wins = split["duplicates"], split["tokens"], split["baselines"]
+    splits = report["splits"].values()
+    reasons = dict.fromkeys(reason for figures in splits for reason in figures["excluded"])
+    roles = dict.fromkeys(whose for figures in splits for whose in figures["unshown"])
     return {
         "rows": split["rows"],
         **{f"  left out: {r.replace('_', ' ')}": split["excluded"].get(r, 0) for r in reasons},
@@ -142,7 +136,7 @@ def _column(
         "  90 % have at most": tokens["p90"],
         "  99 %": tokens["p99"],
         "  longest": tokens["max"],
-        f"max_length {max_length}: truncated": split["truncated"],
+        f"max_length {report['max_length']}: truncated": split["truncated"],
         **{f"text that the chat template leaves out: {r}": split["unshown"].get(r, 0) for r in roles},
         "identical after tokenising": split["identical_after_truncation"],
         "accuracy of: longer wins / shorter wins": f"{wins['longer_wins']:.3f} / {wins['shorter_wins']:.3f}",
@@ -158,11 +152,13 @@ def _column(
 SIMILAR = 0.8
 SKETCH = 64  # numbers a sketch: Jaccard to within 0.05 (one standard error) at 0.8
 BAND = 4  # numbers that have to agree before two sketches are compared: misses 2 in 10,000 at 0.8
-CHUNK = 100_000
+_NUMBER = hf_datasets.Value("int64")
+_SKETCH = hf_datasets.List(hf_datasets.Value("uint32"), length=SKETCH)
+_MARKS = {"key": _NUMBER, "verdict": _NUMBER, "sketch": _SKETCH}
 
 # Copied for each text: making one draws its random numbers anew. CRC-32 takes a tenth of the time of
 # datasketch's own SHA-1 and spreads short texts as well.
-_EMPTY = MinHash(num_perm=SKETCH, scheme="affine32", hashfunc=crc32)
+_EMPTY = datasketch.MinHash(num_perm=SKETCH, scheme="affine32", hashfunc=crc32)
 
 # Chinese, Japanese and Korean write no spaces: there each character counts as a word.
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
@@ -178,20 +174,9 @@ def count_duplicates(split: Split, num_proc: int | None = None) -> dict[str, int
         response; `repeated_prompts`: any that has an earlier one's prompt.
     """
     columns = split.comparisons.select_columns(["prompt", "responses", "ranks"])
-    features = {
-        "key": hf_datasets.Value("int64"),
-        "verdict": hf_datasets.Value("int64"),
-        "sketch": hf_datasets.List(hf_datasets.Value("uint32"), length=SKETCH),
-    }
-    marked = run_pass(
-        columns,
-        _mark,
-        "Looking for duplicates",
-        features,
-        [sys.modules[__name__], loading, datasketch.__version__],
-        num_proc,
-        remove_columns=columns.column_names,
-    )
+    code = [sys.modules[__name__], loading, datasketch.__version__]
+    options = {"remove_columns": columns.column_names}
+    marked = run_pass(columns, _mark, "Looking for duplicates", _MARKS, code, num_proc, **options)
     exact, same_verdict = (_repeats(arrow_column(marked, name).to_numpy()) for name in ("key", "verdict"))
     sketches = arrow_column(marked, "sketch").combine_chunks().flatten().to_numpy().reshape(-1, SKETCH)
     near = _near(sketches) & ~exact
@@ -204,14 +189,14 @@ def count_duplicates(split: Split, num_proc: int | None = None) -> dict[str, int
 
 
 def _mark(row: dict[str, Any]) -> dict[str, Any]:
-    prompt = normalised_prompt(row["prompt"])
-    responses = [normalise(response) for response in row["responses"]]
+    prompt = loading.normalised_prompt(row["prompt"])
+    responses = [loading.normalise(response) for response in row["responses"]]
     minhash = _EMPTY.copy()
     minhash.update_batch(list(shingles(" ".join([*prompt, *sorted(responses)]))))
     ranked = [f"{rank} {response}" for rank, response in zip(row["ranks"], responses, strict=True)]
     return {
-        "key": text_key([*prompt, *sorted(responses)]),
-        "verdict": text_key([*prompt, *sorted(ranked)]),
+        "key": loading.text_key([*prompt, *sorted(responses)]),
+        "verdict": loading.text_key([*prompt, *sorted(ranked)]),
         "sketch": minhash.hashvalues,
     }
 
@@ -240,7 +225,6 @@ def _near(sketches: NDArray[np.uint32]) -> NDArray[np.bool_]:
         keys = (sketches[:, start : start + BAND].astype(np.uint64) * odd).sum(axis=1)  # one for each band
         order = np.argsort(keys, kind="stable")
         pairs = np.flatnonzero(keys[order][1:] == keys[order][:-1])
-        for part in np.array_split(pairs, 1 + len(pairs) // CHUNK):
-            earlier, later = order[part], order[part + 1]
-            near[later] |= np.mean(sketches[earlier] == sketches[later], axis=1) >= SIMILAR
+        earlier, later = order[pairs], order[pairs + 1]
+        near[later] |= np.mean(sketches[earlier] == sketches[later], axis=1) >= SIMILAR
     return near

@@ -3,10 +3,11 @@
 `tokenize` is the second of two cached passes over a data set; the first is in `loading`.
 """
 
-import logging
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import datasets as hf_datasets
@@ -14,36 +15,26 @@ import jinja2
 import pyarrow.compute as pc
 import tokenizers
 import transformers
-from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from rm_recipe.data import chat_template
 from rm_recipe.data import comparison as comparison_module
-from rm_recipe.data.chat_template import special_tokens
 from rm_recipe.data.comparison import Comparison, Encoded, Excluded, Message, split_at_common_prefix
 from rm_recipe.data.dataset import Split, arrow_column, as_comparisons, run_pass, set_aside
 from rm_recipe.errors import DataError, one_line
-
-logger = logging.getLogger("rm_recipe")
+from rm_recipe.processes import warn
 
 # The part of `max_length` that is kept for a reply, so that the context it is read in follows from the
 # prompt and not from what the reply is scored beside.
 REPLY_SHARE = 0.25
-_IDS = hf_datasets.List(hf_datasets.Value("int32"))
-_TEXT = hf_datasets.Value("string")
-_TOKENIZED = {
-    "prefix": _IDS,
-    "suffixes": hf_datasets.List(_IDS),
-    "lengths": _IDS,
-    "truncated": hf_datasets.Value("bool"),
-    "unshown": _TEXT,
-    "excluded": _TEXT,
-    "detail": _TEXT,
-}
+_Ids = list[list[int]]
+_IDS, _TEXT = hf_datasets.List(hf_datasets.Value("int32")), hf_datasets.Value("string")
+_TOKENIZED = {"prefix": _IDS, "suffixes": hf_datasets.List(_IDS), "lengths": _IDS}
+_TOKENIZED |= {"truncated": hf_datasets.Value("bool"), "unshown": _TEXT, "excluded": _TEXT, "detail": _TEXT}
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     comparison: Comparison,
     max_length: int | None,
     truncation: str = "drop_oldest_turns",
@@ -69,7 +60,7 @@ def encode(
 
 
 def encode_all(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     comparisons: Sequence[Comparison],
     max_length: int | None,
     truncation: str,
@@ -87,36 +78,40 @@ def encode_all(
         conversations), `truncated`, `unshown` (whose text the chat template leaves out: a role, or `reply`),
         and where it is left out only `excluded`, the reason, with `detail`.
     """
-    rendered: list[list[str] | Excluded] = []  # or why there are none
+    truncate = partial(_truncate, tokenizer, max_length=max_length, truncation=truncation)
+    rows, texts = [], []
     for comparison in comparisons:
+        row: dict[str, Any] = {"prefix": [], "suffixes": [], "lengths": [], "truncated": False}
+        rows.append(row | {"unshown": "", "excluded": "", "detail": ""})
         try:
-            rendered.append(_texts(tokenizer, comparison))
+            texts.append(_texts(tokenizer, comparison))
         except Excluded as excluded:
-            rendered.append(excluded)
-    ids = iter(_ids(tokenizer, [text for texts in rendered if isinstance(texts, list) for text in texts]))
-    rows = []
-    for comparison, texts in zip(comparisons, rendered, strict=True):
-        row = {"prefix": [], "suffixes": [], "lengths": [], "truncated": False}
-        row |= {"unshown": "", "excluded": "", "detail": ""}
+            texts.append([])
+            rows[-1] |= {"excluded": excluded.reason, "detail": excluded.detail}
+    ids = iter(_ids(tokenizer, [text for own in texts for text in own]))
+    for comparison, own, row in zip(comparisons, texts, rows, strict=True):
+        if row["excluded"]:
+            continue
+        row["unshown"] = _unshown(comparison, own)
+        whole = [next(ids) for _ in own]
+        row["lengths"] = [len(conversation) for conversation in whole]
         try:
-            if isinstance(texts, Excluded):
-                raise texts
-            row["unshown"] = _unshown(comparison, texts)
-            whole = [next(ids) for _ in texts]
-            row["lengths"] = [len(conversation) for conversation in whole]
-            fitted = _fit(tokenizer, comparison, whole, max_length, truncation, alike)
-            row["truncated"] = fitted != whole
+            if alike:
+                fitted = truncate(comparison, whole)
+            else:
+                each = [replace(comparison, responses=[text], ranks=[0]) for text in comparison.responses]
+                fitted = [truncate(one, [ids])[0] for one, ids in zip(each, whole, strict=True)]
+            _check_ranks(fitted, comparison.ranks)
             encoded = split_at_common_prefix(fitted)
-            row |= {"prefix": encoded.prefix, "suffixes": encoded.suffixes}
+            row |= {"prefix": encoded.prefix, "suffixes": encoded.suffixes, "truncated": fitted != whole}
         except Excluded as excluded:
             row |= {"excluded": excluded.reason, "detail": excluded.detail}
-        rows.append(row)
     return rows
 
 
 def tokenize(
     split: Split,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     max_length: int | None,
     truncation: str,
     num_proc: int | None = None,
@@ -136,26 +131,20 @@ def tokenize(
         rows = encode_all(tokenizer, as_comparisons(batch), max_length, truncation, alike=alike)
         return {name: [row[name] for row in rows] for name in _TOKENIZED}
 
-    versions = [tokenizers.__version__, transformers.__version__, jinja2.__version__]
     named = {key: str(token) for key, token in tokenizer.special_tokens_map.items()}  # templates read them
     settings = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, named, max_length, truncation]
-    code = [sys.modules[__name__], chat_template, comparison_module]
+    versions = [tokenizers.__version__, transformers.__version__, jinja2.__version__]
+    depends_on = [*settings, alike, *versions, sys.modules[__name__], chat_template, comparison_module]
+    features = {**split.comparisons.features, **_TOKENIZED}
     tokenized = run_pass(
-        split.comparisons,
-        encode_batch,
-        "Tokenising",
-        {**split.comparisons.features, **_TOKENIZED},
-        [*settings, alike, *versions, *code],
-        num_proc,
-        batched=True,
+        split.comparisons, encode_batch, "Tokenising", features, depends_on, num_proc, batched=True
     )
     result = set_aside(replace(split, comparisons=tokenized, tokenized=tokenized), "excluded")
     if not len(result.comparisons):
         raise DataError(f"no comparison is left after tokenising: {result.why_excluded()}")
-    unshown = count_unshown(result)
-    if unshown:
+    if unshown := count_unshown(result):
         parts = ", ".join(f"{whose} in {n}" for whose, n in unshown.items())
-        logger.warning(f"warning: the chat template leaves out text of comparisons: {parts}")
+        warn(f"the chat template leaves out text of comparisons: {parts}")
     return result
 
 
@@ -165,18 +154,35 @@ def count_unshown(split: Split) -> dict[str, int]:
     return {item["values"]: item["counts"] for item in counts if item["values"]}
 
 
-def _texts(tokenizer: PreTrainedTokenizerBase, comparison: Comparison) -> list[str]:
+def render(tokenizer: Tokenizer, messages: list[Message], tools: str = "", **options: Any) -> str:
+    """Render the text that is scored: a conversation, with the tools it offers, by the chat template."""
+    called = [m for m in messages if isinstance(m.get("tool_calls"), str)]
+    if called:
+        messages = [m | {"tool_calls": json.loads(m["tool_calls"])} if m in called else m for m in messages]
+    if tools:
+        options["tools"] = json.loads(tools)
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+
+
+def _texts(tokenizer: Tokenizer, comparison: Comparison) -> list[str]:
     """The K conversations through the chat template; raises Excluded where that cannot be."""
-    texts = [*(message["content"] for message in comparison.prompt), *comparison.responses]
-    if any(map(special_tokens(tokenizer).search, texts)):
+    calls = [message["tool_calls"] for message in comparison.prompt if "tool_calls" in message]
+    tools = [text for text in (comparison.tools, *calls) if text]
+    texts = [*(message["content"] for message in comparison.prompt), *comparison.responses, *tools]
+    if any(map(chat_template.special_tokens(tokenizer).search, texts)):
         raise Excluded("control_tokens")
     try:
-        return [render(tokenizer, messages) for messages in comparison.conversations()]
-    except (TemplateError, TypeError) as error:  # such as one that wants user and assistant to alternate
+        texts = [render(tokenizer, messages, comparison.tools) for messages in comparison.conversations()]
+    except (jinja2.TemplateError, TypeError) as error:  # such as one that wants roles to alternate
         raise Excluded("refused_by_template", f"the template says: {one_line(error)}") from None
+    for tool in (tool for text in tools for tool in json.loads(text)):
+        name = str((tool.get("function") or tool).get("name"))
+        if name not in texts[0]:
+            raise Excluded("tools", f"the template does not show '{name}'")
+    return texts
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+def _ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of rendered texts, past the wrapper, whose work takes as long again as the tokenizer's."""
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()  # which the wrapper leaves behind when somebody asked it for either
@@ -192,44 +198,25 @@ def _unshown(comparison: Comparison, texts: Sequence[str]) -> str:
     return next(hidden, "")
 
 
-def _fit(
-    tokenizer: PreTrainedTokenizerBase,
-    comparison: Comparison,
-    conversations: list[list[int]],
-    max_length: int | None,
-    truncation: str,
-    alike: bool,
-) -> list[list[int]]:
-    """The conversations as they fit `max_length`: cut alike, or each as its reply needs it alone."""
-    fitted = conversations
-    if max_length is not None and alike:
-        fitted = _truncate(
-            tokenizer, comparison.prompt, comparison.responses, conversations, max_length, truncation
-        )
-    elif max_length is not None:
-        fitted = []
-        for response, ids in zip(comparison.responses, conversations, strict=True):
-            fitted += _truncate(tokenizer, comparison.prompt, [response], [ids], max_length, truncation)
-    if _identical(fitted, comparison.ranks):
+def _check_ranks(conversations: _Ids, ranks: list[int]) -> None:
+    """Raise Excluded where two conversations that are not tied read the same."""
+    as_read = [tuple(ids) for ids in conversations]
+    if len(set(zip(as_read, ranks, strict=True))) > len(set(as_read)):
         raise Excluded("identical_after_tokenization")
-    return fitted
 
 
 def _truncate(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: list[Message],
-    responses: list[str],
-    conversations: list[list[int]],
-    max_length: int,
-    truncation: str,
-) -> list[list[int]]:
-    """Conversations cut alike, so that none is longer than `max_length`."""
+    tokenizer: Tokenizer, comparison: Comparison, conversations: _Ids, max_length: int | None, truncation: str
+) -> _Ids:
+    """The comparison's conversations cut alike, so that none is longer than `max_length`."""
+    if max_length is None:
+        return conversations
     room = max_length - int(max_length * REPLY_SHARE)  # for the prompt
     if max(map(len, conversations)) <= room:
         return conversations
     while True:
         longest = max(map(len, conversations))
-        prompt_tokens, prompt_tokens_kept = _prompt_tokens(tokenizer, prompt, conversations)
+        prompt_tokens, prompt_tokens_kept = _prompt_tokens(tokenizer, comparison, conversations)
         if longest <= max_length and (prompt_tokens <= room or truncation == "exclude"):  # which cuts nothing
             return conversations
         if longest - prompt_tokens_kept > max_length:
@@ -237,21 +224,13 @@ def _truncate(
         if truncation == "keep_end":
             over = max(prompt_tokens - room, longest - max_length)
             return _cut_front(tokenizer, conversations, prompt_tokens_kept, over)
-        shorter = _drop_oldest_turn(prompt) if truncation == "drop_oldest_turns" else None
+        shorter = _drop_oldest_turn(comparison.prompt) if truncation == "drop_oldest_turns" else None
         if shorter is None and longest > max_length:
             raise Excluded("too_long")
         if shorter is None:
             return conversations
-        prompt = shorter
-        conversations = _ids(tokenizer, _texts(tokenizer, Comparison(prompt, responses)))
-
-
-def _identical(conversations: list[list[int]], ranks: list[int]) -> bool:
-    """Whether two conversations that are not tied read the same."""
-    seen: dict[tuple[int, ...], int] = {}
-    return any(
-        seen.setdefault(tuple(ids), rank) != rank for ids, rank in zip(conversations, ranks, strict=True)
-    )
+        comparison = replace(comparison, prompt=shorter)
+        conversations = _ids(tokenizer, _texts(tokenizer, comparison))
 
 
 def _drop_oldest_turn(prompt: list[Message]) -> list[Message] | None:
@@ -262,37 +241,28 @@ def _drop_oldest_turn(prompt: list[Message]) -> list[Message] | None:
     return [*system, *turns[starts[0] :]] if starts else None
 
 
-def _prompt_tokens(
-    tokenizer: PreTrainedTokenizerBase, prompt: list[Message], conversations: list[list[int]]
-) -> tuple[int, int]:
+def _prompt_tokens(tokenizer: Tokenizer, comparison: Comparison, conversations: _Ids) -> tuple[int, int]:
     """Tokens of the prompt by itself, whatever the replies, and those of them that the conversations keep.
 
     The K replies' own common start is not among them.
     """
     try:
-        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, TypeError):  # one that takes no prompt without its reply
+        text = render(tokenizer, comparison.prompt, comparison.tools, add_generation_prompt=True)
+    except (jinja2.TemplateError, TypeError):  # one that takes no prompt without its reply
         common = len(split_at_common_prefix(conversations).prefix)
         return common, common
-    alone = _ids(tokenizer, [text])[0]
+    [alone] = _ids(tokenizer, [text])
     return len(alone), len(split_at_common_prefix([[*alone, -1], *conversations]).prefix)
 
 
-def _cut_front(
-    tokenizer: PreTrainedTokenizerBase, conversations: list[list[int]], prompt_tokens: int, over: int
-) -> list[list[int]]:
+def _cut_front(tokenizer: Tokenizer, conversations: _Ids, prompt_tokens: int, over: int) -> _Ids:
     """Cuts `over` tokens off the front, behind a special token that it starts with.
 
     An encoder reads its reward at that token. The first `prompt_tokens` tokens may be cut, the replies
     behind them never.
     """
     first = tokenizer.convert_ids_to_tokens(conversations[0][0])
-    kept = 1 if special_tokens(tokenizer).fullmatch(first) else 0
+    kept = 1 if chat_template.special_tokens(tokenizer).fullmatch(first) else 0
     if kept + over >= prompt_tokens:
         raise Excluded("too_long")
     return [ids[:kept] + ids[kept + over :] for ids in conversations]
-
-
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
-    """Render the text that is scored: the conversation through the chat template."""
-    return str(tokenizer.apply_chat_template(messages, tokenize=False))

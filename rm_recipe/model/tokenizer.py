@@ -6,20 +6,19 @@ in `pipeline` and in TRL's RL trainers. The pad token is never EOS, because a cl
 reward at the last token that is not padding. What the template is made to write: `chat_template`.
 """
 
-import logging
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from rm_recipe.data import chat_template
-from rm_recipe.data.comparison import Message
-from rm_recipe.data.tokenization import render
 from rm_recipe.errors import RecipeError, one_line
 from rm_recipe.files import holds
-from rm_recipe.model import source
+from rm_recipe.model.lora import adapter_config, load_config
+from rm_recipe.processes import warn
 
 # For models without a template: a name and a colon before each message, as in hh-rlhf, and EOS at
 # the end, where a decoder's reward is read.
@@ -43,12 +42,12 @@ ENCODER_DECODER_TEMPLATE = (
 # Of the model's embeddings, what its own tokenizer uses at least: DeepSeek's leaves 2 % in reserve.
 SMALLEST_VOCABULARY = 0.9
 
-logger = logging.getLogger("rm_recipe")
+_warn = cache(warn)  # once, however often the tokenizer is loaded
 
 
 def load_tokenizer(
     name: str, revision: str = "main", template: str | None = None, *, of_base: bool = False
-) -> PreTrainedTokenizerBase:
+) -> Tokenizer:
     """Load a model's tokenizer, made safe for a reward model.
 
     It gets a chat template if it has none, whose date is fixed if it writes one, adds no special tokens by
@@ -63,7 +62,7 @@ def load_tokenizer(
     Raises:
         RecipeError: it cannot be loaded, has no fast version, or its chat template is broken.
     """
-    adapter = source.adapter_config(name, revision)
+    adapter = adapter_config(name, revision)
     try:
         if adapter is not None and not holds(name, "tokenizer_config.json", revision):
             name, revision = adapter.base_model_name_or_path, adapter.revision or "main"
@@ -80,7 +79,7 @@ def load_tokenizer(
         date = f"{chat_template.FIXED_DATE:%d %b %Y}"
         _warn(f"{name}: its chat template writes today's date; here it is always {date}, so that scores last")
     leading = _leading_specials(tokenizer)
-    safe = _without_added_specials(tokenizer, pad_token(tokenizer))
+    safe = _without_added_specials(tokenizer)
     try:
         chat_template.render_probe(safe)
     except (TemplateError, TypeError) as error:
@@ -89,8 +88,8 @@ def load_tokenizer(
         safe.chat_template = chat_template.served(safe, leading)
         if not chat_template.end_of_reply(safe)[0]:
             _warn(
-                f"{name}: its chat template writes no special token after a reply, so the reward is read at "
-                "the last token of whatever it ends with, where PPO, which needs an end token, does not look"
+                f"{name}: its chat template writes no special token after a reply; the reward is read at the "
+                "last token of all, where PPO does not look"
             )
     return safe
 
@@ -112,7 +111,7 @@ def _read_template(template: str) -> str:
         ) from None
 
 
-def _own_template(tokenizer: PreTrainedTokenizerBase, name: str, revision: str) -> str:
+def _own_template(tokenizer: Tokenizer, name: str, revision: str) -> str:
     """The template that a tokenizer has, of several the default one; else a plain one.
 
     Raises:
@@ -123,38 +122,30 @@ def _own_template(tokenizer: PreTrainedTokenizerBase, name: str, revision: str) 
     if tokenizer.cls_token is None or tokenizer.sep_token is None:
         return DECODER_TEMPLATE
     with_config = holds(name, "config.json", revision)  # else it is a tokenizer alone
-    seq2seq = with_config and source.load_config(name, revision).is_encoder_decoder
+    seq2seq = with_config and load_config(name, revision).is_encoder_decoder
     return ENCODER_DECODER_TEMPLATE if seq2seq else ENCODER_TEMPLATE
 
 
-@cache
-def _warn(message: str) -> None:
-    """Log a warning once, however often the tokenizer is loaded."""
-    logger.warning("warning: %s", message)
-
-
-def _leading_specials(tokenizer: PreTrainedTokenizerBase) -> str:
+def _leading_specials(tokenizer: Tokenizer) -> str:
     """The special tokens that a tokenizer writes before every text by itself: BOS, or an encoder's CLS."""
     bare, ids = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
     count = next((place for place in range(len(ids)) if ids[place : place + len(bare)] == bare), 0)
     return "".join(tokenizer.convert_ids_to_tokens(ids[:count]))
 
 
-def pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
+def pad_token(tokenizer: Tokenizer) -> str:
     """A token to pad with that no conversation ends in."""
-    own, eos = tokenizer.pad_token, tokenizer.eos_token
-    if own is not None and own not in (eos, tokenizer.sep_token):
-        return str(own)
-    special = [str(token) for _, token in sorted(tokenizer.added_tokens_decoder.items())]
+    added = [str(token) for _, token in sorted(tokenizer.added_tokens_decoder.items())]
     marks = ("<pad", "[pad", "<|pad", "reserved", "unused")
-    spare = [token for token in special if any(mark in token.lower() for mark in marks)]
-    for token in (tokenizer.unk_token, "<|endoftext|>", *spare):
-        if token in special and token not in (eos, tokenizer.bos_token, tokenizer.sep_token):
+    spare = [token for token in added if any(mark in token.lower() for mark in marks)]
+    taken = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.sep_token}
+    for token in (tokenizer.pad_token, tokenizer.unk_token, "<|endoftext|>", *spare):
+        if token in added and token not in taken:
             return str(token)
     return "<|pad|>"
 
 
-def _without_added_specials(tokenizer: PreTrainedTokenizerBase, padding: str) -> PreTrainedTokenizerFast:
+def _without_added_specials(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     """The same vocabulary in the generic class, which keeps the saved post-processor: none.
 
     BertTokenizer and LlamaTokenizer build theirs anew at every load, so that the special tokens
@@ -175,7 +166,7 @@ def _without_added_specials(tokenizer: PreTrainedTokenizerBase, padding: str) ->
         padding_side="right",
         truncation_side="left",  # whoever cuts what is too long cuts the prompt, not the reply
         model_input_names=["input_ids", "attention_mask"],
-        **{**named, "pad_token": padding},
+        **named | {"pad_token": pad_token(tokenizer)},
     )
 
 
@@ -204,7 +195,7 @@ def check_lengths(model: Any, max_length: int | None, name: str) -> None:
         raise RecipeError(f"'max_length: {max_length}': {name} has {there} positions; set {there} or less")
 
 
-def check_one_end(config: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+def check_one_end(config: Any, tokenizer: Tokenizer, name: str) -> None:
     """Refuse a template that writes EOS after every turn, for BART and its like.
 
     Raises:
@@ -212,18 +203,16 @@ def check_one_end(config: Any, tokenizer: PreTrainedTokenizerBase, name: str) ->
     """
     if not config.is_encoder_decoder:
         return
-    turn: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    texts = (render(tokenizer, turn * n) for n in (1, 2))
+    texts = (chat_template.render_probe(tokenizer, chat_template.PROBE * turns) for turns in (1, 2))
     short, long = (tokenizer(text)["input_ids"].count(config.eos_token_id) for text in texts)
     if short != long:
         raise RecipeError(
             f"{name}: its chat template writes {tokenizer.eos_token} after every turn, and a "
-            f"{config.model_type} classifier wants as many in every conversation; name a template that "
-            "writes it at the end alone as 'chat_template_path'"
+            f"{config.model_type} classifier wants one; set 'chat_template_path' to one that ends with it"
         )
 
 
-def check_vocabulary(config: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+def check_vocabulary(config: Any, tokenizer: Tokenizer, name: str) -> None:
     """Refuse a tokenizer that was made for another model.
 
     The model may hold a few embeddings more, to a multiple of 64 or in reserve. Added tokens may be missing
@@ -235,7 +224,5 @@ def check_vocabulary(config: Any, tokenizer: PreTrainedTokenizerBase, name: str)
     size, added = config.get_text_config().vocab_size, tokenizer.added_tokens_decoder
     ids = [number for number in tokenizer.get_vocab().values() if number not in added]
     if max(ids, default=0) >= size or len(tokenizer) < SMALLEST_VOCABULARY * size:
-        raise RecipeError(
-            f"{name}: its tokenizer has {len(tokenizer)} tokens and the model {size} embeddings; are they of "
-            "different models?"
-        )
+        sizes = f"{len(tokenizer)} tokens and the model {size} embeddings"
+        raise RecipeError(f"{name}: its tokenizer has {sizes}; are they of different models?")

@@ -25,7 +25,7 @@ CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
 OFFLINE = ("models/smollm2-135m-instruct", "models/all-minilm-l6-v2", "data/offline")
 
 MODEL_FILES = ("config.json", "adapter_config.json")  # of which a model folder has one
-DATA_FORMATS = (".jsonl", ".json", ".parquet", ".csv", ".arrow")  # each also with .gz
+DATA_FORMATS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".arrow")  # each also with .gz
 TEMPLATE_FORMATS = (".jinja", ".j2")  # of files with a chat template, as TRL has it
 
 # Chosen anew on every machine unless the recipe says.
@@ -104,6 +104,8 @@ overwrite_output_dir: `rm-recipe train RECIPE --overwrite`
 num_labels reward_model stage: nothing: it is always a reward model, of one label
 """)
 
+# What `columns` can give a name to.
+COLUMNS = "prompt chosen rejected responses ranks scores verdict system tools subset"
 _POSITIVE = """
 learning_rate per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps max_length
 lora_r lora_alpha num_train_epochs max_train_samples max_eval_samples dataset_num_proc
@@ -127,6 +129,11 @@ _LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "train_sampling_strategy",
         lambda x: x in ("random", "sequential"),
         "goes by length, and a comparison has no single one; leave it out",
+    ),
+    (
+        "columns",
+        lambda x: x.keys() <= {*COLUMNS.split()} and len({*x.values()}) == len(x),
+        f"should give each of some of {COLUMNS} another column's name",
     ),
     (
         "metric_for_best_model",
@@ -167,6 +174,10 @@ class DataArguments:
     # Share of the prompts to hold out of the train split, all comparisons of a prompt together; 0.1 where a
     # set has a train split only.
     test_split_size: float | None = None
+    # Names that the data set has for ours, e.g. `{prompt: question, chosen: best, rejected: worst}`; also
+    # `responses`, `ranks`, `scores`, `system`, `tools`, `subset`. `verdict` names the one that counts of
+    # several: `{verdict: safer_response_id}`. (In an entry of `datasets`, `columns` is TRL's list.)
+    columns: dict[str, str] | None = None
     # How much better the chosen response is: a number to subtract from the reward difference in the loss
     # (Llama 2, arXiv 2307.09288, section 3.2.2), or a category of `margin_map`. Rankings may have a number
     # for each response: `scores`, say.
@@ -337,5 +348,5 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 
 def looks_local(name: str) -> bool:
     """Whether a name that does not exist was meant as a path: a Hub id is NAME or USER/NAME."""
-    data_file = name.removesuffix(".gz").endswith((*DATA_FORMATS, *TEMPLATE_FORMATS))
+    data_file = name.lower().removesuffix(".gz").endswith((*DATA_FORMATS, *TEMPLATE_FORMATS))
     return data_file or name.startswith((".", "~", "/")) or name.count("/") > 1

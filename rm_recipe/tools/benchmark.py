@@ -25,8 +25,8 @@ from rm_recipe.errors import RecipeError, TrainingError
 from rm_recipe.evaluation.format import print_table
 from rm_recipe.files import write_json
 from rm_recipe.recipe.reader import Recipe
-from rm_recipe.training.run_folder import BENCHMARK, check_run_folder
-from rm_recipe.training.train import PACKAGES, load_data, package_version
+from rm_recipe.training.run_folder import BENCHMARK, check_run_folder, versions
+from rm_recipe.training.train import load_data
 
 STOCK_BATCHES = (1, 2, 4, 8, 16, 32)  # per device: large ones pay for padding, small ones for idle arithmetic
 # Of a measurement's recipe: nothing but training, in this process alone.
@@ -180,8 +180,7 @@ def machine() -> dict[str, Any]:
         "memory_bytes": psutil.virtual_memory().total,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "versions": {"python": platform.python_version()}
-        | {name: package_version(name) for name in PACKAGES},
+        "versions": versions(),
     }
 
 

@@ -27,6 +27,7 @@ from rm_recipe.model.shared_prefix import padded_rows
 from rm_recipe.recipe.reader import Recipe, read_recipe
 from rm_recipe.scoring import RewardModel
 from rm_recipe.training import train
+from rm_recipe.training.trainer import cheaper_adapters
 
 SCORED = 256  # comparisons: enough that their lengths are the data's
 
@@ -46,9 +47,7 @@ def measure_training(recipe: Recipe, what: str) -> dict[str, Any]:
     # As stock needs it, for both.
     train.decide_checkpointing(recipe, model, modules_to_save, train_split, shared=False)
     if what == "ours":
-        sharing = train.settle_step(recipe, model, modules_to_save, train_split)
-        parts = (tokenizer, model, modules_to_save, train_split, test_split, sharing)
-        trainer: Any = train.make_trainer(recipe, *parts)
+        trainer: Any = train.make_trainer(recipe, tokenizer, model, modules_to_save, train_split, test_split)
     else:
         recipe.training.chat_template_path = None  # what is tokenised already needs none
         trainer = RewardTrainer(
@@ -61,7 +60,7 @@ def measure_training(recipe: Recipe, what: str) -> dict[str, Any]:
     start_alike(trainer.model, recipe.training.seed)
     watch = Watch(trainer, tokenizer.pad_token_id)
     trainer.add_callback(watch)
-    with train.cheaper_adapters(trainer) if what == "ours" else nullcontext():
+    with cheaper_adapters(trainer) if what == "ours" else nullcontext():
         trainer.train()
 
     micro_batches = recipe.training.gradient_accumulation_steps

@@ -30,42 +30,18 @@ LLAMA_2 = (
     "{{ bos_token + '[INST] ' + message['content'].strip() + ' [/INST]' }}"
     "{% else %}{{ ' ' + message['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
-LLAMA_3 = (
-    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + "
-    "'<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
-)
-GEMMA = (
-    "{{ bos_token }}{% for message in messages %}{{ '<start_of_turn>' + ('model' if message['role'] == "
-    "'assistant' else message['role']) + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
-)
-MISTRAL = (
-    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
-    "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ message['content'] + eos_token }}"
-    "{% endif %}{% endfor %}"
-)
-PHI_3 = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"
-)
 TEMPLATES = {
     "chatml": (CHATML, "<|im_end|>"),
     "llama 2": (LLAMA_2, "</s>"),
-    "llama 3": (LLAMA_3, "<|eot_id|>"),
     "tinyllama": (make_tokenizer().chat_template, "</s>"),
-    "gemma": (GEMMA, "<end_of_turn>"),
-    "mistral": (MISTRAL, "</s>"),
-    "phi 3": (PHI_3, "<|end|>"),
     "plain": (None, "</s>"),
 }
-SPECIAL = ["<|im_start|>", "<|im_end|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "<|end|>"]
 
 
-def save(folder: Path, template: str | None, special: list[str] = SPECIAL) -> str:
+def save(folder: Path, template: str | None) -> str:
     """A tokenizer that adds BOS by itself, with a template; its folder's name."""
     tokenizer = make_tokenizer()
-    tokenizer.add_special_tokens({"extra_special_tokens": special})
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -76,16 +52,12 @@ def test_a_conversation_ends_with_the_end_token_that_ppo_scores(tmp_path, name):
     template, end = TEMPLATES[name]
     base = load_tokenizer(save(tmp_path / "base", template), of_base=True)
     base.save_pretrained(tmp_path / "export")
-    for tokenizer in (
-        base,
-        load_tokenizer(str(tmp_path / "export")),
-        AutoTokenizer.from_pretrained(tmp_path / "export"),
-    ):
+    for tokenizer in (base, AutoTokenizer.from_pretrained(tmp_path / "export")):
         text = render(tokenizer, MESSAGES)
         assert text.endswith(f"fine thanks{' ' * (name == 'llama 2')}{end}")
         assert tokenizer(text)["input_ids"][-1] == tokenizer.convert_tokens_to_ids(end)
         assert ppo_fault(tokenizer) is None
-        prompt = tokenizer.apply_chat_template(MESSAGES[:-1], tokenize=False, add_generation_prompt=True)
+        prompt = render(tokenizer, MESSAGES[:-1], add_generation_prompt=True)
         assert text.startswith(prompt)  # so prompt and sampled ids together are what was trained on
         assert text.count("<s>") == (2 if name == "llama 2" else 1)
 
@@ -96,16 +68,12 @@ def test_apart_from_its_ends_a_template_writes_what_it_wrote(tmp_path):
             continue
         own = load_tokenizer(save(tmp_path / str(number), template))
         made = load_tokenizer(str(tmp_path / str(number)), of_base=True)
-        for messages in (MESSAGES, MESSAGES[:2], [{"role": "user", "content": " x \n"}, MESSAGES[1]]):
+        for messages in (MESSAGES, [{"role": "user", "content": " x \n"}, MESSAGES[1]]):
             before, after = (render(tokenizer, messages).removeprefix("<s>") for tokenizer in (own, made))
             assert after == before[: before.rindex(end) + len(end)]
-        for options in ({"add_generation_prompt": True}, {"continue_final_message": True}):
-            before, after = (
-                tokenizer.apply_chat_template(messages, tokenize=False, **options).removeprefix("<s>")
-                for tokenizer in (own, made)
-                for messages in [MESSAGES[:3] if "add_generation_prompt" in options else MESSAGES]
-            )
-            assert before == after
+        for turns, option in ((MESSAGES[:3], "add_generation_prompt"), (MESSAGES, "continue_final_message")):
+            before, after = (render(tokenizer, turns, **{option: True}) for tokenizer in (own, made))
+            assert before.removeprefix("<s>") == after.removeprefix("<s>")
 
 
 def test_a_trained_model_of_other_people_and_an_encoder_keep_their_templates(tmp_path, tiny_distilbert):
@@ -115,7 +83,7 @@ def test_a_trained_model_of_other_people_and_an_encoder_keep_their_templates(tmp
     assert own.chat_template == made.chat_template
 
 
-BUNDLED = sorted(path for path in (Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
+BUNDLED = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
 MARKS = (
     "<|im_start|> <|im_end|> <|eot_id|> <end_of_turn> <|end|> <|return|> <turn|> <|END_OF_TURN_TOKEN|> "
     "<|eot|> <\uff5cend\u2581of\u2581sentence\uff5c>"
@@ -138,9 +106,7 @@ def test_trls_templates_end_as_ppo_needs_it_or_say_why_not():
         end, after = chat_template.end_of_reply(tokenizer)
         tokenizer.chat_template = chat_template.served(tokenizer, "")
         assert chat_template.render_probe(tokenizer) == before.removesuffix(after), path.name
-        assert bool(end) == (
-            "smolvlm" not in path.name and "glm" not in path.name and "idefics" not in path.name
-        )
+        assert bool(end) == (not any(name in path.name for name in ("smolvlm", "glm", "idefics")))
         reasons[path.stem] = ppo_fault(tokenizer)
     assert len(reasons) > 40
     assert all(reasons[name] for name in THINKING)
@@ -149,9 +115,8 @@ def test_trls_templates_end_as_ppo_needs_it_or_say_why_not():
 
 
 def test_a_template_without_an_end_token_is_told_of_once(tmp_path, caplog):
-    folder = save(
-        tmp_path, "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}"
-    )
+    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}"
+    folder = save(tmp_path, template)
     for _ in range(2):
         tokenizer = load_tokenizer(folder, of_base=True)
     assert caplog.text.count("writes no special token after a reply") == 1
@@ -166,9 +131,7 @@ def test_a_date_is_the_same_on_every_day(tmp_path, caplog):
     base = load_tokenizer(save(tmp_path, template), of_base=True)
     base.save_pretrained(tmp_path / "export")
     texts = {
-        str(
-            tokenizer.apply_chat_template(MESSAGES, tokenize=False, strftime_now=lambda _, clock=clock: clock)
-        )
+        render(tokenizer, MESSAGES, strftime_now=lambda _, clock=clock: clock)
         for tokenizer in (base, load_tokenizer(str(tmp_path / "export")))
         for clock in ("one clock", "another")
     }
@@ -181,27 +144,11 @@ def test_a_date_is_the_same_on_every_day(tmp_path, caplog):
 @pytest.mark.parametrize("template", [CHATML, "{{ bos_token }}" + CHATML])
 def test_bos_comes_once_where_the_base_had_it(tmp_path, template):
     """TinyLlama's template writes none, and its tokenizer did: a text without is not as the base saw it."""
-    folder = save(tmp_path, template)
-    trained_with = AutoTokenizer.from_pretrained(folder)("hello")["input_ids"]
-    tokenizer = load_tokenizer(folder, of_base=True)
+    tokenizer = load_tokenizer(save(tmp_path, template), of_base=True)
     bos = tokenizer.bos_token_id
-    assert trained_with[0] == bos
     ids = tokenizer(render(tokenizer, MESSAGES))["input_ids"]
     assert (ids[0], ids.count(bos)) == (bos, 1)
-    prompt = tokenizer.apply_chat_template(MESSAGES[:1], tokenize=False, add_generation_prompt=True)
+    prompt = render(tokenizer, MESSAGES[:1], add_generation_prompt=True)
     assert tokenizer(prompt)["input_ids"].count(bos) == 1
     tokenizer.bos_token = None  # as in an export, which names none
     assert tokenizer(render(tokenizer, MESSAGES))["input_ids"] == ids
-
-
-def test_whoever_cuts_what_is_too_long_keeps_the_reply(tmp_path):
-    tokenizer = load_tokenizer(save(tmp_path, CHATML), of_base=True)
-    tokenizer.save_pretrained(tmp_path / "export")
-    served = AutoTokenizer.from_pretrained(tmp_path / "export")
-    texts = [
-        render(tokenizer, [{"role": "user", "content": "far " * 90}, {"role": "assistant", "content": reply}])
-        for reply in ("good", "bad")
-    ]
-    one, other = served(texts, truncation=True, max_length=40)["input_ids"]
-    assert one != other
-    assert one[-1] == other[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")

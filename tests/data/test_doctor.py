@@ -37,10 +37,11 @@ def test_every_flaw_is_counted_with_its_row(write_recipe, flawed):
     assert (figures["rows"], figures["comparisons"]) == (13, 9)
     assert figures["duplicates"] == {"exact": 2, "near": 0, "contradictory": 0, "repeated_prompts": 2}
     assert figures["truncated"] == 1
-    assert report["leakage"] == {"prompts": 1, "comparisons": 1, "first_rows": ["6"], "policy": "allow"}
+    leakage = {"prompts": 1, "comparisons": 1, "first_rows": ["6"], "policy": "allow"}
+    assert leakage.items() <= report["leakage"].items()
 
 
-def test_the_report_has_the_contracts_keys_and_its_sums(write_recipe, flawed):
+def test_the_report_has_the_contracts_keys_and_its_sums_and_the_table_fits(write_recipe, flawed, tmp_path):
     report = report_of(write_recipe(**flawed, leakage="drop", max_train_samples=4))
     assert report.keys() >= {"splits", "leakage"}
     assert report["splits"].keys() == {"train", "test"}
@@ -52,6 +53,20 @@ def test_the_report_has_the_contracts_keys_and_its_sums(write_recipe, flawed):
         assert figures["rows"] == figures["comparisons"] + sum(figures["excluded"].values())
     assert report["splits"]["train"]["excluded"]["leaked_prompt"] == 1
     json.dumps(report, allow_nan=False)
+    console = Console(width=80, record=True)
+    print_report(report, console)
+    printed = console.export_text()
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "train, too_long: row 11" in printed
+    assert "Leakage: 1 train comparisons on 1 held-out prompts, left out of train (row 6)." in printed
+    rows = [{**row, "context": "doc", "subset": "[/INST] [red]"} for row in make_rows(30, seed=1)]
+    rows[0]["prompt"] = [{"role": "judge", "content": "a"}]
+    path = write_jsonl(tmp_path / "x.jsonl", rows)
+    print_report(report_of(write_recipe(dataset_name=str(path), test_split_size=0.5)), console)
+    printed = console.export_text()
+    assert "Held out: 50% of the prompts" in printed
+    assert "train, unknown_role: row [/INST] [red]:1 (role 'judge')" in printed
+    assert printed.count("Columns not read: context.") == 1
 
 
 def test_tokens_prefix_share_and_baselines_equal_a_naive_count(write_recipe, tiny_data, tiny_llama):
@@ -77,28 +92,9 @@ def test_tokens_prefix_share_and_baselines_equal_a_naive_count(write_recipe, tin
     assert figures["baselines"]["shorter_wins"] == pytest.approx(1 - np.mean(longer))
 
 
-def test_the_table_fits_80_columns_and_tells_what_was_found(write_recipe, flawed, tmp_path):
-    console = Console(width=80, record=True)
-    print_report(report_of(write_recipe(**flawed, leakage="drop")), console)
-    printed = console.export_text()
-    assert max(map(len, printed.splitlines())) <= 80
-    assert "train, response_too_long: row 9" in printed
-    assert "Leakage: 1 train comparisons on 1 held-out prompts, left out of train (row 6)." in printed
-    rows = [{**row, "context": "doc", "subset": "[/INST] [red]"} for row in make_rows(30, seed=1)]
-    rows[0]["prompt"] = [{"role": "judge", "content": "a"}]
-    path = write_jsonl(tmp_path / "x.jsonl", rows)
-    print_report(report_of(write_recipe(dataset_name=str(path), test_split_size=0.5)), console)
-    printed = console.export_text()
-    assert "Held out: 50% of the prompts" in printed
-    assert "train, unknown_role: row [/INST] [red]:1 (role 'judge')" in printed
-    assert printed.count("Columns not read: context.") == 1
-
-
 @needs_hh_rlhf
-@pytest.mark.parametrize(
-    ("subset", "longer", "share"), [("harmless-base", 0.445, 0.37), ("helpful-base", 0.61, 0.37)]
-)
-def test_genuine_hh_rlhf_is_as_it_was_counted_before(write_recipe, tiny_llama, subset, longer, share):
+@pytest.mark.parametrize(("subset", "longer"), [("harmless-base", 0.445), ("helpful-base", 0.61)])
+def test_genuine_hh_rlhf_is_as_it_was_counted_before(write_recipe, tiny_llama, subset, longer):
     """The official harmless-base test split, of which this is a part: longer wins 0.445, shared 37 %."""
     keys = {"dataset_name": str(HH_RLHF), "dataset_subsets": [subset], "max_train_samples": 500}
     recipe = read_recipe(write_recipe(**keys))
@@ -109,7 +105,7 @@ def test_genuine_hh_rlhf_is_as_it_was_counted_before(write_recipe, tiny_llama, s
     for figures in examine(recipe, *splits, leakage)["splits"].values():
         assert figures["duplicates"]["exact"] == 0
         assert figures["baselines"]["longer_wins"] == pytest.approx(longer, abs=0.05)
-        assert figures["shared_prefix_share"] == pytest.approx(share, abs=0.05)
+        assert figures["shared_prefix_share"] == pytest.approx(0.37, abs=0.05)
 
 
 # --- comparisons that come again: exactly, nearly, or with the opposite verdict ----------------
@@ -143,24 +139,22 @@ def test_ties_in_another_order_are_no_other_verdict(tmp_path):
     assert (found["exact"], found["contradictory"]) == (2, 1)
 
 
-def jaccard(a: set[bytes], b: set[bytes]) -> float:
-    return len(a & b) / len(a | b)
-
-
 def test_near_duplicates_are_those_that_share_their_three_word_sequences(tmp_path):
-    """200 long texts, 60 of them again with a few words changed: found unless close to the threshold."""
+    """100 long texts, 60 of them again with 0 to 11 words changed: found unless close to the threshold."""
     rng = random.Random(0)
     words = [f"{word}{n}" for word in WORDS for n in range(20)]
-    texts = [[rng.choice(words) for _ in range(120)] for _ in range(200)]
+    texts = [[rng.choice(words) for _ in range(120)] for _ in range(100)]
     for number in range(60):
-        changed = list(texts[number])
-        for place in rng.sample(range(120), number // 5):  # 0 to 11 words
-            changed[place] = "changed"
-        texts.append(changed)
+        texts.append(list(texts[number]))
+        for place in rng.sample(range(120), number // 5):
+            texts[-1][place] = "changed"
     rows = [row(" ".join(text[:40]), " ".join(text[40:80]), " ".join(text[80:])) for text in texts]
     found = count_duplicates(split_of(tmp_path / "x.jsonl", rows))
     sets = [shingles(" ".join(["user", *text])) for text in texts]
-    similar = [jaccard(sets[200 + number], sets[number]) for number in range(60)]
+    similar = [
+        len(sets[100 + number] & sets[number]) / len(sets[100 + number] | sets[number])
+        for number in range(60)
+    ]
     clearly = sum(value >= SIMILAR + 0.1 for value in similar)
     perhaps = sum(value >= SIMILAR - 0.15 for value in similar)
     assert found["exact"] == 5  # nothing changed

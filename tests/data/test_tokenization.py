@@ -9,14 +9,7 @@ from hypothesis import strategies as st
 from rm_recipe.data import tokenization
 from rm_recipe.data.comparison import Comparison, Encoded, Excluded
 from rm_recipe.data.splits import load_split
-from rm_recipe.data.tokenization import (
-    REPLY_SHARE,
-    count_unshown,
-    encode,
-    encode_all,
-    render,
-    tokenize,
-)
+from rm_recipe.data.tokenization import REPLY_SHARE, count_unshown, encode, encode_all, render, tokenize
 from rm_recipe.errors import DataError
 from rm_recipe.model.tokenizer import load_tokenizer
 from rm_recipe.recipe.schema import DataArguments
@@ -24,12 +17,20 @@ from rm_recipe.recipe.schema import DataArguments
 TRUNCATIONS = ("drop_oldest_turns", "keep_end", "exclude")
 
 
+@pytest.fixture
+def tokenizer(tiny_llama):
+    return load_tokenizer(str(tiny_llama))
+
+
+def split_of(path, **keys):
+    return load_split(DataArguments(dataset_name=str(path), **keys), "test")
+
+
 def turns(*texts: str) -> list[dict[str, str]]:
     return [{"role": "assistant" if i % 2 else "user", "content": t} for i, t in enumerate(texts)]
 
 
-def test_truncation_drops_the_oldest_exchange_for_both_and_keeps_question_and_reply(tiny_llama):
-    tokenizer = load_tokenizer(str(tiny_llama))
+def test_truncation_drops_the_oldest_exchange_for_both_and_keeps_question_and_reply(tokenizer):
     long = Comparison(turns("far " * 30, "yes", "hello"), ["good", "bad"])
     short = Comparison(turns("hello"), ["good", "bad"])
     prompt = len(encode(tokenizer, long, None).prefix)
@@ -38,36 +39,31 @@ def test_truncation_drops_the_oldest_exchange_for_both_and_keeps_question_and_re
     assert encode(tokenizer, long, room - 2) == encode(tokenizer, short, None)
 
 
-def test_keep_end_cuts_the_front_of_the_shared_prefix(tiny_llama):
-    tokenizer = load_tokenizer(str(tiny_llama))
+def test_keep_end_cuts_the_front_of_the_shared_prefix(tokenizer, tiny_distilbert):
+    """Behind the token at which an encoder reads its reward."""
     comparison = Comparison(turns("far " * 30), ["good", "bad cat"])
     whole = encode(tokenizer, comparison, None)
     cut = encode(tokenizer, comparison, 20, "keep_end")
     assert len(cut.prefix) == 15  # a quarter is the reply's
     assert cut.suffixes == whole.suffixes
     assert whole.prefix[-len(cut.prefix) :] == cut.prefix
-
-
-def test_keep_end_keeps_the_token_at_which_an_encoder_reads_its_reward(tiny_distilbert):
-    tokenizer = load_tokenizer(str(tiny_distilbert))
-    cut = encode(tokenizer, Comparison(turns("far " * 30), ["good", "bad cat"]), 20, "keep_end")
-    assert cut.prefix[0] == tokenizer.cls_token_id
+    encoder = load_tokenizer(str(tiny_distilbert))
+    cut = encode(encoder, comparison, 20, "keep_end")
+    assert cut.prefix[0] == encoder.cls_token_id
     assert max(map(len, cut.conversations())) == 20
 
 
-def test_what_a_template_says_when_it_refuses_is_told(tiny_llama, tmp_path):
-    tokenizer = load_tokenizer(str(tiny_llama))
-    refuses = "{{ raise_exception('System role not supported') }}"
-    tokenizer.chat_template = (
-        f"{{% if messages[0]['role'] == 'system' %}}{refuses}{{% endif %}}{tokenizer.chat_template}"
-    )
+def test_what_a_template_says_when_it_refuses_is_told(tokenizer, tmp_path):
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system role') }}{% endif %}"
+    tokenizer.chat_template = refuses + tokenizer.chat_template
     rows = make_rows(3, seed=1)
     rows[1]["prompt"] = [{"role": "system", "content": "Be kind."}, *rows[1]["prompt"]]
-    split = load_split(DataArguments(dataset_name=str(write_jsonl(tmp_path / "x.jsonl", rows))), "test")
+    split = split_of(write_jsonl(tmp_path / "x.jsonl", rows))
     found = tokenize(split, tokenizer, None, "exclude")
     assert found.excluded == {"refused_by_template": 1}
-    assert found.details == {"refused_by_template": "the template says: System role not supported"}
-    with pytest.raises(DataError, match="first in row 2: the template says: System role not supported"):
+    [first, *_] = found.first_rows["refused_by_template"]
+    assert first.endswith("(the template says: No system role)")
+    with pytest.raises(DataError, match="first in row 2 .the template says: No system role"):
         tokenize(split.select(np.array([1]), "not_sampled"), tokenizer, None, "exclude")
 
 
@@ -79,15 +75,16 @@ def test_what_a_template_says_when_it_refuses_is_told(tiny_llama, tmp_path):
         ("exclude", Comparison(turns("far " * 20, "yes", "hi"), ["good", "bad"]), "too_long"),
     ],
 )
-def test_what_does_not_fit_is_excluded_by_name(tiny_llama, truncation, comparison, reason):
-    tokenizer = load_tokenizer(str(tiny_llama))
-    with pytest.raises(Excluded) as caught:
+def test_what_does_not_fit_is_excluded_by_name(tokenizer, truncation, comparison, reason):
+    with pytest.raises(Excluded, match=f"^{reason}$"):
         encode(tokenizer, comparison, 40, truncation)
-    assert caught.value.reason == reason
+    refuses = "{% if messages[-1]['role'] != 'assistant' %}{{ raise_exception('no reply') }}{% endif %}"
+    tokenizer.chat_template = refuses + tokenizer.chat_template
+    with pytest.raises(Excluded, match="too_long"):  # also of one that takes no prompt alone
+        encode(tokenizer, comparison, 40, truncation)
 
 
-def test_what_a_tokenizer_truncated_or_padded_to_before_is_forgotten(tiny_llama, tmp_path):
-    tokenizer = load_tokenizer(str(tiny_llama))
+def test_what_a_tokenizer_truncated_or_padded_to_before_is_forgotten(tokenizer, tmp_path):
     comparison = Comparison(turns("hello"), ["good", "bad cat"])
     expected = encode(tokenizer, comparison, None)
     tokenizer(["hello", "good bad"], padding=True, truncation=True, max_length=6)  # a user's own call
@@ -101,16 +98,6 @@ def test_what_a_tokenizer_truncated_or_padded_to_before_is_forgotten(tiny_llama,
     assert encode(again, comparison, None) == expected
 
 
-def test_a_template_that_takes_no_prompt_alone_excludes_what_does_not_fit(tiny_llama):
-    tokenizer = load_tokenizer(str(tiny_llama))
-    tokenizer.chat_template = (
-        "{% if messages[-1]['role'] != 'assistant' %}{{ raise_exception('no reply') }}{% endif %}"
-        + tokenizer.chat_template
-    )
-    with pytest.raises(Excluded, match="too_long"):
-        encode(tokenizer, Comparison(turns("far " * 40), ["good", "bad"]), 40)
-
-
 def test_ties_may_read_the_same_and_others_may_not(tiny_distilbert):
     tokenizer = load_tokenizer(str(tiny_distilbert))  # knows no case
     tied = Comparison(turns("hi"), ["good", "good", "bad"], [0, 0, 1])
@@ -121,38 +108,28 @@ def test_ties_may_read_the_same_and_others_may_not(tiny_distilbert):
 
 @pytest.mark.parametrize("replies", [["far " * 40 + "good", "far " * 40 + "bad"], ["far " * 40]])
 @pytest.mark.parametrize("truncation", TRUNCATIONS)
-def test_what_replies_have_in_common_is_not_cut_as_if_it_were_the_question(tiny_llama, replies, truncation):
+def test_what_replies_have_in_common_is_not_cut_as_if_it_were_the_question(tokenizer, replies, truncation):
     """Also for one reply alone, as `score` encodes it: all of it is common to all there are."""
-    tokenizer = load_tokenizer(str(tiny_llama))
     with pytest.raises(Excluded, match="response_too_long"):
         encode(tokenizer, Comparison(turns("hello"), replies), 40, truncation)
 
 
-SHARE = 40  # of 160
-
-
-def near(tokenizer, extra=0):
-    """A comparison whose prompt takes all but a reply's share of 160 tokens, and so many more."""
-    history = turns("far", "yes", "cat " * 4, "no", "hello")
-    asked = len(encode(tokenizer, Comparison(history, ["good", "bad"]), None).prefix)
-    history[0]["content"] += " far" * (160 - SHARE - asked + extra)
-    return Comparison(history, ["good", "bad cat"])
-
-
 @pytest.mark.parametrize("extra", [0, 1])
 @pytest.mark.parametrize("truncation", ["drop_oldest_turns", "keep_end"])
-def test_the_context_of_a_reply_follows_from_the_prompt_alone(tiny_llama, truncation, extra):
+def test_the_context_of_a_reply_follows_from_the_prompt_alone(tokenizer, truncation, extra):
     """Not from what it is scored beside: today's margin of a pair turned when a third reply joined it."""
-    tokenizer = load_tokenizer(str(tiny_llama))
-    prompt = near(tokenizer, extra).prompt
-    replies = ["good", "bad cat", "far " * (SHARE // 2 - 4), "far " * 100]  # the last exceeds its share
-    alone = [
-        encode(tokenizer, Comparison(prompt, [reply]), 160, truncation).conversations()[0]
-        for reply in replies
-    ]
-    together = encode(tokenizer, Comparison(prompt, replies), 160, truncation).conversations()
+    prompt = turns("far", "yes", "cat " * 4, "no", "hello")
+    asked = len(encode(tokenizer, Comparison(prompt, ["good", "bad"]), None).prefix)
+    prompt[0]["content"] += " far" * (160 - 40 - asked + extra)  # all but a reply's share, or one token more
+    replies = ["good", "bad cat", "far " * 16, "far " * 100]  # the last exceeds its share
+
+    def encoded(prompt, replies, limit=160):
+        return encode(tokenizer, Comparison(prompt, replies), limit, truncation).conversations()
+
+    alone = [encoded(prompt, [reply])[0] for reply in replies]
+    together = encoded(prompt, replies)
     assert together == alone
-    bare = [encode(tokenizer, Comparison(turns("x"), [reply]), None).conversations()[0] for reply in replies]
+    bare = [encoded(turns("x"), [reply], None)[0] for reply in replies]
     contexts = [len(ids) - len(least) for ids, least in zip(alone, bare, strict=True)]
     assert contexts[0] == contexts[1] == contexts[2] > contexts[3]
     [row] = encode_all(tokenizer, [Comparison(prompt, replies)], 160, truncation, alike=True)
@@ -162,18 +139,13 @@ def test_the_context_of_a_reply_follows_from_the_prompt_alone(tiny_llama, trunca
 
 
 @pytest.mark.parametrize("truncation", ["drop_oldest_turns", "keep_end"])
-def test_the_context_follows_from_the_prompt_where_a_thinking_prompt_is_longer_than_what_is_rendered(
-    tiny_llama, truncation
-):
-    tokenizer = load_tokenizer(str(tiny_llama))
+def test_so_it_does_where_a_thinking_prompt_is_longer_than_what_is_rendered(tokenizer, truncation):
     tokenizer.chat_template += "{% if add_generation_prompt %}{{ '<think> far far far far ' * 3 }}{% endif %}"
     replies = ["yes", "far " * 60]
     for words in range(60, 110, 7):
         prompt = turns("far " * words, "yes", "hello")
-        together = encode(tokenizer, Comparison(prompt, replies), 160, truncation).conversations()
-        assert (
-            together[0] == encode(tokenizer, Comparison(prompt, ["yes"]), 160, truncation).conversations()[0]
-        )
+        both, one = (encode(tokenizer, Comparison(prompt, r), 160, truncation) for r in (replies, ["yes"]))
+        assert both.conversations()[0] == one.conversations()[0]
 
 
 def test_a_run_and_its_export_cut_alike(tiny_llama):
@@ -197,8 +169,7 @@ def test_text_that_would_be_read_as_a_control_token_is_left_out_under_its_own_re
     assert encoded.first_rows == {"control_tokens": ["1", "2", "3"]}
 
 
-def test_what_a_template_does_not_show_is_counted_by_whose_it_is(tmp_path, tiny_llama, caplog):
-    tokenizer = load_tokenizer(str(tiny_llama))
+def test_what_a_template_does_not_show_is_counted_by_whose_it_is(tmp_path, tokenizer, caplog):
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m['role'] != 'tool' %}{{ '<|' + m['role'] + '|>' + "
         "m['content'].split('</think>')[-1] + '</s>' }}{% endif %}{% endfor %}"
@@ -227,9 +198,8 @@ def test_what_is_encoded_fits_and_ends_as_the_whole_conversation_does(tiny_llama
     tokenizer = load_tokenizer(str(tiny_llama))
     found = encode_all(tokenizer, batch, limit, truncation, alike=True)
     for comparison, row in zip(batch, found, strict=True):
-        whole = [
-            tokenizer(render(tokenizer, messages))["input_ids"] for messages in comparison.conversations()
-        ]
+        texts = [render(tokenizer, messages) for messages in comparison.conversations()]
+        whole = tokenizer(texts)["input_ids"]
         assert row["lengths"] == [len(ids) for ids in whole]
         if row["excluded"]:
             assert max(row["lengths"]) > int(limit * (1 - REPLY_SHARE))
@@ -243,10 +213,6 @@ def test_what_is_encoded_fits_and_ends_as_the_whole_conversation_does(tiny_llama
         for ids, reply in zip(cut, comparison.responses, strict=True):
             assert len(ids) <= limit
             assert tokenizer.decode(ids).rstrip().endswith(f"{reply}</s>".rstrip())
-
-
-def split_of(path, **keys):
-    return load_split(DataArguments(dataset_name=str(path), **keys), "test")
 
 
 def test_a_second_start_tokenises_nothing_and_other_settings_do(tmp_path, tiny_llama, monkeypatch):
@@ -263,22 +229,20 @@ def test_a_second_start_tokenises_nothing_and_other_settings_do(tmp_path, tiny_l
     other_eos, other_template = (load_tokenizer(str(tiny_llama)) for _ in range(2))
     other_eos.eos_token = "<s>"  # templates read it, and the vocabulary is the same
     other_template.chat_template += " "
-    for changed, *settings in (
-        (tokenizer, 59, "drop_oldest_turns"),
-        (tokenizer, 60, "exclude"),
-        (other_eos, 60, "drop_oldest_turns"),
-        (other_template, 60, "drop_oldest_turns"),
+    for changed, *settings, alike in (
+        (tokenizer, 59, "drop_oldest_turns", False),
+        (tokenizer, 60, "exclude", False),
+        (other_eos, 60, "drop_oldest_turns", False),
+        (other_template, 60, "drop_oldest_turns", False),
+        (tokenizer, 60, "drop_oldest_turns", True),
     ):
         with pytest.raises(AssertionError, match="tokenised again"):
-            tokenize(split, changed, *settings)
-    with pytest.raises(AssertionError, match="tokenised again"):
-        tokenize(split, tokenizer, 60, "drop_oldest_turns", alike=True)
+            tokenize(split, changed, *settings, alike=alike)
 
 
 @needs_hh_rlhf
-def test_genuine_conversations_are_never_cut_in_their_reply(tiny_llama):
-    split = load_split(DataArguments(dataset_name=str(HH_RLHF), dataset_subsets=["harmless-base"]), "test")
-    tokenizer = load_tokenizer(str(tiny_llama))
+def test_genuine_conversations_are_never_cut_in_their_reply(tokenizer):
+    split = split_of(HH_RLHF, dataset_subsets=["harmless-base"])
     for truncation in ("drop_oldest_turns", "keep_end"):
         encoded = tokenize(split, tokenizer, 800, truncation, 2)  # in two processes
         assert encoded.rows == len(encoded.comparisons) + encoded.excluded.total() == 350

@@ -7,12 +7,24 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from rm_recipe.data.tokenization import render
 from rm_recipe.errors import RecipeError
-from rm_recipe.model.shared_prefix import Sharing
 from rm_recipe.model.tokenizer import check_lengths, check_vocabulary, load_tokenizer, pad_token, positions
 from rm_recipe.recipe.reader import read_recipe
 from rm_recipe.training.train import load_data, load_model, make_trainer
 
 MESSAGES = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good cat"}]
+
+
+@pytest.fixture
+def save(tmp_path):
+    """A function: saves the tiny tokenizer with another template, in a folder."""
+
+    def make(name: str, template):
+        tokenizer = make_tokenizer()
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(tmp_path / name)
+        return str(tmp_path / name)
+
+    return make
 
 
 @pytest.mark.parametrize("fixture", ["tiny_llama", "tiny_distilbert"])
@@ -26,13 +38,12 @@ def test_special_tokens_come_once_also_after_saving_and_loading(fixture, request
         for add_special_tokens in (True, False):
             assert other(text, add_special_tokens=add_special_tokens)["input_ids"] == expected
         assert other.pad_token_id == tokenizer.pad_token_id
+        cut = other(text, truncation=True, max_length=4)["input_ids"]
+        assert cut == expected[-4:]  # whoever cuts what is too long keeps the reply
 
 
-def test_a_model_without_a_template_gets_a_plain_one(tiny_llama, tiny_distilbert, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    tokenizer.chat_template = None
-    tokenizer.save_pretrained(tmp_path)
-    assert render(load_tokenizer(str(tmp_path)), MESSAGES) == "<s>User: hello\n\nAssistant: good cat</s>"
+def test_a_model_without_a_template_gets_a_plain_one(save, tiny_distilbert):
+    assert render(load_tokenizer(save("t", None)), MESSAGES) == "<s>User: hello\n\nAssistant: good cat</s>"
     encoder = load_tokenizer(str(tiny_distilbert))
     tokens = encoder.convert_ids_to_tokens(encoder(render(encoder, MESSAGES))["input_ids"])
     assert tokens.count("[CLS]") == 1
@@ -59,11 +70,8 @@ def test_a_pad_token_is_one_that_no_conversation_ends_in(tiny_llama):
     ("kind", "expected", "keys"),
     [
         ("roberta", 18, {}),
-        ("camembert", 18, {}),
         ("longformer", 18, {"attention_window": [4, 4]}),
-        ("lilt", 18, {"channel_shrink_ratio": 1, "hidden_size": 48}),
         ("bert", 20, {}),
-        ("gpt2", 20, {}),
         ("opt", 20, {}),
         ("llama", 20, {}),
     ],
@@ -84,14 +92,8 @@ def test_a_model_runs_on_as_many_tokens_as_it_is_said_to_have_positions_for(kind
                 model(input_ids=torch.full((1, expected + 1), 5))
 
 
-def test_xlnet_has_no_end_of_positions():
-    with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("xlnet"))
-    assert positions(model) is None
-    check_lengths(model, None, "m")
-
-
-def test_a_tokenizer_of_another_model_is_refused_with_both_sizes(tiny_llama):
+def test_a_tokenizer_of_another_model_is_refused_with_both_sizes(tiny_llama, tmp_path):
+    """Not for a token without an embedding: many a model was given a pad token and not resized."""
     tokenizer, config = load_tokenizer(str(tiny_llama)), AutoConfig.from_pretrained(tiny_llama)
     check_vocabulary(config, tokenizer, "m")
     own = config.vocab_size
@@ -101,35 +103,17 @@ def test_a_tokenizer_of_another_model_is_refused_with_both_sizes(tiny_llama):
         config.vocab_size = size
         with pytest.raises(RecipeError, match=f"m: its tokenizer has {own} tokens and the model {size} "):
             check_vocabulary(config, tokenizer, "m")
-
-
-def test_a_pad_token_without_an_embedding_is_no_tokenizer_of_another_model(tiny_llama, tmp_path):
-    """Many a model was given one without anyone resizing its embeddings."""
-    tokenizer = make_tokenizer()
+    config.vocab_size = own
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.add_tokens(["<image_soft_token>"])  # Gemma 3's, which its text models have no embedding for
     tokenizer.save_pretrained(tmp_path)
-    config = AutoConfig.from_pretrained(tiny_llama)
-    assert tokenizer.pad_token_id == config.vocab_size
+    assert tokenizer.pad_token_id == own
     check_vocabulary(config, load_tokenizer(str(tmp_path)), "m")
 
 
 # --- templates --------------------------------------------------------------------------------------
 
 OTHER_TEMPLATE = "{% for message in messages %}{{ message['content'] }}!{{ eos_token }}{% endfor %}"
-
-
-@pytest.fixture
-def save(tmp_path):
-    """A function: saves the tiny tokenizer with another template, in a folder."""
-
-    def make(name: str, template):
-        tokenizer = make_tokenizer()
-        tokenizer.chat_template = template
-        tokenizer.save_pretrained(tmp_path / name)
-        return str(tmp_path / name)
-
-    return make
 
 
 def test_of_several_templates_the_default_one_is_taken_and_saved_alone(save, tmp_path):
@@ -142,22 +126,12 @@ def test_of_several_templates_the_default_one_is_taken_and_saved_alone(save, tmp
         load_tokenizer(save("none", {"tool_use": "{{ messages }}"}))
 
 
-def test_a_template_that_is_broken_is_refused_with_its_fault(tiny_llama, tmp_path):
+def test_a_template_that_is_broken_or_cannot_be_read_is_one_message(tiny_llama, save, tmp_path):
     template = tmp_path / "t.jinja"
     for text in ("{% for message in messages %}", "{{ messages[0]['content'] + 1 }}"):
         template.write_text(text)
         with pytest.raises(RecipeError, match="its chat template fails on a question and an answer: "):
             load_tokenizer(str(tiny_llama), template=str(template))
-
-
-def test_a_template_may_be_a_file_or_the_one_of_another_tokenizer(tiny_llama, save, tmp_path):
-    (tmp_path / "t.jinja").write_text(OTHER_TEMPLATE)
-    for template in (str(tmp_path / "t.jinja"), save("other", OTHER_TEMPLATE)):
-        tokenizer = load_tokenizer(str(tiny_llama), template=template)
-        assert render(tokenizer, MESSAGES) == "hello!</s>good cat!</s>"
-
-
-def test_a_template_that_cannot_be_read_is_one_message(tiny_llama, save, tmp_path):
     (tmp_path / "binary.jinja").write_bytes(bytes(range(256)))
     (tmp_path / "empty").mkdir()
     for name in ("binary.jinja", "empty", "gone/hub", "plain"):
@@ -176,9 +150,9 @@ def test_the_template_that_is_trained_with_is_ours_and_not_what_trl_would_read_a
     path = str(tmp_path / "other.jinja") if kind == "file" else save("other", OTHER_TEMPLATE)
     (tmp_path / "other.jinja").write_text(OTHER_TEMPLATE)
     recipe = read_recipe(write_recipe(chat_template_path=path))
-    tokenizer, train_split, test_split, _ = load_data(recipe)
+    tokenizer, *splits, _ = load_data(recipe)
+    assert render(tokenizer, MESSAGES) == "<s>hello!</s>good cat!</s>"
     tokenizer.chat_template = made = f"{tokenizer.chat_template}{{# made safe #}}"
-    model = load_model(recipe, tokenizer)
-    trainer = make_trainer(recipe, tokenizer, *model, train_split, test_split, Sharing(False, "off", None))
+    trainer = make_trainer(recipe, tokenizer, *load_model(recipe, tokenizer), *splits)
     assert trainer.processing_class.chat_template == made
     assert recipe.resolved()["chat_template_path"] == path

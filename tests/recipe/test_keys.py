@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import make_recipe
+from conftest import make_recipe, ready_trainer
 from trl import ModelConfig, RewardConfig
 
 from rm_recipe.errors import RecipeError
 from rm_recipe.model import lora as lora_module
-from rm_recipe.model.shared_prefix import Sharing
 from rm_recipe.recipe.reader import read_recipe
 from rm_recipe.recipe.relations import IDLE
 from rm_recipe.recipe.schema import (
@@ -24,7 +23,6 @@ from rm_recipe.recipe.schema import (
     looks_local,
     recipe_keys,
 )
-from rm_recipe.training.train import load_data, load_model, make_trainer
 
 # --- what each of TRL's fields does --------------------------------------------------------------
 
@@ -103,9 +101,9 @@ def trainer(tmp_path_factory, tiny_llama, tiny_data):
     keys: dict[str, Any] = {key: value for key, (value, *_) in SHOWN_BY_A_TRAINER.items()}
     keys |= GIVEN_TO_TRAINER | {"output_dir": keys["output_dir"].format(folder=folder)}
     recipe = read_recipe(make_recipe(folder, tiny_llama, tiny_data, **keys, prefix_sharing="off"))
-    tokenizer, *splits, _ = load_data(recipe)
-    made = load_model(recipe, tokenizer)
-    return make_trainer(recipe, tokenizer, *made, *splits, Sharing(False, "off", None))
+    made = ready_trainer(recipe)
+    made.create_optimizer_and_scheduler(100)
+    return made
 
 
 def test_a_key_is_what_the_trainer_is_told_or_does(trainer):
