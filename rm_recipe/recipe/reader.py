@@ -174,9 +174,16 @@ def save_values(path: Path, values: dict[str, Any]) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader; a key given twice is remembered as a fault instead of overwritten."""
+    """YAML's safe loader; a key given twice is remembered as a fault instead of overwritten.
+
+    `no` and `off` are texts, as in YAML 1.2, so that `save_strategy: no` and `prefix_sharing: off` are.
+    """
 
     duplicates: list[str]
+    yaml_implicit_resolvers: typing.ClassVar = {
+        first: [(tag, kind) for tag, kind in found if not tag.endswith(":bool") or first in "tTfF"]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         """PyYAML's own, after a look at the keys."""
