@@ -180,10 +180,6 @@ class _Loader(yaml.SafeLoader):
     """
 
     duplicates: list[str]
-    yaml_implicit_resolvers: typing.ClassVar = {
-        first: [(tag, kind) for tag, kind in found if not tag.endswith(":bool") or first in "tTfF"]
-        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         """PyYAML's own, after a look at the keys."""
@@ -193,6 +189,12 @@ class _Loader(yaml.SafeLoader):
                 self.duplicates.append(f"line {key.start_mark.line + 1}: key '{key.value}' is given twice")
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, kind) for tag, kind in found if not tag.endswith(":bool") or first in "tTfF"]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], list[str]]:
