@@ -183,7 +183,7 @@ def test_an_output_folder_with_something_else_in_it(write_recipe, refused, tmp_p
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("mine")
     for flags in ([], ["--overwrite"]):
-        refused("train", str(write_recipe()), *flags, parts=("is not empty and is not a run folder",))
+        refused("train", str(write_recipe()), *flags, parts=("is not a run folder",))
 
 
 def test_a_run_whose_recipe_is_damaged(write_recipe, refused, tmp_path):

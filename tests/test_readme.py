@@ -5,11 +5,13 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, make_rows, run_cli, write_jsonl
 
+from rm_recipe import cli
 from rm_recipe.data.formats import parse_row
 from rm_recipe.evaluation.evaluate import evaluate
 from rm_recipe.exporting.export import export
@@ -54,6 +56,25 @@ def workplace(tmp_path_factory, tiny_llama, tiny_data):
     return folder
 
 
+@pytest.fixture
+def printed(workplace, monkeypatch, capsys):
+    """A function: what a verb prints, which has to end well."""
+
+    def run(*words: str) -> str:
+        monkeypatch.chdir(workplace)
+        monkeypatch.setenv("COLUMNS", "80")
+        if "recipes/smollm2_offline.yaml" in words and "--lora_target_modules" not in words:
+            words += ("--lora_target_modules", "all-linear")  # the small model has no layers 15 to 29
+        monkeypatch.setattr(sys, "argv", ["rm-recipe", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr()
+        assert not ended.value.code, said.err
+        return said.out
+
+    return run
+
+
 def test_the_readme_has_the_commands_of_the_project():
     assert {"make train", "make test"} <= set(COMMANDS)
     assert any(command.startswith("accelerate launch") for command in COMMANDS)
@@ -93,13 +114,8 @@ def test_every_push_names_an_export_that_needs_only_a_token(command, workplace, 
 @pytest.mark.parametrize(
     "command", [c for c in COMMANDS if c.startswith("rm-recipe") and not c.startswith("rm-recipe push")]
 )
-def test_every_command_works(command, workplace):
-    words = shlex.split(command)[1:]
-    if "recipes/smollm2_offline.yaml" in words and "--lora_target_modules" not in words:
-        words += ["--lora_target_modules", "all-linear"]  # the small model has no layers 15 to 29
-    result = run_cli(*words, cwd=workplace)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout
+def test_every_command_works(command, printed):
+    assert printed(*shlex.split(command)[1:])
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
@@ -148,16 +164,11 @@ def test_the_rows_that_the_readme_shows_are_comparisons():
     assert [len(comparison.responses) for comparison in comparisons] == [2, 3, 2]
 
 
-def test_the_table_that_the_readme_shows_is_the_doctors(workplace, monkeypatch):
+def test_the_table_that_the_readme_shows_is_the_doctors(printed):
     """Line by line, figures and their columns apart."""
-    monkeypatch.setenv("COLUMNS", "80")
-    command = ["check", "recipes/smollm2_offline.yaml", "--data", "--max_train_samples", "20"]
-    command += ["--lora_target_modules", "all-linear"]  # as above
-    process = run_cli(*command, cwd=workplace)
-    assert process.returncode == 0, process.stderr
-    printed = process.stdout.partition("report:")[0]
+    table = printed("check", "recipes/smollm2_offline.yaml", "--data", "--max_train_samples", "20")
     [shown] = [text for kind, text in BLOCKS if kind == "text" and text.startswith("Data\n")]
-    assert [without_figures(line) for line in printed.strip().splitlines()] == [
+    assert [without_figures(line) for line in table.partition("report:")[0].strip().splitlines()] == [
         without_figures(line) for line in shown.strip().splitlines()
     ]
 

@@ -111,7 +111,8 @@ def add_lora(
         wrapped = get_peft_model(model, settings, revision=config.model_revision)
     except (ValueError, re.error) as error:
         advice = "set 'lora_dropout: 0'" if "lora_dropout" in str(error) else _linear_layers(model)
-        raise RecipeError(f"LoRA cannot be added: {one_line(error)}; {advice}") from None
+        pattern = f" by 'lora_target_modules: {config.lora_target_modules}'" * isinstance(error, re.error)
+        raise RecipeError(f"LoRA cannot be added{pattern}: {one_line(error)}; {advice}") from None
     train_in_float32(wrapped)
     if autocast:
         keep_activations_in_half(wrapped)

@@ -174,7 +174,10 @@ def save_values(path: Path, values: dict[str, Any]) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader; a key given twice is remembered as a fault instead of overwritten."""
+    """YAML's safe loader; a key given twice is remembered as a fault instead of overwritten.
+
+    `no` and `off` are texts, as in YAML 1.2, so that `save_strategy: no` and `prefix_sharing: off` are.
+    """
 
     duplicates: list[str]
 
@@ -186,6 +189,12 @@ class _Loader(yaml.SafeLoader):
                 self.duplicates.append(f"line {key.start_mark.line + 1}: key '{key.value}' is given twice")
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, kind) for tag, kind in found if not tag.endswith(":bool") or first in "tTfF"]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], list[str]]:

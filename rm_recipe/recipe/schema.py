@@ -79,9 +79,7 @@ FOREIGN_KEYS = table("""
 torch_dtype: 'dtype'
 use_lora adapter finetuning_type: 'use_peft: true', and 'load_in_4bit: true' for QLoRA
 base_model model model_name: 'model_name_or_path'
-adapter_name_or_path: 'model_name_or_path', which may be an SFT adapter's folder
 tokenizer tokenizer_name_or_path: nothing: the tokenizer is the base model's
-template chat_template: 'chat_template_path': a template's file, or another model; else it is the base model's
 dataset dataset_dir: 'dataset_name'
 dataset_config: 'dataset_subsets', or 'datasets' with a 'name' for each
 val_set_size val_size: 'test_split_size', a share
@@ -97,7 +95,6 @@ warmup_ratio: 'warmup_steps'; below 1 it is a share of all steps
 quantization_bit: 'load_in_4bit: true' or 'load_in_8bit: true'
 bnb_4bit_compute_dtype: 'bf16' or 'fp16', which a quantised base computes in
 flash_attn flash_attention flash_attention_2 use_flash_attention_2: 'attn_implementation: flash_attention_2'
-no_cuda: 'use_cpu'
 logging_dir: nothing: a tracker's own variable says it, TENSORBOARD_LOGGING_DIR for one
 use_wandb wandb_project: 'report_to: wandb' and the variable WANDB_PROJECT
 overwrite_output_dir: `rm-recipe train RECIPE --overwrite`

@@ -264,14 +264,13 @@ def print_benchmark(content: dict[str, Any], console: Console | None = None) -> 
         rows.append([name, *cells])
     head = ("trainer", "comparisons/s", "tokens/s", "padding", "peak memory", "TFLOP/s")
     print_table("Training", head, rows, console)
-    sentences = {
-        "comparisons_per_s": "{comparisons_per_s:.2f} times stock TRL's speed, {peak_memory:.2f} of memory",
-        "tuned_comparisons_per_s": "{tuned_comparisons_per_s:.2f} times stock TRL's speed at its best batch",
-        "scoring": "{scoring:.2f} times the speed of scoring in padded batches in the data's order",
-    }
-    for key, sentence in sentences.items():
+    for key, sentence in (
+        ("comparisons_per_s", "{:.2f} times stock TRL's speed, {peak_memory:.2f} of its memory"),
+        ("tuned_comparisons_per_s", "{:.2f} times stock TRL's speed at its best batch"),
+        ("scoring", "Scoring: {:.2f} times the speed of padded batches in the data's order"),
+    ):
         if ratio[key]:
-            console.print(sentence.format(**ratio), highlight=False)
+            console.print(sentence.format(ratio[key], **ratio), highlight=False)
     if content["max_loss_difference"] is not None:
         rewards = f"; rewards by at most {scoring['max_reward_difference']:.1e}" if scoring else ""
         losses = f"Losses differ by at most {content['max_loss_difference']:.1e}"

@@ -73,6 +73,15 @@ def test_the_command_line_wins_over_the_file(write_recipe):
     assert recipe.model.lora_target_modules == ["q_proj", "v_proj"]
 
 
+def test_no_and_off_are_the_choices_of_that_name_and_yes_is_true(write_recipe):
+    """YAML 1.1 takes them for false."""
+    path = write_recipe(save_strategy="omit", use_peft="omit")
+    path.write_text(path.read_text() + "save_strategy: no\nprefix_sharing: off\nuse_peft: yes\n")
+    recipe = read_recipe(path)
+    assert (recipe.training.save_strategy, recipe.data.prefix_sharing) == ("no", "off")
+    assert recipe.model.use_peft is True
+
+
 def test_the_resolved_recipe_is_a_recipe_with_the_same_values(write_recipe, tmp_path):
     recipe = read_recipe(write_recipe(lora_target_modules="all-linear"))
     recipe.save(tmp_path / "resolved.yaml")
