@@ -6,7 +6,6 @@ the comparisons that the recipe would use: after sampling, with the model's own 
 
 import re
 import sys
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 from zlib import crc32
@@ -26,6 +25,8 @@ from rm_recipe.data.splits import Leakage, hold_out_share
 from rm_recipe.data.tokenization import count_unshown
 from rm_recipe.recipe.reader import Recipe
 
+LEAKAGE = ("prompts", "comparisons", "first_rows")  # of `splits.Leakage`, in the report
+
 
 def examine(recipe: Recipe, train: Split, test: Split, leakage: Leakage) -> dict[str, Any]:
     """Count the content of `data_report.json` for a recipe's tokenised splits."""
@@ -37,7 +38,7 @@ def examine(recipe: Recipe, train: Split, test: Split, leakage: Leakage) -> dict
         "truncation": data.truncation,
         "splits": {n: _examine_split(split, recipe.training.dataset_num_proc) for n, split in splits.items()},
         "held_out_by_prompt": hold_out_share(data),
-        "leakage": asdict(leakage) | {"policy": data.leakage},
+        "leakage": {key: getattr(leakage, key) for key in LEAKAGE} | {"policy": data.leakage},
     }
 
 
