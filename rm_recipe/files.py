@@ -125,35 +125,23 @@ def _object(text: str, where: str) -> dict[str, Any]:
     return content
 
 
-class FolderLock:
-    """Keeps other processes of this machine from working in a run's folder while this one does.
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes of this machine from working in a run's folder meanwhile.
 
-    A process that was killed holds none. The lock's file is a temporary one, outside the folder.
+    A process that was killed holds no lock. The lock's file is a temporary one, outside the folder.
+
+    Raises:
+        RecipeError: another process is at work in it.
     """
-
-    def __init__(self, folder: Path) -> None:
-        name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-        self._folder = folder
-        self._lock = FileLock(Path(tempfile.gettempdir()) / f"rm-recipe-{name}.lock", blocking=False)
-
-    def __enter__(self) -> "FolderLock":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release(force=True)
-
-    def take(self) -> None:
-        """Take it, unless this process has it.
-
-        Raises:
-            RecipeError: another process has it.
-        """
-        try:
-            self._lock.acquire()
-        except Timeout:
-            raise RecipeError(
-                f"another process is at work in {self._folder}: wait for it, or end it"
-            ) from None
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    lock = FileLock(Path(tempfile.gettempdir()) / f"rm-recipe-{name}.lock", blocking=False)
+    try:
+        held = lock.acquire()
+    except Timeout:
+        raise RecipeError(f"another process is at work in {folder}: wait for it, or end it") from None
+    with held:
+        yield
 
 
 def visible(text: str) -> str:
@@ -270,8 +258,7 @@ def pickle_fault(name: str, revision: str = "main", *, adapter: bool = False) ->
         if holds(name, file, revision):
             how = "PeftModel.from_pretrained(BASE, ...)" if adapter else "AutoModel.from_pretrained(...)"
             return (
-                f"'{name}' has its weights in {file} alone, a pickle, which can run code when it is read, "
-                f"and no {SAFE[adapter][0]}; if you trust it, convert it by transformers: `{how}` and "
-                "`.save_pretrained(FOLDER)`, the tokenizer likewise"
+                f"'{name}' has its weights in {file} alone, a pickle, which can run code when it is read; if "
+                f"you trust it, convert it by transformers: `{how}` and `.save_pretrained(FOLDER)`"
             )
     return ""

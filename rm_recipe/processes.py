@@ -1,9 +1,10 @@
 """Several processes: who speaks, who waits for whom, and how work is shared among them."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -12,6 +13,10 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 from rm_recipe.errors import TrainingError
 
+if TYPE_CHECKING:
+    from trl import RewardConfig
+
+logger = logging.getLogger("rm_recipe")
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -42,9 +47,21 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def say(message: str) -> None:
-    """Prints a line, once however many processes there are."""
+    """Log a line at INFO, once however many processes there are; the command line prints it as it is."""
     if PartialState().is_main_process:
-        print(message, flush=True)
+        logger.info(message)
+
+
+def warn(message: str) -> None:
+    """Log a line at WARNING, likewise; the command line prints it after `warning: `."""
+    if PartialState().is_main_process:
+        logger.warning(message)
+
+
+def follow_log_level(training: "RewardConfig") -> None:
+    """Let a recipe's `log_level` decide what is told; its default, `passive`, leaves that as it is."""
+    if training.log_level != "passive":
+        logger.setLevel(training.get_process_log_level())
 
 
 @contextmanager

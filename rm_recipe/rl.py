@@ -92,7 +92,7 @@ def as_item(prompt: Text, completion: Text) -> dict[str, Any] | None:
     except (Excluded, Malformed):
         return None
     roles = [message["role"] for message in said]
-    with_tools = any(message["role"] == "tool" for message in [*before, *said])
+    with_tools = any(m["role"] == "tool" or "tool_calls" in m for m in [*before, *said])
     if with_tools or not before or roles[-1:] != ["assistant"]:
         return None
     return {"prompt": [*before, *said[:-1]], "response": said[-1]["content"]}

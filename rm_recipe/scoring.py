@@ -108,11 +108,12 @@ class RewardModel:
 
     def _encode(self, item: dict[str, Any], name: str) -> list[int]:
         _check_item(item, name)
-        prompt, response = item["prompt"], item["response"]
+        response = item["response"]
         try:
-            messages = comparison.in_context(comparison.as_messages(prompt), item)
+            messages = comparison.in_context(comparison.as_messages(item["prompt"]), item)
+            reply = comparison.as_reply(item["prompt"], response)
+            one = Comparison(messages, [reply], tools=comparison.tools_of(item))
             comparison.check_unicode([*(message["content"] for message in messages), response])
-            one = Comparison(messages, [comparison.as_reply(prompt, response)])
             encoded = encode(self.tokenizer, one, self.max_length, self.truncation)
         except Excluded as excluded:
             limit = f" (at most {self.max_length} tokens)" if "long" in excluded.reason else ""

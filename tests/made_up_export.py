@@ -1,7 +1,8 @@
-"""An export as `export` leaves it, with tiny files and nothing trained, and ways to spoil it."""
+"""A run with an adapter and its export, as `export` leaves them, with tiny files and nothing trained."""
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,6 @@ MODEL_FILES = {
     "tokenizer_config.json",
     "chat_template.jinja",
 }
-
-
 PROOF = {
     "passed": True,
     "n_sequences": 64,
@@ -63,16 +62,15 @@ def write(path: Path, content: str | dict[str, Any]) -> None:
     path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
 
 
+def hashes(folder: Path, *patterns: str) -> dict[str, str]:
+    paths = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
 def prove(export: Path, **keys: Any) -> None:
     """A proof of the model's files as they are."""
-    files = {
-        name: hashlib.sha256((export / name).read_bytes()).hexdigest()
-        for name in sorted(MODEL_FILES | {path.name for path in export.glob("model*")})
-        if (export / name).is_file()
-    }
-    trained = export.parent / "model" / "adapter_model.safetensors"
-    of_adapter = {trained.name: hashlib.sha256(trained.read_bytes()).hexdigest()}
-    write(export / "proof.json", PROOF | {"files": files, "trained": of_adapter} | keys)
+    files, trained = hashes(export, *MODEL_FILES, "model*"), hashes(export.parent / "model", "*.safetensors")
+    write(export / "proof.json", PROOF | {"files": files, "trained": trained} | keys)
 
 
 def evaluation(passed: bool = True) -> dict[str, Any]:
@@ -82,14 +80,11 @@ def evaluation(passed: bool = True) -> dict[str, Any]:
 
 
 def make_export(parent: Path) -> Path:
-    """A run with an adapter, and its export, both with files that are not to be uploaded."""
+    """The export's folder, in its run; both have files that are not to be uploaded."""
     run = parent / "run"
     folder, model = run / "export", run / "model"
-    folder.mkdir(parents=True)
-    model.mkdir()
-    write(run / "recipe.yaml", f"# a run{RUN_HEADER}\n{RECIPE}")
-    write(run / "run.json", RECORD)
     for place, weights in ((folder, "model"), (model, "adapter_model")):
+        place.mkdir(parents=True)
         save_file({"score.weight": np.arange(3000, dtype=np.float32)}, place / f"{weights}.safetensors")
         config = {"rm_recipe": {"version": 1}, "num_labels": 1, "reward_mean": 0.5, "reward_std": 2.0}
         write(place / "config.json", config)
@@ -98,6 +93,8 @@ def make_export(parent: Path) -> Path:
         write(place / "chat_template.jinja", "{{ messages }}")
         for name in ("training_args.bin", "predictions.jsonl", "report.html", ".DS_Store"):
             write(place / name, "not to be uploaded")
+    write(run / "recipe.yaml", f"# a run{RUN_HEADER}\n{RECIPE}")
+    write(run / "run.json", RECORD)
     write(model / "adapter_config.json", {"base_model_name_or_path": "bob/base"})
     write(folder / "README.md", f'---\ntags: [rm]\n---\n```python\nmodel = "{folder}"\n```\n')
     (folder / "reliability.png").write_bytes(b"\x89PNG\r\n\0\1\2")
@@ -106,53 +103,6 @@ def make_export(parent: Path) -> Path:
     return folder
 
 
-def no_proof(export: Path) -> None:
-    (export / "proof.json").unlink()
-
-
-def failed_proof(export: Path) -> None:
-    prove(export, passed=False)
-
-
-def broken_proof(export: Path) -> None:
-    write(export / "proof.json", "{")
-
-
-def changed_weights(export: Path) -> None:
-    weights = export / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
-
-
-def missing_weights(export: Path) -> None:
-    (export / "model.safetensors").unlink()
-
-
-def no_evaluation(export: Path) -> None:
-    (export / "evaluation.json").unlink()
-
-
-def other_evaluation(export: Path) -> None:
-    write(export / "evaluation.json", {"datasets": {"reward-bench": {}}, "gate": None})
-
-
-def no_card(export: Path) -> None:
-    (export / "README.md").unlink()
-
-
-def foreign(export: Path) -> None:
-    write(export / "config.json", {"num_labels": 1})
-    prove(export)
-
-
-# What makes an export unfit for upload, and what is said about it.
-REFUSED = {
-    no_proof: "has no proof.json that says it passed; export anew with `rm-recipe export",
-    failed_proof: "has no proof.json that says it passed",
-    broken_proof: "proof.json is not JSON that can be read",
-    changed_weights: "model.safetensors changed or is gone since",
-    missing_weights: "model.safetensors changed or is gone since",
-    no_evaluation: "run/export was exported without an evaluation",
-    other_evaluation: "run`, then `rm-recipe export",
-    no_card: "README.md changed or is gone",
-    foreign: "is not an export of `rm-recipe export`",
-}
+def blocks(card: str, kind: str) -> list[str]:
+    """What stands in a card's blocks of code of this kind."""
+    return re.findall(rf"^```{kind}\n(.*?)^```", card, re.DOTALL | re.MULTILINE)

@@ -17,9 +17,9 @@ from rm_recipe.errors import RecipeError
 from rm_recipe.evaluation.evaluate import evaluate
 from rm_recipe.exporting.export import export
 from rm_recipe.files import (
-    FolderLock,
     expanded,
     hide_secrets,
+    locked,
     read_json,
     read_json_lines,
     redact,
@@ -35,22 +35,14 @@ from rm_recipe.training.train import train
 TOKEN = "hf_" + "aB3" * 11 + "x"
 
 
-def test_an_interrupted_folder_leaves_the_old_one_and_nothing_else(tmp_path):
-    target = tmp_path / "export"
-    target.mkdir()
-    (target / "old").write_text("kept")
-    with pytest.raises(KeyboardInterrupt), whole_folder(target) as folder:
-        (folder / "new").write_text("half")
-        raise KeyboardInterrupt
-    assert [p.name for p in tmp_path.iterdir()] == ["export"]
-    assert [p.name for p in target.iterdir()] == ["old"]
-
-
-def test_a_finished_folder_takes_the_old_ones_place(tmp_path):
+def test_a_folder_takes_the_old_ones_place_when_it_is_finished_and_else_leaves_it(tmp_path):
     target = tmp_path / "export"
     for text in ("first", "second"):
         with whole_folder(target) as folder:
             (folder / text).write_text(text)
+    with pytest.raises(KeyboardInterrupt), whole_folder(target) as folder:
+        (folder / "third").write_text("half")
+        raise KeyboardInterrupt
     assert [p.name for p in target.iterdir()] == ["second"]
     assert [p.name for p in tmp_path.iterdir()] == ["export"]
 
@@ -88,9 +80,8 @@ def test_what_was_written_is_read_back_whatever_it_holds(tmp_path):
 HOLDS = """
 import sys
 from pathlib import Path
-from rm_recipe.files import FolderLock
-with FolderLock(Path(sys.argv[1])) as lock:
-    lock.take()
+from rm_recipe.files import locked
+with locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -100,13 +91,12 @@ def test_a_folder_is_locked_for_other_processes_until_the_holder_ends_or_is_kill
     command = [sys.executable, "-c", HOLDS, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
-        with FolderLock(tmp_path) as lock, pytest.raises(RecipeError, match="another process is at work in"):
-            lock.take()
+        with pytest.raises(RecipeError, match="another process is at work in"), locked(tmp_path):
+            pass
         holder.kill()
         holder.wait()
-    with FolderLock(tmp_path) as lock:
-        lock.take()
-        lock.take()  # which it has
+    with locked(tmp_path):
+        pass
     assert list(tmp_path.iterdir()) == []
 
 
@@ -126,26 +116,19 @@ def at_home(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("/home/ann/data/a.jsonl", "~/data/a.jsonl"),
         ("in /home/ann, '/home/ann' and (/home/ann/x).", "in ~, '~' and (~/x)."),
-        ("It is /home/ann.", "It is ~."),
         ("a=/home/ann/x:/home/ann/y file:///home/ann/z", "a=~/x:~/y file://~/z"),
-        (
-            "/home/annfs /home/ann2/x /home/ann-x /home/ann.old /home/ann_x",
-            "/home/annfs /home/ann2/x /home/ann-x /home/ann.old /home/ann_x",
-        ),
-        ("https://example.org/home/ann/x", "https://example.org/home/ann/x"),
-        ("root and Root/x", "root and Root/x"),
+        ("/home/annfs /home/ann2/x /home/ann-x /home/ann.old /home/ann_x", None),
+        ("https://example.org/home/ann/x", None),
     ],
 )
 def test_the_home_folder_is_a_tilde_where_it_is_whole_components_of_a_path(monkeypatch, text, expected):
-    monkeypatch.setenv("HOME", "/home/ann")
-    assert redact(text) == expected
-    monkeypatch.setenv("HOME", "/home/ann/")
-    assert redact(text) == expected
+    for home in ("/home/ann", "/home/ann/"):
+        monkeypatch.setenv("HOME", home)
+        assert redact(text) == (expected or text)
 
 
-@pytest.mark.parametrize("home", [None, "", "/", "//", "relative", "."])
+@pytest.mark.parametrize("home", [None, "/", "relative"])
 def test_without_a_home_of_its_own_nothing_is_replaced(monkeypatch, home):
     monkeypatch.delenv("HOME") if home is None else monkeypatch.setenv("HOME", home)
     text = "/home/ann/a /etc/x relative/y . ./z"
@@ -163,31 +146,20 @@ def test_a_home_that_is_a_link_is_replaced_by_both_names(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (f"token {TOKEN}.", "token ***."),
         (f"https://user:{TOKEN}@huggingface.co/x", "https://***@huggingface.co/x"),
         ("https://user:pass%20word@host:8080/a?b=c@d", "https://***@host:8080/a?b=c@d"),
         ("ghp_" + "a1" * 18, "***"),
         ("sk-" + "aB3" * 16 + " x", "*** x"),
-        ("sk-proj-" + "aB3_" * 3 + "aB3" * 12 + "-_c", "***"),
         ("sk-ant-api03-" + "Zx9" * 20, "***"),
         ("data/sk-preferences-helpful-and-harmless.jsonl", None),
-        ("outputs/sk-SmolLM2-135M-Instruct-helpful-harmless-2024-11-05", None),
-        ("sk-preferencesofpeople20242025inslovak hf_datasetsofpreferencesofpeople", None),
         ("AKIAABCDEFGHIJKLMNOP", "***"),
         ("not-of-any-known-form!", "***!"),
         ("hf_transfer hf_xet HF_TOKEN ann@example.org https://example.org:80/a@b", None),
         ("ssh://git@host/x is a name alone; sk-learn", None),
-        ("at 12:30 http://host/a:b@c", None),
     ],
 )
 def test_tokens_and_passwords_are_hidden_and_what_only_looks_like_them_is_not(at_home, text, expected):
     assert redact(text) == (text if expected is None else expected)
-
-
-def test_both_variables_for_the_token_count_unless_they_are_too_short(monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "a")
-    monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", "another-secret ")
-    assert redact("a banana is another-secret") == "a banana is ***"
 
 
 LEAVES = st.none() | st.integers() | st.floats(allow_nan=False) | st.text()
@@ -266,7 +238,6 @@ def test_a_saved_recipe_names_no_home_and_is_the_same_recipe(recipe_at_home, at_
     ("key", "value"),
     [
         ("dataset_name", f"https://ann:{TOKEN}@host/x"),
-        ("run_name", TOKEN),
         ("hub_model_id", "not-of-any-known-form/x"),
         ("datasets", [{"path": f"{TOKEN}/x"}]),
     ],

@@ -6,27 +6,32 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Message = dict[str, str]  # {"role": one of ROLES, "content": text}
+Message = dict[str, str]  # {"role": one of ROLES, "content": text}, and perhaps "tool_calls": JSON
 ROLES = ("system", "user", "assistant", "tool")
 # What others call them; capitals do not matter.
-ROLE_NAMES = {"developer": "system", "human": "user", "gpt": "assistant"} | {role: role for role in ROLES}
+ROLE_NAMES = {
+    "developer": "system",
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+}
+ROLE_NAMES |= {"observation": "tool", "function": "tool"} | {role: role for role in ROLES}
+MEDIA = ("images", "image", "videos", "audios")  # columns of what no text model can read
 # Keys beside role and content that say something a `Message` cannot, and the reason that a row with one of
 # them is left out for.
 KEYS_LEFT_OUT = {
-    "tool_calls": "tool_calls",
-    "function_call": "tool_calls",
-    "reasoning_content": "reasoning_content",
-    "reasoning": "reasoning_content",
-    "thinking": "reasoning_content",
+    **dict.fromkeys(["reasoning_content", "reasoning", "thinking"], "reasoning_content"),
 }
-_WRITTEN_BY_PYTHON = re.compile(r"(array\()?\[?\s*\{\s*'")
-_WRITTEN_AS_JSON = re.compile(r'\[?\s*\{\s*"')
+_WRITTEN_OUT = re.compile(r"""\s*(array\()?\[?\s*\{\s*(['"])""")  # messages as text, by Python or as JSON
 
 
 class Excluded(Exception):  # noqa: N818 - a verdict on a row, no error of the program
@@ -68,9 +73,10 @@ def as_messages(value: Any, column: str = "prompt") -> list[Message]:
             return [{"role": "user", "content": value}]
         asked = is_transcript(value) and messages[-1] == {"role": "assistant", "content": ""}
         return messages[:-1] if asked else messages
-    if not isinstance(value, list) or not all(isinstance(m, Mapping) for m in value):
+    messages = [value] if isinstance(value, Mapping) else value
+    if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
         raise Malformed(column, "a text or a list of messages", value)
-    return [_message(message) for message in value]
+    return [_message(message) for message in messages]
 
 
 def messages_of_text(text: str) -> list[Message] | None:
@@ -83,16 +89,17 @@ def messages_of_text(text: str) -> list[Message] | None:
         Excluded: `python_repr` where Python wrote a list into the text, which says less than JSON does;
             `not_messages` for JSON that is not whole.
     """
-    start = text.lstrip()
-    if _WRITTEN_BY_PYTHON.match(start) and "'role'" in start and "'content'" in start:
-        raise Excluded("python_repr", "write messages as JSON, not by Python's str()")
-    if _WRITTEN_AS_JSON.match(start) and '"role"' in start and '"content"' in start:
+    start = _WRITTEN_OUT.match(text)
+    keys = [{"role", "content"}, {"from", "value"}]
+    if start and any(all(f"{start[2]}{key}{start[2]}" in text for key in pair) for pair in keys):
+        if start[2] == "'":
+            raise Excluded("python_repr", "write messages as JSON, not by Python's str()")
         try:
             value = json.loads(text)
         except (ValueError, RecursionError):
             raise Excluded("not_messages", "JSON text that cannot be decoded") from None
         value = value if isinstance(value, list) else [value]
-        if all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in value):
+        if all(isinstance(message, dict) and any(p <= message.keys() for p in keys) for message in value):
             return as_messages(value)
     return parse_transcript(text) if is_transcript(text) else None
 
@@ -106,11 +113,11 @@ def in_context(prompt: list[Message], row: Mapping[str, Any]) -> list[Message]:
     """Put the system message of a row's `system` before its prompt.
 
     Raises:
-        Excluded: `two_system_messages` that differ, or `tools`, which no `Message` can offer.
+        Excluded: `two_system_messages` that differ, or pictures and the like (`MEDIA`).
         Malformed: it is no text.
     """
-    if row.get("tools") not in (None, [], {}, "", "[]", "{}", "null"):
-        raise Excluded("tools", "the tools that its prompt offers are not rendered")
+    if media := [name for name in MEDIA if row.get(name)]:
+        raise Excluded("not_text", f"'{media[0]}' holds what no text model can read")
     system = row.get("system")
     if not system:
         return prompt
@@ -123,18 +130,48 @@ def in_context(prompt: list[Message], row: Mapping[str, Any]) -> list[Message]:
     return prompt
 
 
+def tools_of(row: Mapping[str, Any]) -> str:
+    """Return the tools that a row's prompt offers, as JSON; raises Malformed where they are no list."""
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        with suppress(ValueError):
+            tools = json.loads(tools)
+    if not isinstance(tools or [], list) or not all(isinstance(tool, Mapping) for tool in tools or []):
+        raise Malformed("tools", "a list of mappings, or one as JSON", tools)
+    return json.dumps(tools) if tools else ""
+
+
 def _message(message: Mapping[str, Any]) -> Message:
     for key, reason in KEYS_LEFT_OUT.items():
         if message.get(key):
             raise Excluded(reason, f"a message has {key}")
-    role, content = message.get("role"), message.get("content")
+    role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+    calls = message.get("tool_calls") or []
+    if message.get("function_call"):  # as OpenAI had it before
+        calls = [{"type": "function", "function": message["function_call"]}]
     if isinstance(content, list):
         content = _joined(content)
+    elif content is None and calls:
+        content = ""
     if not isinstance(role, str) or not isinstance(content, str):
         raise Excluded("not_messages", "a message's role or content is no text")
     if role.strip().lower() not in ROLE_NAMES:  # a template may pass over it and its text
         raise Excluded("unknown_role", f"role '{role[:40]}'")
-    return {"role": ROLE_NAMES[role.strip().lower()], "content": content}
+    read = {"role": ROLE_NAMES[role.strip().lower()], "content": content}
+    return {**read, "tool_calls": _calls(calls)} if calls else read
+
+
+def _calls(calls: Any) -> str:
+    """Calls of tools as JSON, their arguments too where they are a text, as OpenAI writes them."""
+    try:
+        calls = json.loads(calls) if isinstance(calls, str) else json.loads(json.dumps(calls))
+        for call in calls:
+            function = call.get("function") or call
+            if isinstance(function["arguments"], str):
+                function["arguments"] = json.loads(function["arguments"])
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise Excluded("tool_calls", "calls of tools that cannot be decoded") from None
+    return json.dumps(calls)
 
 
 def _joined(parts: list[Any]) -> str:
@@ -146,16 +183,11 @@ def _joined(parts: list[Any]) -> str:
     return "".join(part["text"] for part in parts)
 
 
-def check_question(prompt: list[Message]) -> None:
-    """Raise Excluded for a prompt that asks nothing."""
+def check_prompt(prompt: list[Message], continued: bool = False) -> None:
+    """Raise Excluded for a prompt that asks nothing, or (unless `continued`) has been answered already."""
     if not any(message["content"].strip() for message in prompt if message["role"] == "user"):
         raise Excluded("empty_prompt")
-
-
-def check_prompt(prompt: list[Message]) -> None:
-    """Raise Excluded for a prompt that asks nothing, or that has been answered already."""
-    check_question(prompt)
-    if prompt[-1]["role"] == "assistant":
+    if prompt[-1]["role"] == "assistant" and not continued:
         raise Excluded("prompt_ends_with_reply")
 
 
@@ -210,11 +242,6 @@ def parse_transcript(text: str) -> list[Message]:
     return [{"role": _ROLES[speaker], "content": said.strip()} for speaker, said in turns]
 
 
-def before_last_reply(text: str) -> str:
-    """Return what stands before the last `Assistant:`, whoever wrote that name."""
-    return text.rpartition("\n\nAssistant:")[0]
-
-
 @dataclass(frozen=True)
 class Encoded:
     """One tokenised comparison: K whole conversations, split at their common prefix.
@@ -243,12 +270,9 @@ def split_at_common_prefix(conversations: Sequence[Sequence[int]]) -> Encoded:
     The prefix is shortened where a conversation would be left without a token of its own, which
     is where its reward is read.
     """
-    shortest = min(conversations, key=len)
-    longest_prefix = len(shortest) - 1
-    end = 0
-    while end < longest_prefix and all(ids[end] == shortest[end] for ids in conversations):
-        end += 1
-    return Encoded(list(shortest[:end]), [list(ids[end:]) for ids in conversations])
+    places = zip(*(ids[:-1] for ids in conversations), strict=False)
+    prefix = [ids[0] for ids in takewhile(lambda ids: len({*ids}) == 1, places)]
+    return Encoded(prefix, [list(ids[len(prefix) :]) for ids in conversations])
 
 
 @dataclass(frozen=True)
@@ -263,6 +287,8 @@ class Comparison:
         margins: how much better the first of each of `untied_pairs(ranks)` is (Llama 2, arXiv 2307.09288,
             section 3.2.2); empty where nothing is known.
         subset: the part of the data set that the row comes from.
+        margin_fault: why there are no margins though there should be some.
+        tools: those that the prompt offers, as JSON; empty for none.
     """
 
     prompt: list[Message]
@@ -270,6 +296,8 @@ class Comparison:
     ranks: list[int] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
     subset: str = ""
+    margin_fault: str = ""
+    tools: str = ""
 
     def __post_init__(self) -> None:
         if not self.ranks:
@@ -310,15 +338,10 @@ def pair_indices(ranks: Sequence[Sequence[int]]) -> tuple[Indices, Indices, Indi
         better, worse, comparison: `(pairs,)` each; the first two count responses, the last
         comparisons.
     """
-    better, worse, comparison = [], [], []
-    start = 0
-    for number, own in enumerate(ranks):
-        for i, j in untied_pairs(own):
-            better.append(start + i)
-            worse.append(start + j)
-            comparison.append(number)
-        start += len(own)
-    return np.array(better, np.int64), np.array(worse, np.int64), np.array(comparison, np.int64)
+    starts = np.cumsum([0, *map(len, ranks)])
+    pairs = [(starts[n] + i, starts[n] + j, n) for n, own in enumerate(ranks) for i, j in untied_pairs(own)]
+    better, worse, comparison = np.array(pairs, np.int64).reshape(-1, 3).T
+    return better, worse, comparison
 
 
 def mean_by_comparison(values: ArrayLike, comparison: Indices) -> Array:

@@ -5,7 +5,7 @@ import inspect
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from types import ModuleType
 from typing import Any
 
@@ -29,8 +29,13 @@ def row_name(row: dict[str, Any]) -> str:
 
 def as_comparisons(rows: Mapping[str, Any]) -> list[Comparison]:
     """Read comparisons from the columns that `loading` wrote."""
-    names = ("prompt", "responses", "ranks", "margins", "subset")
-    return [Comparison(*values) for values in zip(*(rows[name] for name in names), strict=True)]
+    names = [field.name for field in fields(Comparison) if field.name in rows]
+    columns = (rows[name] for name in names)
+    found = [Comparison(**dict(zip(names, values, strict=True))) for values in zip(*columns, strict=True)]
+    for comparison, calls in zip(found, rows.get("calls", []), strict=False):
+        for message, call in zip(comparison.prompt, calls, strict=False):
+            message |= {"tool_calls": call} if call else {}
+    return found
 
 
 @dataclass
@@ -44,11 +49,12 @@ class Split:
             (`tokenization.tokenize`).
         rows: rows of the source; `rows == len(comparisons) + sum(excluded.values())`.
         excluded: number of rows by reason.
-        first_rows: for each reason the first rows that it was found in, `SUBSET:ROW`.
-        details: for each reason what it was in the first of them, where there is more to say.
+        first_rows: for each reason the first rows that it was found in, `SUBSET:ROW`, in brackets what it
+            was there, where there is more to say.
         differing_prompts: rows of the source whose transcripts or messages differ before the last
             reply, whatever became of them.
         unread: columns of the source that are part of no comparison.
+        shapes: those that its sources have, and the columns that they are known by, in words.
         tokenized: after tokenising, all that went into it, also what was left out.
         fingerprint: of a recipe's split, `fingerprint`: of train as it is trained on, of what is held out
             before sampling.
@@ -58,9 +64,9 @@ class Split:
     rows: int
     excluded: Counter[str] = field(default_factory=Counter)
     first_rows: dict[str, list[str]] = field(default_factory=dict)
-    details: dict[str, str] = field(default_factory=dict)
     differing_prompts: int = 0
     unread: list[str] = field(default_factory=list)
+    shapes: list[str] = field(default_factory=list)
     tokenized: hf_datasets.Dataset | None = None
     fingerprint: str = ""
 
@@ -85,12 +91,8 @@ class Split:
             prefix, responses = (pc.list_value_length(rows[name]).to_numpy() for name in rows.column_names)
             suffixes = pc.list_value_length(pc.list_flatten(rows["suffixes"])).to_numpy()
             starts = np.cumsum(responses) - responses
-            own = (
-                responses * np.maximum.reduceat(suffixes, starts)
-                if padded
-                else np.add.reduceat(suffixes, starts)
-            )
-            sizes.append(prefix * (1 if shared else responses) + own)
+            own = (np.maximum if padded else np.add).reduceat(suffixes, starts)
+            sizes.append(prefix * (1 if shared else responses) + own * (responses if padded else 1))
         return np.concatenate(sizes)
 
     def largest(self, n: int, shared: bool) -> NDArray[np.int64]:
@@ -102,17 +104,15 @@ class Split:
 
     def longest(self, n: int, shared: bool) -> list[Encoded]:
         """Return the comparisons of the largest batch of n."""
-        rows = self.comparisons.select(self.largest(n, shared))
-        return [Encoded(row["prefix"], row["suffixes"]) for row in rows]
+        return replace(self, comparisons=self.comparisons.select(self.largest(n, shared))).encoded()
 
     def why_excluded(self) -> str:
         """Write the reasons with their numbers and the first row of each on one line."""
-        reasons = []
-        for reason, n in self.excluded.items():
-            first, detail = self.first_rows.get(reason), self.details.get(reason)
-            where = (f", first in row {first[0]}" if first else "") + (f": {detail}" if detail else "")
-            reasons.append(f"{n} {reason}{where}")
-        return "; ".join(reasons) or "no rows"
+        rows = {reason: f", first in row {names[0]}" for reason, names in self.first_rows.items()}
+        return (
+            "; ".join(f"{n} {reason}{rows.get(reason, '')}" for reason, n in self.excluded.items())
+            or "no rows"
+        )
 
     def column(self, name: str) -> NDArray[Any]:
         """Return a column of numbers as an array."""
@@ -138,17 +138,17 @@ class Split:
 def set_aside(split: Split, column: str) -> Split:
     """Leave out the comparisons that have a reason in `column`, counted and the first of them named."""
     reasons = arrow_column(split.comparisons, column)
-    excluded, first_rows, details = split.excluded.copy(), dict(split.first_rows), dict(split.details)
+    excluded, first_rows = split.excluded.copy(), dict(split.first_rows)
     for reason in pc.unique(reasons).to_pylist():
         if reason:
             numbers = np.flatnonzero(pc.equal(reasons, reason).to_numpy())
             excluded[reason] += len(numbers)
-            first_rows[reason] = split.names(numbers[:FIRST_ROWS])
-            if detail := split.comparisons[int(numbers[0])]["detail"]:
-                details[reason] = detail
+            first = numbers[:FIRST_ROWS]
+            details = (f" ({detail})" if detail else "" for detail in split.comparisons[first]["detail"])
+            first_rows[reason] = [*map(str.__add__, split.names(first), details)]
     kept = np.flatnonzero(pc.equal(reasons, "").to_numpy())
     comparisons = split.comparisons if len(kept) == len(reasons) else split.comparisons.select(kept)
-    return replace(split, comparisons=comparisons, excluded=excluded, first_rows=first_rows, details=details)
+    return replace(split, comparisons=comparisons, excluded=excluded, first_rows=first_rows)
 
 
 def arrow_column(rows: hf_datasets.Dataset, name: str) -> Any:

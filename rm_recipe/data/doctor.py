@@ -46,7 +46,7 @@ def _examine_split(split: Split, num_proc: int | None) -> dict[str, Any]:
     """The counts of one split.
 
     Returns:
-        `rows` is `comparisons` plus the sum of `excluded`; `details` says more of a reason's first row.
+        `rows` is `comparisons` plus the sum of `excluded`.
         `tokens` are those of whole conversations, before truncation; `unshown`, by whose text it is, the
         comparisons of which the chat template leaves out a part. `shared_prefix_share` is the part of all
         tokens that encoding prompts once saves.
@@ -63,7 +63,7 @@ def _examine_split(split: Split, num_proc: int | None) -> dict[str, Any]:
         "pairs": len(comparison.pair_indices(ranks)[0]),
         "excluded": dict(split.excluded),
         "first_rows": split.first_rows,
-        "details": split.details,
+        "shapes": split.shapes,
         "columns_not_read": split.unread,
         "differing_prompts": split.differing_prompts,
         "duplicates": count_duplicates(split, num_proc),
@@ -93,8 +93,10 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
     console.print(table)
     for name, figures in splits.items():
         for reason, rows in figures["first_rows"].items():
-            detail = f" ({figures['details'][reason]})" if reason in figures["details"] else ""
-            say(f"{name}, {reason}: row {_named(rows, figures['excluded'][reason])}{detail}")
+            say(f"{name}, {reason}: row {_named(rows, figures['excluded'][reason])}")
+    shapes = dict.fromkeys(shape for figures in splits.values() for shape in figures["shapes"])
+    if shapes:
+        say(f"Read as {', '.join(shapes)}.")
     unread = dict.fromkeys(name for figures in splits.values() for name in figures["columns_not_read"])
     if unread:
         say(f"Columns not read: {', '.join(unread)}.")

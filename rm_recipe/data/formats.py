@@ -1,82 +1,238 @@
-"""The shapes in which data sets write a comparison.
+"""The shapes in which data sets write a comparison, and how a row of each is read.
 
 A row of a data set becomes a `Comparison` or raises `Excluded` with the reason under which it is
 counted; nothing is skipped in silence. A value that is not of the shape at all raises `Malformed`:
 that is a fault of the file, not of the row.
 """
 
+import json
+import re
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from decimal import Decimal
+from itertools import takewhile
 from typing import Any
 
 from rm_recipe.data.comparison import (
+    MEDIA,
     Comparison,
     Excluded,
     Malformed,
     Message,
     as_messages,
     as_reply,
-    before_last_reply,
     check_prompt,
-    check_question,
     check_unicode,
     in_context,
     messages_of_text,
     parse_transcript,
+    tools_of,
     untied_pairs,
 )
+from rm_recipe.errors import DataError
 
-# The columns that a row is recognised by; then what is missing, in words.
-SHAPES: tuple[set[str], ...] = (
-    {"chosen", "rejected"},
-    {"prompt", "responses", "ranks"},
-    {"prompt", "responses", "scores"},
-    {"instruction", "completions"},  # UltraFeedback as published
-    {"input", "output_1", "output_2", "label"},  # LLMBar as published
-)
+Row = Mapping[str, Any]
+ALSO_READ = ("prompt", "system", "tools", "subset", *MEDIA)  # beside the columns of a shape
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a data set writes a comparison; a row has the shape whose columns it has.
+
+    Columns are named as they are; `question.text` is a key of what stands in `question`, `answers[text]` that
+    of each element of the list in `answers`; `a/b` is `a`, or `b` where there is no `a`.
+
+    Attributes:
+        name: as people call it.
+        prompt: the column of the prompt; empty where a row needs none, because its responses are whole
+            conversations.
+        responses: the columns of the responses, the best first unless a verdict says otherwise; or one
+            column, a list of them. What holds a list holds responses that are equally good.
+        verdict: the column (or one for each response) that says which response is better, if there is one.
+        better: what the verdict is: `ranks` (the lowest is best), `scores` (the highest is), `strength`
+            (below 0 the first of two is better, above it the second), or values: where the first of two
+            responses is better, where the second is, and those of a tie.
+        known: the columns that it is known by, where those above are made of them (`PREPARED`).
+    """
+
+    name: str
+    prompt: str
+    responses: str
+    verdict: str = ""
+    better: str = ""
+    known: str = ""
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that it is known by."""
+        paths = (self.known or f"{self.prompt} {self.responses} {self.verdict}").split()
+        return list(dict.fromkeys(re.split(r"[\[.]", path)[0] for path in paths))
+
+
+# One a line, as the attributes of `Shape`.
+_SHAPES = """
+TRL preference | prompt | chosen rejected
+whole conversations (hh-rlhf) | | chosen rejected
+orca_dpo_pairs | question | chosen rejected
+distilabel | input | chosen rejected
+instruction and two replies | instruction | chosen rejected
+messages and two replies | messages | chosen rejected
+LLaMA-Factory sharegpt | conversations | chosen rejected
+LLaMA-Factory alpaca | instruction | chosen rejected | | | instruction input chosen rejected
+LLaMA-Factory alpaca of old | instruction | output | | | instruction input output
+ms-swift | prompt | chosen rejected | | | messages rejected_response
+ms-swift messages | | messages rejected_messages
+chosen_response | prompt | chosen_response rejected_response
+chosen_response to an instruction | instruction | chosen_response rejected_response
+Stack Exchange paired | question | response_j response_k
+ranking | prompt | responses | ranks | ranks
+ranking by scores | prompt | responses | scores | scores
+UltraFeedback | instruction | completions[response] | completions[overall_score/fine-grained_score] | scores
+distilabel ratings | instruction | generations | ratings | scores
+Nectar | prompt | answers[answer] | answers[rank] | ranks
+Stack Exchange answers | question | answers[text] | answers[pm_score] | scores
+OpenAssistant tree | prompt | responses | ranks | ranks | message_tree_id prompt
+summarize_from_feedback | info | summaries[text] | choice | 0, 1
+PKU-SafeRLHF by the better | prompt | response_0 response_1 | better_response_id | 0, 1
+PKU-SafeRLHF by the safer | prompt | response_0 response_1 | safer_response_id | 0, 1
+SHP | history | human_ref_A human_ref_B | labels | 1, 0
+WebGPT comparisons | question.full_text | answer_0 answer_1 | score_0 score_1 | scores
+HelpSteer 2 | prompt | response_1 response_2 | preference_strength | strength
+HelpSteer 3 | context | response1 response2 | overall_preference | strength
+Chatbot Arena | | conversation_a conversation_b | winner | model_a, model_b, tie, tie (bothbad), both_bad
+Chatbot Arena turns | prompt | response_a response_b | winner_model_a winner_model_b | scores
+JudgeBench | question | response_A response_B | label | A>B, B>A, A=B
+LLMBar | input | output_1 output_2 | label | 1, 2
+"""
+SHAPES = [Shape(*map(str.strip, line.split("|"))) for line in _SHAPES.strip().splitlines()]
 SHAPES_IN_WORDS = (
-    "chosen and rejected (and perhaps prompt), or prompt, responses and ranks or scores, or (LLMBar) input, "
-    "output_1, output_2 and label"
+    "prompt, chosen and rejected, or prompt, responses and ranks or scores, or the columns of a public set; "
+    "others are named by 'columns: {prompt: ..., chosen: ..., rejected: ...}'"
 )
-# Read beside those of a shape; `tools` leaves a row out, as a Message cannot say them.
-ALSO_READ = {"prompt", "system", "tools", "subset"}
-COLUMNS = ALSO_READ.union(*SHAPES)
+
+
+# --- columns that have to be made of others ----------------------------------------------------
+
+
+def _alpaca(row: Row) -> Row:
+    """As LLaMA-Factory joins them: the instruction, and on the next line its input."""
+    asked = [row.get("instruction"), row.get("input")]
+    return {**row, "instruction": "\n".join(text for text in asked if isinstance(text, str) and text)}
+
+
+def _swift(row: Row) -> Row:
+    """`messages` end in the chosen reply."""
+    messages = as_messages(row.get("messages"), "messages")
+    return {**row, "prompt": messages[:-1], "chosen": messages[-1:], "rejected": row.get("rejected_response")}
+
+
+def _summary(row: Row) -> Row:
+    """The query of Stiennon et al. 2020 (arXiv 2009.01325, appendix B.5): a Reddit post or an article."""
+    info = row["info"] if isinstance(row.get("info"), Mapping) else {}
+    about = f"SUBREDDIT: r/{info.get('subreddit')}\n\nTITLE: {info.get('title')}\n\nPOST: {info.get('post')}"
+    return {
+        **row,
+        "info": f"{about if info.get('post') else 'Article: ' + str(info.get('article'))}\n\nTL;DR:",
+    }
+
+
+def _turns(row: Row) -> Row:
+    """Each column is a list of texts as JSON, one a turn."""
+    with suppress(ValueError, TypeError):
+        asked, *sides = (json.loads(row[name]) for name in ("prompt", "response_a", "response_b"))
+        found: dict[str, Any] = {}
+        for name, side in zip(("response_a", "response_b"), sides, strict=True):
+            turns = (zip(("user", "assistant"), turn, strict=True) for turn in zip(asked, side, strict=True))
+            found[name] = [{"role": role, "content": text} for turn in turns for role, text in turn]
+        return {**row, "prompt": [], **found}
+    return row
+
+
+PREPARED = {
+    **dict.fromkeys(["LLaMA-Factory alpaca", "LLaMA-Factory alpaca of old"], _alpaca),
+    "ms-swift": _swift,
+    "summarize_from_feedback": _summary,
+    "Chatbot Arena turns": _turns,
+}
+
+
+# --- which shape rows have -------------------------------------------------------------------
+
+
+def shapes_of(columns: Collection[str], named: Mapping[str, str] = {}) -> list[Shape]:
+    """Find the shapes that rows with these columns have, but for those that have a part of another's.
+
+    Args:
+        named: names of ours (or `verdict`) and those of columns: only shapes that read all of them.
+    """
+    asked = {name for name in named if name not in ("verdict", *ALSO_READ[1:])}
+    found = [
+        shape
+        for shape in SHAPES
+        if asked <= {*shape.columns} <= {*columns} and named.get("verdict", shape.verdict) == shape.verdict
+    ]
+    return [shape for shape in found if not any(_beats(other, shape) for other in found)]
+
+
+def _beats(one: Shape, other: Shape) -> bool:
+    """Whether it has all that the other has and more, or the same replies to a `prompt` by its right name."""
+    a, b = {*one.columns}, {*other.columns}
+    return b < a or (one.prompt == "prompt" and a - {"prompt"} == b - {other.prompt} and a != b)
+
+
+def shape_of(columns: Collection[str], place: str = "a row", named: Mapping[str, str] = {}) -> Shape:
+    """Find the shape of rows with these columns; raises DataError, with their place, unless there is one."""
+    found = shapes_of(columns, named)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        fit = " and ".join(f"{shape.name} ({', '.join(shape.columns)})" for shape in found)
+        ways = " or ".join(f"{{{', '.join(f'{c}: {c}' for c in shape.columns)}}}" for shape in found)
+        if len({shape.responses for shape in found}) == 1:
+            ways = " or ".join(f"{{verdict: {shape.verdict}}}" for shape in found)
+        raise DataError(f"{place} fits {fit}; say which one: 'columns: {ways}'")
+    has = ", ".join(columns) or "none"
+    raise DataError(f"{place}: its columns are {has}; rm_recipe needs {SHAPES_IN_WORDS}")
+
+
+def rows_of(row: Row, shape: Shape) -> list[Row]:
+    """List the rows that a row stands for: of a tree one for each question with ranked replies."""
+    if shape.name != "OpenAssistant tree":
+        return [row]
+    return list(_questions(row.get("prompt"), [])) or [{}]
+
+
+def _questions(node: Any, before: list[Message]) -> Iterator[Row]:
+    if not isinstance(node, Mapping):
+        return
+    messages = [*before, {"role": node.get("role"), "content": node.get("text")}]
+    replies = [reply for reply in node.get("replies") or [] if isinstance(reply, Mapping)]
+    ranked = [reply for reply in replies if reply.get("rank") is not None]
+    if node.get("role") == "prompter" and len(ranked) > 1:
+        texts, ranks = [reply.get("text") for reply in ranked], [reply["rank"] for reply in ranked]
+        yield {"prompt": messages, "responses": texts, "ranks": ranks}
+    for reply in replies:
+        yield from _questions(reply, messages)
 
 
 # --- rows ------------------------------------------------------------------------------------
 
 
-def is_comparison_shape(columns: Collection[str]) -> bool:
-    """Tell whether rows with these columns can be comparisons."""
-    return any(shape <= set(columns) for shape in SHAPES)
-
-
-def unread(columns: Collection[str]) -> list[str]:
-    """List the columns that are part of no comparison, of rows with all these columns."""
-    read = ALSO_READ.union(*(shape for shape in SHAPES if shape <= set(columns)))
-    return [name for name in columns if name not in read]
-
-
 def parse_row(
-    row: Mapping[str, Any],
+    row: Row,
     margin_column: str | None = None,
     margin_map: Mapping[Any, float] | None = None,
+    shape: Shape | None = None,
 ) -> Comparison:
-    """Parse a row of one of the `SHAPES`.
+    """Parse a row of one of the `SHAPES`, by default that of its columns.
 
     Pairs: without a prompt, `chosen` and `rejected` are hh-rlhf transcripts or whole lists of
     messages. With one, the prompt is a text (one user message), a transcript or messages, and the responses
     are texts, what the assistant's side wrote after the prompt, or the whole conversation. What they share
     is the prompt, where the column holds less, too. Other texts are taken as they stand. A `system` text
-    comes before it all.
-
-    Rankings: `responses` of one prompt with `ranks` (1 is best) or `scores` (the highest is best);
-    equal ones are ties and give no pair.
-
-    Benchmarks as published: RewardBench's pairs are of the first kind, with their own `subset`; LLMBar's have
-    two outputs and the number of the better one (`label`).
+    comes before it all. Equal ranks or scores of a ranking are ties and give no pair.
 
     Args:
         margin_column: where the margins stand: a number, a category of `margin_map`, or for
@@ -87,8 +243,19 @@ def parse_row(
         Excluded: with the reason.
         Malformed: a value has the wrong type.
     """
-    prompt, responses, levels = _by_shape(row)
-    prompt = in_context(prompt, row)
+    if shape is None:
+        shape = shape_of(row)
+        row = rows_of(row, shape)[0]
+    if shape.name in PREPARED:
+        row = PREPARED[shape.name](row)
+    replies, levels = _replies(row, shape)
+    if shape.verdict:
+        levels = _levels(row, shape, len(replies))
+    asked = _get(row, shape.prompt or "prompt")
+    if asked is None and shape.prompt and shape.verdict:
+        raise Excluded("empty_prompt")
+    prompt, responses = _split_replies(asked, replies)
+    prompt, tools = in_context(prompt, row), tools_of(row)
     check_unicode([*(message["content"] for message in prompt), *responses])
     if not all(response.strip() for response in responses):
         raise Excluded("empty_response")
@@ -99,70 +266,91 @@ def parse_row(
         raise Excluded("identical_responses")
     if len(distinct) == 1:
         raise Excluded("all_tied")
-    margins = []
-    if margin_column is not None:
-        margins = _margins(margin_column, row.get(margin_column), margin_map, order, ranks)
-    return Comparison(prompt, responses, ranks, margins)
+    if margin_column is None:
+        return Comparison(prompt, responses, ranks, tools=tools)
+    margin = row.get(margin_column)
+    if shape.better == "strength" and margin_column == shape.verdict:
+        margin = abs(_number(margin))
+    try:
+        margins = _margins(margin_column, margin, margin_map, order, ranks)
+    except Excluded as fault:  # without its margin it may be held out, not trained on
+        return Comparison(prompt, responses, ranks, margin_fault=fault.reason, tools=tools)
+    return Comparison(prompt, responses, ranks, margins, tools=tools)
 
 
-def _by_shape(row: Mapping[str, Any]) -> tuple[list[Message], list[str], list[float]]:
-    """Prompt, responses and for each a level (the lower, the better), of the shape that has values."""
-    if row.get("chosen") is not None or row.get("rejected") is not None:  # TRL's columns come first
-        return _pair(row)
-    if row.get("responses") is not None or row.get("completions") is not None:
-        return _ranking(row)
-    if row.get("output_1") is not None:
-        return _labelled(row)
-    raise Excluded("missing_response")
+def _get(row: Row, path: str) -> Any:
+    """The value of a column, of a key of what stands there, or of a key of each element of its list."""
+    column, bracket, key = re.fullmatch(r"(\w+)([\[.]?)(.*?)\]?", path).groups()
+    value, keys = row.get(column), key.split("/")
+    if not key or value is None:
+        return value
+    items = _decoded(value) if bracket == "[" else [value]
+    if not isinstance(items, list) or not all(isinstance(item, Mapping) for item in items):
+        raise Malformed(
+            column, f"{'a list of mappings' if bracket == '[' else 'a mapping'} with {keys[0]}", value
+        )
+    found = [next((item[key] for key in keys if item.get(key) is not None), None) for item in items]
+    return found if bracket == "[" else found[0]
 
 
-def _pair(row: Mapping[str, Any]) -> tuple[list[Message], list[str], list[float]]:
-    chosen, rejected = row.get("chosen"), row.get("rejected")
-    if chosen is None or rejected is None:
-        raise Excluded("missing_response")
-    return *_split_replies(row.get("prompt"), {"chosen": chosen, "rejected": rejected}), [0, 1]
+def _decoded(value: Any) -> Any:
+    """A list that is written as JSON, as a .csv has to; anything else as it is."""
+    with suppress(ValueError):
+        return json.loads(value) if isinstance(value, str) and value.startswith("[") else value
+    return value
 
 
-def _labelled(row: Mapping[str, Any]) -> tuple[list[Message], list[str], list[float]]:
-    """Two outputs and the number, 1 or 2, of the better one."""
-    needed = {"input": "empty_prompt", "output_2": "missing_response", "label": "missing_label"}
-    for column, reason in needed.items():
-        if row.get(column) is None:
-            raise Excluded(reason)
-    if str(row["label"]) not in ("1", "2"):  # in a .csv a number is text
-        raise Malformed("label", "1 or 2, the number of the better output", row["label"])
-    outputs = {name: row[name] for name in ("output_1", "output_2")}
-    return *_split_replies(row["input"], outputs), [0, 1] if str(row["label"]) == "1" else [1, 0]
-
-
-def _ranking(row: Mapping[str, Any]) -> tuple[list[Message], list[str], list[float]]:
-    column = "scores" if row.get("ranks") is None and "scores" in row else "ranks"
-    prompt, replies, levels = row.get("prompt"), row.get("responses"), row.get(column)
-    if replies is None:
-        column, prompt, completions = "overall_score", row.get("instruction"), row["completions"]
-        if not isinstance(completions, list) or not all(isinstance(c, Mapping) for c in completions):
-            raise Malformed("completions", "a list of mappings with response and overall_score", completions)
-        replies = [completion.get("response") for completion in completions]
-        scores = [completion.get(column) for completion in completions]
-        levels = [score if _is_number(score) else None for score in scores]  # N/A where the judge gave none
-    if prompt is None:
-        raise Excluded("empty_prompt")
-    if not isinstance(replies, list):
-        raise Malformed("responses", "a list", replies)
-    if None in replies:
+def _replies(row: Row, shape: Shape) -> tuple[list[tuple[str, Any]], list[Any]]:
+    """The responses of a row as they are written there, each with its column; and their order."""
+    columns = shape.responses.split()
+    values = [_get(row, column) for column in columns]
+    if len(columns) == 1 and values != [None]:
+        found = _decoded(values[0])
+        if not isinstance(found, list):
+            raise Malformed(columns[0], "a list", values[0])
+        replies, levels = [(columns[0], value) for value in found], list(range(len(found)))
+    else:
+        several = [value if _is_several(value) else [value] for value in values]
+        replies = [
+            (column, value) for column, own in zip(columns, several, strict=True) for value in own or [None]
+        ]
+        levels = [level for level, own in enumerate(several) for _ in own]
+    if any(value is None for _, value in replies):
         raise Excluded("missing_response")
     if len(replies) < 2:
         raise Excluded("single_response")
-    if not levels or (isinstance(levels, list) and None in levels):
+    return replies, levels
+
+
+def _is_several(value: Any) -> bool:
+    """Whether a list holds several responses and is not the messages of one."""
+    return isinstance(value, list) and not all(isinstance(item, Mapping) for item in value)
+
+
+def _levels(row: Row, shape: Shape, n: int) -> list[Any]:
+    """A number for each response, the lower, the better."""
+    paths, names = shape.verdict.split(), re.findall(r"\w+", shape.verdict)
+    column = names["[" in shape.verdict]
+    value = [_get(row, path) for path in paths] if len(paths) > 1 else _get(row, paths[0])
+    if value is None or value == []:
         raise Excluded(f"missing_{column}")
-    if not isinstance(levels, list) or not all(map(_is_number, levels)):
-        raise Malformed(column, "a list of numbers", levels)
-    if len(levels) != len(replies):
+    if shape.better not in ("ranks", "scores", "strength"):
+        found = f"{value:g}" if isinstance(value, float) else str(value).strip()
+        known = shape.better.split(", ")
+        if found not in known:
+            raise Malformed(column, f"one of {shape.better}", value)
+        return [[0, 1], [1, 0], [0, 0]][min(known.index(found), 2)]
+    values = [value] if shape.better == "strength" else _decoded(value)
+    if not isinstance(values, list):
+        raise Malformed(column, "a list of numbers", value)
+    numbers = [_number(element) for element in values]
+    if None in numbers:
+        raise Excluded(f"missing_{column}", f"{column}: {str(value)[:60]}")
+    if shape.better == "strength":
+        return [numbers[0], 0]
+    if len(values) != n:
         raise Excluded("ranks_do_not_match")
-    if not all(map(_is_finite, levels)):
-        raise Excluded(f"missing_{column}")
-    sign = 1 if column == "ranks" else -1
-    return *_split_replies(prompt, dict(enumerate(replies))), [sign * level for level in levels]
+    return numbers if shape.better == "ranks" else [-number for number in numbers]
 
 
 def _margins(
@@ -177,42 +365,36 @@ def _margins(
         if not found:
             raise Malformed(column, f"one of margin_map's {', '.join(map(str, categories))}", value)
         value = found[0]
-    if isinstance(value, str):  # in a .csv a number is text
-        with suppress(ValueError):
-            value = float(value) if value else None
-    pairs = untied_pairs(ranks)
-    if value is None or (isinstance(value, list) and (None in value or len(value) != len(order))):
-        raise Excluded("missing_margin")
-    if isinstance(value, list) and all(map(_is_number, value)):
-        sign = -1 if column == "ranks" else 1  # where the lowest is best
-        margins = [sign * (value[order[i]] - value[order[j]]) for i, j in pairs]
-    elif _is_number(value):
-        margins = [value] * len(pairs)
-    else:
+    each = value if isinstance(value, list) else [value]
+    if any(isinstance(x, str | bool) and x != "" and _number(x) is None for x in each):
         raise Malformed(column, "a number, or a category and 'margin_map' in the recipe", value)
-    if not all(map(_is_finite, margins)):
+    numbers, pairs = [_number(element) for element in each], untied_pairs(ranks)
+    if None in numbers or (isinstance(value, list) and len(value) != len(order)):
         raise Excluded("missing_margin")
+    margins = numbers * len(pairs)
+    if isinstance(value, list):
+        sign = -1 if column == "ranks" else 1  # where the lowest is best
+        margins = [sign * (numbers[order[i]] - numbers[order[j]]) for i, j in pairs]
     if min(margins) < 0:
         raise Excluded("negative_margin")
     return [float(margin) for margin in margins]
 
 
-def prompts_differ(row: Mapping[str, Any]) -> bool:
+def prompts_differ(row: Row) -> bool:
     """Tell whether two transcripts differ before the last `Assistant:` of either.
 
     Such a row is a comparison all the same where the name stands inside a reply (`comparison.split_turns`).
     """
-    chosen, rejected = row.get("chosen"), row.get("rejected")
-    if row.get("prompt") is not None or not (isinstance(chosen, str) and isinstance(rejected, str)):
-        return False
-    return before_last_reply(chosen) != before_last_reply(rejected)
+    sides = [row.get("chosen"), row.get("rejected")]
+    texts = [side.rpartition("\n\nAssistant:")[0] for side in sides if isinstance(side, str)]
+    return row.get("prompt") is None and len(texts) == 2 and texts[0] != texts[1]
 
 
 # --- values ----------------------------------------------------------------------------------
 
 
-def _split_replies(prompt: Any, responses: Mapping[Any, Any]) -> tuple[list[Message], list[str]]:
-    """The prompt and the replies to it; without a prompt, texts are transcripts.
+def _split_replies(prompt: Any, responses: Sequence[tuple[str, Any]]) -> tuple[list[Message], list[str]]:
+    """The prompt and the replies to it, each with its column; without a prompt, texts are transcripts.
 
     Raises:
         Excluded: `prompt_ends_with_reply` where the column holds a reply already.
@@ -220,9 +402,9 @@ def _split_replies(prompt: Any, responses: Mapping[Any, Any]) -> tuple[list[Mess
     empty = prompt is None or (isinstance(prompt, str) and not prompt.strip())
     before = [] if empty else as_messages(prompt)
     conversations = []
-    for column, value in responses.items():
+    for column, value in responses:
         if not isinstance(value, str):
-            said = as_messages(value, column if isinstance(column, str) else "responses")
+            said = as_messages(value, column)
         elif (messages := messages_of_text(value)) is not None:
             said = messages
         elif prompt is None:
@@ -231,7 +413,7 @@ def _split_replies(prompt: Any, responses: Mapping[Any, Any]) -> tuple[list[Mess
             said = [{"role": "assistant", "content": as_reply(prompt, value)}]
         conversations.append(_whole(before, said))
     found, replies = _shared(conversations)
-    (check_prompt if len(found) <= len(before) else check_question)(found)
+    check_prompt(found, continued=len(found) > len(before))
     return found, replies
 
 
@@ -252,24 +434,29 @@ def _whole(prompt: list[Message], said: list[Message]) -> list[Message]:
 
 def _same(one: list[Message], other: list[Message]) -> bool:
     """Whether messages are the same but for white space at their ends."""
-    stripped = [[(m["role"], m["content"].strip()) for m in messages] for messages in (one, other)]
+    stripped = [
+        [(m["role"], m["content"].strip(), m.get("tool_calls")) for m in messages]
+        for messages in (one, other)
+    ]
     return stripped[0] == stripped[1]
 
 
 def _shared(conversations: Sequence[list[Message]]) -> tuple[list[Message], list[str]]:
     """What whole conversations have in common, and the one reply in which each ends."""
-    n = 0
-    while n < min(map(len, conversations)) - 1 and all(m[n] == conversations[0][n] for m in conversations):
-        n += 1
+    before = zip(*(messages[:-1] for messages in conversations), strict=False)
+    n = sum(1 for _ in takewhile(lambda found: all(m == found[0] for m in found), before))
     if any(len(messages) > n + 1 for messages in conversations):
         asked = any(message["role"] in ("user", "system") for m in conversations for message in m[n:])
         raise Excluded("differing_prompts" if asked else "reply_of_several_messages")
+    if any("tool_calls" in messages[-1] for messages in conversations):
+        raise Excluded("tool_calls", "a reply is a call of a tool")
     return conversations[0][:n], [messages[-1]["content"] for messages in conversations]
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | Decimal) and not isinstance(value, bool)
-
-
-def _is_finite(number: float) -> bool:
-    return abs(number) <= sys.float_info.max  # not for infinity, NaN or whole numbers of hundreds of digits
+def _number(value: Any) -> Any:
+    """A finite number, also one that is written as a text; None for anything else."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = float(value)
+    known = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
+    return value if known and abs(value) <= sys.float_info.max else None

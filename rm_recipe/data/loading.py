@@ -5,9 +5,11 @@ import errno
 import gzip
 import hashlib
 import json
+import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from io import BufferedReader, TextIOWrapper
 from itertools import islice
 from pathlib import Path
@@ -15,18 +17,19 @@ from typing import Any
 
 import datasets as hf_datasets
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets.exceptions import DatasetGenerationError
 from trl.scripts.utils import DatasetConfig
 
 from rm_recipe.data import comparison, formats
 from rm_recipe.data.comparison import Comparison, Excluded, Malformed, Message
-from rm_recipe.data.dataset import Split, arrow_column, cache_key, set_aside
+from rm_recipe.data.dataset import cache_key
 from rm_recipe.errors import DataError, one_line
+from rm_recipe.files import sha256
 from rm_recipe.recipe.schema import DATA_FORMATS, DataArguments, looks_local
 
 CODE = [sys.modules[__name__], formats, comparison]  # that a comparison follows from
+Parser = Callable[[formats.Row], Comparison]
 PEEK = 1000  # rows of a JSON file in which its columns have to be found
 
 csv.field_size_limit(2**31 - 1)  # a long conversation is a field
@@ -37,52 +40,57 @@ _PARSED = {
     "responses": hf_datasets.List(_TEXT),
     "ranks": hf_datasets.List(hf_datasets.Value("int32")),
     "margins": hf_datasets.List(hf_datasets.Value("float64")),
-    "subset": _TEXT,
-    "margin_fault": _TEXT,
-    "row": hf_datasets.Value("int64"),
-    "prompt_key": hf_datasets.Value("int64"),
-    "key": hf_datasets.Value("int64"),
+    "calls": hf_datasets.List(_TEXT),
     "prompts_differ": hf_datasets.Value("bool"),
-    "excluded": _TEXT,
-    "detail": _TEXT,
+    **dict.fromkeys(["subset", "margin_fault", "tools", "excluded", "detail"], _TEXT),
+    **dict.fromkeys(["row", "prompt_key", "key"], hf_datasets.Value("int64")),
 }
 
 
-def load_comparisons(
+def load_rows(
     source: DatasetConfig, split: str, subset: str, data: DataArguments, margin_column: str | None
-) -> Split:
-    """Read one split of one source: every row a comparison or counted. Cached by content.
+) -> tuple[hf_datasets.Dataset, list[str], str]:
+    """Read one split of one source: every row a comparison, or the reason why not. Cached by content.
 
     Args:
+        split: its name, perhaps with a slice as `datasets` has them: `train[:20]`.
         subset: the name that rows without a `subset` of their own get.
 
+    Returns:
+        the rows, with the columns of `_PARSED`, the columns of the source that are not read, and its shape
+        in words.
+
     Raises:
-        MissingSplitError: the source has other splits.
-        DataError: the source cannot be read, its columns are not those of comparisons, or a row is
-            malformed; with the row.
+        DataError: there is no such split, the source cannot be read, its columns are not those of
+            comparisons, or a row is malformed; with the row.
     """
-    file = find_file(source, split)
-    place = f"'{file}'" if file else f"'{source.path}', split '{split}'"
-    if file:
-        columns, content = _columns_of(file), content_hash(file)
+    found = find_split(splits_of(source, data.dataset_revision), split, source)
+    place, files = f"'{source.path}', split '{split}'", found if isinstance(found, list) else []
+    if files:
+        place = f"'{files[0]}'" if len(files) == 1 else place
+        columns, content = _columns_of(files[0]), [sha256(file) for file in files]
     else:
-        table = _load_from_hub(source, split, data.dataset_revision)
-        columns, content = table.column_names, table._fingerprint
-    _check_columns(columns, source.columns, place, margin_column)
-    chosen = source.columns or columns
-    wanted = [name for name in chosen if name in formats.COLUMNS or name == margin_column]
+        columns, content = found.column_names, found._fingerprint
+    ours = _named(columns, source, data, margin_column, place)
+    shape = formats.shape_of(ours, place, data.columns or {})
+    read = [*shape.columns, *formats.ALSO_READ, *filter(None, [margin_column])]
+    complete = not (source.columns or data.columns)  # then a row may have a column that the first ones lack
+    wanted = {name: ours.get(name, name) for name in read if name in ours or complete}
+    theirs = list(dict.fromkeys(wanted.values()))
+    parse_row = partial(
+        formats.parse_row, margin_column=margin_column, margin_map=data.margin_map, shape=shape
+    )
 
     def parse() -> Iterator[dict[str, Any]]:
-        rows = read_rows(file, wanted) if file else enumerate(table.select_columns(wanted), 1)
-        for number, row in rows:
-            if source.columns is not None:
-                row = {name: row.get(name) for name in source.columns}
+        for number, row in _rows_of(found, theirs):
+            row = {name: row.get(column) for name, column in wanted.items()}
             try:
-                yield _parsed(row, number, subset, margin_column, data.margin_map)
+                for part in formats.rows_of(row, shape):
+                    yield _parsed(part, number, subset, parse_row)
             except Malformed as fault:
-                raise DataError(f"{place}, {unit(file)} {number}: {fault}") from None
+                raise DataError(f"{place}, {unit(files[0] if files else None)} {number}: {fault}") from None
 
-    settings = [subset, margin_column, data.margin_map, source.columns]
+    settings = [subset, margin_column, data.margin_map, source.columns, data.columns]
     try:
         parsed = hf_datasets.Dataset.from_generator(
             parse,
@@ -91,56 +99,54 @@ def load_comparisons(
         )
     except DatasetGenerationError as error:
         raise (error.__cause__ or error) from None
-    differing = int(pc.sum(arrow_column(parsed, "prompts_differ")).as_py())
-    unread = [] if source.columns else [name for name in formats.unread(columns) if name != margin_column]
-    return set_aside(Split(parsed, len(parsed), differing_prompts=differing, unread=unread), "excluded")
+    unread = [] if source.columns else [name for name in columns if name not in wanted.values()]
+    known = f"{shape.name} (by {', '.join(ours[name] for name in shape.columns)})"
+    return _sliced(parsed, split), unread, known
 
 
-def _check_columns(
-    columns: list[str], chosen: list[str] | None, place: str, margin_column: str | None
-) -> None:
-    """Raise DataError where rows with these columns, or those `chosen` of them, cannot be comparisons."""
-    read = chosen or columns
-    missing = set(read) - set(columns)
-    if missing:
-        raise DataError(f"{place} has no column {', '.join(sorted(missing))} ('columns')")
-    if not formats.is_comparison_shape(read):
-        has = ", ".join(read) or "none"
-        raise DataError(f"{place}: its columns are {has}; rm_recipe needs {formats.SHAPES_IN_WORDS}")
-    if margin_column is not None and margin_column not in read:
-        raise DataError(f"{place} has no column '{margin_column}' (margin_column)")
+def _named(
+    columns: list[str], source: DatasetConfig, data: DataArguments, margin_column: str | None, place: str
+) -> dict[str, str]:
+    """The columns of a source that may be read, by our names; one that is called so and not meant is not."""
+    given = {ours: theirs for ours, theirs in (data.columns or {}).items() if ours != "verdict"}
+    asked = {*(source.columns or []), *(data.columns or {}).values(), *filter(None, [margin_column])}
+    if missing := asked - {*columns}:
+        raise DataError(f"{place} has no column {', '.join(sorted(missing))} ('columns', 'margin_column')")
+    own = {name: name for name in source.columns or columns if name not in given.values()}
+    return own | given | ({margin_column: margin_column} if margin_column else {})
 
 
-def _parsed(
-    row: Mapping[str, Any],
-    number: int,
-    subset: str,
-    margin_column: str | None,
-    margin_map: Mapping[str | int, float] | None,
-) -> dict[str, Any]:
+def _sliced(rows: hf_datasets.Dataset, split: str) -> hf_datasets.Dataset:
+    """The rows of a slice, `train[10:20]` or `train[:50%]`, as `datasets` means it."""
+    if "[" not in split:
+        return rows
+    try:
+        instruction = hf_datasets.ReadInstruction.from_spec(split)
+        [part] = instruction.to_absolute({split.partition("[")[0]: len(rows)})
+    except (ValueError, AssertionError) as error:
+        raise DataError(f"split '{split}' cannot be read: {one_line(error)}") from None
+    return rows.select(range(part.from_, part.to))
+
+
+def _parsed(row: formats.Row, number: int, subset: str, parse: Parser) -> dict[str, Any]:
     """The columns of `_PARSED`: of a comparison, or empty ones and the reason."""
     if row.get("subset") not in (None, ""):
         subset = str(row["subset"]).encode(errors="replace").decode()
-    found = Comparison([], [], subset=subset)
-    margin_fault = reason = detail = ""
+    found, reason, detail = Comparison([], []), "", ""
     try:
-        try:
-            found = formats.parse_row(row, margin_column, margin_map)
-        except Excluded as excluded:  # without its margin it may be held out, not trained on
-            if excluded.reason not in ("missing_margin", "negative_margin"):
-                raise
-            margin_fault = excluded.reason
-            found = formats.parse_row(row)
+        found = parse(row)
     except Excluded as excluded:
         reason, detail = excluded.reason, excluded.detail
-    content = {name: getattr(found, name) for name in ("prompt", "responses", "ranks", "margins")}
+    content = [found.prompt, found.responses, found.ranks, found.margins, *filter(None, [found.tools])]
+    calls = [message.get("tool_calls", "") for message in found.prompt]
     return {
-        **content,
+        **vars(found),
+        "prompt": [{name: message[name] for name in ("role", "content")} for message in found.prompt],
+        "calls": calls if any(calls) else [],
         "subset": subset,
-        "margin_fault": margin_fault,
         "row": number,
         "prompt_key": text_key(normalised_prompt(found.prompt)),
-        "key": text_key([json.dumps(list(content.values()), sort_keys=True)]),
+        "key": text_key([json.dumps(content, sort_keys=True)]),
         "prompts_differ": formats.prompts_differ(row) or reason == "differing_prompts",
         "excluded": reason,
         "detail": detail,
@@ -149,7 +155,7 @@ def _parsed(
 
 def normalised_prompt(prompt: list[Message]) -> list[str]:
     """Return what equal prompts have in common: roles and normalised texts."""
-    return [f"{message['role']} {normalise(message['content'])}" for message in prompt]
+    return [f"{m['role']} {normalise(m['content'])}{m.get('tool_calls', '')}" for m in prompt]
 
 
 def text_key(texts: Sequence[str]) -> int:
@@ -164,16 +170,6 @@ def normalise(text: str) -> str:
 
 
 # --- sources: files, folders, the Hub and mixtures ---------------------------------------------
-
-# Files beside the rows that `datasets` writes about them.
-
-
-class MissingSplitError(DataError):
-    """A data set has no such split; `others` are the splits that it has."""
-
-    def __init__(self, message: str, others: list[str]) -> None:
-        super().__init__(message)
-        self.others = others
 
 
 def sources_of(data: DataArguments) -> list[DatasetConfig]:
@@ -191,123 +187,113 @@ def sources_of(data: DataArguments) -> list[DatasetConfig]:
 
 def label(source: DatasetConfig, of_mixture: bool) -> str:
     """Name a subset in reports: the folder or configuration, in a mixture also the data set."""
-    part = str(source.data_dir or source.name or "")
-    if not of_mixture:
-        return part
     path = Path(source.path)
-    name = f"{path.parent.name}/{path.name}" if path.is_file() else path.name
-    return "/".join(filter(None, [name, part]))
+    name = "/".join(path.parts[-2:] if path.is_file() else path.parts[-1:]) if of_mixture else ""
+    return "/".join(filter(None, [name, source.data_dir or source.name]))
 
 
-def _load_from_hub(source: DatasetConfig, split: str, revision: str | None) -> hf_datasets.Dataset:
-    """Load the rows of a split, memory-mapped.
+def read_name(name: str) -> dict[str, Any]:
+    """Read `NAME[:SUBSET][@SPLIT][#REVISION]` as keys of a recipe; a path that exists is one as it stands."""
+    parts = re.fullmatch(r"(.+?)(?::([^:@#]+))?(?:@([^@#]+))?(?:#([^#]+))?", name, re.DOTALL)
+    if parts is None or Path(name).exists():
+        return {"dataset_name": name}
+    path, subset, split, revision = parts.groups()
+    named = {
+        "dataset_test_split": split,
+        "dataset_revision": revision,
+        "dataset_subsets": subset and [subset],
+    }
+    return {"dataset_name": path, **{key: value for key, value in named.items() if value}}
+
+
+def splits_of(source: DatasetConfig, revision: str | None = None) -> dict[str, Any]:
+    """Find the splits of a source: the local files of each, or of a data set on the Hub its rows.
+
+    A file is one split, whatever it is called: its name here is empty.
 
     Raises:
-        MissingSplitError: the data set has other splits.
-        DataError: it cannot be loaded.
+        DataError: there is no such file, folder or data set.
     """
+    place = Path(source.path, source.data_dir or "", str(source.data_files or ""))
+    if place.is_file():
+        if data_format(place) not in DATA_FORMATS:
+            raise DataError(f"'{place}' is no data file; expected {', '.join(DATA_FORMATS)} (.gz too)")
+        return {"": [place]}
+    if place.is_dir():
+        return _splits_in(place)
+    if Path(source.path).exists() or looks_local(source.path):
+        raise DataError(f"'{place}' does not exist; check 'dataset_name' and 'dataset_subsets'")
+    keys = {key: getattr(source, key) for key in ("path", "name", "data_dir", "data_files")}
     try:
-        return hf_datasets.load_dataset(
-            path=source.path,
-            name=source.name,
-            data_dir=source.data_dir,
-            data_files=source.data_files,
-            revision=revision,
-            split=split,
-        )
+        if source.data_dir and source.data_dir in hf_datasets.get_dataset_config_names(source.path, revision):
+            keys |= {"name": source.data_dir, "data_dir": None}
+        return hf_datasets.load_dataset(**keys, revision=revision)
     except Exception as error:
         cause = error.__cause__ or error
         if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):  # not the data's fault
             raise
         reason = one_line(cause) or type(cause).__name__
-        if not isinstance(error, ValueError) or not reason.startswith("Unknown split"):
-            raise DataError(f"data set '{source.path}' cannot be loaded from the Hub: {reason}") from None
-        others = str(error).partition("[")[2].rpartition("]")[0]
-        message = f"data set '{source.path}' has no split '{split}'; it has {others}"
-        raise MissingSplitError(message, [name.strip(" '\"") for name in others.split(",")]) from None
+        raise DataError(f"data set '{source.path}' cannot be loaded from the Hub: {reason}") from None
 
 
-def has_split(source: DatasetConfig, split: str, revision: str | None = None) -> bool:
-    """Tell whether the source has that split; False where it has one split only, another one.
+_SHARD = re.compile(r"-\d{5}-of-\d{5}(-\w+)?$")  # of a data set that came from the Hub
 
-    Raises:
-        DataError: it has several, and not this one, or it cannot be read.
+
+def _splits_in(folder: Path) -> dict[str, Any]:
+    """The files of a local folder, by their splits' names, which are as on the Hub: train.jsonl.gz.
+
+    The folder may be one of `save_to_disk`, or a clone of a data set on the Hub.
     """
-    path = Path(source.path)
-    if path.is_file() or (path.is_dir() and source.data_files is not None):
-        return False  # a file is one split, whatever it is called
-    try:
-        if find_file(source, split) is None:  # on the Hub, which says so only when it is asked for it
-            _load_from_hub(source, split, revision)
-    except MissingSplitError as missing:
-        if len(missing.others) > 1:
-            raise
-        return False
-    return True
-
-
-def find_file(source: DatasetConfig, split: str) -> Path | None:
-    """Find the local file that holds a split; None for a data set on the Hub.
-
-    Raises:
-        DataError: the path was meant to be local and holds no such file.
-    """
-    path = Path(source.path)
-    if path.is_dir():
-        folder = path / (source.data_dir or "")
-        if not folder.is_dir():
-            raise DataError(f"'{folder}' is no folder; check 'dataset_subsets'")
-        if source.data_files is None:
-            return _split_file(folder, split)
-        path = folder / str(source.data_files)
-        if not path.is_file():
-            raise DataError(f"'{path}' is no file; 'data_files' of a local folder is one file's name")
-    elif path.is_file():
-        if source.data_dir or source.data_files:
-            raise DataError(f"'{path}' is a file and has no subsets or files; name the folder that has them")
-    elif looks_local(source.path):
-        raise DataError(f"'{path}' does not exist")
-    else:
-        return None
-    if data_format(path) not in DATA_FORMATS:
-        raise DataError(f"'{path}' is no data file; expected {', '.join(DATA_FORMATS)} (.gz too)")
-    return path
-
-
-def data_format(file: Path) -> str:
-    """Return the file's ending, `.gz` apart: one of `DATA_FORMATS`, or another."""
-    return Path(file.name.removesuffix(".gz")).suffix
-
-
-def _split_file(folder: Path, split: str) -> Path:
-    """The one file of a local folder that holds the split, named as on the Hub: train.jsonl.gz."""
-    there = sorted(folder.iterdir())
-    splits: dict[str, list[Path]] = {}
-    for path in there:
+    if (folder / "state.json").is_file():
+        return {"": sorted(folder.glob("*.arrow"))}
+    if (folder / "dataset_dict.json").is_file():
+        return {part.name: sorted(part.glob("*.arrow")) for part in folder.iterdir() if part.is_dir()}
+    splits: dict[str, Any] = {}
+    for path in sorted(folder.iterdir()):
         if path.is_file() and data_format(path) in DATA_FORMATS and _may_be_a_split(path):
-            name = path.name.removesuffix(".gz").removesuffix(data_format(path))
+            stem = path.name[: path.name.lower().rindex(data_format(path))]
+            name = _SHARD.sub("", stem)
+            if name in splits and name == stem:
+                raise DataError(f"'{folder}' has two files for the split '{name}'")
             splits.setdefault(name, []).append(path)
-    found = splits.get(split, [])
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise DataError(f"'{folder}' has {len(found)} files for the split '{split}'")
-    names = [f"{path.name}/" if path.is_dir() else path.name for path in there]
-    raise MissingSplitError(
-        f"'{folder}' has no file for the split '{split}' ({split}{', '.join(DATA_FORMATS)}, .gz too); "
-        f"it has {', '.join(names) or 'no files'}",
-        list(splits),
-    )
+    if not splits and (folder / "data").is_dir():
+        return _splits_in(folder / "data")
+    return splits
 
 
 def _may_be_a_split(path: Path) -> bool:
     """Tell whether a file holds comparisons; a .json, .csv or .arrow beside them may say something else."""
-    if data_format(path) in (".jsonl", ".parquet"):
+    if data_format(path) in (".jsonl", ".ndjson", ".parquet") or path.name.startswith(("train", "test")):
         return True
     try:
-        return formats.is_comparison_shape(_columns_of(path))
-    except DataError:  # which is said when it is read; most other files are .json
-        return data_format(path) != ".json"
+        return bool(formats.shapes_of(_columns_of(path)))
+    except DataError:
+        return False
+
+
+def find_split(splits: dict[str, Any], split: str, source: DatasetConfig) -> Any:
+    """Find a split among those of a source; raises DataError where it has only others.
+
+    `train` is also `train_prefs`, and `test` `test_prefs`, or the only split that there is; but what is there
+    for testing alone is not trained on.
+    """
+    name, only = split.partition("[")[0], next(iter(splits), "")
+    names = [name, f"{name}_prefs", ""]
+    if len(splits) == 1 and (name == "test" or (name == "train" and not only.startswith("test"))):
+        names.append(only)
+    for name in names:
+        if name in splits:
+            return splits[name]
+    raise no_split(splits, split, source)
+
+
+def no_split(splits: dict[str, Any], split: str, source: DatasetConfig) -> DataError:
+    """Say that a source has no such split, and what can be done."""
+    place, others = "/".join(filter(None, [source.path, source.data_dir])), ", ".join(filter(None, splits))
+    return DataError(
+        f"'{place}' has no split '{split}'; it has {others or 'none'}; set 'dataset_train_split' and "
+        "'dataset_test_split', or 'test_split_size' to hold out that share of all prompts"
+    )
 
 
 # --- files -------------------------------------------------------------------------------------
@@ -315,106 +301,108 @@ def _may_be_a_split(path: Path) -> bool:
 # number or message list into text without a word, or refuses a sound file.
 
 
+def data_format(file: Path) -> str:
+    """Return the file's ending, `.gz` apart: one of `DATA_FORMATS`, or another."""
+    return Path(file.name.lower().removesuffix(".gz")).suffix
+
+
+def unit(file: Any) -> str:
+    """Say what the numbers of a file's rows count."""
+    return "line" if isinstance(file, Path) and data_format(file) in (".jsonl", ".ndjson") else "row"
+
+
 def _columns_of(file: Path) -> list[str]:
     """The columns of a file; of text the keys in its first `PEEK` rows."""
-    rows = islice(read_rows(file, names_only=True), PEEK)
-    return list(dict.fromkeys(name for _, row in rows for name in row))
+    names: dict[str, None] = {}
+    for number, row in islice(_numbered(file, None), PEEK):
+        names |= dict.fromkeys(row)
+        if number == 0:
+            break
+    return list(names)
 
 
-def read_rows(
-    file: Path, columns: Sequence[str] | None = None, names_only: bool = False
-) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
     """Read a file of `DATA_FORMATS` (.gz too): its rows, numbered from 1 by line, element or row.
 
     Args:
-        columns: of a table, those to read, all by default.
-        names_only: give one row of a table, with the names of its columns.
+        columns: those to give, all that a row has by default.
 
     Raises:
         DataError: there is no such file, it cannot be read or holds no rows; with the row.
     """
-    if not file.is_file():
-        raise DataError(f"{file}: {'no such file' if not file.exists() else 'not a file'}")
+    for number, row in _numbered(file, columns):
+        if number:
+            yield number, {name: row.get(name) for name in columns} if columns else row
+
+
+def _rows_of(found: Any, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a split, of its shards' rows numbered on."""
+    if not isinstance(found, list):
+        yield from enumerate(
+            found.select_columns([name for name in found.column_names if name in columns]), 1
+        )
+        return
+    before = number = 0
+    for file in found:
+        for number, row in read_rows(file, columns):
+            yield before + number, row
+        before += number
+
+
+def _numbered(file: Path, columns: Sequence[str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """As `read_rows`; of a table first, as number 0, a row with the names of all its columns."""
     number = 0
     try:
         with file.open("rb") as stream:
             if stream.read(23) == b"version https://git-lfs":
                 raise DataError(f"'{file}' is a Git LFS pointer, not the file itself; fetch it: git lfs pull")
-        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
-            for number, row in _values(stream, data_format(file), columns, names_only):
+        with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as stream:
+            for number, row in _values(stream, file, columns):
                 if not isinstance(row, dict):
                     hint = "; a file that is one list is named .json" if isinstance(row, list) else ""
                     kind = f"a row is a JSON object, this is a {type(row).__name__}{hint}"
                     raise DataError(f"'{file}', {unit(file)} {number}: {kind}")
                 yield number, row
-    except (gzip.BadGzipFile, EOFError, zlib.error):
-        raise DataError(f"'{file}' is damaged, or not gzip though its name says so") from None
-    except OSError as error:
-        raise DataError(f"'{file}' cannot be read: {error.strerror or error}") from None
-    except _NotJsonError as error:
-        raise DataError(f"'{file}', {error}") from None
-    except (ValueError, OverflowError, csv.Error, pa.ArrowException) as error:
-        raise DataError(f"'{file}' cannot be read: {one_line(error)}") from None
+    except (OSError, EOFError, ValueError, OverflowError, zlib.error, csv.Error, pa.ArrowException) as error:
+        raise DataError(
+            f"'{file}' cannot be read: {getattr(error, 'strerror', 0) or one_line(error)}"
+        ) from None
     if not number:
         raise DataError(f"'{file}' is empty: it holds no rows")
 
 
-class _NotJsonError(ValueError):
-    """What a place of a file holds is no JSON."""
-
-
 def _values(
-    stream: gzip.GzipFile | BufferedReader, ending: str, columns: Sequence[str] | None, names_only: bool
+    stream: gzip.GzipFile | BufferedReader, file: Path, columns: Sequence[str] | None
 ) -> Iterator[tuple[int, Any]]:
     """The rows of a table, the elements of a JSON list, read all at once, or what each line holds."""
-    start = stream.read(1000)
+    start, ending = stream.read(1000), data_format(file)
     stream.seek(0)
-    if ending == ".parquet":
-        table = pq.ParquetFile(stream)
-        batches = table.iter_batches(batch_size=1000, columns=columns)
-        yield from _table_rows(table.schema_arrow.names, batches, names_only)
-    elif ending == ".arrow":
-        opened = (pa.ipc.open_file if start.startswith(b"ARROW1") else pa.ipc.open_stream)(stream).read_all()
-        names = opened.column_names
-        batches = opened.select(columns or names).to_batches(max_chunksize=1000)
-        yield from _table_rows(names, batches, names_only)
-    elif ending == ".csv":
-        text = TextIOWrapper(stream, "utf-8-sig", newline="")
-        yield from enumerate(csv.DictReader(text, restkey="beyond the header"), 1)
+    if ending in (".parquet", ".arrow"):
+        open_arrow = pa.ipc.open_file if start.startswith(b"ARROW1") else pa.ipc.open_stream
+        table = pq.ParquetFile(stream) if ending == ".parquet" else open_arrow(stream).read_all()
+        names = getattr(table, "schema_arrow", table.schema).names
+        yield 0, dict.fromkeys(names)
+        read = [name for name in names if name in (columns or names)]
+        batches = (
+            table.iter_batches(1000, columns=read)
+            if ending == ".parquet"
+            else table.select(read).to_batches(1000)
+        )
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+    elif ending in (".csv", ".tsv"):
+        text, comma = TextIOWrapper(stream, "utf-8-sig", newline=""), "," if ending == ".csv" else "\t"
+        yield from enumerate(csv.DictReader(text, restkey="beyond the header", delimiter=comma), 1)
     elif ending == ".json" and start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        yield from enumerate(_decode(stream.read(), "the list"), 1)
+        yield from enumerate(_decode(stream.read(), f"'{file}', the list"), 1)
     else:
         for number, line in enumerate(stream, 1):
             if line.strip():
-                yield number, _decode(line, f"line {number}")
-
-
-def _table_rows(names: list[str], batches: Iterable[Any], names_only: bool) -> Iterator[tuple[int, Any]]:
-    if names_only:
-        yield 1, dict.fromkeys(names)
-        return
-    yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+                yield number, _decode(line, f"'{file}', line {number}")
 
 
 def _decode(content: bytes, place: str) -> Any:
-    """What UTF-8 JSON says; raises `_NotJsonError` with the place."""
+    """What UTF-8 JSON says; raises DataError with the place."""
     try:
         return json.loads(content.decode("utf-8-sig").rstrip())
-    except UnicodeDecodeError as error:
-        raise _NotJsonError(f"{place}, byte {error.start + 1} of it: not UTF-8 text") from None
-    except json.JSONDecodeError as error:
-        line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise _NotJsonError(f"{place}: not JSON: {error.msg} ({line}column {error.colno})") from None
-    except (ValueError, RecursionError) as error:  # a number or thousands of brackets too many
-        raise _NotJsonError(f"{place}: not JSON: {error}") from None
-
-
-def unit(file: Path | None) -> str:
-    """Say what the numbers of a file's rows count."""
-    return "row" if file is None or data_format(file) in set(DATA_FORMATS) - {".jsonl"} else "line"
-
-
-def content_hash(file: Path) -> str:
-    """Hash the bytes: the time of a change can be the same for two contents."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "blake2b").hexdigest()
+    except (ValueError, RecursionError) as error:  # no UTF-8, or a number or thousands of brackets too many
+        raise DataError(f"{place}: not JSON: {error}") from None

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import datasets as hf_datasets
 import numpy as np
+import pyarrow.compute as pc
 from numpy.typing import NDArray
-from trl.scripts.utils import DatasetConfig
 
 from rm_recipe.data import formats, loading
-from rm_recipe.data.dataset import FIRST_ROWS, Split, fingerprint, set_aside
+from rm_recipe.data.dataset import FIRST_ROWS, Split, arrow_column, fingerprint, set_aside
 from rm_recipe.errors import DataError, RecipeError
 from rm_recipe.files import read_json
 from rm_recipe.recipe.reader import Recipe
@@ -55,10 +55,7 @@ def load_splits(recipe: Recipe) -> tuple[Split, Split, Leakage]:
     train = load_split(data, None, margins=True)
     test = load_held_out(data)
     if share is not None:
-        kept = np.flatnonzero(~held_out(train, share))
-        if not len(kept):
-            raise DataError(f"all comparisons are held out; {_how_to_hold_out(train)}")
-        train = train.select(kept, "held_out")
+        train = train.select(np.flatnonzero(~held_out(train, share)), "held_out")
     train = set_aside(train, "margin_fault")
     # Against all that is held out, so that no other sample of it meets what was trained on.
     keys = train.column("prompt_key")
@@ -69,8 +66,9 @@ def load_splits(recipe: Recipe) -> tuple[Split, Split, Leakage]:
         train = train.select(np.flatnonzero(~leaked), "leaked_prompt")
     if not len(train.comparisons):
         raise DataError(f"no comparison is left to train on: {train.why_excluded()}")
-    train = _identified(sample(train, data.max_train_samples, seed))
-    return train, sample(_identified(test), data.max_eval_samples, seed), leakage
+    train = sample(train, data.max_train_samples, seed)
+    train = replace(train, fingerprint=fingerprint(train.comparisons))
+    return train, sample(test, data.max_eval_samples, seed), leakage
 
 
 def refuse_leakage(recipe: Recipe, leakage: Leakage) -> None:
@@ -86,20 +84,22 @@ def refuse_leakage(recipe: Recipe, leakage: Leakage) -> None:
 
 def load_held_out_split(recipe: Recipe) -> Split:
     """Load the recipe's held-out comparisons, sampled."""
-    split = _identified(load_held_out(recipe.data))
-    return sample(split, recipe.data.max_eval_samples, recipe.training.seed)
+    return sample(load_held_out(recipe.data), recipe.data.max_eval_samples, recipe.training.seed)
 
 
 def load_held_out(data: DataArguments) -> Split:
     """Load all held-out comparisons: the test split, or a share of the train split's prompts."""
     share = hold_out_share(data)
-    if share is None:
-        return load_split(data, data.dataset_test_split)
-    split = load_split(data, None)
-    comparisons = split.comparisons.select(np.flatnonzero(held_out(split, share)))
-    if not len(comparisons):
-        raise DataError(f"no comparison is held out; {_how_to_hold_out(split)}")
-    return Split(comparisons, len(comparisons))  # the train side counts what cannot be parsed
+    split = load_split(data, data.dataset_test_split if share is None else None)
+    if share is not None:  # the train side counts what cannot be parsed
+        comparisons = split.comparisons.select(np.flatnonzero(held_out(split, share)))
+        split = Split(comparisons, len(comparisons))
+    if not len(split.comparisons):
+        raise DataError(
+            "all comparisons have the same prompt, so none can be held out: give a test split of your own (a "
+            "folder with train.jsonl and test.jsonl) and set 'leakage: allow'"
+        )
+    return replace(split, fingerprint=fingerprint(split.comparisons))
 
 
 def hold_out_share(data: DataArguments) -> float | None:
@@ -111,41 +111,23 @@ def hold_out_share(data: DataArguments) -> float | None:
     if data.test_split_size is not None:
         return data.test_split_size
     found = loading.sources_of(data)
-    there = [loading.has_split(source, data.dataset_test_split, data.dataset_revision) for source in found]
-    if all(there):
-        return None
-    if any(there):
-        without = found[there.index(False)]
-        name = "/".join(filter(None, [without.path, without.data_dir]))
-        raise DataError(
-            f"'{name}' has no split '{data.dataset_test_split}' and others have; set 'test_split_size' "
-            "to hold out that share of all prompts"
-        )
-    return HELD_OUT_SHARE
+    splits = [loading.splits_of(source, data.dataset_revision) for source in found]
+    test = data.dataset_test_split.partition("[")[0]
+    without = [n for n, names in enumerate(splits) if not {test, f"{test}_prefs"} & {*names}]
+    if without and any(len(names) > 1 for names in splits):  # nobody can say which was meant
+        raise loading.no_split(splits[without[0]], data.dataset_test_split, found[without[0]])
+    return HELD_OUT_SHARE if without else None
 
 
 def held_out(split: Split, share: float) -> NDArray[np.bool_]:
     """Mark the comparisons that are held out: those whose prompt's hash is in the lowest `share`.
 
-    A prompt stays on its side whatever the seed, the order and the other prompts are.
+    A prompt stays on its side whatever the seed, the order and the other prompts are; but of two prompts or
+    more at least one is on either side.
     """
-    return split.column("prompt_key").view(np.uint64) < np.uint64(share * 2**64)
-
-
-def _identified(split: Split) -> Split:
-    return replace(split, fingerprint=fingerprint(split.comparisons))
-
-
-def _how_to_hold_out(split: Split) -> str:
-    """What to do where a share leaves nothing on one side: prompts fall on either by their hashes."""
-    hashes = np.unique(split.column("prompt_key").view(np.uint64)) / 2.0**64
-    if len(hashes) == 1:
-        return (
-            "all have the same prompt, so give a test split of your own (a folder with train.jsonl and "
-            "test.jsonl) and set 'leakage: allow'"
-        )
-    between = (hashes[len(hashes) // 2 - 1] + hashes[len(hashes) // 2]) / 2
-    return f"set 'test_split_size: {between:.6g}', which holds out about half of the {len(hashes)} prompts"
+    keys = split.column("prompt_key").view(np.uint64)
+    highest = min(max(int(share * 2**64) - 1, int(keys.min())), int(keys.max()) - 1)
+    return keys <= np.uint64(max(highest, 0))
 
 
 def sample(split: Split, size: int | None, seed: int) -> Split:
@@ -168,50 +150,38 @@ def load_split(data: DataArguments, split: str | None, *, margins: bool = False)
     """
     found = loading.sources_of(data)
     column = data.margin_column if margins else None
-    parts = []
+    parts, unread, shapes = [], [], []
     for source in found:
         name = loading.label(source, of_mixture=bool(data.datasets))
-        parts.append(loading.load_comparisons(source, split or source.split, name, data, column))
-    if split is None:
-        parts = _by_fraction(parts, found)
-    result = Split(
-        # Their own infos are other ones once they come from the cache, and would change the fingerprint.
-        hf_datasets.concatenate_datasets(
-            [part.comparisons for part in parts], info=hf_datasets.DatasetInfo()
-        ),
-        sum(part.rows for part in parts),
-        differing_prompts=sum(part.differing_prompts for part in parts),
-        unread=list(dict.fromkeys(name for part in parts for name in part.unread)),
-    )
-    for part in parts:
-        result.excluded.update(part.excluded)
-        result.details = part.details | result.details
-        for reason, names in part.first_rows.items():
-            result.first_rows[reason] = [*result.first_rows.get(reason, []), *names][:FIRST_ROWS]
+        rows, others, shape = loading.load_rows(source, split or source.split, name, data, column)
+        parts.append(rows)
+        unread += others
+        shapes.append(shape)
+    # Their own infos are other ones once they come from the cache, and would change the fingerprint.
+    rows = hf_datasets.concatenate_datasets(parts, info=hf_datasets.DatasetInfo())
+    differing = int(pc.sum(arrow_column(rows, "prompts_differ")).as_py())
+    result = set_aside(Split(rows, len(rows), differing_prompts=differing), "excluded")
+    result = replace(result, unread=list(dict.fromkeys(unread)), shapes=list(dict.fromkeys(shapes)))
     if not len(result.comparisons):
         name = " and ".join(dict.fromkeys(source.path for source in found))
-        where = f", split '{split}'" if split else ""
         raise DataError(
-            f"{name}{where}: no comparison in it ({result.why_excluded()}); a row has "
-            f"{formats.SHAPES_IN_WORDS}, and texts without a prompt are hh-rlhf transcripts"
+            f"{name}{f', split {split!r}' if split else ''}: no comparison in it ({result.why_excluded()}); "
+            f"a row has {formats.SHAPES_IN_WORDS}, and texts without a prompt are hh-rlhf transcripts"
             + (f"; columns not read: {', '.join(result.unread)}" if result.unread else "")
         )
+    shares = [source.fraction for source in found]
+    if split is None and any(shares):
+        result = result.select(_by_fraction(parts, shares), "not_in_fraction")
     return result
 
 
-def _by_fraction(parts: list[Split], found: list[DatasetConfig]) -> list[Split]:
-    """Parts of a mixture in their fractions: the largest one that repeats nothing, as in TRL."""
-    shares = [source.fraction for source in found]
-    if not any(shares):
-        return parts
-    total = min(
-        len(part.comparisons) * sum(shares) / share for part, share in zip(parts, shares, strict=True)
-    )
-    sizes = [round(total * share / sum(shares)) for share in shares]
-    return [
-        part.select(np.arange(min(size, len(part.comparisons))), "not_in_fraction")
-        for part, size in zip(parts, sizes, strict=True)
-    ]
+def _by_fraction(parts: list[hf_datasets.Dataset], shares: list[float]) -> NDArray[np.int64]:
+    """The comparisons of a mixture in its fractions: the largest one that repeats nothing, as in TRL."""
+    found = [int(pc.sum(pc.equal(arrow_column(part, "excluded"), "")).as_py()) for part in parts]
+    total = min(n * sum(shares) / share for n, share in zip(found, shares, strict=True))
+    sizes = [min(n, round(total * share / sum(shares))) for n, share in zip(found, shares, strict=True)]
+    starts = np.cumsum(found) - found
+    return np.concatenate([start + np.arange(size) for start, size in zip(starts, sizes, strict=True)])
 
 
 def changed_data(run: Path, **now: str) -> list[str]:

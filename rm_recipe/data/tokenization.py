@@ -3,7 +3,7 @@
 `tokenize` is the second of two cached passes over a data set; the first is in `loading`.
 """
 
-import logging
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,8 +22,7 @@ from rm_recipe.data import comparison as comparison_module
 from rm_recipe.data.comparison import Comparison, Encoded, Excluded, Message, split_at_common_prefix
 from rm_recipe.data.dataset import Split, arrow_column, as_comparisons, run_pass, set_aside
 from rm_recipe.errors import DataError, one_line
-
-logger = logging.getLogger("rm_recipe")
+from rm_recipe.processes import warn
 
 # The part of `max_length` that is kept for a reply, so that the context it is read in follows from the
 # prompt and not from what the reply is scored beside.
@@ -100,7 +99,7 @@ def encode_all(
             if alike:
                 fitted = truncate(comparison, whole)
             else:
-                each = [Comparison(comparison.prompt, [response]) for response in comparison.responses]
+                each = [replace(comparison, responses=[text], ranks=[0]) for text in comparison.responses]
                 fitted = [truncate(one, [ids])[0] for one, ids in zip(each, whole, strict=True)]
             _check_ranks(fitted, comparison.ranks)
             encoded = split_at_common_prefix(fitted)
@@ -145,7 +144,7 @@ def tokenize(
         raise DataError(f"no comparison is left after tokenising: {result.why_excluded()}")
     if unshown := count_unshown(result):
         parts = ", ".join(f"{whose} in {n}" for whose, n in unshown.items())
-        logger.warning(f"warning: the chat template leaves out text of comparisons: {parts}")
+        warn(f"the chat template leaves out text of comparisons: {parts}")
     return result
 
 
@@ -155,24 +154,32 @@ def count_unshown(split: Split) -> dict[str, int]:
     return {item["values"]: item["counts"] for item in counts if item["values"]}
 
 
-def render(tokenizer: Tokenizer, messages: list[Message], **options: Any) -> str:
-    """Render the text that is scored: the conversation through the chat template."""
+def render(tokenizer: Tokenizer, messages: list[Message], tools: str = "", **options: Any) -> str:
+    """Render the text that is scored: a conversation, with the tools it offers, by the chat template."""
+    called = [m for m in messages if isinstance(m.get("tool_calls"), str)]
+    if called:
+        messages = [m | {"tool_calls": json.loads(m["tool_calls"])} if m in called else m for m in messages]
+    if tools:
+        options["tools"] = json.loads(tools)
     return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
 
 def _texts(tokenizer: Tokenizer, comparison: Comparison) -> list[str]:
     """The K conversations through the chat template; raises Excluded where that cannot be."""
-    special = chat_template.special_tokens(tokenizer)
-    texts = [*(message["content"] for message in comparison.prompt), *comparison.responses]
-    if any(map(special.search, texts)):
+    calls = [message["tool_calls"] for message in comparison.prompt if "tool_calls" in message]
+    tools = [text for text in (comparison.tools, *calls) if text]
+    texts = [*(message["content"] for message in comparison.prompt), *comparison.responses, *tools]
+    if any(map(chat_template.special_tokens(tokenizer).search, texts)):
         raise Excluded("control_tokens")
     try:
-        return [render(tokenizer, messages) for messages in comparison.conversations()]
-    except (
-        jinja2.TemplateError,
-        TypeError,
-    ) as error:  # such as one that wants user and assistant to alternate
+        texts = [render(tokenizer, messages, comparison.tools) for messages in comparison.conversations()]
+    except (jinja2.TemplateError, TypeError) as error:  # such as one that wants roles to alternate
         raise Excluded("refused_by_template", f"the template says: {one_line(error)}") from None
+    for tool in (tool for text in tools for tool in json.loads(text)):
+        name = str((tool.get("function") or tool).get("name"))
+        if name not in texts[0]:
+            raise Excluded("tools", f"the template does not show '{name}'")
+    return texts
 
 
 def _ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
@@ -209,7 +216,7 @@ def _truncate(
         return conversations
     while True:
         longest = max(map(len, conversations))
-        prompt_tokens, prompt_tokens_kept = _prompt_tokens(tokenizer, comparison.prompt, conversations)
+        prompt_tokens, prompt_tokens_kept = _prompt_tokens(tokenizer, comparison, conversations)
         if longest <= max_length and (prompt_tokens <= room or truncation == "exclude"):  # which cuts nothing
             return conversations
         if longest - prompt_tokens_kept > max_length:
@@ -234,13 +241,13 @@ def _drop_oldest_turn(prompt: list[Message]) -> list[Message] | None:
     return [*system, *turns[starts[0] :]] if starts else None
 
 
-def _prompt_tokens(tokenizer: Tokenizer, prompt: list[Message], conversations: _Ids) -> tuple[int, int]:
+def _prompt_tokens(tokenizer: Tokenizer, comparison: Comparison, conversations: _Ids) -> tuple[int, int]:
     """Tokens of the prompt by itself, whatever the replies, and those of them that the conversations keep.
 
     The K replies' own common start is not among them.
     """
     try:
-        text = render(tokenizer, prompt, add_generation_prompt=True)
+        text = render(tokenizer, comparison.prompt, comparison.tools, add_generation_prompt=True)
     except (jinja2.TemplateError, TypeError):  # one that takes no prompt without its reply
         common = len(split_at_common_prefix(conversations).prefix)
         return common, common

@@ -4,6 +4,7 @@ The figures are those of one data set in `evaluation.json`.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from rm_recipe.evaluation.format import decimal, interval, p_value, share, whole, words
@@ -64,19 +65,13 @@ def readings(figures: dict[str, Any]) -> list[Finding]:
 
     The first says what the model knows beyond the best baseline; the others warn or compare.
     """
-    found = _against_best(figures) + _warnings(figures)
-    for name, moved in figures.get("consistency", {}).items():
-        if moved["wins"] > MANY_WINS:
-            what = f"With {EDITS.get(name, name)} a rejected response overtakes the chosen one in"
-            how_often = f"{share(moved['wins'])} of the comparisons tried"
-            found.append(("bad", f"{what} {how_often}: a policy will find that."))
-    other = figures.get("against")
-    if other:
-        theirs = f"{other.get('model')} has accuracy {decimal(other.get('other_accuracy'))}"
+    found = _against_best(figures) + [("bad", sentence) for sentence in _warnings(figures)]
+    if other := figures.get("against"):
         lead = f"{decimal(other.get('difference'), signed=True)} ({interval(other.get('ci95'), signed=True)})"
         where = f"on the {whole(other.get('n'))} comparisons that fit both models"
-        difference = f"this model's minus that is {lead}, McNemar's p {p_value(other.get('p_value'))}"
-        found.append(("plain", f"{theirs} {where}; {difference}."))
+        theirs = f"{other.get('model')} has accuracy {decimal(other.get('other_accuracy'))} {where}"
+        said = f"{theirs}; this model's minus that is {lead}, McNemar's p {p_value(other.get('p_value'))}."
+        found.append(("plain", said))
     return found
 
 
@@ -84,33 +79,29 @@ def _against_best(figures: dict[str, Any]) -> list[Finding]:
     best = best_baseline(figures)
     if best is None or "against_baselines" not in figures:
         return []
-    lead = figures["against_baselines"][best[0]]
+    lead, kind, what = figures["against_baselines"][best[0]], "good", "The model beats the best baseline"
+    if not figures["beats_baselines"]:
+        kind, what = "bad", "This model has learnt little that the best baseline does not know"
     ends = f" (95 % interval {interval(lead['ci95'], signed=True)})" if lead["ci95"] else ""
-    where = "ahead" if lead["difference"] >= 0 else "behind"
-    reach = f"accuracy {decimal(best[1])}; the model is {decimal(abs(lead['difference']))} {where}{ends}"
-    if figures["beats_baselines"]:
-        return [("good", f"The model beats the best baseline: '{rule(best[0])}' has {reach}.")]
-    what = f"This model has learnt little that the rule '{rule(best[0])}' does not know"
-    return [("bad", f"{what}: that has {reach}.")]
+    where = f"{decimal(abs(lead['difference']))} {'ahead' if lead['difference'] >= 0 else 'behind'}{ends}"
+    return [(kind, f"{what}: '{rule(best[0])}' has accuracy {decimal(best[1])}; the model is {where}.")]
 
 
-def _warnings(figures: dict[str, Any]) -> list[Finding]:
-    said = []
-    if figures.get("trained_prompts"):
-        some = f"{whole(figures['trained_prompts'])} of {whole(figures['n_scored'])} comparisons"
-        said.append(f"{some} have a prompt that was trained on: this accuracy is no held-out one.")
-    if "accuracy_ci95" in figures and figures["accuracy_ci95"][1] < 0.5:
-        accuracy = decimal(figures["accuracy"])
-        said.append(f"Accuracy {accuracy} is worse than guessing: are chosen and rejected swapped?")
-    loss = figures.get("loss", 0)
-    if loss >= LN2 - NEAR_LN2:
-        near = loss < LN2 + NEAR_LN2
-        where = f"{'about' if near else 'above'} ln 2 = 0.693, which equal rewards for all responses give"
-        why = "the model tells responses hardly apart" if near else "where the model is wrong, it is too sure"
-        said.append(f"The loss, {decimal(loss)}, is {where}: {why}.")
+def _warnings(figures: dict[str, Any]) -> Iterator[str]:
+    if trained := figures.get("trained_prompts"):
+        some = f"{whole(trained)} of {whole(figures['n_scored'])} comparisons"
+        yield f"{some} have a prompt that was trained on: this accuracy is no held-out one."
+    if "accuracy" in figures and figures["accuracy_ci95"][1] < 0.5:
+        yield "Accuracy is worse than guessing: are chosen and rejected swapped?"
+    if (loss := figures.get("loss", 0)) >= LN2 - NEAR_LN2:
+        why = "it tells responses hardly apart" if loss < LN2 + NEAR_LN2 else "it is too sure of its mistakes"
+        yield f"The loss, {decimal(loss)}, is no better than that of equal rewards, ln 2 = 0.693: {why}."
     ties, ranking = figures.get("ties", 0), figures.get("ranking")
     pairs = ranking["pairs"] if ranking else figures.get("n_scored", 0)
     if ties > MANY_TIES * pairs:
         why = "both responses got the very same reward, and each tie counts as half right"
-        said.append(f"{share(ties / pairs)} of the pairs are ties: {why}.")
-    return [("bad", sentence) for sentence in said]
+        yield f"{share(ties / pairs)} of the pairs are ties: {why}."
+    for name, moved in figures.get("consistency", {}).items():
+        if moved["wins"] > MANY_WINS:
+            what = f"With {EDITS.get(name, name)} a rejected response overtakes the chosen one"
+            yield f"{what} in {share(moved['wins'])} of the comparisons tried: a policy will find that."

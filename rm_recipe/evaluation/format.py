@@ -29,9 +29,7 @@ def decimal(value: Any, digits: int = 3, signed: bool = False) -> str:
     """Write a number with fixed digits and a true minus sign; a dash where there is none."""
     if not isinstance(value, int | float):
         return MISSING
-    text = f"{value:{'+' if signed else ''}.{digits}{'e' if abs(value) >= 1e6 else 'f'}}"
-    if not float(text):
-        text = text.lstrip("+-")
+    text = f"{value:{'+' if signed else ''}z.{digits}{'e' if abs(value) >= 1e6 else 'f'}}"
     return text.replace("-", "\N{MINUS SIGN}")
 
 
@@ -53,15 +51,6 @@ def interval(ends: Any, digits: int = 3, signed: bool = False) -> str:
 def p_value(value: Any) -> str:
     """Write a p-value; one that lies below three decimals is said to be below."""
     return "below 0.001" if isinstance(value, float) and value < 0.001 else decimal(value)
-
-
-def duration(seconds: float) -> str:
-    """Write seconds as hours, minutes and seconds."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours:,} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{decimal(seconds, 1)} s"
 
 
 def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> None:
@@ -89,7 +78,7 @@ def write_page(target: Path, template: Path, **values: Any) -> None:
         lstrip_blocks=True,
         finalize=lambda value: visible(redact(value)) if type(value) is str else value,
     )
-    shown = (words, shorten, decimal, whole, share, interval, p_value, duration)
+    shown = (words, shorten, decimal, whole, share, interval, p_value)
     environment.filters.update({function.__name__: function for function in shown})
     page = environment.get_template(template.name).render(**values)
     with whole_file(target) as partial:

@@ -18,13 +18,7 @@ from sklearn.model_selection import GroupKFold
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
-from rm_recipe.data.comparison import (
-    Array,
-    Indices,
-    agreement,
-    mean_by_comparison,
-    pair_indices,
-)
+from rm_recipe.data.comparison import Array, Indices, agreement, mean_by_comparison, pair_indices
 
 
 def pair_weights(comparison: Indices) -> Array:
@@ -32,13 +26,14 @@ def pair_weights(comparison: Indices) -> Array:
     return np.asarray(1 / np.bincount(comparison)[comparison])
 
 
-def accuracy_interval(accuracy: float, n: int) -> list[float]:
-    """The 95 % Wilson interval of an accuracy over `n` comparisons; `[low, high]`.
+def accuracy_of(right: Array) -> dict[str, Any]:
+    """`n`, `accuracy` and `accuracy_ci95` of how right each comparison is, 0 to 1, a tie 1/2; not empty.
 
-    Ties enter as half a success. Source: Wilson 1927; statsmodels' `proportion_confint`.
+    The interval is the 95 % one of Wilson 1927 (`statsmodels`). Of a ranking's pairs, which are not
+    independent, it is too narrow.
     """
-    low, high = proportion_confint(accuracy * n, n, alpha=0.05, method="wilson")
-    return [float(low), float(high)]
+    low, high = proportion_confint(right.sum(), len(right), alpha=0.05, method="wilson")
+    return {"n": len(right), "accuracy": float(right.mean()), "accuracy_ci95": [float(low), float(high)]}
 
 
 def bradley_terry_loss(chosen: ArrayLike, rejected: ArrayLike, comparison: Indices | None = None) -> float:
@@ -69,21 +64,13 @@ def preference_accuracy(
         ValueError: no comparison, unequal lengths, or a reward that is not finite.
     """
     chosen, rejected = np.asarray(chosen, float), np.asarray(rejected, float)
-    if chosen.shape != rejected.shape or chosen.ndim != 1 or not chosen.size:
-        raise ValueError(
-            f"expected two equal, non-empty rows of rewards, got {chosen.shape} and {rejected.shape}"
-        )
-    if not np.isfinite([chosen, rejected]).all():
-        raise ValueError("a reward is not finite")
+    if not chosen.size or chosen.shape != rejected.shape or not np.isfinite([chosen, rejected]).all():
+        raise ValueError("expected two equal, non-empty rows of finite rewards")
     if comparison is None:
         comparison = np.arange(chosen.size)
-    right = mean_by_comparison(agreement(chosen, rejected), comparison)
-    accuracy = float(right.mean())
     return {
-        "accuracy": accuracy,
-        "accuracy_ci95": accuracy_interval(accuracy, right.size),
+        **accuracy_of(mean_by_comparison(agreement(chosen, rejected), comparison)),
         "ties": int((chosen == rejected).sum()),
-        "n": int(right.size),
         "loss": bradley_terry_loss(chosen, rejected, comparison),
         "mean_margin": float(mean_by_comparison(chosen - rejected, comparison).mean()),
     }
@@ -103,14 +90,11 @@ class PreferenceAccuracy(evaluate.Metric):
         return evaluate.MetricInfo(
             description="Held-out preference accuracy, ties one half, with a Wilson interval.",
             citation="",
-            inputs_description="chosen, rejected: rewards, one each for every pair; comparison: its number",
             features=datasets.Features({"chosen": number, "rejected": number}),
         )
 
-    def _compute(
-        self, chosen: ArrayLike, rejected: ArrayLike, comparison: Indices | None = None
-    ) -> dict[str, Any]:
-        return preference_accuracy(chosen, rejected, comparison)
+    def _compute(self, **columns: Any) -> dict[str, Any]:
+        return preference_accuracy(**columns)
 
 
 def ranking_agreement(rewards: Sequence[ArrayLike], ranks: Sequence[Sequence[int]]) -> dict[str, Any]:
@@ -146,21 +130,10 @@ BUCKETS = 5
 MOST_VALUES = 6  # that get a bucket each
 
 
-def accuracy_of(right: Array) -> dict[str, Any]:
-    """`n`, `accuracy` and `accuracy_ci95` (Wilson) of a part, not empty, of the comparisons or pairs.
-
-    Of a ranking's pairs, which are not independent, the interval is too narrow.
-    """
-    accuracy = float(right.mean())
-    return {"n": len(right), "accuracy": accuracy, "accuracy_ci95": accuracy_interval(accuracy, len(right))}
-
-
-def accuracy_by_subset(names: list[str], right: Array) -> dict[str, dict[str, Any]]:
+def accuracy_by_subset(names: Sequence[str], right: Array) -> dict[str, dict[str, Any]]:
     """`accuracy_of` each subset, by name; comparisons without one are left out."""
     found, number = np.unique(np.array(names, object).astype(str), return_inverse=True)
-    order = np.argsort(number, kind="stable")
-    parts = np.split(right[order], np.cumsum(np.bincount(number))[:-1])
-    return {str(name): accuracy_of(part) for name, part in zip(found, parts, strict=True) if name}
+    return {name: accuracy_of(right[number == own]) for own, name in enumerate(found.tolist()) if name}
 
 
 def accuracy_by_bucket(values: ArrayLike, right: Array) -> list[dict[str, Any]]:
@@ -169,22 +142,15 @@ def accuracy_by_bucket(values: ArrayLike, right: Array) -> list[dict[str, Any]]:
     A few different whole numbers get a bucket each; otherwise there are `BUCKETS` with about as many each.
     """
     values = np.asarray(values)
-    number, whole = _bucket_numbers(values), np.issubdtype(values.dtype, np.integer)
-    rows = []
+    whole, limits = np.issubdtype(values.dtype, np.integer), np.unique(values)
+    if not whole or len(limits) > MOST_VALUES:
+        limits = np.unique(np.quantile(values, np.arange(1, BUCKETS) / BUCKETS))
+    number, rows = np.searchsorted(limits, values), []
     for bucket in np.unique(number):
         own = number == bucket
-        low, high = values[own].min(), values[own].max()
-        ends = [f"{end}" if whole else f"{end:.2f}" for end in dict.fromkeys([low, high])]
+        ends = [f"{end}" if whole else f"{end:.2f}" for end in (values[own].min(), values[own].max())]
         rows.append({"label": " to ".join(dict.fromkeys(ends)), **accuracy_of(right[own])})
     return rows
-
-
-def _bucket_numbers(values: Array) -> Indices:
-    distinct = np.unique(values)
-    if len(distinct) <= MOST_VALUES and np.issubdtype(values.dtype, np.integer):
-        return np.searchsorted(distinct, values)
-    edges = np.quantile(values, np.arange(1, BUCKETS) / BUCKETS)
-    return np.searchsorted(np.unique(edges), values)
 
 
 def rank_correlation(one: ArrayLike, other: ArrayLike) -> float | None:
@@ -197,7 +163,6 @@ def rank_correlation(one: ArrayLike, other: ArrayLike) -> float | None:
 # --- two models on the same comparisons --------------------------------------------------------
 
 RESAMPLES = 2000
-EXACT_BELOW = 100  # comparisons on which the two differ; above, the binomial's normal form is as good
 
 
 def interval_of_mean(values: Array) -> list[float] | None:
@@ -220,20 +185,17 @@ def paired_difference(this: ArrayLike, other: ArrayLike) -> dict[str, Any]:
     Returns:
         `difference` of the accuracies; `ci95`, its 95 % interval from a bootstrap over comparisons
         (percentile, seeded; `scipy.stats.bootstrap`; None for fewer than two); `only_this` and `only_other`,
-        on how many comparisons one is more right than the other; `p_value` of McNemar's test that both are
-        equally likely (McNemar 1947; `statsmodels`).
+        on how many comparisons one is more right than the other; `p_value` of McNemar's exact test that both
+        are equally likely (McNemar 1947; `statsmodels`).
     """
     differences = np.asarray(this, float) - np.asarray(other, float)
     only_this, only_other = int((differences > 0).sum()), int((differences < 0).sum())
-    exact = only_this + only_other < EXACT_BELOW
-    # Only the cells in which the two differ enter.
-    test = mcnemar([[0, only_this], [only_other, 0]], exact=exact)
     return {
         "difference": float(differences.mean()),
         "ci95": interval_of_mean(differences),
         "only_this": only_this,
         "only_other": only_other,
-        "p_value": float(test.pvalue) if only_this + only_other else 1.0,
+        "p_value": float(mcnemar([[0, only_this], [only_other, 0]]).pvalue),
     }
 
 
@@ -265,14 +227,12 @@ def expected_calibration_error(
     margins = np.asarray(margins, float)
     right, confidence = agreement(margins, np.zeros_like(margins)), 1 / (1 + np.exp(-np.abs(margins)))
     weights = pair_weights(np.arange(len(margins)) if comparison is None else comparison)
-    index = np.minimum(((confidence - 0.5) * 2 * n_bins).astype(int), n_bins - 1)
+    number = np.minimum(((confidence - 0.5) * 2 * n_bins).astype(int), n_bins - 1)
     bins, error = [], 0.0
-    for number in np.unique(index):
-        own = index == number
-        confident = float(np.average(confidence[own], weights=weights[own]))
-        accurate = float(np.average(right[own], weights=weights[own]))
-        bins.append({"confidence": confident, "accuracy": accurate, "n": int(own.sum())})
-        error += float(weights[own].sum() / weights.sum()) * abs(confident - accurate)
+    for own in (number == bin_number for bin_number in np.unique(number)):
+        sure, accurate = (float(np.average(of[own], weights=weights[own])) for of in (confidence, right))
+        bins.append({"confidence": sure, "accuracy": accurate, "n": int(own.sum())})
+        error += float(weights[own].sum() / weights.sum()) * abs(sure - accurate)
     return error, bins
 
 
@@ -309,14 +269,8 @@ def calibrate(margins: ArrayLike, comparison: Indices) -> dict[str, Any]:
         temperature that has seen it. The last three are None where no temperature can be had.
     """
     margins = np.asarray(margins, float)
-    ece, bins = expected_calibration_error(margins, comparison)
-    result: dict[str, Any] = {
-        "ece": ece,
-        "bins": bins,
-        "temperature": None,
-        "ece_after": None,
-        "loss_after": None,
-    }
+    result: dict[str, Any] = dict.fromkeys(("ece", "bins", "temperature", "ece_after", "loss_after"))
+    result["ece"], result["bins"] = expected_calibration_error(margins, comparison)
     if len(np.unique(comparison)) < FEWEST:
         return result
     result["temperature"] = fit_temperature(margins, comparison)

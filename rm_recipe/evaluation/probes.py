@@ -10,15 +10,13 @@ from typing import Any
 
 import datasets as hf_datasets
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from rm_recipe.data.comparison import Array, Comparison, Encoded, Excluded, pair_indices
+from rm_recipe.data.comparison import Array, pair_indices
 from rm_recipe.data.dataset import Split
-from rm_recipe.data.tokenization import encode
 from rm_recipe.evaluation.metrics import pair_weights
-from rm_recipe.scoring import RewardModel
 
 N_COMPARISONS = 64  # that are tried, spread over the split
 
@@ -43,36 +41,30 @@ EDITS: dict[str, Callable[[str], str]] = {
 
 
 def consistency(
-    model: RewardModel, split: Split, score: Callable[[list[Encoded]], Sequence[NDArray[np.float32]]]
+    split: Split, score: Callable[[list[dict[str, Any]]], ArrayLike]
 ) -> dict[str, dict[str, float]]:
     """For each of `EDITS` how rewards of the best and the worst response of some comparisons change.
 
     Args:
-        split: tokenised.
-        score: `model.score_encoded`, or what shares its work between processes.
+        score: gives the rewards of `{"prompt", "response"}` items, NaN where one does not fit the model.
 
     Returns:
         by edit: `n` replies, `mean_change` and `std_change` of their rewards, the `largest` change either
         way, `share_up`, how many gained, and `wins`: of the comparisons that were judged right, in how many
-        the worst response, edited, overtakes the best one as it is. Empty if no edited reply fits the model.
+        the worst response, edited, overtakes the best one as it is. Empty if no comparison fits the model
+        with all edits.
     """
     numbers = np.linspace(0, len(split.comparisons) - 1, min(N_COMPARISONS, len(split.comparisons)))
-    encoded = []
-    for number in np.unique(numbers.astype(int)):
-        comparison = split[int(number)]
-        replies = [comparison.responses[0], comparison.responses[-1]]
-        replies += [edit(reply) for edit in EDITS.values() for reply in replies[:2]]
-        tied = [0] * len(replies)  # an edit may come to nothing in the template
-        try:
-            everything = Comparison(comparison.prompt, replies, tied)
-            encoded.append(encode(model.tokenizer, everything, model.max_length, model.truncation))
-        except Excluded:  # too long with the edit
-            continue
-    if not encoded:
-        return {}
-    rewards = np.array(score(encoded), float).reshape(len(encoded), 1 + len(EDITS), 2)
+    items = [
+        {"prompt": comparison.prompt, "response": edit(reply)}
+        for comparison in (split[int(number)] for number in numbers)
+        for edit in (str, *EDITS.values())
+        for reply in (comparison.responses[0], comparison.responses[-1])
+    ]
+    rewards = np.reshape(np.asarray(score(items), float), (-1, 1 + len(EDITS), 2))
+    rewards = rewards[np.isfinite(rewards).all((1, 2))]
     before = rewards[:, 0]
-    return {name: _moved(before, rewards[:, number]) for number, name in enumerate(EDITS, 1)}
+    return {name: _moved(before, rewards[:, i]) for i, name in enumerate(EDITS, 1)} if len(rewards) else {}
 
 
 def _moved(before: NDArray[Any], after: NDArray[Any]) -> dict[str, float]:
@@ -104,21 +96,19 @@ def bag_of_words(comparisons: hf_datasets.Dataset) -> Scorer | None:
         comparisons: to learn from, with the columns `responses` and `ranks` (`dataset.Split`).
 
     Returns:
-        what gives `(n,)` scores to n responses; None where no two responses share a word.
+        what gives `(n,)` scores to n responses; None where no two responses share a word, or for one pair.
     """
     responses, ranks = comparisons["responses"][:], comparisons["ranks"][:]
-    # A word that stands in one response only has no second one to help with.
-    words = TfidfVectorizer(min_df=2, sublinear_tf=True)
-    try:
-        vectors = words.fit_transform(response for own in responses for response in own)
-    except ValueError:  # no word is left
-        return None
     better, worse, owner = pair_indices(ranks)
     # Every other pair the other way round: the regression wants both outcomes.
     sides = np.where(np.arange(len(better)) % 2, 1, -1)
-    differences = (vectors[better] - vectors[worse]).multiply(sides[:, None]).tocsr()
+    # A word that stands in one response only has no second one to help with.
+    words = TfidfVectorizer(min_df=2, sublinear_tf=True)
     regression = LogisticRegression(fit_intercept=False, max_iter=1000)
-    if len(sides) < 2:
+    try:
+        vectors = words.fit_transform(response for own in responses for response in own)
+        differences = (vectors[better] - vectors[worse]).multiply(sides[:, None]).tocsr()
+        regression.fit(differences, sides, sample_weight=pair_weights(owner))
+    except ValueError:
         return None
-    regression.fit(differences, sides, sample_weight=pair_weights(owner))
     return lambda texts: np.asarray(words.transform(texts) @ regression.coef_[0])

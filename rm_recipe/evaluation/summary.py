@@ -9,27 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from rm_recipe.data.comparison import (
-    Array,
-    Indices,
-    agreement,
-    mean_by_comparison,
-    pair_indices,
-    pairwise_agreement,
-    untied_pairs,
-)
+from rm_recipe.data.comparison import Array, agreement, mean_by_comparison, pair_indices, pairwise_agreement
 from rm_recipe.data.dataset import Split
-from rm_recipe.evaluation.metrics import (
-    accuracy_by_bucket,
-    accuracy_by_subset,
-    calibrate,
-    paired_difference,
-    preference_accuracy,
-    rank_correlation,
-    ranking_agreement,
-)
+from rm_recipe.evaluation import metrics
 from rm_recipe.files import read_json, read_json_lines, redacted, whole_file
 
 PREDICTIONS = "predictions.jsonl"
@@ -48,43 +32,36 @@ def predictions(name: str, split: Split, rewards: Sequence[NDArray[np.float32]])
     Args:
         rewards: `(K,)` for each comparison.
     """
-    lines: list[Line] = []
     rows = split.comparisons.select_columns(["row", "subset", "ranks", "prompt"])
-    for index, (row, encoded, own) in enumerate(zip(rows, split.encoded(), rewards, strict=True)):
-        values = own.astype(float)
-        margins = [values[better] - values[worse] for better, worse in untied_pairs(row["ranks"])]
-        lines.append(
-            {
-                "dataset": name,
-                "index": index,
-                "row": row["row"],
-                "subset": row["subset"],
-                "rewards": values.tolist(),
-                "ranks": row["ranks"],
-                "margin": float(np.mean(margins)),
-                "correct": float(agreement(margins, np.zeros(len(margins))).mean()),
-                "tokens": [len(ids) for ids in encoded.conversations()],
-                "response_tokens": [len(rest) for rest in encoded.suffixes],
-                "turns": sum(message["role"] == "user" for message in row["prompt"]),
-            }
-        )
-    for kind, indices in examples(lines).items():
-        for index in indices:
-            comparison = split[index]
-            text = {"prompt": comparison.prompt, "responses": comparison.responses}
-            lines[index] |= {"shown": kind, "text": text}
+    flat, (better, worse, comparison) = np.concatenate(rewards).astype(float), pair_indices(rows["ranks"][:])
+    margins = mean_by_comparison(flat[better] - flat[worse], comparison)
+    right = mean_by_comparison(agreement(flat[better], flat[worse]), comparison)
+    lines: list[Line] = [
+        {
+            "dataset": name,
+            "index": index,
+            "row": row["row"],
+            "subset": row["subset"],
+            "rewards": rewards[index].tolist(),
+            "ranks": row["ranks"],
+            "margin": float(margins[index]),
+            "correct": float(right[index]),
+            "tokens": [len(ids) for ids in encoded.conversations()],
+            "response_tokens": [len(suffix) for suffix in encoded.suffixes],
+            "turns": sum(message["role"] == "user" for message in row["prompt"]),
+        }
+        for index, (row, encoded) in enumerate(zip(rows, split.encoded(), strict=True))
+    ]
+    order, nearest = (np.argsort(of, kind="stable").tolist() for of in (margins, np.abs(margins)))
+    mistakes = [number for number in order if right[number] < 0.5][:SHOWN]
+    close = [number for number in nearest if number not in mistakes][:SHOWN]
+    for number in mistakes + close:
+        shown, kind = split[number], "mistake" if number in mistakes else "close"
+        lines[number] |= {"shown": kind, "text": {"prompt": shown.prompt, "responses": shown.responses}}
     return lines
 
 
-def examples(lines: Sequence[Line]) -> dict[str, list[int]]:
-    """Numbers of the most confident mistakes, worst first, and of the closest of the other comparisons."""
-    order = sorted(range(len(lines)), key=lambda i: lines[i]["margin"])
-    mistakes = [i for i in order if lines[i]["correct"] < 0.5][:SHOWN]
-    nearest = sorted(range(len(lines)), key=lambda i: abs(lines[i]["margin"]))
-    return {"mistake": mistakes, "close": [i for i in nearest if i not in mistakes][:SHOWN]}
-
-
-def summarise(lines: Sequence[Line], bag_of_words: ArrayLike | None = None) -> dict[str, Any]:
+def summarise(lines: Sequence[Line], **baselines: Array) -> dict[str, Any]:
     """The figures of comparisons that were scored, at least one.
 
     In accuracy, loss, margin, calibration and baselines each comparison weighs 1; ties, buckets of margin or
@@ -92,7 +69,7 @@ def summarise(lines: Sequence[Line], bag_of_words: ArrayLike | None = None) -> d
 
     Args:
         lines: of `predictions`.
-        bag_of_words: scores of all responses end to end by that baseline, `(responses,)`.
+        baselines: beside the two of length, each one's scores of all responses end to end, `(responses,)`.
     """
     ranks = [line["ranks"] for line in lines]
     rewards = np.concatenate([line["rewards"] for line in lines])
@@ -102,43 +79,38 @@ def summarise(lines: Sequence[Line], bag_of_words: ArrayLike | None = None) -> d
     right_pairs = agreement(rewards[better], rewards[worse])
     right = mean_by_comparison(right_pairs, comparison)
     prompt_tokens = [line["tokens"][0] - line["response_tokens"][0] for line in lines]
-    accuracy = preference_accuracy(rewards[better], rewards[worse], comparison)
-    del accuracy["n"]
+    ranking = None
+    if max(map(len, ranks)) > 2:  # of two responses, all of it is the accuracy
+        ranking = metrics.ranking_agreement([line["rewards"] for line in lines], ranks)
+    accuracy = metrics.preference_accuracy(rewards[better], rewards[worse], comparison)
     return {
+        "n_scored": accuracy.pop("n"),
         **accuracy,
         "mean_reward": float(rewards.mean()),
         "std_reward": float(rewards.std()),
-        # Of two responses, all of it is the accuracy.
-        "ranking": ranking_agreement([line["rewards"] for line in lines], ranks)
-        if max(map(len, ranks)) > 2
-        else None,
-        **_baselines(right, tokens, ranks, bag_of_words),
-        "calibration": calibrate(margins, comparison),
+        "ranking": ranking,
+        **_baselines(right, {"longer_wins": tokens, "shorter_wins": -tokens} | baselines, ranks),
+        "calibration": metrics.calibrate(margins, comparison),
         "length": {
-            "spearman": rank_correlation(rewards, tokens),
-            "spearman_margin": rank_correlation(margins, longer),
+            "spearman": metrics.rank_correlation(rewards, tokens),
+            "spearman_margin": metrics.rank_correlation(margins, longer),
             "accuracy_chosen_longer": _mean(right_pairs[longer > 0]),
             "accuracy_chosen_shorter": _mean(right_pairs[longer < 0]),
         },
         "by": {
-            "turns": accuracy_by_bucket([line["turns"] for line in lines], right),
-            "length_difference": accuracy_by_bucket(longer, right_pairs),
-            "prompt_tokens": accuracy_by_bucket(prompt_tokens, right),
-            "margin": accuracy_by_bucket(np.abs(margins), right_pairs),
+            "turns": metrics.accuracy_by_bucket([line["turns"] for line in lines], right),
+            "length_difference": metrics.accuracy_by_bucket(longer, right_pairs),
+            "prompt_tokens": metrics.accuracy_by_bucket(prompt_tokens, right),
+            "margin": metrics.accuracy_by_bucket(np.abs(margins), right_pairs),
         },
-        "subsets": accuracy_by_subset([line["subset"] for line in lines], right),
+        "subsets": metrics.accuracy_by_subset([line["subset"] for line in lines], right),
     }
 
 
-def _baselines(
-    right: Array, tokens: Indices, ranks: list[list[int]], bag_of_words: ArrayLike | None
-) -> dict[str, Any]:
+def _baselines(right: Array, rules: dict[str, Array], ranks: list[list[int]]) -> dict[str, Any]:
     """How often simple rules are right, and how far the model is ahead of each."""
-    rules: dict[str, ArrayLike] = {"longer_wins": tokens, "shorter_wins": -tokens}
-    if bag_of_words is not None:
-        rules["bag_of_words"] = bag_of_words
     right_by = {name: pairwise_agreement(values, ranks) for name, values in rules.items()}
-    against = {name: paired_difference(right, by_rule) for name, by_rule in right_by.items()}
+    against = {name: metrics.paired_difference(right, by_rule) for name, by_rule in right_by.items()}
     best = against[max(right_by, key=lambda name: float(right_by[name].mean()))]
     return {
         "baselines": {name: float(by_rule.mean()) for name, by_rule in right_by.items()},

@@ -7,12 +7,15 @@ known is not said. The words are in `model_card.md.jinja`. Nothing here needs to
 import json
 import re
 import shlex
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined] # not marked as exported
 
 from rm_recipe.evaluation.findings import HELD_OUT, best_baseline, gate_words, readings, rule
 from rm_recipe.evaluation.format import decimal, interval
@@ -24,74 +27,47 @@ from rm_recipe.recipe.schema import looks_local
 TEMPLATE = "model_card.md.jinja"
 CARD = "README.md"
 FIGURE = "reliability.png"
-REPO_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
 TAGS = ["reward-model", "rlhf", "trl", "rm_recipe"]
-PACKAGES = ("torch", "transformers", "trl", "peft", "rm-recipe")
 _SPECIAL = re.compile(r"[\\`*\[\]<>|#]")
 
 
-def write_card(export: Path, run: Path, model: str) -> None:
-    """Write an export's `README.md`; everything else that it is about has to be there.
+def make_card(export: Path, run: Path, model: str, *, adapter: bool = False) -> str:
+    """Write what an export's `README.md` says; everything else that it is about has to be there.
 
     Args:
         model: what the snippets load.
+        adapter: whether it is about the adapter that the export was merged from.
     """
-    (export / CARD).write_text(_card(export, run, model, adapter=False), encoding="utf-8")
-
-
-def adapter_card(export: Path, run: Path, repo_id: str) -> str:
-    """The card of the adapter that an export was merged from."""
-    return _card(export, run, repo_id, adapter=True)
-
-
-def for_repository(text: str, repo_id: str) -> str:
-    """A card whose snippets load from the Hub what they loaded from a folder; edits by hand are kept."""
-    found = re.search(r'^model = ("(?:[^"\\\n]|\\.)+")$', text, re.MULTILINE)
-    for old in (in_shell(json.loads(found[1])), found[1]) if found else ():
-        text = text.replace(old, json.dumps(repo_id))
-    return text
-
-
-def _card(export: Path, run: Path, model: str, *, adapter: bool) -> str:
-    proof, config = read_json(export / "proof.json"), read_json(export / "config.json")
-    evaluation = read_json(export / "evaluation.json") if (export / "evaluation.json").is_file() else {}
-    recipe, datasets, model = saved_values(run), evaluation.get("datasets", {}), redact(model)
-    base, gate = _base(str(recipe["model_name_or_path"])), gate_words(evaluation.get("gate"))
-    sentences = [f"{gate['verdict']}: {gate['why']}."] if gate else []
-    sentences += [sentence for _, sentence in readings(datasets.get(HELD_OUT, {}))]
+    files = {
+        path.stem: read_json(path)
+        for path in (*export.glob("*.json"), run / "run.json")
+        if path.stem in ("proof", "config", "evaluation", "tokenizer_config", "run")
+    }
+    recipe, datasets = saved_values(run), files.get("evaluation", {}).get("datasets", {})
+    base, name = _base(str(recipe["model_name_or_path"])), run.resolve().name
     metadata = ModelCardData(
         base_model=base["id"],
         license=base["license"],
         language=base["languages"] or None,
-        datasets=[name for name in _data(recipe) if not _is_local(name)] or None,
+        datasets=[data for data in _data(recipe) if not _is_local(data)] or None,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-classification",
         tags=TAGS,
-        model_name=run.resolve().name,
-        eval_results=[_eval_result(name, metrics, recipe) for name, metrics in datasets.items()] or None,
+        model_name=name,
+        eval_results=[_eval_result(data, metrics, recipe) for data, metrics in datasets.items()] or None,
     )
-    text = (
-        _environment()
-        .get_template(TEMPLATE)
-        .render(
-            name=run.resolve().name,
-            model=model,
-            base=base,
-            data=_data(recipe),
-            datasets={_shown(name): metrics for name, metrics in datasets.items()},
-            sentences=sentences,
-            picture=(export / FIGURE).is_file(),
-            adapter=adapter,
-            proof=proof,
-            config=config,
-            tokenizer=read_json(export / "tokenizer_config.json"),
-            needs_transformers_5=needs_transformers_5(config),
-            read_alike=config.get("model_type") in READ_ALIKE.split(),
-            recipe=recipe,
-            run=read_json(run / "run.json"),
-        )
-    )
+    known = {"base": base, "data": _data(recipe), "datasets": datasets, "recipe": recipe, "adapter": adapter}
+    known |= {"name": name, "model": redact(model), "picture": (export / FIGURE).is_file()}
+    text = _environment().get_template(TEMPLATE).render(files | known)
     return redact(f"---\n{metadata.to_yaml()}\n---\n\n{text}")
+
+
+def for_repository(text: str, repo_id: str) -> str:
+    """Have a card's snippets load from the Hub what they loaded from a folder; edits by hand are kept."""
+    found = re.search(r'^model = ("(?:[^"\\\n]|\\.)+")$', text, re.MULTILINE)
+    for old in (in_shell(json.loads(found[1])), found[1]) if found else ():
+        text = text.replace(old, json.dumps(repo_id))
+    return text
 
 
 def _environment() -> jinja2.Environment:
@@ -103,16 +79,16 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
         finalize=lambda value: plain(value) if type(value) is str else value,
     )
-    functions = (code, in_python, in_shell, request, decimal, interval, best_baseline, rule)
+    functions: list[Callable[..., Any]] = [best_baseline, code, decimal, gate_words, in_python, in_shell]
+    functions += [interval, needs_transformers_5, readings, rule, shell_json, shown]
     environment.globals |= {function.__name__: function for function in functions}
-    environment.globals |= {"small": lambda value: f"{value:.3f}" if value >= 1e-3 else f"{value:.0e}"}
-    environment.globals["PACKAGES"] = PACKAGES
+    environment.globals["READ_ALIKE"] = READ_ALIKE.split()
     return environment
 
 
 def _eval_result(name: str, metrics: dict[str, Any], recipe: dict[str, Any]) -> EvalResult:
     held_out = recipe if name == HELD_OUT else {}
-    source = _shown(_data(recipe)[0] if held_out else name)
+    source = shown(_data(recipe)[0] if held_out else name)
     return EvalResult(
         task_type="text-classification",
         task_name="Preference accuracy",
@@ -131,11 +107,20 @@ def _eval_result(name: str, metrics: dict[str, Any], recipe: dict[str, Any]) -> 
     )
 
 
+def is_repo_id(name: str) -> bool:
+    """Whether the Hub could have a repository of this name."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
 def _is_local(name: str) -> bool:
     return looks_local(name) or Path(name).exists()
 
 
-def _shown(name: str) -> str:
+def shown(name: str) -> str:
     """A data set's name without the folders of whoever evaluated on it."""
     return Path(name).name if _is_local(name) else name
 
@@ -153,14 +138,13 @@ def _base(name: str) -> dict[str, Any]:
         path = Path(name, CARD) if _is_local(name) else name
         card = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
     known = str(card.get("base_model")) if _is_local(name) else name
-    known = known if REPO_ID.fullmatch(known) and known != "None" and not _is_local(known) else ""
     languages = card.get("language") or []
     return {
-        "id": known or None,
+        "id": known if is_repo_id(known) and known != "None" and not _is_local(known) else None,
+        "folder": Path(name).name,
         "license": card.get("license"),
         "languages": [languages] if isinstance(languages, str) else languages,
         "made": card.get("made"),
-        "shown": Verbatim(f"[{known}](https://huggingface.co/{known})") if known else code(Path(name).name),
     }
 
 
@@ -197,11 +181,8 @@ def in_shell(text: str) -> Verbatim:
     return in_python(text) if is_path else Verbatim(shlex.quote(" ".join(text.split())))
 
 
-def request(model: str, text: str, causal: bool) -> Verbatim:
-    """The body of a request for the reward of a rendered conversation, quoted for a shell."""
-    body: dict[str, Any] = {"inputs": text, "raw_scores": True}
-    if causal:
-        body = {"model": model, "input": text, "add_special_tokens": False, "use_activation": False}
+def shell_json(body: dict[str, Any]) -> Verbatim:
+    """A request's body as JSON, quoted for a shell."""
     return Verbatim(shlex.quote(json.dumps(body)))
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 # What transformers 4 calls the base of the rotations, and the share of a head that rotates.
-FLAT = ("rope_theta", "partial_rotary_factor")
-FLAT_OF = {"gpt_neox": ("rotary_emb_base", "rotary_pct")}
-# The base where there are two kinds of layers: of full attention, and of a sliding window.
-NESTED_OF = {
-    "gemma3_text": ("rope_theta", "rope_local_base_freq"),
-    "modernbert": ("global_rope_theta", "local_rope_theta"),
+BASE_AND_SHARE = ("rope_theta", "partial_rotary_factor")
+OF_KIND = {
+    "gpt_neox": ("rotary_emb_base", "rotary_pct"),
+    "modernbert": ("global_rope_theta", "partial_rotary_factor"),
 }
+# The base in layers of a sliding window, where a model has two kinds of layers.
+SLIDING = {"gemma3_text": "rope_local_base_freq", "modernbert": "local_rope_theta"}
 # All that Phi 3's scaling may hold in transformers 4.
 PHI3 = ("type", "short_factor", "long_factor")
 # Kinds of which tiny models, saved so, gave the same rewards in transformers 4.57 as in 5.23, to 1e-6.
@@ -38,8 +38,8 @@ def for_transformers_4(folder: Path) -> None:
 
 def needs_transformers_5(config: dict[str, Any]) -> bool:
     """Whether a config.json has rotations that transformers 4 has no words for."""
-    known = {*FLAT, *(name for names in (*FLAT_OF.values(), *NESTED_OF.values()) for name in names)}
-    unsaid = bool(config.get("rope_parameters")) and not known & set(config)
+    base, _ = OF_KIND.get(config.get("model_type", ""), BASE_AND_SHARE)
+    unsaid = bool(config.get("rope_parameters")) and base not in config
     return unsaid or any(needs_transformers_5(part) for part in config.values() if _is_config(part))
 
 
@@ -60,34 +60,28 @@ def _is_config(part: Any) -> bool:
 
 
 def _rope_of_4(config: dict[str, Any]) -> dict[str, Any]:
-    """The rotations in transformers 4's words; nothing if transformers 5 reads these as others."""
+    """The rotations in transformers 4's words; nothing if these mean others."""
     from transformers import CONFIG_MAPPING
 
-    kind, rope = config["model_type"], config.get("rope_parameters")
-    if not rope or kind not in CONFIG_MAPPING:
+    kind, rope = config["model_type"], config.get("rope_parameters") or {}
+    full, sliding = rope.get("full_attention", rope), rope.get("sliding_attention")
+    if "rope_theta" not in full or kind not in CONFIG_MAPPING:
         return {}
-    if "rope_theta" in rope:
-        said = _flat(rope, *FLAT_OF.get(kind, FLAT))
-    elif kind in NESTED_OF and rope["sliding_attention"]["rope_type"] == "default":
-        full, sliding = NESTED_OF[kind]  # `rope_scaling` is of the layers with full attention alone
-        said = _flat(rope["full_attention"], full, FLAT[1])
-        said[sliding] = rope["sliding_attention"]["rope_theta"]
-    else:
-        return {}
+    base, share = OF_KIND.get(kind, BASE_AND_SHARE)
+    said = {base: full["rope_theta"]}
+    if "partial_rotary_factor" in full:
+        said[share] = full["partial_rotary_factor"]
+    if full["rope_type"] != "default":
+        said["rope_scaling"] = {key: value for key, value in full.items() if key not in BASE_AND_SHARE}
     if kind == "phi3" and "rope_scaling" in said:
         said["rope_scaling"] = {key: (rope | {"type": rope["rope_type"]})[key] for key in PHI3}
-    read = CONFIG_MAPPING[kind].from_dict(deepcopy(config | said))  # which it writes into
-    read.rope_parameters.pop("type", None)  # an older name of `rope_type`, which stands beside it
-    return said if read.rope_parameters == rope else {}
-
-
-def _flat(rope: dict[str, Any], theta: str, share: str) -> dict[str, Any]:
-    said = {theta: rope["rope_theta"]}
-    if "partial_rotary_factor" in rope:
-        said[share] = rope["partial_rotary_factor"]
-    if rope["rope_type"] != "default":
-        said["rope_scaling"] = {key: value for key, value in rope.items() if key not in FLAT}
-    return said
+    if sliding and kind in SLIDING:
+        said[SLIDING[kind]] = sliding["rope_theta"]
+    # transformers 5 reads transformers 4's words, too, where its own are not there (and writes into them).
+    words = {key: value for key, value in config.items() if key != "rope_parameters"} | said
+    read = CONFIG_MAPPING[kind].from_dict(deepcopy(words)).rope_parameters
+    read.pop("type", None)  # an older name of `rope_type`, which stands beside it
+    return said if read == rope else {}
 
 
 def _tokenizer_of_4(config: dict[str, Any]) -> dict[str, Any]:

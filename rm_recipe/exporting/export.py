@@ -1,4 +1,6 @@
-"""`rm-recipe export RUN`: merge adapter and head into a plain one-label classifier, and verify it.
+"""Merge adapter and head of a run into a plain one-label classifier, verified to score as the run did:
+
+    rm-recipe export outputs/smollm2_offline
 
 What comes out needs nothing but transformers: `AutoModelForSequenceClassification`, a tokenizer
 that adds no special tokens to the chat template's text, and a config that names the pad token and
@@ -12,8 +14,8 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
 
+from rm_recipe.data.dataset import Split
 from rm_recipe.data.splits import load_held_out_split
 from rm_recipe.data.tokenization import tokenize
 from rm_recipe.errors import ExportError, RecipeError, one_line
@@ -21,22 +23,21 @@ from rm_recipe.evaluation.evaluate import weights_of
 from rm_recipe.evaluation.findings import HELD_OUT
 from rm_recipe.evaluation.plots import save_reliability
 from rm_recipe.evaluation.summary import read_evaluation, read_predictions
-from rm_recipe.exporting.card import FIGURE, write_card
+from rm_recipe.exporting.card import CARD, FIGURE, make_card
 from rm_recipe.exporting.compatibility import for_transformers_4, rewrite_json
-from rm_recipe.exporting.verify import EIGHT_BITS, ORIGINAL, ROUNDING, HeldOut, Verification
-from rm_recipe.files import FolderLock, read_json, sha256, whole_folder, write_json
+from rm_recipe.exporting.verify import EIGHT_BITS, ROUNDING, Verification
+from rm_recipe.files import locked, read_json, sha256, whole_folder, write_json
 from rm_recipe.model.head import is_head_layer
 from rm_recipe.model.memory import device_memory, fits_in_float32, float32_bytes
-from rm_recipe.model.reward_model import Base, load_trained
+from rm_recipe.model.reward_model import load_trained
 from rm_recipe.processes import say
 from rm_recipe.recipe.reader import Recipe, is_run_folder, read_run_recipe
 from rm_recipe.scoring import RewardModel, find_model
 from rm_recipe.training.run_folder import check_data
 
 MergeBase = Literal["dequantized", "original"]
-NO_SIGMOID = {
-    "activation_fn": "torch.nn.modules.linear.Identity"
-}  # what sentence-transformers' CrossEncoder reads
+# What sentence-transformers' CrossEncoder reads.
+NO_SIGMOID = {"activation_fn": "torch.nn.modules.linear.Identity"}
 
 
 def export(
@@ -68,26 +69,18 @@ def export(
     output = output or run / "export"
     check_replaceable(output, overwrite)
     check_data(run, recipe)
-    trained = Path(find_model(str(run)))
-    with FolderLock(run) as lock, whole_folder(output) as folder:
-        lock.take()  # so that nothing trains the run anew meanwhile
+    with locked(run), whole_folder(output) as folder:  # nothing trains the run anew meanwhile
         reward_model = RewardModel.from_pretrained(run)
         evaluation = evaluation_of(run)
-        verification = Verification(reward_model, held_out_of(run, recipe, reward_model))
-        body = getattr(torch, dtype) if dtype else body_precision(reward_model.model)
-        head = body if dtype else torch.float32
-        quantised = compute_in_float32(verification, trained, merge_base)
+        body, head = precisions(reward_model.model, dtype)
+        verification = Verification(reward_model, held_out_of(recipe, reward_model), read_predictions(run))
+        merged_into = compute_in_float32(verification, run, merge_base)
         verification.check_recorded()
-        reward_model.model = merge(reward_model.model)
-        verification.check_step("merge", "merging changed the rewards")
-        # which rounds the model in memory, too
-        save(reward_model, folder, body, head, reward_scale(evaluation, verification))
-        share = 0.0 if body == head == torch.float32 else ROUNDING
-        verification.check_step("rounding", "rounding changed the rewards; try --dtype float32", share)
-        content = verification.read_back(folder) | hashes(folder, trained)
-        content |= {"merge_base": merge_base if quantised else None, "dtype": dtype}
-        describe(folder, run, output, evaluation, content)
-    return content
+        merge(verification)
+        save(verification, folder, body, head, evaluation)
+        proof = verification.read_back(folder) | {"merge_base": merged_into, "dtype": dtype}
+        describe(folder, run, output, evaluation, proof)
+    return proof
 
 
 def check_replaceable(output: Path, overwrite: bool) -> None:
@@ -95,127 +88,121 @@ def check_replaceable(output: Path, overwrite: bool) -> None:
     if not output.exists():
         return
     config = output / "config.json"
-    ours = config.is_file() and "rm_recipe" in read_json(config)
-    if not ours or is_run_folder(output):
+    if is_run_folder(output) or not config.is_file() or "rm_recipe" not in read_json(config):
         raise RecipeError(f"{output} is there and is not an export; choose another --output")
     if not overwrite:
         raise RecipeError(f"{output} is there already; add --overwrite to replace it")
 
 
 def evaluation_of(run: Path) -> dict[str, Any]:
-    """The run's evaluation, which the export takes along; empty if there is none.
+    """Read the run's evaluation, which the export takes along; empty if there is none.
 
     Raises:
         RecipeError: it is another model's.
     """
     evaluation = read_evaluation(run)
     if evaluation and evaluation.get("weights") != weights_of(str(run)):
-        raise RecipeError(
-            f"{run / 'evaluation.json'} is not of this run's model as it is now; first "
-            f"`rm-recipe evaluate {run}`"
-        )
+        raise RecipeError(f"{run / 'evaluation.json'} is of another model; first `rm-recipe evaluate {run}`")
     return evaluation
 
 
-def held_out_of(run: Path, recipe: Recipe, reward_model: RewardModel) -> HeldOut:
-    """The held-out conversations to verify by, with the rewards that the run's evaluation gave them."""
-    split = tokenize(
-        load_held_out_split(recipe), reward_model.tokenizer, reward_model.max_length, reward_model.truncation
-    )
-    return HeldOut.of(split, [line for line in read_predictions(run) if line["dataset"] == HELD_OUT])
+def precisions(model: torch.nn.Module, dtype: str | None) -> tuple[torch.dtype, torch.dtype]:
+    """Choose what body and head are saved in; by default what the body has (not in 4 or 8 bits), and fp32."""
+    own = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return (getattr(torch, dtype),) * 2 if dtype else (own, torch.float32)
 
 
-def body_precision(model: torch.nn.Module) -> torch.dtype:
-    """The precision of the weights before the head, of a quantised base that of what is not quantised."""
-    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+def held_out_of(recipe: Recipe, reward_model: RewardModel) -> Split:
+    """Read and tokenise the recipe's held-out comparisons, as the run's evaluation did."""
+    split = load_held_out_split(recipe)
+    return tokenize(split, reward_model.tokenizer, reward_model.max_length, reward_model.truncation)
 
 
-def compute_in_float32(verification: Verification, trained: Path, merge_base: MergeBase) -> bool:
-    """Go on to the same weights in fp32, de-quantised for the merge; whether they were quantised.
+def compute_in_float32(verification: Verification, run: Path, merge_base: MergeBase) -> MergeBase | None:
+    """Go on to the same weights in fp32; return what a base in 4 or 8 bits became, which can be merged into.
 
     Raises:
         ExportError: they give other rewards; the original base may give somewhat other ones.
     """
     model = verification.reward_model.model
-    if not getattr(model.config, "quantization_config", None):
-        model.to(float32_device(model)).float()
-        verification.check_step("precision", "computing in fp32 changed the rewards", ROUNDING)
-        return False
-    share = EIGHT_BITS if getattr(model.config.quantization_config, "load_in_8bit", False) else ROUNDING
-    del model
-    load_base(verification, trained, "dequantized")
-    verification.check_step("precision", "the de-quantised model is not what was evaluated", share)
+    device, quantised = float32_device(model), getattr(model.config, "quantization_config", None)
+    del model  # which makes room for the next
+    share = EIGHT_BITS if getattr(quantised, "load_in_8bit", False) else ROUNDING
+    load_in_float32(verification, run, "dequantized", device)
+    verification.check_step(
+        "precision", "in fp32, de-quantised, the rewards are not what was evaluated", share
+    )
+    if not quantised:
+        return None
     if merge_base == "original":
-        load_base(verification, trained, merge_base)
-        verification.check_step(
-            "base", "the original base (--merge-base dequantized would not) changed the rewards", ORIGINAL
-        )
-    return True
+        load_in_float32(verification, run, merge_base, device)
+        claim = "the original base (--merge-base dequantized would not) changed the rewards"
+        verification.check_step("base", claim, ROUNDING)
+    return merge_base
 
 
-def load_base(verification: Verification, trained: Path, base: Base) -> None:
-    """Put the adapter on another base in fp32; the model that was there makes room for it first."""
-    reward_model = verification.reward_model
-    device = float32_device(reward_model.model)
+def load_in_float32(verification: Verification, run: Path, base: MergeBase, device: torch.device) -> None:
+    """Load the run's model anew in fp32, on this base if it was quantised."""
     verification.free_model()
-    reward_model.model = load_trained(str(trained), reward_model.tokenizer, base=base, device=device).float()
+    reward_model = verification.reward_model
+    model = load_trained(find_model(str(run)), reward_model.tokenizer, base=base, device=device)
+    reward_model.model = model.to(device).float()
 
 
 def float32_device(model: torch.nn.Module) -> torch.device:
     """Where a model is verified in fp32: where it is, or, said, on the CPU if it does not fit there."""
     device, weights = next(model.parameters()).device, float32_bytes(model)
-    memory = device_memory(device)
-    if device.type == "cpu" or fits_in_float32(weights, memory):
+    if device.type == "cpu" or fits_in_float32(weights, device_memory(device)):
         return device
-    say(
-        f"the model takes {weights / 1e9:.1f} GB in fp32, and the {device.type.upper()} has "
-        f"{memory / 1e9:.1f} GB free: it is verified on the CPU, which takes longer"
-    )
+    kind = device.type.upper()
+    say(f"{weights / 1e9:.1f} GB in fp32 do not fit the {kind}: verified on the CPU, which takes longer")
     return torch.device("cpu")
 
 
-def merge(model: torch.nn.Module) -> PreTrainedModel:
-    """The plain classifier: with the adapter and the trained head in their places, if there is one."""
+def merge(verification: Verification) -> None:
+    """Go on to the plain classifier, with adapter, if there is one, and trained head in their places."""
+    model = verification.reward_model.model
     if isinstance(model, PeftModel):
         model = model.merge_and_unload(progressbar=False)
-    assert isinstance(model, PreTrainedModel)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    return model
-
-
-def reward_scale(evaluation: dict[str, Any], verification: Verification) -> dict[str, float]:
-    """Mean and standard deviation of held-out rewards: of the evaluation's if there is one, else of these."""
-    metrics = evaluation.get("datasets", {}).get(HELD_OUT, {})
-    rewards = verification.evaluated
-    return {
-        "reward_mean": metrics.get("mean_reward", float(rewards.mean())),
-        "reward_std": metrics.get("std_reward", float(rewards.std())),
-    }
+    verification.reward_model.model = model
+    verification.check_step("merge", "merging changed the rewards")
 
 
 def save(
-    reward_model: RewardModel, folder: Path, body: torch.dtype, head: torch.dtype, scale: dict[str, float]
+    verification: Verification,
+    folder: Path,
+    body: torch.dtype,
+    head: torch.dtype,
+    evaluation: dict[str, Any],
 ) -> None:
     """Write model and tokenizer in these precisions; the model stays as it will be loaded, but in fp32.
 
-    Args:
-        head: also what config.json names: what plain transformers computes in.
-        scale: what config.json says of the rewards.
+    config.json names the head's, for plain transformers to compute in, and how rewards spread.
     """
-    for module in reward_model.model.modules():
+    model, tokenizer = verification.reward_model.model, verification.reward_model.tokenizer
+    for module in model.modules():
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.to(head if is_head_layer(module) else body)
     try:
-        reward_model.model.save_pretrained(folder)
+        model.save_pretrained(folder)
     except SafetensorError as error:  # how it names a full disk, among others
         raise ExportError(f"the export cannot be written: {one_line(error)}; nothing was exported") from None
-    reward_model.model.float()
-    reward_model.tokenizer.save_pretrained(folder)
-    said = {"dtype": str(head).removeprefix("torch."), "sentence_transformers": NO_SIGMOID, **scale}
+    tokenizer.save_pretrained(folder)
+    metrics, rewards = evaluation.get("datasets", {}).get(HELD_OUT, {}), verification.evaluated
+    said = {
+        "dtype": str(head).removeprefix("torch."),
+        "sentence_transformers": NO_SIGMOID,
+        "reward_mean": metrics.get("mean_reward", float(rewards.mean())),
+        "reward_std": metrics.get("std_reward", float(rewards.std())),
+    }
     rewrite_json(folder / "config.json", lambda config: config | said)
     for_transformers_4(folder)
-    leave_out_bos(folder, reward_model.tokenizer.chat_template)
+    leave_out_bos(folder, tokenizer.chat_template)
+    model.float()
+    share = 0.0 if body == head == torch.float32 else ROUNDING
+    verification.check_step("rounding", "rounding changed the rewards; try --dtype float32", share)
 
 
 def leave_out_bos(folder: Path, template: str) -> None:
@@ -229,25 +216,22 @@ def leave_out_bos(folder: Path, template: str) -> None:
         rewrite_json(path, lambda config: {key: config[key] for key in config if key != "bos_token"})
 
 
-def hashes(folder: Path, trained: Path) -> dict[str, Any]:
-    """SHA-256 of what was verified, and of what it was made from; `push` compares them."""
-    return {
-        "files": {path.name: sha256(path) for path in sorted(folder.iterdir())},
-        "trained": {path.name: sha256(path) for path in sorted(trained.glob("*.safetensors"))},
-    }
-
-
 def describe(
-    folder: Path, run: Path, output: Path, evaluation: dict[str, Any], content: dict[str, Any]
+    folder: Path, run: Path, output: Path, evaluation: dict[str, Any], proof: dict[str, Any]
 ) -> None:
-    """Write what goes with the model: `proof.json`, the evaluation, the card and its picture."""
-    write_json(folder / "proof.json", content)
+    """Write what goes with the model: proof, evaluation, card and its picture.
+
+    The proof gets the SHA-256 of what was verified, and of what it was made from; `push` compares them.
+    """
+    trained = Path(find_model(str(run))).glob("*.safetensors")
+    proof["files"] = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+    proof["trained"] = {path.name: sha256(path) for path in sorted(trained)}
+    write_json(folder / "proof.json", proof)
     if evaluation:
         write_json(folder / "evaluation.json", evaluation)
     calibration = evaluation.get("datasets", {}).get(HELD_OUT, {}).get("calibration", {})
-    bins = [(part["confidence"], part["accuracy"], part["n"]) for part in calibration.get("bins", [])]
-    if bins:
+    if bins := calibration.get("bins"):
         save_reliability(bins, folder / FIGURE)
     # As it is called from here, so that the card need not name the user's own folders.
     called = output.relative_to(Path.cwd()) if output.is_relative_to(Path.cwd()) else output
-    write_card(folder, run, str(called))
+    (folder / CARD).write_text(make_card(folder, run, str(called)), encoding="utf-8")

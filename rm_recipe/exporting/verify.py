@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +27,21 @@ from rm_recipe.data.comparison import Encoded, Message, conversation, pairwise_a
 from rm_recipe.data.dataset import Split
 from rm_recipe.data.tokenization import render
 from rm_recipe.errors import ExportError
+from rm_recipe.evaluation.findings import HELD_OUT
 from rm_recipe.files import read_json
 from rm_recipe.model.reward_model import quietly
 from rm_recipe.scoring import RewardModel
 
-N_SEQUENCES = 64  # at least, as far as there are as many
-N_SERVED = 8  # of them also as texts, through the pipeline and TRL
+N_COMPARISONS = 32  # as far as there are as many; 64 replies, if they are pairs
+N_SERVED = 8  # replies also as texts, through the pipeline and TRL
 # What a step may move rewards by, in standard deviations of the held-out rewards: what rounds nothing each of
 # them, what rounds their root mean square (1.4 for rewards that have nothing to do with each other).
 FLOAT32 = 5e-4  # sums in another order; measured 1e-6 to 1e-5
 LEAST = 1e-5  # but so much is always allowed
-ROUNDING = 0.5  # to half precision or 4 bits; measured 0.01 to 0.2, most for a model that has hardly learnt
+# To half precision or 4 bits; measured 0.01 to 0.2, most for a model that has hardly learnt. Also what an
+# adapter may lose on the base before quantising, which it was not trained on.
+ROUNDING = 0.5
 EIGHT_BITS = 1.0  # which round the inputs, too; measured 0.1 to 0.7
-ORIGINAL = 0.5  # an adapter on the base before quantising, which it was not trained on
 PLAIN_SCORING = Path(__file__).with_name("plain_scoring.py")
 
 ENCODER = (
@@ -60,60 +61,48 @@ SAMPLES = (
 Rewards = NDArray[np.float32]
 
 
-@dataclass
-class HeldOut:
-    """The conversations that every form of the model scores.
-
-    Attributes:
-        encoded: held-out comparisons as token ids.
-        ranks: of their responses.
-        names: what messages call each sequence.
-        recorded: what the run's evaluation gave each sequence, `(sequences,)`; NaN where it says nothing.
-        texts: by sequence number the messages of the first ones that are not truncated.
-    """
-
-    encoded: list[Encoded]
-    ranks: list[list[int]]
-    names: list[str]
-    recorded: list[float]
-    texts: dict[int, list[Message]]
-
-    @classmethod
-    def of(cls, split: Split, predictions: Sequence[dict[str, Any]] = ()) -> "HeldOut":
-        """Take the first of a tokenised split, with what `predictions.jsonl` says of them."""
-        lines = {(line["index"], line["row"]): line["rewards"] for line in predictions}
-        found = cls([], [], [], [], {})
-        for number, row in enumerate(split.comparisons):
-            is_whole = [len(row["prefix"]) + len(rest) for rest in row["suffixes"]] == row["lengths"]
-            for k, messages in enumerate(split[number].conversations()):
-                if is_whole and len(found.texts) < N_SERVED:
-                    found.texts[len(found.names)] = messages
-                found.names.append(f"held-out comparison {number + 1}, response {k + 1} (best first)")
-            found.recorded += lines.get((number, row["row"]), [np.nan] * len(row["suffixes"]))
-            found.encoded.append(Encoded(row["prefix"], row["suffixes"]))
-            found.ranks.append(row["ranks"])
-            if len(found.names) >= N_SEQUENCES:
-                break
-        return found
-
-    def sequences(self) -> list[list[int]]:
-        """The token ids of each whole conversation."""
-        return [ids for comparison in self.encoded for ids in comparison.conversations()]
-
-
 class Verification:
     """Follow the rewards of held-out conversations from step to step; the first that moves them ends it.
 
     Attributes:
         reward_model: the model as it is now.
-        evaluated: its rewards at the start, `(sequences,)`; `now` are those of the last step.
+        encoded: the comparisons that every form of the model scores, as token ids.
+        ranks: of their responses.
+        sequences: the token ids of each of their conversations.
+        names: what messages call these.
+        texts: by sequence number the messages of the first ones that are not truncated.
+        recorded: what the run's evaluation gave each sequence, `(sequences,)`; NaN where it says nothing.
+        evaluated: the rewards at the start, `(sequences,)`; `now` are those of the last step.
+        spread: their standard deviation.
         float32: what a step that rounds nothing may move a reward by.
         tolerance: what all steps together may.
         moved: by step the largest difference that it made.
     """
 
-    def __init__(self, reward_model: RewardModel, held_out: HeldOut) -> None:
-        self.reward_model, self.held_out = reward_model, held_out
+    def __init__(
+        self, reward_model: RewardModel, split: Split, predictions: Sequence[dict[str, Any]] = ()
+    ) -> None:
+        """Take the first comparisons of a tokenised split, with what `predictions.jsonl` says of them."""
+        self.reward_model = reward_model
+        rows = list(split.comparisons.select(range(min(N_COMPARISONS, len(split.comparisons)))))
+        self.encoded = [Encoded(row["prefix"], row["suffixes"]) for row in rows]
+        self.sequences = [ids for comparison in self.encoded for ids in comparison.conversations()]
+        self.ranks = [row["ranks"] for row in rows]
+        self.names = [
+            f"held-out comparison {number}, response {k} (best first)"
+            for number, ranks in enumerate(self.ranks, 1)
+            for k in range(1, len(ranks) + 1)
+        ]
+        lengths = [length for row in rows for length in row["lengths"]]
+        whole = [i for i, ids in enumerate(self.sequences) if len(ids) == lengths[i]][:N_SERVED]
+        messages = [messages for number in range(len(rows)) for messages in split[number].conversations()]
+        self.texts = {number: messages[number] for number in whole}
+        held_out = [line for line in predictions if line["dataset"] == HELD_OUT]
+        lines = {(line["index"], line["row"]): line["rewards"] for line in held_out}
+        unknown = [[np.nan] * len(ranks) for ranks in self.ranks]
+        self.recorded = np.concatenate(
+            [lines.get((number, row["row"]), unknown[number]) for number, row in enumerate(rows)]
+        )
         self.evaluated = self.now = self.rewards()
         self.spread = float(self.evaluated.std())
         self.float32 = self.tolerance = max(LEAST, FLOAT32 * self.spread)
@@ -121,7 +110,7 @@ class Verification:
 
     def rewards(self) -> Rewards:
         """Score with the reward model as it is now, `(sequences,)`."""
-        return np.concatenate(self.reward_model.score_encoded(self.held_out.encoded))
+        return np.concatenate(self.reward_model.score_encoded(self.encoded))
 
     def check_step(self, name: str, claim: str, share: float = 0.0) -> None:
         """Score with the reward model as it is now and compare with the rewards of the step before.
@@ -135,27 +124,21 @@ class Verification:
             ExportError: they differ by more.
         """
         rewards = self.rewards()
-        differences = np.abs(self.now.astype(float) - rewards)
         allowed = max(self.float32, share * self.spread)
-        if np.sqrt(np.mean(differences**2)) <= share * self.spread:
-            allowed = max(allowed, float(differences.max()))
-        self.moved[name] = compare(claim, self.now, rewards, allowed, self.held_out.names)
+        if share and np.sqrt(np.mean((self.now - rewards) ** 2)) <= allowed:
+            allowed = np.inf  # for a single one
+        self.moved[name] = compare(claim, self.now, rewards, allowed, self.names)
         if self.moved[name] > self.float32:
             self.tolerance += self.moved[name]
         self.now = rewards
 
     def check_recorded(self) -> None:
         """Compare what was evaluated with what the run's evaluation wrote down, as far as it did."""
-        recorded = np.array(self.held_out.recorded, np.float32)
-        if np.isnan(recorded).all():
-            return
-        claim = (
-            "the run no longer gives the rewards of its predictions.jsonl; has its base changed? If not, "
-            "evaluate it anew"
-        )
-        before = np.where(np.isnan(recorded), self.evaluated, recorded)
-        names = self.held_out.names
-        self.moved["recorded"] = compare(claim, before, self.evaluated, self.tolerance, names)
+        known = np.isfinite(self.recorded)
+        if known.any():
+            claim = "the run no longer gives the rewards of its predictions.jsonl (has its base changed?)"
+            before = np.where(known, self.recorded, self.evaluated)
+            self.moved["recorded"] = compare(claim, before, self.evaluated, self.tolerance, self.names)
 
     def free_model(self) -> None:
         """Free the reward model's model: it and the one that is loaded next may not fit a device together."""
@@ -165,50 +148,49 @@ class Verification:
             torch.accelerator.empty_cache()
 
     def read_back(self, folder: Path) -> dict[str, Any]:
-        """Score with the files alone; what `proof.json` says of it all.
+        """Score with the files alone; return what `proof.json` says of it all.
 
         Raises:
             ExportError: plain transformers, its pipeline, TRL or a PPO trainer gets other rewards.
         """
-        tokenizer, model = self.reward_model.tokenizer, self.reward_model.model
+        model, tokenizer = self.reward_model.model, self.reward_model.tokenizer
         samples, conversations, expected = self._served()
-        rendered = [render(tokenizer, messages) for messages in conversations]
+        texts = [render(tokenizer, messages) for messages in conversations]
         causal, device = reads_last_token(model), next(model.parameters()).device
-        reason = ppo_fault(tokenizer) if causal else ENCODER
-        sequences, ranks = self.held_out.sequences(), self.held_out.ranks
-        request = {
+        ppo_reason = ppo_fault(tokenizer) if causal else ENCODER
+        request: dict[str, Any] = {
             "folder": str(folder),
-            "sequences": sequences,
-            "left": pads_left(model),
-            "texts": rendered,
-            "sampled": [] if reason else conversations,
+            "sequences": self.sequences,
+            "texts": texts,
             "device": str(device),
         }
+        request |= {"left": pads_left(model), "sampled": [] if ppo_reason else conversations}
         del model
         self.free_model()
-        answer = _score_anew(request)
+        answer = _score_anew(request) | {"trl": trl_rewards(folder, conversations, device)}
         allowed, differences = self._compare_files(answer)
-        answer["trl"] = trl_rewards(folder, conversations, device)
-        _compare_ids(answer, tokenizer(rendered)["input_ids"])
-        sampled = _compare_served(answer, conversations, expected, allowed)
-        reason = reason or (None if sampled else UNSAMPLED)
+        replies = [f"'{messages[-1]['content'][:60]}'" for messages in conversations]
+        sampled = _compare_served(answer, tokenizer(texts)["input_ids"], expected, allowed, replies)
+        ppo_reason = ppo_reason or (None if sampled else UNSAMPLED)
         rewards = {"adapter": self.evaluated, "merged": np.array(answer["alone"])}
         return {
-            "n_sequences": len(sequences),
-            "n_comparisons": len(ranks),
+            "n_sequences": len(self.sequences),
+            "n_comparisons": len(self.ranks),
             "tolerance": self.tolerance,
             "tolerance_float32": self.float32,
             "max_abs_diff": differences,
             "steps": self.moved,
-            "accuracy": {name: float(pairwise_agreement(r, ranks).mean()) for name, r in rewards.items()},
+            "accuracy": {
+                name: float(pairwise_agreement(r, self.ranks).mean()) for name, r in rewards.items()
+            },
             "contracts": dict.fromkeys(("transformers", "pipeline", "trl_reward_funcs"), True)
-            | {"ppo": None if reason else True},
-            "ppo_reason": reason,
+            | {"ppo": None if ppo_reason else True},
+            "ppo_reason": ppo_reason,
             "reward_at": "last token" if causal else "first token",
-            "end_token": tokenizer.decode(sequences[0][-1:]),
+            "end_token": tokenizer.decode(self.sequences[0][-1:]),
             "samples": [
                 sample | {"text": text, "reward": found["score"]}
-                for sample, text, found in zip(samples, rendered, answer["pipeline"], strict=False)
+                for sample, text, found in zip(samples, texts, answer["pipeline"], strict=False)
             ],
             "passed": True,
         }
@@ -220,33 +202,35 @@ class Verification:
         fit = np.isfinite(rewards)
         samples = [item for item, fits in zip(items, fit, strict=True) if fits]
         texts = [conversation([{"role": "user", "content": s["prompt"]}], s["response"]) for s in samples]
-        held_out = self.held_out.texts
-        return samples, [*texts, *held_out.values()], np.append(rewards[fit], self.now[list(held_out)])
+        expected = np.append(rewards[fit], self.now[list(self.texts)])
+        return samples, [*texts, *self.texts.values()], expected
 
     def _compare_files(self, answer: dict[str, Any]) -> tuple[float, dict[str, float | None]]:
         """What ways to serve the files may differ by, and by how much `max_abs_diff` says they do."""
         alone, batched, files = (np.array(answer[key], np.float32) for key in ("alone", "batched", "float32"))
-        names, allowed = self.held_out.names, self.float32
+        left = batched if answer["left"] is None else np.array(answer["left"], np.float32)
+        half = np.abs(files - alone).max() > self.float32  # plain transformers computes in half precision
+        allowed = self.float32 + (ROUNDING * self.spread if half else 0.0)
+        self.tolerance += allowed - self.float32
         claim = "the files do not give the merged model's rewards"
-        self.moved["files"] = compare(claim, self.now, files, allowed, names)
-        if np.abs(files - alone).max() > allowed:  # plain transformers computes in half precision
-            allowed += ROUNDING * self.spread
-            self.tolerance += ROUNDING * self.spread
-        claim = "the merged model is not what was evaluated"
-        differences: dict[str, float | None] = {
-            "merged": compare(claim, self.evaluated, self.now, self.tolerance, names),
-            "fresh_process": compare("a fresh process scores otherwise", self.now, alone, allowed, names),
-            "batch_size": compare("batches of 8 score otherwise", alone, batched, allowed, names),
-            "padding_side": None,
+        self.moved["files"] = compare(claim, self.now, files, self.float32, self.names)
+        checks = {
+            "merged": (
+                "the merged model is not what was evaluated",
+                self.evaluated,
+                self.now,
+                self.tolerance,
+            ),
+            "fresh_process": ("a fresh process scores otherwise", self.now, alone, allowed),
+            "batch_size": ("batches of 8 score otherwise", alone, batched, allowed),
+            "padding_side": ("padding on the left scores otherwise", batched, left, allowed),
         }
-        if answer["left"] is not None:
-            claim, left = "padding on the left scores otherwise", np.array(answer["left"], np.float32)
-            differences["padding_side"] = compare(claim, batched, left, allowed, names)
-        return allowed, differences
+        found: dict[str, float | None] = {n: compare(*check, self.names) for n, check in checks.items()}
+        return allowed, found if answer["left"] else found | {"padding_side": None}
 
 
 def compare(claim: str, before: Rewards, after: Rewards, allowed: float, names: Sequence[str]) -> float:
-    """The largest difference of two arrays of rewards.
+    """Return the largest difference of two arrays of rewards.
 
     Raises:
         ExportError: it is more than `allowed`, with `claim` and the name of the one that moved most.
@@ -261,36 +245,30 @@ def compare(claim: str, before: Rewards, after: Rewards, allowed: float, names: 
     return float(difference[worst])
 
 
-def _compare_ids(answer: dict[str, Any], expected: list[list[int]]) -> None:
-    if not answer["ids"][0] == answer["ids"][1] == expected:
-        raise ExportError(
-            "the exported tokenizer gives other token ids, or adds special tokens to the chat template's "
-            "text; nothing was exported"
-        )
-
-
 def _compare_served(
-    answer: dict[str, Any], conversations: list[list[Message]], expected: Rewards, allowed: float
+    answer: dict[str, Any], ids: list[list[int]], expected: Rewards, allowed: float, replies: list[str]
 ) -> bool:
-    """Compare what programs that use the files get with the expected rewards; whether a PPO trainer gets any.
+    """Compare what programs that use the files get with ids and rewards; whether a PPO trainer gets any.
 
     Raises:
         ExportError: it is something else.
     """
+    if not answer["ids"][0] == answer["ids"][1] == ids:
+        raise ExportError(
+            "the exported tokenizer gives other token ids, or adds special tokens to the chat template's "
+            "text; nothing was exported"
+        )
     sampled = np.array(answer["ppo"] or [np.nan] * len(expected), np.float32)  # NaN for None
     served = {
         "transformers' pipeline": np.array([found["score"] for found in answer["pipeline"]]),
         "TRL's RLOOTrainer": np.array(answer["trl"]),
         "a PPO trainer": np.where(np.isnan(sampled), expected, sampled),
     }
-    replies = [f"'{messages[-1]['content'][:60]}'" for messages in conversations]
     for consumer, rewards in served.items():
         compare(f"{consumer} does not get the model's rewards", expected, rewards, allowed, replies)
     labels = {found["label"] for found in answer["pipeline"]}
     if labels != {"reward"}:
-        raise ExportError(
-            f"transformers' pipeline calls the reward {', '.join(labels)}; nothing was exported"
-        )
+        raise ExportError(f"transformers' pipeline calls the reward {labels}; nothing was exported")
     return not np.isnan(sampled).all()
 
 
@@ -300,11 +278,8 @@ def pads_left(model: nn.Module) -> bool:
     It may where positions are absolute and counted from the row's start (GPT-2), and where the head reads the
     first token (encoders): such models are to be padded on the right.
     """
-    absolute = any(
-        isinstance(module, nn.Embedding) and re.search(r"position|wpe", name)
-        for name, module in model.named_modules()
-    )
-    return reads_last_token(model) and not absolute
+    embeddings = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    return reads_last_token(model) and not re.search(r"position|wpe", " ".join(embeddings))
 
 
 def reads_last_token(model: nn.Module) -> bool:
@@ -327,40 +302,25 @@ def _score_anew(request: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def trl_rewards(
-    folder: Path, conversations: Sequence[list[Message]], device: torch.device | None = None
-) -> list[float]:
-    """The rewards that TRL's `RLOOTrainer(reward_funcs="folder")` sees, by its own code.
+def trl_rewards(folder: Path, conversations: Sequence[list[Message]], device: torch.device) -> list[float]:
+    """Return the rewards that TRL's `RLOOTrainer(reward_funcs="folder")` sees, by its own code.
 
     The trainer is made with a policy of one tiny layer, and asked for the rewards of these conversations in
     place of its own samples. TRL 1.16's GRPOTrainer scores by the same lines.
-
-    Args:
-        device: where it scores, by default on a GPU if there is one.
     """
     from trl import RLOOConfig, RLOOTrainer
 
-    prompts = [messages[:-1] for messages in conversations]
+    prompts, replies = [m[:-1] for m in conversations], [m[-1:] for m in conversations]
     rows = [{"prompt": prompt} for prompt in prompts]
-    with tempfile.TemporaryDirectory() as policy, quietly():
+    with tempfile.TemporaryDirectory() as scratch, quietly():
         tokenizer = AutoTokenizer.from_pretrained(folder)
         size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-        LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size)).save_pretrained(policy)
-        tokenizer.save_pretrained(policy)
-        settings = RLOOConfig(
-            policy,
-            per_device_train_batch_size=2,
-            num_generations=2,
-            use_cpu=device.type == "cpu" if device else not torch.accelerator.is_available(),
-            bf16=False,
-            report_to="none",
-            disable_tqdm=True,
-        )
-        if settings.n_gpu > 1:  # several visible GPUs would mean nn.DataParallel, which TRL refuses
-            settings._n_gpu = 1
+        policy = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size))
+        settings = RLOOConfig(scratch, beta=0.0, use_cpu=device.type == "cpu", bf16=False, report_to="none")
+        # Several visible GPUs would mean nn.DataParallel, which TRL refuses.
+        settings._n_gpu = min(settings.n_gpu, 1)
         trainer = RLOOTrainer(
             policy, str(folder), settings, Dataset.from_list(rows), processing_class=tokenizer
         )
-        replies = [messages[-1:] for messages in conversations]
         rewards = trainer._calculate_rewards(rows, prompts, replies, [[0]] * len(rows))
     return [float(reward) for reward in rewards[:, 0]]

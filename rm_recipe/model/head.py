@@ -26,11 +26,8 @@ class Float32Linear(nn.Linear):
 
 def head_names(model: PreTrainedModel) -> list[str]:
     """The modules beside the backbone that hold parameters: `score`, or an encoder's `classifier`."""
-    return [
-        name
-        for name, child in model.named_children()
-        if name != model.base_model_prefix and any(True for _ in child.parameters())
-    ]
+    beside = {name: child for name, child in model.named_children() if name != model.base_model_prefix}
+    return [name for name, child in beside.items() if any(True for _ in child.parameters())]
 
 
 def outermost(names: list[str]) -> list[str]:
@@ -63,10 +60,7 @@ def to_float32(model: PreTrainedModel, name: str) -> None:
 def read_own_precision(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """A layer's forward pre-hook: its inputs in the precision of its weights."""
     dtype = next(layer.parameters(recurse=False)).dtype
-    return tuple(
-        each.to(dtype) if isinstance(each, torch.Tensor) and each.is_floating_point() else each
-        for each in inputs
-    )
+    return tuple(x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs)
 
 
 def is_head_layer(layer: nn.Module) -> bool:

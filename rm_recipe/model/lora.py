@@ -1,29 +1,93 @@
-"""LoRA by TRL's keys, and two ways in which its layers cost less than PEFT's own."""
+"""Adapters: those that there are, what they are on, and LoRA by TRL's keys, at less cost than PEFT's own."""
 
+import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
 from accelerate import PartialState
 from bitsandbytes.nn.modules import Linear4bit
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
+from safetensors import SafetensorError
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from rm_recipe.errors import RecipeError, TrainingError, one_line
+from rm_recipe.files import holds
 from rm_recipe.model.head import Float32Linear, outermost, read_own_precision, saved_tensors
+from rm_recipe.processes import is_out_of_memory
 from rm_recipe.recipe.schema import did_you_mean
 
 ALL_LINEAR = "all-linear"
 HALF = (torch.bfloat16, torch.float16)
+TAKE_THE_ORIGINAL = "take the original model, with load_in_4bit or load_in_8bit"
+# What a file that is no model, or half of one, or the Hub makes the libraries raise.
+UNREADABLE = (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError)
+
+
+@contextmanager
+def readable(what: str, advice: str = "") -> Iterator[None]:
+    """Within it, what cannot be read is told in one sentence.
+
+    Raises:
+        RecipeError: with `what`, the reason, and the advice.
+    """
+    try:
+        yield
+    except (*UNREADABLE, SafetensorError, UnpicklingError, httpx.HTTPError) as error:
+        if is_out_of_memory(error) or getattr(error, "errno", None) == errno.ENOSPC:
+            raise  # of the machine, not of what the user has named
+        raise RecipeError(f"{what}: {one_line(error)}{advice}") from None
+
+
+def load_config(name: str, revision: str = "main") -> Any:
+    """Load a model's configuration, of an adapter without one its base's.
+
+    Raises:
+        RecipeError: nothing can be loaded under that name.
+    """
+    adapter = adapter_config(name, revision)
+    with readable(f"'model_name_or_path: {name}' cannot be loaded"):
+        if adapter is not None and not holds(name, "config.json", revision):
+            name, revision = adapter.base_model_name_or_path, adapter.revision or "main"
+        # Left unsaid, transformers asks at the terminal whether to run a model's own code.
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+
+
+def adapter_config(name: str, revision: str = "main") -> PeftConfig | None:
+    """What PEFT knows of an adapter, in a folder or on the Hub; None where `name` is no adapter.
+
+    Raises:
+        RecipeError: it cannot be read, or the Hub has nothing under that name.
+    """
+    with readable(f"'model_name_or_path: {name}' cannot be loaded"):
+        found = holds(name, "adapter_config.json", revision)
+        return PeftConfig.from_pretrained(name, revision=revision) if found else None
+
+
+def sft_adapter(name: str, revision: str = "main") -> PeftConfig | None:
+    """`adapter_config` of a language model's adapter.
+
+    Raises:
+        RecipeError: it is a classifier's.
+    """
+    adapter = adapter_config(name, revision)
+    if adapter is not None and adapter.task_type == "SEQ_CLS":
+        raise RecipeError(
+            f"'model_name_or_path: {name}' is the adapter of a classifier, perhaps of a reward model; to "
+            "train that further, start from its export"
+        )
+    return adapter
 
 
 def add_lora(
@@ -41,13 +105,19 @@ def add_lora(
     settings.exclude_modules = _beside_text(model)
     try:
         wrapped = get_peft_model(model, settings, revision=config.model_revision)
-    except ValueError as error:
-        advice = "; set 'lora_dropout: 0'" if "lora_dropout" in str(error) else ""
-        raise RecipeError(f"LoRA cannot be added: {one_line(error)}{advice}") from None
+    except (ValueError, re.error) as error:
+        advice = "set 'lora_dropout: 0'" if "lora_dropout" in str(error) else _linear_layers(model)
+        raise RecipeError(f"LoRA cannot be added: {one_line(error)}; {advice}") from None
     train_in_float32(wrapped)
     if autocast:
         keep_activations_in_half(wrapped)
     return wrapped
+
+
+def _linear_layers(model: PreTrainedModel) -> str:
+    body = model.base_model.named_modules()
+    names = {name.rpartition(".")[2] for name, layer in body if isinstance(layer, (nn.Linear, Conv1D))}
+    return f"its linear layers are {', '.join(sorted(names))}"
 
 
 def _beside_text(model: PreTrainedModel) -> str | None:
@@ -70,38 +140,18 @@ def check_target_modules(model: PreTrainedModel, config: ModelConfig) -> None:
         model: with or without weights.
 
     Raises:
-        RecipeError: naming those, and the nearest that there are.
+        RecipeError: naming one, and those that there are.
     """
     targets, modules = target_modules(config), [name for name, _ in model.named_modules()]
-    if isinstance(targets, str):
-        try:
-            found = targets == ALL_LINEAR or any(re.fullmatch(targets, name) for name in modules)
-        except re.error as error:
-            raise RecipeError(
-                f"'lora_target_modules: {targets}' is neither a name nor a regular expression: {error}"
-            ) from None
-        targets = [] if found else [targets]
-
-    def lacking(wanted: list[str] | None, known: list[str]) -> str:
-        return ", ".join(
-            part for part in wanted or [] if not any(f".{n}".endswith(f".{part}") for n in known)
-        )
-
-    if names := lacking(targets, modules):
-        body = model.base_model.named_modules()
-        layers = [name for name, module in body if isinstance(module, (nn.Linear, Conv1D))]
-        linear = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
-        raise RecipeError(f"'lora_target_modules': no layer is called {names}; this model's are {linear}")
-    parameters = [name for name, _ in model.named_parameters()]
     for key, wanted, known in (
-        ("lora_modules_to_save", config.lora_modules_to_save, modules),
-        ("lora_target_parameters", config.lora_target_parameters, parameters),
+        ("lora_target_modules", targets if isinstance(targets, list) else [], modules),
+        ("lora_modules_to_save", config.lora_modules_to_save or [], modules),
+        ("lora_target_parameters", config.lora_target_parameters or [], dict(model.named_parameters())),
     ):
-        if names := lacking(wanted, known):
-            close = did_you_mean(
-                names.rpartition(".")[2], {name.rpartition(".")[2] for name in known if name}
-            )
-            raise RecipeError(f"'{key}': this model has no {names}.{close}")
+        for part in wanted:
+            if not any(f".{name}".endswith(f".{part}") for name in known):
+                close = did_you_mean(part.rpartition(".")[2], {name.rpartition(".")[2] for name in known})
+                raise RecipeError(f"'{key}': the model has no {part}; {_linear_layers(model)}.{close}")
 
 
 def target_modules(config: ModelConfig) -> str | list[str]:
@@ -146,26 +196,19 @@ def untrained_layers(folder: Path) -> list[str]:
     return [name.partition(".lora_B.")[0].removeprefix("base_model.model.") for name in untrained]
 
 
-def train_in_float32(model: nn.Module) -> bool:
-    """Make what is trained in full beside LoRA (`lora_modules_to_save`) fp32; whether anything was not.
+def train_in_float32(model: nn.Module) -> None:
+    """Make what is trained in full beside LoRA (`lora_modules_to_save`) fp32.
 
     PEFT does so for adapters alone. The layers around are in half precision, and are given that.
     """
-    found = False
     for wrapper in model.modules():
-        if not isinstance(wrapper, ModulesToSaveWrapper):
-            continue
-        for copy in wrapper.modules_to_save.values():
-            layers = zip(copy.modules(), wrapper.original_module.modules(), strict=True)
-            for layer, original in layers:
-                weights = [w for w in layer.parameters(recurse=False) if w.dtype in HALF]
-                for weight in weights:
-                    weight.data = weight.data.float()
-                if weights:
-                    found = True
-                    layer.register_forward_pre_hook(read_own_precision)
-                    layer.register_forward_hook(partial(_give_precision_of, original))
-    return found
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            for copy in wrapper.modules_to_save.values():
+                for layer, original in zip(copy.modules(), wrapper.original_module.modules(), strict=True):
+                    if any(weight.dtype in HALF for weight in original.parameters(recurse=False)):
+                        layer.float()
+                        layer.register_forward_pre_hook(read_own_precision)
+                        layer.register_forward_hook(partial(_give_precision_of, original))
 
 
 def _give_precision_of(original: nn.Module, _: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
@@ -277,16 +320,11 @@ def check_head_is_whole(model: nn.Module, modules_to_save: list[str], name: str)
     """Refuse a base that comes quantised, parts of its future head too.
 
     Raises:
-        RecipeError: naming them.
+        RecipeError: naming one.
     """
-    quantised = [
-        new
-        for new in modules_to_save
-        for module in model.get_submodule(new).modules()
-        if "Linear" in type(module).__name__ and type(module) not in (nn.Linear, Float32Linear)
-    ]
-    if quantised:
-        raise RecipeError(
-            f"'model_name_or_path: {name}' comes with a quantised head ({', '.join(quantised)}): take the "
-            "original model, with load_in_4bit or load_in_8bit"
-        )
+    for new in modules_to_save:
+        for layer in model.get_submodule(new).modules():
+            if "Linear" in type(layer).__name__ and type(layer) not in (nn.Linear, Float32Linear):
+                raise RecipeError(
+                    f"'model_name_or_path: {name}' comes with a quantised head ({new}): {TAKE_THE_ORIGINAL}"
+                )

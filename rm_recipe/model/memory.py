@@ -6,6 +6,7 @@ model with a few of its layers, on tensors that have shapes and no content (torc
 every storage that comes alive is counted. All layers cost the same, so two sizes give any other.
 """
 
+import itertools
 import os
 import re
 import resource
@@ -14,6 +15,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,9 @@ from trl.trainer import disable_dropout_in_model
 from rm_recipe.data.comparison import Encoded
 from rm_recipe.data.dataset import Split
 from rm_recipe.errors import RecipeError, one_line
-from rm_recipe.model import head, lora, reward_model, row_attention, source, tokenizer
-from rm_recipe.model.shared_prefix import decide_sharing, padded_rows, shared_rows
-from rm_recipe.recipe.reader import Recipe, read_recipe
+from rm_recipe.model import head, lora, row_attention
+from rm_recipe.model.shared_prefix import padded_rows, shared_rows
+from rm_recipe.recipe.reader import Recipe
 from rm_recipe.recipe.schema import CHECKPOINTING
 
 LAYERS = (2, 4)  # of the copies that are measured
@@ -44,9 +46,8 @@ PROCESS = 0.7e9
 HEAP_ON_CPU = (1.25, 4.5)
 SCORING = 1e9  # for the activations of a batch without gradients, in fp32
 SPARE = 0.1  # of a device's memory, for what an allocator cannot use
+OWN_ATTENTION = ("eager", row_attention.NAME)  # what is planned otherwise than by transformers' default
 LARGEST = 128  # comparisons per device; nobody needs more
-# The precision of a GPU, on a machine that has none.
-AS_ON_GPU = {"use_cpu": "true", "fp16": "false", "bf16": "true"}
 # Where Linux says which cgroup a process is in. A cgroup's limit, use and cached files, by version 2 and 1.
 MEMBERSHIP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 CGROUP_FILES = (
@@ -105,19 +106,25 @@ class Fit:
             nothing, if that is needed.
         without: the plan without it, where it is needed.
         largest: per-device batch that fits so; 0 if not even one comparison does.
+        lower: the keys to change where the recipe does not fit.
     """
 
     memory: float
-    batch: int
     checkpointing: bool
     plan: MemoryPlan
     without: MemoryPlan | None
     largest: int
+    lower: str
 
     @property
     def fits(self) -> bool:
         """Whether the recipe can be trained as it stands."""
         return self.plan.fits(self.memory)
+
+    def __str__(self) -> str:
+        without = f", without checkpointing {self.without.peak / 1e9:.1f}" if self.without else ""
+        needed = f"{self.plan.peak / 1e9:.1f} of {self.memory / 1e9:.1f} GB"
+        return f"the largest batch needs about {needed} by the plan{without}"
 
 
 # --- one step -----------------------------------------------------------------------------------
@@ -143,18 +150,15 @@ def plan(
         shared: whether they share prefixes.
         device: that it will run on, by default this machine's.
     """
-    whole = _outline(config, model, training, modules_to_save)
+    outline = partial(_outline, config, model, training, modules_to_save)
+    step = partial(_measure_step, training, batch, shared, checkpointing)
+    whole = outline()
     weights, dequantised = _weights(whole, model)
     trained = [p for p in whole.parameters() if p.requires_grad]
-
-    def step(layers: int | None) -> int:
-        outline = _outline(config, model, training, modules_to_save, layers)
-        return _measure_step(outline, training, batch, shared, checkpointing)
-
     if lora.selects_layers(model):
-        bytes_of_step: float = step(None)
+        bytes_of_step: float = step(outline())
     else:
-        few, more = (step(layers) for layers in LAYERS)
+        few, more = (step(outline(layers)) for layers in LAYERS)
         of_each = (more - few) / (LAYERS[1] - LAYERS[0])
         bytes_of_step = few + (config.get_text_config().num_hidden_layers - LAYERS[0]) * of_each
     return MemoryPlan(
@@ -168,11 +172,7 @@ def plan(
 
 
 def _outline(
-    config: Any,
-    model: ModelConfig,
-    training: RewardConfig,
-    modules_to_save: Sequence[str],
-    layers: int | None = None,
+    config: Any, model: ModelConfig, training: RewardConfig, new: Sequence[str], layers: int | None = None
 ) -> nn.Module:
     """Build the model as it will be trained, with so many layers (by default all), without weights."""
     chosen = config._attn_implementation
@@ -187,17 +187,15 @@ def _outline(
     with torch.device("meta"):
         dtype = getattr(torch, str(model.dtype), config.dtype) if model.use_peft else torch.float32
         outline = AutoModelForSequenceClassification.from_config(
-            config, dtype=dtype, attn_implementation="eager" if chosen == "eager" else None
+            config, dtype=dtype, attn_implementation=chosen if chosen in OWN_ATTENTION else None
         )
-        if chosen == row_attention.NAME:
-            outline.set_attn_implementation(chosen)
         if training.disable_dropout:  # as the trainer does: attention with dropout keeps all its scores
             disable_dropout_in_model(outline)
-        for name in modules_to_save:
+        for name in new:
             head.to_float32(outline, name)
         if model.use_peft:
             half = training.bf16 or training.fp16
-            outline = lora.add_lora(outline, model, list(modules_to_save), autocast=half)
+            outline = lora.add_lora(outline, model, list(new), autocast=half)
         return outline.train()
 
 
@@ -207,19 +205,15 @@ def _weights(whole: Any, model: ModelConfig) -> tuple[float, float]:
     if not (model.load_in_4bit or model.load_in_8bit):
         return stored, 0
     each = FOUR_BITS if model.load_in_4bit else 1.0
-    quantised = [
-        module.weight
-        for name, module in whole.base_model.named_modules()
-        if isinstance(module, nn.Linear)
-        and not isinstance(module, head.Float32Linear)
-        and not module.weight.requires_grad
-    ]
+    modules = whole.base_model.modules()
+    linear = [layer for layer in modules if isinstance(layer, nn.Linear) and not head.is_head_layer(layer)]
+    quantised = [layer.weight for layer in linear if not layer.weight.requires_grad]
     saved = sum(weight.nbytes - weight.numel() * each for weight in quantised)
     return stored - saved, max(weight.nbytes for weight in quantised)
 
 
 def _measure_step(
-    outline: Any, training: RewardConfig, batch: Sequence[Encoded], shared: bool, checkpointing: bool
+    training: RewardConfig, batch: Sequence[Encoded], shared: bool, checkpointing: bool, outline: Any
 ) -> int:
     """Peak bytes of two micro-batches' forward and backward beside the weights."""
     by_block = row_attention.by_block(outline)
@@ -233,8 +227,7 @@ def _measure_step(
         outline.to_empty(device="cpu").tie_weights()
         inputs = {name: mode.from_tensor(tensor) for name, tensor in rows.items()}
         if blocks:
-            fake_blocks: list[torch.Tensor] = [mode.from_tensor(each) for each in blocks]
-            row_attention.announce_blocks(inputs["attention_mask"], fake_blocks)
+            row_attention.announce_rows(inputs["attention_mask"], [mode.from_tensor(x) for x in blocks])
         live = _LiveBytes()
         for parameter in outline.parameters():
             live.count(parameter)
@@ -251,8 +244,12 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
-        self._known: set[int] = set()
+        self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    @property
+    def now(self) -> int:
+        return sum(self._sizes.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -264,16 +261,10 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def count(self, tensor: torch.Tensor) -> None:
         """Add a tensor's storage, until it is freed."""
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._known:
-            self._known.add(key)
-            self.now += size
+        if storage._cdata not in self._sizes:
+            self._sizes[storage._cdata] = storage.nbytes()
             self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._forget, key, size)
-
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
+            weakref.finalize(storage, self._sizes.pop, storage._cdata)
 
 
 # --- what fits a device -------------------------------------------------------------------------
@@ -300,68 +291,41 @@ def fit(
     Raises:
         RecipeError: the step cannot be planned.
     """
-    training = recipe.training
+    training, n = recipe.training, recipe.training.per_device_train_batch_size
 
-    def step_of(n: int, checkpointing: bool) -> MemoryPlan:
-        parts = (config, recipe.model, training, modules_to_save, batch_of(n))
+    def planned(size: int, checkpointing: bool) -> MemoryPlan:
+        parts = (config, recipe.model, training, modules_to_save, batch_of(size))
         try:
             return plan(*parts, shared=shared, checkpointing=checkpointing, device=device)
         except Exception as error:  # whatever a foreign architecture raises
             what = f"what a step of this {config.model_type} needs could not be planned"
             raise RecipeError(f"{what}: {type(error).__name__}: {one_line(error)}") from error
 
-    n, without = training.per_device_train_batch_size, None
-    checkpointing = any(getattr(training, key) for key in CHECKPOINTING)
-    if any(key in recipe.values for key in CHECKPOINTING):
-        planned = step_of(n, checkpointing)
-    else:
-        planned = step_of(n, False)
-        checkpointing = not planned.fits(memory_bytes)
-        if checkpointing:
-            without, planned = planned, step_of(n, True)
-    fitting, too_many = (n, LARGEST + 1 if larger else n + 1) if planned.fits(memory_bytes) else (0, n)
+    settled = any(key in recipe.values for key in CHECKPOINTING)
+    checkpointing = settled and any(getattr(training, key) for key in CHECKPOINTING)
+    found, without = planned(n, checkpointing), None
+    if not settled and not found.fits(memory_bytes):
+        checkpointing, without, found = True, found, planned(n, True)
+    fitting, too_many = (n, LARGEST + 1 if larger else n + 1) if found.fits(memory_bytes) else (0, n)
     while too_many - fitting > 1:
-        middle = (fitting + too_many) // 2
-        middle = min(middle, max(2 * fitting, 1))  # doubling: plans of large batches are slow
-        if step_of(middle, checkpointing).fits(memory_bytes):
+        # At most doubled, as plans of large batches are slow.
+        middle = min((fitting + too_many) // 2, max(2 * fitting, 1))
+        if planned(middle, checkpointing).fits(memory_bytes):
             fitting = middle
         else:
             too_many = middle
-    return Fit(memory_bytes, n, checkpointing, planned, without, fitting)
+    lower = _what_to_lower(recipe, fitting, checkpointing)
+    return Fit(memory_bytes, checkpointing, found, without, fitting, lower)
 
 
-def fit_by_config(recipe: Recipe, device: torch.device, memory_bytes: float, larger: bool = True) -> Fit:
-    """`fit` by the base's configuration, for conversations of `max_length` tokens that share none.
-
-    Raises:
-        RecipeError: the configuration cannot be had.
-    """
-    training = recipe.training
-    name, revision = str(recipe.model.model_name_or_path), recipe.model.model_revision
-    config = source.load_config(name, revision)
-    text = config.get_text_config()
-    if text.pad_token_id is None:  # which the tokenizer would name
-        text.pad_token_id = 0
-    outline = reward_model.outline(config, name)
-    tokenizer.check_lengths(outline, training.max_length, name)
-    sharing = decide_sharing(outline, recipe.data.prefix_sharing, training.max_length, device)
-    longest = Encoded([5], [[6] * ((training.max_length or 1024) - 1)] * 2)
-    parts = (outline.config, recipe, head.head_names(outline), lambda n: [longest] * n)
-    return fit(*parts, shared=sharing.used, device=device, memory_bytes=memory_bytes, larger=larger)
-
-
-def read_for(path: Path, overrides: Sequence[str], device: torch.device) -> Recipe:
-    """Read a recipe with the precision that it would have on a device, which this machine need not have.
-
-    Raises:
-        RecipeError: it is faulty.
-    """
-    recipe = read_recipe(path, overrides, check_inputs=False)
-    if device.type == recipe.training.device.type:
-        return recipe
-    given = {word.partition("=")[0] for word in overrides}
-    more = [f"--{key}={value}" for key, value in AS_ON_GPU.items() if f"--{key}" not in given]
-    return read_recipe(path, [*overrides, *more], check_inputs=False)
+def _what_to_lower(recipe: Recipe, largest: int, checkpointing: bool) -> str:
+    if largest:
+        return f"take {with_batch_of(recipe, largest)}"
+    if not checkpointing:
+        return "take gradient_checkpointing: true, which keeps less for the backward"
+    smaller = "load_in_4bit: true" if recipe.model.use_peft else "use_peft: true"
+    or_smaller = "" if recipe.model.load_in_4bit else f" or {smaller}"
+    return f"not one comparison fits; try a lower max_length{or_smaller}"
 
 
 def needs_checkpointing(
@@ -371,39 +335,22 @@ def needs_checkpointing(
 
     It makes a step about a third slower, so it is used where it is needed and where nothing is known.
     """
-    try:
-        found = _fit_split(config, recipe, modules_to_save, split, shared)
-    except RecipeError as error:
-        return True, str(error)
-    reason = f"the largest batch needs about {found.plan.peak / 1e9:.1f} of {found.memory / 1e9:.1f} GB"
-    if not found.fits:
-        reason += f" even so: {what_to_lower(found, recipe)}"
-    elif found.without is not None:
-        reason += f", without it {found.without.peak / 1e9:.1f}"
-    return found.checkpointing, reason
-
-
-def too_little(recipe: Recipe, trainer: Any, modules_to_save: Sequence[str], split: Split) -> str:
-    """Say, where a step has found no memory, what it takes by the plan and what to lower."""
-    n, device = recipe.training.per_device_train_batch_size, recipe.training.device.type.upper()
-    smaller = with_batch_of(recipe, n - 1) if n > 1 else "gradient_checkpointing: true and a lower max_length"
-    planned, lower = "", f"take {smaller}"
-    with suppress(RecipeError):
-        found = _fit_split(trainer.model.config, recipe, modules_to_save, split, trainer.data_collator.share)
-        peak, there = found.plan.peak / 1e9, found.memory / 1e9
-        planned = f": the largest batch takes about {peak:.1f} of {there:.1f} GB by the plan"
-        if not found.fits:  # else something else is on the device, or the plan is too low
-            lower = what_to_lower(found, recipe)
-    return f"{device} out of memory{planned}; {lower}"
-
-
-def _fit_split(
-    config: Any, recipe: Recipe, modules_to_save: Sequence[str], split: Split, shared: bool
-) -> Fit:
-    """`fit` of a split's longest comparisons on this device."""
     device = recipe.training.device
     parts = (config, recipe, modules_to_save, lambda n: split.longest(n, shared))
-    return fit(*parts, shared=shared, device=device, memory_bytes=device_memory(device), larger=False)
+    where = {"device": device, "memory_bytes": device_memory(device)}
+    try:
+        found = fit(*parts, shared=shared, **where, larger=False)
+    except RecipeError as error:
+        return True, str(error)
+    return found.checkpointing, str(found) if found.fits else f"{found}; {found.lower}"
+
+
+def too_little(recipe: Recipe) -> str:
+    """Say, where a step has found no memory, what to lower."""
+    n = recipe.training.per_device_train_batch_size
+    smaller = with_batch_of(recipe, n - 1) if n > 1 else "gradient_checkpointing: true or a lower max_length"
+    device = recipe.training.device.type.upper()
+    return f"{device} out of memory: take {smaller}; `rm-recipe check --plan` says what fits"
 
 
 def with_batch_of(recipe: Recipe, most: int) -> str:
@@ -415,17 +362,6 @@ def with_batch_of(recipe: Recipe, most: int) -> str:
     of_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
     batch = next(size for size in range(min(most, of_step), 0, -1) if of_step % size == 0)
     return f"per_device_train_batch_size: {batch} with gradient_accumulation_steps: {of_step // batch}"
-
-
-def what_to_lower(found: Fit, recipe: Recipe) -> str:
-    """The keys to change where a recipe does not fit."""
-    if found.largest:
-        return f"{with_batch_of(recipe, found.largest)} fits"
-    if not found.checkpointing:
-        return "gradient_checkpointing: true keeps less for the backward"
-    smaller = "load_in_4bit: true" if recipe.model.use_peft else "use_peft: true"
-    or_smaller = "" if recipe.model.load_in_4bit else f" or {smaller}"
-    return f"not one comparison fits; try a lower max_length{or_smaller}"
 
 
 def float32_bytes(model: Any) -> int:
@@ -458,18 +394,17 @@ def device_memory(device: torch.device) -> int:
 
 def _free_in_containers() -> list[int]:
     """What is left of each cgroup around this process that has a limit; cached files can go."""
+    found: list[int] = []
     with suppress(OSError):  # no Linux
-        paths = {line.split(":", 2)[2].lstrip("/") for line in MEMBERSHIP.read_text().splitlines()}
-        folders = {parent for path in paths for parent in (Path(path), *Path(path).parents)} | {Path()}
-        found = []
-        for root, limit, used, cached in CGROUP_FILES:
-            for folder in (CGROUPS / root / each for each in folders):
-                with suppress(OSError, ValueError):  # another version's, hidden from the container, or "max"
-                    counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                    free = int((folder / limit).read_text()) - int((folder / used).read_text())
-                    found.append(free + int(counts.get(cached, 0)))
-        return found
-    return []
+        own = [Path(line.split(":", 2)[2].lstrip("/")) for line in MEMBERSHIP.read_text().splitlines()]
+        folders = {folder for path in own for folder in (path, *path.parents)}
+        for (root, limit, used, cached), folder in itertools.product(CGROUP_FILES, folders):
+            at = CGROUPS / root / folder
+            with suppress(OSError, ValueError):  # another version's, hidden from the container, or "max"
+                counts = dict(line.split() for line in (at / "memory.stat").read_text().splitlines())
+                free = int((at / limit).read_text()) - int((at / used).read_text())
+                found.append(free + int(counts.get(cached, 0)))
+    return found
 
 
 def peak_memory() -> int:

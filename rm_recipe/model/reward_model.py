@@ -6,62 +6,55 @@ fp32, trained in full and saved with the adapter.
 """
 
 import copy
-import errno
 import gc
 import tempfile
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal, cast
 
 import torch
 import transformers
+from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 from peft import PeftConfig, PeftModel, TaskType, load_peft_weights, set_peft_model_state_dict
-from safetensors import SafetensorError
-from torch import nn
-from transformers import (
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import cached_file, logging
 from trl import ModelConfig
 
-from rm_recipe.errors import RecipeError, one_line
-from rm_recipe.files import holds
-from rm_recipe.model import lora, source
+from rm_recipe.errors import RecipeError
+from rm_recipe.files import pickle_fault
+from rm_recipe.model import lora
 from rm_recipe.model.head import head_names, initialise, outermost, saved_tensors, to_float32
+from rm_recipe.model.lora import adapter_config, load_config, readable, sft_adapter
 from rm_recipe.model.row_attention import announce_rows
-from rm_recipe.model.source import check_safetensors, load_config, sft_adapter
 from rm_recipe.model.tokenizer import check_lengths
-from rm_recipe.processes import is_out_of_memory
 
 LABEL = "reward"
-QUANTISED_HEAD = "; its head is quantised too: take the original model, with load_in_4bit or load_in_8bit"
-# What a file that is no model, or half of one, makes the libraries raise.
-UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, SafetensorError, UnpicklingError)
+# XLNet's classifier reads its last token, padding or not, FNet has no mask, and the others' are not tight.
+READ_PADDING = ("convbert", "fnet", "nystromformer", "xlnet", "yoso")
 
 
 def check_base(base: Any, config: ModelConfig, max_length: int | None) -> None:
     """Refuse by a base's configuration alone what training could not use, before any data is read.
 
     Args:
-        base: its configuration, as `source.load_config` gives it.
+        base: its configuration, as `lora.load_config` gives it.
 
     Raises:
-        RecipeError: it has too few positions, transformers has no classifier of its kind, it comes quantised
-            and would be trained in full, or LoRA's modules are not in it.
+        RecipeError: it has too few positions, transformers has no classifier of its kind or one that reads
+            padding, it comes quantised and would be trained in full, or LoRA's modules are not in it.
     """
     name = str(config.model_name_or_path)
     classifier = outline(base, name, config.attn_implementation)
     check_lengths(classifier, max_length, name)
+    if base.model_type in READ_PADDING:
+        raise RecipeError(
+            f"'model_name_or_path: {name}': the rewards of this {base.model_type} would depend on how far "
+            "their batch is padded; take a base of another kind, modernbert or deberta-v2 for one"
+        )
     if config.use_peft:
         lora.check_target_modules(classifier, config)
         lora.add_lora(classifier, config, head_names(classifier), autocast=False)  # or PEFT refuses it
@@ -78,7 +71,7 @@ def outline(base: Any, name: str, attn_implementation: str | None = None) -> Pre
     Raises:
         RecipeError: transformers has none of its kind, or not with this attention.
     """
-    if type(base) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+    if type(base) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise RecipeError(
             f"'model_name_or_path: {name}': transformers {transformers.__version__} has no sequence "
             f"classifier for '{base.model_type}', and a reward model is one; take a base of another kind, "
@@ -86,12 +79,8 @@ def outline(base: Any, name: str, attn_implementation: str | None = None) -> Pre
         )
     base = copy.deepcopy(base)
     base.num_labels = 1
-    chosen = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    try:
-        with torch.device("meta"):
-            return AutoModelForSequenceClassification.from_config(base, **chosen)
-    except (ValueError, ImportError) as error:
-        raise RecipeError(f"'{name}' cannot be loaded as a classifier: {one_line(error)}") from None
+    with readable(f"'{name}' cannot be loaded as a classifier"), torch.device("meta"):
+        return AutoModelForSequenceClassification.from_config(base, attn_implementation=attn_implementation)
 
 
 def load_base(
@@ -111,20 +100,21 @@ def load_base(
         RecipeError: the model cannot be loaded, or its head is quantised.
     """
     name, revision = str(config.model_name_or_path), config.model_revision
-    kwargs: dict[str, Any] = {"revision": revision, "num_labels": 1}
-    if config.attn_implementation:
-        kwargs["attn_implementation"] = config.attn_implementation
+    kwargs: dict[str, Any] = {"num_labels": 1, "attn_implementation": config.attn_implementation}
     # What is trained is fp32: in bf16 a step of 1e-5 leaves five of six weights as they are.
     dtype = getattr(torch, str(config.dtype), "auto") if config.use_peft else torch.float32
     with as_one_model(name, revision) as folder:
         if hasattr(load_config(folder, revision), "quantization_config"):
-            kwargs |= {"device_map": lora.on_this_device(), "advice": QUANTISED_HEAD}
+            kwargs |= {
+                "device_map": lora.on_this_device(),
+                "advice": f"; its head is quantised too: {lora.TAKE_THE_ORIGINAL}",
+            }
         elif config.load_in_4bit or config.load_in_8bit:
             # Without weights first: which modules are new has to be known, or the head is quantised too.
-            empty, new = _load(folder, device_map="meta", **kwargs)
+            empty, new = _load(folder, revision, device_map="meta", **kwargs)
             kwargs["quantization_config"] = lora.settings(config, outermost([*new, *head_names(empty)]))
             kwargs["device_map"] = lora.on_this_device()
-        model, new = _load(folder, dtype=dtype, **kwargs)
+        model, new = _load(folder, revision, dtype=dtype, **kwargs)
     lora.check_head_is_whole(model, new, name)
     model.name_or_path = model.config._name_or_path = name  # where the adapter will look for its base
     prepare_for_rewards(model, tokenizer, new)
@@ -134,42 +124,44 @@ def load_base(
     return model, outermost([*new, *head_names(model)])
 
 
-def _load(name: str, *, advice: str = "", **kwargs: Any) -> tuple[PreTrainedModel, list[str]]:
+def check_safetensors(name: str, revision: str = "main", *, adapter: bool = False) -> None:
+    """Refuse a model or adapter whose weights are a pickle, in a folder or on the Hub.
+
+    Raises:
+        RecipeError: saying how to convert it.
+    """
+    with suppress(OSError, httpx.HTTPError):  # who loads it next says what is wrong with the name
+        if fault := pickle_fault(name, revision, adapter=adapter):
+            raise RecipeError(fault)
+
+
+def _load(
+    name: str, revision: str = "main", advice: str = "", **kwargs: Any
+) -> tuple[PreTrainedModel, list[str]]:
     """Load the classifier; also give the modules with parameters that its checkpoint lacks.
 
     The head of a classifier with more labels is one of these.
     """
-    revision = kwargs.setdefault("revision", "main")
     check_safetensors(name, revision)
     # Said to be False, transformers does not ask at the terminal whether to run a model's own code.
-    kwargs |= {"trust_remote_code": False, "use_safetensors": True}
+    kwargs |= {"revision": revision, "trust_remote_code": False, "use_safetensors": True}
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    try:
-        with quietly():
-            model, info = AutoModelForSequenceClassification.from_pretrained(name, **kwargs)
-    except UNREADABLE as error:
-        if is_out_of_memory(error) or getattr(error, "errno", None) == errno.ENOSPC:
-            raise  # of the machine, not of what the user has named
-        raise RecipeError(f"'{name}' cannot be loaded as a classifier: {one_line(error)}{advice}") from None
+    with readable(f"'{name}' cannot be loaded as a classifier", advice), quietly():
+        model, info = AutoModelForSequenceClassification.from_pretrained(name, **kwargs)
     heads = tuple(f"{head}." for head in head_names(model))
     mismatched = [key for key, *_ in info["mismatched_keys"]]
     other = [key for key in mismatched if not key.startswith(heads)]
     if other:
         raise RecipeError(f"'{name}': its weights do not fit its config.json ({', '.join(other[:3])})")
-    if model.device.type != "meta":
-        _keep_head(model, name, heads, revision)
+    if model.device.type != "meta":  # a head was loaded in the body's precision
+        folder = Path(str(cached_file(name, "config.json", revision=revision))).parent
+        kept = {
+            key: value.to(model.device)
+            for key, value in saved_tensors(folder, heads).items()
+            if key not in mismatched and value.is_floating_point()  # not quantised
+        }
+        model.load_state_dict(kept, strict=False, assign=True)
     return model, sorted({key.rpartition(".")[0] for key in [*info["missing_keys"], *mismatched]})
-
-
-def _keep_head(model: PreTrainedModel, name: str, heads: tuple[str, ...], revision: str) -> None:
-    """Give a head its checkpoint's numbers, if they are there: it was loaded in the body's precision."""
-    folder = Path(str(cached_file(name, "config.json", revision=revision))).parent
-    for key, saved in saved_tensors(folder, heads).items():
-        with suppress(AttributeError):  # a name that transformers translates, as of older versions
-            parameter = model.get_parameter(key)
-            if parameter.is_floating_point() and parameter.shape == saved.shape:  # not quantised or new
-                precision = torch.promote_types(saved.dtype, parameter.dtype)
-                parameter.data = saved.to(parameter.device, precision)
 
 
 @contextmanager
@@ -230,9 +222,9 @@ def add_reward_positions(model: PreTrainedModel) -> None:
 
     def forward(
         self: PreTrainedModel,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        last_token_positions: torch.Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        last_token_positions: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Rewards (responses, 1) at these positions as `logits`, or what the model gives without them."""
@@ -251,7 +243,7 @@ def add_reward_positions(model: PreTrainedModel) -> None:
     model.forward = types.MethodType(forward, model)
 
 
-def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where True, the dtype's lowest number elsewhere: eager attention adds what it is given."""
     zeros = torch.zeros((), dtype=dtype, device=mask.device)
     return torch.where(mask, zeros, torch.finfo(dtype).min)
@@ -278,15 +270,13 @@ def load_trained(
         RecipeError: it cannot be loaded, has not exactly one label, or lacks a trained head.
     """
     gc.collect()  # frees models that were dropped: with its own forward bound to it each is a circle
-    config, adapter = load_config(path), source.adapter_config(path)
-    if adapter is not None:
-        return _load_adapter(path, adapter, config, tokenizer, base, device)
+    if adapter := adapter_config(path):
+        return _load_adapter(path, adapter, tokenizer, base, device)
+    config = load_config(path)
     if config.num_labels != 1:
         kind = ", ".join(config.architectures or ["unknown architecture"])
-        raise RecipeError(
-            f"{path} ({kind}) has {config.num_labels} labels; a reward model is a sequence classifier "
-            "with one"
-        )
+        one = "a reward model is a sequence classifier with one"
+        raise RecipeError(f"{path} ({kind}) has {config.num_labels} labels; {one}")
     model, new = _load(path, dtype="auto")
     if new:
         raise RecipeError(f"{path} has no trained head ({', '.join(new)} missing): not a reward model")
@@ -295,33 +285,29 @@ def load_trained(
 
 
 def _load_adapter(
-    path: str,
-    adapter: PeftConfig,
-    config: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    base: Base,
-    device: torch.device | None,
+    path: str, adapter: PeftConfig, tokenizer: PreTrainedTokenizerBase, base: Base, device: Any
 ) -> PeftModel:
     if adapter.task_type != TaskType.SEQ_CLS:
         raise RecipeError(f"{path} is the adapter of a language model, not of a reward model")
     check_safetensors(path, adapter=True)
     # By the base's own config: the saved one may have a pad token more than the base's checkpoint,
     # and names a quantisation that the checkpoint does not have.
+    config = load_config(path)
     name, revision = str(adapter.base_model_name_or_path), adapter.revision or "main"
-    kwargs: dict[str, Any] = {"num_labels": 1, "revision": revision}
+    kwargs: dict[str, Any] = {"num_labels": 1, "dtype": config.dtype or "auto"}
     quantised = config.to_dict().get("quantization_config")
     if quantised:
-        elsewhere = device is not None and base == "original"
-        kwargs["device_map"] = {"": str(device)} if elsewhere else lora.on_this_device()
+        moved = device is not None and base == "original"
+        kwargs["device_map"] = {"": str(device)} if moved else lora.on_this_device()
     with as_one_model(name, revision) as folder:
         comes_quantised = hasattr(load_config(folder, revision), "quantization_config")
         if base == "original" and comes_quantised:
             raise RecipeError(f"'{name}' comes quantised: there is no original to merge into")
         if quantised and base != "original" and not comes_quantised:
-            kwargs["quantization_config"] = BitsAndBytesConfig.from_dict(quantised)
-        model, new = _load(folder, dtype=config.dtype or "auto", **kwargs)
-    trained = tuple(f"{name}." for name in adapter.modules_to_save or [])
-    untrained = [name for name in new if not f"{name}.".startswith(trained)]
+            kwargs["quantization_config"] = transformers.BitsAndBytesConfig.from_dict(quantised)
+        model, new = _load(folder, revision, **kwargs)
+    trained = tuple(f"{part}." for part in adapter.modules_to_save or [])
+    untrained = [part for part in new if not f"{part}.".startswith(trained)]
     if untrained:
         raise RecipeError(f"{path} has no trained {', '.join(untrained)}: its rewards would be random")
     model.config.rm_recipe = getattr(config, "rm_recipe", None)
@@ -331,14 +317,14 @@ def _load_adapter(
     _fit_embeddings(model, saved)
     prepare_for_rewards(model, tokenizer, new)
     wrapped = PeftModel.from_pretrained(model, path)
-    if lora.train_in_float32(wrapped):  # they were read in the base's precision
-        set_peft_model_state_dict(wrapped, saved)
+    lora.train_in_float32(wrapped)
+    set_peft_model_state_dict(wrapped, saved)  # again: what is fp32 now was read in the base's precision
     lora.keep_activations_in_half(wrapped)
     return wrapped.eval()
 
 
-def _fit_embeddings(model: PreTrainedModel, saved: dict[str, torch.Tensor]) -> None:
-    """Give a base as many embeddings as are saved beside its adapter: TRL's may have added a pad token."""
+def _fit_embeddings(model: PreTrainedModel, saved: dict[str, Tensor]) -> None:
+    """Give a base as many embeddings as are saved beside its adapter, which may be more than it has."""
     layer = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is layer)
     beside = saved.get(f"base_model.model.{name}.weight")
@@ -375,16 +361,13 @@ def as_one_model(name: str, revision: str = "main") -> Iterator[str]:
         yield name
         return
     if adapter.is_prompt_learning:
-        kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
-        raise RecipeError(f"the SFT adapter '{name}' is of type {kind}, which cannot be merged into its base")
+        raise RecipeError(
+            f"the SFT adapter '{name}' is a learnt prompt, which cannot be merged into its base"
+        )
     with tempfile.TemporaryDirectory(prefix="rm-recipe-sft-", ignore_cleanup_errors=True) as folder:
-        try:
+        with readable(f"the SFT adapter '{name}' cannot be loaded"):
             # Not in the format of a base that came quantised, which transformers cannot go back to.
             _merge(name, revision, adapter).save_pretrained(folder, save_original_format=False)
-        except UNREADABLE as error:
-            if getattr(error, "errno", None) == errno.ENOSPC:
-                raise
-            raise RecipeError(f"the SFT adapter '{name}' cannot be loaded: {one_line(error)}") from None
         yield folder
 
 
@@ -392,13 +375,10 @@ def _merge(name: str, revision: str, adapter: PeftConfig) -> PreTrainedModel:
     base_name, base_revision = str(adapter.base_model_name_or_path), adapter.revision or "main"
     check_safetensors(name, revision, adapter=True)
     check_safetensors(base_name, base_revision)
-    safely = {"use_safetensors": True, "trust_remote_code": False}
-    base = AutoModelForCausalLM.from_pretrained(base_name, revision=base_revision, dtype="auto", **safely)
+    safely = {"use_safetensors": True, "trust_remote_code": False, "dtype": "auto"}
+    base = transformers.AutoModelForCausalLM.from_pretrained(base_name, revision=base_revision, **safely)
     if hasattr(base.config, "quantization_config"):  # SFT was QLoRA on a base that comes quantised
         lora.dequantize(base)
-    if holds(name, "tokenizer_config.json", revision):
-        tokens = len(AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False))
-        if tokens > base.get_input_embeddings().num_embeddings:  # SFT has added tokens
-            base.resize_token_embeddings(tokens)
+    _fit_embeddings(base, load_peft_weights(name, "cpu", revision=revision))
     model = PeftModel.from_pretrained(base, name, revision=revision)
     return cast(PreTrainedModel, model.merge_and_unload(progressbar=False))

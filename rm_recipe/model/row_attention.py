@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -22,10 +23,10 @@ NAME = "rm_recipe_rows"
 # of a long comparison (heads x length x length) would outgrow all that a layer keeps.
 SCORES = 1024 * 1024
 
-_blocks: MutableMapping[torch.Tensor, list[torch.Tensor]] = WeakTensorKeyDictionary()
+_blocks: MutableMapping[Tensor, list[Tensor]] = WeakTensorKeyDictionary()
 
 
-def row_mask(comparison_of: torch.Tensor, response_of: torch.Tensor) -> torch.Tensor:
+def row_mask(comparison_of: Tensor, response_of: Tensor) -> Tensor:
     """(rows, length, length) bool from two (rows, length) labellings.
 
     A token attends to earlier tokens and itself within its comparison: to the prefix and to its
@@ -43,13 +44,17 @@ def by_block(model: Any) -> bool:
     return bool(model.config._attn_implementation == NAME)
 
 
-def announce_rows(mask: torch.Tensor) -> None:
-    """Register what each comparison's tokens attend to, by the labels of `shared_rows(one_row=True)`."""
-    if not mask.dtype.is_floating_point and mask.dtype != torch.bool and mask not in _blocks:
-        _blocks[mask] = blocks_of(mask)
+def announce_rows(mask: Tensor, blocks: list[Tensor] | None = None) -> None:
+    """Register what each comparison's tokens attend to, by the labels of `shared_rows(one_row=True)`.
+
+    Args:
+        blocks: of a mask that cannot be read, as it has no content.
+    """
+    if blocks or (not mask.dtype.is_floating_point and mask.dtype != torch.bool and mask not in _blocks):
+        _blocks[mask] = blocks or blocks_of(mask)
 
 
-def blocks_of(mask: torch.Tensor) -> list[torch.Tensor]:
+def blocks_of(mask: Tensor) -> list[Tensor]:
     """For each comparison of a row a mask (length, length) to add to scores, 0 or -inf."""
     comparison_of, response_of = mask[0, 0]
     _, sizes = comparison_of.unique_consecutive(return_counts=True)
@@ -60,38 +65,24 @@ def blocks_of(mask: torch.Tensor) -> list[torch.Tensor]:
     return blocks
 
 
-def announce_blocks(mask: torch.Tensor, blocks: list[torch.Tensor]) -> None:
-    """`announce_rows` of a mask that cannot be read, as it has no content."""
-    _blocks[mask] = blocks
-
-
 def attend_by_comparison(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
     """What transformers calls in every layer.
 
     Args:
         query: (rows, heads, length, head size); `key` and `value` may have fewer heads.
-        attention_mask: block by block if it was announced.
+        attention_mask: a tensor or None; block by block if it was announced.
+        kwargs: among others `dropout` and `scaling`.
 
     Returns:
         (rows, length, heads, head size), and no attention weights.
     """
-    blocks = None
     if attention_mask is not None:
         announce_rows(attention_mask)  # a reentrant checkpoint hands its backward another tensor
-        blocks = _blocks.get(attention_mask)
-    if blocks is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+    if attention_mask is None or attention_mask not in _blocks:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    blocks, dropout, scale = _blocks[attention_mask], kwargs.get("dropout"), kwargs.get("scaling")
     rows, heads, length, size = query.shape
     # (heads, tokens of all rows, head size), in the precision in which autocast left the values.
     query, key, value = (
@@ -100,31 +91,25 @@ def attend_by_comparison(
     )
     # With dropout torch's own backward, which knows what was dropped.
     kernel = partial(_fused, dropout=dropout) if dropout else _BlockAttention.apply
-    output = kernel(query, key, value, blocks, size**-0.5 if scaling is None else scaling)
+    output = kernel(query, key, value, blocks, size**-0.5 if scale is None else scale)
     return output.transpose(0, 1).reshape(rows, length, heads, -1), None
 
 
-def _by_block(blocks: list[torch.Tensor], *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+def _by_block(blocks: list[Tensor], *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     sizes = [len(block) for block in blocks]
     split = (torch.split(each, sizes, dim=1) for each in tensors)
     return zip(*split, blocks, strict=True)
 
 
 def _fused(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    blocks: list[torch.Tensor],
-    scale: float,
-    dropout: float = 0.0,
-) -> torch.Tensor:
+    query: Tensor, key: Tensor, value: Tensor, blocks: list[Tensor], scale: float, dropout: float = 0.0
+) -> Tensor:
     """Torch's kernel for each block; all tensors (heads, tokens, head size)."""
     grouped = len(query) != len(key)
+    kernel = partial(scaled_dot_product_attention, dropout_p=dropout, scale=scale, enable_gqa=grouped)
     with torch.autocast("cpu", enabled=False):  # the precision is chosen already
         parts = [
-            scaled_dot_product_attention(
-                q[None], k[None], v[None], block.to(q.dtype), dropout, scale=scale, enable_gqa=grouped
-            )[0]
+            kernel(q[None], k[None], v[None], block.to(q.dtype))[0]
             for q, k, v, block in _by_block(blocks, query, key, value)
         ]
     return torch.cat(parts, dim=1)
@@ -140,20 +125,15 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        context: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        blocks: list[torch.Tensor],
-        scale: float,
-    ) -> torch.Tensor:
+        context: Any, query: Tensor, key: Tensor, value: Tensor, blocks: list[Tensor], scale: float
+    ) -> Tensor:
         """All tensors (heads, tokens, head size); `blocks` their masks in order, 0 or -inf."""
         context.save_for_backward(query, key, value)
         context.blocks, context.scale = blocks, scale
         return _fused(query, key, value, blocks, scale)
 
     @staticmethod
-    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of query, key and value."""
         query, key, value = context.saved_tensors
         of_query, of_key, of_value = (torch.zeros_like(each) for each in (query, key, value))

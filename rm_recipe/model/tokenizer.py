@@ -6,8 +6,7 @@ in `pipeline` and in TRL's RL trainers. The pad token is never EOS, because a cl
 reward at the last token that is not padding. What the template is made to write: `chat_template`.
 """
 
-import logging
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from rm_recipe.data import chat_template
 from rm_recipe.errors import RecipeError, one_line
 from rm_recipe.files import holds
-from rm_recipe.model import source
+from rm_recipe.model.lora import adapter_config, load_config
+from rm_recipe.processes import warn
 
 # For models without a template: a name and a colon before each message, as in hh-rlhf, and EOS at
 # the end, where a decoder's reward is read.
@@ -42,8 +42,7 @@ ENCODER_DECODER_TEMPLATE = (
 # Of the model's embeddings, what its own tokenizer uses at least: DeepSeek's leaves 2 % in reserve.
 SMALLEST_VOCABULARY = 0.9
 
-# Once, however often the tokenizer is loaded.
-_warn = cache(partial(logging.getLogger("rm_recipe").warning, "warning: %s"))
+_warn = cache(warn)  # once, however often the tokenizer is loaded
 
 
 def load_tokenizer(
@@ -63,7 +62,7 @@ def load_tokenizer(
     Raises:
         RecipeError: it cannot be loaded, has no fast version, or its chat template is broken.
     """
-    adapter = source.adapter_config(name, revision)
+    adapter = adapter_config(name, revision)
     try:
         if adapter is not None and not holds(name, "tokenizer_config.json", revision):
             name, revision = adapter.base_model_name_or_path, adapter.revision or "main"
@@ -71,7 +70,9 @@ def load_tokenizer(
         if not tokenizer.is_fast:
             raise ValueError("it has no fast version, which rm_recipe needs")
         own = _read_template(template) if template else _own_template(tokenizer, name, revision)
-    except (OSError, ValueError, ImportError) as error:
+    except RecipeError:
+        raise
+    except Exception as error:  # a plain one comes from tokenizers, for a file that it cannot read
         raise RecipeError(f"the tokenizer of '{name}' cannot be loaded: {one_line(error)}") from None
     tokenizer.chat_template = chat_template.fixed_date(own)
     if tokenizer.chat_template != own:
@@ -121,7 +122,7 @@ def _own_template(tokenizer: Tokenizer, name: str, revision: str) -> str:
     if tokenizer.cls_token is None or tokenizer.sep_token is None:
         return DECODER_TEMPLATE
     with_config = holds(name, "config.json", revision)  # else it is a tokenizer alone
-    seq2seq = with_config and source.load_config(name, revision).is_encoder_decoder
+    seq2seq = with_config and load_config(name, revision).is_encoder_decoder
     return ENCODER_DECODER_TEMPLATE if seq2seq else ENCODER_TEMPLATE
 
 

@@ -11,13 +11,11 @@ Rewards are arrays `(prompts, N)`, N replies to each prompt.
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from scipy.special import gammaln
+from numpy.typing import NDArray
 from scipy.stats import bootstrap, rankdata
 
+from rm_recipe.data.comparison import Array
 from rm_recipe.evaluation.metrics import RESAMPLES, interval_of_mean
-
-Array = NDArray[np.float64]
 
 LATE = 4  # what becomes of a curve from N / 4 to N says whether it still rises
 FITTED_POINTS = 24  # sizes n that the fit sees, evenly spaced in log n
@@ -25,34 +23,27 @@ FEWEST_POINTS = 3  # beside n = 1, that a curve with two parameters is fitted to
 LEAST_SPREAD = 1e-6  # of rewards beside their size: below it they are all the same
 
 
-def kl(n: ArrayLike) -> Array:
+def kl(n: NDArray[Any] | int) -> Array:
     """KL divergence of best-of-n from the policy, log n - (n - 1) / n, in nats (Gao et al., section 2).
 
     Where replies tie, as equal ones do, the divergence is smaller (arXiv 2401.01879): this is its bound.
     """
-    n = np.asarray(n, float)
     return np.asarray(np.log(n) - (n - 1) / n)
 
 
 def weights(replies: int) -> Array:
     """How often each of N replies, worst first, is the best one of a subset; `(N, N)`.
 
-    Row n - 1 is for subsets of n replies: of the C(N, n) there are, C(i - 1, n - 1) have the i-th reply as
-    their best. Each row sums to 1.
+    Row n - 1 is for subsets of n replies: of the C(N, n) there are, C(i, n) hold none but the worst i, so
+    C(i, n) - C(i - 1, n) have the i-th reply as their best. Each row sums to 1.
     """
-    i, n = np.arange(1, replies + 1.0), np.arange(1, replies + 1.0)[:, None]
-    # C(i - 1, n - 1) / C(N, n) for i >= n, in logarithms, as the numbers of subsets are huge.
-    chosen = np.where(i >= n, log_choose(i - 1, np.minimum(n, i) - 1), -np.inf)
-    return np.asarray(np.exp(chosen - log_choose(replies, n)))
+    worst, drawn = np.arange(replies + 1.0), np.arange(float(replies))[:, None]
+    # C(i, n) / C(N, n) is i / N (i - 1) / (N - 1) ...: the numbers of subsets themselves are huge.
+    within_worst = np.cumprod(np.maximum(worst - drawn, 0) / (replies - drawn), axis=0)
+    return np.diff(within_worst)
 
 
-def log_choose(of: ArrayLike, chosen: ArrayLike) -> Array:
-    """The logarithm of the number of subsets of a size."""
-    of, chosen = np.asarray(of, float), np.asarray(chosen, float)
-    return np.asarray(gammaln(of + 1) - gammaln(chosen + 1) - gammaln(of - chosen + 1))
-
-
-def best_of_n(proxy: ArrayLike, values: ArrayLike) -> Array:
+def best_of_n(proxy: Array, values: Array) -> Array:
     """The mean of `values` over the replies that the proxy likes best, for n = 1 ... N; `(prompts, N)`.
 
     The unbiased estimator over all subsets that Gao et al. use (Nakano et al., arXiv 2112.09332,
@@ -63,48 +54,51 @@ def best_of_n(proxy: ArrayLike, values: ArrayLike) -> Array:
         proxy: decides, `(prompts, N)`.
         values: of the same replies: the gold reward, or anything else, such as their length.
     """
-    proxy, values = np.asarray(proxy, float), np.asarray(values, float)
-    curve = weights(proxy.shape[1])
-    return np.stack([curve @ _in_order(*pair) for pair in zip(proxy, values, strict=True)])
+    ordered = np.stack([_in_order(*pair) for pair in zip(proxy, values, strict=True)])
+    return np.asarray(ordered @ weights(proxy.shape[1]).T)
 
 
 def _in_order(proxy: Array, values: Array) -> Array:
     """A prompt's values, those of the worst reply first; of replies that tie each has their mean."""
     place = rankdata(proxy, method="dense") - 1
-    mean = np.bincount(place, values) / np.bincount(place)
-    return np.asarray(mean[np.sort(place)])
+    return np.asarray((np.bincount(place, values) / np.bincount(place))[np.sort(place)])
 
 
-def spread(rewards: ArrayLike) -> float:
+def spread(rewards: Array) -> float:
     """Standard deviation of rewards within a prompt, over all prompts.
 
     Only differences between replies to the same prompt mean something, so this is the unit that makes
     two reward models comparable. 0 where each prompt's replies are rewarded alike.
     """
-    rewards = np.asarray(rewards, float)
     within = float(np.sqrt(rewards.var(axis=1, ddof=1).mean()))
     return within if within > LEAST_SPREAD * max(float(np.abs(rewards).max()), 1e-30) else 0.0
 
 
-def standardised(rewards: ArrayLike) -> Array:
+def standardised(rewards: Array) -> Array:
     """Rewards in units of `spread`, each prompt's with mean 0; all 0 where there is no spread."""
-    rewards = np.asarray(rewards, float)
     return np.asarray((rewards - rewards.mean(axis=1, keepdims=True)) / (spread(rewards) or np.inf))
 
 
-def fit(n: ArrayLike, gains: ArrayLike) -> tuple[float, float]:
-    """alpha and beta of R(d) = d (alpha - beta d), d = sqrt(KL), by least squares (Gao et al., section 1).
+def fit(gain: Array) -> dict[str, float | None]:
+    """Fit R(d) = d (alpha - beta d), d = sqrt(KL), by least squares (Gao et al., section 1).
 
     Args:
-        n: sizes, `(sizes,)`.
-        gains: over n = 1, `(sizes,)`.
+        gain: over n = 1, for n = 1 ... N.
+
+    Returns:
+        `alpha`, `beta` and its top `peak_sqrt_kl`, alpha / (2 beta); None where there are too few sizes, or
+        no top.
     """
-    d = np.sqrt(kl(n))
-    found = np.linalg.lstsq(np.stack([d, -(d**2)], axis=1), np.asarray(gains, float), rcond=None)[0]
-    return float(found[0]), float(found[1])
+    sizes = np.unique(np.geomspace(1, len(gain), FITTED_POINTS).round().astype(int))
+    if len(sizes) <= FEWEST_POINTS:
+        return {"alpha": None, "beta": None, "peak_sqrt_kl": None}
+    d = np.sqrt(kl(sizes))
+    alpha, beta = np.linalg.lstsq(np.stack([d, -(d**2)], axis=1), gain[sizes - 1], rcond=None)[0].tolist()
+    top = alpha / (2 * beta) if alpha > 0 and beta > 0 else None
+    return {"alpha": alpha, "beta": beta, "peak_sqrt_kl": top}
 
 
-def curve(proxy: ArrayLike, values: ArrayLike) -> dict[str, Any]:
+def curve(proxy: Array, values: Array) -> dict[str, Any]:
     """What best-of-n by the proxy does to another reward (or to itself), as JSON has it.
 
     Intervals are 95 %, from a bootstrap over prompts (percentile, 2,000, seeded): other prompts might have
@@ -119,8 +113,7 @@ def curve(proxy: ArrayLike, values: ArrayLike) -> dict[str, Any]:
         of N, fixed beforehand, as `mean` and `ci95`. Above 0 the reward still rises, below 0 it falls. (The
         peak's gain minus that at N is above 0 by chance alone, and the fit falls wherever a curve only levels
         off.) `peak_n` and `peak_n_ci95`: the n with the largest gain, of a curve that levels off any late one
-        by chance. `fit`: `alpha`, `beta` and its top `peak_sqrt_kl`, alpha / (2 beta); None where there are
-        too few sizes, or no top.
+        by chance. And `fit` of the gains.
     """
     each = best_of_n(proxy, standardised(values))
     each = each - each[:, :1]
@@ -134,27 +127,21 @@ def curve(proxy: ArrayLike, values: ArrayLike) -> dict[str, Any]:
         ends = np.stack(drawn.confidence_interval, axis=1).tolist()
         best = drawn.bootstrap_distribution.argmax(axis=0) + 1.0
         peaks = np.percentile(best, [2.5, 97.5]).round().astype(int).tolist()
-    alpha = beta = top = None
-    points = np.unique(np.geomspace(1, replies, FITTED_POINTS).round().astype(int))
-    if len(points) > FEWEST_POINTS:
-        alpha, beta = fit(points, gain[points - 1])
-        top = alpha / (2 * beta) if alpha > 0 and beta > 0 else None
     return {
         "gain": gain.tolist(),
         "gain_ci95": ends,
         "late_change": {"from_n": start, **mean_interval(each[:, -1] - each[:, start - 1])},
         "peak_n": int(gain.argmax()) + 1,
         "peak_n_ci95": peaks,
-        "fit": {"alpha": alpha, "beta": beta, "peak_sqrt_kl": top},
+        "fit": fit(gain),
     }
 
 
-def mean_interval(of_prompts: ArrayLike) -> dict[str, Any]:
+def mean_interval(of_prompts: Array) -> dict[str, Any]:
     """`mean` over prompts of one number of each, and `ci95` from the same bootstrap; NaN counts for nothing.
 
     Returns:
         None for both where there is no number, None for the interval where there is one.
     """
-    known = np.asarray(of_prompts, float)
-    known = known[np.isfinite(known)]
+    known = of_prompts[np.isfinite(of_prompts)]
     return {"mean": float(known.mean()) if len(known) else None, "ci95": interval_of_mean(known)}

@@ -8,8 +8,8 @@ for people, gold: larger, trained on more or other comparisons, or the mean of s
 proxy gets better by the proxy for ever, and by gold for a while.
 """
 
-import gc
 import json
+import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -17,27 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from rm_recipe.data.comparison import Array
 from rm_recipe.errors import DataError, RecipeError, TrainingError
-from rm_recipe.evaluation.probes import EDITS
-from rm_recipe.files import redact, whole_file, write_json
-from rm_recipe.overoptimization.best_of_n import Array, curve, kl, spread, standardised
-from rm_recipe.overoptimization.exploits import (
-    by_edit,
-    by_feature,
-    changes,
-    examples,
-    mean_correlation,
-    with_edits,
-)
+from rm_recipe.files import redacted, whole_file, write_json
+from rm_recipe.overoptimization import exploits
+from rm_recipe.overoptimization.best_of_n import curve, kl, spread, standardised
 from rm_recipe.overoptimization.page import verdict, write_overoptimization
-from rm_recipe.overoptimization.replies import Sample, Sampling, read_prompts, read_samples, sample
+from rm_recipe.overoptimization.replies import Sample, Sampling, read_samples, sample
 from rm_recipe.recipe.reader import is_run_folder
 from rm_recipe.rl import combine
 from rm_recipe.scoring import RewardModel, find_model
 
-FEWEST_REPLIES = 2
 MEAN, WORST = "mean of the proxies", "worst of the proxies"
 FOLDER, SAMPLES, SCORES = "overoptimization", "samples.jsonl", "scores.jsonl"
 
@@ -45,11 +36,10 @@ FOLDER, SAMPLES, SCORES = "overoptimization", "samples.jsonl", "scores.jsonl"
 def overoptimization(
     proxies: Sequence[str],
     gold: Sequence[str],
+    file: Path,
     *,
     sampling: Sampling | None = None,
-    prompts: Path | None = None,
     max_prompts: int | None = None,
-    samples: Path | None = None,
     safety: str | None = None,
     output: Path | None = None,
     overwrite: bool = False,
@@ -58,7 +48,8 @@ def overoptimization(
 
     Args:
         proxies, gold: run folders, exports or one-label models; of several gold models the mean counts.
-        sampling, prompts: how replies are drawn, and a file of prompts; or `samples`, a file of replies.
+        file: holds replies, or with `sampling`, which says how replies are drawn, prompts.
+        max_prompts: so many prompts are read, the first ones.
         safety: a model with which each proxy, then the model of helpfulness, is combined (`rl.combine`).
         output: where `overoptimization.json` goes, which is returned; by default into the proxy's run.
         overwrite: whether replies that were drawn otherwise may be replaced.
@@ -67,25 +58,26 @@ def overoptimization(
         RecipeError, DataError, TrainingError: arguments, files or rewards are wrong; drawn replies are kept.
     """
     folder = check_models(proxies, gold, output)
-    if samples:
-        found, excluded = read_samples(samples, max_prompts)
-    elif sampling and prompts:
-        found, excluded = read_prompts(prompts, max_prompts)
-        found, refused = sample(sampling, found, folder / SAMPLES, overwrite=overwrite)
+    found, excluded = read_samples(file, max_prompts, replies=sampling is None)
+    if sampling:
+        file = folder / SAMPLES
+        found, refused = sample(sampling, found, file, overwrite=overwrite)
         excluded += refused
-    else:
-        raise RecipeError("give --policy and --prompts, or --samples")
     scored, rewards = score_all([*proxies, *([safety] if safety else []), *gold], found, excluded)
+    by_proxy = {name: rewards[name] for name in proxies}
+    if safety:
+        together = {name: with_safety(scored, rewards[safety], own) for name, own in by_proxy.items()}
+        by_proxy = {f"{name} with safety {safety}": own for name, own in together.items()}
     sizes = np.arange(1, len(scored[0].responses) + 1)
     content = {
         "proxies": list(proxies),
         "gold": list(gold),
         "safety": safety,
-        "sampling": asdict(sampling) if sampling and not samples else None,
-        "samples": {"file": str(samples or folder / SAMPLES), "excluded": dict(excluded), **counts(scored)},
+        "sampling": asdict(sampling) if sampling else None,
+        "samples": {"file": str(file), "excluded": dict(excluded), **counts(scored)},
         "n": sizes.tolist(),
         "kl": kl(sizes).tolist(),
-        "curves": compare_all(scored, rewards, proxies, gold, safety),
+        "curves": compare_all(scored, by_proxy, [rewards[name] for name in gold]),
     }
     write_scores(folder / SCORES, scored, rewards)
     write_json(folder / "overoptimization.json", content)
@@ -99,12 +91,9 @@ def check_models(proxies: Sequence[str], gold: Sequence[str], output: Path | Non
     Raises:
         RecipeError: a model is named twice, there is no such model, or no such folder can be made.
     """
-    seen = set()
-    for name in [*proxies, *gold]:
-        place = str(Path(find_model(name)).resolve())
-        if place in seen:
-            raise RecipeError(f"{name} is named twice: what one model does to itself says nothing")
-        seen.add(place)
+    names = [*proxies, *gold]
+    if len({Path(find_model(name)).resolve() for name in names}) < len(names):
+        raise RecipeError(f"of {', '.join(names)} one is named twice: what it does to itself says nothing")
     folder = output or default_output(proxies[0])
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"{folder} is a file; --output names a folder")
@@ -113,15 +102,14 @@ def check_models(proxies: Sequence[str], gold: Sequence[str], output: Path | Non
 
 def default_output(proxy: str) -> Path:
     """`overoptimization/` in the run of a proxy, which may be named by its export."""
-    for place in (Path(proxy), Path(proxy).parent):
-        if is_run_folder(place):
-            return place / FOLDER
-    raise RecipeError(f"{proxy} is no run folder; say with --output where the result goes")
+    run = next(filter(is_run_folder, (Path(proxy), Path(proxy).parent)), None)
+    if run is None:
+        raise RecipeError(f"{proxy} is no run folder; say with --output where the result goes")
+    return run / FOLDER
 
 
 # --- what reward models say of the same replies ------------------------------------------------
-# Rewards are `(prompts, N + edits)`: of each prompt's N replies, then of the edits of one of them, NaN where
-# there are none or they do not fit the model.
+# Rewards are of the texts of `with_edits`, `(prompts, N + 1 + edits)`, NaN where one does not fit the model.
 
 
 def score_all(
@@ -140,13 +128,13 @@ def score_all(
         TrainingError: some rewards are not finite.
     """
     samples = comparable(found)
-    excluded += Counter({"fewer_replies": len(found) - len(samples)})
-    texts, n = with_edits(samples), len(samples[0].responses)
-    rewards = {name: score(name, samples, texts) for name in dict.fromkeys(names)}
+    n = len(samples[0].responses)
+    rewards = {name: score(name, samples) for name in dict.fromkeys(names)}
     fits = np.all([np.isfinite(own[:, :n]).all(axis=1) for own in rewards.values()], axis=0)
     if not fits.any():
         raise DataError("every prompt has a reply that does not fit one of the models: too long, or refused")
-    excluded += Counter({"does_not_fit_a_model": int((~fits).sum())})
+    fewer, unfit = len(found) - len(samples), int((~fits).sum())
+    excluded += Counter({"fewer_replies": fewer, "does_not_fit_a_model": unfit})
     kept = [prompt for prompt, fit in zip(samples, fits, strict=True) if fit]
     return kept, {name: own[fits] for name, own in rewards.items()}
 
@@ -159,83 +147,58 @@ def comparable(samples: Sequence[Sample]) -> list[Sample]:
     Raises:
         DataError: no prompt has two.
     """
-    sizes = np.array([len(prompt.responses) for prompt in samples])
-    possible = sorted({int(size) for size in sizes if size >= FEWEST_REPLIES})
-    if not possible:
+    sizes, lot = [len(one.responses) for one in samples], random.Random(0)
+    n = max(range(2, max(sizes) + 1), key=lambda n: n * sum(size >= n for size in sizes), default=0)
+    if not n:
         raise DataError("no prompt has two replies: of one reply none is the best")
-    n = max(possible, key=lambda size: size * int((sizes >= size).sum()))
-    rng = np.random.default_rng(0)
-    same = [prompt for prompt in samples if len(prompt.responses) >= n]
-    for number, prompt in enumerate(same):
-        if len(prompt.responses) > n:
-            chosen = np.sort(rng.choice(len(prompt.responses), n, replace=False))
-            same[number] = replace(prompt, responses=[prompt.responses[k] for k in chosen], cut=None)
-    return same
+    return [
+        one if len(one.responses) == n else replace(one, responses=lot.sample(one.responses, n), cut=None)
+        for one in samples
+        if len(one.responses) >= n
+    ]
 
 
-def score(name: str, samples: Sequence[Sample], texts: Sequence[list[str]]) -> Array:
+def score(name: str, samples: Sequence[Sample]) -> Array:
     """The rewards of a model, which is loaded for it and let go of: of two, one at a time is in memory."""
     model = RewardModel.from_pretrained(name)
-    pairs = [(prompt, text) for prompt, own in zip(samples, texts, strict=True) for text in own]
-    items = [{"prompt": prompt.prompt, "response": text} for prompt, text in pairs]
+    items = [{"prompt": one.prompt, "response": text} for one in samples for text in exploits.with_edits(one)]
     try:
-        found = iter(model.score(items, progress=True, unfit=np.nan).tolist())
+        return model.score(items, progress=True, unfit=np.nan).astype(float).reshape(len(samples), -1)
     except TrainingError as error:
         raise TrainingError(f"{name}: {error}; drawn replies are kept and need not be drawn again") from None
-    del model
-    gc.collect()
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
-    rewards = np.full((len(samples), len(samples[0].responses) + len(EDITS)), np.nan)
-    for row, own in zip(rewards, texts, strict=True):
-        row[: len(own)] = [next(found) for _ in own]
-    return rewards
 
 
 # --- several models as one ---------------------------------------------------------------------
 
 
-def compare_all(
-    samples: Sequence[Sample],
-    rewards: dict[str, Array],
-    proxies: Sequence[str],
-    gold: Sequence[str],
-    safety: str | None,
-) -> dict[str, Any]:
+def compare_all(samples: Sequence[Sample], proxies: dict[str, Array], gold: list[Array]) -> dict[str, Any]:
     """What best-of-n does by each proxy by itself, and by several as ensembles, by name.
 
-    The ensembles are their mean and the worst of them (Coste et al., arXiv 2310.02743), each normalised. With
-    a model of safety each proxy is combined first, as `rl.combine` has it.
+    The ensembles are their mean and the worst of them (Coste et al., arXiv 2310.02743), each normalised.
     """
-    found, n = {name: rewards[name] for name in proxies}, len(samples[0].responses)
-    if safety:
-        together = {name: with_safety(samples, rewards[safety], own) for name, own in found.items()}
-        found = {f"{name} with safety {safety}": own for name, own in together.items()}
-    if len(found) > 1:
-        every = list(found.values())
-        found |= {MEAN: ensemble(every, n), WORST: ensemble(every, n, worst=True)}
-    of_gold = ensemble([rewards[name] for name in gold], n)
-    return {name: compare(samples, own, of_gold) for name, own in found.items()}
+    n = len(samples[0].responses)
+    if len(proxies) > 1:
+        scaled = [normalised(own, n) for own in proxies.values()]
+        proxies = {**proxies, MEAN: np.mean(scaled, axis=0), WORST: np.min(scaled, axis=0)}
+    together = gold[0] if len(gold) == 1 else np.mean([normalised(own, n) for own in gold], axis=0)
+    return {name: compare(samples, own, together) for name, own in proxies.items()}
 
 
-def ensemble(rewards: Sequence[Array], n: int, *, worst: bool = False) -> Array:
-    """The mean or the minimum of several models' rewards; those of a single one as they are.
+def normalised(rewards: Array, n: int) -> Array:
+    """Rewards with mean 0 and standard deviation 1 within a prompt's n replies.
 
-    Each is normalised to mean 0 and standard deviation 1 within a prompt's n replies. By that over all
-    replies a model would have the less say the more its rewards differ between prompts, which means nothing.
+    By the deviation over all replies a model would have the less say among several the more its rewards
+    differ between prompts, which means nothing.
     """
-    if len(rewards) == 1:
-        return rewards[0]
-    scaled = [(own - own[:, :n].mean()) / (spread(own[:, :n]) or np.inf) for own in rewards]
-    return np.asarray(np.min(scaled, axis=0) if worst else np.mean(scaled, axis=0))
+    return np.asarray((rewards - rewards[:, :n].mean()) / (spread(rewards[:, :n]) or np.inf))
 
 
 def with_safety(samples: Sequence[Sample], safe: Array, helpful: Array) -> Array:
-    """Two models as one."""
-    models = [lambda *_, own=own, **__: own.ravel().tolist() for own in (safe, helpful)]
-    reward, nothing = combine(*models, whiten=False), [""] * safe.size
+    """Each proxy, then the model of helpfulness, with a model of safety, as `rl.combine` has it."""
+    # The rewards themselves, in the place of prompts and completions.
+    choose = combine(lambda safe, _: safe, lambda _, helpful: helpful, whiten=False)
     marked = np.repeat([prompt.is_safety for prompt in samples], safe.shape[1])
-    return np.reshape(reward(nothing, nothing, is_safety=marked.tolist()), safe.shape)
+    return np.reshape(choose(safe.ravel(), helpful.ravel(), is_safety=marked), safe.shape)
 
 
 # --- figures -----------------------------------------------------------------------------------
@@ -256,8 +219,8 @@ def counts(samples: Sequence[Sample]) -> dict[str, int | None]:
 def compare(samples: Sequence[Sample], proxy: Array, gold: Array) -> dict[str, Any]:
     """What best-of-n by a proxy does, in standard deviations of the rewards of a prompt's replies."""
     n = len(samples[0].responses)
-    by_proxy, by_gold = curve(proxy[:, :n], proxy[:, :n]), curve(proxy[:, :n], gold[:, :n])
     own, theirs = standardised(proxy[:, :n]), standardised(gold[:, :n])
+    by_proxy, by_gold = curve(own, own), curve(own, theirs)
     kind, sentence = verdict(by_proxy, by_gold, len(samples))
     return {
         "verdict": sentence,
@@ -266,18 +229,17 @@ def compare(samples: Sequence[Sample], proxy: Array, gold: Array) -> dict[str, A
         "proxy": by_proxy,
         "gold": by_gold,
         "gap_at_n": by_proxy["gain"][-1] - by_gold["gain"][-1],
-        "agreement": mean_correlation(own, theirs),
-        "excess": by_feature(samples, own, theirs),
-        "edits": by_edit(changes(samples, proxy), changes(samples, gold)),
-        "examples": examples(samples, own, theirs),
+        "agreement": exploits.mean_correlation(own, theirs),
+        "excess": exploits.by_feature(samples, own, theirs),
+        "edits": exploits.by_edit(exploits.changes(samples, proxy), exploits.changes(samples, gold)),
+        "examples": exploits.examples(samples, own, theirs),
     }
 
 
 def write_scores(target: Path, samples: Sequence[Sample], rewards: dict[str, Array]) -> None:
     """Write one line for each prompt: its replies and what each model gives them."""
     with whole_file(target) as partial, partial.open("w", encoding="utf-8") as file:
-        for number, prompt in enumerate(samples):
-            n = len(prompt.responses)
-            own = {redact(name): of[number, :n].tolist() for name, of in rewards.items()}
-            line = {"prompt": prompt.prompt, "responses": prompt.responses, "rewards": own}
+        for number, one in enumerate(samples):
+            own = {name: of[number, : len(one.responses)].tolist() for name, of in rewards.items()}
+            line = {"prompt": one.prompt, "responses": one.responses, "rewards": redacted(own)}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -21,86 +21,61 @@ from rm_recipe.files import hide_secrets
 # TRL's name and transformers' new one, of which its Trainer reads only the second.
 CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
 
-# What `rm-recipe prepare offline` makes (tools/offline.py); named here for the hint that says so.
-OFFLINE_MODEL = "models/smollm2-135m-instruct"
-OFFLINE_ENCODER = "models/all-minilm-l6-v2"
-OFFLINE_DATA = "data/offline"
+# What `rm-recipe prepare offline` makes (tools/offline.py): base model, encoder, comparisons.
+OFFLINE = ("models/smollm2-135m-instruct", "models/all-minilm-l6-v2", "data/offline")
 
 MODEL_FILES = ("config.json", "adapter_config.json")  # of which a model folder has one
-DATA_FORMATS = (".jsonl", ".json", ".parquet", ".csv", ".arrow")  # each also with .gz
+DATA_FORMATS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".arrow")  # each also with .gz
 TEMPLATE_FORMATS = (".jinja", ".j2")  # of files with a chat template, as TRL has it
 
 # Chosen anew on every machine unless the recipe says.
 DEVICE_KEYS = ("use_cpu", "bf16", "fp16", "dtype", "dataloader_pin_memory")
 
+
+def table(text: str) -> dict[str, str]:
+    """Read lines of `key key: what is said of them`."""
+    rows = (line.split(": ", 1) for line in text.strip().splitlines())
+    return {key: said for keys, said in rows for key in keys.split()}
+
+
 # Every field of TRL's RewardConfig and ModelConfig does what it says or stands in one of the next two tables;
 # tests/recipe/test_keys.py goes through them all.
-REFUSED_KEYS = {
-    "hub_token": "a token does not belong in a recipe; log in with `hf auth login` or set HF_TOKEN",
-    "hub_strategy": "the proven export is uploaded once, at the end of `rm-recipe run`",
-    "hub_always_push": "the proven export is uploaded once, at the end of `rm-recipe run`",
-    "hub_revision": "the proven export goes to the main branch",
-    "lora_task_type": "always SEQ_CLS here, which trains and saves the head",
-    "resume_from_checkpoint": "use `train RECIPE --resume`",
-    "model_init_kwargs": "use the recipe keys dtype, attn_implementation and model_revision",
-    "remove_unused_columns": "the collator needs its columns",
-    "pad_token": "chosen by rm_recipe so that it is never EOS, and saved with the model",
-    "eos_token": "taken from the base model's tokenizer",
-    "save_only_model": "a checkpoint without the optimizer's state could not be gone on from",
-    "ignore_data_skip": "a resumed run meets the comparisons that are left, in the same order",
-    "label_names": "a comparison has no label column",
-    "streaming": "data sets are memory-mapped, which takes no memory either and can be shuffled",
-    "parallelism_config": "set it in the file for `accelerate launch --config_file`",
-    "do_train": "the verb says what is done: `rm-recipe train RECIPE`",
-    "do_eval": "'eval_strategy: steps' evaluates while it trains, `rm-recipe evaluate RUN` afterwards",
-    "do_predict": "`rm-recipe score MODEL` gives rewards",
-    "local_rank": "`accelerate launch` sets it for each of its processes",
-}
-
-_NO_LOGITS = "metrics count comparisons in the loss, and no outputs are gathered; leave it out"
-_NO_LENGTH = "a comparison has no single length; 'prefix_sharing: auto' leaves no padding to save"
-# The values that say what happens anyway, and why there is no other.
-FIXED_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "label_smoothing_factor": ((0.0,), "a comparison has no labels to smooth; 'margin_column' is for doubt"),
-    "use_liger_kernel": ((False,), "it replaces the classifier's forward by a language model's"),
-    "liger_kernel_config": ((None,), "'use_liger_kernel' is not for a reward model"),
-    "pad_to_multiple_of": (("auto", None), "rows are not padded where prefixes are shared; leave it out"),
-    "train_sampling_strategy": (("random", "sequential"), _NO_LENGTH),
-    "length_column_name": (("length",), _NO_LENGTH),
-    "auto_find_batch_size": ((False,), "it would change a step; `rm-recipe check RECIPE --plan` finds one"),
-    "bf16_full_eval": ((False,), "evaluation computes as training does: 'bf16: true'"),
-    "fp16_full_eval": ((False,), "evaluation computes as training does: 'fp16: true'"),
-    "include_num_input_tokens_seen": ((False, "no"), "the training log counts tokens as 'num_tokens'"),
-    "average_tokens_across_devices": ((True,), "the loss is a mean over comparisons, not over tokens"),
-    "logging_nan_inf_filter": ((True,), "a loss that is not finite stops the training; leave it out"),
-    "use_cache": ((False,), "a reward model reads a text once and generates nothing; leave it out"),
-    "prediction_loss_only": ((False,), _NO_LOGITS),
-    "eval_accumulation_steps": ((None,), _NO_LOGITS),
-    "eval_do_concat_batches": ((True,), _NO_LOGITS),
-    "eval_use_gather_object": ((False,), _NO_LOGITS),
-    "include_for_metrics": (([],), _NO_LOGITS),
-    "batch_eval_metrics": ((False,), _NO_LOGITS),
-    "enable_jit_checkpoint": ((False,), "SIGTERM saves a checkpoint already, and `--resume` goes on from it"),
-    "save_on_each_node": ((False,), "a run folder is one, on a disk that all nodes see: 'output_dir'"),
-    "trust_remote_code": ((False,), "the export has to load with plain transformers, without a model's code"),
-}
-
-_LORA = "lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save"
-_BITS = "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage"
-_TRACKED = "run_name project trackio_space_id trackio_bucket_id trackio_static_space_id"
-# What does nothing unless one of other keys asks for it: refused where none of these is in the recipe.
-IDLE_KEYS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys([*_LORA.split(), "use_rslora", "use_dora"], ("use_peft",)),
-    **dict.fromkeys(_BITS.split(), ("load_in_4bit",)),
-    **dict.fromkeys(
-        ["eval_steps", "eval_delay"], ("eval_strategy", "early_stopping_patience", "load_best_model_at_end")
-    ),
-    **dict.fromkeys(_TRACKED.split(), ("report_to",)),
-    **dict.fromkeys(["hub_model_id", "hub_private_repo"], ("push_to_hub",)),
-}
-
+REFUSED_KEYS = table("""
+hub_token: a token does not belong in a recipe; log in with `hf auth login` or set HF_TOKEN
+hub_strategy hub_always_push hub_revision: `rm-recipe run` uploads the proven export once, to the main branch
+lora_task_type: always SEQ_CLS here, which trains and saves the head
+resume_from_checkpoint: use `rm-recipe train RECIPE --resume`
+model_init_kwargs: use the recipe keys dtype, attn_implementation and model_revision
+remove_unused_columns: the collator needs its columns
+pad_token eos_token: the tokenizer is the base model's, with another pad token where that would be EOS
+save_only_model: training could not be resumed from a checkpoint without the optimizer's state
+ignore_data_skip: a resumed run sees the comparisons that are left, in the same order
+label_names: a comparison has no label column
+streaming: data sets are memory-mapped, which takes no memory either and can be shuffled
+parallelism_config: set it in the file for `accelerate launch --config_file`
+do_train do_eval do_predict: the verb says it: `rm-recipe train`, `evaluate` or `score`
+local_rank: `accelerate launch` sets it for each of its processes
+""")
+# Why a key takes TRL's default alone, which a run's recipe.yaml holds.
+FIXED_KEYS = table("""
+label_smoothing_factor: a comparison has no labels to smooth; 'margin_column' is for doubt
+use_liger_kernel liger_kernel_config: it replaces the classifier's forward by a language model's
+pad_to_multiple_of: rows are not padded where prefixes are shared; leave it out
+length_column_name: a comparison has no single length; leave it out
+auto_find_batch_size: it would change a step; `rm-recipe check RECIPE --plan` finds a batch size
+bf16_full_eval fp16_full_eval: evaluation computes as training does: 'bf16' or 'fp16'
+include_num_input_tokens_seen: the training log counts tokens as 'num_tokens'; leave it out
+average_tokens_across_devices: the loss is a mean over comparisons, not over tokens
+logging_nan_inf_filter: a loss that is not finite stops the training; leave it out
+use_cache: a reward model reads a text once and generates nothing; leave it out
+prediction_loss_only eval_accumulation_steps eval_do_concat_batches: metrics are counted as it goes
+eval_use_gather_object include_for_metrics batch_eval_metrics: metrics are counted as it goes
+enable_jit_checkpoint: SIGTERM saves a checkpoint already, and `--resume` goes on from it
+save_on_each_node: a run folder is one, on a disk that all nodes see: 'output_dir'
+trust_remote_code: the export has to load with plain transformers, without a model's code
+""")
 # Names of older releases and of other tools (LLaMA-Factory, axolotl): what to write here.
-_FOREIGN = """
+FOREIGN_KEYS = table("""
 torch_dtype: 'dtype'
 use_lora adapter finetuning_type: 'use_peft: true', and 'load_in_4bit: true' for QLoRA
 base_model model model_name: 'model_name_or_path'
@@ -115,14 +90,10 @@ preprocessing_num_workers dataset_processes: 'dataset_num_proc'
 cutoff_len sequence_len max_seq_length model_max_length: 'max_length'
 packing sample_packing group_by_length: nothing: rows are not padded where prefixes are shared
 batch_size train_batch_size micro_batch_size: 'per_device_train_batch_size' and 'gradient_accumulation_steps'
-eval_batch_size: 'per_device_eval_batch_size'
-epochs num_epochs: 'num_train_epochs'
+epochs: 'num_train_epochs'
 lr: 'learning_rate'
 gradient_clipping: 'max_grad_norm'
 warmup_ratio: 'warmup_steps'; below 1 it is a share of all steps
-evaluation_strategy: 'eval_strategy'
-lora_rank: 'lora_r'
-lora_target: 'lora_target_modules'
 quantization_bit: 'load_in_4bit: true' or 'load_in_8bit: true'
 bnb_4bit_compute_dtype: 'bf16' or 'fp16', which a quantised base computes in
 flash_attn flash_attention flash_attention_2 use_flash_attention_2: 'attn_implementation: flash_attention_2'
@@ -131,13 +102,10 @@ logging_dir: nothing: a tracker's own variable says it, TENSORBOARD_LOGGING_DIR 
 use_wandb wandb_project: 'report_to: wandb' and the variable WANDB_PROJECT
 overwrite_output_dir: `rm-recipe train RECIPE --overwrite`
 num_labels reward_model stage: nothing: it is always a reward model, of one label
-"""
-FOREIGN_KEYS = {
-    key: hint
-    for keys, hint in (line.split(": ", 1) for line in _FOREIGN.strip().splitlines())
-    for key in keys.split()
-}
+""")
 
+# What `columns` can give a name to.
+COLUMNS = "prompt chosen rejected responses ranks scores verdict system tools subset"
 _POSITIVE = """
 learning_rate per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps max_length
 lora_r lora_alpha num_train_epochs max_train_samples max_eval_samples dataset_num_proc
@@ -145,37 +113,46 @@ early_stopping_patience save_steps eval_steps logging_steps fraction
 """
 # What torch's and transformers' checkpointing take.
 _CHECKPOINTING = "use_reentrant preserve_rng_state determinism_check debug early_stop every_n_layers offload"
-# Of a comparison, which training measures.
-METRICS = ("accuracy", "loss", "margin", "mean_reward", "ties")
-_SEED = (lambda x: 0 <= x < 2**32, f"must lie between 0 and {2**32 - 1}")  # NumPy takes no larger one
-# Which values of its type a key takes.
-LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(_POSITIVE.split(), (lambda x: x > 0, "must be above 0")),
-    **dict.fromkeys(["seed", "data_seed"], _SEED),
-    "max_steps": (lambda x: x > 0 or x == -1, "must be above 0; leave it out to train 'num_train_epochs'"),
-    **dict.fromkeys(
-        ["center_rewards_coefficient", "dataloader_num_workers"], (lambda x: x >= 0, "must not be below 0")
+_METRICS = ("accuracy", "loss", "margin", "mean_reward", "ties")  # of a comparison, measured in training
+# Which values of its type a key takes: keys, a test, and what a value that fails it is told.
+_LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (_POSITIVE, lambda x: x > 0, "must be above 0"),
+    ("seed data_seed", lambda x: 0 <= x < 2**32, f"must lie between 0 and {2**32 - 1}"),  # as NumPy's
+    ("center_rewards_coefficient dataloader_num_workers weight_decay", lambda x: x >= 0, "must be 0 or more"),
+    ("adam_beta1 adam_beta2", lambda x: 0 <= x < 1, "must be below 1, and not below 0"),
+    ("max_steps", lambda x: x > 0 or x == -1, "must be above 0; leave it out to train 'num_train_epochs'"),
+    ("test_split_size", lambda x: 0 < x < 1, "must lie between 0 and 1"),
+    ("target_accuracy", lambda x: 0 <= x <= 1, "must lie between 0 and 1"),
+    ("save_total_limit", lambda x: x >= 2, "must be 2 or more: one is left where the newest is cut off"),
+    ("margin_map", lambda x: min(x.values(), default=0) >= 0, "a margin below 0 would reward being wrong"),
+    (
+        "train_sampling_strategy",
+        lambda x: x in ("random", "sequential"),
+        "goes by length, and a comparison has no single one; leave it out",
     ),
-    "test_split_size": (lambda x: 0 < x < 1, "must lie between 0 and 1"),
-    "target_accuracy": (lambda x: 0 <= x <= 1, "must lie between 0 and 1"),
-    "save_total_limit": (lambda x: x >= 2, "must be 2 or more: one is left where the newest is cut off"),
-    "margin_map": (lambda x: min(x.values(), default=0) >= 0, "a margin below 0 would reward being wrong"),
-    "metric_for_best_model": (
-        lambda x: x.removeprefix("eval_") in METRICS,
-        f"is not measured in training; {', '.join(METRICS)} are",
+    (
+        "columns",
+        lambda x: x.keys() <= {*COLUMNS.split()} and len({*x.values()}) == len(x),
+        f"should give each of some of {COLUMNS} another column's name",
     ),
-    "accelerator_config": (
+    (
+        "metric_for_best_model",
+        lambda x: x.removeprefix("eval_") in _METRICS,
+        f"is not measured in training; {', '.join(_METRICS)} are",
+    ),
+    ("optim", lambda x: "lomo" not in x and "layerwise" not in x, "makes its steps in backward, unchecked"),
+    (
+        "accelerator_config",
         lambda x: isinstance(x, str) or not (x.get("split_batches") or x.get("dispatch_batches")),
         "would change how many comparisons make a step; set 'per_device_train_batch_size'",
     ),
-    **dict.fromkeys(
-        [f"{key}_kwargs" for key in CHECKPOINTING],
-        (
-            lambda x: isinstance(x, str) or x.keys() <= {*_CHECKPOINTING.split()},
-            f"has a key that is none of {_CHECKPOINTING}",
-        ),
+    (
+        "gradient_checkpointing_kwargs activation_checkpointing_kwargs",
+        lambda x: isinstance(x, str) or x.keys() <= {*_CHECKPOINTING.split()},
+        f"has a key that is none of {_CHECKPOINTING}",
     ),
-}
+)
+LIMITS = {key: (within, limit) for keys, within, limit in _LIMITS for key in keys.split()}
 
 
 @dataclass
@@ -197,6 +174,10 @@ class DataArguments:
     # Share of the prompts to hold out of the train split, all comparisons of a prompt together; 0.1 where a
     # set has a train split only.
     test_split_size: float | None = None
+    # Names that the data set has for ours, e.g. `{prompt: question, chosen: best, rejected: worst}`; also
+    # `responses`, `ranks`, `scores`, `system`, `tools`, `subset`. `verdict` names the one that counts of
+    # several: `{verdict: safer_response_id}`. (In an entry of `datasets`, `columns` is TRL's list.)
+    columns: dict[str, str] | None = None
     # How much better the chosen response is: a number to subtract from the reward difference in the loss
     # (Llama 2, arXiv 2307.09288, section 3.2.2), or a category of `margin_map`. Rankings may have a number
     # for each response: `scores`, say.
@@ -260,10 +241,10 @@ class _Keys(BaseModel):
     @field_validator("*")
     @classmethod
     def _allowed(cls, value: Any, info: ValidationInfo) -> Any:
-        only, reason = FIXED_KEYS.get(str(info.field_name), ((value,), ""))
-        within, limit = LIMITS.get(str(info.field_name), (None, ""))
-        if value not in only:
-            raise ValueError(f": {reason}")
+        key = str(info.field_name)
+        within, limit = LIMITS.get(key, (None, ""))
+        if key in FIXED_KEYS and value not in (cls.model_fields[key].default, None):
+            raise ValueError(f": {FIXED_KEYS[key]}")
         if within is not None and value is not None and not within(value):
             raise ValueError(f" {limit}")
         if hide_secrets(value) != value:  # a run would keep and show it
@@ -296,7 +277,8 @@ def _model_of(*parts: Any, **hints: Any) -> type[BaseModel]:
         for item in dataclasses.fields(part):
             if item.init and item.name not in REFUSED_KEYS:
                 hint = _with_choices(of_part[item.name], item.metadata.get("choices"))
-                fields[item.name] = (hints.get(item.name, hint), None)
+                default = [] if item.default is dataclasses.MISSING else item.default
+                fields[item.name] = (hints.get(item.name, hint), default)
     return create_model("Keys", __base__=_Keys, **fields)
 
 
@@ -366,5 +348,5 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 
 def looks_local(name: str) -> bool:
     """Whether a name that does not exist was meant as a path: a Hub id is NAME or USER/NAME."""
-    data_file = name.removesuffix(".gz").endswith(DATA_FORMATS)
+    data_file = name.lower().removesuffix(".gz").endswith((*DATA_FORMATS, *TEMPLATE_FORMATS))
     return data_file or name.startswith((".", "~", "/")) or name.count("/") > 1

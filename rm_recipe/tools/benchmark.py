@@ -20,13 +20,13 @@ from typing import Any
 import psutil
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from rm_recipe.errors import RecipeError, TrainingError
+from rm_recipe.evaluation.format import print_table
 from rm_recipe.files import write_json
 from rm_recipe.recipe.reader import Recipe
-from rm_recipe.training.run_folder import BENCHMARK, check_run_folder
-from rm_recipe.training.train import PACKAGES, load_data, package_version
+from rm_recipe.training.run_folder import BENCHMARK, check_run_folder, versions
+from rm_recipe.training.train import load_data
 
 STOCK_BATCHES = (1, 2, 4, 8, 16, 32)  # per device: large ones pay for padding, small ones for idle arithmetic
 # Of a measurement's recipe: nothing but training, in this process alone.
@@ -63,21 +63,11 @@ def benchmark(
 
     with tempfile.TemporaryDirectory(prefix="rm-recipe-benchmark-") as folder:
         train = partial(measure_training, recipe, Path(folder))
-        tried: dict[int, float | None] = {}
-        if stock_batch is None:
-            stock_batch, tried = best_batch(recipe, train)
+        stock_batch = stock_batch or best_batch(recipe, train)
         results = in_turns(train, stock_batch, steps, repeats)
         scoring = measure(recipe, Path(folder), "scoring", str(repeats))
-    content = summarise(results, scoring) | {
-        "machine": machine(),
-        "setting": {
-            "steps": steps,
-            "repeats": repeats,
-            "stock_batch": stock_batch,
-            "recipe": recipe.resolved(),
-        },
-        "stock_batches_tried": {str(size): found for size, found in tried.items()},
-    }
+    setting = {"steps": steps, "repeats": repeats, "stock_batch": stock_batch, "recipe": recipe.resolved()}
+    content = {"machine": machine(), "setting": setting, **summarise(results, scoring)}
     write_json(target / BENCHMARK, content)
     print_benchmark(content)
     print(f"written: {target / BENCHMARK}")
@@ -146,21 +136,17 @@ def run_worker(command: list[str]) -> bool:
     return True
 
 
-def best_batch(recipe: Recipe, train: Any) -> tuple[int, dict[int, float | None]]:
-    """Stock's fastest per-device batch, and the speed of each that was tried; None where there was no memory.
-
-    Tried are the recipe's own, and those of `STOCK_BATCHES` that divide its effective batch.
-    """
+def best_batch(recipe: Recipe, train: Any) -> int:
+    """Find stock's fastest batch: the recipe's own, or one of `STOCK_BATCHES` that divides its step."""
     configured = recipe.training.train_batch_size
     batch = configured * recipe.training.gradient_accumulation_steps
-    sizes = sorted({size for size in STOCK_BATCHES if batch % size == 0} | {configured})
-    tried = {}
-    for size in sizes:
+    speeds = {configured: 0.0}
+    for size in sorted({size for size in STOCK_BATCHES if batch % size == 0} | {configured}):
         result = train("stock", size, 2)
-        tried[size] = speed(result) if result else None
-        if result is None:  # what is larger needs more
+        if result is None:  # what is larger needs more memory, too
             break
-    return max(tried, key=lambda size: tried[size] or 0.0), tried
+        speeds[size] = speed(result)
+    return max(speeds, key=lambda size: speeds[size])
 
 
 def in_turns(train: Any, stock_batch: int, steps: int, repeats: int) -> dict[str, list[dict[str, Any]]]:
@@ -186,18 +172,15 @@ def in_turns(train: Any, stock_batch: int, steps: int, repeats: int) -> dict[str
 
 def machine() -> dict[str, Any]:
     """What it ran on."""
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        names = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("model name")[2]
-        cpu = names.partition(":")[2].partition("\n")[0].strip()
+    listed = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    named = re.search(r"model name\s*: (.+)", listed)
     return {
-        "cpu": cpu,
+        "cpu": named[1] if named else platform.processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "versions": {"python": platform.python_version()}
-        | {name: package_version(name) for name in PACKAGES},
+        "versions": versions(),
     }
 
 
@@ -226,7 +209,6 @@ def summarise(results: dict[str, list[dict[str, Any]]], scoring: dict[str, Any] 
         "comparisons_per_s": _ratio(speeds["ours"], speeds["stock"]),
         "peak_memory": _ratio(memory["ours"], memory["stock"]),
         "tuned_comparisons_per_s": _ratio(speeds["ours"], best),
-        "tuned_peak_memory": _ratio(memory["ours"], memory["stock_tuned"]),
         "scoring": _ratio(scoring["ours"], scoring["plain"]) if scoring else None,
     }
     content["max_loss_difference"], stock = None, results["stock"] or results["stock_tuned"]
@@ -271,26 +253,17 @@ def print_benchmark(content: dict[str, Any], console: Console | None = None) -> 
     Args:
         content: what `benchmark.json` holds.
     """
-    table = Table(title="Training", title_justify="left")
-    for heading in ("trainer", "comparisons/s", "tokens/s", "padding", "peak memory", "TFLOP/s"):
-        table.add_column(heading, justify="left" if heading == "trainer" else "right", no_wrap=True)
-    tuned = f"stock, batch {content['setting']['stock_batch']}"
-    for key, name in (("stock", "stock TRL"), ("stock_tuned", tuned), ("ours", "rm_recipe")):
-        figures = content[key]
-        cells = (
-            ["out of memory"]
-            if figures is None
-            else [
-                f"{figures['comparisons_per_s']:.2f}",
-                f"{figures['tokens_per_s']:.0f}",
-                f"{figures['padding_share']:.0%}",
-                f"{figures['peak_memory_bytes'] / 1e9:.2f} GB",
-                f"{figures['tflops']:.3g}",
-            ]
-        )
-        table.add_row(name, *cells)
     console, ratio, scoring = console or Console(), content["ratio"], content["scoring"]
-    console.print(table)
+    tuned, rows = f"stock, batch {content['setting']['stock_batch']}", []
+    for key, name in (("stock", "stock TRL"), ("stock_tuned", tuned), ("ours", "rm_recipe")):
+        cells = ["out of memory"]
+        if figures := content[key]:
+            cells = [f"{figures['comparisons_per_s']:.2f}", f"{figures['tokens_per_s']:.0f}"]
+            cells += [f"{figures['padding_share']:.0%}", f"{figures['peak_memory_bytes'] / 1e9:.2f} GB"]
+            cells += [f"{figures['tflops']:.3g}"]
+        rows.append([name, *cells])
+    head = ("trainer", "comparisons/s", "tokens/s", "padding", "peak memory", "TFLOP/s")
+    print_table("Training", head, rows, console)
     sentences = {
         "comparisons_per_s": "{comparisons_per_s:.2f} times stock TRL's speed, {peak_memory:.2f} of memory",
         "tuned_comparisons_per_s": "{tuned_comparisons_per_s:.2f} times stock TRL's speed at its best batch",
@@ -301,6 +274,5 @@ def print_benchmark(content: dict[str, Any], console: Console | None = None) -> 
             console.print(sentence.format(**ratio), highlight=False)
     if content["max_loss_difference"] is not None:
         rewards = f"; rewards by at most {scoring['max_reward_difference']:.1e}" if scoring else ""
-        console.print(
-            f"Losses differ by at most {content['max_loss_difference']:.1e}{rewards}.", highlight=False
-        )
+        losses = f"Losses differ by at most {content['max_loss_difference']:.1e}"
+        console.print(f"{losses}{rewards}.", highlight=False)

@@ -26,14 +26,8 @@ from rm_recipe.model.memory import peak_memory
 from rm_recipe.model.shared_prefix import padded_rows
 from rm_recipe.recipe.reader import Recipe, read_recipe
 from rm_recipe.scoring import RewardModel
-from rm_recipe.training.train import (
-    cheaper_adapters,
-    decide_checkpointing,
-    load_data,
-    load_model,
-    make_trainer,
-    settle_step,
-)
+from rm_recipe.training import train
+from rm_recipe.training.trainer import cheaper_adapters
 
 SCORED = 256  # comparisons: enough that their lengths are the data's
 
@@ -47,17 +41,13 @@ def measure_training(recipe: Recipe, what: str) -> dict[str, Any]:
         outside the embeddings forwards, 2 for the gradient of what goes in, and, where the base itself
         is trained, 2 for its own (recomputing does not count).
     """
-    tokenizer, train_split, test_split, _ = load_data(recipe)
-    model, modules_to_save = load_model(recipe, tokenizer)
+    tokenizer, train_split, test_split, _ = train.load_data(recipe)
+    model, modules_to_save = train.load_model(recipe, tokenizer)
     parameters = model.num_parameters(exclude_embeddings=True)
-    decide_checkpointing(
-        recipe, model, modules_to_save, train_split, shared=False
-    )  # as stock needs it, for both
+    # As stock needs it, for both.
+    train.decide_checkpointing(recipe, model, modules_to_save, train_split, shared=False)
     if what == "ours":
-        sharing = settle_step(recipe, model, modules_to_save, train_split)
-        trainer: Any = make_trainer(
-            recipe, tokenizer, model, modules_to_save, train_split, test_split, sharing
-        )
+        trainer: Any = train.make_trainer(recipe, tokenizer, model, modules_to_save, train_split, test_split)
     else:
         recipe.training.chat_template_path = None  # what is tokenised already needs none
         trainer = RewardTrainer(
@@ -156,8 +146,8 @@ def measure_scoring(recipe: Recipe, repeats: int) -> dict[str, Any]:
     Returns:
         conversations a second of each repeat, and the largest difference of rewards.
     """
-    tokenizer, _, test_split, _ = load_data(recipe)
-    model, _ = load_model(recipe, tokenizer)
+    tokenizer, _, test_split, _ = train.load_data(recipe)
+    model, _ = train.load_model(recipe, tokenizer)
     reward_model = RewardModel(model.to(recipe.training.device).eval(), tokenizer)
     rows = test_split.comparisons.select(range(min(SCORED, len(test_split.comparisons))))
     comparisons = [Encoded(row["prefix"], row["suffixes"]) for row in rows]

@@ -8,27 +8,23 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
+from rm_recipe.data.comparison import Encoded
 from rm_recipe.data.splits import refuse_leakage
 from rm_recipe.errors import RecipeError
 from rm_recipe.files import write_json
-from rm_recipe.model import reward_model, source
-from rm_recipe.model.memory import (
-    PROCESS,
-    Fit,
-    device_memory,
-    fit_by_config,
-    read_for,
-    what_to_lower,
-)
-from rm_recipe.model.shared_prefix import check_padding
-from rm_recipe.model.source import load_config
-from rm_recipe.model.tokenizer import check_one_end, check_vocabulary, load_tokenizer
-from rm_recipe.recipe.reader import Recipe, is_run_folder
+from rm_recipe.model import lora, reward_model
+from rm_recipe.model.head import head_names
+from rm_recipe.model.memory import PROCESS, Fit, device_memory, fit
+from rm_recipe.model.shared_prefix import decide_sharing
+from rm_recipe.model.tokenizer import check_lengths, check_one_end, check_vocabulary, load_tokenizer
+from rm_recipe.recipe.reader import Recipe, is_run_folder, read_recipe
 from rm_recipe.recipe.schema import DEVICE_KEYS
-from rm_recipe.training.distributed import check_sharding
+from rm_recipe.training.preflight import preflight
 from rm_recipe.training.run_folder import DATA_REPORT, changed_keys, check_run_folder
-from rm_recipe.training.train import load_data, make_ready, report_data
+from rm_recipe.training.train import check_sharding, load_data, load_model, make_trainer, report_data
 
+# The precision of a GPU, on a machine that has none.
+AS_ON_GPU = {"use_cpu": "true", "fp16": "false", "bf16": "true"}
 UNITS = {"": 1e9, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
@@ -45,9 +41,8 @@ def check_base(recipe: Recipe) -> None:
     folder = folder_at_hand(name, recipe.model.model_revision)
     if folder is None:
         return
-    config = load_config(folder)
+    config = lora.load_config(folder)
     reward_model.check_base(config, recipe.model, recipe.training.max_length)
-    check_padding(config, name)
     holders = [path for path in (name, folder) if (Path(path) / "tokenizer_config.json").is_file()]
     if holders or name == folder:
         template = template if template and Path(template).exists() else None
@@ -74,7 +69,7 @@ def folder_at_hand(name: str, revision: str) -> str | None:
             ) from None
     if (Path(name) / "config.json").is_file():
         return name
-    adapter = source.sft_adapter(name)
+    adapter = lora.sft_adapter(name)
     return folder_at_hand(adapter.base_model_name_or_path, adapter.revision or "main") if adapter else None
 
 
@@ -110,9 +105,13 @@ def check_step(recipe: Recipe) -> None:
     Raises:
         RecipeError, DataError, TrainingError: whatever would stop training.
     """
-    check_sharding(recipe.training, bool(recipe.model.load_in_4bit or recipe.model.load_in_8bit))
+    check_sharding(recipe)
     check_run_folder(recipe, resume=False, overwrite=is_run_folder(recipe.output_dir))
-    make_ready(recipe)
+    tokenizer, train_split, test_split, leakage = load_data(recipe)
+    report_data(recipe, train_split, test_split, leakage)
+    refuse_leakage(recipe, leakage)
+    model, modules_to_save = load_model(recipe, tokenizer)
+    preflight(recipe, make_trainer(recipe, tokenizer, model, modules_to_save, train_split, test_split))
 
 
 def check_memory(path: Path, overrides: Sequence[str], gpu_memory: str | None = None) -> bool:
@@ -135,6 +134,40 @@ def check_memory(path: Path, overrides: Sequence[str], gpu_memory: str | None = 
     return found.fits
 
 
+def read_for(path: Path, overrides: Sequence[str], device: torch.device) -> Recipe:
+    """Read a recipe with the precision that it would have on a device, which this machine need not have.
+
+    Raises:
+        RecipeError: it is faulty.
+    """
+    recipe = read_recipe(path, overrides, check_inputs=False)
+    if device.type == recipe.training.device.type:
+        return recipe
+    given = {word.partition("=")[0] for word in overrides}
+    more = [f"--{key}={value}" for key, value in AS_ON_GPU.items() if f"--{key}" not in given]
+    return read_recipe(path, [*overrides, *more], check_inputs=False)
+
+
+def fit_by_config(recipe: Recipe, device: torch.device, memory_bytes: float, larger: bool = True) -> Fit:
+    """`fit` by the base's configuration, for conversations of `max_length` tokens that share none.
+
+    Raises:
+        RecipeError: the configuration cannot be had.
+    """
+    training = recipe.training
+    name, revision = str(recipe.model.model_name_or_path), recipe.model.model_revision
+    config = lora.load_config(name, revision)
+    text = config.get_text_config()
+    if text.pad_token_id is None:  # which the tokenizer would name
+        text.pad_token_id = 0
+    outline = reward_model.outline(config, name)
+    check_lengths(outline, training.max_length, name)
+    sharing = decide_sharing(outline, recipe.data.prefix_sharing, training.max_length, device)
+    longest = Encoded([5], [[6] * ((training.max_length or 1024) - 1)] * 2)
+    parts = (outline.config, recipe, head_names(outline), lambda n: [longest] * n)
+    return fit(*parts, shared=sharing.used, device=device, memory_bytes=memory_bytes, larger=larger)
+
+
 def parse_bytes(text: str) -> float:
     """Read `8GB`, `8 GiB`, `8000MB`; a number alone is in GB.
 
@@ -150,14 +183,14 @@ def parse_bytes(text: str) -> float:
 
 def print_fit(found: Fit, recipe: Recipe, device: torch.device) -> None:
     """Print the plan as a table, and whether it fits."""
-    plan = found.plan
+    plan, batch = found.plan, recipe.training.per_device_train_batch_size
     length, on = recipe.training.max_length, device.type.upper()
     print(f"Memory of a training step on {on}, planned for conversations of {length} tokens:\n")
     for name, size in (
         ("base", plan.weights - plan.trained),
         ("adapters and head" if recipe.model.use_peft else "trained weights", plan.trained),
         ("optimizer", plan.optimizer),
-        (f"step: activations and gradients of {found.batch} comparisons", plan.heap * plan.step),
+        (f"step: activations and gradients of {batch} comparisons", plan.heap * plan.step),
         ("process and libraries", PROCESS),
         ("peak", plan.peak),
     ):
@@ -171,4 +204,4 @@ def print_fit(found: Fit, recipe: Recipe, device: torch.device) -> None:
     print(f"evaluation: about {plan.evaluation / 1e9:.1f} GB")
     print(f"export, verified in fp32: about {plan.export / 1e9:.1f} GB{on_cpu}")
     if not found.fits:
-        print(f"instead: {what_to_lower(found, recipe)}")
+        print(f"instead: {found.lower}")

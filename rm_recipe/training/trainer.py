@@ -6,23 +6,28 @@ metrics, which count comparisons instead of averaging batches.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch.nn.functional import logsigmoid
-from transformers import ProgressCallback, TrainerState
+from transformers import PreTrainedTokenizerBase, ProgressCallback
 from trl import RewardTrainer
 
 from rm_recipe.data.comparison import Encoded, pair_indices
-from rm_recipe.data.dataset import row_name
+from rm_recipe.data.dataset import Split, row_name
 from rm_recipe.errors import TrainingError
+from rm_recipe.model.head import head_of
+from rm_recipe.model.lora import in_one_product
 from rm_recipe.model.row_attention import by_block
-from rm_recipe.model.shared_prefix import padded_rows, shared_rows
-from rm_recipe.training.distributed import autocast_of, keep_precision, without_random_numbers
+from rm_recipe.model.shared_prefix import Sharing, padded_rows, shared_rows
+from rm_recipe.training.monitoring import LogLines
+
+if TYPE_CHECKING:
+    from trl import RewardConfig
 
 TIED = 1e-6  # rewards that differ by no more say nothing of a comparison
 FAULTY_NAMED = 5  # comparisons whose loss is not finite, in the message
@@ -75,51 +80,49 @@ def mean_of_pairs(values: torch.Tensor, pairs_each: torch.Tensor) -> torch.Tenso
     return values.new_zeros(n).index_add(0, owner, values) / pairs_each
 
 
-class LogLines(ProgressCallback):
-    """Trainer's progress bar, with one short line above it for each log instead of a dict."""
-
-    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
-        """Print step, loss, accuracy, margin and learning rate."""
-        if self.training_bar is None or not {"loss", "eval_loss"} & set(logs or ()):
-            return
-        formats = {"loss": ".3f", "accuracy": ".3f", "margin": ".2f", "learning_rate": ".1e"}
-        formats |= {"eval_loss": ".3f", "eval_accuracy": ".3f"}
-        parts = [
-            f"{key.replace('_', ' ')} {logs[key]:{form}}" for key, form in formats.items() if key in logs
-        ]
-        self.training_bar.write(f"step {state.global_step:>4}  " + "  ".join(parts))
-
-    def close(self) -> None:
-        """End the bars where they stand."""
-        for bar in (self.prediction_bar, self.training_bar):
-            if bar is not None:
-                bar.close()
-
-
 class SharedPrefixRewardTrainer(RewardTrainer):
-    """`trl.RewardTrainer` for datasets with the columns of `COLUMNS` (`dataset.Split`).
+    """`trl.RewardTrainer` for tokenised splits.
 
     The loss is -log sigmoid(r_chosen - r_rejected - margin), its mean over the untied pairs of each
     comparison (InstructGPT, arXiv 2203.02155, equation 1; the margin: Llama 2, 2307.09288, equation 2)
     and then over comparisons, with TRL's `center_rewards_coefficient` (arXiv 2312.09244, equation 2).
+
+    Args:
+        model: a one-label classifier that takes `last_token_positions`, with its adapters if it has any.
+        sharing: whether prefixes are shared, as `decide_sharing` found for this model.
+        modules_to_save: the head, and whatever else is trained in full beside LoRA.
 
     Raises:
         TrainingError: the loss is not finite (Trainer's own filter would hide it).
     """
 
     def __init__(
-        self, *args: Any, model: Any, processing_class: Any, share_prefixes: bool, **kwargs: Any
+        self,
+        model: Any,
+        args: "RewardConfig",
+        tokenizer: PreTrainedTokenizerBase,
+        splits: Sequence[Split],
+        sharing: Sharing,
+        modules_to_save: list[str],
     ) -> None:
+        self.train_split, self.test_split = splits
+        self.sharing, self.modules_to_save = sharing, modules_to_save
         # TRL rounds what is trained on a quantised base to bf16, where AdamW's small steps on weights
         # near 0.02 are lost, and with them the numbers of a head that the base brought.
         exact = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
-        collator = RowCollator(processing_class.pad_token_id, share_prefixes, one_row=by_block(model))
+        train_dataset, eval_dataset = (split.comparisons.select_columns(COLUMNS) for split in splits)
         super().__init__(
-            *args, model=model, processing_class=processing_class, data_collator=collator, **kwargs
+            model=model,
+            args=args,
+            processing_class=tokenizer,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=RowCollator(tokenizer.pad_token_id, sharing.used, one_row=by_block(model)),
         )
         for name, parameter in self.model.named_parameters():
             if name in exact and parameter.dtype != exact[name].dtype:
                 parameter.data = exact[name].to(parameter.device)
+        self.initial_head = head_of(self.model, modules_to_save)
         self._signature_columns = COLUMNS  # what Trainer keeps of a data set
         self._needs_autocast = keep_precision(self.accelerator, self.args)
         if not self.args.disable_tqdm:
@@ -206,3 +209,57 @@ class SharedPrefixRewardTrainer(RewardTrainer):
             each,
         ) in gathered.items():  # in evaluation the loss, too: Trainer weighs batches by their rows
             metrics[key] += each.tolist()
+
+
+# --- precision, adapters and random numbers, whatever engine trains -----------------------------
+
+
+def keep_precision(accelerator: Any, training: "RewardConfig") -> bool:
+    """Make FSDP2 and DeepSpeed leave every parameter in its own precision: base in bf16, head in fp32.
+
+    Under a recipe's `bf16` Accelerate (1.15) has FSDP2 gather all parameters in bf16 and round what the model
+    returns, and has DeepSpeed make the whole model bf16, the saved one too. Rewards would be bf16: around
+    10, neighbours are 0.06 apart. Autocast then chooses the precision of the computation, as under DDP.
+
+    Returns:
+        whether the caller has to give that autocast (`autocast_of`), because Accelerate does not.
+    """
+    sharded = getattr(accelerator.state, "fsdp_plugin", None)
+    if sharded is not None and sharded.fsdp_version == 2:
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        sharded.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+        return True
+    deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
+    if deepspeed is not None and (training.bf16 or training.fp16):
+        # No "safe" modules: those would be sent in bf16, and their gradients summed in it.
+        autocast = {"enabled": True, "dtype": "bfloat16" if training.bf16 else "float16"}
+        deepspeed.deepspeed_config.update(
+            bf16={"enabled": False},
+            fp16={"enabled": False},
+            torch_autocast={**autocast, "lower_precision_safe_modules": []},
+        )
+        return True
+    return False
+
+
+def autocast_of(training: "RewardConfig") -> torch.autocast:
+    """The recipe's `bf16` or `fp16` as a context.
+
+    Without a cache: that would keep copies of all trained weights, whole, until the step's end.
+    """
+    dtype = torch.float16 if training.fp16 else torch.bfloat16
+    enabled = bool(training.bf16 or training.fp16)
+    return torch.autocast(training.device.type, dtype, enabled=enabled, cache_enabled=False)
+
+
+def without_random_numbers(device: torch.device) -> AbstractContextManager[None]:
+    """What happens within takes no random number from what comes after."""
+    there = [] if device.type in ("cpu", "mps") else [device]
+    return torch.random.fork_rng(there, device_type=device.type if there else "cuda")
+
+
+def cheaper_adapters(trainer: Any) -> AbstractContextManager[None]:
+    """`lora.in_one_product`, except where the adapters' weights are sharded: it reads them whole."""
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    return nullcontext() if sharded else in_one_product(trainer.model)

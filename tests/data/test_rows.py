@@ -1,12 +1,10 @@
 """Rows of data sets, in whatever shape they are written, become comparisons or a counted reason."""
 
-import gzip
 import itertools
 import json
 from decimal import Decimal
 
 import pytest
-from conftest import HH_RLHF, needs_hh_rlhf
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -58,7 +56,7 @@ def why(function, *arguments) -> tuple[str, str]:
         {"prompt": transcript("Hi") + "\n\nAssistant:", "chosen": " good", "rejected": " bad "},
         {"input": "Hi", "output_1": "good", "output_2": "bad", "label": 1},
         {"input": "Hi", "output_1": "bad", "output_2": "good", "label": 2},
-        {"prompt": "Hi", "responses": ["bad", "good"], "ranks": [2, 1], "chosen": None, "rejected": None},
+        {"prompt": "Hi", "responses": ["bad", "good"], "ranks": [2, "1"]},
     ],
 )
 def test_every_way_to_write_a_pair_gives_the_same_comparison(row):
@@ -107,36 +105,36 @@ def test_a_system_column_is_the_system_message():
         parse_row({**PAIR, "system": 5})
 
 
-@pytest.mark.parametrize(
-    ("row", "reason"),
-    [
-        ({"chosen": None, "rejected": "b", "prompt": "p"}, "missing_response"),
-        ({"chosen": " ", "rejected": "b", "prompt": "p"}, "empty_response"),
-        ({"chosen": "a", "rejected": "a ", "prompt": "p"}, "identical_responses"),
-        ({"chosen": "a", "rejected": "b", "prompt": " "}, "empty_prompt"),
-        ({"chosen": "a", "rejected": "b"}, "not_a_transcript"),
-        ({"chosen": "\n\nHuman: x", "rejected": "\n\nHuman: x"}, "ends_without_reply"),
-        ({"chosen": transcript("x", "a"), "rejected": transcript("y", "b")}, "differing_prompts"),
-        ({"chosen": [USER, REPLY], "rejected": "b", "prompt": "p"}, "differing_prompts"),
-        ({**PAIR, "chosen": [*CALLED, REPLY], "rejected": [REPLY]}, "reply_of_several_messages"),
-        ({**PAIR, "prompt": [USER, REPLY]}, "prompt_ends_with_reply"),
-        ({**PAIR, "prompt": [SYSTEM, USER], "system": "Be kind."}, "two_system_messages"),
-        ({**PAIR, "tools": [{"type": "function"}]}, "tools"),
-        ({**PAIR, "chosen": "a\ud800"}, "invalid_text"),
-        ({"prompt": "p", "responses": ["a"], "ranks": [1]}, "single_response"),
-        ({"prompt": "p", "responses": ["a", None], "ranks": [1, 2]}, "missing_response"),
-        ({"prompt": "p", "responses": ["a", "b"], "ranks": [1]}, "ranks_do_not_match"),
-        ({"prompt": "p", "responses": ["a", "b"], "ranks": None}, "missing_ranks"),
-        ({"prompt": "p", "responses": ["a", "b"], "scores": [1, float("nan")]}, "missing_scores"),
-        ({"prompt": "p", "responses": ["a", "b"], "scores": [10**400, 1]}, "missing_scores"),
-        ({"prompt": "p", "responses": ["a", "b", "c"], "ranks": [2, 2, 2]}, "all_tied"),
-        ({"prompt": "p", "responses": ["a", "b", "a "], "ranks": [1, 2, 3]}, "identical_responses"),
-        ({"prompt": None, "responses": ["a", "b"], "ranks": [1, 2]}, "empty_prompt"),
-        ({"input": "p", "output_1": "a", "output_2": "b", "label": None}, "missing_label"),
-    ],
-)
-def test_a_row_that_is_no_comparison_says_why(row, reason):
-    assert why(parse_row, row)[0] == reason
+REFUSED = {
+    "missing_response": {"chosen": None, "rejected": "b", "prompt": "p"},
+    "empty_response": {"chosen": " ", "rejected": "b", "prompt": "p"},
+    "identical_responses": {"chosen": "a", "rejected": "a ", "prompt": "p"},
+    "empty_prompt": {"chosen": "a", "rejected": "b", "prompt": " "},
+    "not_a_transcript": {"chosen": "a", "rejected": "b"},
+    "ends_without_reply": {"chosen": "\n\nHuman: x", "rejected": "\n\nHuman: x"},
+    "differing_prompts": {"chosen": transcript("x", "a"), "rejected": transcript("y", "b")},
+    "reply_of_several_messages": {**PAIR, "chosen": [*CALLED, REPLY], "rejected": [REPLY]},
+    "prompt_ends_with_reply": {**PAIR, "prompt": [USER, REPLY]},
+    "two_system_messages": {**PAIR, "prompt": [SYSTEM, USER], "system": "Be kind."},
+    "tools": {**PAIR, "tools": [{"type": "function"}]},
+    "invalid_text": {**PAIR, "chosen": "a\ud800"},
+    "single_response": {"prompt": "p", "responses": ["a"], "ranks": [1]},
+    "ranks_do_not_match": {"prompt": "p", "responses": ["a", "b"], "ranks": [1]},
+    "missing_ranks": {"prompt": "p", "responses": ["a", "b"], "ranks": None},
+    "all_tied": {"prompt": "p", "responses": ["a", "b", "c"], "ranks": [2, 2, 2]},
+    "missing_label": {"input": "p", "output_1": "a", "output_2": "b", "label": None},
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_a_row_that_is_no_comparison_says_why(reason):
+    assert why(parse_row, REFUSED[reason])[0] == reason
+
+
+@pytest.mark.parametrize("score", [None, "N/A", True, float("nan"), 10**400])
+def test_a_score_that_is_no_number_leaves_its_row_out_and_is_shown(score):
+    row = {"prompt": "p", "responses": ["a", "b"], "scores": [1, score]}
+    assert why(parse_row, row) == ("missing_scores", f"scores: {[1, score]}"[:68])
 
 
 @pytest.mark.parametrize(
@@ -145,8 +143,7 @@ def test_a_row_that_is_no_comparison_says_why(row, reason):
         ({"prompt": "p", "chosen": 5, "rejected": "b"}, "chosen"),
         ({"prompt": {"role": "user"}, "chosen": "a", "rejected": "b"}, "prompt"),
         ({"prompt": "p", "responses": "ab", "ranks": [1, 2]}, "responses"),
-        ({"prompt": "p", "responses": ["a", "b"], "ranks": ["1", "2"]}, "ranks"),
-        ({"prompt": "p", "responses": ["a", "b"], "scores": [True, False]}, "scores"),
+        ({"prompt": "p", "responses": ["a", "b"], "ranks": 1}, "ranks"),
         ({"instruction": "p", "completions": ["a", "b"]}, "completions"),
         ({"input": "Hi", "output_1": "good", "output_2": "bad", "label": "good"}, "label"),
     ],
@@ -160,12 +157,7 @@ VALUES = st.one_of(st.none(), st.text(), st.integers(), st.lists(st.sampled_from
 ROWS = st.one_of(
     st.fixed_dictionaries({"chosen": VALUES, "rejected": VALUES}, optional={"prompt": VALUES}),
     st.fixed_dictionaries(
-        {"prompt": VALUES, "responses": st.lists(VALUES)},
-        optional={
-            "ranks": st.lists(st.integers(0, 3)),
-            "scores": st.lists(st.floats()),
-            "completions": VALUES,
-        },
+        {"prompt": VALUES, "responses": st.lists(VALUES), "ranks": st.lists(st.integers(0, 3))}
     ),
 )
 
@@ -188,36 +180,15 @@ def test_any_row_is_a_comparison_or_has_a_reason(row):
 # --- rankings and margins --------------------------------------------------------------------
 
 
-def ultrafeedback(**scores) -> dict:
-    return {
-        "instruction": "Hi",
-        "completions": [{"response": r, "overall_score": s} for r, s in scores.items()],
-    }
-
-
 def test_a_ranking_is_one_comparison_best_first_whichever_way_it_is_written():
     expected = Comparison([USER], ["x", "y", "z"], [0, 1, 2])
     assert parse_row({"prompt": "Hi", "responses": ["y", "z", "x"], "ranks": [2, 3, 1]}) == expected
     scores = [Decimal("0.5"), -1, 7]
     assert parse_row({"prompt": "Hi", "responses": ["y", "z", "x"], "scores": scores}) == expected
-    assert parse_row(ultrafeedback(z=1.0, x=9.0, y=5.0)) == expected
-    assert why(parse_row, ultrafeedback(z="N/A", x=9.0))[0] == "missing_overall_score"
-
-
-@given(st.lists(st.integers(1, 5), min_size=2, max_size=9))
-def test_k_responses_give_k_choose_2_pairs_less_the_ties(scores):
-    row = {"prompt": "p", "responses": [f"r{n}" for n in range(len(scores))], "scores": scores}
-    k = len(scores)
-    ties = sum(scores[i] == scores[j] for i in range(k) for j in range(i))
-    try:
-        comparison = parse_row(row)
-    except Excluded:
-        assert ties == k * (k - 1) / 2
-    else:
-        assert len(untied_pairs(comparison.ranks)) == k * (k - 1) / 2 - ties
-        by_text = dict(zip(row["responses"], scores, strict=True))
-        for i, j in untied_pairs(comparison.ranks):
-            assert by_text[comparison.responses[i]] > by_text[comparison.responses[j]]
+    published = [
+        {"response": text, "overall_score": score} for text, score in zip("zxy", (1, 9, 5), strict=True)
+    ]
+    assert parse_row({"instruction": "Hi", "completions": published}) == expected
 
 
 def test_a_margin_is_a_number_a_category_or_the_difference_of_a_rankings_numbers():
@@ -233,19 +204,11 @@ def test_a_margin_is_a_number_a_category_or_the_difference_of_a_rankings_numbers
     assert parse_row(ranks, "ranks").margins == [1, 2, 1]  # 1 is best
 
 
-@pytest.mark.parametrize(
-    ("value", "reason"),
-    [
-        (None, "missing_margin"),
-        (float("nan"), "missing_margin"),
-        ([1, None], "missing_margin"),
-        ([1], "missing_margin"),
-        (-0.1, "negative_margin"),
-        ([1, 2], "negative_margin"),
-    ],
-)
-def test_a_row_without_a_margin_of_0_or_more_is_excluded(value, reason):
-    assert why(parse_row, {**PAIR, "m": value}, "m")[0] == reason
+@pytest.mark.parametrize("value", [None, "", float("nan"), [1, None], [1], -0.1, [1, 2]])
+def test_a_row_without_a_margin_of_0_or_more_says_so_and_is_a_comparison_all_the_same(value):
+    found = parse_row({**PAIR, "m": value}, "m")
+    fault = "negative_margin" if value in (-0.1, [1, 2]) else "missing_margin"
+    assert found == Comparison([USER], ["good", "bad"], margin_fault=fault)
 
 
 @pytest.mark.parametrize("value", ["so so", ["a", "b"], True])
@@ -351,17 +314,6 @@ def test_a_transcript_that_is_taken_apart_and_joined_is_the_same_text(text):
         assert all(a != b for a, b in itertools.pairwise(speakers))
 
 
-@given(st.lists(TEXTS.map(str.strip), min_size=1))
-def test_messages_that_are_written_as_a_transcript_are_read_back(contents):
-    """But for those that hold the start of another speaker's turn: nothing could tell it apart."""
-    speakers = ["Human", "Assistant"] * len(contents)
-    text = joined([(s, f" {c}") for s, c in zip(speakers, contents, strict=False)])
-    markers = text.count("\n\nHuman:") + text.count("\n\nAssistant:")
-    if markers == len(contents):
-        read = [message["content"] for message in parse_transcript(text)]
-        assert read == [content.replace("\r\n", "\n").strip() for content in contents]
-
-
 def test_a_speakers_name_inside_a_message_starts_no_turn():
     text = "\n\nHuman: Write a dialogue. Human: hi\nAssistant: hey\n\nAssistant: done "
     written = said("user", "Write a dialogue. Human: hi\nAssistant: hey")
@@ -373,13 +325,3 @@ def test_a_reply_that_writes_a_turn_of_its_own_is_a_comparison_all_the_same():
     assert prompts_differ(row)
     assert parse_row(row) == Comparison([said("user", "q")], ["one\n\nAssistant: two", "three"])
     assert not prompts_differ({"chosen": transcript("q", "a"), "rejected": transcript("q", "b")})
-
-
-@needs_hh_rlhf
-@pytest.mark.parametrize("subset", ["helpful-base", "harmless-base"])
-def test_every_genuine_transcript_is_given_back_character_for_character(subset):
-    for split in ("train", "test"):
-        with gzip.open(HH_RLHF / subset / f"{split}.jsonl.gz", "rt", encoding="utf-8") as file:
-            for row in map(json.loads, file):
-                for side in ("chosen", "rejected"):
-                    assert joined(split_turns(row[side])) == row[side]

@@ -1,8 +1,8 @@
 """What is trained on and what is held out: by prompt, by the seed alone, without leakage, and counted."""
 
-import gzip
 import json
 from collections import Counter
+from contextlib import nullcontext
 
 import datasets as hf_datasets
 import numpy as np
@@ -15,7 +15,6 @@ from rm_recipe.data.comparison import Encoded
 from rm_recipe.data.dataset import Split, set_aside
 from rm_recipe.data.loading import normalise
 from rm_recipe.data.splits import (
-    hold_out_share,
     load_held_out,
     load_held_out_split,
     load_split,
@@ -49,34 +48,9 @@ def test_rows_are_comparisons_and_counted_reasons_and_nothing_else(reasons):
     assert whole.excluded == Counter(before=2)  # the whole is not changed
     assert split.column("row").tolist() == [n for n, reason in enumerate(reasons, 1) if not reason]
     for reason, names in split.first_rows.items():
-        assert names == [f"s:{n}" for n, r in enumerate(reasons, 1) if r == reason][:5]
-        assert split.details[reason] == f"as {reason}"
+        assert names == [f"s:{n} (as {reason})" for n, r in enumerate(reasons, 1) if r == reason][:5]
     some = split.select(np.arange(len(split.comparisons) // 2), "not_sampled")
     assert some.rows == n == len(some.comparisons) + some.excluded.total() - 2
-
-
-def test_a_folder_in_hh_rlhfs_layout_gives_its_subsets_by_name(tmp_path):
-    for subset in ("helpful-base", "harmless-base"):
-        (tmp_path / subset).mkdir()
-        for name in ("train", "test"):
-            row = {
-                side: f"\n\nHuman: {subset} {name}\n\nAssistant: {side}" for side in ("chosen", "rejected")
-            }
-            with gzip.open(tmp_path / subset / f"{name}.jsonl.gz", "wt") as file:
-                file.write(json.dumps(row) + "\n" + json.dumps({**row, "rejected": row["chosen"]}) + "\n")
-    split = load_split(data(tmp_path, dataset_subsets=["helpful-base", "harmless-base"]), "test")
-    assert split.comparisons["subset"][:] == ["helpful-base", "harmless-base"]
-    assert split[1].prompt == [{"role": "user", "content": "harmless-base test"}]
-    assert (split.rows, split.excluded) == (4, {"identical_responses": 2})
-    assert split.first_rows == {"identical_responses": ["helpful-base:2", "harmless-base:2"]}
-
-
-def test_no_comparison_at_all_is_told_with_the_reasons_and_the_shapes(tmp_path):
-    path = write_jsonl(tmp_path / "x.jsonl", [{"chosen": "a", "rejected": "b"}] * 2)
-    with pytest.raises(
-        DataError, match="no comparison in it .2 not_a_transcript, first in row 1.; a row has "
-    ):
-        load_split(data(path), "test")
 
 
 def test_a_fingerprint_is_of_what_is_compared_in_its_order_and_nothing_else(
@@ -138,23 +112,18 @@ def leaky(tmp_path):
     return str(tmp_path / "leaky")
 
 
-@pytest.mark.parametrize(("leakage", "left"), [("drop", 7), ("allow", 8)])
-def test_a_train_prompt_that_is_also_held_out_is_dropped_or_let_pass(write_recipe, leaky, leakage, left):
+@pytest.mark.parametrize(("leakage", "left"), [("drop", 7), ("allow", 8), ("error", 8)])
+def test_a_train_prompt_that_is_also_held_out_is_dropped_let_pass_or_refused(
+    write_recipe, leaky, leakage, left
+):
     """Also where the sample of what is held out has another."""
     recipe = read_recipe(write_recipe(dataset_name=leaky, leakage=leakage, max_eval_samples=1))
     train, test, found = load_splits(recipe)
     assert (len(train.comparisons), len(test.comparisons)) == (left, 1)
     assert train.excluded["leaked_prompt"] == 8 - left
     assert (found.prompts, found.comparisons) == (1, 1)
-    refuse_leakage(recipe, found)
-
-
-def test_leakage_is_refused_by_default(write_recipe, leaky):
-    recipe = read_recipe(write_recipe(dataset_name=leaky))
-    found = load_splits(recipe)[-1]
-    with pytest.raises(
-        DataError, match="1 of 8 train comparisons .row 4. have a prompt that is also held out"
-    ):
+    refused = pytest.raises(DataError, match="1 of 8 train comparisons .row 4. have a prompt that is also")
+    with refused if leakage == "error" else nullcontext():
         refuse_leakage(recipe, found)
 
 
@@ -214,28 +183,18 @@ def test_a_prompt_stays_on_its_side_whatever_the_seed_the_size_and_the_other_pro
     assert held < prompts(more)
 
 
-def test_a_test_split_that_is_there_is_used_unless_a_share_is_asked_for(tiny_data):
-    assert hold_out_share(data(tiny_data)) is None
-    assert hold_out_share(data(tiny_data, test_split_size=0.3)) == 0.3
-    with pytest.raises(DataError, match="no file for the split 'validation'"):
-        hold_out_share(data(tiny_data, dataset_test_split="validation"))
-
-
-@pytest.mark.parametrize(("size", "side"), [(1e-9, "no comparison is"), (1 - 1e-9, "all comparisons are")])
-def test_where_one_side_is_empty_the_share_that_is_advised_works(write_recipe, tmp_path, size, side):
+@pytest.mark.parametrize("size", [1e-9, 1 - 1e-9])
+def test_of_two_prompts_or_more_there_are_some_on_either_side(write_recipe, tmp_path, size):
     path = write_jsonl(tmp_path / "x.jsonl", make_rows(3, seed=1))
-    with pytest.raises(DataError, match=f"{side} held out; set 'test_split_size: ") as caught:
-        load_splits(read_recipe(write_recipe(dataset_name=str(path), test_split_size=size)))
-    advised = float(str(caught.value).split("'test_split_size: ")[1].split("'")[0])
-    train, test, _ = load_splits(read_recipe(write_recipe(dataset_name=str(path), test_split_size=advised)))
-    assert {len(train.comparisons), len(test.comparisons)} == {1, 2}
+    train, test, _ = load_splits(read_recipe(write_recipe(dataset_name=str(path), test_split_size=size)))
+    assert (len(train.comparisons), len(test.comparisons)) == ((2, 1) if size < 0.5 else (1, 2))
 
 
 def test_one_prompt_cannot_be_held_out_and_the_advice_works(write_recipe, tmp_path):
     rows = [{"prompt": "Write a poem.", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(6)]
     path = write_jsonl(tmp_path / "x.jsonl", rows)
-    with pytest.raises(DataError, match="same prompt, so give a test split .* 'leakage: allow'"):
-        load_splits(read_recipe(write_recipe(dataset_name=str(path), test_split_size=0.001)))
+    with pytest.raises(DataError, match="same prompt, .* give a test split .* 'leakage: allow'"):
+        load_splits(read_recipe(write_recipe(dataset_name=str(path))))
     write_jsonl(tmp_path / "own" / "train.jsonl", rows[:4])
     write_jsonl(tmp_path / "own" / "test.jsonl", rows[4:])
     recipe = read_recipe(write_recipe(dataset_name=str(tmp_path / "own"), leakage="allow"))
@@ -284,17 +243,13 @@ def test_a_mixture_names_its_own_train_splits(write_recipe, tmp_path, mixture):
     assert train.rows == 65
 
 
-def test_a_test_split_for_some_of_a_mixture_or_some_subsets_is_refused(write_recipe, mixture, tmp_path):
+def test_a_test_split_for_some_of_a_mixture_is_refused(write_recipe, mixture, tmp_path):
     (tmp_path / "rankings" / "test.jsonl").unlink()
     values = {"dataset_name": "omit", "datasets": mixture}
-    with pytest.raises(DataError, match="rankings' has no split 'test' and others have"):
+    with pytest.raises(DataError, match="rankings' has no split 'test'; .* 'test_split_size' to hold out"):
         load_splits(read_recipe(write_recipe(**values)))
     train, test, _ = load_splits(read_recipe(write_recipe(**values, test_split_size=0.3)))
     assert len(train.comparisons) + len(test.comparisons) == 80
-    write_jsonl(tmp_path / "more" / "test.jsonl", make_rows(3, seed=2))
-    for order in (["more", "rankings"], ["rankings", "more"]):
-        with pytest.raises(DataError, match="rankings' has no split 'test' and others have"):
-            hold_out_share(data(tmp_path, dataset_subsets=order))
 
 
 # --- margins ---------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_recipe, make_rows, write_jsonl
+from huggingface_hub import constants
 from safetensors.torch import save_file
 from test_cli import invoke
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -52,14 +53,28 @@ def run(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "run")
 
 
+@pytest.fixture
+def data(run, trained, tmp_path):
+    """A copy of what the run was trained with, which the run now names."""
+    recipe, there = (run / "recipe.yaml").read_text(), trained.parent / "data"
+    (run / "recipe.yaml").write_text(recipe.replace(str(there), str(tmp_path / "data")))
+    return shutil.copytree(there, tmp_path / "data")
+
+
+@pytest.fixture
+def other_set(tmp_path):
+    """Four comparisons, one of them with an empty reply."""
+    rows = make_rows(4, seed=9)
+    rows[0]["chosen"] = ""
+    return str(write_jsonl(tmp_path / "other.jsonl", rows))
+
+
 def test_the_figures_have_the_contracts_keys(exported, capsys, monkeypatch):
     run, content = exported
     assert content.keys() == {"model", "base", "weights", "recipe", "datasets", "gate"}
     figures = content["datasets"][HELD_OUT]
-    named = (
-        "n_comparisons n_scored excluded accuracy accuracy_ci95 ties loss mean_margin baselines calibration"
-    )
-    assert figures.keys() >= {*named.split(), "length", "subsets"}
+    named = "n_comparisons n_scored excluded accuracy accuracy_ci95 ties loss mean_margin baselines"
+    assert figures.keys() >= {*named.split(), "calibration", "length", "subsets", "consistency"}
     assert figures["consistency"]["thank_you"]["n"] == 80
     assert figures["trained_prompts"] == 0
     assert figures["n_comparisons"] == figures["n_scored"] + sum(figures["excluded"].values()) == 40
@@ -68,7 +83,6 @@ def test_the_figures_have_the_contracts_keys(exported, capsys, monkeypatch):
     # The tiny data's chosen replies say `good`: a bag of words that learnt from train gets them all.
     assert figures["baselines"].keys() == {"longer_wins", "shorter_wins", "bag_of_words"}
     assert figures["baselines"]["bag_of_words"] == 1
-    assert figures["beats_baselines"] is False
     assert json.loads((run / "evaluation.json").read_text()) == content
     monkeypatch.setenv("COLUMNS", "80")
     print_evaluation(content, [HELD_OUT])
@@ -95,57 +109,33 @@ def test_ten_lines_of_plain_transformers_give_the_same_figures(exported, tiny_da
     assert figures["loss"] == pytest.approx(np.mean(np.log1p(np.exp(-margins))), abs=1e-5)
     assert figures["mean_margin"] == pytest.approx(margins.mean(), abs=1e-5)
     assert figures["std_reward"] == pytest.approx(rewards.std(), abs=1e-5)
-    confidence, right = 1 / (1 + np.exp(-np.abs(margins))), margins > 0
-    bins = np.minimum((confidence - 0.5) * 20, 9).astype(int)
-    gaps = [abs((confidence - right)[bins == b].sum()) for b in np.unique(bins)]
-    assert figures["calibration"]["ece"] == pytest.approx(sum(gaps) / 40, abs=1e-5)
 
 
-def test_another_data_set_is_added_and_the_held_out_figures_stay(run, tmp_path):
+def test_other_data_sets_are_added_and_the_held_out_figures_stay(run, other_set, tiny_data):
     evaluate(str(run))
-    rows = make_rows(4, seed=9)
-    rows[0]["chosen"] = ""
-    path = str(write_jsonl(tmp_path / "other.jsonl", rows))
-    content = evaluate(str(run), [path])
-    assert set(content["datasets"]) == {HELD_OUT, path}
-    assert content["datasets"][path]["excluded"] == {"empty_response": 1}
+    content = evaluate(str(run), [other_set])
+    assert set(content["datasets"]) == {HELD_OUT, other_set}
+    assert content["datasets"][other_set]["excluded"] == {"empty_response": 1}
     lines = [json.loads(line) for line in (run / "predictions.jsonl").open()]
-    assert [line["dataset"] for line in lines] == [HELD_OUT] * 40 + [path] * 3
-    evaluate(str(run), [path, path])
-    assert len((run / "predictions.jsonl").read_text().splitlines()) == 43
+    assert [line["dataset"] for line in lines] == [HELD_OUT] * 40 + [other_set] * 3
     for line in lines:
         assert line["margin"] == pytest.approx(line["rewards"][0] - line["rewards"][1])
         assert line["correct"] == (line["margin"] > 0)
+    seen = str(tiny_data / "train.jsonl")
+    assert evaluate(str(run), [other_set, seen, other_set])["datasets"][seen]["trained_prompts"] == 64
+    assert len((run / "predictions.jsonl").read_text().splitlines()) == 43 + 64
 
 
-def test_comparisons_that_were_trained_on_are_counted(run, tiny_data):
-    path = str(tiny_data / "train.jsonl")
-    assert evaluate(str(run), [path])["datasets"][path]["trained_prompts"] == 64
+# --- data that changed -------------------------------------------------------------------------
 
 
-@pytest.fixture
-def remade(trained):
-    """A function that writes the rows of train and test anew, until the test ends."""
-    data = trained.parent / "data"
-    kept = {path: path.read_text() for path in data.iterdir()}
-    rows = {path.stem: text.splitlines(keepends=True) for path, text in kept.items()}
-
-    def write(**anew):
-        for name, lines in anew.items():
-            (data / f"{name}.jsonl").write_text("".join(lines))
-
-    yield lambda change: write(**change(rows))
-    for path, text in kept.items():
-        path.write_text(text)
-
-
-def moved(rows):
-    """As a script that shuffles and splits once more makes them: trained on before, held out now."""
-    return {"train": rows["train"][20:] + rows["test"], "test": rows["train"][:20]}
-
-
-def test_where_what_is_held_out_changed_since_training_nothing_goes_on_from_the_run(run, remade, monkeypatch):
-    remade(moved)
+def test_where_what_is_held_out_changed_since_training_nothing_goes_on_from_the_run(run, data, monkeypatch):
+    train, test = (
+        (data / f"{name}.jsonl").read_text().splitlines(keepends=True) for name in ("train", "test")
+    )
+    # As a script that shuffles and splits once more makes them: trained on before, held out now.
+    (data / "train.jsonl").write_text("".join(train[20:] + test))
+    (data / "test.jsonl").write_text("".join(train[:20]))
     monkeypatch.setattr(RewardModel, "from_pretrained", None)
     recipe = run.parent / "recipe.yaml"
     recipe.write_text((run / "recipe.yaml").read_text())
@@ -159,39 +149,21 @@ def test_where_what_is_held_out_changed_since_training_nothing_goes_on_from_the_
     assert not (run / "evaluation.json").exists()
 
 
-def test_other_data_are_evaluated_all_the_same_but_without_a_count_of_what_was_trained_on(
-    run, remade, tmp_path, capsys
-):
-    path = str(write_jsonl(tmp_path / "other.jsonl", make_rows(4, seed=9)))
-    remade(moved)
-    figures = evaluate(str(run), [path])["datasets"][path]
-    assert (figures["n_scored"], figures["trained_prompts"]) == (4, None)
-    assert "bag_of_words" not in figures["baselines"]
-    assert "the train comparisons are not those that" in capsys.readouterr().out
-
-
-def test_with_other_train_rows_alone_what_is_held_out_can_be_evaluated_and_the_run_is_not_taken_for_finished(
-    run, remade, capsys
-):
-    remade(lambda rows: {"train": rows["train"][1:]})
+def test_where_the_train_rows_changed_or_are_gone_nothing_is_said_of_them(run, data, other_set, capsys):
+    train = data / "train.jsonl"
+    train.write_text(train.read_text().split("\n", 1)[1])
     figures = evaluate(str(run))["datasets"][HELD_OUT]
     assert (figures["n_scored"], figures["trained_prompts"]) == (40, None)
-    check_data(run, read_run_recipe(run))
-    assert capsys.readouterr().out.count("warning: the train comparisons are not those that") == 2
-    with pytest.raises(RecipeError, match="the train comparisons .*or train anew with --overwrite"):
-        check_data(run, read_run_recipe(run), train=True)
-
-
-def test_a_run_whose_training_data_are_gone_can_be_evaluated_elsewhere(run, trained, tmp_path, capsys):
-    recipe = (run / "recipe.yaml").read_text()
-    (run / "recipe.yaml").write_text(recipe.replace(str(trained.parent / "data"), str(tmp_path / "gone")))
-    check_data(run, read_run_recipe(run), train=True)
-    assert "changed since training cannot be told" in capsys.readouterr().out
-    path = str(write_jsonl(tmp_path / "other.jsonl", make_rows(4, seed=9)))
-    figures = evaluate(str(run), [path])["datasets"][path]
-    assert figures["n_scored"] == 4
     assert "bag_of_words" not in figures["baselines"]
-    assert "no bag-of-words baseline" in capsys.readouterr().out
+    assert "the train comparisons are not those that" in capsys.readouterr().out
+    with pytest.raises(RecipeError, match="the train comparisons .*or train anew with --overwrite"):
+        check_data(run, read_run_recipe(run), train=True)  # nor is the run taken for finished
+    shutil.rmtree(data)
+    assert evaluate(str(run), [other_set])["datasets"][other_set]["n_scored"] == 3
+    assert "cannot be read" in capsys.readouterr().out
+
+
+# --- which model -------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -239,33 +211,26 @@ def test_two_models_do_not_mix_in_one_evaluation(run, other_model, tiny_data, ti
         export(run)
 
 
-def test_what_a_run_says_of_weights_that_it_has_no_more_gives_way_to_held_out_figures_alone(run, tmp_path):
-    path = str(write_jsonl(tmp_path / "other.jsonl", make_rows(4, seed=9)))
-    evaluate(str(run), [HELD_OUT, path])
+def test_what_a_run_says_of_weights_that_it_has_no_more_gives_way_to_held_out_figures_alone(run, other_set):
+    evaluate(str(run), [HELD_OUT, other_set])
     weights = saved_tensors(run / "model")
     save_file({name: tensor * 1.5 for name, tensor in weights.items()}, run / "model" / ADAPTER)
     with pytest.raises(RecipeError, match="of this model before it changed.*first `rm-recipe evaluate"):
-        evaluate(str(run), [path])
+        evaluate(str(run), [other_set])
     assert set(evaluate(str(run))["datasets"]) == {HELD_OUT}
     assert {line["dataset"] for line in read_predictions(run)} == {HELD_OUT}
 
 
-def test_an_export_is_not_written_into_by_its_evaluation(run, tiny_data):
-    """It was verified, and is what `push` uploads."""
-    folder = shutil.copytree(run / "model", run / "export")
-    (folder / "proof.json").write_text("{}")
-    for output in (None, folder):
-        with pytest.raises(RecipeError, match="is an export, .*say with --output"):
-            evaluate(str(folder), [str(tiny_data / "test.jsonl")], output)
-    assert not (folder / "evaluation.json").exists()
-
-
-def test_a_model_of_the_hub_is_known_by_its_commit(monkeypatch):
-    monkeypatch.setattr("rm_recipe.evaluation.evaluate.adapter_config", lambda *_: None)
-    monkeypatch.setattr(
-        "rm_recipe.evaluation.evaluate.cached_file", lambda name, file: f"/hub/{name}/snapshots/3f1/{file}"
-    )
+def test_a_model_of_the_hub_is_known_by_its_commit(tmp_path, monkeypatch):
+    cached = tmp_path / "models--ann--judge"
+    (cached / "snapshots" / "3f1").mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("3f1")
+    (cached / "snapshots" / "3f1" / "config.json").write_text("{}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     assert weights_of("ann/judge") == {"commit": "3f1"}
+    with pytest.raises(RecipeError, match="ann/other cannot be loaded"):
+        weights_of("ann/other")
 
 
 def test_rewards_that_are_no_numbers_fail_the_evaluation_and_are_counted(run):
@@ -280,63 +245,37 @@ def test_rewards_that_are_no_numbers_fail_the_evaluation_and_are_counted(run):
     assert json.loads((run / "evaluation.json").read_text()) == before
 
 
-def test_benchmarks_and_raw_hh_rlhf_transcripts_are_recognised(run, tmp_path):
-    """Made up, in the shapes of RewardBench, LLMBar and hh-rlhf."""
-    pair = {"chosen": "good good", "rejected": "bad bad", "chosen_model": "a", "rejected_model": "b"}
-    subsets = enumerate(["alpacaeval-easy", "donotanswer", "donotanswer"])
-    pairs = [{"prompt": f"hello {n}", **pair, "subset": subset, "id": n} for n, subset in subsets]
-    labelled = [
-        {"input": f"how are you {n}", "output_1": "bad bad", "output_2": "good good", "label": 2}
-        for n in range(4)
-    ]
-    transcript = {side: f"\n\nHuman: hello\n\nAssistant: {side}" for side in ("chosen", "rejected")}
-    reward_bench = str(write_jsonl(tmp_path / "reward_bench.jsonl", pairs))
-    hh_rlhf = str(write_jsonl(tmp_path / "hh.jsonl", [transcript]))
-    llmbar = tmp_path / "llmbar.json"
-    llmbar.write_text(json.dumps(labelled))
-    found = evaluate(str(run), [hh_rlhf, reward_bench, str(llmbar)])["datasets"]
-    subsets = found[reward_bench]["subsets"]
-    assert {name: part["n"] for name, part in subsets.items()} == {"alpacaeval-easy": 1, "donotanswer": 2}
-    assert (found[str(llmbar)]["n_scored"], found[hh_rlhf]["n_scored"]) == (4, 1)
-    line = read_predictions(run)[-1]
-    rewards = RewardModel.from_pretrained(run).score(
-        [{"prompt": "how are you 3", "response": reply} for reply in ("good good", "bad bad")]
-    )
-    assert line["rewards"] == pytest.approx(rewards.tolist(), abs=1e-5)
+# --- refusals and the gate ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
         ([{"prompt": "hi", "responses": ["a", "b"]}], "its columns are prompt, responses; rm_recipe needs"),
-        ([{"input": "hi", "output_1": "a", "output_2": "b"}], "rm_recipe needs"),
-        ([], "is empty"),
         ([{"prompt": "hi", "chosen": "", "rejected": "b"}], "no comparison in it .1 empty_response."),
     ],
 )
 def test_a_set_that_holds_no_comparison_is_refused_and_nothing_is_written(run, tmp_path, rows, message):
-    path = write_jsonl(tmp_path / "odd.jsonl", rows)
     with pytest.raises(DataError, match=message):
-        evaluate(str(run), [str(path)])
+        evaluate(str(run), [str(write_jsonl(tmp_path / "odd.jsonl", rows))])
     assert not (run / "evaluation.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [(3, "LlamaForSequenceClassification. has 3 labels"), (None, "LlamaForCausalLM. has 2 labels")],
-)
-def test_a_model_with_another_head_is_refused(tiny_base, tiny_data, tmp_path, labels, message):
-    source = folder = tiny_base("llama")
-    if labels:
-        folder = tmp_path / "classifier"
-        AutoModelForSequenceClassification.from_pretrained(source, num_labels=labels).save_pretrained(folder)
-        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-    with pytest.raises(RecipeError, match=message):
-        evaluate(str(folder), [str(tiny_data / "test.jsonl")], tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_scored(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(RewardModel, "from_pretrained", None)
+    (tmp_path / "file").write_text("mine")
+    for below in ("", "folder/in/it"):
+        with pytest.raises(RecipeError, match="no folder that can be written to; say with --output where"):
+            evaluate(str(run), output=tmp_path / "file" / below)
+    folder = shutil.copytree(run / "model", run / "export")
+    (folder / "proof.json").write_text("{}")
+    with pytest.raises(RecipeError, match="is an export, .*say with --output"):  # `push` uploads it
+        evaluate(str(folder))
+    with pytest.raises(RecipeError, match="no held-out split; name one with --dataset"):
+        evaluate(str(shutil.copytree(run / "model", tmp_path / "alone")))
 
 
-def test_with_gate_the_exit_code_says_whether_the_target_is_reached(run, monkeypatch, capsys):
+def test_with_gate_the_exit_code_says_whether_the_target_is_reached(run, tiny_data, monkeypatch, capsys):
     recipe = (run / "recipe.yaml").read_text().replace("gate_statistic: accuracy", "gate_statistic: ci_low")
     for target, code in ((0.01, 0), (1.0, 1)):
         changed = recipe.replace("target_accuracy: 0.65", f"target_accuracy: {target}")
@@ -345,43 +284,7 @@ def test_with_gate_the_exit_code_says_whether_the_target_is_reached(run, monkeyp
         assert found == code
         assert ("not reached" in out) == bool(code)
     assert invoke(monkeypatch, capsys, "evaluate", str(run))[0] == 0
-
-
-def test_a_gate_without_a_held_out_split_is_refused(run, tiny_data, monkeypatch, capsys):
     other = str(tiny_data / "train.jsonl")
     code, _, err = invoke(monkeypatch, capsys, "evaluate", str(run), "--dataset", other, "--gate")
     assert code == 2
     assert "--gate judges the held-out split" in err
-
-
-def test_an_output_that_cannot_be_written_is_refused_before_anything_is_scored(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(RewardModel, "from_pretrained", None)
-    (tmp_path / "file").write_text("mine")
-    for below in ("", "folder/in/it"):
-        with pytest.raises(RecipeError, match="is a file or lies in one; say with --output where"):
-            evaluate(str(run), output=tmp_path / "file" / below)
-    monkeypatch.setattr("os.access", lambda *_: False)  # as for everybody but the superuser
-    with pytest.raises(RecipeError, match="cannot be written to"):
-        evaluate(str(run), output=tmp_path / "elsewhere")
-
-
-def test_a_model_without_a_recipe_needs_a_data_set(tiny_llama):
-    with pytest.raises(RecipeError, match="no held-out split; name one with --dataset"):
-        evaluate(str(tiny_llama))
-
-
-def test_rankings_are_evaluated_and_told_in_the_predictions(run, tmp_path):
-    rows = [
-        {"prompt": f"hello {n}", "responses": ["bad bad", "good good", "bad bad cat"], "ranks": [2, 1, 2]}
-        for n in range(4)
-    ]
-    path = str(write_jsonl(tmp_path / "rankings.jsonl", rows))
-    figures = evaluate(str(run), [path])["datasets"][path]
-    assert figures["n_scored"] == 4
-    lines = [json.loads(line) for line in (run / "predictions.jsonl").open()]
-    assert [line["ranks"] for line in lines] == [[0, 1, 1]] * 4
-    for line in lines:
-        best, *others = line["rewards"]
-        assert line["correct"] == np.mean([best > other for other in others])
-        assert line["margin"] == pytest.approx(best - np.mean(others), abs=1e-6)
-    assert figures["accuracy"] == pytest.approx(np.mean([line["correct"] for line in lines]))

@@ -1,7 +1,5 @@
 """What is exported scores like what was evaluated, in plain transformers; or there is no export."""
 
-import contextlib
-import io
 import json
 import re
 import resource
@@ -12,12 +10,12 @@ import subprocess
 import sys
 import warnings
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_recipe
 from huggingface_hub import ModelCard
+from made_up_export import blocks
 from peft import LoraModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
@@ -32,7 +30,7 @@ from rm_recipe.model import lora
 from rm_recipe.recipe.reader import read_recipe
 from rm_recipe.training.train import train
 
-ANSWERS = {}  # by kind, what a fresh process said of the export
+LOADERS = (scoring, "load_trained"), (export_module, "load_trained"), (verify, "_score_anew")
 ITEMS = [{"prompt": "hello", "response": "good good"}, {"prompt": "hello", "response": "bad far"}]
 IN_FULL = {"use_peft": False, "learning_rate": 1e-3}
 SET_UPS = {
@@ -69,27 +67,21 @@ def exported(trained):
     No model may be left when the next is loaded: the GPU of the run may not hold two in fp32.
     """
     proofs, models = {}, []
-    load, ask = scoring.load_trained, verify._score_anew
 
-    def nothing_is_left():
-        assert not [model for model in models if model() is not None]
+    def alone(function):
+        def watched(*args, **kwargs):
+            assert not [model for model in models if model() is not None]
+            made = function(*args, **kwargs)
+            models.extend([weakref.ref(made)] if isinstance(made, torch.nn.Module) else [])
+            return made
 
-    def load_alone(*args, **kwargs):
-        nothing_is_left()
-        model = load(*args, **kwargs)
-        models.append(weakref.ref(model))
-        return model
-
-    def ask_alone(request):
-        nothing_is_left()
-        return ANSWERS.setdefault(Path(request["folder"]).parents[2].name, ask(request))
+        return watched
 
     def proof_of(kind):
         if kind not in proofs:
             with pytest.MonkeyPatch.context() as patch:
-                for module in (scoring, export_module):
-                    patch.setattr(module, "load_trained", load_alone)
-                patch.setattr(verify, "_score_anew", ask_alone)
+                for module, name in LOADERS:
+                    patch.setattr(module, name, alone(getattr(module, name)))
                 proofs[kind] = export(trained(kind))
         return proofs[kind], trained(kind)
 
@@ -234,25 +226,17 @@ def test_a_model_that_does_not_fit_its_device_in_fp32_is_verified_on_the_cpu(tra
 # The card of a real export
 
 
-def blocks(card, kind):
-    return re.findall(rf"^```{kind}\n(.*?)^```", card, re.DOTALL | re.MULTILINE)
-
-
-def numbers_of(snippet):
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(compile(snippet, "README.md", "exec"), {})
-    return [float(number) for number in re.findall(r"-?\d+\.\d+", printed.getvalue())]
-
-
-def test_the_cards_snippets_give_the_rewards_that_it_says(exported):
+def test_the_cards_snippets_give_the_rewards_that_it_says(exported, capsys):
     proof, run = exported("fp32")
     card = (run / "export" / "README.md").read_text()
     [by_pipeline, by_model], [said], [served] = (blocks(card, kind) for kind in ("python", "text", "bash"))
     expected = [float(line) for line in said.split()]
     assert expected == pytest.approx([sample["reward"] for sample in proof["samples"]], abs=1e-3)
-    assert numbers_of(by_pipeline) == pytest.approx(expected, abs=1e-3)
-    assert numbers_of(by_model) == pytest.approx(expected[:2], abs=1e-3)
+    for snippet, rewards in (by_pipeline, expected), (by_model, expected[:2]):
+        capsys.readouterr()
+        exec(compile(snippet, "README.md", "exec"), {})
+        printed = re.findall(r"-?\d+\.\d+", capsys.readouterr().out)
+        assert [float(number) for number in printed] == pytest.approx(rewards, abs=1e-3)
     body = json.loads(shlex.split(served.splitlines()[1])[-1])
     assert (body["input"], body["model"]) == (proof["samples"][0]["text"], str(run / "export"))
     assert body["use_activation"] is body["add_special_tokens"] is False
@@ -283,20 +267,28 @@ def test_the_hubs_classes_find_the_accuracy_in_the_card(exported, tiny_data):
 # What does not come out
 
 
+def saved_otherwise(monkeypatch, change):
+    """An export changes its own files by `change(folder)` before they are read back."""
+    save = export_module.save
+
+    def save_otherwise(verification, folder, *rest):
+        save(verification, folder, *rest)
+        change(folder)
+
+    monkeypatch.setattr(export_module, "save", save_otherwise)
+
+
 def test_an_export_that_scores_otherwise_is_not_put_in_place_of_one_that_does_not(run, monkeypatch):
-    """The file itself is changed before it is read back."""
     old = an_export_in(run)
     with pytest.raises(RecipeError, match="add --overwrite to replace it"):
         export(run)
-    save = export_module.save
 
-    def save_otherwise(reward_model, folder, *rest):
-        save(reward_model, folder, *rest)
+    def change(folder):
         weights = saved(folder)
         weights["score.weight"] = weights["score.weight"] * 1.01
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
-    monkeypatch.setattr(export_module, "save", save_otherwise)
+    saved_otherwise(monkeypatch, change)
     claim = r"the files do not give .* comparison \d+, response \d .best first., went from .* is allowed"
     with pytest.raises(ExportError, match=claim):
         export(run, overwrite=True)
@@ -313,33 +305,34 @@ ADDS_BOS = {
 
 
 @pytest.mark.parametrize(
-    ("file", "change", "claim"),
+    ("file", "keys", "claim"),
     [
         ("config.json", {"problem_type": None}, "transformers' pipeline does not get"),
         ("config.json", {"pad_token_id": None}, "plain transformers cannot use"),
         ("config.json", {"pad_token_id": 2}, "scores? otherwise|do not give"),
-        ("config.json", {"id2label": {"0": "LABEL_0"}}, "calls the reward LABEL_0"),
+        ("config.json", {"id2label": {"0": "LABEL_0"}}, "calls the reward {'LABEL_0'}"),
         ("tokenizer.json", {"post_processor": ADDS_BOS}, "adds special tokens"),
     ],
     ids=["sigmoid", "no pad token", "pad is EOS", "label", "special tokens"],
 )
-def test_what_would_be_served_otherwise_is_refused(run, monkeypatch, file, change, claim):
-    save = export_module.save
-
-    def save_otherwise(reward_model, folder, *rest):
-        save(reward_model, folder, *rest)
-        content = json.loads((folder / file).read_text()) | change
+def test_what_would_be_served_otherwise_is_refused(run, monkeypatch, file, keys, claim):
+    def change(folder):
+        content = json.loads((folder / file).read_text()) | keys
         (folder / file).write_text(json.dumps(content))
 
-    monkeypatch.setattr(export_module, "save", save_otherwise)
+    saved_otherwise(monkeypatch, change)
     refused(claim, run)
 
 
-def test_rewards_that_ppo_would_not_get_are_refused(exported, run, monkeypatch):
-    exported("fp32")
-    answer = json.loads(json.dumps(ANSWERS["fp32"]))
-    answer["ppo"][0] += 0.1
-    monkeypatch.setattr(verify, "_score_anew", lambda _: answer)
+def test_rewards_that_ppo_would_not_get_are_refused(run, monkeypatch):
+    score = verify._score_anew
+
+    def score_otherwise(request):
+        answer = score(request)
+        answer["ppo"][0] += 0.1
+        return answer
+
+    monkeypatch.setattr(verify, "_score_anew", score_otherwise)
     refused("a PPO trainer does not get the model's rewards", run)
 
 
@@ -377,12 +370,20 @@ def test_a_base_that_is_de_quantised_wrongly_is_refused(run, monkeypatch):
             torch.nn.init.normal_(parameter, std=0.2)
 
     monkeypatch.setattr(lora, "dequantize", wrongly)
-    refused("the de-quantised model is not what was evaluated: held-out comparison", run)
+    refused("in fp32, de-quantised, the rewards are not what was evaluated: held-out comparison", run)
 
 
 @of_kind("4-bit")
 def test_an_original_base_that_gives_other_rewards_is_refused(run, monkeypatch):
-    monkeypatch.setattr(export_module, "ORIGINAL", 1e-4)
+    load = export_module.load_trained
+
+    def load_another(*args, base, **options):
+        model = load(*args, base=base, **options)
+        if base == "original":
+            torch.nn.init.normal_(model.get_base_model().model.embed_tokens.weight)
+        return model
+
+    monkeypatch.setattr(export_module, "load_trained", load_another)
     refused("the original base .--merge-base dequantized would not.", run, merge_base="original")
 
 
@@ -390,10 +391,10 @@ def test_an_original_base_that_gives_other_rewards_is_refused(run, monkeypatch):
 def test_weights_that_are_rounded_too_coarsely_are_refused(run, monkeypatch):
     save = export_module.save
 
-    def coarsely(reward_model, *rest):
-        for parameter in reward_model.model.parameters():
+    def coarsely(verification, *rest):
+        for parameter in verification.reward_model.model.parameters():
             parameter.data = (parameter.data * 8).round() / 8
-        save(reward_model, *rest)
+        save(verification, *rest)
 
     monkeypatch.setattr(export_module, "save", coarsely)
     refused("rounding changed the rewards", run)

@@ -1,9 +1,8 @@
 """What is pushed is the verified export alone: whole, in one commit, as it was sent; or a clear no.
 
-huggingface_hub's real client talks to a Hub on localhost (`hub_server`); its waits are noted, not waited.
+huggingface_hub's real client talks to a Hub in memory (`made_up_hub`); its waits are noted, not waited.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -11,64 +10,50 @@ import sys
 import time
 from types import SimpleNamespace
 
+import httpx2
+import huggingface_hub
 import pytest
-from conftest import make_recipe, run_cli
-from hub_server import LocalHub, Repo
-from huggingface_hub import close_session, constants
-from made_up_export import MODEL_FILES, REFUSED, evaluation, make_export, prove, write
+from conftest import make_recipe
+from huggingface_hub import constants
+from made_up_export import MODEL_FILES, evaluation, make_export, prove, write
+from made_up_hub import URL, MadeUpHub, Repo
 
-from rm_recipe import RewardModel
 from rm_recipe.errors import RecipeError, RmRecipeError
-from rm_recipe.exporting.push import adapter_files, check_destination, export_files, is_repo_id
+from rm_recipe.exporting.push import TIMEOUT, check_destination, check_export
 from rm_recipe.exporting.push import push as push_export
+from rm_recipe.tools.pipeline import run as run_recipe
 
 REPO = "ann/judge"
-EXTRAS = {"README.md", "proof.json", "evaluation.json", "reliability.png"}
-UPLOADED = MODEL_FILES | EXTRAS
+UPLOADED = MODEL_FILES | {"README.md", "proof.json", "evaluation.json", "reliability.png"}
 ADAPTER_FILES = UPLOADED - {"model.safetensors", "proof.json"}
 ADAPTER_FILES |= {"adapter_config.json", "adapter_model.safetensors"}
-
-
-@pytest.fixture(scope="module")
-def server():
-    with LocalHub() as server:
-        yield server
+DROPPED = httpx2.ReadError("[Errno 104] Connection reset by peer")
 
 
 @pytest.fixture
-def hub(server):
-    """An empty Hub."""
-    server.reset()
-    return server
-
-
-def environment(server, home, **more):
-    """Of a process whose Hub is this one."""
-    ours = {"HF_ENDPOINT": server.url, "HF_TOKEN": server.token, "HF_HUB_DISABLE_XET": "1"}
-    ours |= {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0", "HF_HOME": str(home), "COLUMNS": "80"}
-    return {**os.environ, **ours, **more}
-
-
-def run_python(*arguments, env, cwd=None):
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=cwd)
+def hub(monkeypatch):
+    """An empty Hub, which this process's huggingface_hub talks to."""
+    hub = MadeUpHub()
+    huggingface_hub.set_client_factory(hub.client)
+    offline = {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "HF_TOKEN_PATH": "/nowhere"}
+    for name, value in {"ENDPOINT": URL, **offline}.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    yield hub
+    huggingface_hub.set_client_factory(lambda: httpx2.Client(timeout=None))
 
 
 @pytest.fixture
 def push(hub, monkeypatch, capfd):
-    """A push to the Hub on localhost: its exit code, the URL or the error, stderr, the seconds of each wait.
+    """A push: its exit code, the URL or the error, stderr, the seconds of each wait.
 
     The token must not come out of it.
     """
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nowhere")
     waits = []
     monkeypatch.setattr(time, "sleep", waits.append)  # huggingface_hub's waits, too
 
     def push(export, repo_id=REPO, token=hub.token, **options):
-        monkeypatch.setenv("HF_TOKEN", token or "")
+        monkeypatch.setenv("HF_TOKEN", token)
         waits.clear()
         capfd.readouterr()
         try:
@@ -78,11 +63,10 @@ def push(hub, monkeypatch, capfd):
         result = SimpleNamespace(code=code, out=out, err=capfd.readouterr().err, waits=waits)
         stored = [*hub.objects.values()]
         stored += [text for repo in hub.repos.values() for files in repo.commits for text in files.values()]
-        assert (token or hub.token).encode() not in b" ".join([*stored, out.encode(), result.err.encode()])
+        assert hub.token.encode() not in b" ".join([*stored, out.encode(), result.err.encode()])
         return result
 
-    yield push
-    close_session()
+    return push
 
 
 @pytest.fixture
@@ -101,9 +85,10 @@ def commits(hub):
 
 
 def was_pushed(result, hub):
-    assert (result.code, result.out) == (0, f"{hub.url}/{REPO}"), result.err
+    assert (result.code, result.out) == (0, f"{URL}/{REPO}"), result.err
     assert commits(hub) == 1
     assert published(hub) == UPLOADED
+    assert hub.faults == []
 
 
 # What is pushed
@@ -117,9 +102,7 @@ def test_a_push_is_one_commit_with_all_files_and_no_other(hub, push, export):
     assert files["README.md"].decode() == card.replace(str(export), REPO)
     assert not hub.repos[REPO].private
     before = len(hub.log)
-    result = push(export)  # again
-    assert (result.code, result.out) == (0, f"{hub.url}/{REPO}")
-    assert "holds these files already" in result.err
+    assert "holds these files already" in push(export).err
     assert commits(hub) == 1
     write(export / "README.md", "---\ntags: [new]\n---\nA new card.\n")
     assert push(export).code == 0
@@ -131,7 +114,7 @@ def test_a_push_is_one_commit_with_all_files_and_no_other(hub, push, export):
 def test_pushing_needs_neither_torch_nor_transformers():
     program = "import sys, rm_recipe.exporting.push\n"
     program += "print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
-    assert run_python("-c", program, env=None).stdout == "[]\n"
+    assert subprocess.check_output([sys.executable, "-c", program], text=True) == "[]\n"
 
 
 def test_shards_are_pushed_and_an_earlier_models_files_go_in_the_same_commit(hub, push, export):
@@ -154,6 +137,7 @@ def test_shards_are_pushed_and_an_earlier_models_files_go_in_the_same_commit(hub
         path.unlink()
     weights.write_bytes(b"one file again")
     prove(export)
+    (export / "model-00009-of-00009.safetensors").write_bytes(b"not verified")
     assert push(export).code == 0
     assert published(hub) == UPLOADED | {"notes.md", "onnx/model.bin"}
     # A leftover alone is reason for a commit.
@@ -169,22 +153,20 @@ def test_an_adapter_is_pushed_with_its_card_and_evaluation(hub, push, export):
     assert (commits(hub), published(hub)) == (1, ADAPTER_FILES)
     weights = export.parent / "model" / "adapter_model.safetensors"
     assert hub.repos[REPO].files["adapter_model.safetensors"] == weights.read_bytes()
+    assert b"library_name: peft" in hub.repos[REPO].files["README.md"]
     # What is left of it would make the merged model unloadable.
     assert push(export).code == 0
     assert published(hub) == UPLOADED
 
 
 def test_private_is_asked_for_and_neither_taken_back_nor_pushed_in_public(hub, push, export):
-    for _ in range(2):
-        assert push(export, private=True).code == 0
+    for options in ({"private": True}, {"private": True}, {}):
+        assert push(export, **options).code == 0
         assert hub.repos[REPO].private
-    write(export / "README.md", "Another card.\n")
-    assert push(export).code == 0
-    assert hub.repos[REPO].private
     hub.repos[REPO] = Repo(private=False)
     result = push(export, private=True)
     assert result.code == 2
-    assert "is there and public" in result.out
+    assert f"{REPO} is public" in result.out
     assert commits(hub) == 0
 
 
@@ -197,9 +179,10 @@ def test_private_is_asked_for_and_neither_taken_back_nor_pushed_in_public(hub, p
         ("POST", "/commit/", 500, "the Hub answered 500"),
         ("POST", "/commit/", 429, "the Hub answered 429"),
         ("POST", "/repos/create", 503, "the Hub answered 503"),
-        ("POST", "/validate-yaml", 504, "the Hub's answer was not JSON"),
-        ("GET", "/api/models/", "reset", "the Hub could not be reached ("),
-        ("POST", "/commit/", "cut", "the Hub could not be reached ("),
+        ("POST", "/validate-yaml", 504, "the Hub could not be reached ("),
+        ("GET", "/api/models/", DROPPED, "the Hub could not be reached ([Errno 104]"),
+        ("POST", "/repos/create", httpx2.ReadTimeout(""), "the Hub could not be reached (ReadTimeout"),
+        ("POST", "/commit/", "lost", "the Hub could not be reached ("),  # and the commit not made twice
     ],
     ids=str,
 )
@@ -209,24 +192,16 @@ def test_a_passing_fault_is_told_and_tried_again(hub, push, export, method, path
     was_pushed(result, hub)
     assert words in result.err
     assert "; trying again in 4 s\n" in result.err
-    assert hub.faults == []
 
 
-@pytest.mark.parametrize("fault", ["reset", "lost", 500])
-@pytest.mark.parametrize("request_", [("PUT", "/lfs/"), ("POST", "/batch")], ids="".join)
-def test_a_fault_amid_the_upload_is_overcome(hub, push, export, request_, fault):
-    hub.faults.append((*request_, fault))
+@pytest.mark.parametrize("fault", [DROPPED, "lost", 500], ids=str)
+def test_a_fault_amid_the_upload_is_overcome(hub, push, export, fault):
+    hub.faults += [("PUT", "/lfs/", fault), ("POST", "/batch", fault)]
     was_pushed(push(export), hub)
-
-
-def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub, push, export):
-    hub.faults.append(("POST", "/commit/", "lost"))
-    was_pushed(push(export), hub)
-    assert sum("/commit/" in line for line in hub.log) == 1
 
 
 def test_another_commit_that_came_in_between_is_taken_into_account(hub, push, export):
-    hub.faults.append(("POST", "/commit/", "overtaken"))
+    hub.faults.append(("POST", "/commit/", hub.overtake))
     result = push(export)
     assert result.code == 0, result.err
     assert "the Hub answered 412 (A commit has happened since); trying again" in result.err
@@ -234,85 +209,61 @@ def test_another_commit_that_came_in_between_is_taken_into_account(hub, push, ex
 
 
 @pytest.mark.parametrize(
-    ("path", "fault"), [(("POST", "/commit/"), 500), (("POST", "/commit/"), "reset"), (("PUT", "/lfs/"), 500)]
+    "fault",
+    [
+        ("POST", "/commit/", 500),
+        ("PUT", "/lfs/", 500),
+        ("POST", "", httpx2.ConnectError("[Errno 111] Connection refused")),
+    ],
+    ids=str,
 )
-def test_after_three_attempts_nothing_is_published_and_the_end_is_told(hub, push, export, path, fault):
-    hub.faults += [(*path, fault)] * 100
+def test_after_three_attempts_nothing_is_published_and_the_end_is_told(hub, push, export, fault):
+    hub.faults += [fault] * 100
     result = push(export)
     assert result.code == 1
-    assert "3 times; push again later, which goes on from what has arrived" in result.out
+    assert "; push again later, which goes on from what has arrived" in result.out
     assert {4.0, 8.0} <= set(result.waits)
     assert commits(hub) == 0
+    assert hub.timeouts <= {TIMEOUT, 3}  # nor is an answer waited for without end
     hub.faults.clear()
     was_pushed(push(export), hub)
 
 
-def test_a_hub_that_cannot_be_reached_or_does_not_answer_is_not_waited_for_without_end(hub, export, tmp_path):
-    program = "from rm_recipe import cli\nfrom rm_recipe.exporting import push\n"
-    program += "push.TIMEOUT, push.WAIT = 0.5, 0.0; cli.main()"
-    command = ["-c", program, "push", str(export), "--repo-id", REPO]
-    nowhere = environment(hub, tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
-    result = run_python(*command, env=nowhere)
-    assert result.returncode == 1
-    assert "the Hub could not be reached (" in result.stderr
-    assert "Traceback" not in result.stderr
-    assert hub.token not in result.stderr
-    hub.faults.append(("POST", "/repos/create", "slow"))
-    result = run_python(*command, env=environment(hub, tmp_path))
-    assert result.returncode == 0, result.stderr
-    assert "trying again" in result.stderr
-    assert commits(hub) == 1
-
-
-def test_where_xets_storage_is_out_of_reach_the_way_around_it_is_named_and_works(hub, export, tmp_path):
+def test_where_xets_storage_is_out_of_reach_the_way_around_it_is_named(hub, push, export, monkeypatch):
     """As huggingface_hub uploads unless told otherwise, with fewer attempts of Xet's own than it makes."""
-    command = ["-m", "rm_recipe", "push", str(export), "--repo-id", REPO]
-    brief = {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1", "HF_XET_CLIENT_RETRY_BASE_DELAY": "700ms"}
-    result = run_python(*command, env=environment(hub, tmp_path, HF_HUB_DISABLE_XET="0", **brief))
-    assert (result.returncode, result.stdout) == (1, "")
-    assert "HF_HUB_DISABLE_XET=1 uploads without the Hub's Xet storage; else push again" in result.stderr
-    assert "Traceback" not in result.stderr
-    assert commits(hub) == 0
-    result = run_python(*command, env=environment(hub, tmp_path))
-    assert (result.returncode, result.stdout) == (0, f"{hub.url}/{REPO}\n"), result.stderr
-    assert published(hub) == UPLOADED
-
-
-def test_an_interrupt_leaves_nothing_half_published(hub, export, tmp_path):
-    hub.faults.append(("PUT", "/lfs/", "slow"))
-    command = [sys.executable, "-m", "rm_recipe", "push", str(export), "--repo-id", REPO]
-    kept = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **kept, env=environment(hub, tmp_path)) as process:
-        until = time.monotonic() + 60
-        while hub.faults and time.monotonic() < until:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (130, "")
-    assert "rm-recipe: interrupted" in err
-    assert "Traceback" not in err
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    monkeypatch.setenv("HF_XET_CLIENT_RETRY_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("HF_XET_CLIENT_RETRY_BASE_DELAY", "700ms")
+    result = push(export)
+    assert result.code == 1
+    assert "HF_HUB_DISABLE_XET=1 uploads without the Hub's Xet storage; else push again" in result.out
     assert commits(hub) == 0
 
 
-def test_what_the_token_may_not_is_told_once(hub, push, export):
-    for adapter in (False, True):
-        result = push(export, adapter=adapter, token="hf_AnotherToken")
-        assert (result.code, result.err) == (1, "")
-        assert result.out.endswith("refused the token; log in with `hf auth login` or set HF_TOKEN")
-    assert hub.repos == {}
-    result = push(export, repo_id="bob/judge")
-    assert (result.code, result.waits) == (1, [])
-    assert "the token may not write to bob/judge (" in result.out
-    assert hub.repos == {}
+def test_an_interrupt_leaves_nothing_half_published(hub, push, export, as_in_a_terminal):
+    hub.faults.append(("PUT", "/lfs/", lambda: os.kill(os.getpid(), signal.SIGINT)))
+    with pytest.raises(KeyboardInterrupt):
+        push(export)
+    assert commits(hub) == 0
 
 
-@pytest.mark.parametrize("status", [400, 404])
-def test_any_other_answer_is_passed_on_in_one_sentence(hub, push, export, status):
-    hub.faults.append(("POST", "/commit/", status))
+@pytest.mark.parametrize("adapter", [False, True])
+def test_what_the_token_may_not_is_told_once(hub, push, export, adapter):
+    result = push(export, adapter=adapter, token="hf_AnotherToken")
+    assert (result.code, result.err, result.waits) == (1, "", [])
+    assert "answered 401 (Invalid credentials in Authorization header); log in with `hf auth" in result.out
+    hub.repos["bob/base"] = Repo()
+    result = push(export, repo_id="bob/judge", adapter=adapter)
+    assert (result.code, result.err, result.waits) == (1, "", [])
+    assert "the Hub answered 403 (You don't have the rights to create bob/judge); log in" in result.out
+    assert hub.repos.keys() == {"bob/base"}
+
+
+def test_any_other_answer_is_passed_on_in_one_sentence(hub, push, export):
+    hub.faults.append(("POST", "/commit/", 400))
     result = push(export)
     assert (result.code, commits(hub)) == (1, 0)
-    said = f"pushing to {REPO} failed: the Hub answered {status} (Error {status} for Bearer ***)"
-    assert result.out == said
+    assert result.out == f"pushing to {REPO} failed: the Hub answered 400 (Error 400 for Bearer ***)"
 
 
 @pytest.mark.parametrize("damaged", ["model.safetensors", "config.json"])
@@ -336,40 +287,40 @@ def refused(result, hub, words):
     assert hub.writes == []
 
 
-@pytest.mark.parametrize("find", [export_files, adapter_files])
 @pytest.mark.parametrize(
-    ("spoil", "words"), REFUSED.items(), ids=lambda value: getattr(value, "__name__", "")
+    ("file", "content", "words"),
+    [
+        ("proof.json", None, "has no proof.json that says it passed; export anew with `rm-recipe export"),
+        ("proof.json", '{"passed": false}', "has no proof.json that says it passed"),
+        ("proof.json", "{", "proof.json is not JSON that can be read"),
+        ("model.safetensors", "!", "model.safetensors changed or is gone since"),
+        ("model.safetensors", None, "model.safetensors changed or is gone since"),
+        ("evaluation.json", None, "was exported without an evaluation"),
+        ("evaluation.json", '{"datasets": {"reward-bench": {}}, "gate": null}', "without an evaluation"),
+        ("README.md", None, "README.md changed or is gone"),
+        ("config.json", '{"num_labels": 1}', "is not an export of `rm-recipe export`; give RUN/export"),
+    ],
 )
-def test_an_export_that_is_not_in_order_is_refused(export, find, spoil, words):
-    spoil(export)
+def test_an_export_that_is_not_in_order_is_refused(export, file, content, words):
+    (export / file).unlink()
+    if content:
+        write(export / file, content)
     with pytest.raises(RecipeError) as caught:
-        find(export, REPO, allow_failed_gate=False)
+        check_export(export, allow_failed_gate=True)
     assert words in str(caught.value)
-    assert "RUN" not in str(caught.value)  # its name is known here
 
 
-def test_a_refused_export_sends_nothing_and_a_failed_gate_can_be_allowed(hub, push, export):
+def test_a_refused_export_sends_nothing_and_a_failed_gate_can_be_allowed(hub, push, export, tmp_path):
+    for folder in (tmp_path / "gone", export.parent):
+        refused(push(folder), hub, "is not an export")
     write(export / "evaluation.json", evaluation(passed=False))
     refused(push(export), hub, "has not passed its gate: the interval's lower end is 0.612")
+    refused(push(export, adapter=True), hub, "has not passed its gate")
     assert hub.log == []
     was_pushed(push(export, allow_failed_gate=True), hub)
 
 
-def test_only_what_was_verified_is_sent_as_it_was_then(export):
-    (export / "model-00009-of-00009.safetensors").write_bytes(b"not verified")
-    (export / "reliability.png").unlink()
-    found = export_files(export, REPO, allow_failed_gate=False)
-    files = {file.path_in_repo: file.path_or_fileobj for file in found}
-    assert files.keys() == UPLOADED - {"reliability.png"}
-    assert files["model.safetensors"] == str(export / "model.safetensors")
-    before = (export / "config.json").read_bytes()
-    write(export / "config.json", "changed meanwhile")
-    assert files["config.json"] == before
-
-
-def test_what_is_no_export_and_a_file_that_holds_the_token_are_refused(hub, push, export, tmp_path):
-    refused(push(tmp_path / "gone"), hub, "gone is not an export")
-    refused(push(export.parent), hub, f"its export is {export}")
+def test_a_file_that_holds_the_token_is_refused(hub, push, export):
     write(export / "README.md", f"Download with {hub.token}.")
     refused(push(export), hub, "README.md holds your token")
 
@@ -377,18 +328,12 @@ def test_what_is_no_export_and_a_file_that_holds_the_token_are_refused(hub, push
 @pytest.mark.parametrize("repo_id", ["name", "a/b/c", "us er/x", "", "ann/", "ann/x.git"])
 def test_an_id_that_no_repository_has_is_refused(hub, push, export, repo_id):
     refused(push(export, repo_id=repo_id), hub, f"{repo_id!r} cannot be a repository; give USER/NAME")
-    assert not is_repo_id("/models/x")
 
 
-def test_without_a_token_nothing_is_tried(hub, push, export):
-    for token in ("", "hf_a b"):
-        said = "no token for the Hub; log in with `hf auth login` or set HF_TOKEN"
-        refused(push(export, token=token), hub, said)
-        with pytest.raises(RecipeError, match="no token"):
-            check_destination(REPO)
-
-
-def test_offline_mode_is_told(hub, push, export, monkeypatch):
+def test_without_a_token_or_offline_nothing_is_tried(hub, push, export, monkeypatch):
+    refused(push(export, token=""), hub, "no token for the Hub; log in with `hf auth login` or set HF_TOKEN")
+    with pytest.raises(RecipeError, match="no token"):
+        check_destination(REPO)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     refused(push(export), hub, "HF_HUB_OFFLINE")
 
@@ -397,72 +342,41 @@ def test_an_adapter_that_others_could_not_load_or_that_was_not_verified_is_refus
     hub, push, export, tmp_path
 ):
     config = export.parent / "model" / "adapter_config.json"
-    for base in (str(tmp_path), str(tmp_path / "gone"), ""):
+    for base in (str(tmp_path), str(tmp_path / "gone"), "", "models/smollm2"):
         write(config, {"base_model_name_or_path": base})
-        refused(push(export, adapter=True), hub, f"the adapter's base is the local folder {base}")
-    write(config, {"base_model_name_or_path": "models/smollm2"})  # seen from another folder
-    refused(push(export, adapter=True), hub, "the adapter's base models/smollm2 is not on the Hub")
-    write(config, {"base_model_name_or_path": "bob/base"})
+        refused(push(export, adapter=True), hub, f"the adapter's base {base} is not on the Hub")
     weights = config.with_name("adapter_model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")  # trained on since
-    refused(push(export, adapter=True), hub, "is not the adapter that")
-    config.unlink()
-    refused(push(export, adapter=True), hub, "is no RUN/export of a run with an adapter")
-    refused(push(export.rename(tmp_path / "moved"), adapter=True), hub, "push it without --adapter")
+    refused(push(export, adapter=True), hub, "holds no adapter that")
+    refused(push(export.rename(tmp_path / "moved"), adapter=True), hub, "or push without --adapter")
 
 
 # A recipe with `push_to_hub: true`, all the way
 
-LOADED = """
-import json, sys
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
-name, messages = sys.argv[1], json.loads(sys.argv[2])
-model = AutoModelForSequenceClassification.from_pretrained(name)
-tokenizer = AutoTokenizer.from_pretrained(name)
-text = tokenizer.apply_chat_template(messages, tokenize=False)
-plain = model.eval()(**tokenizer(text, return_tensors="pt")).logits.item()
-reward_model = pipeline("text-classification", model=name, device="cpu")
-from rm_recipe import RewardModel
-item = {"prompt": messages[:-1], "response": messages[-1]["content"]}
-again = RewardModel.from_pretrained(name).score([item])[0]
-print(json.dumps([plain, reward_model(text)[0]["score"], float(again)]))
-"""
 
-
-def test_a_run_ends_with_its_export_on_the_hub_from_where_it_gives_the_same_rewards(
-    server, tmp_path, tiny_llama, tiny_data
-):
+def test_a_run_ends_with_its_export_on_the_hub(hub, tmp_path, tiny_llama, tiny_data, monkeypatch, capfd):
     keys = {"push_to_hub": True, "hub_model_id": "ann/tiny", "hub_private_repo": True}
     keys |= {"num_train_epochs": 1, "save_strategy": "steps", "save_steps": 4}
     recipe = make_recipe(tmp_path, tiny_llama, tiny_data, **keys)
-    hub, export, env = server, tmp_path / "run" / "export", environment(server, tmp_path / "home")
-    hub.reset()
-    result = run_python("-m", "rm_recipe", "run", recipe, env=env)
-    assert result.returncode == 0, result.stderr
-    assert f"[push] ann/tiny\n{hub.url}/ann/tiny" in result.stdout
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # of training, which must not upload anything:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody is there
+    run_recipe(recipe, [])
+    printed = capfd.readouterr()
+    assert f"[push] ann/tiny\n{URL}/ann/tiny" in printed.out
     repo = hub.repos["ann/tiny"]
     assert repo.private
-    local = {path.name: path.read_bytes() for path in export.iterdir()}
+    local = {path.name: path.read_bytes() for path in (tmp_path / "run" / "export").iterdir()}
     assert repo.files.keys() - {".gitattributes"} == local.keys()
     assert all(repo.files[name] == local[name] for name in local if name != "README.md")
-    # Trainer itself uploaded nothing, and the token is nowhere.
-    assert sum("/ann/tiny/commit/" in line and line.startswith("POST") for line in hub.log) == 1
-    assert hub.token not in result.stdout + result.stderr
+    # The token is nowhere.
+    assert hub.token not in printed.out + printed.err
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert any("checkpoint-" in str(path) for path in files)
     assert not [path for path in files if path.name == "training_args.bin"]  # it pickles the token
     assert not [path for path in files if hub.token.encode() in path.read_bytes()]
-    # By its name it gives the same rewards.
-    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good good"}]
-    result = run_python("-c", LOADED, "ann/tiny", json.dumps(messages), env=env)
-    assert result.returncode == 0, result.stderr
-    expected = float(
-        RewardModel.from_pretrained(export).score([{"prompt": "hello", "response": "good good"}])[0]
-    )
-    assert json.loads(result.stdout.splitlines()[-1]) == pytest.approx([expected] * 3, abs=1e-5)
     # A second run sends nothing again.
-    result = run_python("-m", "rm_recipe", "run", recipe, env=env)
-    assert "holds these files already" in result.stderr
+    run_recipe(recipe, [])
+    assert "holds these files already" in capfd.readouterr().err
     assert len(repo.commits) == 2  # its first is what a repository starts with
 
 
@@ -471,7 +385,6 @@ def test_a_run_ends_with_its_export_on_the_hub_from_where_it_gives_the_same_rewa
     [("just-a-name", "give USER/NAME"), (None, "'push_to_hub' needs 'hub_model_id'")],
 )
 def test_what_a_push_will_lack_is_said_before_training(write_recipe, tmp_path, repo_id, said):
-    result = run_cli("run", str(write_recipe(push_to_hub=True, hub_model_id=repo_id)))
-    assert result.returncode == 2
-    assert said in result.stderr
+    with pytest.raises(RecipeError, match=said):
+        run_recipe(write_recipe(push_to_hub=True, hub_model_id=repo_id), [])
     assert not (tmp_path / "run").exists()

@@ -1,6 +1,7 @@
 """How two steps are compared and files are scored anew; what an export must not survive is in test_export."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -17,11 +18,10 @@ from rm_recipe.errors import ExportError
 from rm_recipe.exporting.plain_scoring import ppo_rewards
 from rm_recipe.exporting.verify import (
     EIGHT_BITS,
-    N_SEQUENCES,
+    N_COMPARISONS,
     N_SERVED,
     PLAIN_SCORING,
     ROUNDING,
-    HeldOut,
     Verification,
     pads_left,
     trl_rewards,
@@ -53,82 +53,80 @@ def reward_model(tiny_llama):
 
 
 @pytest.fixture
-def held_out(reward_model, write_recipe):
-    """The held-out comparisons of a recipe, truncated to so many tokens."""
+def verification(reward_model, write_recipe):
+    """Of the held-out comparisons of a recipe, truncated to so many tokens."""
 
-    def of(max_length=512, truncation="keep_end", **keys):
+    def of(max_length=512, truncation="keep_end", predictions=(), **keys):
         split = load_held_out_split(read_recipe(write_recipe(**keys)))
-        return tokenize(split, reward_model.tokenizer, max_length, truncation)
+        split = tokenize(split, reward_model.tokenizer, max_length, truncation)
+        return Verification(reward_model, split, predictions)
 
     return of
 
 
-def test_64_sequences_are_compared_and_8_of_them_as_texts(held_out):
-    found = HeldOut.of(held_out(), [{"index": 1, "row": 2, "rewards": [2.0, -1.0]}])
-    assert len(found.names) == len(found.sequences()) == N_SEQUENCES
+def test_64_replies_are_compared_and_8_of_them_as_texts(verification):
+    line = {"dataset": "held_out", "index": 1, "row": 2, "rewards": [2.0, -1.0]}
+    found = verification(predictions=[line, line | {"dataset": "other", "index": 0, "row": 1}])
+    assert len(found.names) == len(found.sequences) == len(found.now) == 2 * N_COMPARISONS == 64
     assert list(found.texts) == list(range(N_SERVED))
-    assert found.recorded[2:4] == [2.0, -1.0]
-    assert np.isnan(found.recorded).sum() == N_SEQUENCES - 2
+    assert found.recorded[2:4].tolist() == [2.0, -1.0]
+    assert np.isnan(found.recorded).sum() == 62
 
 
-def test_truncated_conversations_have_no_text(reward_model, held_out, tmp_path):
+def test_truncated_conversations_have_no_text(verification, reward_model, tmp_path):
     """Of a short reply beside a long one, too: both read the same prompt, cut for the long one."""
     turns = [{"role": role, "content": "hello " * 12} for role in ("user", "assistant", "user")]
     rows = [{"prompt": turns, "chosen": "good", "rejected": "bad " * 30}, *make_rows(3, seed=2)]
     for name in ("train", "test"):
         write_jsonl(tmp_path / "turns" / f"{name}.jsonl", rows if name == "test" else make_rows(4, seed=1))
-    data = str(tmp_path / "turns")
-    short, long = held_out(truncation="drop_oldest_turns", dataset_name=data).comparisons[0]["lengths"]
-    found = HeldOut.of(held_out((short + long) // 2, "drop_oldest_turns", dataset_name=data))
+    data = {"truncation": "drop_oldest_turns", "dataset_name": str(tmp_path / "turns")}
+    short, long = map(len, verification(**data).sequences[:2])
+    found = verification((short + long) // 2, **data)
     assert len(found.texts) == 6
     for number, messages in found.texts.items():
         text = reward_model.tokenizer.apply_chat_template(messages, tokenize=False)
-        assert reward_model.tokenizer(text)["input_ids"] == found.sequences()[number]
+        assert reward_model.tokenizer(text)["input_ids"] == found.sequences[number]
 
 
-def test_the_sequence_that_moved_most_is_named_with_both_rewards(reward_model, held_out, monkeypatch):
-    verification = Verification(reward_model, HeldOut.of(held_out()))
-    before = verification.now
+def test_the_reply_that_moved_most_is_named_with_both_rewards(verification, monkeypatch):
+    followed = verification()
     for moved, said in ({5: 0.25, 6: 0.125}, "3, response 2"), ({7: np.nan}, "4, response 2"):
-        after = before.copy()
+        after = followed.now.copy()
         for sequence, difference in moved.items():
             after[sequence] += difference
-        monkeypatch.setattr(verification, "rewards", lambda after=after: after)
-        with pytest.raises(
-            ExportError, match=f"it moved: held-out comparison {said} .* went from .* is allo"
-        ):
-            verification.check_step("merge", "it moved")
+        monkeypatch.setattr(followed, "rewards", lambda after=after: after)
+        said = f"it moved: held-out comparison {said} .* went from .* is allo"
+        with pytest.raises(ExportError, match=said):
+            followed.check_step("merge", "it moved")
 
 
-def test_only_steps_that_round_and_do_move_rewards_add_to_the_tolerance(reward_model, held_out):
-    verification = Verification(reward_model, HeldOut.of(held_out()))
-    verification.check_step("merge", "")
-    verification.check_step("rounding", "", ROUNDING)
-    assert verification.tolerance == verification.float32
+def test_only_steps_that_round_and_do_move_rewards_add_to_the_tolerance(verification, reward_model):
+    followed = verification()
+    followed.check_step("merge", "")
+    followed.check_step("rounding", "", ROUNDING)
+    assert followed.tolerance == followed.float32
     for parameter in reward_model.model.parameters():
         parameter.data = parameter.data.bfloat16().float()
-    verification.check_step("rounding", "", ROUNDING)
-    moved = verification.moved["rounding"]
-    assert verification.float32 < moved < ROUNDING * verification.evaluated.std()
-    assert verification.tolerance == pytest.approx(verification.float32 + moved)
+    followed.check_step("rounding", "", ROUNDING)
+    moved = followed.moved["rounding"]
+    assert followed.float32 < moved < ROUNDING * followed.spread
+    assert followed.tolerance == pytest.approx(followed.float32 + moved)
 
 
-def test_what_rounds_may_move_a_single_reward_far_but_not_all_of_them(reward_model, held_out, monkeypatch):
-    verification = Verification(reward_model, HeldOut.of(held_out()))
-    spread, before = verification.spread, verification.now
-    one = before + np.where(np.arange(len(before)) == 3, 2 * spread, 0)
-    monkeypatch.setattr(verification, "rewards", lambda: one)
-    verification.check_step("precision", "", ROUNDING)
-    assert verification.moved["precision"] == pytest.approx(2 * spread, rel=1e-4)
-    verification.now = before
+def test_what_rounds_may_move_a_single_reward_far_but_not_all_of_them(verification, monkeypatch):
+    followed = verification()
+    before = followed.now
+    one = before + np.where(np.arange(len(before)) == 3, 2 * followed.spread, 0)
+    monkeypatch.setattr(followed, "rewards", lambda: one)
+    followed.check_step("precision", "", ROUNDING)
+    assert followed.moved["precision"] == pytest.approx(2 * followed.spread, rel=1e-4)
+    followed.now = before
+    with pytest.raises(ExportError):
+        followed.check_step("merge", "nothing is rounded")
     shuffled = np.random.default_rng(0).permutation(before)
-    monkeypatch.setattr(verification, "rewards", lambda: shuffled)
+    monkeypatch.setattr(followed, "rewards", lambda: shuffled)
     with pytest.raises(ExportError):
-        verification.check_step("precision", "others", EIGHT_BITS)
-    verification.now = before
-    monkeypatch.setattr(verification, "rewards", lambda: one)
-    with pytest.raises(ExportError):
-        verification.check_step("merge", "nothing is rounded")
+        followed.check_step("precision", "others", EIGHT_BITS)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +168,7 @@ def test_trl_gives_the_rewards_of_score(tiny_base, tmp_path, monkeypatch, base):
     monkeypatch.setattr(RLOOConfig, "__post_init__", see_two)
     expected = save_classifier(tiny_base(base), tmp_path).score(ITEMS).tolist()
     assert len(set(expected)) == len(ITEMS)
-    assert trl_rewards(tmp_path, CONVERSATIONS) == pytest.approx(expected, abs=1e-6)
+    assert trl_rewards(tmp_path, CONVERSATIONS, torch.device("cpu")) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("base", ["llama", "gpt2"])
@@ -195,17 +193,19 @@ def test_a_reply_that_no_policy_samples_so_has_no_reward_for_ppo(tiny_llama):
 
 
 def ask(tmp_path, **request):
-    (tmp_path / "request.json").write_text(json.dumps({"sampled": [], "device": "cpu", **request}))
+    request = {"folder": str(tmp_path / "model"), "sampled": [], "device": "cpu", "left": True, **request}
+    (tmp_path / "request.json").write_text(json.dumps(request))
     paths = [str(tmp_path / name) for name in ("request.json", "answer.json")]
     subprocess.run([sys.executable, "-P", PLAIN_SCORING, *paths], check=True, capture_output=True)
     return json.loads((tmp_path / "answer.json").read_text())
 
 
 def test_a_fresh_process_gives_the_same_rewards_without_a_module_of_ours(tiny_llama, tmp_path):
+    imported = re.findall(r"^(?:from|import) (\w+)", PLAIN_SCORING.read_text(), re.MULTILINE)
+    assert set(imported) - sys.stdlib_module_names == {"torch", "transformers"}
     save_classifier(tiny_llama, tmp_path / "model")
     sequences = [[1, 5, 6, 2], [1, 7, 2], [1, 8, 9, 10, 11, 2]]
-    answer = ask(tmp_path, folder=str(tmp_path / "model"), sequences=sequences, texts=["good cat"], left=True)
-    assert not {"rm_recipe", "trl", "peft"} & set(answer["modules"])
+    answer = ask(tmp_path, sequences=sequences, texts=["good cat"])
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     with torch.no_grad():
@@ -215,5 +215,7 @@ def test_a_fresh_process_gives_the_same_rewards_without_a_module_of_ours(tiny_ll
         assert answer[way] == pytest.approx(expected, abs=1e-6), way
     assert answer["pipeline"][0]["score"] == pytest.approx(text)
     assert answer["ids"] == [[tokenizer("good cat")["input_ids"]]] * 2
-    answer = ask(tmp_path, folder=str(tmp_path), sequences=[[1]], texts=[], left=False)
-    assert "Error: " in answer["error"]  # what goes wrong is said in words
+
+
+def test_what_goes_wrong_in_a_fresh_process_is_said_in_words(tmp_path):
+    assert "Error: " in ask(tmp_path, sequences=[[1]], texts=[])["error"]

@@ -35,14 +35,14 @@ from transformers import (
 from rm_recipe import scoring
 from rm_recipe.model import memory
 from rm_recipe.model.memory import fit, peak_memory, reset_peak_memory
-from rm_recipe.model.shared_prefix import padded_rows
+from rm_recipe.model.shared_prefix import decide_sharing, padded_rows
 from rm_recipe.processes import is_out_of_memory
 from rm_recipe.recipe.reader import Recipe, read_recipe
 from rm_recipe.scoring import RewardModel
 from rm_recipe.tools.benchmark import machine
 from rm_recipe.tools.benchmark_worker import measure_training
 from rm_recipe.training.preflight import preflight
-from rm_recipe.training.train import load_data, load_model, make_trainer, settle_step
+from rm_recipe.training.train import load_data, load_model, make_trainer
 
 REPOSITORY = Path(__file__).parent.parent.parent
 LORA, QLORA, ENCODER = "tinyllama_hh_lora", "tinyllama_hh_qlora", "distilbert_hh"
@@ -173,7 +173,8 @@ def largest_batch(m: Measure, name: str, batch: int | None, checkpointing: bool 
     recipe = m.recipe(name)
     tokenizer, train_split, test_split, _ = load_data(recipe)
     model, modules_to_save = load_model(recipe, tokenizer)
-    sharing = settle_step(recipe, model, modules_to_save, train_split)
+    wanted, training = recipe.data.prefix_sharing, recipe.training
+    sharing = decide_sharing(model, wanted, training.max_length, training.device)
     device = torch.device("cuda")
     if batch is None:
         del recipe.values["gradient_checkpointing"]
@@ -199,14 +200,13 @@ def largest_batch(m: Measure, name: str, batch: int | None, checkpointing: bool 
         checkpointing=bool(checkpointing),
         device=device,
     )
-    trainer = make_trainer(recipe, tokenizer, model, modules_to_save, train_split, test_split, sharing)
-    shown = preflight(recipe, trainer, modules_to_save, train_split, test_split)
-    assert shown is not None
+    trainer = make_trainer(recipe, tokenizer, model, modules_to_save, train_split, test_split)
+    shown = preflight(recipe, trainer)
     return {
         "batch": batch,
         "checkpointing": checkpointing,
         "planned_gb": round((plan.peak - memory.PROCESS) / 1e9, 2),
-        "measured_gb": round(shown.peak_memory / 1e9, 2),
+        "measured_gb": round(shown["peak_memory"] / 1e9, 2),
         "reserved_gb": round(torch.cuda.max_memory_reserved() / 1e9, 2) if CUDA else None,
     }
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 import torch
-from conftest import make_rows, write_jsonl
+from conftest import make_rows, ready_trainer, write_jsonl
 
 from rm_recipe.errors import RecipeError
 from rm_recipe.evaluation.evaluate import evaluate
@@ -17,9 +17,9 @@ from rm_recipe.exporting.export import export
 from rm_recipe.recipe.reader import read_recipe
 from rm_recipe.scoring import RewardModel
 from rm_recipe.tools.benchmark_worker import measure_training
-from rm_recipe.training.distributed import autocast_of
 from rm_recipe.training.preflight import preflight
-from rm_recipe.training.train import load_data, load_model, make_trainer, settle_step, train
+from rm_recipe.training.train import train
+from rm_recipe.training.trainer import autocast_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -52,10 +52,7 @@ def test_losses_equal_stock_trl(write_recipe, name):
 def batch_on_gpu(write_recipe, **keys):
     """A trainer on the GPU and the inputs of its first batch."""
     recipe = read_recipe(write_recipe(**ON_GPU, bf16=True, **keys))
-    tokenizer, train_split, test_split, _ = load_data(recipe)
-    model, modules_to_save = load_model(recipe, tokenizer)
-    sharing = settle_step(recipe, model, modules_to_save, train_split)
-    trainer = make_trainer(recipe, tokenizer, model, modules_to_save, train_split, test_split, sharing)
+    trainer = ready_trainer(recipe)
     return trainer, next(iter(trainer.get_train_dataloader()))
 
 
@@ -134,14 +131,11 @@ def test_running_out_of_memory_says_what_to_lower(write_recipe, tmp_path):
     recipe = read_recipe(
         write_recipe(**ON_GPU, dataset_name=str(data), max_length=512, per_device_train_batch_size=64)
     )
-    tokenizer, train_split, test_split, _ = load_data(recipe)
-    model, modules_to_save = load_model(recipe, tokenizer)
-    sharing = settle_step(recipe, model, modules_to_save, train_split)
-    trainer = make_trainer(recipe, tokenizer, model, modules_to_save, train_split, test_split, sharing)
+    trainer = ready_trainer(recipe)
     total = torch.cuda.mem_get_info()[1]
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 60e6) / total)
     try:
         with pytest.raises(RecipeError, match="out of memory.*per_device_train_batch_size"):
-            preflight(recipe, trainer, modules_to_save, train_split, test_split)
+            preflight(recipe, trainer)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

@@ -29,9 +29,9 @@ from rm_recipe import RewardModel
 from rm_recipe.data.comparison import split_at_common_prefix
 from rm_recipe.errors import RecipeError, TrainingError
 from rm_recipe.exporting.export import export
-from rm_recipe.model import lora, source
+from rm_recipe.model import lora
 from rm_recipe.model.head import Float32Linear, check_saved_head, outermost
-from rm_recipe.model.lora import add_lora, check_head_is_whole
+from rm_recipe.model.lora import adapter_config, add_lora, check_head_is_whole, load_config
 from rm_recipe.model.reward_model import (
     as_one_model,
     autocast,
@@ -39,7 +39,6 @@ from rm_recipe.model.reward_model import (
     load_base,
     load_trained,
 )
-from rm_recipe.model.source import load_config
 from rm_recipe.model.tokenizer import load_tokenizer
 from rm_recipe.recipe.reader import read_recipe
 from rm_recipe.training.train import load_data, train
@@ -413,4 +412,4 @@ def test_a_proxy_that_fails_is_named(monkeypatch):
 
     monkeypatch.setattr("rm_recipe.files._on_hub", answer)
     with pytest.raises(RecipeError, match="'model_name_or_path: user/behind-a-proxy' cannot be loaded: 407"):
-        source.adapter_config("user/behind-a-proxy")
+        adapter_config("user/behind-a-proxy")

@@ -14,18 +14,10 @@ from rm_recipe.data.comparison import Encoded
 from rm_recipe.errors import RecipeError
 from rm_recipe.model import lora, memory, row_attention
 from rm_recipe.model.head import to_float32
-from rm_recipe.model.memory import (
-    MemoryPlan,
-    fit_by_config,
-    needs_checkpointing,
-    plan,
-    read_for,
-    what_to_lower,
-    with_batch_of,
-)
+from rm_recipe.model.memory import MemoryPlan, needs_checkpointing, plan, with_batch_of
 from rm_recipe.model.shared_prefix import padded_rows, shared_rows
 from rm_recipe.recipe.reader import read_recipe
-from rm_recipe.tools.check import check_memory
+from rm_recipe.tools.check import check_memory, fit_by_config, read_for
 
 BATCH = [Encoded([5] * 60, [[6] * 20, [7] * 24])] * 4
 CPU, GPU, GB = torch.device("cpu"), torch.device("cuda"), 1e9
@@ -146,7 +138,7 @@ def fitted(write_recipe, monkeypatch):
         recipe = read_for(write_recipe(**keys), [], GPU)
         with monkeypatch.context() as patch:
             patch.setattr(memory, "plan", step)
-            return fit_by_config(recipe, GPU, (room * GB + memory.PROCESS) / (1 - memory.SPARE) + 1), recipe
+            return fit_by_config(recipe, GPU, (room * GB + memory.PROCESS) / (1 - memory.SPARE) + 1)
 
     def step(config, model, training, new, batch, *, checkpointing, **_):
         return MemoryPlan(0, 0, round(len(batch) * GB * (0.5 if checkpointing else 1)))
@@ -169,18 +161,18 @@ def fitted(write_recipe, monkeypatch):
 def test_checkpointing_is_used_where_only_that_fits_and_the_largest_batch_is_found(
     fitted, room, keys, fits, checkpointing, largest
 ):
-    found, _ = fitted(room, **keys)
+    found = fitted(room, **keys)
     assert (found.fits, found.checkpointing, found.largest) == (fits, checkpointing, largest)
     assert (found.without is not None) == (checkpointing and not keys)
 
 
 def test_what_to_lower_is_what_would_fit(fitted):
-    lower = what_to_lower(*fitted(1, gradient_accumulation_steps=4))
+    lower = fitted(1, gradient_accumulation_steps=4).lower
     told = dict(pair.split(": ") for pair in re.findall(r"\w+: \d+", lower))
     assert told == {"per_device_train_batch_size": "2", "gradient_accumulation_steps": "16"}
-    assert fitted(1, **{key: int(value) for key, value in told.items()})[0].fits
-    assert "gradient_checkpointing: true" in what_to_lower(*fitted(0.6, gradient_checkpointing=False))
-    assert "a lower max_length or load_in_4bit: true" in what_to_lower(*fitted(0.4))
+    assert fitted(1, **{key: int(value) for key, value in told.items()}).fits
+    assert "gradient_checkpointing: true" in fitted(0.6, gradient_checkpointing=False).lower
+    assert "a lower max_length or load_in_4bit: true" in fitted(0.4).lower
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import pytest
 import torch
 from conftest import TINY, TINY_BASES, make_recipe, make_tokenizer
 from transformers import (
-    AlbertConfig,
     AutoModelForSequenceClassification,
     Gemma3TextConfig,
     GPT2Config,
@@ -18,9 +17,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
-    PerceiverConfig,
     Qwen2Config,
-    T5Config,
 )
 
 from rm_recipe.data.comparison import Encoded, split_at_common_prefix
@@ -28,7 +25,6 @@ from rm_recipe.model import row_attention, shared_prefix
 from rm_recipe.model.reward_model import add_reward_positions
 from rm_recipe.model.row_attention import NAME, announce_rows, attend_by_comparison, row_mask
 from rm_recipe.model.shared_prefix import (
-    check_padding,
     decide_sharing,
     measure_sharing,
     padded_rows,
@@ -139,15 +135,7 @@ def test_the_copies_that_prove_something_are_small(monkeypatch):
 
     monkeypatch.setattr(shared_prefix.AutoModelForSequenceClassification, "from_config", watched)
     assert measure_sharing(LlamaConfig(**GROUPED | {"intermediate_size": 10**5}), "sdpa") <= 1e-5
-    check_padding(AlbertConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12), "m")
-    check_padding(T5Config(d_model=1024, d_ff=65536, num_heads=128, d_kv=128), "m")
-    monkeypatch.setattr(torch.nn.Module, "double", lambda model: model)  # half the time of this test
-    check_padding(PerceiverConfig(), "m")
-    of_llama, _, of_albert, of_t5, _, of_perceiver = sizes
-    assert 0 < of_llama < 1e6
-    assert 0 < of_albert < 1e7
-    assert of_t5 == 0
-    assert 0 < of_perceiver <= shared_prefix.LARGEST_COPY
+    assert 0 < sizes[0] < 1e6
 
 
 # --- attention on a CPU, one comparison after the other ---------------------------------------------

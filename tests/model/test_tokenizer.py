@@ -7,7 +7,6 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from rm_recipe.data.tokenization import render
 from rm_recipe.errors import RecipeError
-from rm_recipe.model.shared_prefix import Sharing
 from rm_recipe.model.tokenizer import check_lengths, check_vocabulary, load_tokenizer, pad_token, positions
 from rm_recipe.recipe.reader import read_recipe
 from rm_recipe.training.train import load_data, load_model, make_trainer
@@ -151,10 +150,9 @@ def test_the_template_that_is_trained_with_is_ours_and_not_what_trl_would_read_a
     path = str(tmp_path / "other.jinja") if kind == "file" else save("other", OTHER_TEMPLATE)
     (tmp_path / "other.jinja").write_text(OTHER_TEMPLATE)
     recipe = read_recipe(write_recipe(chat_template_path=path))
-    tokenizer, train_split, test_split, _ = load_data(recipe)
+    tokenizer, *splits, _ = load_data(recipe)
     assert render(tokenizer, MESSAGES) == "<s>hello!</s>good cat!</s>"
     tokenizer.chat_template = made = f"{tokenizer.chat_template}{{# made safe #}}"
-    model = load_model(recipe, tokenizer)
-    trainer = make_trainer(recipe, tokenizer, *model, train_split, test_split, Sharing(False, "off", None))
+    trainer = make_trainer(recipe, tokenizer, *load_model(recipe, tokenizer), *splits)
     assert trainer.processing_class.chat_template == made
     assert recipe.resolved()["chat_template_path"] == path

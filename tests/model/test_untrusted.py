@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_recipe, run_cli
+from conftest import make_recipe, ready_trainer, run_cli
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -17,11 +17,10 @@ from rm_recipe import RewardModel
 from rm_recipe.errors import RecipeError, TrainingError
 from rm_recipe.evaluation.evaluate import evaluate
 from rm_recipe.exporting.export import export
-from rm_recipe.model import source
-from rm_recipe.model.reward_model import load_base, load_trained
+from rm_recipe.model.reward_model import check_safetensors, load_base, load_trained
 from rm_recipe.model.tokenizer import load_tokenizer
 from rm_recipe.recipe.reader import read_recipe, saved_values
-from rm_recipe.training.train import load_data, load_model, make_trainer, settle_step, train
+from rm_recipe.training.train import train
 
 CONVERT = r"alone, a pickle, which can run code .* convert it by transformers"
 ITEMS = [{"prompt": "hello", "response": "good good"}]
@@ -122,7 +121,7 @@ def test_a_reward_model_that_is_a_pickle_is_refused(tiny_llama, tmp_path, kind):
 def test_a_repository_on_the_hub_that_is_a_pickle_is_refused(monkeypatch):
     monkeypatch.setattr("rm_recipe.files._on_hub", lambda name, file, revision: file == "pytorch_model.bin")
     with pytest.raises(RecipeError, match=f"'big/old' has its weights in pytorch_model.bin {CONVERT}"):
-        source.check_safetensors("big/old")
+        check_safetensors("big/old")
 
 
 # --- checkpoints -----------------------------------------------------------------------------
@@ -135,9 +134,7 @@ def resumable(tmp_path_factory, tiny_llama, tiny_data):
     keys = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
     recipe = read_recipe(make_recipe(folder, tiny_llama, tiny_data, **keys))
     train(recipe)
-    tokenizer, *splits, _ = load_data(recipe)
-    model, new = load_model(recipe, tokenizer)
-    trainer = make_trainer(recipe, tokenizer, model, new, *splits, settle_step(recipe, model, new, splits[0]))
+    trainer = ready_trainer(recipe)
     trainer.create_optimizer_and_scheduler(4)
     return trainer, folder / "run" / "checkpoint-1"
 

@@ -1,7 +1,6 @@
 """The estimator is the mean over all subsets, and the curve finds a peak that is known."""
 
 from itertools import combinations
-from math import comb
 
 import numpy as np
 import pytest
@@ -9,16 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from rm_recipe.overoptimization.best_of_n import (
-    best_of_n,
-    curve,
-    fit,
-    kl,
-    mean_interval,
-    spread,
-    standardised,
-    weights,
-)
+from rm_recipe.overoptimization.best_of_n import best_of_n, curve, fit, kl, spread, standardised, weights
 
 
 def by_brute_force(proxy, values, n):
@@ -27,7 +17,6 @@ def by_brute_force(proxy, values, n):
     for subset in combinations(range(len(proxy)), n):
         best = max(proxy[i] for i in subset)
         means.append(np.mean([values[i] for i in subset if proxy[i] == best]))
-    assert len(means) == comb(len(proxy), n)
     return np.mean(means)
 
 
@@ -40,17 +29,15 @@ MANY = arrays(float, (2, 7), elements=st.floats(-5, 5))
 def test_it_is_the_mean_over_all_subsets(proxy, values):
     found = best_of_n(proxy, values)
     for prompt in range(2):
-        for n in range(1, 8):
-            expected = by_brute_force(proxy[prompt], values[prompt], n)
-            assert found[prompt, n - 1] == pytest.approx(expected, abs=1e-9)
+        expected = [by_brute_force(proxy[prompt], values[prompt], n) for n in range(1, 8)]
+        assert found[prompt] == pytest.approx(expected, abs=1e-9)
 
 
-@pytest.mark.parametrize("replies", [2, 32, 1000])
-def test_each_subset_has_one_best(replies):
-    found = weights(replies)
-    assert found.sum(axis=1) == pytest.approx(np.ones(replies))
+def test_each_subset_has_one_best_also_where_their_numbers_are_huge():
+    found = weights(2000)
+    assert found.sum(axis=1) == pytest.approx(np.ones(2000))
     assert (found >= 0).all()
-    assert found[1, -1] == pytest.approx(2 / replies)  # of pairs, those with the last reply
+    assert found[1, -1] == pytest.approx(2 / 2000)  # of pairs, those with the last reply
 
 
 def test_the_divergence_is_the_papers():
@@ -59,14 +46,13 @@ def test_the_divergence_is_the_papers():
     for n in (1, 2, 16):
         density = n * u ** (n - 1)
         assert kl(n) == pytest.approx((density * np.log(density)).mean(), abs=1e-4)
-    assert kl(1) == 0
 
 
 def test_the_fit_finds_its_own_curve_again():
-    n = np.array([1, 2, 4, 8, 16, 32])
-    d = np.sqrt(kl(n))
-    alpha, beta = fit(n, d * (1.7 - 0.6 * d))
-    assert (alpha, beta) == pytest.approx((1.7, 0.6))
+    d = np.sqrt(kl(np.arange(1, 33)))
+    found = {"alpha": 1.7, "beta": 0.6, "peak_sqrt_kl": 1.7 / 1.2}
+    assert fit(d * (1.7 - 0.6 * d)) == pytest.approx(found)
+    assert set(fit(d[:3]).values()) == {None}  # too few
 
 
 def peaked(u):
@@ -82,7 +68,7 @@ def expected_of_peaked(n):
 def simulated(prompts, replies=64, seed=0, noise=0.5):
     rng = np.random.default_rng(seed)
     u = rng.uniform(size=(prompts, replies))
-    # The proxy's own scale and each prompt's zero are no matter.
+    # The proxy's own scale and each prompt's zero do not matter.
     return 5 * u + rng.normal(size=(prompts, 1)), peaked(u) + noise * rng.normal(size=u.shape)
 
 
@@ -90,7 +76,6 @@ def test_a_peak_that_is_known_is_found():
     proxy, gold = simulated(400)
     found, sizes = curve(proxy, gold), np.arange(1, 65)
     expected = expected_of_peaked(sizes) - expected_of_peaked(1)
-    assert expected.argmax() + 1 == 6
     assert np.array(found["gain"]) * spread(gold) == pytest.approx(expected, abs=0.05)
     assert found["peak_n_ci95"][0] <= 6 <= found["peak_n_ci95"][1]
     late = found["late_change"]
@@ -98,28 +83,7 @@ def test_a_peak_that_is_known_is_found():
     assert late["mean"] * spread(gold) == pytest.approx(expected[63] - expected[15], abs=0.05)
     assert late["ci95"][1] < 0
     assert np.sqrt(kl(4)) < found["fit"]["peak_sqrt_kl"] < np.sqrt(kl(9))
-    by_proxy = curve(proxy, proxy)
-    assert (np.diff(by_proxy["gain"]) > 0).all()
-    assert by_proxy["late_change"]["ci95"][0] > 0
-    assert by_proxy["peak_n"] == 64
-
-
-def test_a_gold_that_agrees_does_not_peak():
-    proxy, _ = simulated(100)
-    gold = proxy + np.random.default_rng(1).normal(size=proxy.shape)
-    found = curve(proxy, gold)
-    assert found["late_change"]["ci95"][0] > 0
-    assert found["gain_ci95"][-1][0] > 0
-
-
-def test_a_gold_that_levels_off_is_not_taken_for_one_that_falls():
-    """Though the fit, a parabola, bends down, and some n before the last has the largest gain by chance."""
-    falls = 0
-    for seed in range(20):
-        rng = np.random.default_rng(seed)
-        u = rng.uniform(size=(64, 32))
-        falls += curve(u, np.minimum(u, 0.6) + 0.3 * rng.normal(size=u.shape))["late_change"]["ci95"][1] < 0
-    assert falls <= 2  # of 20, of which 1 in 40 is to be expected
+    assert (np.diff(curve(proxy, proxy)["gain"]) > 0).all()
 
 
 def test_intervals_hold_what_is_true_about_as_often_as_they_say():
@@ -132,38 +96,8 @@ def test_intervals_hold_what_is_true_about_as_often_as_they_say():
     assert 84 <= held <= 100
 
 
-def test_a_unit_and_a_zero_of_rewards_are_no_matter():
-    proxy, gold = simulated(10)
-    offset = np.arange(10.0)[:, None]
-    one, other = curve(proxy, gold), curve(7 * proxy - offset, 100 * gold + offset)
-    assert one["gain"] == pytest.approx(other["gain"])
-    assert one["fit"]["alpha"] == pytest.approx(other["fit"]["alpha"])
-
-
-def test_one_prompt_has_no_interval():
-    found = curve(*simulated(1))
-    assert found["gain_ci95"] is found["late_change"]["ci95"] is found["peak_n_ci95"] is None
-    assert len(found["gain"]) == 64
-
-
-def test_two_replies_are_too_few_for_a_fit():
-    found = curve(*simulated(20, replies=2))
-    assert found["fit"] == {"alpha": None, "beta": None, "peak_sqrt_kl": None}
-    assert found["late_change"]["from_n"] == 1
-    assert len(found["gain_ci95"]) == 2
-
-
 def test_equal_rewards_gain_nothing():
     equal, gold = np.full((3, 8), 0.1), simulated(3, replies=8)[1]
-    assert spread(equal) == 0
     assert (standardised(equal) == 0).all()
     assert curve(equal, equal)["gain"] == [0.0] * 8
     assert curve(equal, gold)["gain"] == pytest.approx(np.zeros(8))  # any choice is a draw
-
-
-def test_a_mean_has_the_interval_of_its_prompts():
-    assert mean_interval([np.nan]) == {"mean": None, "ci95": None}
-    assert mean_interval([2.0, np.nan]) == {"mean": 2.0, "ci95": None}
-    found = mean_interval(np.random.default_rng(0).normal(3, 1, 200))
-    assert found["ci95"][0] < 3 < found["ci95"][1]
-    assert found["ci95"][1] - found["ci95"][0] == pytest.approx(4 / np.sqrt(200), rel=0.15)

@@ -1,9 +1,9 @@
 """What best-of-n by a proxy does to gold, from models and replies to files; and what is refused."""
 
-import html
 import json
 import re
 import shutil
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -11,193 +11,137 @@ import pytest
 from conftest import make_recipe, write_jsonl
 from test_cli import invoke
 
-from rm_recipe import RewardModel
 from rm_recipe.errors import DataError, RecipeError, TrainingError
-from rm_recipe.overoptimization.best_of_n import curve, spread, standardised
-from rm_recipe.overoptimization.experiment import (
-    MEAN,
-    WORST,
-    comparable,
-    default_output,
-    ensemble,
-    overoptimization,
-)
+from rm_recipe.overoptimization.best_of_n import curve, spread
+from rm_recipe.overoptimization.experiment import comparable, default_output, overoptimization
 from rm_recipe.overoptimization.replies import Sample, Sampling
 from rm_recipe.recipe.reader import read_recipe
 from rm_recipe.rl import combine
-from rm_recipe.scoring import RewardModel as Scorer
+from rm_recipe.scoring import RewardModel
 from rm_recipe.training.train import train
 
 WORDS = ["good", "bad", "good good", "cat on mat", "", "thanks thanks", "no", "far away hello yes"]
 ROWS = [
-    {
-        "prompt": f"hello {number} how are you",
-        "responses": [f"{word} {'no ' * (number % 3)}" for word in WORDS],
-    }
-    for number in range(12)
+    {"prompt": f"hello {n} how are you", "responses": [f"{word} {'no ' * (n % 3)}" for word in WORDS]}
+    for n in range(12)
 ]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, tiny_llama, tiny_distilbert, tiny_data):
     """Runs: two Llamas of other seeds and an encoder, with templates of their own."""
-    root = tmp_path_factory.mktemp("judges")
-    kinds = {
-        "proxy": (tiny_llama, {"seed": 1, "max_steps": 4}),
-        "gold": (tiny_llama, {"seed": 2}),
-        "encoder": (tiny_distilbert, {"use_peft": False, "learning_rate": 1e-3, "max_length": 64}),
-    }
-    for name, (base, keys) in kinds.items():
+    root = tmp_path_factory.mktemp("runs")
+    encoder = {"use_peft": False, "learning_rate": 1e-3, "max_length": 64}
+    kinds = {"proxy": (tiny_llama, {"seed": 1, "max_steps": 4}), "gold": (tiny_llama, {"seed": 2})}
+    for name, (base, keys) in (kinds | {"encoder": (tiny_distilbert, encoder)}).items():
         (root / name).mkdir()
         train(read_recipe(make_recipe(root / name, base, tiny_data, **keys)))
-    return {name: str(root / name / "run") for name in kinds}
-
-
-@pytest.fixture
-def samples(tmp_path):
-    return write_jsonl(tmp_path / "samples.jsonl", ROWS)
+    return {name: str(root / name / "run") for name in ("proxy", "gold", "encoder")}
 
 
 def measured(models, tmp_path, rows, **keys):
     """The result for these replies; one proxy and one gold unless said otherwise."""
     keys = {"proxies": [models["proxy"]], "gold": [models["gold"]], "output": tmp_path / "o"} | keys
-    return overoptimization(samples=write_jsonl(tmp_path / "samples.jsonl", rows), **keys)
+    return overoptimization(file=write_jsonl(tmp_path / "samples.jsonl", rows), **keys)
 
 
+@cache
 def by_hand(path):
     items = [{"prompt": row["prompt"], "response": reply} for row in ROWS for reply in row["responses"]]
     return RewardModel.from_pretrained(path).score(items).astype(float).reshape(len(ROWS), -1)
 
 
-def test_given_replies_are_scored_by_both_each_by_its_own_template(models, samples, tmp_path):
-    content = overoptimization([models["proxy"]], [models["encoder"]], samples=samples, output=tmp_path / "o")
+def test_given_replies_are_scored_by_both_each_by_its_own_template(models, tmp_path):
+    content = measured(models, tmp_path, ROWS, gold=[models["encoder"]])
     proxy, gold = by_hand(models["proxy"]), by_hand(models["encoder"])
     (found,) = content["curves"].values()
-    expected = curve(proxy, gold)
-    assert found["gold"]["gain"] == pytest.approx(expected["gain"], abs=1e-4)
-    assert found["gold"]["peak_n"] == expected["peak_n"]
-    assert found["spread"]["gold"] == pytest.approx(spread(gold), rel=1e-4)
-    counted = {"empty_replies": 4, "repeated_replies": 0, "cut_replies": None, "excluded": {}}
-    assert content["samples"] == {"file": str(samples), "n_prompts": 12, "n_replies": 8, **counted}
-    files = {path.name for path in (tmp_path / "o").iterdir()}
-    assert files == {"overoptimization.json", "overoptimization.html", "overoptimization.svg", "scores.jsonl"}
+    assert found["gold"]["gain"] == pytest.approx(curve(proxy, gold)["gain"], abs=1e-4)
+    files = [f"overoptimization.{ending}" for ending in ("html", "json", "svg")]
+    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == [*files, "scores.jsonl"]
     assert json.loads((tmp_path / "o" / "overoptimization.json").read_text()) == content
     lines = [json.loads(line) for line in (tmp_path / "o" / "scores.jsonl").read_text().splitlines()]
     assert lines[3]["rewards"][models["proxy"]] == pytest.approx(proxy[3].tolist(), abs=1e-5)
-    assert set(found["edits"]) == {"trailing_space", "repeated_sentence", "thank_you", "markdown"}
-    assert len(found["examples"]) == 10
+    assert (len(found["edits"]), len(found["examples"])) == (4, 10)
 
 
 def test_a_policy_is_drawn_from_scored_and_reported_on_the_command_line(
     models, tiny_llama, tiny_data, monkeypatch, capsys
 ):
-    monkeypatch.setenv("COLUMNS", "80")
     command = ["overoptimization", models["proxy"], "--gold", models["gold"]]
     limits = ["--max-prompts", "5", "--n", "4", "--max-new-tokens", "6"]
     prompts = ["--policy", str(tiny_llama), "--prompts", str(tiny_data / "test.jsonl"), *limits]
     code, first, err = invoke(monkeypatch, capsys, *command, *prompts)
     assert code == 0, err
     assert "Best of 4 replies to each of 5 prompts" in first
-    assert all(len(line) <= 80 for line in first.splitlines() if line and line[0] in "┏┃┡│└")
-    folder = f"{models['proxy']}/overoptimization"
+    folder = default_output(f"{models['proxy']}/export")
+    assert folder == Path(models["proxy"], "overoptimization")
     assert first.splitlines()[-1] == f"report: {folder}/overoptimization.html"
-    content = json.loads(Path(folder, "overoptimization.json").read_text())
-    assert content["sampling"]["policy"] == str(tiny_llama)
-    assert content["sampling"]["temperature"] == 1.0
+    content = json.loads((folder / "overoptimization.json").read_text())
     assert 0 < content["samples"]["cut_replies"] <= 20
-    assert content["samples"]["empty_replies"] < 20
-    drawn = Path(folder, "samples.jsonl").read_bytes()
+    drawn = (folder / "samples.jsonl").read_bytes()
     assert invoke(monkeypatch, capsys, *command, *prompts)[:2] == (0, first)
-    assert Path(folder, "samples.jsonl").read_bytes() == drawn
-    page = Path(folder, "overoptimization.html").read_text()
-    assert content["curves"][models["proxy"]]["verdict"] in html.unescape(page)
+    assert (folder / "samples.jsonl").read_bytes() == drawn
     reused = ["--samples", f"{folder}/samples.jsonl", "--output", f"{folder}/again"]
     assert invoke(monkeypatch, capsys, *command, *reused)[0] == 0
-    other = json.loads(Path(folder, "again", "overoptimization.json").read_text())
+    other = json.loads((folder / "again" / "overoptimization.json").read_text())
     assert other["curves"] == content["curves"]
 
 
 def test_several_proxies_are_ensembles_too_and_several_gold_models_are_their_mean(models, tmp_path):
     two = [models["proxy"], models["encoder"]]
     scaled = [(own - own.mean()) / spread(own) for own in map(by_hand, two)]
-    content, gold = measured(models, tmp_path, ROWS, proxies=two), by_hand(models["gold"])
-    assert list(content["curves"]) == [*two, MEAN, WORST]
-    for name, together in ((MEAN, np.mean(scaled, axis=0)), (WORST, np.min(scaled, axis=0))):
-        found = content["curves"][name]["gold"]["gain"]
-        assert found == pytest.approx(curve(together, gold)["gain"], abs=1e-3)
-    swapped = measured(models, tmp_path, ROWS, proxies=[models["gold"]], gold=two)
-    found = swapped["curves"][models["gold"]]["gold"]["gain"]
-    assert found == pytest.approx(curve(gold, np.mean(scaled, axis=0))["gain"], abs=1e-3)
-
-
-def test_a_model_of_prompts_rather_than_of_replies_has_no_more_say_for_it():
-    rng = np.random.default_rng(0)
-    rewards = rng.normal(size=(2, 40, 8))
-    loud = rewards[1] + 5 * rng.normal(size=(40, 1))
-    constant = 1 + 1e-9 * rng.normal(size=(40, 8))
-    for other, expected in ((loud, [0.71, 0.71]), (constant, [1, 0])):
-        mean = ensemble([rewards[0], other], 8)
-        of_each = [
-            np.corrcoef(standardised(mean).ravel(), standardised(own).ravel())[0, 1] for own in rewards
-        ]
-        assert of_each == pytest.approx(expected, abs=0.06)
+    mean, worst, gold = np.mean(scaled, axis=0), np.min(scaled, axis=0), by_hand(models["gold"])
+    curves = measured(models, tmp_path, ROWS, proxies=two)["curves"]
+    assert list(curves) == [*two, "mean of the proxies", "worst of the proxies"]
+    for found, together in zip(list(curves.values())[2:], (mean, worst), strict=True):
+        assert found["gold"]["gain"] == pytest.approx(curve(together, gold)["gain"], abs=1e-3)
+    (found,) = measured(models, tmp_path, ROWS, proxies=[models["gold"]], gold=two)["curves"].values()
+    assert found["gold"]["gain"] == pytest.approx(curve(gold, mean)["gain"], abs=1e-3)
 
 
 def test_of_more_replies_than_the_others_have_some_are_taken_by_lot():
     """Not the first ones: a file may be sorted."""
-    many = Sample([{"role": "user", "content": "many"}], [str(k) for k in range(100)])
-    few = [Sample([{"role": "user", "content": str(k)}], ["a"] * 10) for k in range(20)]
-    same = comparable([many, *few])
+    samples = [Sample([], [str(k) for k in range(100)]), *[Sample([], ["a"] * 10)] * 20, Sample([], ["a"])]
+    same = comparable(samples)
     assert [len(one.responses) for one in same] == [10] * 21
     assert max(map(int, same[0].responses)) > 50
-    assert comparable([many, *few])[0] == same[0]
+    assert comparable(samples) == same
 
 
 def test_a_proxy_with_a_model_of_safety_is_llama_2s_combination(models, tmp_path):
     rows = [{**row, "is_safety": number % 2 == 0} for number, row in enumerate(ROWS)]
     content = measured(models, tmp_path, rows, safety=models["encoder"])
-    (name,) = content["curves"]
-    assert name == f"{models['proxy']} with safety {models['encoder']}"
-    reward = combine(models["encoder"], models["proxy"], whiten=False)
-    both = reward(
-        [row["prompt"] for row in rows for _ in WORDS],
-        [reply for row in rows for reply in row["responses"]],
-        is_safety=[row["is_safety"] for row in rows for _ in WORDS],
-    )
+    found = content["curves"][f"{models['proxy']} with safety {models['encoder']}"]
+    pairs = [(row["prompt"], reply, row["is_safety"]) for row in rows for reply in row["responses"]]
+    prompts, replies, marked = zip(*pairs, strict=True)
+    both = combine(models["encoder"], models["proxy"], whiten=False)(prompts, replies, is_safety=marked)
     expected = curve(np.reshape(both, (12, -1)), by_hand(models["gold"]))["gain"]
-    assert content["curves"][name]["gold"]["gain"] == pytest.approx(expected, abs=1e-3)
+    assert found["gold"]["gain"] == pytest.approx(expected, abs=1e-3)
 
 
 def test_prompts_that_do_not_fit_a_model_or_have_too_few_replies_are_counted(models, tmp_path):
-    rows = [
-        *ROWS,
-        {"prompt": "thanks", "response": "yes"},
-        {"prompt": "fine", "responses": ["yes", "no"]},
-        {"prompt": "sat", "responses": [*WORDS, "maybe"]},
-        {"prompt": "hello", "responses": ["good " * 200, *WORDS[1:]]},
-        {"prompt": " ", "responses": WORDS},
-    ]
+    rows = [*ROWS, {"prompt": "thanks", "response": "yes"}, {"prompt": "fine", "responses": ["yes", "no"]}]
+    rows += [{"prompt": "sat", "responses": [*WORDS, "maybe"]}, {"prompt": " ", "responses": WORDS}]
+    rows += [{"prompt": "hello", "responses": ["good " * 200, *WORDS[1:]]}]
     counted = measured(models, tmp_path, rows)["samples"]
     assert counted["excluded"] == {"fewer_replies": 2, "does_not_fit_a_model": 1, "empty_prompt": 1}
     assert (counted["n_prompts"], counted["n_replies"]) == (13, 8)
-    assert "1 prompts are left out" in (tmp_path / "o" / "overoptimization.html").read_text()
 
 
-def test_one_prompt_or_empty_replies_alone_are_reported_all_the_same(models, tmp_path):
-    (found,) = measured(models, tmp_path, ROWS[:1])["curves"].values()
-    assert found["gold"]["gain_ci95"] is None
-    assert found["verdict"].startswith("1 prompt is too few to tell")
-    empty = measured(models, tmp_path, [{"prompt": row["prompt"], "responses": [""] * 3} for row in ROWS])
-    (found,) = empty["curves"].values()
-    assert (empty["samples"]["empty_replies"], empty["samples"]["repeated_replies"]) == (36, 24)
+def test_one_prompt_and_empty_replies_alone_are_reported_all_the_same(models, tmp_path):
+    content = measured(models, tmp_path, [{"prompt": "hello", "responses": [""] * 3}])
+    (found,) = content["curves"].values()
+    assert (content["samples"]["empty_replies"], content["samples"]["repeated_replies"]) == (3, 2)
     assert found["verdict"].startswith("This proxy gives all replies to a prompt the same reward")
-    assert found["edits"] == {}
+    assert (found["edits"], found["gold"]["gain_ci95"]) == ({}, None)
 
 
-def test_names_and_replies_are_shown_as_text_and_the_home_folder_is_in_no_file(models, tmp_path, monkeypatch):
+def test_a_copy_is_found_out_names_are_shown_as_text_and_the_home_folder_is_in_no_file(
+    models, tmp_path, monkeypatch
+):
     monkeypatch.setenv("HOME", str(tmp_path))
+    proxy = shutil.copytree(models["gold"], tmp_path / "<b>proxy" / "run")
     evil = "<script>alert(1)</script>\x00\u202e"
-    proxy = shutil.copytree(models["proxy"], tmp_path / "<b>proxy" / "run")
     rows = [{**row, "responses": [evil, *row["responses"][1:]]} for row in ROWS]
     measured(models, tmp_path, rows, proxies=[str(proxy)])
     for path in (tmp_path / "o").iterdir():
@@ -205,52 +149,29 @@ def test_names_and_replies_are_shown_as_text_and_the_home_folder_is_in_no_file(m
         assert "proxy/run" in text
         assert str(tmp_path) not in text
         if path.suffix in (".html", ".svg"):
-            assert not re.search(
-                r'<script|<b>proxy|\u202e|(src|href)="(?!#|data:)', text.partition("<svg")[0]
-            )
             assert not re.search(r"<script|<b>proxy|\u202e", text)
+    assert "is it the same model?" in (tmp_path / "o" / "overoptimization.html").read_text()
 
 
 # --- what is refused -----------------------------------------------------------------------------
 
 
 def test_rewards_that_are_no_numbers_name_the_model_and_keep_what_was_drawn(
-    models, tiny_llama, tiny_data, tmp_path, monkeypatch
+    models, tiny_llama, tmp_path, monkeypatch
 ):
-    score = Scorer.score
+    def broken(*_, **__):
+        raise TrainingError("the model gives rewards that are not finite numbers")
 
-    def broken(self, items, **keys):
-        seen.append(1)
-        if len(seen) == 2:
-            raise TrainingError("the model gives rewards that are not finite numbers")
-        return score(self, items, **keys)
-
-    seen: list[int] = []
-    monkeypatch.setattr(Scorer, "score", broken)
-    drawn = {"sampling": Sampling(str(tiny_llama), n=2, max_new_tokens=3), "max_prompts": 2}
-    drawn["prompts"] = tiny_data / "test.jsonl"
-    with pytest.raises(
-        TrainingError, match=f"^{models['gold']}: .*not finite numbers; drawn replies are kept"
-    ):
-        overoptimization([models["proxy"]], [models["gold"]], **drawn, output=tmp_path / "o")
+    monkeypatch.setattr(RewardModel, "score", broken)
+    said = f"^{models['proxy']}: .*not finite numbers; drawn replies are kept"
+    with pytest.raises(TrainingError, match=said):
+        measured(models, tmp_path, ROWS[:2], sampling=Sampling(str(tiny_llama), n=2, max_new_tokens=3))
     assert {path.name for path in (tmp_path / "o").iterdir()} == {"samples.jsonl", "samples.sampling.json"}
 
 
-@pytest.mark.parametrize("gold", [["proxy"], ["gold", "gold"]])
-def test_a_model_that_judges_itself_is_refused_before_anything_is_scored(models, tmp_path, gold):
-    with pytest.raises(RecipeError, match="is named twice: what one model does to itself says nothing"):
-        measured(models, tmp_path, ROWS, gold=[models[name] for name in gold])
-    assert not (tmp_path / "o").exists()
-
-
-def test_a_gold_that_is_a_copy_of_the_proxy_is_found_out_by_its_rewards(models, tmp_path):
-    copy = shutil.copytree(models["proxy"], tmp_path / "copy")
-    (found,) = measured(models, tmp_path, ROWS, gold=[str(copy)])["curves"].values()
-    assert found["agreement"]["mean"] > 0.99
-    assert "is it the same model?" in (tmp_path / "o" / "overoptimization.html").read_text()
-
-
 def test_where_nothing_can_be_compared_it_says_so(models, tmp_path):
+    with pytest.raises(RecipeError, match="one is named twice: what it does to itself says nothing"):
+        measured(models, tmp_path, ROWS, gold=[models["proxy"]])
     with pytest.raises(DataError, match="no prompt has two replies"):
         measured(models, tmp_path, [{"prompt": "hello", "response": "good"}])
     with pytest.raises(DataError, match="every prompt has a reply that does not fit one of the models"):
@@ -261,29 +182,16 @@ def test_where_nothing_can_be_compared_it_says_so(models, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("{proxy} --gold {gold}", "give --policy and --prompts, or --samples"),
-        ("{proxy} --gold {gold} --policy x", "give --policy and --prompts, or --samples"),
-        ("{proxy} --gold {gold} --policy x --prompts y --samples z", "or --samples"),
+        ("{proxy} --gold {gold} --policy x --samples z", "give --policy and --prompts, or --samples"),
         ("{proxy} --samples z", "Missing option '--gold'"),
-        ("{proxy} --gold {gold} --samples z --seed 1 --n 4", "leave out"),
-        ("./gone --gold {gold} --samples {samples}", "./gone does not exist"),
-        ("{proxy} --gold {gold} --policy x --prompts {samples} --n 1", "'--n 1' must be"),
-        ("{proxy}/model --gold {gold} --samples {samples} --output {samples}", "is a file"),
+        ("./gone --gold {gold} --samples z", "./gone does not exist"),
+        ("some/model --gold {gold} --samples z", "is no run folder; say with --output where the result goes"),
+        ("{proxy} --gold {gold} --policy x --prompts y --n 1", "'--n': Input should be greater"),
+        ("{proxy}/model --gold {gold} --samples z --output {file}", "is a file"),
     ],
 )
-def test_arguments_that_do_not_go_together_are_one_message(
-    models, samples, monkeypatch, capsys, arguments, said
-):
-    words = arguments.format(**models, samples=samples).split()
+def test_arguments_that_do_not_go_together_are_one_message(models, monkeypatch, capsys, arguments, said):
+    words = arguments.format(**models, file=__file__).split()
     code, _, err = invoke(monkeypatch, capsys, "overoptimization", *words)
     assert code == 2
     assert said in " ".join(err.replace("│", " ").split())
-    assert "Traceback" not in err
-
-
-def test_a_result_goes_into_the_run_of_a_proxy_or_of_its_export(models, tmp_path):
-    run = Path(models["proxy"])
-    assert default_output(str(run)) == run / "overoptimization"
-    assert default_output(str(run / "export")) == run / "overoptimization"
-    with pytest.raises(RecipeError, match="is no run folder; say with --output where the result goes"):
-        default_output("some/model")

@@ -1,7 +1,6 @@
-"""One sentence says what a proxy is worth, and is right where that is known; the page says the same."""
+"""What a proxy pays for that gold does not is found where it was put; one sentence says what it is worth."""
 
 import html
-import json
 import re
 import xml.etree.ElementTree as ElementTree
 
@@ -9,19 +8,72 @@ import numpy as np
 import pytest
 from rich.console import Console
 from test_best_of_n import simulated
-from test_exploits import SAMPLES
 
 from rm_recipe.evaluation.format import MISSING
-from rm_recipe.overoptimization.best_of_n import curve
+from rm_recipe.evaluation.probes import EDITS
+from rm_recipe.overoptimization.best_of_n import curve, spread, standardised
 from rm_recipe.overoptimization.experiment import compare
-from rm_recipe.overoptimization.exploits import by_edit
-from rm_recipe.overoptimization.page import (
-    lost_prompts,
-    print_overoptimization,
-    verdict,
-    warnings,
-    write_overoptimization,
-)
+from rm_recipe.overoptimization.exploits import by_edit, by_feature, changes, examples, repetition, with_edits
+from rm_recipe.overoptimization.page import print_overoptimization, verdict, warnings, write_overoptimization
+from rm_recipe.overoptimization.replies import Sample
+
+RNG = np.random.default_rng(0)
+PROMPTS, REPLIES = 30, 8
+WORDS = [[f"{k} " + "word " * int(RNG.integers(1, 30)) for k in range(REPLIES)] for _ in range(PROMPTS)]
+SAMPLES = [Sample([{"role": "user", "content": f"question {n}"}], own) for n, own in enumerate(WORDS)]
+LENGTH = np.array([[len(reply) for reply in sample.responses] for sample in SAMPLES], float)
+GOLD = standardised(RNG.normal(size=(PROMPTS, REPLIES)))
+
+
+def test_repetition_is_the_share_of_word_runs_said_before():
+    shares = {"": 0, "two words": 0, "a b c d": 0, "a b c a b c": 1 / 4, "no No no no no": 2 / 3}
+    assert {reply: repetition(reply) for reply in shares} == pytest.approx(shares)
+
+
+def test_a_proxy_that_pays_for_length_is_found_out_and_one_that_only_errs_is_not():
+    found = by_feature(SAMPLES, standardised(GOLD + 0.1 * LENGTH), GOLD)["length"]
+    assert found["correlation"] > found["ci95"][0] > 0.4
+    assert found["best_by_proxy"] > found["mean"] + 20
+    assert found["best_by_gold"] == pytest.approx(LENGTH[range(PROMPTS), GOLD.argmax(axis=1)].mean())
+    noise = standardised(GOLD + RNG.normal(size=GOLD.shape))
+    assert abs(by_feature(SAMPLES, noise, GOLD)["length"]["correlation"]) < 0.15
+    alike = [Sample(sample.prompt, ["one two three"] * REPLIES) for sample in SAMPLES]
+    assert by_feature(alike, GOLD, -GOLD)["length"]["correlation"] is None
+
+
+def test_the_first_reply_with_words_is_edited():
+    samples = [Sample(SAMPLES[0].prompt, ["", " ", "Yes. No."]), Sample(SAMPLES[1].prompt, ["", " ", "\n"])]
+    edited = [edit("Yes. No.") for edit in EDITS.values()]
+    assert with_edits(samples[0]) == ["", " ", "Yes. No.", "Yes. No.", *edited]
+    rewards = np.array([[5.0, 5.0, 1.0, 1.0, 2.0, 3.0, 4.0, np.nan], [0.0, 0.0, 8.0, *[2.0] * 5]])
+    found = changes(samples, rewards)
+    assert found[:3, 0] * spread(rewards[:, :3]) == pytest.approx([1, 2, 3])
+    assert np.isnan(found[:, 1]).all()  # no words
+    assert np.isnan(found[3, 0])
+
+
+def test_an_edit_that_fools_the_proxy_alone_is_found():
+    proxy = np.stack([[1.0, 1.0, 2.0, np.nan], *np.zeros((3, 4))])
+    gold = np.stack([[-1.0, 0.0, 1.0, 5.0], *np.full((3, 4), np.nan)])
+    found = by_edit(proxy, gold)
+    assert [(name, part.pop("n")) for name, part in found.items()] == [("trailing_space", 3)]
+    means = {key: part["mean"] for key, part in found["trailing_space"].items()}
+    assert means == pytest.approx({"difference": 4 / 3, "proxy": 4 / 3, "gold": 0})
+
+
+def test_the_largest_excess_comes_first_one_of_a_prompt_beside_golds_best():
+    proxy, gold = GOLD.copy(), GOLD.copy()
+    proxy[7, 3:5] += 9, 8
+    proxy[2, 1] += 7
+    gold[5, 0] -= 30  # that gold hates what the proxy finds nothing in is no exploit
+    shown = examples(SAMPLES, proxy, gold)
+    assert [item["prompt"] for item in shown[:2]] == [SAMPLES[7].prompt, SAMPLES[2].prompt]
+    assert shown[0]["excess"] == pytest.approx(9)
+    responses = [SAMPLES[7].responses[k] for k in (3, int(GOLD[7].argmax()))]
+    assert [shown[0][key]["response"] for key in ("exploit", "best_by_gold")] == responses
+
+
+# --- sentences and the page ----------------------------------------------------------------------
 
 PROXY, PEAKED = simulated(200)
 NOISE = np.random.default_rng(5).normal(size=PROXY.shape)
@@ -36,10 +88,8 @@ FLAT = np.minimum((PROXY - PROXY.min(axis=1, keepdims=True)) / 5, 0.6) + NOISE /
         (PROXY, -PROXY, "bad", "Choosing by this proxy makes replies worse by gold: \N{MINUS SIGN}1."),
         (PROXY[:40], NOISE[:40], "bad", "Choosing by this proxy gains nothing certain by gold: "),
         (PROXY, FLAT, "plain", "is neither a rise nor a fall for certain"),
-        (PROXY[:1], PEAKED[:1], "plain", "1 prompt is too few to tell: by gold "),
         (PROXY[:19], PROXY[:19], "plain", "19 prompts are too few to tell: by gold "),
         (0 * PROXY, PEAKED, "bad", "This proxy gives all replies to a prompt the same reward"),
-        (PROXY[:, :2], PROXY[:, :2] + NOISE[:, :2] / 9, "good", "gold still rises, by +"),
     ],
 )
 def test_the_verdict(proxy, gold, kind, said):
@@ -49,35 +99,26 @@ def test_the_verdict(proxy, gold, kind, said):
     assert sentence.count(". ") == 0  # one sentence
 
 
-def edit_of(proxy, gold, low, high):
-    difference = {"mean": proxy - gold, "ci95": [low, high]}
-    return {"proxy": {"mean": proxy}, "gold": {"mean": gold}, "difference": difference}
-
-
 def test_what_fools_the_proxy_alone_and_a_gold_that_is_the_proxy_are_pointed_out():
     edits = {
-        "thank_you": edit_of(0.5, 0.1, 0.2, 0.6),
-        "markdown": edit_of(0.5, 0.4, -0.1, 0.3),  # gold may like it as well
-        "trailing_space": edit_of(-0.2, -0.9, 0.5, 0.9),  # the proxy does not like it either
-        "repeated_sentence": edit_of(0.02, 0.0, 0.01, 0.03),  # next to nothing
+        name: {"proxy": {"mean": proxy}, "gold": {"mean": gold}, "difference": {"ci95": ends}}
+        for name, proxy, gold, ends in (
+            ("thank_you", 0.5, 0.1, [0.2, 0.6]),
+            ("markdown", 0.5, 0.4, [-0.1, 0.3]),  # gold may like it as well
+            ("trailing_space", -0.2, -0.9, [0.5, 0.9]),  # the proxy does not like it either
+            ("repeated_sentence", 0.02, 0.0, [0.01, 0.03]),  # next to nothing
+        )
     }
     one, other = warnings({"agreement": {"mean": 0.995}, "edits": edits})
     assert "is it the same model?" in one
     assert other == "With a thank-you added replies gain 0.50 by this proxy and 0.10 by gold."
-    changes = np.random.default_rng(0).normal(size=(2, 4, 64)) * 0.05
-    assert warnings({"agreement": {"mean": 0.5}, "edits": by_edit(*changes)}) == []
-
-
-@pytest.mark.parametrize(("lost", "said"), [(0, False), (2, False), (9, True)])
-def test_many_prompts_that_do_not_fit_are_pointed_out(lost, said):
-    assert bool(lost_prompts({"n_prompts": 90, "excluded": {"does_not_fit_a_model": lost}})) == said
 
 
 @pytest.fixture(scope="module")
 def content():
     proxy, gold = simulated(30, replies=8)
-    edits = np.random.default_rng(0).normal(size=(30, 4))
-    found = compare(SAMPLES, np.hstack([proxy, edits + 3]), np.hstack([gold, edits]))
+    edits = np.random.default_rng(0).normal(size=(30, 5))
+    found = compare(SAMPLES, np.hstack([proxy, edits + np.array([0, 3, 3, 3, 3])]), np.hstack([gold, edits]))
     counts = {"empty_replies": 1, "excluded": {"does_not_fit_a_model": 3}, "cut_replies": None}
     return {
         "proxies": ["outputs/<a>", "outputs/b"],
@@ -86,53 +127,36 @@ def content():
         "samples": {"file": "samples.jsonl", "n_prompts": 30, "n_replies": 8, **counts},
         "n": list(range(1, 9)),
         "kl": [0.1 * n for n in range(8)],
-        "curves": {"outputs/<a>": found, "outputs/b": json.loads(json.dumps(found))},
+        "curves": {"outputs/<a>": found, "outputs/b": found},
     }
 
 
 def test_the_page_has_every_part_and_the_figures(content, tmp_path):
     write_overoptimization(tmp_path, content)
     raw = (tmp_path / "overoptimization.html").read_text()
-    page = html.unescape(raw)
-    for name, found in content["curves"].items():
-        assert f"{name}: {found['verdict']}" in page
-    for title in (
-        *("All proxies", "Best of n", "What the proxy pays for", "Edits that should not matter"),
-        *("Largest excess", "How replies were drawn", "What was scored"),
-    ):
-        assert f"<h3>{title}</h3>" in page
-    assert "prompts left out: does not fit a model" in page
-    first = content["curves"]["outputs/<a>"]["examples"][0]
-    assert first["exploit"]["response"].strip() in page
-    assert f"excess +{first['excess']:.2f}" in page
+    page, (name, found) = html.unescape(raw), next(iter(content["curves"].items()))
+    titles = ["All proxies", "Best of n", "What the proxy pays for", "Edits that should not matter"]
+    titles += ["Largest excess", "How replies were drawn", "What was scored"]
+    first, n = found["examples"][0], "prompts left out: does not fit a model"
+    said = [f"{name}: {found['verdict']}", *(f"<h3>{title}</h3>" for title in titles), n]
+    said += [first["exploit"]["response"].strip(), f"excess +{first['excess']:.2f}"]
+    assert [text for text in said if text not in page] == []
     cells = re.findall(r"<t[dh][^>]*>([^<]*)</t[dh]>", raw)
     assert MISSING not in cells  # as for a wrong name in the template
-    gold = content["curves"]["outputs/b"]["gold"]["gain"]
-    for n in (2, 4, 8):
-        assert f"{gold[n - 1]:+.2f}".replace("-", "\N{MINUS SIGN}") in cells
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    write_overoptimization(tmp_path, content)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_given_replies_have_no_settings_to_show(content, tmp_path):
+    gains = {f"{found['gold']['gain'][n - 1]:+.2f}".replace("-", "\N{MINUS SIGN}") for n in (2, 4, 8)}
+    assert gains <= set(cells)
     write_overoptimization(tmp_path, {**content, "sampling": None})
     assert "How replies were drawn" not in (tmp_path / "overoptimization.html").read_text()
 
 
-@pytest.mark.parametrize("shape", [(1, 8), (30, 2)])
-def test_each_proxy_has_its_panel_also_without_intervals_or_a_fit(content, tmp_path, shape):
-    proxy, gold = simulated(30, replies=8)
-    part = np.s_[: shape[0], : shape[1]]
-    own = {"proxy": curve(proxy[part], proxy[part]), "gold": curve(proxy[part], gold[part])}
-    full = content["curves"]["outputs/b"]
-    curves = {"outputs/b": full, "$x$ <b>": {**full, **own}, "third": full}
-    write_overoptimization(tmp_path, {**content, "n": content["n"][: shape[1]], "curves": curves})
+def test_each_proxy_has_its_panel_also_without_intervals_or_a_fit(content, tmp_path):
+    (proxy, gold), full = simulated(1, replies=2), content["curves"]["outputs/b"]
+    own = {**full, "proxy": curve(proxy, proxy), "gold": curve(proxy, gold)}
+    curves = {"outputs/b": full, "$x$ <b>": own, "third": full}
+    write_overoptimization(tmp_path, {**content, "n": [1, 2], "curves": curves})
     texts = [text.text for text in ElementTree.parse(tmp_path / "overoptimization.svg").iter() if text.text]
-    assert {"outputs/b", "$x$ <b>", "third"} <= set(texts)
-    assert texts.count(f" gold peaks, n = {full['gold']['peak_n']} ") >= 2
-    drawn = re.search(r"<svg viewBox.*?</svg>", (tmp_path / "overoptimization.html").read_text(), re.DOTALL)
-    assert not re.search(r"#[0-9a-f]{6}", drawn[0].replace("#curves-", ""))  # the page's colours alone
+    titles = {f"{name}; gold peaks at n = {found['gold']['peak_n']}" for name, found in curves.items()}
+    assert titles <= set(texts)
 
 
 def test_the_table_on_the_terminal_fits_80_columns(content, capsys):

@@ -20,6 +20,8 @@ from rm_recipe.tools.benchmark import benchmark, best_batch, in_turns, print_ben
 from rm_recipe.tools.benchmark_worker import as_pairs, measure_training, start_alike
 from rm_recipe.training.train import load_data, load_model
 
+RATIOS = ("comparisons_per_s", "peak_memory", "tuned_comparisons_per_s", "scoring")
+
 
 def test_both_trainers_see_the_same_losses_and_the_file_says_what_was_run(write_recipe, tmp_path):
     recipe = write_recipe(per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-3)
@@ -34,12 +36,7 @@ def test_both_trainers_see_the_same_losses_and_the_file_says_what_was_run(write_
     assert content["max_loss_difference"] <= 1e-5
     assert content["stock"]["losses"][0] != content["stock"]["losses"][2]
     assert content["scoring"]["max_reward_difference"] <= 1e-5
-    assert content["ratio"].keys() >= {
-        "comparisons_per_s",
-        "peak_memory",
-        "tuned_comparisons_per_s",
-        "scoring",
-    }
+    assert all(content["ratio"][key] > 0 for key in RATIOS)
     # The same real tokens give fewer of them here: the prompt stands there once.
     assert content["ours"]["padding_share"] < content["stock"]["padding_share"]
     assert content["setting"]["recipe"]["per_device_train_batch_size"] == 2
@@ -63,7 +60,7 @@ def test_what_cannot_be_compared_is_refused(write_recipe, keys, options, message
 
 
 def test_rankings_are_refused_because_stock_takes_pairs(write_recipe, tmp_path):
-    row = {"prompt": "hello", "responses": ["good", "bad", "no"], "ranks": [1, 2, 3]}
+    row = {"responses": ["good", "bad", "no"], "ranks": [1, 2, 3]}
     for name in ("train", "test"):
         rows = [row | {"prompt": f"{name} {n}"} for n in range(8)]
         write_jsonl(tmp_path / "data" / f"{name}.jsonl", rows)
@@ -83,9 +80,7 @@ def measured(table):
 
 def test_stocks_best_batch_is_the_fastest_of_those_that_divide_the_effective_one():
     recipe = SimpleNamespace(training=SimpleNamespace(train_batch_size=3, gradient_accumulation_steps=4))
-    found, tried = best_batch(recipe, measured({1: 2, 2: 5, 3: 4, 4: None}))
-    assert found == 2
-    assert tried == {1: 2, 2: 5, 3: 4, 4: None}
+    assert best_batch(recipe, measured({1: 2, 2: 5, 3: 4, 4: None})) == 2
 
 
 def test_stock_without_enough_memory_is_left_out_and_ours_is_not():
@@ -127,28 +122,20 @@ def test_ratios_are_taken_within_a_repeat_so_that_a_slow_spell_cancels():
         "ours": [run(1, (1.0, 0.25)), run(10), run(2)],
     }
     content = summarise(results, SCORING)
-    ratios = {"comparisons_per_s": 4, "peak_memory": 1, "tuned_comparisons_per_s": 2}
-    ratios |= {"tuned_peak_memory": 2, "scoring": 4.5}
-    assert content["ratio"] == ratios
+    assert [content["ratio"][key] for key in RATIOS] == [4, 1, 2, 4.5]
     assert content["max_loss_difference"] == 0.25
     assert content["ours"]["padding_share"] == 0.2
     assert "4.00 times stock TRL's speed" in printed(content)
 
 
-@pytest.mark.parametrize(
-    ("stock", "tuned", "ratios"),
-    [([], [run(4)], (None, 4)), ([run(4)], [], (4, None)), ([], [], (None, None))],
-)
-def test_of_what_ran_out_of_memory_nothing_is_claimed(stock, tuned, ratios):
-    content = summarise({"stock": stock, "stock_tuned": tuned, "ours": [run(1, (1.0, 0.25))]}, None)
+@pytest.mark.parametrize(("stock", "ratios"), [([], (None, 4)), ([run(8)], (8, 4))])
+def test_of_what_ran_out_of_memory_nothing_is_claimed(stock, ratios):
+    content = summarise({"stock": stock, "stock_tuned": [run(4)], "ours": [run(1, (1.0, 0.25))]}, None)
     found = content["ratio"]
     assert (found["comparisons_per_s"], found["tuned_comparisons_per_s"]) == ratios
     assert found["scoring"] is content["scoring"] is None
-    assert content["max_loss_difference"] == (0.25 if stock or tuned else None)
-    text = printed(content)
-    assert text.count("out of memory") == 2 - len(stock) - len(tuned)
-    assert text.count("4.00 times stock TRL's speed") == len(stock) + len(tuned)
-    assert "10.00" in text
+    assert content["max_loss_difference"] == 0.25
+    assert printed(content).count("out of memory") == 1 - len(stock)
 
 
 # --- one measurement -------------------------------------------------------------------------
@@ -184,16 +171,9 @@ def test_adapters_start_alike_whatever_was_drawn_before(write_recipe):
     assert torch.equal(*drawn)
 
 
-def test_both_trainers_are_measured_on_the_same_comparisons_without_the_first_step(write_recipe):
+def test_the_first_step_warms_up_and_prompts_that_stand_once_are_fewer_tokens(write_recipe):
     path = write_recipe(per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=3)
     stock, ours = (measure_training(read_recipe(path), what) for what in ("stock", "ours"))
-    for result in (stock, ours):
-        assert result["comparisons"] == 2 * 8
-        assert len(result["losses"]) == 3
-        assert result["seconds"] > 0
+    assert stock["comparisons"] == ours["comparisons"] == 2 * 8
     assert np.allclose(stock["losses"], ours["losses"], atol=1e-5)
-    split = load_data(read_recipe(path))[1]
-    whole = [len(c.prefix) + len(rest) for c in split.encoded() for rest in c.suffixes]
-    assert 2 * 16 * min(whole) <= stock["tokens"] <= 2 * 16 * max(whole)
-    assert ours["tokens"] < stock["tokens"]  # the prompts stand there once
-    assert ours["padding"] < stock["padding"]
+    assert ours["tokens"] < stock["tokens"]

@@ -56,7 +56,6 @@ def test_check_leaves_another_recipes_report_alone(write_recipe, tmp_path, capsy
     ("keys", "message"),
     [
         ({"max_length": 513}, "'max_length: 513': .* has 512 positions; set 512 or less"),
-        ({"lora_target_modules": ["nope_proj"]}, "no layer is called nope_proj"),
         ({"lora_modules_to_save": ["nrm"]}, "nrm. Did you mean 'norm'"),
         ({"attn_implementation": "nonsense"}, "cannot be loaded as a classifier"),
     ],
@@ -70,25 +69,18 @@ def test_check_finds_what_training_would_refuse_of_the_base(write_recipe, monkey
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("name", "change", "message"),
     [
-        ("chat_template.jinja", "{% if %}", "its chat template fails"),
-        ("tokenizer.json", "{", "the tokenizer of '.*base' cannot be loaded"),
-        ("config.json", '{"vocab_size": 999}', "are they of different models"),
-        (
-            "config.json",
-            '{"quantization_config": {"quant_method": "gptq", "bits": 4}}',
-            "cannot be trained in full",
-        ),
+        ("tokenizer.json", {"model": {}}, "the tokenizer of '.*base' cannot be loaded"),
+        ("config.json", {"vocab_size": 999}, "are they of different models"),
+        ("config.json", {"quantization_config": {"quant_method": "gptq"}}, "cannot be trained in full"),
     ],
 )
 def test_check_finds_a_tokenizer_or_weights_that_cannot_be_trained(
-    write_recipe, tmp_path, tiny_llama, name, content, message
+    write_recipe, tmp_path, tiny_llama, name, change, message
 ):
     base = shutil.copytree(tiny_llama, tmp_path / "base")
-    if name == "config.json":
-        content = json.dumps(json.loads((base / name).read_text()) | json.loads(content))
-    (base / name).write_text(content)
+    (base / name).write_text(json.dumps(json.loads((base / name).read_text()) | change))
     recipe = read_recipe(write_recipe(model_name_or_path=str(base), use_peft=False))
     for verb in (check_base, load_data):
         with pytest.raises(RecipeError, match=message):
@@ -145,5 +137,3 @@ def test_batches_that_would_be_dropped_are_named_before_the_model_is_loaded(writ
 
 def test_a_size_of_memory_is_read_with_its_unit():
     assert [parse_bytes(text) for text in ("8", "8GB", "0.5 GiB", "8000MB")] == [8e9, 8e9, 2**29, 8e9]
-    with pytest.raises(RecipeError, match="is not a size such as 8GB"):
-        parse_bytes("8 apples")

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS, make_rows, make_tokenizer, write_jsonl
+from conftest import WORDS, make_rows, make_tokenizer
 from datasets import Dataset
 from peft import PeftModel
 from torch.nn.functional import logsigmoid
@@ -13,16 +13,13 @@ from transformers import AutoModelForSequenceClassification, GPT2Config, LlamaCo
 from trl import ModelConfig, RewardConfig, RewardTrainer
 
 from rm_recipe.data.comparison import conversation, split_at_common_prefix, untied_pairs
-from rm_recipe.data.splits import load_split
-from rm_recipe.data.tokenization import tokenize
+from rm_recipe.data.dataset import Split
 from rm_recipe.errors import TrainingError
 from rm_recipe.model.lora import add_lora
 from rm_recipe.model.reward_model import add_reward_positions, prepare_for_rewards
 from rm_recipe.model.row_attention import NAME as ROW_ATTENTION
-from rm_recipe.model.shared_prefix import decide_sharing
-from rm_recipe.model.tokenizer import load_tokenizer
-from rm_recipe.recipe.schema import DataArguments
-from rm_recipe.training.trainer import COLUMNS, SharedPrefixRewardTrainer
+from rm_recipe.model.shared_prefix import Sharing, decide_sharing
+from rm_recipe.training.trainer import SharedPrefixRewardTrainer
 
 STEPS = 30
 TOKENIZER = make_tokenizer()
@@ -38,11 +35,11 @@ def make_model(name: str):
     return AutoModelForSequenceClassification.from_config(config, dtype=torch.float64).double()
 
 
-def make_lora(autocast: bool = False):
+def make_lora():
     """A tiny Llama in fp32 with adapters that do something from the start."""
     model = make_model("llama").float()
     prepare_for_rewards(model, TOKENIZER)
-    wrapped = add_lora(model, ModelConfig(use_peft=True, lora_r=4, lora_dropout=0.0), ["score"], autocast)
+    wrapped = add_lora(model, ModelConfig(use_peft=True, lora_r=4, lora_dropout=0.0), ["score"], True)
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:  # zeros, with which no gradient reaches lora_A
             torch.nn.init.normal_(parameter, std=0.1)
@@ -93,7 +90,7 @@ def trained(folder, model="llama", data=None, trainer_class=SharedPrefixRewardTr
     if isinstance(model, str):
         model = make_model(model)
         add_reward_positions(model)
-    ours = {"share_prefixes": share} if issubclass(trainer_class, SharedPrefixRewardTrainer) else {}
+    ours = issubclass(trainer_class, SharedPrefixRewardTrainer)
     if ours and share:  # it chooses the attention, too
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         assert decide_sharing(base, "auto", max_length=None).used
@@ -106,7 +103,11 @@ def trained(folder, model="llama", data=None, trainer_class=SharedPrefixRewardTr
     }
     config = RewardConfig(output_dir=str(folder), **values)
     data = pairs() if data is None else data
-    trainer = Capturing(model=model, args=config, train_dataset=data, processing_class=TOKENIZER, **ours)
+    if ours:
+        splits = [Split(data, len(data))] * 2
+        trainer = Capturing(model, config, TOKENIZER, splits, Sharing(share, "asked for"), ["score"])
+    else:
+        trainer = Capturing(model=model, args=config, train_dataset=data, processing_class=TOKENIZER)
     trainer.train()
     return trainer, losses
 
@@ -182,29 +183,18 @@ def test_where_every_loss_is_nan_a_few_comparisons_are_named(tmp_path):
         trained(tmp_path, trainer_class=Breaking, per_device_train_batch_size=8)
 
 
-def test_four_batches_of_one_are_one_batch_of_four(tmp_path):
-    """Whatever number of pairs a comparison has, it weighs 1."""
-    shapes = [([0, 1, 2, 3], 0.5), ([0, 0, 1], 0.0), ([0, 1], 0.0), ([0, 1, 1, 1, 2], 0.2), ([0, 1, 2], 0.0)]
-    keys = {"model": "gpt2", "data": ranked(shapes * 4), "max_steps": 10}
-    ones, of_ones = trained(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4, **keys)
-    four = trained(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=1, **keys)
-    assert_same((ones, np.reshape(of_ones, (10, 4)).mean(1).tolist()), four, 1e-10)
-    assert (four[0].model.score.weight - make_model("gpt2").score.weight).abs().max() > 1e-4  # it did move
-
-
-@pytest.mark.parametrize(("name", "tolerance", "share"), [("llama", 1e-7, True), ("gpt2", 1e-12, False)])
-def test_gradient_checkpointing_changes_no_loss_and_no_weight(tmp_path, name, tolerance, share):
-    keys = {"share": share, "max_steps": 8, "learning_rate": 1e-3}
-    with_it, without = (trained(tmp_path, name, gradient_checkpointing=on, **keys) for on in (True, False))
+def test_gradient_checkpointing_changes_no_loss_and_no_weight(tmp_path):
+    keys = {"max_steps": 8, "learning_rate": 1e-3}
+    with_it, without = (trained(tmp_path, gradient_checkpointing=on, **keys) for on in (True, False))
     assert with_it[0].model.is_gradient_checkpointing
     assert not without[0].model.is_gradient_checkpointing
-    assert_same(with_it, without, tolerance)
+    assert_same(with_it, without, 1e-7)
 
 
-@pytest.mark.parametrize(("half", "share"), [(torch.bfloat16, True), (torch.float16, False)])
-def test_autocast_rounds_a_loss_and_its_gradients_and_leaves_the_rewards_in_fp32(tmp_path, half, share):
-    model = make_lora(autocast=True)
-    trainer, _ = trained(tmp_path, model, share=share, max_steps=20, learning_rate=1e-2)
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_autocast_rounds_a_loss_and_its_gradients_and_leaves_the_rewards_in_fp32(tmp_path, half):
+    model = make_lora()
+    trainer, _ = trained(tmp_path, model, max_steps=20, learning_rate=1e-2)
     batch = trainer.data_collator(list(pairs(8)))
     found = []
     for enabled in (False, True):
@@ -221,56 +211,3 @@ def test_autocast_rounds_a_loss_and_its_gradients_and_leaves_the_rewards_in_fp32
     assert 0 < (half_rewards - rewards).abs().max() <= rounding * rewards.abs().max()
     assert half_loss.item() == pytest.approx(loss.item(), rel=rounding)
     assert (half_gradient - gradient).norm() <= rounding * gradient.norm()
-
-
-def test_bf16_learns_as_fp32_does_and_trains_fp32_weights(tmp_path):
-    found = []
-    for bf16 in (False, True):
-        model, dtypes = make_lora(autocast=bf16), set()
-        layer = model.get_base_model().model.layers[0].mlp.gate_proj.base_layer
-        layer.register_forward_hook(lambda _, inputs, output, dtypes=dtypes: dtypes.add(output.dtype))
-        trainer, losses = trained(tmp_path, model, learning_rate=1e-2, bf16=bf16)
-        assert dtypes == {torch.bfloat16 if bf16 else torch.float32}
-        assert np.mean(losses[-6:]) < 0.5 * np.mean(losses[:6])
-        assert all(p.dtype == torch.float32 for p in trainer.model.parameters() if p.requires_grad)
-        found.append(losses)
-    assert found[1][0] == pytest.approx(found[0][0], rel=1e-2)
-
-
-@pytest.mark.parametrize("truncation", ["drop_oldest_turns", "exclude"])
-def test_no_batch_holds_a_comparison_without_a_pair_or_a_response_without_a_token(
-    tmp_path, tiny_llama, truncation
-):
-    """From the file to the batches: what gives no gradient, or would divide by 0 pairs, is counted."""
-    far = "far " * 40
-    bad = {
-        "single_response": {"prompt": "p", "responses": ["a"], "ranks": [1]},
-        "all_tied": {"prompt": "p", "responses": ["a", "b", "c"], "scores": [2, 2, 2]},
-        "empty_response": {"prompt": "p", "responses": ["a", " \n"], "ranks": [1, 2]},
-        "response_too_long": {"prompt": "p", "responses": ["good", far], "ranks": [1, 2]},
-    }
-    old = [{"role": "user", "content": far}, {"role": "assistant", "content": "yes"}]
-    question = {"role": "user", "content": "hello"}
-    good = [
-        {"prompt": "p", "responses": ["a", "b", "c"], "ranks": [1, 1, 2]},
-        {"prompt": "p", "responses": ["good cat", "good"], "ranks": [1, 2]},
-        {"prompt": [*old, question], "responses": ["good", "bad", "no"], "ranks": [2, 1, 3]},  # truncated
-    ]
-    path = write_jsonl(tmp_path / "train.jsonl", [*good, *bad.values(), good[0]])
-    tokenizer = load_tokenizer(str(tiny_llama))
-    tokenizer.chat_template = tokenizer.chat_template.replace("</s>\n", "")  # `good cat` begins with `good`
-    split = tokenize(load_split(DataArguments(dataset_name=str(path)), "train"), tokenizer, 40, truncation)
-    cut = {"too_long": 1} if truncation == "exclude" else {}
-    assert split.excluded == {**dict.fromkeys(bad, 1), **cut}
-    kept = len(split.comparisons)
-    assert kept == 4 - len(cut)
-    keys = {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
-    trainer, _ = trained(tmp_path, data=split.comparisons.select_columns(COLUMNS), **keys)
-    batches = list(trainer.get_train_dataloader())
-    assert sum(len(batch["pairs_each"]) for batch in batches) == kept
-    for batch in batches:
-        assert batch["pairs_each"].min() >= 1
-        assert len(batch["last_token_positions"].unique(dim=0)) == len(
-            batch["last_token_positions"]
-        )  # none reads another's reward
-        assert (batch["input_ids"][tuple(batch["last_token_positions"].T)] != tokenizer.pad_token_id).all()

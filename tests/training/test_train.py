@@ -1,19 +1,18 @@
 """A run leaves what the contract says, moves what it should, and uses its own folder alone."""
 
 import json
+import logging
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPOSITORY, make_recipe, make_tokenizer
+from conftest import REPOSITORY, logged, make_recipe, make_tokenizer, weights
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
+from transformers import AutoModelForSequenceClassification
 
 import rm_recipe.training.train
 from rm_recipe import RewardModel
@@ -21,22 +20,14 @@ from rm_recipe.data.dataset import Split
 from rm_recipe.errors import RecipeError
 from rm_recipe.evaluation.evaluate import evaluate
 from rm_recipe.exporting.export import export
+from rm_recipe.files import locked
 from rm_recipe.model.memory import peak_memory
 from rm_recipe.model.shared_prefix import Sharing
-from rm_recipe.recipe.reader import read_recipe
-from rm_recipe.training.run_folder import changed_keys, empty
-from rm_recipe.training.train import load_data, load_model, run_record, train
+from rm_recipe.recipe.reader import is_run_folder, read_recipe
+from rm_recipe.training.run_folder import changed_keys, empty, run_record
+from rm_recipe.training.train import load_data, load_model, train
 
 ITEMS = [{"prompt": "hello 3 cat", "response": response} for response in ("good good", "bad bad")]
-HOLDS = """
-import sys
-from pathlib import Path
-from rm_recipe.files import FolderLock
-with FolderLock(Path(sys.argv[1])) as lock:
-    lock.take()
-    print("held", flush=True)
-    sys.stdin.read()
-"""
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +40,6 @@ def trained(tmp_path_factory, tiny_llama, tiny_data):
 @pytest.fixture
 def run(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "run")
-
-
-def weights(run) -> dict[str, torch.Tensor]:
-    return load_file(run / "model" / "adapter_model.safetensors")
-
-
-def logged(run: Path, key: str) -> list[float]:
-    return [entry[key] for entry in json.loads((run / "run.json").read_text())["log"] if key in entry]
 
 
 def test_a_run_leaves_the_files_and_keys_of_the_contract(trained):
@@ -94,17 +77,12 @@ def test_a_base_in_4_bits_trains_fp32_weights_that_another_process_reads(
     assert good > bad
 
 
-def test_a_base_without_a_token_to_pad_with_gets_one_and_is_read_back_at_its_revision(
-    write_recipe, tmp_path, tiny_llama
-):
+def test_a_base_without_a_token_to_pad_with_gets_one_and_is_read_back(write_recipe, tmp_path, tiny_llama):
     tokenizer = make_tokenizer()
     tokenizer.unk_token = None
-    base = tmp_path / "base"
-    LlamaForCausalLM.from_pretrained(tiny_llama).save_pretrained(base)
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
     tokenizer.save_pretrained(base)
-    train(read_recipe(write_recipe(model_name_or_path=str(base), model_revision="v2")))
-    config = json.loads((tmp_path / "run" / "model" / "adapter_config.json").read_text())
-    assert config["revision"] == "v2"
+    train(read_recipe(write_recipe(model_name_or_path=str(base))))
     reward_model = RewardModel.from_pretrained(tmp_path / "run")
     assert reward_model.tokenizer.pad_token == "<|pad|>"
     good, bad = reward_model.score(ITEMS)
@@ -177,23 +155,40 @@ def test_the_best_checkpoint_is_chosen_by_exact_held_out_accuracy(write_recipe, 
     assert all(torch.equal(value, kept[key]) for key, value in weights(run).items())
 
 
+# --- what is said ----------------------------------------------------------------------------
+
+
+def test_a_users_handler_sees_each_line_and_log_level_silences_it(write_recipe, capfd, caplog):
+    logger = logging.getLogger("rm_recipe")
+    logger.handlers = []  # as in a library; the command line has its own
+    logger.setLevel(logging.NOTSET)
+    train(read_recipe(write_recipe(max_steps=1)))
+    assert "preflight: " not in "".join(capfd.readouterr())
+    with caplog.at_level(logging.INFO):
+        train(read_recipe(write_recipe(max_steps=1)), overwrite=True)
+        assert [r.levelname for r in caplog.records if r.message.startswith("preflight: ")] == ["INFO"]
+        caplog.clear()
+        train(read_recipe(write_recipe(max_steps=1, log_level="error")), overwrite=True)
+    assert not [record for record in caplog.records if record.name == "rm_recipe"]
+
+
 # --- run.json --------------------------------------------------------------------------------
 
 
 def test_speed_counts_comparisons_over_all_processes_and_a_norm_that_overflowed_loses_no_record():
     split = Split(Dataset.from_dict({"prefix": [[1]] * 10}), 12, {"empty_response": 2})
-    training = SimpleNamespace(
-        seed=3, device="cpu", world_size=2, per_device_train_batch_size=2, gradient_accumulation_steps=2
-    )
     log = [{"loss": 0.7, "grad_norm": float("inf")}, {"loss": 0.5}, {"train_runtime": 4.0}]
-    state = SimpleNamespace(global_step=2, epoch=1.6, log_history=log)
-    trainer = SimpleNamespace(state=state, _total_train_tokens=500)
-    sharing = Sharing(True, "equal", 1e-7)
-    ready = SimpleNamespace(trainer=trainer, train_split=split, test_split=split, sharing=sharing)
-    run = SimpleNamespace(identity={"data_fingerprints": {}}, manifest=None)
-    cost = {"train_seconds": 4.0, "peak_memory_bytes": 10**9}
-    found = run_record(SimpleNamespace(training=training), ready, run, cost)
-    assert found["comparisons_per_s"] == 16 / 4  # 2 steps of 2 x 2 on 2 processes
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(seed=3, device="cpu", world_size=2),
+        state=SimpleNamespace(global_step=2, epoch=1.6, log_history=log),
+        sharing=Sharing(True, "equal", 1e-7),
+        train_split=split,
+        test_split=split,
+        get_total_train_batch_size=lambda _: 8,
+        _total_train_tokens=500,
+    )
+    found = run_record(trainer, 0, {"train_seconds": 4.0, "peak_memory_bytes": 10**9})
+    assert found["comparisons_per_s"] == 16 / 4  # 2 steps of 8
     assert found["tokens_per_s"] == 500 / 4
     assert found["final_loss"] == 0.5
     assert json.loads(json.dumps(found, allow_nan=False))["log"][0] == {"loss": 0.7, "grad_norm": None}
@@ -222,13 +217,13 @@ def test_peak_memory_is_of_the_training_not_of_the_preflight(write_recipe, tmp_p
 @pytest.mark.parametrize(
     ("flags", "finished", "keys", "message"),
     [
-        ({}, True, {}, "add --resume to go on with it, --overwrite to start anew"),
+        ({}, True, {}, "add --resume or --overwrite"),
         ({"resume": True}, True, {}, "is finished; there is nothing to resume"),
         (
             {"resume": True},
             False,
             {"learning_rate": 1e-5, "logging_steps": 3},
-            "another recipe; resuming needs the same values of: learning_rate$",
+            "another recipe; resuming needs the same learning_rate$",
         ),
         ({"resume": True}, False, {"output_dir": "/tmp/nowhere-at-all"}, "holds no run to resume"),
     ],
@@ -248,7 +243,7 @@ def test_overwriting_starts_anew_but_never_in_a_foreign_folder(write_recipe, tmp
     """A recipe of the user's own does not make it a run's."""
     (tmp_path / "thesis.tex").write_text("kept")
     recipe = write_recipe(output_dir=str(tmp_path))
-    with pytest.raises(RecipeError, match="is not a run folder; choose another one"):
+    with pytest.raises(RecipeError, match="is not a run folder; choose another"):
         train(read_recipe(recipe), overwrite=True)
     assert recipe.is_file()
     assert (tmp_path / "thesis.tex").read_text() == "kept"
@@ -256,28 +251,25 @@ def test_overwriting_starts_anew_but_never_in_a_foreign_folder(write_recipe, tmp
 
 def test_two_processes_do_not_work_in_one_folder(run, write_recipe):
     (run / "run.json").unlink()
-    held = subprocess.Popen(
-        [sys.executable, "-c", HOLDS, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert held.stdout.readline() == "held\n"
     before = sorted(run.rglob("*"))
     recipe = read_recipe(write_recipe(save_strategy="steps", save_steps=4))
-    for flag in ({"resume": True}, {"overwrite": True}):
-        with pytest.raises(RecipeError, match=f"another process is at work in {run}"):
-            train(recipe, **flag)
-    assert [path for path in sorted(run.rglob("*")) if not path.name.startswith(".")] == before
-    held.kill()  # a lock does not outlive who holds it
-    held.wait()
+    with locked(run):
+        for flag in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(RecipeError, match=f"another process is at work in {run}"):
+                train(recipe, **flag)
+    assert sorted(run.rglob("*")) == before
     train(recipe, resume=True)
 
 
-def test_a_run_is_emptied_so_that_what_is_left_is_never_a_finished_one(run, monkeypatch):
-    removed = []
-    monkeypatch.setattr(Path, "unlink", lambda path, **_: removed.append(path.name))
-    monkeypatch.setattr(shutil, "rmtree", lambda path, **_: removed.append(path.name))
-    empty(run)
-    assert removed[0] == "run.json"
-    assert removed[-1] == "recipe.yaml"
+def test_a_run_that_is_removed_half_way_is_neither_finished_nor_foreign(run, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        empty(run)
+    assert not (run / "run.json").exists()
+    assert is_run_folder(run)
 
 
 def test_overwriting_removes_the_run_before_and_keeps_a_benchmark(run, write_recipe):
@@ -288,17 +280,14 @@ def test_overwriting_removes_the_run_before_and_keeps_a_benchmark(run, write_rec
     assert not list(run.glob("checkpoint-*"))
 
 
-@pytest.mark.parametrize(
-    ("keys", "changed"),
-    [
+def test_what_cannot_change_the_result_may_change(run, write_recipe):
+    for keys, changed in (
         ({"logging_steps": 3, "save_steps": 7, "output_dir": "elsewhere", "target_accuracy": 0.9}, []),
         ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, []),  # as many in a step
         ({"per_device_train_batch_size": 4}, ["per_device_train_batch_size"]),
         ({"lora_r": 8, "seed": 1}, ["lora_r", "seed"]),
-    ],
-)
-def test_what_cannot_change_the_result_may_change(run, write_recipe, keys, changed):
-    assert sorted(changed_keys(read_recipe(write_recipe(save_strategy="steps", **keys)), run)) == changed
+    ):
+        assert sorted(changed_keys(read_recipe(write_recipe(save_strategy="steps", **keys)), run)) == changed
 
 
 def test_when_and_on_what_is_evaluated_matters_where_checkpoint_or_learning_rate_follow_it(run, write_recipe):

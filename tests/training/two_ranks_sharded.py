@@ -28,7 +28,7 @@ class Watching(SharedPrefixRewardTrainer):
         return (loss, outputs) if kwargs.get("return_outputs") else loss
 
 
-def look(trainer, recipe, *rest):
+def look(recipe, trainer):
     """`save_model`, after a look at each parameter: precision, whether it is trained, share of it here."""
     model = trainer.model_wrapped
     found["engine"] = type(model).__name__
@@ -41,7 +41,7 @@ def look(trainer, recipe, *rest):
             share = own.numel() / parameter.numel()
         found["parameters"][name] = (parameter.dtype, parameter.requires_grad, share)
     torch.save(found, recipe.output_dir.parent / f"rank-{os.environ['RANK']}.pt")
-    save(trainer, recipe, *rest)
+    save(recipe, trainer)
 
 
 if __name__ == "__main__":
