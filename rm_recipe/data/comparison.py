@@ -116,8 +116,8 @@ def in_context(prompt: list[Message], row: Mapping[str, Any]) -> list[Message]:
         Excluded: `two_system_messages` that differ, or pictures and the like (`MEDIA`).
         Malformed: it is no text.
     """
-    if media := [name for name in MEDIA if row.get(name)]:
-        raise Excluded("not_text", f"'{media[0]}' holds what no text model can read")
+    if any(map(row.get, MEDIA)):
+        raise Excluded("not_text", f"'{next(filter(row.get, MEDIA))}' holds what no text model can read")
     system = row.get("system")
     if not system:
         return prompt
@@ -135,10 +135,12 @@ def tools_of(row: Mapping[str, Any]) -> str:
     tools = row.get("tools")
     if isinstance(tools, str):
         with suppress(ValueError):
-            tools = json.loads(tools)
-    if not isinstance(tools or [], list) or not all(isinstance(tool, Mapping) for tool in tools or []):
+            tools = json.loads(tools or "null")
+    if not tools:
+        return ""
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise Malformed("tools", "a list of mappings, or one as JSON", tools)
-    return json.dumps(tools) if tools else ""
+    return json.dumps(tools)
 
 
 def _message(message: Mapping[str, Any]) -> Message:

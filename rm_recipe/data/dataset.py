@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from datasets.fingerprint import Hasher
 from multiprocess import TimeoutError as PoolTimeoutError
 from numpy.typing import NDArray
 
-from rm_recipe.data.comparison import Comparison, Encoded
+from rm_recipe.data.comparison import Comparison, Encoded, Message
 from rm_recipe.errors import TrainingError
 
 FIRST_ROWS = 5  # that a report names for each reason
@@ -31,11 +32,27 @@ def as_comparisons(rows: Mapping[str, Any]) -> list[Comparison]:
     """Read comparisons from the columns that `loading` wrote."""
     names = [field.name for field in fields(Comparison) if field.name in rows]
     columns = (rows[name] for name in names)
-    found = [Comparison(**dict(zip(names, values, strict=True))) for values in zip(*columns, strict=True)]
-    for comparison, calls in zip(found, rows.get("calls", []), strict=False):
-        for message, call in zip(comparison.prompt, calls, strict=False):
-            message |= {"tool_calls": call} if call else {}
-    return found
+    return [_comparison(**dict(zip(names, values, strict=True))) for values in zip(*columns, strict=True)]
+
+
+# Few rows have tools or call them, so that one column holds both: as JSON `[tools, calls of each message]`.
+
+
+def with_tools(found: Comparison) -> dict[str, Any]:
+    """Return the columns `prompt` and `tools` of a comparison, the calls of tools in the latter."""
+    calls = [message.get("tool_calls", "") for message in found.prompt]
+    if not found.tools and not any(calls):
+        return {}
+    prompt = [{name: message[name] for name in ("role", "content")} for message in found.prompt]
+    return {"prompt": prompt, "tools": json.dumps([found.tools, calls])}
+
+
+def _comparison(prompt: list[Message], tools: str = "", **columns: Any) -> Comparison:
+    if tools:
+        tools, calls = json.loads(tools)
+        both = zip(prompt, calls, strict=True)  # not written into the prompt, which is the data set's
+        prompt = [message | {"tool_calls": call} if call else message for message, call in both]
+    return Comparison(prompt, tools=tools, **columns)
 
 
 @dataclass

@@ -12,7 +12,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
-from itertools import takewhile
 from typing import Any
 
 from rm_recipe.data.comparison import (
@@ -280,10 +279,12 @@ def parse_row(
 
 def _get(row: Row, path: str) -> Any:
     """The value of a column, of a key of what stands there, or of a key of each element of its list."""
+    if path.isidentifier():
+        return row.get(path)
     column, bracket, key = re.fullmatch(r"(\w+)([\[.]?)(.*?)\]?", path).groups()
     value, keys = row.get(column), key.split("/")
-    if not key or value is None:
-        return value
+    if value is None:
+        return None
     items = _decoded(value) if bracket == "[" else [value]
     if not isinstance(items, list) or not all(isinstance(item, Mapping) for item in items):
         raise Malformed(
@@ -310,12 +311,12 @@ def _replies(row: Row, shape: Shape) -> tuple[list[tuple[str, Any]], list[Any]]:
             raise Malformed(columns[0], "a list", values[0])
         replies, levels = [(columns[0], value) for value in found], list(range(len(found)))
     else:
-        several = [value if _is_several(value) else [value] for value in values]
-        replies = [
-            (column, value) for column, own in zip(columns, several, strict=True) for value in own or [None]
-        ]
-        levels = [level for level, own in enumerate(several) for _ in own]
-    if any(value is None for _, value in replies):
+        replies, levels = [], []
+        for level, (column, value) in enumerate(zip(columns, values, strict=True)):
+            for reply in (value or [None]) if _is_several(value) else [value]:
+                replies.append((column, reply))
+                levels.append(level)
+    if None in [reply for _, reply in replies]:
         raise Excluded("missing_response")
     if len(replies) < 2:
         raise Excluded("single_response")
@@ -422,7 +423,7 @@ def _whole(prompt: list[Message], said: list[Message]) -> list[Message]:
     if not said or said[-1]["role"] != "assistant":
         raise Excluded("ends_without_reply")
     n = len(prompt)
-    if any(_same(said[start : start + n], prompt) for start in range(len(said) - n)):
+    if not prompt or any(_same(said[start : start + n], prompt) for start in range(len(said) - n)):
         return said
     if len(said) > 1 and _same(prompt[-(len(said) - 1) :], said[:-1]):
         return [*prompt, said[-1]]
@@ -443,8 +444,9 @@ def _same(one: list[Message], other: list[Message]) -> bool:
 
 def _shared(conversations: Sequence[list[Message]]) -> tuple[list[Message], list[str]]:
     """What whole conversations have in common, and the one reply in which each ends."""
-    before = zip(*(messages[:-1] for messages in conversations), strict=False)
-    n = sum(1 for _ in takewhile(lambda found: all(m == found[0] for m in found), before))
+    first, n = conversations[0], 0
+    while n < min(map(len, conversations)) - 1 and all(m[n] == first[n] for m in conversations):
+        n += 1
     if any(len(messages) > n + 1 for messages in conversations):
         asked = any(message["role"] in ("user", "system") for m in conversations for message in m[n:])
         raise Excluded("differing_prompts" if asked else "reply_of_several_messages")

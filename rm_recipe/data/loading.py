@@ -23,13 +23,14 @@ from trl.scripts.utils import DatasetConfig
 
 from rm_recipe.data import comparison, formats
 from rm_recipe.data.comparison import Comparison, Excluded, Malformed, Message
-from rm_recipe.data.dataset import cache_key
+from rm_recipe.data.dataset import cache_key, with_tools
 from rm_recipe.errors import DataError, one_line
 from rm_recipe.files import sha256
 from rm_recipe.recipe.schema import DATA_FORMATS, DataArguments, looks_local
 
 CODE = [sys.modules[__name__], formats, comparison]  # that a comparison follows from
 Parser = Callable[[formats.Row], Comparison]
+_as_json = json.JSONEncoder(sort_keys=True).encode
 PEEK = 1000  # rows of a JSON file in which its columns have to be found
 
 csv.field_size_limit(2**31 - 1)  # a long conversation is a field
@@ -40,7 +41,6 @@ _PARSED = {
     "responses": hf_datasets.List(_TEXT),
     "ranks": hf_datasets.List(hf_datasets.Value("int32")),
     "margins": hf_datasets.List(hf_datasets.Value("float64")),
-    "calls": hf_datasets.List(_TEXT),
     "prompts_differ": hf_datasets.Value("bool"),
     **dict.fromkeys(["subset", "margin_fault", "tools", "excluded", "detail"], _TEXT),
     **dict.fromkeys(["row", "prompt_key", "key"], hf_datasets.Value("int64")),
@@ -83,7 +83,7 @@ def load_rows(
 
     def parse() -> Iterator[dict[str, Any]]:
         for number, row in _rows_of(found, theirs):
-            row = {name: row.get(column) for name, column in wanted.items()}
+            row = row if complete else {name: row.get(column) for name, column in wanted.items()}
             try:
                 for part in formats.rows_of(row, shape):
                     yield _parsed(part, number, subset, parse_row)
@@ -138,15 +138,13 @@ def _parsed(row: formats.Row, number: int, subset: str, parse: Parser) -> dict[s
     except Excluded as excluded:
         reason, detail = excluded.reason, excluded.detail
     content = [found.prompt, found.responses, found.ranks, found.margins, *filter(None, [found.tools])]
-    calls = [message.get("tool_calls", "") for message in found.prompt]
     return {
         **vars(found),
-        "prompt": [{name: message[name] for name in ("role", "content")} for message in found.prompt],
-        "calls": calls if any(calls) else [],
+        **with_tools(found),
         "subset": subset,
         "row": number,
         "prompt_key": text_key(normalised_prompt(found.prompt)),
-        "key": text_key([json.dumps(content, sort_keys=True)]),
+        "key": text_key([_as_json(content)]),
         "prompts_differ": formats.prompts_differ(row) or reason == "differing_prompts",
         "excluded": reason,
         "detail": detail,
@@ -325,14 +323,14 @@ def read_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[tupl
     """Read a file of `DATA_FORMATS` (.gz too): its rows, numbered from 1 by line, element or row.
 
     Args:
-        columns: those to give, all that a row has by default.
+        columns: of a table, those to read, all by default.
 
     Raises:
         DataError: there is no such file, it cannot be read or holds no rows; with the row.
     """
     for number, row in _numbered(file, columns):
         if number:
-            yield number, {name: row.get(name) for name in columns} if columns else row
+            yield number, row
 
 
 def _rows_of(found: Any, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from rm_recipe.data import formats, loading
+from rm_recipe.data import loading
 from rm_recipe.data.dataset import FIRST_ROWS, Split, arrow_column, fingerprint, set_aside
 from rm_recipe.errors import DataError, RecipeError
 from rm_recipe.files import read_json
@@ -166,7 +166,7 @@ def load_split(data: DataArguments, split: str | None, *, margins: bool = False)
         name = " and ".join(dict.fromkeys(source.path for source in found))
         raise DataError(
             f"{name}{f', split {split!r}' if split else ''}: no comparison in it ({result.why_excluded()}); "
-            f"a row has {formats.SHAPES_IN_WORDS}, and texts without a prompt are hh-rlhf transcripts"
+            f"read as {', '.join(result.shapes)}; a pair of texts without a prompt is of hh-rlhf transcripts"
             + (f"; columns not read: {', '.join(result.unread)}" if result.unread else "")
         )
     shares = [source.fraction for source in found]

@@ -1,0 +1,393 @@
+"""Preference data as people have it: each file of `hunt/` is read in its shape or refused in one sentence."""
+
+import gzip
+import json
+from pathlib import Path
+
+import datasets as hf_datasets
+import pytest
+from conftest import make_rows, make_tokenizer, write_jsonl
+
+from rm_recipe.data.formats import parse_row, rows_of, shape_of
+from rm_recipe.data.loading import read_name
+from rm_recipe.data.splits import load_split, load_splits
+from rm_recipe.data.tokenization import render, tokenize
+from rm_recipe.errors import DataError, RecipeError, UnfitError
+from rm_recipe.recipe.reader import DataArguments, read_recipe
+from rm_recipe.rl import as_item
+from rm_recipe.scoring import read_items
+
+HUNT = Path(__file__).parent / "hunt"
+
+# File; the shape taken; comparisons; why rows are left out; a column not read; what the first prompt ends in.
+READ = """
+accuracy_zero | TRL preference (by prompt, chosen, rejected) | 4
+arena_conversations | Chatbot Arena (by conversation_a, conversation_b, winner) | 4 | all_tied | model_a
+assistant_first | whole conversations (hh-rlhf) (by chosen, rejected) | 4
+chinese | TRL preference | 4 | | | 怎么煮米饭0\uff1f
+chosen_response_cols | chosen_response to an instruction (by instruction, chosen_response, rej | 4
+chosen_swapped_messages | messages and two replies (by messages, chosen, rejected) | 4
+content_parts | TRL preference | 4
+context_col | TRL preference | 4 | | context
+control_tokens | TRL preference | 4 | | | (0)?
+dahoas_rm_static | TRL preference | 4 | | response | The blue one.
+developer_role | TRL preference | 4
+distilabel_orca | distilabel (by input, chosen, rejected) | 4 | | generations
+five_rows | TRL preference | 4
+gemma_system | TRL preference | 4
+gemma_system_half | TRL preference | 4
+helpsteer2_preference | HelpSteer 2 | 4 | | preference_statement
+html_entities | TRL preference | 4 | | | </p>
+json_in_string | TRL preference | 4
+label_string | LLMBar (by input, output_1, output_2, label) | 4
+llamafactory_alpaca | LLaMA-Factory alpaca (by instruction, input, chosen, rejected) | 4
+llamafactory_alpaca_old | LLaMA-Factory alpaca of old | 4
+margin_as_string | TRL preference | 4 | | margin
+multiturn_prompt_text_first_user | TRL preference | 4 | | | Any.
+nul_and_emoji | TRL preference | 4 | | | \0
+oasst_tree | OpenAssistant tree (by message_tree_id, prompt) | 4 | | tree_state
+one_comparison | TRL preference | 1
+one_prompt | TRL preference | 4 | | | Write a poem.
+orca_dpo_pairs | orca_dpo_pairs (by question, chosen, rejected) | 4
+prompt_and_system_column | TRL preference | 4
+prompt_transcript_and_full_transcripts | TRL preference | 4 | | | Hi there 0
+r1_think | TRL preference | 4
+ranks_strings | ranking (by prompt, responses, ranks) | 4
+rejected_list | TRL preference | 4
+reply_multi_messages_tool | TRL preference | 4 | | | 42
+rewardbench2 | TRL preference | 4 | | num_correct
+rmbench | TRL preference | 4 | | domain
+role_capital | TRL preference | 4
+role_human_gpt | TRL preference | 4
+score_chosen_lower | TRL preference | 4 | | score_rejected
+scores_as_strings | ranking by scores (by prompt, responses, scores) | 4
+shp | SHP (by history, human_ref_A, human_ref_B, labels) | 4 | | score_ratio
+skywork | whole conversations | 4 | | source
+some_rows_bad_type | TRL preference | 8
+stack_exchange_paired | Stack Exchange paired (by question, response_j, response_k) | 4 | | metadata
+stack_exchange_preferences | Stack Exchange answers (by question, answers) | 4 | | date | </p>
+summarize_from_feedback | summarize_from_feedback (by info, summaries, choice) | 4 | | worker | TL;DR:
+system_in_chosen_prompt_text | TRL preference | 4
+system_in_half | TRL preference | 4
+tool_calls_empty_content | TRL preference | 4 | | | 42
+tool_calls_null_content | TRL preference | 4 | | | 42
+turns | TRL preference | 4
+two_assistants | TRL preference | 4 | | | Let me see.
+uf_no_overall | UltraFeedback (by instruction, completions) | 4
+uf_rating_na | UltraFeedback | 4
+ultrafeedback_binarized | TRL preference | 4 | | messages
+ultrafeedback_original | UltraFeedback | 4 | | correct_answers
+weight_in_messages | TRL preference | 4
+layouts/bom_crlf | TRL preference | 4
+layouts/categorical.parquet | TRL preference | 4
+layouts/csvdir | TRL preference | 4
+layouts/data.arrow | TRL preference | 4
+layouts/decimal_margin.parquet | TRL preference | 4 | | margin
+layouts/decimal_scores.parquet | ranking by scores | 4
+layouts/hub_clone | TRL preference | 4
+layouts/index.parquet | TRL preference | 4 | | __index_level_0__
+layouts/int8_scores.parquet | ranking by scores | 4
+layouts/large_list.parquet | whole conversations | 4
+layouts/large_string.parquet | TRL preference | 4
+layouts/nan | TRL preference | 4 | | score
+layouts/ndjson.ndjson | TRL preference | 4
+layouts/prefs.csv | TRL preference | 4
+layouts/pretty.json | TRL preference | 3
+layouts/save_to_disk | TRL preference | 4
+layouts/save_to_disk_single | TRL preference | 4
+layouts/string_view.parquet | TRL preference | 4
+layouts/validation_name | TRL preference | 4
+layouts/with_extra_json | TRL preference | 4
+remade/before | TRL preference | 4 | | | How do I boil rice number 0?
+"""
+REFUSED = """
+agent_completions | its columns are prompt, completion; rm_recipe needs prompt, chosen and rejected
+diverge_earlier | 4 differing_prompts, first in row 1
+ends_with_user | 4 ends_without_reply, first in row 1
+guanaco_text | a pair of texts without a prompt is of hh-rlhf transcripts
+hh_single_newline | 4 ends_without_reply, first in row 1
+lfs_pointer | is a Git LFS pointer, not the file itself; fetch it: git lfs pull
+pku_saferlhf | say which one: 'columns: {verdict: better_response_id} or {verdict: safer_response_id}'
+python_repr_in_string | write messages as JSON, not by Python's str()
+reply_is_tool_call | 4 tool_calls, first in row 1 (a reply is a call of a tool)
+rewardbench_folder | has no split 'train'; it has filtered, raw
+trl_standard_implicit | 4 not_a_transcript
+layouts/bool_scores.parquet | 4 missing_scores, first in row 1 (scores: [True, False])
+layouts/columns.json | not_messages
+layouts/data_field.json | its columns are version, data
+layouts/list_in | a file that is one list is named .json
+layouts/noext | is no data file; expected .jsonl, .ndjson, .json, .parquet, .csv, .tsv, .arrow (.gz too)
+layouts/pretty_objects | line 1: not JSON
+layouts/trailing_comma.json | the list: not JSON
+layouts/utf16 | line 1: not JSON: 'utf-8' codec
+"""
+# What the tests below or others' try: input of `score`, data made anew.
+ELSEWHERE = {"score", "layouts", "remade"}
+
+
+def table(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in f"{line} | | | |".split(" |")] for line in text.strip().splitlines()]
+
+
+def at(name: str) -> Path:
+    path = HUNT / name
+    return path if path.exists() else path.with_name(f"{path.name}.jsonl")
+
+
+def load(path, split=None, **keys):
+    return load_split(DataArguments(dataset_name=str(path), **keys), split, margins="margin_column" in keys)
+
+
+def test_every_file_is_in_a_table():
+    names = {at(row[0]).relative_to(HUNT) for row in table(READ + REFUSED.lstrip())}
+    there = {path.relative_to(HUNT) for folder in (HUNT, HUNT / "layouts") for path in folder.iterdir()}
+    assert {path for path in there - names if path.suffix != ".jinja"} == {Path(name) for name in ELSEWHERE}
+
+
+@pytest.mark.parametrize("row", table(READ), ids=lambda row: row[0])
+def test_a_file_in_a_shape_that_people_have_is_read(row):
+    name, shape, n, left_out, unread, end = row[:6]
+    split = load(at(name))
+    assert split.shapes[0].startswith(shape)
+    assert (len(split.comparisons), list(split.excluded)) == (int(n), [left_out] if left_out else [])
+    assert unread in split.unread if unread else not split.unread
+    asked = split[0].prompt[-1]["content"]
+    assert asked.endswith(end.replace("\\0", "\0")) if end else "How do I cook rice number 0?" in asked
+    told = [comparison.responses for comparison in map(split.__getitem__, range(int(n)))]
+    if "Start slowly" in told[0][0] + told[0][-1] and name not in ("accuracy_zero", "arena_conversations"):
+        assert all("Start slowly" in replies[0] and "Start slowly" not in replies[-1] for replies in told)
+
+
+@pytest.mark.parametrize("row", table(REFUSED), ids=lambda row: row[0])
+def test_a_file_that_is_no_preference_data_is_refused_in_one_sentence(row):
+    with pytest.raises(DataError) as caught:
+        load(at(row[0]))
+    assert row[1] in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+# --- shapes ------------------------------------------------------------------------------------
+
+ASKED = {"role": "user", "content": "Hi"}
+TREE = {
+    "role": "prompter",
+    "text": "Hi",
+    "replies": [
+        {"role": "assistant", "text": "bad", "rank": 1, "replies": []},
+        {
+            "role": "assistant",
+            "text": "good",
+            "rank": 0,
+            "replies": [
+                {
+                    "role": "prompter",
+                    "text": "More?",
+                    "replies": [
+                        {"role": "assistant", "text": "no", "rank": None},
+                        {"role": "assistant", "text": "y", "rank": 0},
+                        {"role": "assistant", "text": "z", "rank": 1},
+                    ],
+                }
+            ],
+        },
+    ],
+}
+# Published shapes of which no file is in `hunt/`; in each `good` is better than `bad`.
+PUBLISHED = [
+    {"prompt": "Hi", "chosen_response": "good", "rejected_response": "bad"},
+    {"messages": [ASKED, {"role": "assistant", "content": "good"}], "rejected_response": "bad"},
+    {
+        "messages": [ASKED, {"role": "assistant", "content": "good"}],
+        "rejected_messages": [ASKED, {"role": "assistant", "content": "bad"}],
+    },
+    {
+        "conversations": [{"from": "human", "value": "Hi"}],
+        "chosen": {"from": "gpt", "value": "good"},
+        "rejected": {"from": "gpt", "value": "bad"},
+    },
+    {"instruction": "Hi", "generations": ["bad", "good"], "ratings": [1, 4]},
+    {
+        "prompt": "\n\nHuman: Hi\n\nAssistant: ",
+        "answers": [
+            {"answer": "bad", "rank": 2.0, "model": "m"},
+            {"answer": "good", "rank": 1.0, "model": "n"},
+        ],
+    },
+    {"prompt": "Hi", "response_0": "bad", "response_1": "good", "better_response_id": 1},
+    {"question": {"full_text": "Hi"}, "answer_0": "bad", "answer_1": "good", "score_0": -0.5, "score_1": 0.5},
+    {"prompt": "Hi", "response_1": "good", "response_2": "bad", "preference_strength": -2.0},
+    {"context": [ASKED], "response1": "bad", "response2": "good", "overall_preference": 3},
+    {
+        "prompt": '["Hi"]',
+        "response_a": '["bad"]',
+        "response_b": '["good"]',
+        "winner_model_a": 0,
+        "winner_model_b": 1,
+        "winner_tie": 0,
+    },
+    {"question": "Hi", "response_A": "good", "response_B": "bad", "label": "A>B"},
+    {"prompt": "Hi", "responses": '["bad", "good"]', "scores": "[1, 2]"},
+]
+
+
+@pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: shape_of(row).name)
+def test_a_published_shape_says_which_reply_is_better(row):
+    comparison = parse_row(row)
+    assert (comparison.prompt, comparison.responses, comparison.ranks) == ([ASKED], ["good", "bad"], [0, 1])
+
+
+def test_a_tree_is_a_comparison_for_each_question_with_ranked_replies():
+    row = {"message_tree_id": "a", "prompt": TREE}
+    first, second = (parse_row(part, shape=shape_of(row)) for part in rows_of(row, shape_of(row)))
+    assert (first.prompt, first.responses) == ([ASKED], ["good", "bad"])
+    assert [message["content"] for message in second.prompt] == ["Hi", "good", "More?"]
+    assert second.responses == ["y", "z"]
+
+
+def test_the_strength_of_a_preference_can_be_its_margin():
+    split = load(at("helpsteer2_preference"), margin_column="preference_strength")
+    assert [abs(margins[0]) for margins in split.comparisons["margins"]] == [1, 1, 3, 1]
+
+
+def test_a_file_that_fits_two_shapes_names_both_and_columns_say_which_is_meant(tmp_path):
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", "responses": ["c", "d"], "scores": [1, 2]}
+    path = write_jsonl(tmp_path / "x.jsonl", [row])
+    with pytest.raises(DataError, match="fits TRL preference .prompt, .* and ranking by scores .prompt, re"):
+        load(path)
+    assert load(path, columns={"scores": "scores"})[0].responses == ["d", "c"]
+    assert load(path, columns={"chosen": "rejected", "rejected": "chosen"})[0].responses == ["b", "a"]
+    by = {
+        name: load(at("pku_saferlhf"), columns={"verdict": f"{name}_response_id"})
+        for name in ("better", "safer")
+    }
+    assert by["better"][0].responses[0].startswith("Start slowly")
+    assert by["safer"][0].responses[0].startswith("No idea")
+
+
+def test_columns_name_what_a_data_set_calls_otherwise(tmp_path, write_recipe):
+    row = {"question": "q", "best": "a", "worst": "b", "prompt": "not this", "sys": "Be terse."}
+    path = write_jsonl(tmp_path / "x.jsonl", [row])
+    named = {"prompt": "question", "chosen": "best", "rejected": "worst", "system": "sys"}
+    split = load(path, columns=named)
+    assert [message["content"] for message in split[0].prompt] == ["Be terse.", "q"]
+    assert (split[0].responses, split.unread) == (["a", "b"], ["prompt"])
+    assert split.shapes == ["TRL preference (by question, best, worst)"]
+    with pytest.raises(DataError, match="has no column other"):
+        load(path, columns={**named, "chosen": "other"})
+    for wrong in ({"chosn": "best"}, {"chosen": "best", "rejected": "best"}, ["chosen"]):
+        with pytest.raises(RecipeError, match="'columns: "):
+            read_recipe(write_recipe(dataset_name=str(path), columns=wrong))
+
+
+# --- files, folders and splits -----------------------------------------------------------------
+
+
+def test_splits_have_other_names_shards_and_slices(tmp_path):
+    rows = make_rows(10, seed=1)
+    for number, part in enumerate((rows[:6], rows[6:])):
+        name = f"train_prefs-0000{number}-of-00002-abc.parquet"
+        (tmp_path / "clone" / "data").mkdir(parents=True, exist_ok=True)
+        hf_datasets.Dataset.from_list(part).to_parquet(tmp_path / "clone" / "data" / name)
+    assert load(tmp_path / "clone", "train").column("row").tolist() == list(range(1, 11))
+    for spec, numbers in {
+        "train[:4]": [1, 2, 3, 4],
+        "train[-20%:]": [9, 10],
+        "train_prefs[3:5]": [4, 5],
+    }.items():
+        assert load(tmp_path / "clone", spec).column("row").tolist() == numbers
+    with pytest.raises(DataError, match="split 'train.:x.' cannot be read"):
+        load(tmp_path / "clone", "train[:x]")
+    assert len(load(tmp_path / "clone", "test").comparisons) == 10  # the only split, for `evaluate --dataset`
+    write_jsonl(tmp_path / "held" / "test.jsonl", rows)
+    with pytest.raises(DataError, match="no split 'train'; it has test"):
+        load(tmp_path / "held", "train")
+    assert load(HUNT / "rewardbench_folder", "raw").rows == 4
+
+
+def test_an_ending_may_be_in_capitals_and_a_table_of_tabs(tmp_path):
+    row = json.dumps(make_rows(1, seed=1)[0]).encode()
+    (tmp_path / "A.JSONL.GZ").write_bytes(gzip.compress(row))
+    (tmp_path / "b.tsv").write_text("prompt\tchosen\trejected\na, b\tc\td\n")
+    assert load(tmp_path / "A.JSONL.GZ").rows == 1
+    assert load(tmp_path / "b.tsv")[0].prompt == [{"role": "user", "content": "a, b"}]
+
+
+def test_a_data_set_of_evaluate_is_named_with_subset_split_and_revision(tmp_path):
+    keys = {"dataset_name": "Anthropic/hh-rlhf", "dataset_subsets": ["harmless-base"]}
+    assert read_name("Anthropic/hh-rlhf:harmless-base") == keys
+    every = keys | {"dataset_test_split": "test[:20]", "dataset_revision": "09be8c5"}
+    assert read_name("Anthropic/hh-rlhf:harmless-base@test[:20]#09be8c5") == every
+    odd = write_jsonl(tmp_path / "a:b@c#d.jsonl", [])
+    assert read_name(str(odd)) == {"dataset_name": str(odd)}
+    assert read_name(f"{tmp_path}@raw") == {"dataset_name": str(tmp_path), "dataset_test_split": "raw"}
+
+
+# --- templates, tools and special tokens ---------------------------------------------------------
+
+CALLING = "{{ tools }}{% for m in messages %}{{ m.role }}: {{ m.content }}{% for c in m.tool_calls or [] %}"
+CALLING += "{{ c.function.name }}={{ c.function.arguments.n }}{% endfor %}</s>{% endfor %}"
+
+
+@pytest.mark.parametrize("name", ["tool_calls_empty_content", "tool_calls_null_content"])
+def test_calls_of_tools_are_rendered_or_counted_where_the_template_shows_none(name):
+    tokenizer, split = make_tokenizer(), load(at(name))
+    with pytest.raises(DataError, match="4 tools, first in row 1 .the template does not show 'lookup'"):
+        tokenize(split, tokenizer, None, "exclude")
+    tokenizer.chat_template = CALLING
+    assert len(tokenize(split, tokenizer, None, "exclude").comparisons) == 4
+    text = render(tokenizer, split[0].prompt, split[0].tools)
+    assert "lookup=0</s>tool: 42" in text
+    assert "'description': 'd'" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "template", "left_out", "said"),
+    [
+        ("gemma_system", "gemma_template", 4, "System role not supported"),
+        ("gemma_system_half", "gemma_template", 2, "System role not supported"),
+        ("control_tokens", None, 3, "control_tokens"),
+        ("r1_think", "r1_template", 2, "identical_after_tokenization"),
+    ],
+)
+def test_what_a_template_or_tokenizer_cannot_take_is_said(name, template, left_out, said):
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>", "<|im_start|>"]})
+    if template:
+        tokenizer.chat_template = (HUNT / f"{template}.jinja").read_text()
+    split = load(at(name))
+    if left_out == 4:
+        with pytest.raises(DataError, match=said):
+            tokenize(split, tokenizer, None, "exclude")
+        return
+    found = tokenize(split, tokenizer, None, "exclude")
+    assert found.excluded.total() == left_out
+    assert said in str(found.first_rows)
+    assert (found.comparisons["unshown"][0] == "reply") is (name == "r1_think")
+
+
+# --- what others read --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted((HUNT / "score").iterdir()), ids=lambda path: path.name)
+def test_input_of_score_is_read_as_training_reads_it_or_refused(path):
+    try:
+        assert all(item["prompt"] and isinstance(item["response"], str) for item in read_items(path).values())
+    except (DataError, UnfitError) as refusal:
+        assert path.name in ("completion.jsonl", "msgs.jsonl", "resp_msgs.jsonl")
+        assert "expected a 'prompt' and a 'response' text" in str(refusal)
+
+
+def test_what_a_rollout_hands_over_is_never_an_exception():
+    for row in map(json.loads, at("agent_completions").open()):
+        as_item(row["prompt"], row["completion"])
+
+
+def test_data_made_anew_has_other_fingerprints(write_recipe):
+    before, after = (
+        [
+            split.fingerprint
+            for split in load_splits(read_recipe(write_recipe(dataset_name=str(HUNT / "remade" / name))))[:2]
+        ]
+        for name in ("before", "after")
+    )
+    assert before[1] != after[1]
