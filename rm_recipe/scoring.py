@@ -198,12 +198,18 @@ def score_file(model_path: str, source: Path, target: Path) -> int:
     """
     if target.is_dir():
         raise DataError(f"{target} is a folder; --output names a file")
-    items = {f"{source}, {unit(source)} {number}": item for number, item in read_rows(source)}
-    for name, item in items.items():  # before the model is loaded
-        _check_item(item, name)
+    items = read_items(source)
     reward_model = RewardModel.from_pretrained(model_path)
     rewards = reward_model.score(list(items.values()), progress=True, named=list(items))
     with whole_file(target) as partial, partial.open("w", encoding="utf-8") as file:
         for item, reward in zip(items.values(), rewards.tolist(), strict=True):
             file.write(json.dumps({**item, "reward": reward}, ensure_ascii=False, default=str) + "\n")
     return len(items)
+
+
+def read_items(source: Path) -> dict[str, dict[str, Any]]:
+    """Read the `{"prompt", "response"}` items of a data file, by file and row; raises as `score_file`."""
+    items = {f"{source}, {unit(source)} {number}": item for number, item in read_rows(source)}
+    for name, item in items.items():
+        _check_item(item, name)
+    return items

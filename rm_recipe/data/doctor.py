@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rm_recipe.data import comparison, loading
-from rm_recipe.data.dataset import Split, arrow_column, run_pass
+from rm_recipe.data.dataset import FIRST_ROWS, Split, arrow_column, run_pass
 from rm_recipe.data.splits import Leakage, hold_out_share
 from rm_recipe.data.tokenization import count_unshown
 from rm_recipe.recipe.reader import Recipe
@@ -37,7 +37,7 @@ def examine(recipe: Recipe, train: Split, test: Split, leakage: Leakage) -> dict
         "truncation": data.truncation,
         "splits": {n: _examine_split(split, recipe.training.dataset_num_proc) for n, split in splits.items()},
         "held_out_by_prompt": hold_out_share(data),
-        "leakage": asdict(leakage) | {"policy": data.leakage},
+        "leakage": asdict(leakage) | {"policy": data.leakage, "by": data.leakage_by},
     }
 
 
@@ -45,12 +45,13 @@ def _examine_split(split: Split, num_proc: int | None) -> dict[str, Any]:
     """The counts of one split.
 
     Returns:
-        `rows` is `comparisons` plus the sum of `excluded`.
+        `rows` is `comparisons` plus the sum of `excluded`; `scored_lower`: whose chosen reply has a lower
+        score than the rejected one.
         `tokens` are those of whole conversations, before truncation; `unshown`, by whose text it is, the
         comparisons of which the chat template leaves out a part. `shared_prefix_share` is the part of all
         tokens that encoding prompts once saves.
     """
-    n = len(split.comparisons)
+    n, lower = len(split.comparisons), np.flatnonzero(split.column("scored_lower"))
     ranks = split.comparisons["ranks"][:]
     lengths = pc.list_value_length(pc.list_flatten(arrow_column(split.comparisons, "suffixes"))).to_numpy()
     longer_wins = float(comparison.pairwise_agreement(lengths, ranks).sum()) / n
@@ -66,6 +67,7 @@ def _examine_split(split: Split, num_proc: int | None) -> dict[str, Any]:
         "columns_not_read": split.unread,
         "differing_prompts": split.differing_prompts,
         "duplicates": count_duplicates(split, num_proc),
+        "scored_lower": {"comparisons": len(lower), "first_rows": split.names(lower[:FIRST_ROWS])},
         "truncated": int(split.column("truncated").sum()),
         "unshown": count_unshown(split),
         "identical_after_truncation": split.excluded["identical_after_tokenization"],
@@ -83,6 +85,7 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
     console = console or Console()
     say = partial(console.print, soft_wrap=True, highlight=False, markup=False)
     splits, leakage = report["splits"], report["leakage"]
+    by = leakage["by"].replace("_", " ")
     table = Table("", title="Data", title_justify="left", box=box.SIMPLE_HEAD)
     for name in splits:
         table.add_column(name, justify="right", no_wrap=True)
@@ -93,6 +96,9 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
     for name, figures in splits.items():
         for reason, rows in figures["first_rows"].items():
             say(f"{name}, {reason}: row {_named(rows, figures['excluded'][reason])}")
+        if n := figures["scored_lower"]["comparisons"]:
+            rows = _named(figures["scored_lower"]["first_rows"], n)
+            say(f"{name}: {n} chosen replies have a lower score than the rejected ones (row {rows}).")
     shapes = dict.fromkeys(shape for figures in splits.values() for shape in figures["shapes"])
     if shapes:
         say(f"Read as {', '.join(shapes)}.")
@@ -100,13 +106,18 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
     if unread:
         say(f"Columns not read: {', '.join(unread)}.")
     if report["held_out_by_prompt"] is not None:
-        say(f"Held out: {report['held_out_by_prompt']:.0%} of the prompts, with all their comparisons.")
+        say(f"Held out: {report['held_out_by_prompt']:.0%} of the {by}s, with all their comparisons.")
     if leakage["comparisons"]:
         what = {"drop": "left out of train", "allow": "trained on all the same", "error": "not allowed"}
-        rows = _named(leakage["first_rows"], leakage["comparisons"])
+        rows, n = _named(leakage["first_rows"], leakage["comparisons"]), leakage[leakage["by"] + "s"]
         say(
-            f"Leakage: {leakage['comparisons']} train comparisons on {leakage['prompts']} held-out prompts, "
+            f"Leakage: {leakage['comparisons']} train comparisons on {n} held-out {by}s, "
             f"{what[leakage['policy']]} (row {rows})."
+        )
+    if leakage["begun"] > leakage["comparisons"]:
+        say(
+            f"First turns: {leakage['begun']} train comparisons begin with one of {leakage['first_turns']} "
+            "questions that held-out ones begin with; 'leakage_by: first_turn' lets `leakage` act on them."
         )
 
 
@@ -160,9 +171,7 @@ _MARKS = {"key": _NUMBER, "verdict": _NUMBER, "sketch": _SKETCH}
 # datasketch's own SHA-1 and spreads short texts as well.
 _EMPTY = datasketch.MinHash(num_perm=SKETCH, scheme="affine32", hashfunc=crc32)
 
-# Chinese, Japanese and Korean write no spaces: there each character counts as a word.
-_CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
-_WORD = re.compile(f"[{_CJK}]|[^\\W{_CJK}]+")
+_WORD = re.compile(f"[{loading.UNSPACED}]|[^\\W{loading.UNSPACED}]+")
 
 
 def count_duplicates(split: Split, num_proc: int | None = None) -> dict[str, int]:

@@ -41,9 +41,9 @@ _PARSED = {
     "responses": hf_datasets.List(_TEXT),
     "ranks": hf_datasets.List(hf_datasets.Value("int32")),
     "margins": hf_datasets.List(hf_datasets.Value("float64")),
-    "prompts_differ": hf_datasets.Value("bool"),
+    **dict.fromkeys(["prompts_differ", "scored_lower"], hf_datasets.Value("bool")),
     **dict.fromkeys(["subset", "margin_fault", "tools", "excluded", "detail"], _TEXT),
-    **dict.fromkeys(["row", "prompt_key", "key"], hf_datasets.Value("int64")),
+    **dict.fromkeys(["row", "prompt_key", "first_turn_key", "key"], hf_datasets.Value("int64")),
 }
 
 
@@ -77,16 +77,18 @@ def load_rows(
     complete = not (source.columns or data.columns)  # then a row may have a column that the first ones lack
     wanted = {name: ours.get(name, name) for name in read if name in ours or complete}
     theirs = list(dict.fromkeys(wanted.values()))
+    scores = formats.score_columns(source.columns or columns)
     parse_row = partial(
         formats.parse_row, margin_column=margin_column, margin_map=data.margin_map, shape=shape
     )
 
     def parse() -> Iterator[dict[str, Any]]:
-        for number, row in rows_of(found, theirs):
+        for number, row in rows_of(found, [*theirs, *scores]):
+            lower = formats.scored_lower(row, scores)
             row = row if complete else {name: row.get(column) for name, column in wanted.items()}
             try:
                 for part in formats.rows_of(row, shape):
-                    yield _parsed(part, number, subset, parse_row)
+                    yield _parsed(part, number, subset, parse_row) | {"scored_lower": lower}
             except Malformed as fault:
                 raise DataError(f"{place}, {unit(files[0] if files else None)} {number}: {fault}") from None
 
@@ -137,13 +139,15 @@ def _parsed(row: formats.Row, number: int, subset: str, parse: Parser) -> dict[s
         found = parse(row)
     except Excluded as excluded:
         reason, detail = excluded.reason, excluded.detail
+    turns = normalised_prompt(found.prompt)
     content = [found.prompt, found.responses, found.ranks, found.margins, *filter(None, [found.tools])]
     return {
         **vars(found),
         **with_tools(found),
         "subset": subset,
         "row": number,
-        "prompt_key": text_key(normalised_prompt(found.prompt)),
+        "prompt_key": text_key(turns),
+        "first_turn_key": text_key([next((turn for turn in turns if turn.startswith("user ")), "")]),
         "key": text_key([_as_json(content)]),
         "prompts_differ": formats.prompts_differ(row) or reason == "differing_prompts",
         "excluded": reason,
@@ -160,6 +164,11 @@ def text_key(texts: Sequence[str]) -> int:
     """Hash texts to a 64-bit number, the same on every machine."""
     digest = hashlib.blake2b("\x00".join(texts).encode("utf-8", "surrogatepass"), digest_size=8)
     return int.from_bytes(digest.digest(), "little", signed=True)
+
+
+# Scripts without spaces between words, each a range of characters: Thai, Lao, Tibetan, Burmese, Khmer; kana
+# and Chinese characters. There a character counts as a word.
+UNSPACED = "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 
 
 def normalise(text: str) -> str:

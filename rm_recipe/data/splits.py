@@ -24,15 +24,19 @@ HELD_OUT_SHARE = 0.1  # of the prompts, where a set has a train split only
 
 @dataclass(frozen=True)
 class Leakage:
-    """Train comparisons whose prompt is also held out.
+    """Train comparisons whose prompt, or its first question, is also held out.
 
     Attributes:
         prompts: how many different prompts.
-        comparisons: how many comparisons, of `of_comparisons` before sampling.
+        first_turns: how many different first questions (hh-rlhf's dialogues recur at several depths).
+        begun: how many comparisons begin with one of those.
+        comparisons: how many `leakage` acts on, by `leakage_by`, of `of_comparisons` before sampling.
         first_rows: the first of them, `SUBSET:ROW`.
     """
 
     prompts: int
+    first_turns: int
+    begun: int
     comparisons: int
     of_comparisons: int
     first_rows: list[str]
@@ -55,15 +59,22 @@ def load_splits(recipe: Recipe) -> tuple[Split, Split, Leakage]:
     train = load_split(data, None, margins=True)
     test = load_held_out(data)
     if share is not None:
-        train = train.select(np.flatnonzero(~held_out(train, share)), "held_out")
+        train = train.select(np.flatnonzero(~held_out(train, share, data.leakage_by)), "held_out")
     train = set_aside(train, "margin_fault")
     # Against all that is held out, so that no other sample of it meets what was trained on.
-    keys = train.column("prompt_key")
-    leaked = np.isin(keys, test.column("prompt_key"))
-    first_rows = train.names(np.flatnonzero(leaked)[:FIRST_ROWS])
-    leakage = Leakage(len(np.unique(keys[leaked])), int(leaked.sum()), len(keys), first_rows)
+    keys = {by: train.column(f"{by}_key") for by in ("prompt", "first_turn")}
+    common = {by: np.isin(own, test.column(f"{by}_key")) for by, own in keys.items()}
+    leaked = common[data.leakage_by]
+    leakage = Leakage(
+        prompts=len(np.unique(keys["prompt"][common["prompt"]])),
+        first_turns=len(np.unique(keys["first_turn"][common["first_turn"]])),
+        begun=int(common["first_turn"].sum()),
+        comparisons=int(leaked.sum()),
+        of_comparisons=len(leaked),
+        first_rows=train.names(np.flatnonzero(leaked)[:FIRST_ROWS]),
+    )
     if data.leakage == "drop":
-        train = train.select(np.flatnonzero(~leaked), "leaked_prompt")
+        train = train.select(np.flatnonzero(~leaked), f"leaked_{data.leakage_by}")
     if not len(train.comparisons):
         raise DataError(f"no comparison is left to train on: {train.why_excluded()}")
     train = sample(train, data.max_train_samples, seed)
@@ -77,8 +88,8 @@ def refuse_leakage(recipe: Recipe, leakage: Leakage) -> None:
         raise DataError(
             f"{leakage.comparisons} of {leakage.of_comparisons} train comparisons (row "
             f"{', '.join(leakage.first_rows)}{' ...' if leakage.comparisons > FIRST_ROWS else ''}) have a "
-            "prompt that is also held out, so held-out accuracy would be too high; set 'leakage: drop' to "
-            "leave them out of training, or 'leakage: allow'"
+            f"{recipe.data.leakage_by.replace('_', ' ')} that is also held out, so held-out accuracy would "
+            "be too high; set 'leakage: drop' to leave them out of training, or 'leakage: allow'"
         )
 
 
@@ -92,7 +103,7 @@ def load_held_out(data: DataArguments) -> Split:
     share = hold_out_share(data)
     split = load_split(data, data.dataset_test_split if share is None else None)
     if share is not None:  # the train side counts what cannot be parsed
-        comparisons = split.comparisons.select(np.flatnonzero(held_out(split, share)))
+        comparisons = split.comparisons.select(np.flatnonzero(held_out(split, share, data.leakage_by)))
         split = Split(comparisons, len(comparisons))
     if not len(split.comparisons):
         raise DataError(
@@ -119,13 +130,13 @@ def hold_out_share(data: DataArguments) -> float | None:
     return HELD_OUT_SHARE if without else None
 
 
-def held_out(split: Split, share: float) -> NDArray[np.bool_]:
-    """Mark the comparisons that are held out: those whose prompt's hash is in the lowest `share`.
+def held_out(split: Split, share: float, by: str = "prompt") -> NDArray[np.bool_]:
+    """Mark the comparisons that are held out: those whose hash of `leakage_by` is in the lowest `share`.
 
     A prompt stays on its side whatever the seed, the order and the other prompts are; but of two prompts or
     more at least one is on either side.
     """
-    keys = split.column("prompt_key").view(np.uint64)
+    keys = split.column(f"{by}_key").view(np.uint64)
     highest = min(max(int(share * 2**64) - 1, int(keys.min())), int(keys.max()) - 1)
     return keys <= np.uint64(max(highest, 0))
 

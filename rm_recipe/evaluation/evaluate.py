@@ -70,7 +70,7 @@ def evaluate(
     other = _score(against, splits, benchmarks) if against else {}
     content = None
     if processes().is_main_process:
-        train = _train_split(recipe) if recipe else None
+        train = _train_split(recipe)
         words = bag_of_words(train.comparisons) if train else None
         results = {name: _figures(scored[name], train, words) for name in names}
         for name, benchmark in benchmarks.items():
@@ -241,8 +241,12 @@ def _rewards(model: RewardModel, split: Split) -> list[NDArray[np.float32]]:
 # --- figures -----------------------------------------------------------------------------------
 
 
-def _train_split(recipe: Recipe) -> Split | None:
+def _train_split(recipe: Recipe | None) -> Split | None:
     """What the recipe trains on; None where that is not to be had."""
+    missing = "no bag-of-words baseline, nor a count of prompts that were trained on, as"
+    if recipe is None:
+        warn(f"{missing} no recipe says what the model was trained on")
+        return None
     try:
         train = load_splits(recipe)[0]
         if not changed_data(recipe.output_dir, train=train.fingerprint):
@@ -250,7 +254,7 @@ def _train_split(recipe: Recipe) -> Split | None:
         reason = f"the train comparisons are not those that {recipe.output_dir} was trained with"
     except DataError as error:
         reason = f"what the recipe trains on cannot be read: {error}"
-    warn(f"no bag-of-words baseline, nor a count of prompts that were trained on, as {reason}")
+    warn(f"{missing} {reason}")
     return None
 
 
@@ -266,6 +270,7 @@ def _figures(scored: Scored, train: Split | None, words: Scorer | None) -> Conte
         "n_comparisons": split.rows,
         "excluded": dict(split.excluded),
         "trained_prompts": trained,
+        "baselines_missing": [] if words else ["bag_of_words"],
         **summary.summarise(list(scored.lines.values()), **baselines),
         "consistency": scored.edits,
     }

@@ -5,7 +5,8 @@ what it would exploit (reward hacking; Gao et al., arXiv 2210.10760).
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import datasets as hf_datasets
@@ -16,15 +17,23 @@ from sklearn.linear_model import LogisticRegression
 
 from rm_recipe.data.comparison import Array, pair_indices
 from rm_recipe.data.dataset import Split
+from rm_recipe.data.loading import UNSPACED
 from rm_recipe.evaluation.metrics import pair_weights
+from rm_recipe.processes import warn
 
 N_COMPARISONS = 64  # that are tried, spread over the split
+
+# Between sentences: behind a full stop and a space, or behind one that wants no space and a quote's end.
+_STOPS, _QUOTES = "\u3002\uff01\uff1f\uff61\u0964\u0965\u1362\u104b\u17d4", "\u300d\u300f\u201d\u2019\uff09"
+_BETWEEN = re.compile(
+    rf"(?<=[.!?\u061f\u06d4\uff0e])\s+|(?:(?<=[{_STOPS}])|(?<=[{_STOPS}][{_QUOTES}]))(?![{_STOPS}{_QUOTES}])\s*"
+)
 
 
 def repeat_last_sentence(reply: str) -> str:
     """The reply with its last sentence twice."""
-    sentences = re.split(r"(?<=[.!?])\s+", reply.strip())
-    return f"{reply} {sentences[-1]}"
+    last = [sentence for sentence in _BETWEEN.split(reply.strip()) if sentence][-1]
+    return f"{reply}{'' if re.search(f'[{UNSPACED}]', last) else ' '}{last}"
 
 
 def embolden(reply: str) -> str:
@@ -86,6 +95,18 @@ def _moved(before: NDArray[Any], after: NDArray[Any]) -> dict[str, float]:
 Scorer = Callable[[Sequence[str]], Array]
 
 
+_WORDS = re.compile(f"([^\\W{UNSPACED}]{{2,}})|([{UNSPACED}]+)")
+
+
+def words_of(text: str) -> Iterator[str]:
+    """Words of two letters or more; in a script without spaces characters, and pairs of them."""
+    for word, unspaced in _WORDS.findall(text.lower()):
+        if word:
+            yield word
+        yield from unspaced
+        yield from map("".join, pairwise(unspaced))
+
+
 def bag_of_words(comparisons: hf_datasets.Dataset) -> Scorer | None:
     """A Bradley-Terry model that knows which words a response has, and nothing else.
 
@@ -103,12 +124,13 @@ def bag_of_words(comparisons: hf_datasets.Dataset) -> Scorer | None:
     # Every other pair the other way round: the regression wants both outcomes.
     sides = np.where(np.arange(len(better)) % 2, 1, -1)
     # A word that stands in one response only has no second one to help with.
-    words = TfidfVectorizer(min_df=2, sublinear_tf=True)
+    words = TfidfVectorizer(analyzer=words_of, min_df=2, sublinear_tf=True)
     regression = LogisticRegression(fit_intercept=False, max_iter=1000)
     try:
         vectors = words.fit_transform(response for own in responses for response in own)
         differences = (vectors[better] - vectors[worse]).multiply(sides[:, None]).tocsr()
         regression.fit(differences, sides, sample_weight=pair_weights(owner))
     except ValueError:
+        warn("no bag-of-words baseline, as no two train responses share a word, or there is but one pair")
         return None
     return lambda texts: np.asarray(words.transform(texts) @ regression.coef_[0])

@@ -188,6 +188,8 @@ class DataArguments:
     truncation: Literal["drop_oldest_turns", "keep_end", "exclude"] = "drop_oldest_turns"
     # Train prompts that are also held out: stop, remove them from train, or let them pass.
     leakage: Literal["error", "drop", "allow"] = "error"
+    # What it goes by: the whole prompt, or its first question, which dialogues of several depths share.
+    leakage_by: Literal["prompt", "first_turn"] = "prompt"
     # Encode the prompt of a comparison once for all its responses, where that is exact.
     prefix_sharing: Literal["auto", "off"] = "auto"
     # Evaluations without a better held-out accuracy after which training stops; the best checkpoint is

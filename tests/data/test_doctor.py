@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 from conftest import HH_RLHF, WORDS, make_rows, needs_hh_rlhf, write_jsonl
+from datasets import Dataset
 from rich.console import Console
 
 from rm_recipe.data.comparison import Comparison
@@ -37,7 +38,7 @@ def test_every_flaw_is_counted_with_its_row(write_recipe, flawed):
     assert (figures["rows"], figures["comparisons"]) == (13, 9)
     assert figures["duplicates"] == {"exact": 2, "near": 0, "contradictory": 0, "repeated_prompts": 2}
     assert figures["truncated"] == 1
-    leakage = {"prompts": 1, "comparisons": 1, "first_rows": ["6"], "policy": "allow"}
+    leakage = {"prompts": 1, "comparisons": 1, "first_turns": 1, "first_rows": ["6"], "policy": "allow"}
     assert leakage.items() <= report["leakage"].items()
 
 
@@ -106,6 +107,60 @@ def test_genuine_hh_rlhf_is_as_it_was_counted_before(write_recipe, tiny_llama, s
         assert figures["duplicates"]["exact"] == 0
         assert figures["baselines"]["longer_wins"] == pytest.approx(longer, abs=0.05)
         assert figures["shared_prefix_share"] == pytest.approx(0.37, abs=0.05)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_chosen_replies_with_the_lower_score_are_counted_and_named(write_recipe, tmp_path, suffix):
+    rows = [row | {"score_chosen": 8, "score_rejected": 3.5} for row in make_rows(9, seed=1)]
+    for number in (1, 4):
+        rows[number]["score_chosen"] = 2
+    rows[5]["score_rejected"] = None
+    for name in ("train", "test"):
+        hf_rows = Dataset.from_list([row | {"prompt": row["prompt"][0]["content"]} for row in rows])
+        write = hf_rows.to_json if suffix == "jsonl" else hf_rows.to_csv
+        (tmp_path / "scored").mkdir(exist_ok=True)
+        write(str(tmp_path / "scored" / f"{name}.{suffix}"))
+    report = report_of(write_recipe(dataset_name=str(tmp_path / "scored"), leakage="allow"))
+    assert report["splits"]["train"]["scored_lower"] == {"comparisons": 2, "first_rows": ["2", "5"]}
+    console = Console(width=80, record=True)
+    print_report(report, console)
+    said = "train: 2 chosen replies have a lower score than the rejected ones (row 2, 5)."
+    assert said in console.export_text()
+
+
+@pytest.mark.parametrize(("by", "comparisons"), [("prompt", 1), ("first_turn", 3)])
+def test_dialogues_of_several_depths_leak_by_their_first_turn(write_recipe, tmp_path, by, comparisons):
+    """Two longer ones of a held-out dialogue, and one that is held out as it is."""
+    train, test = make_rows(8, seed=1), make_rows(4, seed=2)
+    goes_on = [{"role": "assistant", "content": "yes"}, {"role": "user", "content": "far"}]
+    for n, row in enumerate(train[:3]):
+        row["prompt"] = [{"role": "system", "content": "x"}] * (n == 1) + test[0]["prompt"] + goes_on[: 2 * n]
+    train[2]["prompt"] = test[1]["prompt"] + goes_on * 2
+    train[0]["prompt"] = test[0]["prompt"]
+    for name, rows in (("train", train), ("test", test)):
+        write_jsonl(tmp_path / "deep" / f"{name}.jsonl", rows)
+    keys = {"dataset_name": str(tmp_path / "deep"), "leakage": "drop", "leakage_by": by}
+    report = report_of(write_recipe(**keys))
+    found = {"prompts": 1, "first_turns": 2, "begun": 3, "comparisons": comparisons, "by": by}
+    assert found.items() <= report["leakage"].items()
+    assert report["splits"]["train"]["excluded"] == {f"leaked_{by}": comparisons}
+    console = Console(width=80, record=True)
+    print_report(report, console)
+    said = console.export_text()
+    assert ("First turns: 3 train comparisons begin with one of 2" in said) == (by == "prompt")
+    assert f"Leakage: {comparisons} train comparisons on {1 if by == 'prompt' else 2} held-out " in said
+
+
+def test_by_first_turn_a_dialogue_is_held_out_with_all_its_depths(write_recipe, tmp_path):
+    rows = make_rows(30, seed=1)
+    goes_on = [{"role": "assistant", "content": "yes"}, {"role": "user", "content": "far"}]
+    rows += [row | {"prompt": row["prompt"] + goes_on} for row in rows]
+    path = write_jsonl(tmp_path / "deep.jsonl", rows)
+    for by in ("prompt", "first_turn"):
+        keys = {"dataset_name": str(path), "test_split_size": 0.5, "leakage": "allow", "leakage_by": by}
+        train, test, leakage = load_splits(read_recipe(write_recipe(**keys)))
+        assert len(train.comparisons) + len(test.comparisons) == 60
+        assert (leakage.first_turns == 0) == (by == "first_turn")
 
 
 # --- comparisons that come again: exactly, nearly, or with the opposite verdict ----------------

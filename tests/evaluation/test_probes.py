@@ -67,6 +67,23 @@ def test_a_large_data_set_is_sampled_and_comparisons_that_an_edit_makes_too_long
     assert consistency(make_split(model, tmp_path, rows[:3]), score) == {}
 
 
+@pytest.mark.parametrize(
+    ("reply", "added"),
+    [
+        ("Yes. I do! Why not?", " Why not?"),
+        ("It is 3.5. No", " No"),
+        ("先看说明。最后检查一遍。", "最后检查一遍。"),
+        ("「はい。」そうです\uff01\uff01いいえ\uff1f", "いいえ\uff1f"),
+        ("他说“好。”然后走了。", "然后走了。"),
+        ("मैं ठीक हूँ। और आप?", " और आप?"),
+        ("هل أنت بخير؟ نعم.", " نعم."),
+        ("没有句号", "没有句号"),
+    ],
+)
+def test_the_last_sentence_alone_is_repeated_whatever_its_full_stop(reply, added):
+    assert EDITS["repeated_sentence"](reply) == reply + added
+
+
 # --- the bag of words --------------------------------------------------------------------------
 
 
@@ -86,5 +103,22 @@ def test_a_bag_of_words_prefers_the_words_of_chosen_responses_whatever_their_ord
 
 
 @pytest.mark.parametrize("pairs", [[["one", "two"]], [["?", "!"], ["...", "-"]], [["one two", "two three"]]])
-def test_without_words_that_come_twice_or_with_one_comparison_there_is_none(pairs):
+def test_without_words_that_come_twice_or_with_one_comparison_there_is_none(pairs, caplog):
+    """Which is said."""
     assert bag_of_words(comparisons(*pairs)) is None
+    assert "no bag-of-words baseline" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "sides",
+    [
+        ("先看说明谢谢再试{}次。", "先看说明不用再试{}次。"),
+        ("ขอบคุณครับ{}", "ไม่ต้องครับ{}"),
+        ("はい{}", "いえ{}"),
+    ],
+)
+def test_where_no_spaces_are_written_characters_and_their_pairs_are_words(sides):
+    pairs = [[side.format(n) for side in sides] for n in range(20)]
+    score = bag_of_words(comparisons(*pairs))
+    chosen, rejected = score([side.format(77) for side in sides])
+    assert chosen > rejected

@@ -29,7 +29,7 @@ def test_check_writes_the_report_although_leakage_stops_training(write_recipe, f
     ):
         check_data(recipe)
     report = json.loads((tmp_path / "run" / "data_report.json").read_text())
-    assert report["leakage"] == {"prompts": 1, "comparisons": 1, "first_rows": ["6"], "policy": "error"}
+    assert (report["leakage"]["comparisons"], report["leakage"]["policy"]) == (1, "error")
     with pytest.raises(DataError, match="also held out"):
         train(recipe)
     assert not (tmp_path / "run" / "recipe.yaml").exists()  # nothing was started
