@@ -206,7 +206,7 @@ def rows_of(row: Row, shape: Shape) -> list[Row]:
 def _questions(node: Any, before: list[Message]) -> Iterator[Row]:
     if not isinstance(node, Mapping):
         return
-    messages = [*before, {"role": node.get("role"), "content": node.get("text")}]
+    messages: list[Any] = [*before, {"role": node.get("role"), "content": node.get("text")}]
     replies = [reply for reply in node.get("replies") or [] if isinstance(reply, Mapping)]
     ranked = [reply for reply in replies if reply.get("rank") is not None]
     if node.get("role") == "prompter" and len(ranked) > 1:
@@ -281,7 +281,7 @@ def _get(row: Row, path: str) -> Any:
     """The value of a column, of a key of what stands there, or of a key of each element of its list."""
     if path.isidentifier():
         return row.get(path)
-    column, bracket, key = re.fullmatch(r"(\w+)([\[.]?)(.*?)\]?", path).groups()
+    column, bracket, key = re.findall(r"^(\w+)([\[.]?)(.*?)\]?$", path)[0]
     value, keys = row.get(column), key.split("/")
     if value is None:
         return None
