@@ -14,7 +14,7 @@ from rm_recipe.data.comparison import Encoded
 from rm_recipe.errors import RecipeError
 from rm_recipe.model import lora, memory, row_attention
 from rm_recipe.model.head import to_float32
-from rm_recipe.model.memory import MemoryPlan, needs_checkpointing, plan, with_batch_of
+from rm_recipe.model.memory import MemoryPlan, needs_checkpointing, plan
 from rm_recipe.model.shared_prefix import padded_rows, shared_rows
 from rm_recipe.recipe.reader import read_recipe
 from rm_recipe.tools.check import check_memory, fit_by_config, read_for
@@ -73,14 +73,13 @@ def really(config, model_config, training, new, shared: bool, checkpointing: boo
 @pytest.mark.parametrize(
     ("overrides", "shared", "checkpointing", "attention"),
     [
-        ([], True, False, "sdpa"),
         ([], True, True, "sdpa"),
         ([], False, False, "sdpa"),
         (["--bf16", "true"], True, False, row_attention.NAME),
         (["--use_peft", "false", "--bf16", "true"], False, True, "sdpa"),
         (["--lora_target_modules", r".*layers\.[45]\..*_proj"], True, False, "sdpa"),
     ],
-    ids=["shared", "checkpointed", "padded", "bf16 by block", "in full", "upper layers"],
+    ids=["checkpointed", "padded", "bf16 by block", "in full", "upper layers"],
 )
 def test_the_plan_is_what_a_real_step_takes(small, overrides, shared, checkpointing, attention):
     parts = small(*overrides, attention=attention)
@@ -149,7 +148,6 @@ def fitted(write_recipe, monkeypatch):
 @pytest.mark.parametrize(
     ("room", "keys", "fits", "checkpointing", "largest"),
     [
-        (8, {}, True, False, 8),
         (20, {}, True, False, 20),
         (4, {}, True, True, 8),
         (3, {}, False, True, 6),
@@ -173,18 +171,6 @@ def test_what_to_lower_is_what_would_fit(fitted):
     assert fitted(1, **{key: int(value) for key, value in told.items()}).fits
     assert "gradient_checkpointing: true" in fitted(0.6, gradient_checkpointing=False).lower
     assert "a lower max_length or load_in_4bit: true" in fitted(0.4).lower
-
-
-@pytest.mark.parametrize(
-    ("batch", "accumulation", "most", "keys"), [(8, 1, 5, (4, 2)), (16, 2, 12, (8, 4)), (7, 1, 6, (1, 7))]
-)
-def test_a_smaller_batch_has_as_many_comparisons_a_step_so_that_the_run_can_be_resumed(
-    batch, accumulation, most, keys
-):
-    training = SimpleNamespace(per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation)
-    told = with_batch_of(SimpleNamespace(training=training), most)
-    assert tuple(map(int, re.findall(r"\d+", told))) == keys
-    assert keys[0] * keys[1] == batch * accumulation
 
 
 def test_no_weight_is_read(write_recipe, tiny_llama, tmp_path):
@@ -255,9 +241,9 @@ def test_a_run_records_the_decision_and_learns_the_same(write_recipe, tmp_path, 
 
 def cgroup(version: int, folder: str, limit: str) -> dict[str, str]:
     """The files of a cgroup that uses 2.5 GB, half of one in cached files."""
-    root, names = (
-        ("", ("max", "current")) if version == 2 else ("memory/", ("limit_in_bytes", "usage_in_bytes"))
-    )
+    root, names = ("", ("max", "current"))
+    if version == 1:
+        root, names = ("memory/", ("limit_in_bytes", "usage_in_bytes"))
     at, cached = f"{root}{folder}memory", "inactive_file" if version == 2 else "total_inactive_file"
     return {
         f"{at}.{names[0]}": limit,
@@ -270,11 +256,9 @@ def cgroup(version: int, folder: str, limit: str) -> dict[str, str]:
     ("membership", "files", "free"),
     [
         ("0::/\n", {}, 20),
-        ("0::/\n", cgroup(2, "", "max\n"), 20),
         ("0::/job/1\n", cgroup(2, "job/", "8000000000\n") | cgroup(2, "job/1/", "max\n"), 6),
         ("0::/seen/from/the/host\n", cgroup(2, "", "8000000000\n"), 6),
         ("3:cpu:/\n4:memory:/docker/abc\n0::/\n", cgroup(1, "", "8000000000\n"), 6),
-        ("4:memory:/job\n", cgroup(1, "job/", "1000000000\n"), 0),
     ],
 )
 def test_memory_is_what_is_free_and_what_a_container_allows(monkeypatch, tmp_path, membership, files, free):
