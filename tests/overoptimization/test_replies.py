@@ -50,7 +50,7 @@ def test_a_faulty_file_of_replies_is_named_with_its_row(tmp_path, line, said):
     file.write_text('{"prompt": "hello", "responses": ["a", "b"]}\n' + line + "\n")
     with pytest.raises(DataError, match=said):
         read_samples(file)
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(DataError, match="No such file"):
         read_prompts(tmp_path / "gone.jsonl")
 
 
