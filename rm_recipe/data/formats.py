@@ -203,7 +203,7 @@ def rows_of(row: Row, shape: Shape) -> list[Row]:
     return list(_questions(row.get("prompt"), [])) or [{}]
 
 
-def _questions(node: Any, before: list[Message]) -> Iterator[Row]:
+def _questions(node: Any, before: list[Any]) -> Iterator[Row]:
     if not isinstance(node, Mapping):
         return
     messages: list[Any] = [*before, {"role": node.get("role"), "content": node.get("text")}]
@@ -281,7 +281,7 @@ def _get(row: Row, path: str) -> Any:
     """The value of a column, of a key of what stands there, or of a key of each element of its list."""
     if path.isidentifier():
         return row.get(path)
-    column, bracket, key = re.findall(r"^(\w+)([\[.]?)(.*?)\]?$", path)[0]
+    column, bracket, key = re.split(r"([\[.])", path.rstrip("]"))
     value, keys = row.get(column), key.split("/")
     if value is None:
         return None

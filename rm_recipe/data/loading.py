@@ -134,11 +134,11 @@ def _parsed(row: formats.Row, number: int, subset: str, parse: Parser) -> dict[s
     """The columns of `_PARSED`: of a comparison, or empty ones and the reason."""
     if row.get("subset") not in (None, ""):
         subset = str(row["subset"]).encode(errors="replace").decode()
-    found, reason, detail = Comparison([], []), "", ""
+    reason = detail = ""
     try:
         found = parse(row)
     except Excluded as excluded:
-        reason, detail = excluded.reason, excluded.detail
+        found, reason, detail = Comparison([], []), excluded.reason, excluded.detail
     turns = normalised_prompt(found.prompt)
     content = [found.prompt, found.responses, found.ranks, found.margins, *filter(None, [found.tools])]
     return {
