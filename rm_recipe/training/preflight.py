@@ -95,10 +95,14 @@ def step(trainer: SharedPrefixRewardTrainer, rows: NDArray[np.int64]) -> float:
     """Forward and backward of the train comparisons with these numbers; their loss."""
     inputs = trainer._prepare_inputs(trainer.data_collator(list(trainer.train_dataset.select(rows))))
     scale = 2.0**10 if trainer.args.fp16 else 1.0  # for gradients too small for fp16, as training has one
-    with autocast_of(trainer.args):
-        loss = trainer.compute_loss(trainer.model, inputs)
-    (loss * scale).backward()
-    return float(loss.detach())
+    total = 0.0
+    for part in inputs["micro_batches"]:
+        with autocast_of(trainer.args):
+            loss = trainer.compute_loss(trainer.model, part)
+        (loss * scale).backward()
+        total += float(loss.detach())
+    trainer.count_comparisons()
+    return total
 
 
 @contextlib.contextmanager
