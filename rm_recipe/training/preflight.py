@@ -76,7 +76,10 @@ def measure(trainer: SharedPrefixRewardTrainer) -> dict[str, Any]:
     """
     args, comparisons = trainer.args, len(trainer.train_dataset)
     batch = min(args.per_device_train_batch_size, comparisons)
-    largest = trainer.train_split.largest(batch, trainer.sharing.used)
+    shared, collator = trainer.sharing.used, trainer.data_collator
+    largest = trainer.train_split.largest(batch, shared)
+    sizes = trainer.train_split.sizes(shared, padded=not shared)
+    largest = largest[collator.split(sizes[largest])[0]]  # of a batch that is divided, a micro-batch
     loss = step(trainer, largest)
     check_gradients(trainer.model, trainer.modules_to_save)
     trainer.create_optimizer().step()

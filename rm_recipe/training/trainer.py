@@ -26,6 +26,7 @@ from rm_recipe.model.head import head_of
 from rm_recipe.model.lora import in_one_product
 from rm_recipe.model.row_attention import by_block
 from rm_recipe.model.shared_prefix import Sharing, padded_rows, shared_rows
+from rm_recipe.recipe.schema import GROUPED
 from rm_recipe.training.monitoring import LogLines
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 TIED = 1e-6  # rewards that differ by no more say nothing of a comparison
 SORTED_AMONG = 50  # batches, within which comparisons are sorted by length; as many as in transformers
-GROUPED = "group_by_length"  # a value of `train_sampling_strategy`
 FAULTY_NAMED = 5  # comparisons whose loss is not finite, in the message
 COLUMNS = ["prefix", "suffixes", "ranks", "margins", "subset", "row"]
 

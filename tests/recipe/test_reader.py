@@ -201,3 +201,16 @@ def test_a_shipped_recipe_is_found_by_its_name_from_anywhere(tmp_path, monkeypat
     own = tmp_path / "smollm2_offline.yaml"
     own.write_text("model_name_or_path: a/b\ndataset_name: c/d\n")
     assert read_recipe(own.name).model.model_name_or_path == "a/b"
+
+
+def test_auto_makes_a_step_of_the_comparisons_asked_for_whatever_the_processes(write_recipe, monkeypatch):
+    keys = {"per_device_train_batch_size": "auto", "gradient_accumulation_steps": "omit"}
+    with pytest.raises(RecipeError, match="needs 'comparisons_per_step'|comparisons_per_step"):
+        read_recipe(write_recipe(**keys))
+    for processes, batch in ((1, 64), (4, 16)):
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        recipe = read_recipe(write_recipe(**keys, comparisons_per_step=64))
+        assert recipe.training.per_device_train_batch_size == batch
+        assert recipe.training.gradient_accumulation_steps == 1
+    with pytest.raises(RecipeError, match="gradient_accumulation_steps"):
+        read_recipe(write_recipe(per_device_train_batch_size="auto", comparisons_per_step=64))
