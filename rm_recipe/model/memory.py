@@ -343,7 +343,7 @@ def settle_step(
     shared: bool,
     divide: bool = True,
 ) -> tuple[bool, int | None, str]:
-    """Whether a step takes gradient checkpointing, the tokens of a micro-batch if batches are divided, and why.
+    """Whether a step takes gradient checkpointing, a micro-batch's tokens if batches are divided, and why.
 
     Checkpointing makes a step about a third slower, dividing a batch hardly; so it is used where not even the
     longest comparison fits without, and where nothing is known.

@@ -85,7 +85,7 @@ def check_run_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
 
 
 def keep_what_was_settled(recipe: Recipe) -> None:
-    """Give a recipe what the run that it resumes has settled by its data and device, where it says nothing."""
+    """Give a recipe what the run that it resumes has settled by data and device, where it says nothing."""
     then = saved_values(recipe.output_dir) if is_run_folder(recipe.output_dir) else {}
     settled = {"micro_batch_tokens": recipe.data, "train_sampling_strategy": recipe.training}
     for key, part in settled.items():

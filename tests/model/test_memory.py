@@ -153,9 +153,10 @@ def fitted(write_recipe, monkeypatch):
     [
         (8, {}, True, False, 8),
         (20, {}, True, False, 20),
-        (4, {}, True, True, 8),
-        (3, {}, False, True, 6),
-        (4, {"gradient_checkpointing": False}, False, False, 4),
+        (4, {}, True, False, 4),
+        (0.6, {}, True, True, 1),
+        (4, {"gradient_checkpointing": True}, True, True, 8),
+        (0.6, {"gradient_checkpointing": False}, False, False, 0),
         (0.4, {}, False, True, 0),
         (1e3, {}, True, False, memory.LARGEST),
     ],
@@ -168,11 +169,7 @@ def test_checkpointing_is_used_where_only_that_fits_and_the_largest_batch_is_fou
     assert (found.without is not None) == (checkpointing and not keys)
 
 
-def test_what_to_lower_is_what_would_fit(fitted):
-    lower = fitted(1, gradient_accumulation_steps=4).lower
-    told = dict(pair.split(": ") for pair in re.findall(r"\w+: \d+", lower))
-    assert told == {"per_device_train_batch_size": "2", "gradient_accumulation_steps": "16"}
-    assert fitted(1, **{key: int(value) for key, value in told.items()}).fits
+def test_what_to_lower_where_not_one_comparison_fits(fitted):
     assert "gradient_checkpointing: true" in fitted(0.6, gradient_checkpointing=False).lower
     assert "a lower max_length or load_in_4bit: true" in fitted(0.4).lower
 
@@ -258,10 +255,18 @@ def test_a_device_too_small_for_the_largest_batch_divides_it_and_learns_the_same
     write_recipe, tmp_path, monkeypatch, capsys
 ):
     """Checkpointing is for a device on which not even the longest comparison fits without it."""
-    keys = {"gradient_checkpointing": "omit", "max_steps": 4, "per_device_train_batch_size": 8}
+    keys = {
+        "gradient_checkpointing": "omit",
+        "max_steps": 4,
+        "per_device_train_batch_size": 8,
+        "optim": "sgd",
+    }
     whole = train_watched(write_recipe(**keys))
     assert "micro-batches" not in capsys.readouterr().out
-    at_most_three = lambda *args, **more: replace(plan(*args, **more), optimizer=10**15 * (len(args[4]) > 3))
+
+    def at_most_three(*args, **more):
+        return replace(plan(*args, **more), optimizer=10**15 * (len(args[4]) > 3))
+
     monkeypatch.setattr(memory, "plan", at_most_three)
     divided = train_watched(write_recipe(**keys, output_dir=str(tmp_path / "2")))
     tokens = read_json(tmp_path / "2" / "run.json")["micro_batch_tokens"]
