@@ -2,6 +2,7 @@
 
 import copy
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,9 +13,10 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from rm_recipe.data.comparison import Encoded
 from rm_recipe.errors import RecipeError
+from rm_recipe.files import read_json
 from rm_recipe.model import lora, memory, row_attention
 from rm_recipe.model.head import to_float32
-from rm_recipe.model.memory import MemoryPlan, needs_checkpointing, plan
+from rm_recipe.model.memory import MemoryPlan, plan, settle_step
 from rm_recipe.model.shared_prefix import padded_rows, shared_rows
 from rm_recipe.recipe.reader import read_recipe
 from rm_recipe.tools.check import check_memory, fit_by_config, read_for
@@ -149,9 +151,10 @@ def fitted(write_recipe, monkeypatch):
     ("room", "keys", "fits", "checkpointing", "largest"),
     [
         (20, {}, True, False, 20),
-        (4, {}, True, True, 8),
-        (3, {}, False, True, 6),
-        (4, {"gradient_checkpointing": False}, False, False, 4),
+        (4, {}, True, False, 4),
+        (0.6, {}, True, True, 1),
+        (4, {"gradient_checkpointing": True}, True, True, 8),
+        (0.6, {"gradient_checkpointing": False}, False, False, 0),
         (0.4, {}, False, True, 0),
         (1e3, {}, True, False, memory.LARGEST),
     ],
@@ -164,11 +167,7 @@ def test_checkpointing_is_used_where_only_that_fits_and_the_largest_batch_is_fou
     assert (found.without is not None) == (checkpointing and not keys)
 
 
-def test_what_to_lower_is_what_would_fit(fitted):
-    lower = fitted(1, gradient_accumulation_steps=4).lower
-    told = dict(pair.split(": ") for pair in re.findall(r"\w+: \d+", lower))
-    assert told == {"per_device_train_batch_size": "2", "gradient_accumulation_steps": "16"}
-    assert fitted(1, **{key: int(value) for key, value in told.items()}).fits
+def test_what_to_lower_where_not_one_comparison_fits(fitted):
     assert "gradient_checkpointing: true" in fitted(0.6, gradient_checkpointing=False).lower
     assert "a lower max_length or load_in_4bit: true" in fitted(0.4).lower
 
@@ -218,7 +217,7 @@ def test_what_cannot_be_planned_is_one_message_and_is_checkpointed(write_recipe,
         check_memory(write_recipe(), [], "8GB")
     recipe, split = read_recipe(write_recipe(gradient_checkpointing="omit")), SimpleNamespace(longest=None)
     split.longest = lambda n, shared: BATCH[:n]
-    needed, reason = needs_checkpointing(LlamaConfig(), recipe, ["score"], split, True)
+    needed, _, reason = settle_step(LlamaConfig(), recipe, ["score"], split, True)
     assert needed
     assert said in reason
 
@@ -226,13 +225,38 @@ def test_what_cannot_be_planned_is_one_message_and_is_checkpointed(write_recipe,
 def test_a_run_records_the_decision_and_learns_the_same(write_recipe, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(memory, "device_memory", lambda _: 1.0)
     decided = train_watched(write_recipe(gradient_checkpointing="omit", max_steps=2))
-    assert "gradient checkpointing: on (the largest batch needs about 0.7 of " in capsys.readouterr().out
+    assert "gradient checkpointing: on, micro-batches of up to " in capsys.readouterr().out
     assert decided.model.is_gradient_checkpointing
     saved = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
     assert saved["gradient_checkpointing"] is saved["activation_checkpointing"] is True
     told = train_watched(write_recipe(max_steps=2, output_dir=str(tmp_path / "2")))
     assert not told.model.is_gradient_checkpointing
     learnt, other = decided.saved(), told.saved()
+    assert all(torch.allclose(learnt[key], other[key], atol=1e-6) for key in learnt)
+
+
+def test_a_device_too_small_for_the_largest_batch_divides_it_and_learns_the_same(
+    write_recipe, tmp_path, monkeypatch, capsys
+):
+    """Checkpointing is for a device on which not even the longest comparison fits without it."""
+    keys = {
+        "gradient_checkpointing": "omit",
+        "max_steps": 4,
+        "per_device_train_batch_size": 8,
+        "optim": "sgd",
+    }
+    whole = train_watched(write_recipe(**keys))
+    assert "micro-batches" not in capsys.readouterr().out
+
+    def at_most_three(*args, **more):
+        return replace(plan(*args, **more), optimizer=10**15 * (len(args[4]) > 3))
+
+    monkeypatch.setattr(memory, "plan", at_most_three)
+    divided = train_watched(write_recipe(**keys, output_dir=str(tmp_path / "2")))
+    tokens = read_json(tmp_path / "2" / "run.json")["micro_batch_tokens"]
+    assert f"off, micro-batches of up to {tokens} tokens (the largest" in capsys.readouterr().out
+    assert not divided.model.is_gradient_checkpointing
+    learnt, other = divided.saved(), whole.saved()
     assert all(torch.allclose(learnt[key], other[key], atol=1e-6) for key in learnt)
 
 
