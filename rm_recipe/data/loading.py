@@ -65,12 +65,10 @@ def load_rows(
             comparisons, or a row is malformed; with the row.
     """
     found = find_split(splits_of(source, data.dataset_revision), split, source)
-    place, files = f"'{source.path}', split '{split}'", found if isinstance(found, list) else []
-    if files:
-        place = f"'{files[0]}'" if len(files) == 1 else place
-        columns, content = _columns_of(files[0]), [sha256(file) for file in files]
-    else:
-        columns, content = found.column_names, found._fingerprint
+    place, counted = f"'{source.path}', split '{split}'", "row"
+    if isinstance(found, list):
+        place, counted = f"'{found[0]}'" if len(found) == 1 else place, unit(found[0])
+    columns, content = _columns_and_content(found)
     ours = _named(columns, source, data, margin_column, place)
     shape = formats.shape_of(ours, place, data.columns or {})
     read = [*shape.columns, *formats.ALSO_READ, *filter(None, [margin_column])]
@@ -88,7 +86,7 @@ def load_rows(
                 for part in formats.rows_of(row, shape):
                     yield _parsed(part, number, subset, parse_row)
             except Malformed as fault:
-                raise DataError(f"{place}, {unit(files[0] if files else None)} {number}: {fault}") from None
+                raise DataError(f"{place}, {counted} {number}: {fault}") from None
 
     settings = [subset, margin_column, data.margin_map, source.columns, data.columns]
     try:
@@ -102,6 +100,13 @@ def load_rows(
     unread = [] if source.columns else [name for name in columns if name not in wanted.values()]
     known = f"{shape.name} (by {', '.join(ours[name] for name in shape.columns)})"
     return _sliced(parsed, split), unread, known
+
+
+def _columns_and_content(found: Any) -> tuple[list[str], Any]:
+    """The columns of a split's files or rows, and what its cached rows follow from."""
+    if isinstance(found, list):
+        return _columns_of(found[0]), [sha256(file) for file in found]
+    return found.column_names, found._fingerprint
 
 
 def _named(
