@@ -255,13 +255,7 @@ def parse_row(
     check_unicode([*(message["content"] for message in prompt), *responses])
     if not all(response.strip() for response in responses):
         raise Excluded("empty_response")
-    distinct = sorted(set(levels))
-    order = sorted(range(len(responses)), key=lambda i: levels[i])
-    responses, ranks = [responses[i] for i in order], [distinct.index(levels[i]) for i in order]
-    if len(set(zip(map(str.strip, responses), ranks, strict=True))) > len(set(map(str.strip, responses))):
-        raise Excluded("identical_responses")
-    if len(distinct) == 1:
-        raise Excluded("all_tied")
+    order, responses, ranks = _ordered(responses, levels)
     if margin_column is None:
         return Comparison(prompt, responses, ranks, tools=tools)
     margin, fault, margins = row.get(margin_column), "", []
@@ -272,6 +266,18 @@ def parse_row(
     except Excluded as excluded:  # without its margin it may be held out, not trained on
         fault = excluded.reason
     return Comparison(prompt, responses, ranks, margins, margin_fault=fault, tools=tools)
+
+
+def _ordered(responses: list[str], levels: list[Any]) -> tuple[list[int], list[str], list[int]]:
+    """The responses best first: their numbers, texts and ranks; raises Excluded where none is better."""
+    distinct = sorted(set(levels))
+    order = sorted(range(len(responses)), key=lambda i: levels[i])
+    responses, ranks = [responses[i] for i in order], [distinct.index(levels[i]) for i in order]
+    if len(set(zip(map(str.strip, responses), ranks, strict=True))) > len(set(map(str.strip, responses))):
+        raise Excluded("identical_responses")
+    if len(distinct) == 1:
+        raise Excluded("all_tied")
+    return order, responses, ranks
 
 
 def _get(row: Row, path: str) -> Any:

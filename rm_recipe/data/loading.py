@@ -57,18 +57,15 @@ def load_rows(
         subset: the name that rows without a `subset` of their own get.
 
     Returns:
-        the rows, with the columns of `_PARSED`, the columns of the source that are not read, and its shape
-        in words.
+        the rows (`_PARSED`), the columns of the source that are not read, and its shape in words.
 
     Raises:
         DataError: there is no such split, the source cannot be read, its columns are not those of
             comparisons, or a row is malformed; with the row.
     """
     found = find_split(splits_of(source, data.dataset_revision), split, source)
-    place, counted = f"'{source.path}', split '{split}'", "row"
-    if isinstance(found, list):
-        place, counted = f"'{found[0]}'" if len(found) == 1 else place, unit(found[0])
-    columns, content = _columns_and_content(found)
+    columns, content, file = _columns_and_content(found)
+    place = f"'{file}'" if file and len(found) == 1 else f"'{source.path}', split '{split}'"
     ours = _named(columns, source, data, margin_column, place)
     shape = formats.shape_of(ours, place, data.columns or {})
     read = [*shape.columns, *formats.ALSO_READ, *filter(None, [margin_column])]
@@ -86,7 +83,7 @@ def load_rows(
                 for part in formats.rows_of(row, shape):
                     yield _parsed(part, number, subset, parse_row)
             except Malformed as fault:
-                raise DataError(f"{place}, {counted} {number}: {fault}") from None
+                raise DataError(f"{place}, {unit(file)} {number}: {fault}") from None
 
     settings = [subset, margin_column, data.margin_map, source.columns, data.columns]
     try:
@@ -102,11 +99,11 @@ def load_rows(
     return _sliced(parsed, split), unread, known
 
 
-def _columns_and_content(found: Any) -> tuple[list[str], Any]:
-    """The columns of a split's files or rows, and what its cached rows follow from."""
+def _columns_and_content(found: Any) -> tuple[list[str], Any, Path | None]:
+    """The columns of a split's files or rows, what its cached rows follow from, and the first file."""
     if isinstance(found, list):
-        return _columns_of(found[0]), [sha256(file) for file in found]
-    return found.column_names, found._fingerprint
+        return _columns_of(found[0]), [sha256(file) for file in found], found[0]
+    return found.column_names, found._fingerprint, None
 
 
 def _named(
