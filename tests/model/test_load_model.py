@@ -177,7 +177,7 @@ def test_a_model_that_there_is_no_memory_for_is_not_called_a_wrong_one(tiny_llam
     ("keys", "fault"),
     [
         ({"lora_target_modules": ["q_proj", "k_prj"]}, "no k_prj; its linear layers are down_proj, .*k_proj"),
-        ({"lora_target_modules": ["*q_proj"]}, "LoRA cannot be added: nothing to repeat at position 0"),
+        ({"lora_target_modules": ["*q_proj"]}, "LoRA cannot be added by 'lora_target_modules: .* nothing to repeat"),
         (
             {"lora_target_modules": [".*mlp.query"]},
             "LoRA cannot be added: No modules .* are down_proj",
