@@ -88,12 +88,9 @@ def load_rows(
                 raise DataError(f"{place}, {unit(file)} {number}: {fault}") from None
 
     settings = [subset, margin_column, data.margin_map, source.columns, data.columns]
+    features, key = hf_datasets.Features(_PARSED), cache_key(content, *settings, *CODE)
     try:
-        parsed = hf_datasets.Dataset.from_generator(
-            parse,
-            features=hf_datasets.Features(_PARSED),
-            fingerprint=cache_key(content, *settings, *CODE),
-        )
+        parsed = hf_datasets.Dataset.from_generator(parse, features=features, fingerprint=key)
     except DatasetGenerationError as error:
         raise (error.__cause__ or error) from None
     unread = [] if source.columns else [name for name in columns if name not in wanted.values()]

@@ -305,26 +305,32 @@ def fit(
             what = f"what a step of this {config.model_type} needs could not be planned"
             raise RecipeError(f"{what}: {type(error).__name__}: {one_line(error)}") from error
 
-    def largest(most: int, checkpointing: bool) -> int:
-        fitting, too_many = (n, most + 1) if planned(n, checkpointing).fits(memory_bytes) else (0, n)
-        while too_many - fitting > 1:
-            # At most doubled, as plans of large batches are slow.
-            middle = min((fitting + too_many) // 2, max(2 * fitting, 1))
-            if planned(middle, checkpointing).fits(memory_bytes):
-                fitting = middle
-            else:
-                too_many = middle
-        return fitting if divide or fitting >= n else 0
+    def largest(checkpointing: bool) -> int:
+        found = _largest(lambda size: planned(size, checkpointing).fits(memory_bytes), n, larger)
+        return found if divide or found >= n else 0
 
     checkpointing = any(getattr(recipe.training, key) for key in CHECKPOINTING)
-    settled, most = any(key in recipe.values for key in CHECKPOINTING), LARGEST if larger else n
-    found = largest(most, checkpointing if settled else False)
+    settled = any(key in recipe.values for key in CHECKPOINTING)
+    found = largest(checkpointing and settled)
     if not settled:
         checkpointing = not found
-        found = found or largest(most, True)
+        found = found or largest(True)
     without = None if settled or not checkpointing else planned(1, False)
     lower = _what_to_lower(recipe, checkpointing)
     return Fit(memory_bytes, checkpointing, planned(min(found or 1, n), checkpointing), without, found, lower)
+
+
+def _largest(fits: Callable[[int], bool], n: int, larger: bool) -> int:
+    """The most comparisons that fit, of n, or of `LARGEST` if larger ones than n are looked for."""
+    fitting, too_many = (n, LARGEST + 1 if larger else n + 1) if fits(n) else (0, n)
+    while too_many - fitting > 1:
+        # At most doubled, as plans of large batches are slow.
+        middle = min((fitting + too_many) // 2, max(2 * fitting, 1))
+        if fits(middle):
+            fitting = middle
+        else:
+            too_many = middle
+    return fitting
 
 
 def _what_to_lower(recipe: Recipe, checkpointing: bool) -> str:
