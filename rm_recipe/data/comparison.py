@@ -73,10 +73,10 @@ def as_messages(value: Any, column: str = "prompt") -> list[Message]:
             return [{"role": "user", "content": value}]
         asked = is_transcript(value) and messages[-1] == {"role": "assistant", "content": ""}
         return messages[:-1] if asked else messages
-    messages = [value] if isinstance(value, Mapping) else value
-    if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
+    several: Any = [value] if isinstance(value, Mapping) else value
+    if not isinstance(several, list) or not all(isinstance(m, Mapping) for m in several):
         raise Malformed(column, "a text or a list of messages", value)
-    return [_message(message) for message in messages]
+    return [_message(message) for message in several]
 
 
 def messages_of_text(text: str) -> list[Message] | None:

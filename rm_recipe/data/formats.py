@@ -203,10 +203,10 @@ def rows_of(row: Row, shape: Shape) -> list[Row]:
     return list(_questions(row.get("prompt"), [])) or [{}]
 
 
-def _questions(node: Any, before: list[Message]) -> Iterator[Row]:
+def _questions(node: Any, before: list[Any]) -> Iterator[Row]:
     if not isinstance(node, Mapping):
         return
-    messages = [*before, {"role": node.get("role"), "content": node.get("text")}]
+    messages: list[Any] = [*before, {"role": node.get("role"), "content": node.get("text")}]
     replies = [reply for reply in node.get("replies") or [] if isinstance(reply, Mapping)]
     ranked = [reply for reply in replies if reply.get("rank") is not None]
     if node.get("role") == "prompter" and len(ranked) > 1:
@@ -229,14 +229,12 @@ def parse_row(
 
     Pairs: without a prompt, `chosen` and `rejected` are hh-rlhf transcripts or whole lists of
     messages. With one, the prompt is a text (one user message), a transcript or messages, and the responses
-    are texts, what the assistant's side wrote after the prompt, or the whole conversation. What they share
-    is the prompt, where the column holds less, too. Other texts are taken as they stand. A `system` text
-    comes before it all. Equal ranks or scores of a ranking are ties and give no pair.
+    are texts, what the assistant's side wrote after the prompt, or the whole conversation. What they share is
+    the prompt, where the column holds less, too. A `system` text comes before it all. Ties give no pair.
 
     Args:
-        margin_column: where the margins stand: a number, a category of `margin_map`, or for
-            rankings also a number for each response, whose differences are the margins. A margin
-            below 0 would reward being wrong.
+        margin_column: where the margins stand: a number, a category of `margin_map`, or of rankings also a
+            number for each response, whose differences they are. One below 0 would reward being wrong.
 
     Raises:
         Excluded: with the reason.
@@ -248,8 +246,7 @@ def parse_row(
     if shape.name in PREPARED:
         row = PREPARED[shape.name](row)
     replies, levels = _replies(row, shape)
-    if shape.verdict:
-        levels = _levels(row, shape, len(replies))
+    levels = _levels(row, shape, len(replies)) if shape.verdict else levels
     asked = _get(row, shape.prompt or "prompt")
     if asked is None and shape.prompt and shape.verdict:
         raise Excluded("empty_prompt")
@@ -258,6 +255,21 @@ def parse_row(
     check_unicode([*(message["content"] for message in prompt), *responses])
     if not all(response.strip() for response in responses):
         raise Excluded("empty_response")
+    order, responses, ranks = _ordered(responses, levels)
+    if margin_column is None:
+        return Comparison(prompt, responses, ranks, tools=tools)
+    margin, fault, margins = row.get(margin_column), "", []
+    if shape.better == "strength" and margin_column == shape.verdict:
+        margin = abs(_number(margin))
+    try:
+        margins = _margins(margin_column, margin, margin_map, order, ranks)
+    except Excluded as excluded:  # without its margin it may be held out, not trained on
+        fault = excluded.reason
+    return Comparison(prompt, responses, ranks, margins, margin_fault=fault, tools=tools)
+
+
+def _ordered(responses: list[str], levels: list[Any]) -> tuple[list[int], list[str], list[int]]:
+    """The responses best first: their numbers, texts and ranks; raises Excluded where none is better."""
     distinct = sorted(set(levels))
     order = sorted(range(len(responses)), key=lambda i: levels[i])
     responses, ranks = [responses[i] for i in order], [distinct.index(levels[i]) for i in order]
@@ -265,23 +277,14 @@ def parse_row(
         raise Excluded("identical_responses")
     if len(distinct) == 1:
         raise Excluded("all_tied")
-    if margin_column is None:
-        return Comparison(prompt, responses, ranks, tools=tools)
-    margin = row.get(margin_column)
-    if shape.better == "strength" and margin_column == shape.verdict:
-        margin = abs(_number(margin))
-    try:
-        margins = _margins(margin_column, margin, margin_map, order, ranks)
-    except Excluded as fault:  # without its margin it may be held out, not trained on
-        return Comparison(prompt, responses, ranks, margin_fault=fault.reason, tools=tools)
-    return Comparison(prompt, responses, ranks, margins, tools=tools)
+    return order, responses, ranks
 
 
 def _get(row: Row, path: str) -> Any:
     """The value of a column, of a key of what stands there, or of a key of each element of its list."""
     if path.isidentifier():
         return row.get(path)
-    column, bracket, key = re.fullmatch(r"(\w+)([\[.]?)(.*?)\]?", path).groups()
+    column, bracket, key = re.split(r"([\[.])", path.rstrip("]"))
     value, keys = row.get(column), key.split("/")
     if value is None:
         return None

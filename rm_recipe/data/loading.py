@@ -57,20 +57,15 @@ def load_rows(
         subset: the name that rows without a `subset` of their own get.
 
     Returns:
-        the rows, with the columns of `_PARSED`, the columns of the source that are not read, and its shape
-        in words.
+        the rows (`_PARSED`), the columns of the source that are not read, and its shape in words.
 
     Raises:
         DataError: there is no such split, the source cannot be read, its columns are not those of
             comparisons, or a row is malformed; with the row.
     """
     found = find_split(splits_of(source, data.dataset_revision), split, source)
-    place, files = f"'{source.path}', split '{split}'", found if isinstance(found, list) else []
-    if files:
-        place = f"'{files[0]}'" if len(files) == 1 else place
-        columns, content = columns_of(files[0]), [sha256(file) for file in files]
-    else:
-        columns, content = found.column_names, found._fingerprint
+    columns, content, file = _columns_and_content(found)
+    place = f"'{file}'" if file and len(found) == 1 else f"'{source.path}', split '{split}'"
     ours = _named(columns, source, data, margin_column, place)
     shape = formats.shape_of(ours, place, data.columns or {})
     read = [*shape.columns, *formats.ALSO_READ, *filter(None, [margin_column])]
@@ -90,7 +85,7 @@ def load_rows(
                 for part in formats.rows_of(row, shape):
                     yield _parsed(part, number, subset, parse_row) | {"scored_lower": lower}
             except Malformed as fault:
-                raise DataError(f"{place}, {unit(files[0] if files else None)} {number}: {fault}") from None
+                raise DataError(f"{place}, {unit(file)} {number}: {fault}") from None
 
     settings = [subset, margin_column, data.margin_map, source.columns, data.columns]
     try:
@@ -104,6 +99,13 @@ def load_rows(
     unread = [] if source.columns else [name for name in columns if name not in wanted.values()]
     known = f"{shape.name} (by {', '.join(ours[name] for name in shape.columns)})"
     return _sliced(parsed, split), unread, known
+
+
+def _columns_and_content(found: Any) -> tuple[list[str], Any, Path | None]:
+    """The columns of a split's files or rows, what its cached rows follow from, and the first file."""
+    if isinstance(found, list):
+        return _columns_of(found[0]), [sha256(file) for file in found], found[0]
+    return found.column_names, found._fingerprint, None
 
 
 def _named(
@@ -134,11 +136,11 @@ def _parsed(row: formats.Row, number: int, subset: str, parse: Parser) -> dict[s
     """The columns of `_PARSED`: of a comparison, or empty ones and the reason."""
     if row.get("subset") not in (None, ""):
         subset = str(row["subset"]).encode(errors="replace").decode()
-    found, reason, detail = Comparison([], []), "", ""
+    reason = detail = ""
     try:
         found = parse(row)
     except Excluded as excluded:
-        reason, detail = excluded.reason, excluded.detail
+        found, reason, detail = Comparison([], []), excluded.reason, excluded.detail
     turns = normalised_prompt(found.prompt)
     content = [found.prompt, found.responses, found.ranks, found.margins, *filter(None, [found.tools])]
     return {

@@ -32,7 +32,7 @@ _BETWEEN = re.compile(
 
 def repeat_last_sentence(reply: str) -> str:
     """The reply with its last sentence twice."""
-    last = ["", *filter(None, _BETWEEN.split(reply.strip()))][-1]
+    last = ["", *(sentence for sentence in _BETWEEN.split(reply.strip()) if sentence)][-1]
     return f"{reply}{'' if re.search(f'[{UNSPACED}]', last) else ' '}{last}"
 
 

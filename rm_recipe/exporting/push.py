@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import huggingface_hub
@@ -67,12 +68,13 @@ def push(
     for name, content in files.items():
         if isinstance(content, bytes) and token.encode() in content:
             raise RecipeError(f"{name} holds your token for the Hub; remove it and export anew")
+    verified = read_json(export / PROOF)["trained" if adapter else "files"] | {CARD: None}
     api = HfApi(token=token, library_name="rm_recipe", library_version=__version__)
     for seconds in (*WAITS, None):
         try:
             if adapter:
                 _check_base(api, export.resolve().parent / "model" / ADAPTER[0])
-            _upload(api, repo_id, files, private)
+            _upload(api, repo_id, files, verified, private)
             break
         except RmRecipeError:
             raise
@@ -181,8 +183,12 @@ def _check_base(api: HfApi, adapter_config: Path) -> None:
         )
 
 
-def _upload(api: HfApi, repo_id: str, files: Files, private: bool) -> None:
-    """Make the repository hold the files, in one commit, and compare what it holds then."""
+def _upload(api: HfApi, repo_id: str, files: Files, verified: dict[str, Any], private: bool) -> None:
+    """Make the repository hold the files, in one commit, and compare what it holds then.
+
+    Args:
+        verified: their hashes, of those that were verified.
+    """
     # Each time: huggingface_hub replaces its client after a failed connection.
     huggingface_hub.get_session().timeout = TIMEOUT
     # None leaves it to the organisation's default, which may be private; False would override that.
@@ -201,6 +207,9 @@ def _upload(api: HfApi, repo_id: str, files: Files, private: bool) -> None:
         and any(fnmatch(entry.rfilename, pattern) for pattern in STALE)
     ]
     sent = [CommitOperationAdd(name, content) for name, content in files.items()]
+    for file in sent:  # which may have changed since they were checked
+        if verified.get(file.path_in_repo) not in (None, file.upload_info.sha256.hex()):
+            raise RecipeError(f"{file.path_in_repo} changed since it was verified; {ANEW}")
     commit = api.create_commit(
         repo_id,
         [*sent, *stale],

@@ -15,10 +15,11 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from torch import nn
@@ -102,10 +103,10 @@ class Fit:
     """Whether a recipe's training step fits, and what would.
 
     Attributes:
-        plan: of the recipe's batch, with gradient checkpointing if the recipe says so or, where it says
-            nothing, if that is needed.
-        without: the plan without it, where it is needed.
-        largest: per-device batch that fits so; 0 if not even one comparison does.
+        plan: of the recipe's batch, or of the largest micro-batch that fits; with gradient checkpointing if
+            the recipe says so or, where it says nothing, if one comparison does not fit without.
+        without: the plan of one comparison without it, where it is needed.
+        largest: comparisons of the largest micro-batch that fits so; 0 if not even one does.
         lower: the keys to change where the recipe does not fit.
     """
 
@@ -119,12 +120,12 @@ class Fit:
     @property
     def fits(self) -> bool:
         """Whether the recipe can be trained as it stands."""
-        return self.plan.fits(self.memory)
+        return self.largest > 0
 
     def __str__(self) -> str:
         without = f", without checkpointing {self.without.peak / 1e9:.1f}" if self.without else ""
         needed = f"{self.plan.peak / 1e9:.1f} of {self.memory / 1e9:.1f} GB"
-        return f"the largest batch needs about {needed} by the plan{without}"
+        return f"the largest micro-batch needs about {needed} by the plan{without}"
 
 
 # --- one step -----------------------------------------------------------------------------------
@@ -280,6 +281,7 @@ def fit(
     device: torch.device,
     memory_bytes: float,
     larger: bool = True,
+    divide: bool = True,
 ) -> Fit:
     """Plan a recipe's training step on a device.
 
@@ -287,40 +289,45 @@ def fit(
         config: of the one-label classifier.
         batch_of: the largest batch of so many comparisons.
         larger: look for the largest batch that fits where the recipe's does, which takes long.
+        divide: take micro-batches where whole batches do not fit; stock TRL cannot.
 
     Raises:
         RecipeError: the step cannot be planned.
     """
-    training, n = recipe.training, recipe.training.per_device_train_batch_size
+    n = recipe.training.per_device_train_batch_size
 
+    @cache
     def planned(size: int, checkpointing: bool) -> MemoryPlan:
-        parts = (config, recipe.model, training, modules_to_save, batch_of(size))
+        parts = (config, recipe.model, recipe.training, modules_to_save, batch_of(size))
         try:
             return plan(*parts, shared=shared, checkpointing=checkpointing, device=device)
         except Exception as error:  # whatever a foreign architecture raises
             what = f"what a step of this {config.model_type} needs could not be planned"
             raise RecipeError(f"{what}: {type(error).__name__}: {one_line(error)}") from error
 
-    settled = any(key in recipe.values for key in CHECKPOINTING)
-    checkpointing = settled and any(getattr(training, key) for key in CHECKPOINTING)
-    found, without = planned(n, checkpointing), None
-    if not settled and not found.fits(memory_bytes):
-        checkpointing, without, found = True, found, planned(n, True)
-    fitting, too_many = (n, LARGEST + 1 if larger else n + 1) if found.fits(memory_bytes) else (0, n)
-    while too_many - fitting > 1:
-        # At most doubled, as plans of large batches are slow.
-        middle = min((fitting + too_many) // 2, max(2 * fitting, 1))
-        if planned(middle, checkpointing).fits(memory_bytes):
-            fitting = middle
-        else:
-            too_many = middle
-    lower = _what_to_lower(recipe, fitting, checkpointing)
-    return Fit(memory_bytes, checkpointing, found, without, fitting, lower)
+    def largest(most: int, checkpointing: bool) -> int:
+        fitting, too_many = (n, most + 1) if planned(n, checkpointing).fits(memory_bytes) else (0, n)
+        while too_many - fitting > 1:
+            # At most doubled, as plans of large batches are slow.
+            middle = min((fitting + too_many) // 2, max(2 * fitting, 1))
+            if planned(middle, checkpointing).fits(memory_bytes):
+                fitting = middle
+            else:
+                too_many = middle
+        return fitting if divide or fitting >= n else 0
+
+    checkpointing = any(getattr(recipe.training, key) for key in CHECKPOINTING)
+    settled, most = any(key in recipe.values for key in CHECKPOINTING), LARGEST if larger else n
+    found = largest(most, checkpointing if settled else False)
+    if not settled:
+        checkpointing = not found
+        found = found or largest(most, True)
+    without = None if settled or not checkpointing else planned(1, False)
+    lower = _what_to_lower(recipe, checkpointing)
+    return Fit(memory_bytes, checkpointing, planned(min(found or 1, n), checkpointing), without, found, lower)
 
 
-def _what_to_lower(recipe: Recipe, largest: int, checkpointing: bool) -> str:
-    if largest:
-        return f"take {with_batch_of(recipe, largest)}"
+def _what_to_lower(recipe: Recipe, checkpointing: bool) -> str:
     if not checkpointing:
         return "take gradient_checkpointing: true, which keeps less for the backward"
     smaller = "load_in_4bit: true" if recipe.model.use_peft else "use_peft: true"
@@ -328,21 +335,31 @@ def _what_to_lower(recipe: Recipe, largest: int, checkpointing: bool) -> str:
     return f"not one comparison fits; try a lower max_length{or_smaller}"
 
 
-def needs_checkpointing(
-    config: Any, recipe: Recipe, modules_to_save: Sequence[str], split: Split, shared: bool
-) -> tuple[bool, str]:
-    """Whether a step fits the device only with gradient checkpointing, and why, in words.
+def settle_step(
+    config: Any,
+    recipe: Recipe,
+    modules_to_save: Sequence[str],
+    split: Split,
+    shared: bool,
+    divide: bool = True,
+) -> tuple[bool, int | None, str]:
+    """Whether a step takes gradient checkpointing, a micro-batch's tokens if batches are divided, and why.
 
-    It makes a step about a third slower, so it is used where it is needed and where nothing is known.
+    Checkpointing makes a step about a third slower, dividing a batch hardly; so it is used where not even the
+    longest comparison fits without, and where nothing is known.
     """
-    device = recipe.training.device
-    parts = (config, recipe, modules_to_save, lambda n: split.longest(n, shared))
-    where = {"device": device, "memory_bytes": device_memory(device)}
+    n, device = recipe.training.per_device_train_batch_size, recipe.training.device
+    parts = (config, recipe, modules_to_save, lambda size: split.longest(size, shared))
+    where = {"device": device, "memory_bytes": device_memory(device), "divide": divide}
     try:
         found = fit(*parts, shared=shared, **where, larger=False)
     except RecipeError as error:
-        return True, str(error)
-    return found.checkpointing, str(found) if found.fits else f"{found}; {found.lower}"
+        return True, None, str(error)
+    sizes = np.sort(split.sizes(shared, padded=not shared))[::-1][: max(found.largest, 1)]
+    tokens = int(sizes.sum() if shared else len(sizes) * sizes[0])
+    divided = divide and found.largest < min(n, len(split.comparisons))
+    reason = str(found) if found.fits else f"{found}; {found.lower}"
+    return found.checkpointing, tokens if divided else None, reason
 
 
 def too_little(recipe: Recipe) -> str:

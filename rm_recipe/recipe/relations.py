@@ -4,6 +4,7 @@ What a key may be by itself is in `schema.py`. A term of the tables here is `key
 which holds where that has a value other than false, 0 and null.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ lora_dropout disable_dropout=true: TRL switches dropout off; set 'disable_dropou
 neftune_noise_alpha prefix_sharing=auto: the noise is scaled by a row's length; set 'prefix_sharing: off'
 warmup_steps lr_scheduler_type=constant|reduce_lr_on_plateau|greedy: that schedule has no warm-up
 lr_scheduler_kwargs lr_scheduler_type=constant|constant_with_warmup: that schedule takes none
+per_device_train_batch_size=auto gradient_accumulation_steps: it is chosen too; say 'comparisons_per_step'
 optim_args optim=adamw_torch|adamw_torch_fused|adamw_torch_xla|adafactor: that optimizer takes none
 optim_args optim=adamw_8bit|adamw_bnb_8bit|paged_adamw_8bit|paged_adamw_32bit: that optimizer takes none
 optim_args optim=lion_8bit|lion_32bit|paged_lion_8bit|paged_lion_32bit: that optimizer takes none
@@ -42,6 +44,7 @@ save_strategy=best eval_strategy=no: the best is known by evaluating
 NEEDS = schema.table("""
 load_in_4bit load_in_8bit: use_peft
 push_to_hub: hub_model_id
+per_device_train_batch_size=auto: comparisons_per_step
 margin_map: margin_column
 save_strategy=best: metric_for_best_model
 dataloader_persistent_workers dataloader_prefetch_factor: dataloader_num_workers
@@ -53,6 +56,7 @@ _BY_METRIC = "save_strategy=best lr_scheduler_type=reduce_lr_on_plateau|greedy"
 IDLE = schema.table(f"""
 lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save: use_peft
 use_rslora use_dora: use_peft
+comparisons_per_step: per_device_train_batch_size=auto
 bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage: load_in_4bit
 eval_steps eval_delay: eval_strategy {_BEST}
 metric_for_best_model greater_is_better: {_BEST} {_BY_METRIC}
@@ -200,6 +204,9 @@ def resolve(values: dict[str, Any]) -> dict[str, Any]:
         bf16 = has_bf16(device)
         fp16 = not bf16 and device not in ("cpu", "mps")  # which have no gradient scaler
     found |= {"use_cpu": device == "cpu", "bf16": bool(bf16), "fp16": fp16}
+    if values.get("per_device_train_batch_size") == "auto":  # micro-batches are as large as fits
+        batch = max(values["comparisons_per_step"] // int(os.environ.get("WORLD_SIZE", "1")), 1)
+        found |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 1}
     quantised = values.get("load_in_4bit") or values.get("load_in_8bit")
     if not values.get("use_peft"):
         found["dtype"] = "float32"

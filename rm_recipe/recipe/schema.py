@@ -101,11 +101,13 @@ overwrite_output_dir: `rm-recipe train RECIPE --overwrite`
 num_labels reward_model stage: nothing: it is always a reward model, of one label
 """)
 
+GROUPED = "group_by_length"  # a value of `train_sampling_strategy`
+
 # What `columns` can give a name to.
 COLUMNS = "prompt chosen rejected responses ranks scores verdict system tools subset"
 _POSITIVE = """
-learning_rate per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps max_length
-lora_r lora_alpha num_train_epochs max_train_samples max_eval_samples dataset_num_proc
+learning_rate per_device_eval_batch_size gradient_accumulation_steps max_length comparisons_per_step lora_r
+lora_alpha num_train_epochs max_train_samples max_eval_samples dataset_num_proc micro_batch_tokens
 early_stopping_patience save_steps eval_steps logging_steps fraction
 """
 # What torch's and transformers' checkpointing take.
@@ -114,6 +116,7 @@ _METRICS = ("accuracy", "loss", "margin", "mean_reward", "ties")  # of a compari
 # Which values of its type a key takes: keys, a test, and what a value that fails it is told.
 _LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (_POSITIVE, lambda x: x > 0, "must be above 0"),
+    ("per_device_train_batch_size", lambda x: x == "auto" or x > 0, "must be above 0, or auto"),
     ("seed data_seed", lambda x: 0 <= x < 2**32, f"must lie between 0 and {2**32 - 1}"),  # as NumPy's
     ("center_rewards_coefficient dataloader_num_workers weight_decay", lambda x: x >= 0, "must be 0 or more"),
     ("adam_beta1 adam_beta2", lambda x: 0 <= x < 1, "must be below 1, and not below 0"),
@@ -124,8 +127,8 @@ _LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("margin_map", lambda x: min(x.values(), default=0) >= 0, "a margin below 0 would reward being wrong"),
     (
         "train_sampling_strategy",
-        lambda x: x in ("random", "sequential"),
-        "goes by length, and a comparison has no single one; leave it out",
+        lambda x: x in ("random", "sequential", GROUPED),
+        f"is none of random, sequential, {GROUPED}",
     ),
     (
         "columns",
@@ -169,6 +172,11 @@ class DataArguments:
     # A mixture instead of `dataset_name`, as TRL's `DatasetMixtureConfig` has it: a list of `path`, `name`,
     # `data_dir`, `data_files`, `split`, `columns`, `fraction`.
     datasets: list[dict[str, Any]] | None = None
+    # Comparisons of an optimizer step, over all processes, where `per_device_train_batch_size` is `auto`.
+    comparisons_per_step: int | None = None
+    # Tokens of a micro-batch, into which a batch is divided: it changes memory and speed, and no result. Left
+    # out, a batch is divided where the device is too small for the largest one.
+    micro_batch_tokens: int | None = None
     # Share of the prompts to hold out of the train split, all comparisons of a prompt together; 0.1 where a
     # set has a train split only.
     test_split_size: float | None = None
@@ -259,7 +267,8 @@ def recipe_keys() -> type[BaseModel]:
 
     parts = (RewardConfig, ModelConfig, DataArguments, HubArguments)
     # `fsdp: true` as transformers takes it, and as a run's recipe has it.
-    return _model_of(*parts, fsdp=bool | str | None, datasets=list[entry_keys()] | None)  # type: ignore[misc]
+    hints = {"fsdp": bool | str | None, "per_device_train_batch_size": int | Literal["auto"]}
+    return _model_of(*parts, **hints, datasets=list[entry_keys()] | None)  # type: ignore[misc]
 
 
 @cache

@@ -33,6 +33,7 @@ STOCK_BATCHES = (1, 2, 4, 8, 16, 32)  # per device: large ones pay for padding, 
 OVERRIDES = """
     --save_strategy no --eval_strategy no --logging_strategy no --report_to [] --disable_tqdm true
     --load_best_model_at_end false --dataloader_num_workers 0 --dataloader_persistent_workers false
+    --train_sampling_strategy random
 """
 # How a process says that it found no memory: CUDA's, torch's on a CPU, Python's, C++'s.
 NO_MEMORY = "OutOfMemoryError|out of memory|ALLOC_FAILED|can't allocate memory|MemoryError|bad_alloc"

@@ -45,7 +45,7 @@ def measure_training(recipe: Recipe, what: str) -> dict[str, Any]:
     model, modules_to_save = train.load_model(recipe, tokenizer)
     parameters = model.num_parameters(exclude_embeddings=True)
     # As stock needs it, for both.
-    train.decide_checkpointing(recipe, model, modules_to_save, train_split, shared=False)
+    train.decide_step(recipe, model, modules_to_save, train_split, shared=False, divide=False)
     if what == "ours":
         trainer: Any = train.make_trainer(recipe, tokenizer, model, modules_to_save, train_split, test_split)
     else:

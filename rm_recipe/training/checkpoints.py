@@ -37,6 +37,7 @@ from rm_recipe.training.run_folder import (
     check_run_folder,
     empty,
     identity_of,
+    keep_what_was_settled,
     run_record,
 )
 from rm_recipe.training.trainer import SharedPrefixRewardTrainer
@@ -104,6 +105,8 @@ def open_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> Iterator["Run"
     with INTERRUPTS.listening():
         try:
             with locked(run.folder) if PartialState().is_main_process else nullcontext():
+                if resume:
+                    keep_what_was_settled(recipe)
                 check_run_folder(recipe, resume=resume, overwrite=overwrite)
                 if resume:
                     run.find_checkpoint()

@@ -76,7 +76,10 @@ def measure(trainer: SharedPrefixRewardTrainer) -> dict[str, Any]:
     """
     args, comparisons = trainer.args, len(trainer.train_dataset)
     batch = min(args.per_device_train_batch_size, comparisons)
-    largest = trainer.train_split.largest(batch, trainer.sharing.used)
+    shared, collator = trainer.sharing.used, trainer.data_collator
+    largest = trainer.train_split.largest(batch, shared)
+    sizes = trainer.train_split.sizes(shared, padded=not shared)
+    largest = largest[collator.split(sizes[largest])[0]]  # of a batch that is divided, a micro-batch
     loss = step(trainer, largest)
     check_gradients(trainer.model, trainer.modules_to_save)
     trainer.create_optimizer().step()
@@ -95,10 +98,14 @@ def step(trainer: SharedPrefixRewardTrainer, rows: NDArray[np.int64]) -> float:
     """Forward and backward of the train comparisons with these numbers; their loss."""
     inputs = trainer._prepare_inputs(trainer.data_collator(list(trainer.train_dataset.select(rows))))
     scale = 2.0**10 if trainer.args.fp16 else 1.0  # for gradients too small for fp16, as training has one
-    with autocast_of(trainer.args):
-        loss = trainer.compute_loss(trainer.model, inputs)
-    (loss * scale).backward()
-    return float(loss.detach())
+    total = 0.0
+    for part in inputs["micro_batches"]:
+        with autocast_of(trainer.args):
+            loss = trainer.compute_loss(trainer.model, part)
+        (loss * scale).backward()
+        total += float(loss.detach())
+    trainer.count_comparisons()
+    return total
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ WITHOUT_EFFECT = """
     hub_private_repo save_strategy save_steps save_total_limit logging_steps logging_strategy
     logging_first_step eval_strategy eval_steps per_device_eval_batch_size eval_delay eval_on_start
     eval_accumulation_steps dataset_num_proc dataloader_pin_memory dataloader_num_workers
-    dataloader_prefetch_factor dataloader_persistent_workers
+    dataloader_prefetch_factor dataloader_persistent_workers comparisons_per_step micro_batch_tokens
 """
 
 # How the comparisons of a step are divided. With smaller batches, and as many more of them, a run goes on
@@ -49,6 +49,7 @@ def changed_keys(recipe: Recipe, run: Path) -> list[str]:
     now, then = recipe.resolved(), saved_values(run)
     plateau = recipe.training.lr_scheduler_type == "reduce_lr_on_plateau"  # which follows evaluations
     without_effect = {*WITHOUT_EFFECT.split(), *CHECKPOINTING, *EVALUATION}
+    without_effect |= {"train_sampling_strategy"} - recipe.values.keys()  # settled by base and data
     if recipe.training.load_best_model_at_end or plateau:
         without_effect -= set(CHOOSING.split())
     if math.prod(now[key] for key in ACCUMULATION) == math.prod(then.get(key, 0) for key in ACCUMULATION):
@@ -81,6 +82,16 @@ def check_run_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
         fault = f"{folder} was started with another recipe; resuming needs the same {', '.join(changed)}"
     if fault:
         raise RecipeError(fault)
+
+
+def keep_what_was_settled(recipe: Recipe) -> None:
+    """Give a recipe what the run that it resumes has settled by data and device, where it says nothing."""
+    then = saved_values(recipe.output_dir) if is_run_folder(recipe.output_dir) else {}
+    settled = {"micro_batch_tokens": recipe.data, "train_sampling_strategy": recipe.training}
+    for key, part in settled.items():
+        if key in then and key not in recipe.values:
+            setattr(part, key, then[key])
+            recipe.values[key] = then[key]
 
 
 def identity_of(train_split: Split, test_split: Split) -> dict[str, Any]:
@@ -188,6 +199,7 @@ def run_record(trainer: SharedPrefixRewardTrainer, resumed_from: int, cost: dict
             "held_out": len(test.comparisons),
         },
         "prefix_sharing": trainer.sharing.as_dict(),
+        "micro_batch_tokens": trainer.data_collator.budget,
         "device": str(training.device),
         "processes": training.world_size,
         "steps": state.global_step,

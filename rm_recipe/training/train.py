@@ -30,7 +30,7 @@ from rm_recipe.model.shared_prefix import decide_sharing
 from rm_recipe.model.tokenizer import check_one_end, check_vocabulary, load_tokenizer
 from rm_recipe.processes import follow_log_level, main_process_first, say, wait_for_main_process, warn
 from rm_recipe.recipe.reader import Recipe
-from rm_recipe.recipe.schema import CHECKPOINTING
+from rm_recipe.recipe.schema import CHECKPOINTING, GROUPED
 from rm_recipe.training.checkpoints import ended_well, not_written, open_run, remove_unread
 from rm_recipe.training.preflight import preflight
 from rm_recipe.training.trainer import SharedPrefixRewardTrainer, cheaper_adapters
@@ -176,7 +176,9 @@ def make_trainer(
     with whole_weights():  # of the small copy
         sharing = decide_sharing(model, recipe.data.prefix_sharing, training.max_length, training.device)
     say(f"prefix sharing: {'on' if sharing.used else 'off'} ({sharing.reason})")
-    decide_checkpointing(recipe, model, modules_to_save, splits[0], sharing.used)
+    decide_step(recipe, model, modules_to_save, splits[0], sharing.used)
+    if not sharing.used and "train_sampling_strategy" not in recipe.values:  # rows are padded to the longest
+        training.train_sampling_strategy = recipe.values["train_sampling_strategy"] = GROUPED
     if recipe.model.use_peft:
         half = training.bf16 or training.fp16
         model = lora.add_lora(model, recipe.model, modules_to_save, autocast=half)
@@ -185,6 +187,8 @@ def make_trainer(
     args.chat_template_path = None  # the tokenizer has it; TRL would put the file's own text in its place
     args.save_total_limit = None  # `Checkpoints` removes older ones, once the newest is whole
     trainer = SharedPrefixRewardTrainer(model, args, tokenizer, splits, sharing, modules_to_save)
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # whose processes meet in each forward
+        trainer.data_collator.budget = recipe.data.micro_batch_tokens
     if recipe.data.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(recipe.data.early_stopping_patience))
     if not was_there and args.should_save:  # Trainer has made it, and nothing is trained yet
@@ -192,18 +196,21 @@ def make_trainer(
     return trainer
 
 
-def decide_checkpointing(
-    recipe: Recipe, model: Any, modules_to_save: list[str], train_split: Split, shared: bool
+def decide_step(
+    recipe: Recipe, model: Any, modules_to_save: list[str], split: Split, shared: bool, divide: bool = True
 ) -> None:
-    """Settle `gradient_checkpointing` by the memory plan, unless the recipe does."""
-    if any(key in recipe.values for key in CHECKPOINTING):
+    """Settle `gradient_checkpointing` and `micro_batch_tokens` by the memory plan, unless the recipe does."""
+    if any(key in recipe.values for key in (*CHECKPOINTING, "micro_batch_tokens")):
         return
-    decision = memory.needs_checkpointing(model.config, recipe, modules_to_save, train_split, shared)
-    needed, reason = broadcast_object_list([decision])[0]  # unequal devices must not decide differently
+    decision = memory.settle_step(model.config, recipe, modules_to_save, split, shared, divide)
+    # Unequal devices must not decide differently.
+    checkpointing, tokens, reason = broadcast_object_list([decision])[0]
     for key in CHECKPOINTING:
-        setattr(recipe.training, key, needed)
-        recipe.values[key] = needed
-    say(f"gradient checkpointing: {'on' if needed else 'off'} ({reason})")
+        setattr(recipe.training, key, checkpointing)
+        recipe.values[key] = checkpointing
+    recipe.data.micro_batch_tokens = recipe.values["micro_batch_tokens"] = tokens
+    divided = f", micro-batches of up to {tokens} tokens" if tokens else ""
+    say(f"gradient checkpointing: {'on' if checkpointing else 'off'}{divided} ({reason})")
 
 
 @contextmanager

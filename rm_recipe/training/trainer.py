@@ -5,7 +5,7 @@ Ours are the collator (rows), `compute_loss` (rewards at the ends, one loss per 
 metrics, which count comparisons instead of averaging batches.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from numpy.typing import NDArray
 from torch.nn.functional import logsigmoid
+from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, ProgressCallback
 from trl import RewardTrainer
 
@@ -24,12 +26,14 @@ from rm_recipe.model.head import head_of
 from rm_recipe.model.lora import in_one_product
 from rm_recipe.model.row_attention import by_block
 from rm_recipe.model.shared_prefix import Sharing, padded_rows, shared_rows
+from rm_recipe.recipe.schema import GROUPED
 from rm_recipe.training.monitoring import LogLines
 
 if TYPE_CHECKING:
     from trl import RewardConfig
 
 TIED = 1e-6  # rewards that differ by no more say nothing of a comparison
+SORTED_AMONG = 50  # batches, within which comparisons are sorted by length; as many as in transformers
 FAULTY_NAMED = 5  # comparisons whose loss is not finite, in the message
 COLUMNS = ["prefix", "suffixes", "ranks", "margins", "subset", "row"]
 
@@ -40,15 +44,49 @@ class RowCollator:
 
     Attributes:
         share: shared-prefix rows where True, one conversation a row otherwise.
-        one_row: the whole batch in one row, if prefixes are shared.
+        one_row: a whole micro-batch in one row, if prefixes are shared.
+        budget: tokens that a micro-batch may have; None for whole batches.
     """
 
     pad_token_id: int
     share: bool
     one_row: bool = False
+    budget: int | None = None
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The rows of a batch and what `compute_loss` takes out of it again.
+        """The `micro_batches` of a batch: one, or as many as keep to the budget."""
+        sizes = np.array([self.size(example) for example in examples])
+        parts = [self.rows([examples[i] for i in part]) for part in self.split(sizes)]
+        return {"micro_batches": [part | {"of_batch": len(part["names"]) / len(examples)} for part in parts]}
+
+    def size(self, example: dict[str, Any]) -> int:
+        """Count the tokens that are computed of a comparison, without what its batch pads."""
+        prefix, suffixes = len(example["prefix"]), [len(rest) for rest in example["suffixes"]]
+        return prefix + sum(suffixes) if self.share else len(suffixes) * (prefix + max(suffixes))
+
+    def split(self, sizes: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Divide comparisons into micro-batches within the budget, the largest first.
+
+        One that exceeds it stands alone. Of one sequence a row, all are padded to the longest, so like sizes
+        stand together.
+        """
+        order = np.arange(len(sizes))
+        if self.budget is None or self.cost(sizes) <= self.budget:
+            return [order]
+        order, parts = np.argsort(-sizes, kind="stable"), []
+        while len(order):
+            fitting = [n for n in range(1, len(order) + 1) if self.cost(sizes[order[:n]]) <= self.budget]
+            n = max(fitting, default=1)
+            parts.append(order[:n])
+            order = order[n:]
+        return parts
+
+    def cost(self, sizes: NDArray[np.int64]) -> int:
+        """Tokens of a micro-batch of comparisons with these sizes, padding included."""
+        return int(sizes.sum() if self.share else len(sizes) * sizes.max())
+
+    def rows(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The rows of a micro-batch and what `compute_loss` takes out of it again.
 
         That is `pairs` (pairs, 2) int64, numbers of the better and the worse response of each untied
         pair; `margins` (pairs,); `pairs_each` (comparisons,) int64; `num_tokens` (), the real tokens;
@@ -70,6 +108,33 @@ class RowCollator:
             "pairs_each": torch.from_numpy(pairs_each),
             "margins": torch.tensor([margin for own in margins for margin in own]),
         }
+
+
+class GroupedByLength(Sampler[int]):
+    """An order of comparisons in which those of a batch are about as long as each other.
+
+    Drawn from the seed and the epoch alone, so that a resumed run meets the same batches; which batch comes
+    when is random, and so is which comparisons it holds, but for their length.
+    """
+
+    def __init__(self, lengths: NDArray[np.int64], batch: int, seed: int) -> None:
+        self.lengths, self.batch, self.seed, self.epoch = lengths, batch, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Accelerate before an epoch begins."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order, among = rng.permutation(len(self.lengths)), SORTED_AMONG * self.batch
+        blocks = [order[start : start + among] for start in range(0, len(order), among)]
+        order = np.concatenate([block[np.argsort(-self.lengths[block], kind="stable")] for block in blocks])
+        whole = len(order) - len(order) % self.batch  # the short batch stays the last
+        batches = order[:whole].reshape(-1, self.batch)
+        yield from [*rng.permutation(batches).flatten().tolist(), *order[whole:].tolist()]
 
 
 def mean_of_pairs(values: torch.Tensor, pairs_each: torch.Tensor) -> torch.Tensor:
@@ -124,6 +189,8 @@ class SharedPrefixRewardTrainer(RewardTrainer):
                 parameter.data = exact[name].to(parameter.device)
         self.initial_head = head_of(self.model, modules_to_save)
         self._signature_columns = COLUMNS  # what Trainer keeps of a data set
+        # Of micro-batches: what each comparison is called, the tokens, and values by comparison.
+        self._uncounted: list[tuple[list[str], torch.Tensor, dict[str, torch.Tensor]]] = []
         self._needs_autocast = keep_precision(self.accelerator, self.args)
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -131,6 +198,14 @@ class SharedPrefixRewardTrainer(RewardTrainer):
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         return dataset  # tokenised by `data.tokenization.tokenize`
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Trainer's, or one that groups by length; Trainer's own would meet others after a resume."""
+        if self.args.train_sampling_strategy != GROUPED:
+            return super()._get_train_sampler(train_dataset)
+        lengths = self.train_split.sizes(shared=False, padded=True)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return GroupedByLength(lengths, self.args.train_batch_size, seed)
 
     def autocast_smart_context_manager(self, *args: Any) -> AbstractContextManager[Any]:
         """Trainer's, which leaves autocast to Accelerate, and ours where Accelerate gives none."""
@@ -154,12 +229,34 @@ class SharedPrefixRewardTrainer(RewardTrainer):
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """No card in the run folder; the export gets one."""
 
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Trainer's for each micro-batch of a batch; processes exchange gradients at the last one alone."""
+        loss, parts = torch.zeros((), device=self.args.device), inputs["micro_batches"]
+        for number, part in enumerate(parts, 1):
+            with nullcontext() if number == len(parts) else self.accelerator.no_sync(model):
+                loss = loss + super().training_step(model, part, *args, **kwargs)
+        self.count_comparisons()
+        return loss
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The mean loss () of a batch of comparisons; with `return_outputs` also the rewards."""
-        num_tokens, names, pairs = inputs.pop("num_tokens"), inputs.pop("names"), inputs.pop("pairs")
-        margins, pairs_each = inputs.pop("margins"), inputs.pop("pairs_each")
+        """The loss () of a micro-batch, or of all those of a batch; with `return_outputs` also the rewards.
+
+        It is the mean over the comparisons of the batch, to which a micro-batch adds its part.
+        """
+        parts = inputs.get("micro_batches", [inputs])
+        losses, rewards = zip(*(self._loss(model, part) for part in parts), strict=True)
+        if not self.model.training:
+            self.count_comparisons()
+        loss = sum(losses[1:], losses[0])
+        return (loss, {"rewards": torch.cat(rewards)}) if return_outputs else loss
+
+    def _loss(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """A micro-batch's part () of its batch's loss, and its rewards (responses,)."""
+        inputs = dict(inputs)
+        names, num_tokens, of_batch = (inputs.pop(key) for key in ("names", "num_tokens", "of_batch"))
+        pairs, margins, pairs_each = (inputs.pop(key) for key in ("pairs", "margins", "pairs_each"))
         rewards = model(**inputs).logits.squeeze(-1)
         chosen, rejected = rewards[pairs[:, 0]], rewards[pairs[:, 1]]
         of_pairs = -logsigmoid(chosen - rejected - margins)
@@ -174,12 +271,11 @@ class SharedPrefixRewardTrainer(RewardTrainer):
             "ties": (difference.abs() <= TIED).to(difference.dtype),
         }
         means = {key: mean_of_pairs(values, pairs_each) for key, values in metrics.items()}
-        self._count(names, num_tokens, {"loss": losses.detach(), **means})
-        loss = losses.mean()
-        return (loss, {"rewards": rewards}) if return_outputs else loss
+        self._uncounted.append((names, num_tokens, {"loss": losses.detach(), **means}))
+        return losses.mean() * of_batch, rewards
 
-    def _count(self, names: Sequence[str], num_tokens: torch.Tensor, values: dict[str, torch.Tensor]) -> None:
-        """Remember one value per comparison; TRL's `log` takes their mean.
+    def count_comparisons(self) -> None:
+        """Remember one value per comparison since the last time; TRL's `log` takes their mean.
 
         In evaluation, `gather_for_metrics` drops what a distributed sampler repeats to fill its last batch.
         Not in training: there Trainer fetches the batches of a step ahead, and it would drop comparisons
@@ -189,6 +285,12 @@ class SharedPrefixRewardTrainer(RewardTrainer):
             TrainingError: a loss is not finite, on all processes, so that they stop together.
         """
         training = self.model.training
+        names = [name for own, _, _ in self._uncounted for name in own]
+        num_tokens = torch.stack([own for _, own, _ in self._uncounted]).sum()
+        values = {
+            key: torch.cat([own[key] for _, _, own in self._uncounted]) for key in self._uncounted[0][2]
+        }
+        self._uncounted.clear()
         gathered = (self.accelerator.gather if training else self.accelerator.gather_for_metrics)(values)
         if not torch.isfinite(gathered["loss"]).all():
             finite = torch.isfinite(values["loss"]).tolist()

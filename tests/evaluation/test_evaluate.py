@@ -214,7 +214,7 @@ def test_two_models_do_not_mix_in_one_evaluation(run, other_model, tiny_data, ti
     alone = evaluate(str(other_model), [path], tmp_path / "alone")
     assert (alone["model"], alone["base"]) == (str(other_model), None)
     shutil.copy(tmp_path / "alone" / "evaluation.json", run)
-    with pytest.raises(RecipeError, match="is not of this run's model"):
+    with pytest.raises(RecipeError, match="is of another model; first `rm-recipe evaluate"):
         export(run)
 
 

@@ -208,6 +208,16 @@ def test_another_commit_that_came_in_between_is_taken_into_account(hub, push, ex
     assert (commits(hub), published(hub)) == (2, UPLOADED)
 
 
+def test_weights_that_change_between_two_attempts_are_not_sent(hub, push, export):
+    weights = export / "model.safetensors"
+    hub.faults.append(("POST", "/batch", lambda: weights.write_bytes(weights.read_bytes()[:-1] + b"!")))
+    hub.faults.append(("POST", "/commit/", 500))
+    result = push(export)
+    assert result.code == 2
+    assert "model.safetensors changed since it was verified" in result.out
+    assert commits(hub) == 0
+
+
 @pytest.mark.parametrize(
     "fault",
     [

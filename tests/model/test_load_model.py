@@ -3,6 +3,7 @@
 import json
 import shutil
 import weakref
+from contextlib import suppress
 
 import pytest
 import torch
@@ -13,15 +14,12 @@ from huggingface_hub.utils import httpx
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import (
-    AutoModel,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BertConfig,
     BitsAndBytesConfig,
-    DebertaV2Config,
-    RobertaConfig,
 )
 from trl import ModelConfig, RewardConfig, RewardTrainer
 
@@ -33,12 +31,15 @@ from rm_recipe.model import lora
 from rm_recipe.model.head import Float32Linear, check_saved_head, outermost
 from rm_recipe.model.lora import adapter_config, add_lora, check_head_is_whole, load_config
 from rm_recipe.model.reward_model import (
+    READ_PADDING,
     as_one_model,
     autocast,
     check_base,
+    is_decoder,
     load_base,
     load_trained,
 )
+from rm_recipe.model.shared_prefix import _small
 from rm_recipe.model.tokenizer import load_tokenizer
 from rm_recipe.recipe.reader import read_recipe
 from rm_recipe.training.train import load_data, train
@@ -96,13 +97,6 @@ def test_rewards_are_fp32_under_bf16_autocast(tiny_llama):
     assert reward.item() != reward.bfloat16().item()
 
 
-def test_a_classifier_of_two_labels_is_a_base_with_a_fresh_head(tiny_llama, save):
-    two = AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=2)
-    model, new = base(save(two))
-    assert new == ["score"]
-    assert torch.equal(model.score.weight, base(tiny_llama)[0].score.weight)
-
-
 def test_a_head_in_fp32_is_not_rounded_to_its_bodys_precision(tiny_llama, save):
     trained = AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=1, dtype="bfloat16")
     trained.score.weight.data = torch.randn(1, 32)
@@ -112,25 +106,15 @@ def test_a_head_in_fp32_is_not_rounded_to_its_bodys_precision(tiny_llama, save):
     assert torch.equal(model.score.weight, trained.score.weight)
 
 
-TINY_BERT = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-TINY_BERT |= {"intermediate_size": 32, "pad_token_id": 1}
-ENCODERS = {
-    "roberta": RobertaConfig(**TINY_BERT),
-    "deberta": DebertaV2Config(**TINY_BERT, pooler_hidden_size=16),
-    "bert": BertConfig(**TINY_BERT),
-}
-
-
-@pytest.mark.parametrize("name", ENCODERS)
-def test_under_lora_every_new_parameter_of_an_encoder_gets_a_gradient(name, tiny_distilbert, tmp_path):
+@pytest.mark.parametrize("name", ["bert", "deberta"])
+def test_under_lora_every_new_parameter_of_an_encoder_gets_a_gradient(name, tiny_base):
     """DeBERTa's new `pooler.dense` was neither trained nor saved."""
-    AutoModel.from_config(ENCODERS[name]).save_pretrained(tmp_path)
-    config = ModelConfig(model_name_or_path=str(tmp_path), use_peft=True)
-    model, new = load_base(config, load_tokenizer(str(tiny_distilbert)), seed=0)
+    config = ModelConfig(model_name_or_path=str(tiny_base(name)), use_peft=True)
+    model, new = load_base(config, load_tokenizer(str(tiny_base(name))), seed=0)
     wrapped = add_lora(model, config, new, autocast=False)
     wrapped(input_ids=torch.tensor([[5, 6, 7, 3]])).logits.sum().backward()
     trained = {key: p for key, p in wrapped.named_parameters() if "modules_to_save" in key}
-    assert {key.split("modules_to_save.default")[0].split(".")[-2] for key in trained} == set(new)
+    assert {key.split(".modules_to_save")[0].removeprefix("base_model.model.") for key in trained} == set(new)
     assert all(p.requires_grad and p.grad is not None for p in trained.values())
     assert outermost(["pooler.dense", "classifier", "pooler", "pool"]) == ["classifier", "pool", "pooler"]
 
@@ -180,37 +164,26 @@ def test_a_model_that_cannot_be_had_or_read_is_named(tiny_llama, tmp_path):
         base(tmp_path / "base")
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory."),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
-    ],
-)
-def test_a_model_that_there_is_no_memory_for_is_not_called_a_wrong_one(tiny_llama, monkeypatch, error):
+def test_a_model_that_there_is_no_memory_for_is_not_called_a_wrong_one(tiny_llama, monkeypatch):
     def raise_it(*_, **__):
-        raise error
+        raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", raise_it)
-    with pytest.raises(RuntimeError, match="memory"):
+    with pytest.raises(torch.OutOfMemoryError):
         base(tiny_llama)
 
 
 @pytest.mark.parametrize(
     ("keys", "fault"),
     [
+        ({"lora_target_modules": ["q_proj", "k_prj"]}, "no k_prj; its linear layers are down_proj, .*k_proj"),
+        ({"lora_target_modules": ["*q_proj"]}, "LoRA cannot be added by 'lora_target_modules: .* nothing to repeat"),
         (
-            {"lora_target_modules": ["no_such_proj"]},
-            "no layer is called no_such_proj; this model's are down_proj, ",
+            {"lora_target_modules": [".*mlp.query"]},
+            "LoRA cannot be added: No modules .* are down_proj",
         ),
-        ({"lora_target_modules": ["q_proj", "k_prj"]}, "no layer is called k_prj; "),
-        ({"lora_target_modules": ["*q_proj"]}, "is neither a name nor a regular expression"),
-        ({"lora_target_modules": [".*mlp.query"]}, r"is called \.\*mlp\.query"),
         ({"lora_target_modules": ["self_attn"]}, "LoRA cannot be added: Target module LlamaAttention"),
-        (
-            {"lora_modules_to_save": ["nrm"]},
-            "'lora_modules_to_save': this model has no nrm. Did you mean 'norm'",
-        ),
+        ({"lora_modules_to_save": ["nrm"]}, "'lora_modules_to_save': the model has no nrm;.* mean 'norm'"),
     ],
 )
 def test_what_lora_cannot_adapt_is_refused_before_weights_are_read(tiny_llama, keys, fault):
@@ -218,6 +191,26 @@ def test_what_lora_cannot_adapt_is_refused_before_weights_are_read(tiny_llama, k
     config = ModelConfig(model_name_or_path="m", use_peft=True, **keys)
     with pytest.raises(RecipeError, match=fault):
         check_base(load_config(str(tiny_llama)), config, 64)
+
+
+@pytest.mark.slow
+def test_the_list_of_encoders_whose_rewards_depend_on_padding_is_that_of_this_transformers():
+    """On small random copies: of 127 kinds those that can be made by their defaults."""
+    ids, mask = torch.tensor([[1, 3, 4, 5, 2, *[0] * 9]]), torch.tensor([[1] * 5 + [0] * 9])
+    found = set()
+    for kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        with suppress(Exception):
+            small = _small(kind(), 20)
+            with torch.device("meta"):
+                outline = AutoModelForSequenceClassification.from_config(small)
+            if is_decoder(outline) or outline.num_parameters() > 5e7:
+                continue
+            model = AutoModelForSequenceClassification.from_config(small).double().eval()
+            with torch.no_grad():
+                alone, padded = model(ids[:, :5]), model(ids, attention_mask=mask)
+            if (alone.logits - padded.logits).abs().max() > 1e-5:
+                found.add(kind.model_type)
+    assert found == set(READ_PADDING)
 
 
 # --- bases that come quantised ------------------------------------------------------------------------
@@ -239,9 +232,7 @@ def test_a_head_that_is_quantised_is_refused(tiny_distilbert, save):
         base(save(quantised, tiny_distilbert), use_peft=True)
     model, _ = base(tiny_distilbert)
     model.classifier = Linear4bit(32, 1)
-    with pytest.raises(
-        RecipeError, match=r"m' comes with a quantised head \(classifier\): take the original"
-    ):
+    with pytest.raises(RecipeError, match=r"m' comes with a quantised head \(classifier\): take the orig"):
         check_head_is_whole(model, ["classifier"], "m")
 
 
@@ -258,9 +249,7 @@ def test_a_model_that_was_dropped_is_gone_when_the_next_is_loaded(tiny_llama, tm
     assert dropped() is None
 
 
-@pytest.mark.parametrize(
-    "resized", [None, 1, 64], ids=["pads with EOS", "a pad token", "to a multiple of 64"]
-)
+@pytest.mark.parametrize("resized", [None, 1], ids=["pads with EOS", "a pad token"])
 def test_a_reward_adapter_of_trls_on_gpt2_gives_the_rewards_that_it_was_trained_to(
     tiny_base, tmp_path, resized
 ):
@@ -270,7 +259,7 @@ def test_a_reward_adapter_of_trls_on_gpt2_gives_the_rewards_that_it_was_trained_
     model = AutoModelForSequenceClassification.from_pretrained(tiny_base("gpt2"), num_labels=1)
     if resized:
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=resized)
+        model.resize_token_embeddings(len(tokenizer))
     trainer = RewardTrainer(
         model=model,
         args=RewardConfig(str(tmp_path), max_steps=1, use_cpu=True, bf16=False, report_to="none"),
@@ -281,7 +270,7 @@ def test_a_reward_adapter_of_trls_on_gpt2_gives_the_rewards_that_it_was_trained_
     trainer.train()
     trainer.save_model(str(tmp_path / "adapter"))
     loaded = RewardModel.from_pretrained(tmp_path / "adapter")
-    assert loaded.model.get_input_embeddings().num_embeddings == (320 if resized == 64 else 318)
+    assert loaded.model.get_input_embeddings().num_embeddings == 318
     with torch.no_grad():
         expected = trainer.model.eval()(input_ids=torch.tensor([[5, 6, 7, 8]])).logits.item()
     found = loaded.score_encoded([split_at_common_prefix([[5, 6, 7, 8], [5, 6, 9]])])[0][0]
@@ -393,14 +382,10 @@ def test_an_adapter_of_the_wrong_kind_or_without_its_base_is_refused(write_recip
     prefix = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), prefix)
     model.save_pretrained(tmp_path / "prefix")
-    with pytest.raises(RecipeError, match="of type PREFIX_TUNING, which cannot be merged into its base"):
+    with pytest.raises(RecipeError, match="is a learnt prompt, which cannot be merged"):
         base(tmp_path / "prefix")
-    for content in (
-        json.dumps(
-            json.loads((sft / "adapter_config.json").read_text()) | {"base_model_name_or_path": "./gone"}
-        ),
-        "{",
-    ):
+    settings = json.loads((sft / "adapter_config.json").read_text())
+    for content in (json.dumps(settings | {"base_model_name_or_path": "./gone"}), "{"):
         (sft / "adapter_config.json").write_text(content)
         with pytest.raises(RecipeError, match="cannot be loaded"):
             base(sft)

@@ -50,7 +50,6 @@ def test_adapters_stay_fp32_and_activations_bf16(tiny_llama):
     ("wanted", "expected"),
     [
         (["q_proj"], {"q_proj"}),  # which TRL makes a text of, and PEFT would take for a whole path
-        (["q_proj", "mlp.up_proj"], {"q_proj", "up_proj"}),
         ([r".*\.0\.self_attn\.[qk]_proj"], {"q_proj", "k_proj"}),
     ],
 )

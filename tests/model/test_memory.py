@@ -2,6 +2,7 @@
 
 import copy
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,9 +13,10 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from rm_recipe.data.comparison import Encoded
 from rm_recipe.errors import RecipeError
+from rm_recipe.files import read_json
 from rm_recipe.model import lora, memory, row_attention
 from rm_recipe.model.head import to_float32
-from rm_recipe.model.memory import MemoryPlan, needs_checkpointing, plan, with_batch_of
+from rm_recipe.model.memory import MemoryPlan, plan, settle_step
 from rm_recipe.model.shared_prefix import padded_rows, shared_rows
 from rm_recipe.recipe.reader import read_recipe
 from rm_recipe.tools.check import check_memory, fit_by_config, read_for
@@ -73,14 +75,13 @@ def really(config, model_config, training, new, shared: bool, checkpointing: boo
 @pytest.mark.parametrize(
     ("overrides", "shared", "checkpointing", "attention"),
     [
-        ([], True, False, "sdpa"),
         ([], True, True, "sdpa"),
         ([], False, False, "sdpa"),
         (["--bf16", "true"], True, False, row_attention.NAME),
         (["--use_peft", "false", "--bf16", "true"], False, True, "sdpa"),
         (["--lora_target_modules", r".*layers\.[45]\..*_proj"], True, False, "sdpa"),
     ],
-    ids=["shared", "checkpointed", "padded", "bf16 by block", "in full", "upper layers"],
+    ids=["checkpointed", "padded", "bf16 by block", "in full", "upper layers"],
 )
 def test_the_plan_is_what_a_real_step_takes(small, overrides, shared, checkpointing, attention):
     parts = small(*overrides, attention=attention)
@@ -149,11 +150,11 @@ def fitted(write_recipe, monkeypatch):
 @pytest.mark.parametrize(
     ("room", "keys", "fits", "checkpointing", "largest"),
     [
-        (8, {}, True, False, 8),
         (20, {}, True, False, 20),
-        (4, {}, True, True, 8),
-        (3, {}, False, True, 6),
-        (4, {"gradient_checkpointing": False}, False, False, 4),
+        (4, {}, True, False, 4),
+        (0.6, {}, True, True, 1),
+        (4, {"gradient_checkpointing": True}, True, True, 8),
+        (0.6, {"gradient_checkpointing": False}, False, False, 0),
         (0.4, {}, False, True, 0),
         (1e3, {}, True, False, memory.LARGEST),
     ],
@@ -166,25 +167,9 @@ def test_checkpointing_is_used_where_only_that_fits_and_the_largest_batch_is_fou
     assert (found.without is not None) == (checkpointing and not keys)
 
 
-def test_what_to_lower_is_what_would_fit(fitted):
-    lower = fitted(1, gradient_accumulation_steps=4).lower
-    told = dict(pair.split(": ") for pair in re.findall(r"\w+: \d+", lower))
-    assert told == {"per_device_train_batch_size": "2", "gradient_accumulation_steps": "16"}
-    assert fitted(1, **{key: int(value) for key, value in told.items()}).fits
+def test_what_to_lower_where_not_one_comparison_fits(fitted):
     assert "gradient_checkpointing: true" in fitted(0.6, gradient_checkpointing=False).lower
     assert "a lower max_length or load_in_4bit: true" in fitted(0.4).lower
-
-
-@pytest.mark.parametrize(
-    ("batch", "accumulation", "most", "keys"), [(8, 1, 5, (4, 2)), (16, 2, 12, (8, 4)), (7, 1, 6, (1, 7))]
-)
-def test_a_smaller_batch_has_as_many_comparisons_a_step_so_that_the_run_can_be_resumed(
-    batch, accumulation, most, keys
-):
-    training = SimpleNamespace(per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation)
-    told = with_batch_of(SimpleNamespace(training=training), most)
-    assert tuple(map(int, re.findall(r"\d+", told))) == keys
-    assert keys[0] * keys[1] == batch * accumulation
 
 
 def test_no_weight_is_read(write_recipe, tiny_llama, tmp_path):
@@ -232,7 +217,7 @@ def test_what_cannot_be_planned_is_one_message_and_is_checkpointed(write_recipe,
         check_memory(write_recipe(), [], "8GB")
     recipe, split = read_recipe(write_recipe(gradient_checkpointing="omit")), SimpleNamespace(longest=None)
     split.longest = lambda n, shared: BATCH[:n]
-    needed, reason = needs_checkpointing(LlamaConfig(), recipe, ["score"], split, True)
+    needed, _, reason = settle_step(LlamaConfig(), recipe, ["score"], split, True)
     assert needed
     assert said in reason
 
@@ -240,7 +225,7 @@ def test_what_cannot_be_planned_is_one_message_and_is_checkpointed(write_recipe,
 def test_a_run_records_the_decision_and_learns_the_same(write_recipe, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(memory, "device_memory", lambda _: 1.0)
     decided = train_watched(write_recipe(gradient_checkpointing="omit", max_steps=2))
-    assert "gradient checkpointing: on (the largest batch needs about 0.7 of " in capsys.readouterr().out
+    assert "gradient checkpointing: on, micro-batches of up to " in capsys.readouterr().out
     assert decided.model.is_gradient_checkpointing
     saved = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
     assert saved["gradient_checkpointing"] is saved["activation_checkpointing"] is True
@@ -250,14 +235,39 @@ def test_a_run_records_the_decision_and_learns_the_same(write_recipe, tmp_path, 
     assert all(torch.allclose(learnt[key], other[key], atol=1e-6) for key in learnt)
 
 
+def test_a_device_too_small_for_the_largest_batch_divides_it_and_learns_the_same(
+    write_recipe, tmp_path, monkeypatch, capsys
+):
+    """Checkpointing is for a device on which not even the longest comparison fits without it."""
+    keys = {
+        "gradient_checkpointing": "omit",
+        "max_steps": 4,
+        "per_device_train_batch_size": 8,
+        "optim": "sgd",
+    }
+    whole = train_watched(write_recipe(**keys))
+    assert "micro-batches" not in capsys.readouterr().out
+
+    def at_most_three(*args, **more):
+        return replace(plan(*args, **more), optimizer=10**15 * (len(args[4]) > 3))
+
+    monkeypatch.setattr(memory, "plan", at_most_three)
+    divided = train_watched(write_recipe(**keys, output_dir=str(tmp_path / "2")))
+    tokens = read_json(tmp_path / "2" / "run.json")["micro_batch_tokens"]
+    assert f"off, micro-batches of up to {tokens} tokens (the largest" in capsys.readouterr().out
+    assert not divided.model.is_gradient_checkpointing
+    learnt, other = divided.saved(), whole.saved()
+    assert all(torch.allclose(learnt[key], other[key], atol=1e-6) for key in learnt)
+
+
 # --- what a device has ------------------------------------------------------------------------------
 
 
 def cgroup(version: int, folder: str, limit: str) -> dict[str, str]:
     """The files of a cgroup that uses 2.5 GB, half of one in cached files."""
-    root, names = (
-        ("", ("max", "current")) if version == 2 else ("memory/", ("limit_in_bytes", "usage_in_bytes"))
-    )
+    root, names = ("", ("max", "current"))
+    if version == 1:
+        root, names = ("memory/", ("limit_in_bytes", "usage_in_bytes"))
     at, cached = f"{root}{folder}memory", "inactive_file" if version == 2 else "total_inactive_file"
     return {
         f"{at}.{names[0]}": limit,
@@ -270,11 +280,9 @@ def cgroup(version: int, folder: str, limit: str) -> dict[str, str]:
     ("membership", "files", "free"),
     [
         ("0::/\n", {}, 20),
-        ("0::/\n", cgroup(2, "", "max\n"), 20),
         ("0::/job/1\n", cgroup(2, "job/", "8000000000\n") | cgroup(2, "job/1/", "max\n"), 6),
         ("0::/seen/from/the/host\n", cgroup(2, "", "8000000000\n"), 6),
         ("3:cpu:/\n4:memory:/docker/abc\n0::/\n", cgroup(1, "", "8000000000\n"), 6),
-        ("4:memory:/job\n", cgroup(1, "job/", "1000000000\n"), 0),
     ],
 )
 def test_memory_is_what_is_free_and_what_a_container_allows(monkeypatch, tmp_path, membership, files, free):

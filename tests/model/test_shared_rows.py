@@ -41,18 +41,19 @@ def test_packing_places_every_comparison_once_and_overfills_no_row(lengths, capa
         assert sorted(index for row in some for index in row) == list(range(len(lengths)))
 
 
-@given(batches)
-def test_each_response_reads_back_from_what_its_last_token_attends_to(batch):
+@given(batches, st.booleans())
+def test_each_response_reads_back_from_what_its_last_token_attends_to(batch, one_row):
     """The naive check: ids and positions that the end of a response sees are its conversation."""
-    rows = shared_rows(batch, PAD)
-    ends = iter(rows["last_token_positions"].tolist())
-    for comparison in batch:
-        for conversation in comparison.conversations():
-            row, column = next(ends)
-            seen = rows["attention_mask"][row, 0, column]
-            assert rows["input_ids"][row, seen].tolist() == conversation
-            assert rows["position_ids"][row, seen].tolist() == list(range(len(conversation)))
-    assert next(ends, None) is None
+    rows = shared_rows(batch, PAD, one_row)
+    mask = rows["attention_mask"]
+    if one_row:
+        assert rows["input_ids"].shape == (1, sum(comparison.length for comparison in batch))
+        mask = row_mask(mask[:, 0, 0], mask[:, 0, 1])[:, None]
+    conversations = [ids for comparison in batch for ids in comparison.conversations()]
+    for (row, column), conversation in zip(rows["last_token_positions"].tolist(), conversations, strict=True):
+        seen = mask[row, 0, column]
+        assert rows["input_ids"][row, seen].tolist() == conversation
+        assert rows["position_ids"][row, seen].tolist() == list(range(len(conversation)))
 
 
 @given(batches)
@@ -85,19 +86,6 @@ def test_padded_rows_hold_one_conversation_each_padded_right():
     rows = padded_rows([Encoded([1, 2], [[3], [4, 5]])], PAD)
     assert rows["input_ids"].tolist() == [[1, 2, 3, 0], [1, 2, 4, 5]]
     assert torch.equal(rows["attention_mask"], (rows["input_ids"] != PAD).long())
-
-
-@given(batches)
-def test_one_row_holds_the_whole_batch_without_padding_and_each_response_reads_back(batch):
-    rows = shared_rows(batch, PAD, one_row=True)
-    assert rows["input_ids"].shape == (1, sum(comparison.length for comparison in batch))
-    ends = rows["last_token_positions"].tolist()
-    conversations = [ids for comparison in batch for ids in comparison.conversations()]
-    square = row_mask(rows["attention_mask"][:, 0, 0], rows["attention_mask"][:, 0, 1])
-    for (row, column), conversation in zip(ends, conversations, strict=True):
-        seen = square[row, column]
-        assert rows["input_ids"][row, seen].tolist() == conversation
-        assert rows["position_ids"][row, seen].tolist() == list(range(len(conversation)))
 
 
 def test_what_a_collator_makes_grows_with_its_tokens_and_not_with_their_square():

@@ -8,7 +8,7 @@ import json
 
 import pytest
 import torch
-from conftest import TINY, TINY_BASES, make_recipe, make_tokenizer
+from conftest import TINY, make_recipe
 from transformers import (
     AutoModelForSequenceClassification,
     Gemma3TextConfig,
@@ -123,17 +123,15 @@ def test_an_encoder_never_shares_and_off_means_off(tiny_distilbert):
     assert decide_sharing(classifier("llama"), "off", 64).reason == "prefix_sharing is off"
 
 
-def test_the_copies_that_prove_something_are_small(monkeypatch):
-    """Of a Llama of 7B, a copy took 3 GB; ALBERT took 5 s of every command, and T5-11B 7.5 GB."""
-    sizes = []
-    from_config = AutoModelForSequenceClassification.from_config
+def test_the_copy_that_proves_it_is_small(monkeypatch):
+    """Of a Llama of 7B, a copy took 3 GB."""
+    sizes, double = [], torch.nn.Module.double
 
-    def watched(*args, **keys):
-        model = from_config(*args, **keys)
-        sizes.append(sum(p.numel() for p in model.parameters() if p.device.type != "meta"))
-        return model
+    def watched(model):
+        sizes.append(sum(p.numel() for p in model.parameters()))
+        return double(model)
 
-    monkeypatch.setattr(shared_prefix.AutoModelForSequenceClassification, "from_config", watched)
+    monkeypatch.setattr(torch.nn.Module, "double", watched)
     assert measure_sharing(LlamaConfig(**GROUPED | {"intermediate_size": 10**5}), "sdpa") <= 1e-5
     assert 0 < sizes[0] < 1e6
 
@@ -217,17 +215,6 @@ def losses(folder, base, data, **keys) -> list[float]:
     log = json.loads((folder / "run" / "run.json").read_text())
     assert log["prefix_sharing"]["used"] == (keys.get("prefix_sharing") != "off")
     return [entry["loss"] for entry in log["log"] if "loss" in entry]
-
-
-def test_a_base_with_dropout_in_its_attention_trains_on_shared_rows(tiny_data, tmp_path):
-    tokenizer = make_tokenizer()
-    kind, config = TINY_BASES["gpt2"](len(tokenizer))
-    config.attention_dropout = 0.1  # a number of the layers, no module: `disable_dropout` misses it
-    kind.from_config(config).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    found = losses(tmp_path / "shared", tmp_path / "base", tiny_data, disable_dropout=False)
-    assert len(found) == 3
-    assert all(0 < loss < 2 for loss in found)
 
 
 def test_a_reentrant_checkpoint_changes_no_loss(tiny_base, tiny_data, tmp_path):

@@ -12,6 +12,7 @@ from rm_recipe.errors import RecipeError
 from rm_recipe.model import lora
 from rm_recipe.recipe import relations
 from rm_recipe.recipe.reader import read_recipe, read_run_recipe, saved_values
+from rm_recipe.recipe.relations import resolve
 from rm_recipe.recipe.schema import DataArguments
 from rm_recipe.training.train import train
 
@@ -201,3 +202,17 @@ def test_a_shipped_recipe_is_found_by_its_name_from_anywhere(tmp_path, monkeypat
     own = tmp_path / "smollm2_offline.yaml"
     own.write_text("model_name_or_path: a/b\ndataset_name: c/d\n")
     assert read_recipe(own.name).model.model_name_or_path == "a/b"
+
+
+def test_auto_makes_a_step_of_the_comparisons_asked_for_whatever_the_processes(write_recipe, monkeypatch):
+    keys = {"per_device_train_batch_size": "auto", "gradient_accumulation_steps": "omit"}
+    with pytest.raises(RecipeError, match="comparisons_per_step"):
+        read_recipe(write_recipe(**keys))
+    recipe = read_recipe(write_recipe(**keys, comparisons_per_step=64))
+    assert recipe.training.per_device_train_batch_size == 64
+    assert recipe.training.gradient_accumulation_steps == 1
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    asked = {"per_device_train_batch_size": "auto", "comparisons_per_step": 64}
+    assert resolve(asked)["per_device_train_batch_size"] == 16
+    with pytest.raises(RecipeError, match="gradient_accumulation_steps"):
+        read_recipe(write_recipe(**asked, gradient_accumulation_steps=2))

@@ -19,7 +19,7 @@ from rm_recipe.model.lora import add_lora
 from rm_recipe.model.reward_model import add_reward_positions, prepare_for_rewards
 from rm_recipe.model.row_attention import NAME as ROW_ATTENTION
 from rm_recipe.model.shared_prefix import Sharing, decide_sharing
-from rm_recipe.training.trainer import SharedPrefixRewardTrainer
+from rm_recipe.training.trainer import GroupedByLength, RowCollator, SharedPrefixRewardTrainer
 
 STEPS = 30
 TOKENIZER = make_tokenizer()
@@ -77,7 +77,9 @@ def ranked(shapes) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def trained(folder, model="llama", data=None, trainer_class=SharedPrefixRewardTrainer, share=True, **keys):
+def trained(
+    folder, model="llama", data=None, trainer_class=SharedPrefixRewardTrainer, share=True, budget=None, **keys
+):
     """A trained trainer and the losses that `compute_loss` gave, in order."""
     losses = []
 
@@ -106,6 +108,7 @@ def trained(folder, model="llama", data=None, trainer_class=SharedPrefixRewardTr
     if ours:
         splits = [Split(data, len(data))] * 2
         trainer = Capturing(model, config, TOKENIZER, splits, Sharing(share, "asked for"), ["score"])
+        trainer.data_collator.budget = budget
     else:
         trainer = Capturing(model=model, args=config, train_dataset=data, processing_class=TOKENIZER)
     trainer.train()
@@ -211,3 +214,45 @@ def test_autocast_rounds_a_loss_and_its_gradients_and_leaves_the_rewards_in_fp32
     assert 0 < (half_rewards - rewards).abs().max() <= rounding * rewards.abs().max()
     assert half_loss.item() == pytest.approx(loss.item(), rel=rounding)
     assert (half_gradient - gradient).norm() <= rounding * gradient.norm()
+
+
+@pytest.mark.parametrize(("name", "share"), [("llama", True), ("gpt2", False)])
+def test_a_token_budget_divides_a_batch_and_changes_no_step(tmp_path, name, share):
+    """Micro-batches of one, of a few and of all comparisons: each comparison weighs the same."""
+    runs = []
+    for budget in (1, 400 - 250 * share, None):
+        keys = {"max_steps": 8, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+        runs.append(trained(tmp_path, name, share=share, budget=budget, learning_rate=1e-3, **keys))
+    (ones, of_ones), (few, of_few), whole = runs
+    assert len(of_ones) == 8 * 8
+    assert 8 < len(of_few) < 8 * 8
+    assert_same((ones, np.reshape(of_ones, (8, 8)).sum(1).tolist()), whole, 1e-9)
+    logs = [[log for log in run.state.log_history if "loss" in log] for run in (ones, few, whole[0])]
+    for own in logs[:2]:
+        for name in ("loss", "accuracy", "margin", "num_tokens"):
+            expected = [log[name] for log in logs[2]]
+            assert [log[name] for log in own] == pytest.approx(expected, abs=1e-6)
+
+
+def test_no_micro_batch_exceeds_its_budget_unless_a_comparison_does():
+    sizes = np.array([30, 5, 120, 40, 8, 33])
+    for share, expected in ((True, [[2], [3, 5, 0], [4, 1]]), (False, [[2], [3, 5], [0, 4, 1]])):
+        collator = RowCollator(0, share, budget=103)
+        parts = collator.split(sizes)
+        assert [part.tolist() for part in parts] == expected
+        assert all(collator.cost(sizes[part]) <= 103 for part in parts[1:])
+
+
+def test_batches_grouped_by_length_hold_each_comparison_once_in_an_order_of_seed_and_epoch():
+    lengths = np.random.default_rng(0).integers(10, 500, 1003)
+    sampler = GroupedByLength(lengths, 16, seed=3)
+    first = list(sampler)
+    assert sorted(first) == list(range(1003))
+    assert first == list(GroupedByLength(lengths, 16, seed=3))
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    batches = lengths[first[:992]].reshape(-1, 16)
+    padded = batches.max(1).sum() * 16
+    assert batches.sum() > 0.95 * padded  # in random order half of what is computed is padding
+    trend = np.corrcoef(np.arange(len(batches)), batches.mean(1))[0, 1]
+    assert abs(trend) < 0.5  # long ones come at any time
