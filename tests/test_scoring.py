@@ -197,8 +197,8 @@ def test_a_prompt_is_read_as_in_training(model):
     assert np.ptp(rewards[:4]) == pytest.approx(0, abs=1e-6)
     assert rewards[4] == pytest.approx(rewards[5], abs=1e-6)
     assert rewards[0] != rewards[5]
-    with pytest.raises(DataError, match="item 1: tools: the template does not show 'f'"):
-        model.score([{**items[0], "tools": [{"name": "f"}]}])
+    with pytest.raises(DataError, match="item 1: tools: the template does not show 'multiply'"):
+        model.score([{**items[0], "tools": [{"name": "multiply"}]}])
 
 
 def test_a_model_or_input_that_is_not_there_is_named_and_leaves_no_output(tmp_path):

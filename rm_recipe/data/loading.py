@@ -104,7 +104,7 @@ def load_rows(
 def _columns_and_content(found: Any) -> tuple[list[str], Any, Path | None]:
     """The columns of a split's files or rows, what its cached rows follow from, and the first file."""
     if isinstance(found, list):
-        return _columns_of(found[0]), [sha256(file) for file in found], found[0]
+        return columns_of(found[0]), [sha256(file) for file in found], found[0]
     return found.column_names, found._fingerprint, None
 
 
