@@ -140,7 +140,7 @@ def tools_of(row: Mapping[str, Any]) -> str:
         return ""
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise Malformed("tools", "a list of mappings, or one as JSON", tools)
-    return json.dumps(tools)
+    return json.dumps(tools, default=str)  # of a table: dates
 
 
 def _message(message: Mapping[str, Any]) -> Message:

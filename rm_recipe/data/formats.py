@@ -189,7 +189,7 @@ def shape_of(columns: Collection[str], place: str = "a row", named: Mapping[str,
     if found:
         fit = " and ".join(f"{shape.name} ({', '.join(shape.columns)})" for shape in found)
         ways = " or ".join(f"{{{', '.join(f'{c}: {c}' for c in shape.columns)}}}" for shape in found)
-        if len({shape.responses for shape in found}) == 1:
+        if len({shape.responses for shape in found}) == 1 and all(shape.verdict for shape in found):
             ways = " or ".join(f"{{verdict: {shape.verdict}}}" for shape in found)
         raise DataError(f"{place} fits {fit}; say which one: 'columns: {ways}'")
     has = ", ".join(columns) or "none"

@@ -269,7 +269,7 @@ def _splits_in(folder: Path) -> dict[str, Any]:
 
 def _may_be_a_split(path: Path) -> bool:
     """Tell whether a file holds comparisons; a .json, .csv or .arrow beside them may say something else."""
-    if data_format(path) in (".jsonl", ".ndjson", ".parquet") or path.name.startswith(("train", "test")):
+    if data_format(path) in (".jsonl", ".ndjson", ".parquet") or re.match("(train|test)[.-]", path.name):
         return True
     try:
         return bool(formats.shapes_of(columns_of(path)))

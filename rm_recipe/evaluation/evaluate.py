@@ -156,9 +156,10 @@ def _earlier_evaluation(output: Path, target: str, weights: dict[str, str], name
 
 
 def _data_of(name: str, recipe: Recipe | None) -> DataArguments:
-    """What a name stands for; one without a split means the recipe's test split."""
-    split = {"dataset_test_split": recipe.data.dataset_test_split.partition("[")[0]} if recipe else {}
-    return DataArguments(**(split | read_name(name)))
+    """What a name stands for; one without a split means the recipe's test split, unless that is a slice."""
+    split = recipe.data.dataset_test_split if recipe else DataArguments.dataset_test_split
+    usual = {} if "[" in split else {"dataset_test_split": split}
+    return DataArguments(**(usual | read_name(name)))
 
 
 def _load(name: str, recipe: Recipe | None) -> Split:
@@ -300,7 +301,7 @@ def _merged(
         "model": target,
         "base": recipe.model.model_name_or_path if recipe else None,
         "weights": weights,
-        "recipe": before.get("recipe"),
+        "recipe": before.get("recipe") or (recipe and recipe.resolved()),
         "datasets": before.get("datasets", {}) | results,
         "gate": before.get("gate"),
     }

@@ -133,7 +133,7 @@ def check_export(export: Path, allow_failed_gate: bool) -> None:
             f"{export} was exported without an evaluation on held-out comparisons; run `rm-recipe evaluate "
             f"RUN`, then {ANEW}"
         )
-    gate = gate_words(evaluation["gate"]) or {}
+    gate = gate_words(evaluation.get("gate")) or {"passed": False, "why": "it has none"}
     if not (gate["passed"] or allow_failed_gate):
         raise RecipeError(
             f"{export} has not passed its gate: {gate['why']}; --allow-failed-gate uploads it as it is"

@@ -14,12 +14,12 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
 from rm_recipe.data.comparison import Excluded, Malformed, Message, as_reply, check_unicode
-from rm_recipe.data.formats import parse_row, shapes_of
+from rm_recipe.data.formats import ALSO_READ, parse_row, shapes_of
 from rm_recipe.data.loading import read_rows, unit
-from rm_recipe.errors import DataError, RecipeError, one_line
+from rm_recipe.errors import DataError, RecipeError
 from rm_recipe.evaluation.evaluate import weights_of
 from rm_recipe.files import read_json, redacted, whole_file, write_json
-from rm_recipe.model.lora import UNREADABLE, load_config
+from rm_recipe.model.lora import load_config, readable
 from rm_recipe.model.reward_model import as_one_model, check_safetensors, quietly
 from rm_recipe.model.tokenizer import load_tokenizer, positions
 from rm_recipe.processes import this_device
@@ -95,15 +95,15 @@ def _parse(row: dict[str, Any], replies: bool) -> Sample:
         Excluded: it is one that training would leave out.
         Malformed: it has not what is asked for.
     """
-    as_it_is = bool(shapes_of(row)) and not replies
+    as_it_is = len(shapes_of(row)) == 1 and not replies
     if row.get("prompt") is None and not as_it_is:
         raise Malformed("prompt", "a text or a list of messages", None)
     texts = row.get("responses", [row.get("response")]) if replies else []
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise Malformed("responses", "a list of texts (or 'response' one text)", texts)
     # A prompt is read as that of a comparison is: for want of another one, of this one.
-    comparison = row if as_it_is else {**row, "chosen": "yes", "rejected": "no"}
-    prompt = parse_row(comparison).prompt
+    asked = {name: row.get(name) for name in ALSO_READ} | {"chosen": "yes", "rejected": "no"}
+    prompt = parse_row(row if as_it_is else asked).prompt
     check_unicode(texts)
     cut = row["cut"] if isinstance(row.get("cut"), int) else None
     return Sample(prompt, [as_reply(row["prompt"], text) for text in texts], bool(row.get("is_safety")), cut)
@@ -206,7 +206,7 @@ def _policy(sampling: Sampling) -> tuple[Any, PreTrainedTokenizerBase]:
     with as_one_model(sampling.policy) as folder, quietly():
         check_safetensors(folder)
         kinds = load_config(folder).architectures or []
-        try:
+        with readable(f"'--policy {sampling.policy}' cannot be loaded as a language model"):
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder, dtype="auto", use_safetensors=True, output_loading_info=True
             )
@@ -214,10 +214,6 @@ def _policy(sampling: Sampling) -> tuple[Any, PreTrainedTokenizerBase]:
             faults += [f"has no {key}" for key in sorted(info["missing_keys"])]
             if faults:
                 raise ValueError(f"it {faults[0]}")
-        except UNREADABLE as error:
-            raise RecipeError(
-                f"'--policy {sampling.policy}' cannot be loaded as a language model: {one_line(error)}"
-            ) from None
     # The tokens that end a reply are the model's, and the one that its tokenizer calls EOS.
     known = model.generation_config.eos_token_id
     ends = {*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id} - {None}

@@ -132,7 +132,8 @@ _LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     (
         "columns",
-        lambda x: x.keys() <= {*COLUMNS.split()} and len({*x.values()}) == len(x),
+        # A list is an entry's of `datasets`.
+        lambda x: isinstance(x, list) or (x.keys() <= {*COLUMNS.split()} and len({*x.values()}) == len(x)),
         f"should give each of some of {COLUMNS} another column's name",
     ),
     (

@@ -157,6 +157,7 @@ def test_a_missing_split_is_named_with_those_that_are_there(tmp_path, tiny_data)
         with pytest.raises(DataError, match="has no split 'validation'; it has test, train"):
             ask(DataArguments(dataset_name=str(tiny_data), dataset_test_split="validation"))
     only = write_jsonl(tmp_path / "train.jsonl", ROWS)
+    (tmp_path / "train_args.json").write_text('{"a": 1}')
     (tmp_path / "metadata.json").write_text('{\n "a": 1\n}')  # says something about the rows
     (tmp_path / "stats.csv").write_text("step,loss\n1,0.7\n")
     for name in (only, tmp_path):  # a file is one split, whatever it is called

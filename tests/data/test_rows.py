@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from datetime import date
 from decimal import Decimal
 
 import pytest
@@ -15,6 +16,7 @@ from rm_recipe.data.comparison import (
     as_messages,
     parse_transcript,
     split_turns,
+    tools_of,
     untied_pairs,
 )
 from rm_recipe.data.formats import parse_row, prompts_differ
@@ -263,6 +265,7 @@ def test_calls_of_tools_are_kept_as_json_however_they_are_written():
     as_text = {"type": "function", "function": {"name": "f", "arguments": '{"n": 1}'}}
     for written in ({"tool_calls": [as_text]}, {"function_call": call}):
         assert as_messages([{**REPLY, "content": None, **written}]) == [kept]
+    assert "2024-07-26" in tools_of({"tools": [{"name": "f", "since": date(2024, 7, 26)}]})  # of a table
 
 
 TURNS = [USER, REPLY, said("user", "And you?\n\nReally?")]

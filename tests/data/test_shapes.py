@@ -168,6 +168,18 @@ def test_a_file_that_is_no_preference_data_is_refused_in_one_sentence(row):
 
 # --- shapes ------------------------------------------------------------------------------------
 
+
+def test_where_columns_are_of_two_shapes_the_advice_names_either(tmp_path):
+    row = {"prompt": "Hi", "instruction": "Ho", "input": "", "chosen": "good", "rejected": "bad"}
+    path = write_jsonl(tmp_path / "two.jsonl", [row])
+    with pytest.raises(
+        DataError, match=r"\{prompt: prompt, .*\} or \{instruction: instruction, input: input, "
+    ):
+        load(path)
+    columns = {name: name for name in row if name != "prompt"}
+    assert load(path, columns=columns)[0].prompt[0]["content"] == "Ho"
+
+
 ASKED = {"role": "user", "content": "Hi"}
 TREE = {
     "role": "prompter",
@@ -277,6 +289,10 @@ def test_columns_name_what_a_data_set_calls_otherwise(tmp_path, write_recipe):
     for wrong in ({"chosn": "best"}, {"chosen": "best", "rejected": "best"}, ["chosen"]):
         with pytest.raises(RecipeError, match="'columns: "):
             read_recipe(write_recipe(dataset_name=str(path), columns=wrong))
+    path = write_jsonl(tmp_path / "y.jsonl", [{"m": 2, **row} for row in make_rows(4, seed=1)])
+    entry = {"path": str(path), "columns": ["prompt", "chosen", "rejected", "m"]}  # TRL's list
+    recipe = read_recipe(write_recipe(dataset_name="omit", datasets=[entry], margin_column="m"))
+    assert load_splits(recipe)[0][0].margins == [2]
 
 
 # --- files, folders and splits -----------------------------------------------------------------

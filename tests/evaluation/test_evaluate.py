@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,13 +14,14 @@ from test_cli import invoke
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rm_recipe.errors import DataError, RecipeError, TrainingError
-from rm_recipe.evaluation.evaluate import evaluate, weights_of
+from rm_recipe.evaluation.evaluate import _data_of, _merged, evaluate, weights_of
 from rm_recipe.evaluation.findings import HELD_OUT
 from rm_recipe.evaluation.report import print_evaluation
 from rm_recipe.evaluation.summary import read_predictions
 from rm_recipe.exporting.export import export
 from rm_recipe.model.head import saved_tensors
 from rm_recipe.recipe.reader import read_recipe, read_run_recipe
+from rm_recipe.recipe.schema import DataArguments
 from rm_recipe.scoring import RewardModel
 from rm_recipe.tools.pipeline import run as run_recipe
 from rm_recipe.training.run_folder import check_data
@@ -121,9 +123,17 @@ def test_other_data_sets_are_added_and_the_held_out_figures_stay(run, other_set,
     for line in lines:
         assert line["margin"] == pytest.approx(line["rewards"][0] - line["rewards"][1])
         assert line["correct"] == (line["margin"] > 0)
+    assert _merged({}, str(run), read_run_recipe(run), {}, {})["recipe"] == content["recipe"]
     seen = str(tiny_data / "train.jsonl")
     assert evaluate(str(run), [other_set, seen, other_set])["datasets"][seen]["trained_prompts"] == 64
     assert len((run / "predictions.jsonl").read_text().splitlines()) == 43 + 64
+
+
+def test_a_set_without_a_split_is_the_recipes_and_never_a_slice_of_it():
+    for split, meant in {"test_prefs": "test_prefs", "train[80%:]": "test"}.items():
+        recipe = SimpleNamespace(data=DataArguments(dataset_test_split=split))
+        assert _data_of("some/set", recipe).dataset_test_split == meant
+        assert _data_of("some/set@train[:9]", recipe).dataset_test_split == "train[:9]"
 
 
 # --- data that changed -------------------------------------------------------------------------

@@ -323,6 +323,8 @@ def test_an_export_that_is_not_in_order_is_refused(export, file, content, words)
 def test_a_refused_export_sends_nothing_and_a_failed_gate_can_be_allowed(hub, push, export, tmp_path):
     for folder in (tmp_path / "gone", export.parent):
         refused(push(folder), hub, "is not an export")
+    write(export / "evaluation.json", evaluation() | {"gate": None})
+    refused(push(export), hub, "has not passed its gate: it has none")
     write(export / "evaluation.json", evaluation(passed=False))
     refused(push(export), hub, "has not passed its gate: the interval's lower end is 0.612")
     refused(push(export, adapter=True), hub, "has not passed its gate")

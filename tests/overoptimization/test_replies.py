@@ -21,7 +21,8 @@ EMPTY = {**TRANSCRIPTS, "rejected": "\n\nHuman: Hi?\n\nAssistant: "}
 def test_prompts_come_from_prompts_and_from_comparisons_each_once(tmp_path):
     rows = [{"prompt": "hello"}, *make_rows(2, seed=1), {"prompt": "hello"}, TRANSCRIPTS, EMPTY]
     llmbar = {"input": "which?", "output_1": "this", "output_2": "that", "label": 2}
-    rows += [llmbar, {"prompt": "bad?", "is_safety": True}, {"prompt": "a", "responses": [1]}]
+    two = {"prompt": "a", "responses": ["b", "c"], "ranks": [1, 2], "scores": [2, 1]}  # of two shapes
+    rows += [llmbar, {"prompt": "bad?", "is_safety": True}, two, {"prompt": "a", "responses": [1]}]
     found, excluded = read_samples(write_jsonl(tmp_path / "prompts.jsonl", rows), replies=False)
     texts = [one.prompt[-1]["content"] for one in found]
     asked = [row["prompt"][0]["content"] for row in rows[1:3]]
@@ -37,8 +38,8 @@ def test_replies_are_gathered_by_prompt_and_what_is_none_is_counted_or_refused_w
     hello = {"role": "user", "content": "hello"}
     system = {"role": "system", "content": "Be kind"}
     rows = [
-        {"prompt": "hello", "response": "a"},
-        {"prompt": [hello], "response": "b"},
+        {"prompt": "hello", "response": "a", "instruction": "hello", "input": ""},  # or an alpaca's columns
+        {"prompt": [hello], "responses": ["b"], "ranks": [1]},
         {"prompt": "hello", "system": "Be kind", "responses": ["x", ""], "cut": 1},
         {"prompt": " ", "responses": ["b"]},
         {"prompt": "a", "responses": ["\ud800"]},
@@ -151,7 +152,13 @@ def test_an_sft_adapter_is_a_policy_and_a_classifier_costs_no_replies(tiny_llama
     before = target.read_bytes()
     AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=1).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(folder)
-    for policy, said in ((folder, "as a language model: it is a Llama"), ("./gone", "./gone does not exist")):
+    damaged = shutil.copytree(tiny_llama, tmp_path / "damaged")
+    (damaged / "model.safetensors").write_bytes(b"none")
+    for policy, said in (
+        (folder, "as a language model: it is a Llama"),
+        ("./gone", "./gone does not exist"),
+        (damaged, "as a language model: "),
+    ):
         with pytest.raises(RecipeError, match=said):
             drawn(target, policy, overwrite=True)
     assert target.read_bytes() == before
