@@ -327,9 +327,10 @@ def _fit_embeddings(model: PreTrainedModel, saved: dict[str, Tensor]) -> None:
     """Give a base as many embeddings as are saved beside its adapter, which may be more than it has."""
     layer = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is layer)
-    beside = saved.get(f"base_model.model.{name}.weight")
-    if beside is not None and len(beside) > layer.num_embeddings:
-        model.resize_token_embeddings(len(beside))
+    for part in ("", "base_layer.", "token_adapter.base_layer."):  # the latter where they have adapters
+        size = len(saved.get(f"base_model.model.{name}.{part}weight", ()))
+        if size > layer.num_embeddings:
+            model.resize_token_embeddings(size)
 
 
 def autocast(model: nn.Module) -> AbstractContextManager[Any]:

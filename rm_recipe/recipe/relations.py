@@ -6,6 +6,7 @@ which holds where that has a value other than false, 0 and null.
 
 import os
 from collections.abc import Callable, Iterator
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +28,6 @@ neftune_noise_alpha prefix_sharing=auto: the noise is scaled by a row's length; 
 warmup_steps lr_scheduler_type=constant|reduce_lr_on_plateau|greedy: that schedule has no warm-up
 lr_scheduler_kwargs lr_scheduler_type=constant|constant_with_warmup: that schedule takes none
 per_device_train_batch_size=auto gradient_accumulation_steps: it is chosen too; say 'comparisons_per_step'
-optim_args optim=adamw_torch|adamw_torch_fused|adamw_torch_xla|adafactor: that optimizer takes none
-optim_args optim=adamw_8bit|adamw_bnb_8bit|paged_adamw_8bit|paged_adamw_32bit: that optimizer takes none
-optim_args optim=lion_8bit|lion_32bit|paged_lion_8bit|paged_lion_32bit: that optimizer takes none
 fp16 use_cpu=true: a CPU computes in bf16 or fp32; leave 'fp16' out
 activation_offloading use_cpu=true: on a CPU activations are where it would move them
 attn_implementation=flex_attention use_cpu=true: it cannot train on a CPU; leave 'attn_implementation' out
@@ -171,7 +169,7 @@ def input_faults(values: dict[str, Any]) -> Iterator[str]:
 def making_faults(training: "RewardConfig") -> Iterator[str]:
     """Find what cannot be made here of a recipe whose every key is right, by making it."""
     import torch
-    from transformers import Trainer, get_scheduler
+    from transformers import get_scheduler
     from transformers.integrations import get_reporting_integration_callbacks
 
     schedule, options = training.lr_scheduler_type, training.lr_scheduler_kwargs or None
@@ -179,13 +177,31 @@ def making_faults(training: "RewardConfig") -> Iterator[str]:
     makers: dict[str, Callable[[], Any]] = {
         "report_to": lambda: [kind() for kind in get_reporting_integration_callbacks(training.report_to)],
         f"lr_scheduler_type: {schedule.value}": lambda: get_scheduler(schedule, optimizer, 0, 10, options),
-        f"optim: {training.optim.value}": lambda: Trainer.get_optimizer_cls_and_kwargs(training),
+        f"optim: {training.optim.value}": lambda: try_optimizer(training),
     }
     for key, make in makers.items():
         try:
             make()
         except (ImportError, RuntimeError, TypeError, ValueError) as error:
             yield f"'{key}': {one_line(error)}"
+
+
+def try_optimizer(training: "RewardConfig") -> None:
+    """Make the optimizer, unless it is made of a model's layers.
+
+    Raises:
+        ImportError, RuntimeError, TypeError, ValueError: it cannot be made, or takes no `optim_args`.
+    """
+    import torch
+    from transformers import Trainer
+
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(training)
+    plain = copy(training)
+    plain.optim_args = None
+    if training.optim_args and options == Trainer.get_optimizer_cls_and_kwargs(plain)[1]:
+        raise ValueError(f"'optim_args: {training.optim_args}' changes nothing of it; leave it out")
+    if not training.optim.value.startswith(("galore", "apollo")):
+        kind([torch.nn.Parameter(torch.zeros(1))], **options)
 
 
 # --- what follows, for the keys that a recipe leaves open ---------------------------------------

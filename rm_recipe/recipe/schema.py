@@ -132,7 +132,7 @@ _LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     (
         "columns",
-        # A list is an entry's of `datasets`.
+        # A list is TRL's, of an entry of `datasets`.
         lambda x: isinstance(x, list) or (x.keys() <= {*COLUMNS.split()} and len({*x.values()}) == len(x)),
         f"should give each of some of {COLUMNS} another column's name",
     ),
@@ -242,6 +242,8 @@ class _Keys(BaseModel):
             return [part.strip() for part in value.split(",")]  # `all-linear`, or `q_proj,v_proj`
         if isinstance(value, str) and {bool, str} <= {*kinds} and value.lower() in ("true", "false"):
             return value.lower() == "true"
+        if isinstance(value, dict):  # whose values are read as YAML 1.1 does
+            return {k: v if v not in ("no", "off") else False for k, v in value.items()}
         if isinstance(value, bool) and bool not in kinds and {int, float} & {*kinds}:
             raise ValueError(" should be a number, not true or false")
         return value

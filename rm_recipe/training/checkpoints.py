@@ -71,6 +71,7 @@ def fault_of(checkpoint: Path) -> str | None:
     except (RecipeError, KeyError):
         return f"it was not finished, or its {MANIFEST} is broken"
     for name, known in files.items():
+        known = known["sha256"] if isinstance(known, dict) else known  # as older runs have it
         if not (checkpoint / name).is_file() or sha256(checkpoint / name) != known:
             return f"{name} is missing or not as it was written"
     return None

@@ -340,6 +340,16 @@ def test_an_adapter_whose_embeddings_grew_with_its_tokenizer_keeps_both(tiny_lla
     assert torch.equal(loaded.get_input_embeddings().weight, causal.get_input_embeddings().weight)
 
 
+def test_an_adapter_that_trains_only_the_new_tokens_is_merged(tiny_llama, tmp_path):
+    """As TRL's SFT does after `clone_chat_template`; PEFT saves the embeddings under another name then."""
+    causal = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    causal.resize_token_embeddings(grown := causal.config.vocab_size + 1)
+    tokens = LoraConfig(task_type="CAUSAL_LM", trainable_token_indices=[grown - 1])
+    get_peft_model(causal, tokens).save_pretrained(tmp_path / "sft")
+    with as_one_model(str(tmp_path / "sft")) as folder:
+        assert AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == grown
+
+
 def test_an_adapter_on_a_base_that_comes_quantised_is_merged_into_what_it_was_trained_on(
     tiny_llama, save, tmp_path
 ):

@@ -43,7 +43,9 @@ report_to: azure_ml                                 -> 'report_to': AzureMLCallb
 report_to: [weights]                                -> 'report_to': weights is not supported, only azure_ml
 lr_scheduler_type: cosine_with_min_lr               -> One of min_lr or min_lr_rate should be set
 optim: galore_adamw                                 -> 'optim: galore_adamw': You need to install
-optim_args: alpha=3                                 -> 'optim_args' and 'optim: adamw_torch_fused' exclude
+optim_args: alpha=3                                 -> 'optim_args: alpha=3' changes nothing of it
+optim: adagrad, optim_args: momentum=0.9            -> 'optim_args: momentum=0.9' changes nothing of it
+adam_epsilon: -1                                    -> 'optim: adamw_torch_fused': Invalid epsilon value
 adam_beta1: 1.5                                     -> 'adam_beta1: 1.5' must be below 1
 """
 CONTRADICTS_NOTHING = """
@@ -107,7 +109,8 @@ def test_a_mixtures_faults_are_named_with_their_entry(write_recipe, entries, fau
 
 
 def test_a_mixture_may_train_on_a_split_called_test_where_another_share_is_held_out(write_recipe, tiny_data):
-    keys = {"dataset_name": "omit", "datasets": [{"path": str(tiny_data), "split": "test"}]}
+    entry = {"path": str(tiny_data), "split": "test", "columns": ["chosen", "rejected"]}
+    keys = {"dataset_name": "omit", "datasets": [entry]}
     assert read_recipe(write_recipe(**keys, test_split_size=0.2)).data.test_split_size == 0.2
 
 

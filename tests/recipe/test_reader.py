@@ -77,8 +77,12 @@ def test_the_command_line_wins_over_the_file(write_recipe):
 def test_no_and_off_are_the_choices_of_that_name_and_yes_is_true(write_recipe):
     """YAML 1.1 takes them for false."""
     path = write_recipe(save_strategy="omit", use_peft="omit")
-    path.write_text(path.read_text() + "save_strategy: no\nprefix_sharing: off\nuse_peft: yes\n")
+    path.write_text(
+        path.read_text() + "save_strategy: no\nprefix_sharing: off\nuse_peft: yes\n"
+        "activation_checkpointing_kwargs: {use_reentrant: no}\n"
+    )
     recipe = read_recipe(path)
+    assert recipe.training.activation_checkpointing_kwargs == {"use_reentrant": False}
     assert (recipe.training.save_strategy, recipe.data.prefix_sharing) == ("no", "off")
     assert recipe.model.use_peft is True
 

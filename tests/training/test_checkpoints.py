@@ -202,6 +202,15 @@ def test_with_no_whole_checkpoint_it_starts_anew_and_says_so(interrupted, whole,
     assert same(run, whole)
 
 
+def test_a_checkpoint_whose_manifest_counts_bytes_too_still_counts(interrupted):
+    """As older ones do; what does not count is removed."""
+    path = interrupted[0] / "checkpoint-8" / MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["files"] = {name: {"sha256": found, "bytes": 1} for name, found in manifest["files"].items()}
+    path.write_text(json.dumps(manifest))
+    assert fault_of(path.parent) is None
+
+
 def test_a_checkpoint_that_could_run_code_is_not_read(interrupted):
     """Though its manifest says that it is as it was written."""
     run, recipe = interrupted
