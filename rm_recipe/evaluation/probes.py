@@ -25,9 +25,8 @@ N_COMPARISONS = 64  # that are tried, spread over the split
 
 # Between sentences: behind a full stop and a space, or behind one that wants no space and a quote's end.
 _STOPS, _QUOTES = "\u3002\uff01\uff1f\uff61\u0964\u0965\u1362\u104b\u17d4", "\u300d\u300f\u201d\u2019\uff09"
-_BETWEEN = re.compile(
-    rf"(?<=[.!?\u061f\u06d4\uff0e])\s+|(?:(?<=[{_STOPS}])|(?<=[{_STOPS}][{_QUOTES}]))(?![{_STOPS}{_QUOTES}])\s*"
-)
+_AFTER_STOP = rf"(?:(?<=[{_STOPS}])|(?<=[{_STOPS}][{_QUOTES}]))(?![{_STOPS}{_QUOTES}])\s*"
+_BETWEEN = re.compile(rf"(?<=[.!?\u061f\u06d4\uff0e])\s+|{_AFTER_STOP}")
 
 
 def repeat_last_sentence(reply: str) -> str:

@@ -4,6 +4,7 @@ What a key may be by itself is in `schema.py`. A term of the tables here is `key
 which holds where that has a value other than false, 0 and null.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from copy import copy
@@ -27,7 +28,7 @@ lora_dropout disable_dropout=true: TRL switches dropout off; set 'disable_dropou
 neftune_noise_alpha prefix_sharing=auto: the noise is scaled by a row's length; set 'prefix_sharing: off'
 warmup_steps lr_scheduler_type=constant|reduce_lr_on_plateau|greedy: that schedule has no warm-up
 lr_scheduler_kwargs lr_scheduler_type=constant|constant_with_warmup: that schedule takes none
-per_device_train_batch_size=auto gradient_accumulation_steps: it is chosen too; say 'comparisons_per_step'
+comparisons_per_step gradient_accumulation_steps: it follows from the comparisons of a step
 fp16 use_cpu=true: a CPU computes in bf16 or fp32; leave 'fp16' out
 activation_offloading use_cpu=true: on a CPU activations are where it would move them
 attn_implementation=flex_attention use_cpu=true: it cannot train on a CPU; leave 'attn_implementation' out
@@ -54,7 +55,6 @@ _BY_METRIC = "save_strategy=best lr_scheduler_type=reduce_lr_on_plateau|greedy"
 IDLE = schema.table(f"""
 lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save: use_peft
 use_rslora use_dora: use_peft
-comparisons_per_step: per_device_train_batch_size=auto
 bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage: load_in_4bit
 eval_steps eval_delay: eval_strategy {_BEST}
 metric_for_best_model greater_is_better: {_BEST} {_BY_METRIC}
@@ -119,6 +119,12 @@ def relation_faults(values: dict[str, Any], given: dict[str, Any]) -> Iterator[s
             f"the best checkpoint is known where it is evaluated and saved at once: 'eval_steps: "
             f"{known['eval_steps']}' must equal 'save_steps: {known['save_steps']}', or leave it out"
         )
+    made, of_step = batch_values(values), values.get("comparisons_per_step")
+    if made and of_step != math.prod(made.values()) * int(os.environ.get("WORLD_SIZE", "1")):
+        yield f"'comparisons_per_step: {of_step}' is no multiple of what all processes' batches hold"
+    shards = [name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}") == "true"]
+    if values.get("per_device_train_batch_size") == "auto" and shards:
+        yield "'per_device_train_batch_size: auto' is for a whole model on each GPU: with FSDP, say a number"
     yield from split_faults(values)
 
 
@@ -220,9 +226,7 @@ def resolve(values: dict[str, Any]) -> dict[str, Any]:
         bf16 = has_bf16(device)
         fp16 = not bf16 and device not in ("cpu", "mps")  # which have no gradient scaler
     found |= {"use_cpu": device == "cpu", "bf16": bool(bf16), "fp16": fp16}
-    if values.get("per_device_train_batch_size") == "auto":  # micro-batches are as large as fits
-        batch = max(values["comparisons_per_step"] // int(os.environ.get("WORLD_SIZE", "1")), 1)
-        found |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 1}
+    found |= batch_values(values)
     quantised = values.get("load_in_4bit") or values.get("load_in_8bit")
     if not values.get("use_peft"):
         found["dtype"] = "float32"
@@ -247,6 +251,17 @@ def best_values(values: dict[str, Any]) -> dict[str, Any]:
         often = values.get("save_steps") or values.get("eval_steps") or BEST_EVERY
         found |= {"eval_steps": often, "save_steps": often}
     return found
+
+
+def batch_values(values: dict[str, Any]) -> dict[str, int]:
+    """How many comparisons are a batch, and how many batches a step, where `comparisons_per_step` decides."""
+    of_step, processes = values.get("comparisons_per_step"), int(os.environ.get("WORLD_SIZE", "1"))
+    if not of_step:
+        return {}
+    batch = values.get("per_device_train_batch_size", "auto")
+    batch = max(of_step // processes, 1) if batch == "auto" else batch  # divided where it does not fit
+    accumulation = max(of_step // (batch * processes), 1)
+    return {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
 
 
 def device_of(values: dict[str, Any]) -> str:

@@ -172,7 +172,8 @@ class DataArguments:
     # A mixture instead of `dataset_name`, as TRL's `DatasetMixtureConfig` has it: a list of `path`, `name`,
     # `data_dir`, `data_files`, `split`, `columns`, `fraction`.
     datasets: list[dict[str, Any]] | None = None
-    # Comparisons of an optimizer step, over all processes, where `per_device_train_batch_size` is `auto`.
+    # Comparisons of an optimizer step, over all processes; `gradient_accumulation_steps` follows. With
+    # `per_device_train_batch_size: auto` micro-batches are as large as the device holds.
     comparisons_per_step: int | None = None
     # Tokens of a micro-batch, into which a batch is divided: it changes memory and speed, and no result. Left
     # out, a batch is divided where the device is too small for the largest one.

@@ -16,7 +16,7 @@ save_total_limit: 1                                 -> 'save_total_limit: 1' mus
 activation_checkpointing_kwargs: {layers: 2}        -> has a key that is none of use_reentrant
 accelerator_config: {dispatch_batches: true}        -> would change how many comparisons make a step
 metric_for_best_model: eval_f1                      -> is not measured in training; accuracy, loss, margin,
-train_sampling_strategy: group_by_length            -> a comparison has no single one; leave it out
+train_sampling_strategy: batch_rebalance            -> is none of random, sequential, group_by_length
 optim: lomo                                         -> 'optim: lomo' makes its steps in backward
 model_name_or_path: omit                            -> 'model_name_or_path' is missing
 dataset_name: omit                                  -> 'dataset_name' is missing

@@ -12,7 +12,7 @@ from rm_recipe.errors import RecipeError
 from rm_recipe.model import lora
 from rm_recipe.recipe import relations
 from rm_recipe.recipe.reader import read_recipe, read_run_recipe, saved_values
-from rm_recipe.recipe.relations import resolve
+from rm_recipe.recipe.relations import batch_values, relation_faults
 from rm_recipe.recipe.schema import DataArguments
 from rm_recipe.training.train import train
 
@@ -208,15 +208,18 @@ def test_a_shipped_recipe_is_found_by_its_name_from_anywhere(tmp_path, monkeypat
     assert read_recipe(own.name).model.model_name_or_path == "a/b"
 
 
-def test_auto_makes_a_step_of_the_comparisons_asked_for_whatever_the_processes(write_recipe, monkeypatch):
-    keys = {"per_device_train_batch_size": "auto", "gradient_accumulation_steps": "omit"}
-    with pytest.raises(RecipeError, match="comparisons_per_step"):
-        read_recipe(write_recipe(**keys))
-    recipe = read_recipe(write_recipe(**keys, comparisons_per_step=64))
-    assert recipe.training.per_device_train_batch_size == 64
-    assert recipe.training.gradient_accumulation_steps == 1
+def test_a_step_has_the_comparisons_asked_for_whatever_the_batch_and_the_processes(write_recipe, monkeypatch):
+    keys = {"comparisons_per_step": 64, "gradient_accumulation_steps": "omit"}
+    for batch, expected in (("auto", (64, 1)), (16, (16, 4))):
+        training = read_recipe(write_recipe(**keys, per_device_train_batch_size=batch)).training
+        assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == expected
+    for wrong in ({"gradient_accumulation_steps": 2}, {"per_device_train_batch_size": 24}):
+        with pytest.raises(RecipeError, match="comparisons_per_step"):
+            read_recipe(write_recipe(**keys | wrong))
+    with pytest.raises(RecipeError, match="needs 'comparisons_per_step'"):
+        read_recipe(write_recipe(per_device_train_batch_size="auto", gradient_accumulation_steps="omit"))
     monkeypatch.setenv("WORLD_SIZE", "4")
-    asked = {"per_device_train_batch_size": "auto", "comparisons_per_step": 64}
-    assert resolve(asked)["per_device_train_batch_size"] == 16
-    with pytest.raises(RecipeError, match="gradient_accumulation_steps"):
-        read_recipe(write_recipe(**asked, gradient_accumulation_steps=2))
+    assert [*batch_values({"comparisons_per_step": 64}).values()] == [16, 1]
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    asked = {"comparisons_per_step": 64, "per_device_train_batch_size": "auto"}
+    assert "with FSDP, say a number" in " ".join(relation_faults(asked, asked))
