@@ -178,7 +178,7 @@ def make_trainer(
     say(f"prefix sharing: {'on' if sharing.used else 'off'} ({sharing.reason})")
     decide_step(recipe, model, modules_to_save, splits[0], sharing.used)
     if sharing.used and training.train_sampling_strategy == GROUPED:
-        raise RecipeError(f"'train_sampling_strategy: {GROUPED}' does nothing here: shared rows have no padding")
+        raise RecipeError(f"'train_sampling_strategy: {GROUPED}' does nothing: shared rows need no padding")
     if not sharing.used and "train_sampling_strategy" not in recipe.values:  # rows are padded to the longest
         training.train_sampling_strategy = recipe.values["train_sampling_strategy"] = GROUPED
     if recipe.model.use_peft:

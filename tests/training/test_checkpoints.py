@@ -119,6 +119,7 @@ def watched_by(callback: TrainerCallback):
     [
         (11, BY_EPOCH),  # an epoch's last, whose evaluation a resumed run would not make up for
         (14, BEST),
+        (14, {"prefix_sharing": "off"}),  # in the second epoch of batches that are grouped by length
         (13, {"max_steps": 13}),  # the last, amid an epoch: there is no step to be made after it
     ],
 )
@@ -126,15 +127,17 @@ def test_ctrl_c_finishes_the_step_saves_it_and_the_resumed_run_is_the_same(
     write_recipe, tmp_path, capfd, step, keys
 ):
     train(read_recipe(write_recipe(**KEYS | keys, output_dir=str(tmp_path / "whole"))))
-    other = read_recipe(write_recipe(**KEYS | keys, output_dir=str(tmp_path / "resumed")))
+    path = write_recipe(**KEYS | keys, output_dir=str(tmp_path / "resumed"))
     saved = rf"after step {step} of \d+, which is saved in .*-{step}$"
     with watched_by(ctrl_c_at(step)), pytest.raises(Interrupted, match=saved) as caught:
-        train(other)
+        train(read_recipe(path))
+    grouped = "train_sampling_strategy: group_by_length" in (tmp_path / "whole/recipe.yaml").read_text()
+    assert grouped == ("prefix_sharing" in keys)
     assert caught.value.exit_code == 130
     assert "finishing this step and saving it" in capfd.readouterr().err
     assert fault_of(tmp_path / "resumed" / f"checkpoint-{step}") is None
     assert not (tmp_path / "resumed" / "model").exists()
-    train(other, resume=True)
+    train(read_recipe(path), resume=True)
     assert same(tmp_path / "resumed", tmp_path / "whole")
     record = json.loads((tmp_path / "resumed" / "run.json").read_text())
     assert record["resumed_from_step"] == step
