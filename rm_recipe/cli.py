@@ -269,12 +269,16 @@ def offline() -> None:
 
 
 class Lines(logging.Handler):
-    """Print what the package logs as plain lines, above a progress bar if there is one."""
+    """Print what the package logs as plain lines, above a progress bar if there is one.
+
+    Warnings go to standard error: what a verb prints on the other may be read by a program.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
-        warning = "warning: " if record.levelno >= logging.WARNING else ""
-        tqdm.write(f"{warning}{record.getMessage()}")
-        sys.stdout.flush()
+        warns = record.levelno >= logging.WARNING
+        stream = sys.stderr if warns else sys.stdout
+        tqdm.write("warning: " * warns + record.getMessage(), file=stream)
+        stream.flush()
 
 
 def print_what_is_logged() -> None:

@@ -165,7 +165,7 @@ def test_where_the_train_rows_changed_or_are_gone_nothing_is_said_of_them(run, d
     figures = evaluate(str(run))["datasets"][HELD_OUT]
     assert (figures["n_scored"], figures["trained_prompts"]) == (40, None)
     assert "bag_of_words" not in figures["baselines"]
-    assert "the train comparisons are not those that" in capsys.readouterr().out
+    assert "the train comparisons are not those that" in capsys.readouterr().err
     with pytest.raises(RecipeError, match="the train comparisons .*or train anew with --overwrite"):
         check_data(run, read_run_recipe(run), train=True)  # nor is the run taken for finished
     shutil.rmtree(data)

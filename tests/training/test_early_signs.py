@@ -31,7 +31,7 @@ def said(capsys, logs, every=5, max_steps=100, of_step=32, plain=True, state=Non
         else:
             state.global_step += every
             signs.on_log(None, state, TrainerControl(), logs=log)
-    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
 
 
 STUCK = {"loss": math.log(2), "accuracy": 0.7}
@@ -85,9 +85,9 @@ def test_a_real_run_that_cannot_learn_says_so_and_one_that_learns_does_not(write
     write_jsonl(tmp_path / "data" / "test.jsonl", make_rows(200, seed=2))
     keys = {"dataset_name": str(tmp_path / "data"), "logging_steps": 5, "num_train_epochs": 5}
     train(read_recipe(write_recipe(**keys, learning_rate=1e-3)))
-    assert capfd.readouterr().out.count("warning: after ") in (1, 2)
+    assert capfd.readouterr().err.count("warning: after ") in (1, 2)
     train(read_recipe(write_recipe(output_dir=str(tmp_path / "good"), logging_steps=2, num_train_epochs=8)))
-    assert "warning:" not in capfd.readouterr().out
+    assert "warning:" not in capfd.readouterr().err
 
 
 def test_equal_rewards_are_counted(write_recipe):
