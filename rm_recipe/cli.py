@@ -39,7 +39,7 @@ SAMPLING = "n max_new_tokens temperature top_p top_k seed"
 WITH_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 RecipePath = Annotated[Path, Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Model = Annotated[str, Argument(metavar="MODEL", help="A run folder, an export or a one-label classifier.")]
-Overwrite = Annotated[bool, Option("--overwrite", help="Replace what is there already.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Remove what is there, and start anew.")]
 Output = Annotated[Path | None, Option(help="Folder for the result; by default the run's.")]
 
 
@@ -85,9 +85,9 @@ def check(
     data: Annotated[bool, Option("--data", help="Also examine the data: data_report.json.")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Also load the model, make a step, undo it.")] = False,
     plan: Annotated[bool, Option("--plan", help="Also plan a step's memory; loads no weights.")] = False,
-    gpu_memory: Annotated[str | None, Option(help="With --plan: of the GPU, as 8GB.")] = None,
+    gpu_memory: Annotated[str | None, Option(help="With --plan: the GPU's memory, 8GB say.")] = None,
 ) -> None:
-    """Check a recipe: keys, values and paths; if asked, its data, a step, its memory."""
+    """Check a recipe; if asked, its data, a step, its memory; --key value sets a key."""
     if gpu_memory and not plan:
         raise typer.BadParameter("--gpu-memory is for --plan")
     parsed = read_recipe(recipe, context.args, check_inputs=not plan)
@@ -109,7 +109,7 @@ def evaluate(
     more: Annotated[list[str] | None, Argument(help="More data sets, after --dataset.", hidden=True)] = None,
     dataset: Annotated[
         list[str] | None,
-        Option(help="A path or NAME[:SUBSET][@SPLIT][#REVISION] instead of held_out; several."),
+        Option(help="A path or NAME:SUBSET@SPLIT#REVISION instead of held_out; repeatable."),
     ] = None,
     output: Output = None,
     against: Annotated[str | None, Option(help="Compare with another model.")] = None,

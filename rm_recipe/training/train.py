@@ -202,7 +202,7 @@ def decide_step(
     recipe: Recipe, model: Any, modules_to_save: list[str], split: Split, shared: bool, divide: bool = True
 ) -> None:
     """Settle `gradient_checkpointing` and `micro_batch_tokens` by the memory plan, unless the recipe does."""
-    if any(key in recipe.values for key in (*CHECKPOINTING, "micro_batch_tokens")):
+    if any(key in recipe.values for key in CHECKPOINTING):
         return
     decision = memory.settle_step(model.config, recipe, modules_to_save, split, shared, divide)
     # Unequal devices must not decide differently.
@@ -210,7 +210,8 @@ def decide_step(
     for key in CHECKPOINTING:
         setattr(recipe.training, key, checkpointing)
         recipe.values[key] = checkpointing
-    recipe.data.micro_batch_tokens = recipe.values["micro_batch_tokens"] = tokens
+    tokens = recipe.values.setdefault("micro_batch_tokens", tokens)
+    recipe.data.micro_batch_tokens = tokens
     divided = f", micro-batches of up to {tokens} tokens" if tokens else ""
     say(f"gradient checkpointing: {'on' if checkpointing else 'off'}{divided} ({reason})")
 
