@@ -110,7 +110,7 @@ def test_a_head_that_starts_with_large_rewards_is_pointed_out(write_recipe, monk
 
     monkeypatch.setattr(rm_recipe.model.reward_model, "initialise", large)
     check_step(read_recipe(write_recipe()))
-    assert f"a head that knows nothing has {math.log(2):.2f} (ln 2)" in capsys.readouterr().out
+    assert f"a head that knows nothing has {math.log(2):.2f} (ln 2)" in capsys.readouterr().err
 
 
 # --- out of memory -------------------------------------------------------------------------------

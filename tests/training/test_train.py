@@ -182,6 +182,7 @@ def test_speed_counts_comparisons_over_all_processes_and_a_norm_that_overflowed_
         args=SimpleNamespace(seed=3, device="cpu", world_size=2),
         state=SimpleNamespace(global_step=2, epoch=1.6, log_history=log),
         sharing=Sharing(True, "equal", 1e-7),
+        data_collator=SimpleNamespace(budget=None),
         train_split=split,
         test_split=split,
         get_total_train_batch_size=lambda _: 8,
