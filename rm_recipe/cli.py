@@ -127,7 +127,7 @@ def evaluate(
     names = list(dict.fromkeys([*(dataset or [HELD_OUT]), *(more or [])]))
     if gate:
         check_gate(target, names)
-    content = evaluate_model(target, dataset, output, against)
+    content = evaluate_model(target, names, output, against)
     if processes().is_main_process:
         print_evaluation(content, names)
         print(f"report: {(output or Path(target)) / 'report.html'}")
