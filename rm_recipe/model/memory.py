@@ -369,22 +369,20 @@ def settle_step(
 
 
 def too_little(recipe: Recipe) -> str:
-    """Say, where a step has found no memory, what to lower."""
-    n = recipe.training.per_device_train_batch_size
-    smaller = with_batch_of(recipe, n - 1) if n > 1 else "gradient_checkpointing: true or a lower max_length"
-    device = recipe.training.device.type.upper()
-    return f"{device} out of memory: take {smaller}; `rm-recipe check --plan` says what fits"
-
-
-def with_batch_of(recipe: Recipe, most: int) -> str:
-    """The keys for a batch of at most so many comparisons, and as many in a step as the recipe has.
-
-    So a run that has run out of memory can be resumed with them.
-    """
-    training = recipe.training
-    of_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    batch = next(size for size in range(min(most, of_step), 0, -1) if of_step % size == 0)
-    return f"per_device_train_batch_size: {batch} with gradient_accumulation_steps: {of_step // batch}"
+    """Say, where a step has found no memory, what to lower; with it the run can be resumed."""
+    training, data = recipe.training, recipe.data
+    n, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    if data.micro_batch_tokens:  # a smaller batch would have micro-batches as large
+        smaller = f"micro_batch_tokens: {max(data.micro_batch_tokens // 2, 1)}"
+    elif n > 1:
+        batch = next(size for size in range(n - 1, 0, -1) if n * accumulation % size == 0)
+        smaller = f"per_device_train_batch_size: {batch}"
+        if not data.comparisons_per_step:  # from which the accumulation follows
+            smaller += f" with gradient_accumulation_steps: {n * accumulation // batch}"
+    else:
+        smaller = "gradient_checkpointing: true or a lower max_length"
+    said = f"{training.device.type.upper()} out of memory: take {smaller}"
+    return f"{said}; `rm-recipe check --plan` says what fits"
 
 
 def float32_bytes(model: Any) -> int:

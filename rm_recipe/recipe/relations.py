@@ -122,7 +122,8 @@ def relation_faults(values: dict[str, Any], given: dict[str, Any]) -> Iterator[s
     made, of_step = batch_values(values), values.get("comparisons_per_step")
     if made and of_step != math.prod(made.values()) * int(os.environ.get("WORLD_SIZE", "1")):
         yield f"'comparisons_per_step: {of_step}' is no multiple of what all processes' batches hold"
-    shards = [name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}") == "true"]
+    launched = [os.environ.get(f"ACCELERATE_USE_{name}", "false") for name in ("FSDP", "DEEPSPEED")]
+    shards = values.get("fsdp") or values.get("deepspeed") or "true" in launched
     if values.get("per_device_train_batch_size") == "auto" and shards:
         yield "'per_device_train_batch_size: auto' is for a whole model on each GPU: with FSDP, say a number"
     yield from split_faults(values)

@@ -403,7 +403,8 @@ def test_input_of_score_is_read_as_training_reads_it_or_refused(path):
 
 def test_what_a_rollout_hands_over_is_never_an_exception():
     for row in map(json.loads, at("agent_completions").open()):
-        as_item(row["prompt"], row["completion"])
+        item = as_item(row["prompt"], row["completion"])
+        assert item is None or isinstance(item["response"], str)
 
 
 def test_data_made_anew_has_other_fingerprints(write_recipe):

@@ -22,6 +22,7 @@ from rm_recipe.recipe.reader import read_recipe
 from rm_recipe.tools.check import check_memory, fit_by_config, read_for
 
 BATCH = [Encoded([5] * 60, [[6] * 20, [7] * 24])] * 4
+OPEN = {"gradient_accumulation_steps": "omit"}  # left to follow from `comparisons_per_step`
 CPU, GPU, GB = torch.device("cpu"), torch.device("cuda"), 1e9
 
 
@@ -170,6 +171,16 @@ def test_checkpointing_is_used_where_only_that_fits_and_the_largest_batch_is_fou
 def test_what_to_lower_where_not_one_comparison_fits(fitted):
     assert "gradient_checkpointing: true" in fitted(0.6, gradient_checkpointing=False).lower
     assert "a lower max_length or load_in_4bit: true" in fitted(0.4).lower
+
+
+def test_what_is_advised_out_of_memory_is_accepted_and_changes_no_step(write_recipe):
+    path = write_recipe(per_device_train_batch_size="auto", comparisons_per_step=12, **OPEN)
+    advised = dict(re.findall(r"(\w+): (\d+)", memory.too_little(read_recipe(path))))
+    assert advised == {"per_device_train_batch_size": "6"}
+    after = read_recipe(path, [f"--{key}={value}" for key, value in advised.items()]).training
+    assert after.per_device_train_batch_size * after.gradient_accumulation_steps == 12
+    divided = read_recipe(path, ["--micro_batch_tokens", "900"])
+    assert "take micro_batch_tokens: 450;" in memory.too_little(divided)
 
 
 def test_no_weight_is_read(write_recipe, tiny_llama, tmp_path):
