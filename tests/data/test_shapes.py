@@ -8,6 +8,7 @@ import datasets as hf_datasets
 import pytest
 from conftest import make_rows, make_tokenizer, write_jsonl
 
+from rm_recipe.data.comparison import Comparison
 from rm_recipe.data.formats import parse_row, rows_of, shape_of
 from rm_recipe.data.loading import read_name
 from rm_recipe.data.splits import load_split, load_splits
@@ -20,25 +21,19 @@ from rm_recipe.scoring import read_items
 HUNT = Path(__file__).parent / "hunt"
 
 # File; the shape taken; comparisons; why rows are left out; a column not read; what the first prompt ends in.
+# All other files are TRL preferences, 4 comparisons on how to cook rice.
 READ = """
-accuracy_zero | TRL preference (by prompt, chosen, rejected) | 4
 arena_conversations | Chatbot Arena (by conversation_a, conversation_b, winner) | 4 | all_tied | model_a
 assistant_first | whole conversations (hh-rlhf) (by chosen, rejected) | 4
 chinese | TRL preference | 4 | | | 怎么煮米饭0\uff1f
 chosen_response_cols | chosen_response to an instruction (by instruction, chosen_response, rej | 4
 chosen_swapped_messages | messages and two replies (by messages, chosen, rejected) | 4
-content_parts | TRL preference | 4
 context_col | TRL preference | 4 | | context
 control_tokens | TRL preference | 4 | | | (0)?
 dahoas_rm_static | TRL preference | 4 | | response | The blue one.
-developer_role | TRL preference | 4
 distilabel_orca | distilabel (by input, chosen, rejected) | 4 | | generations
-five_rows | TRL preference | 4
-gemma_system | TRL preference | 4
-gemma_system_half | TRL preference | 4
 helpsteer2_preference | HelpSteer 2 | 4 | | preference_statement
 html_entities | TRL preference | 4 | | | </p>
-json_in_string | TRL preference | 4
 label_string | LLMBar (by input, output_1, output_2, label) | 4
 llamafactory_alpaca | LLaMA-Factory alpaca (by instruction, input, chosen, rejected) | 4
 llamafactory_alpaca_old | LLaMA-Factory alpaca of old | 4
@@ -49,16 +44,11 @@ oasst_tree | OpenAssistant tree (by message_tree_id, prompt) | 4 | | tree_state
 one_comparison | TRL preference | 1
 one_prompt | TRL preference | 4 | | | Write a poem.
 orca_dpo_pairs | orca_dpo_pairs (by question, chosen, rejected) | 4
-prompt_and_system_column | TRL preference | 4
 prompt_transcript_and_full_transcripts | TRL preference | 4 | | | Hi there 0
-r1_think | TRL preference | 4
 ranks_strings | ranking (by prompt, responses, ranks) | 4
-rejected_list | TRL preference | 4
 reply_multi_messages_tool | TRL preference | 4 | | | 42
 rewardbench2 | TRL preference | 4 | | num_correct
 rmbench | TRL preference | 4 | | domain
-role_capital | TRL preference | 4
-role_human_gpt | TRL preference | 4
 score_chosen_lower | TRL preference | 4 | | score_rejected
 scores_as_strings | ranking by scores (by prompt, responses, scores) | 4
 shp | SHP (by history, human_ref_A, human_ref_B, labels) | 4 | | score_ratio
@@ -67,37 +57,20 @@ some_rows_bad_type | TRL preference | 8
 stack_exchange_paired | Stack Exchange paired (by question, response_j, response_k) | 4 | | metadata
 stack_exchange_preferences | Stack Exchange answers (by question, answers) | 4 | | date | </p>
 summarize_from_feedback | summarize_from_feedback (by info, summaries, choice) | 4 | | worker | TL;DR:
-system_in_chosen_prompt_text | TRL preference | 4
-system_in_half | TRL preference | 4
 tool_calls_empty_content | TRL preference | 4 | | | 42
 tool_calls_null_content | TRL preference | 4 | | | 42
-turns | TRL preference | 4
 two_assistants | TRL preference | 4 | | | Let me see.
 uf_no_overall | UltraFeedback (by instruction, completions) | 4
 uf_rating_na | UltraFeedback | 4
 ultrafeedback_binarized | TRL preference | 4 | | messages
 ultrafeedback_original | UltraFeedback | 4 | | correct_answers
-weight_in_messages | TRL preference | 4
-layouts/bom_crlf | TRL preference | 4
-layouts/categorical.parquet | TRL preference | 4
-layouts/csvdir | TRL preference | 4
-layouts/data.arrow | TRL preference | 4
 layouts/decimal_margin.parquet | TRL preference | 4 | | margin
 layouts/decimal_scores.parquet | ranking by scores | 4
-layouts/hub_clone | TRL preference | 4
 layouts/index.parquet | TRL preference | 4 | | __index_level_0__
 layouts/int8_scores.parquet | ranking by scores | 4
 layouts/large_list.parquet | whole conversations | 4
-layouts/large_string.parquet | TRL preference | 4
 layouts/nan | TRL preference | 4 | | score
-layouts/ndjson.ndjson | TRL preference | 4
-layouts/prefs.csv | TRL preference | 4
 layouts/pretty.json | TRL preference | 3
-layouts/save_to_disk | TRL preference | 4
-layouts/save_to_disk_single | TRL preference | 4
-layouts/string_view.parquet | TRL preference | 4
-layouts/validation_name | TRL preference | 4
-layouts/with_extra_json | TRL preference | 4
 remade/before | TRL preference | 4 | | | How do I boil rice number 0?
 """
 REFUSED = """
@@ -121,12 +94,18 @@ layouts/pretty_objects | line 1: not JSON
 layouts/trailing_comma.json | the list: not JSON
 layouts/utf16 | line 1: not JSON: 'utf-8' codec
 """
-# What the tests below or others' try: input of `score`, data made anew.
-ELSEWHERE = {"score", "layouts", "remade"}
+# Templates, and what the tests below or others' try: input of `score`, data made anew.
+ELSEWHERE = {"score", "layouts", "remade", "gemma_template.jinja", "r1_template.jinja", "date_template.jinja"}
 
 
 def table(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in f"{line} | | | |".split(" |")] for line in text.strip().splitlines()]
+
+
+FILES = {
+    f"{path.relative_to(HUNT)}".removesuffix(".jsonl") for path in (*HUNT.glob("*"), *HUNT.glob("layouts/*"))
+}
+OTHERS = sorted(FILES - ELSEWHERE - {row[0] for row in table(READ + REFUSED.lstrip())})
 
 
 def at(name: str) -> Path:
@@ -138,13 +117,7 @@ def load(path, split=None, **keys):
     return load_split(DataArguments(dataset_name=str(path), **keys), split, margins="margin_column" in keys)
 
 
-def test_every_file_is_in_a_table():
-    names = {at(row[0]).relative_to(HUNT) for row in table(READ + REFUSED.lstrip())}
-    there = {path.relative_to(HUNT) for folder in (HUNT, HUNT / "layouts") for path in folder.iterdir()}
-    assert {path for path in there - names if path.suffix != ".jinja"} == {Path(name) for name in ELSEWHERE}
-
-
-@pytest.mark.parametrize("row", table(READ), ids=lambda row: row[0])
+@pytest.mark.parametrize("row", table(READ + "".join(f"{name} | TRL preference | 4\n" for name in OTHERS)))
 def test_a_file_in_a_shape_that_people_have_is_read(row):
     name, shape, n, left_out, unread, end = row[:6]
     split = load(at(name))
@@ -169,74 +142,26 @@ def test_a_file_that_is_no_preference_data_is_refused_in_one_sentence(row):
 # --- shapes ------------------------------------------------------------------------------------
 
 
-def test_where_columns_are_of_two_shapes_the_advice_names_either(tmp_path):
-    row = {"prompt": "Hi", "instruction": "Ho", "input": "", "chosen": "good", "rejected": "bad"}
-    path = write_jsonl(tmp_path / "two.jsonl", [row])
-    with pytest.raises(
-        DataError, match=r"\{prompt: prompt, .*\} or \{instruction: instruction, input: input, "
-    ):
-        load(path)
-    columns = {name: name for name in row if name != "prompt"}
-    assert load(path, columns=columns)[0].prompt[0]["content"] == "Ho"
+def said(role: str, text: str) -> dict[str, str]:
+    return {"role": role, "content": text}
 
 
-ASKED = {"role": "user", "content": "Hi"}
-TREE = {
-    "role": "prompter",
-    "text": "Hi",
-    "replies": [
-        {"role": "assistant", "text": "bad", "rank": 1, "replies": []},
-        {
-            "role": "assistant",
-            "text": "good",
-            "rank": 0,
-            "replies": [
-                {
-                    "role": "prompter",
-                    "text": "More?",
-                    "replies": [
-                        {"role": "assistant", "text": "no", "rank": None},
-                        {"role": "assistant", "text": "y", "rank": 0},
-                        {"role": "assistant", "text": "z", "rank": 1},
-                    ],
-                }
-            ],
-        },
-    ],
-}
+ASKED, GOOD, BAD = said("user", "Hi"), said("assistant", "good"), said("assistant", "bad")
+CHOICE, SCORES = {"response_0": "bad", "response_1": "good"}, {"score_0": -0.5, "score_1": 0.5}
 # Published shapes of which no file is in `hunt/`; in each `good` is better than `bad`.
 PUBLISHED = [
     {"prompt": "Hi", "chosen_response": "good", "rejected_response": "bad"},
-    {"messages": [ASKED, {"role": "assistant", "content": "good"}], "rejected_response": "bad"},
-    {
-        "messages": [ASKED, {"role": "assistant", "content": "good"}],
-        "rejected_messages": [ASKED, {"role": "assistant", "content": "bad"}],
-    },
-    {
-        "conversations": [{"from": "human", "value": "Hi"}],
-        "chosen": {"from": "gpt", "value": "good"},
-        "rejected": {"from": "gpt", "value": "bad"},
-    },
+    {"messages": [ASKED, GOOD], "rejected_response": "bad"},
+    {"messages": [ASKED, GOOD], "rejected_messages": [ASKED, BAD]},
+    {"conversations": [{"from": "human", "value": "Hi"}], "chosen": GOOD, "rejected": BAD},
     {"instruction": "Hi", "generations": ["bad", "good"], "ratings": [1, 4]},
-    {
-        "prompt": "\n\nHuman: Hi\n\nAssistant: ",
-        "answers": [
-            {"answer": "bad", "rank": 2.0, "model": "m"},
-            {"answer": "good", "rank": 1.0, "model": "n"},
-        ],
-    },
-    {"prompt": "Hi", "response_0": "bad", "response_1": "good", "better_response_id": 1},
-    {"question": {"full_text": "Hi"}, "answer_0": "bad", "answer_1": "good", "score_0": -0.5, "score_1": 0.5},
+    {"prompt": "Hi", "answers": [{"answer": "bad", "rank": 2.0}, {"answer": "good", "rank": 1.0}]},
+    {"prompt": "Hi", **CHOICE, "better_response_id": 1},
+    {"question": {"full_text": "Hi"}, "answer_0": "bad", "answer_1": "good", **SCORES},
     {"prompt": "Hi", "response_1": "good", "response_2": "bad", "preference_strength": -2.0},
     {"context": [ASKED], "response1": "bad", "response2": "good", "overall_preference": 3},
-    {
-        "prompt": '["Hi"]',
-        "response_a": '["bad"]',
-        "response_b": '["good"]',
-        "winner_model_a": 0,
-        "winner_model_b": 1,
-        "winner_tie": 0,
-    },
+    {f"response_{side}": f'["{text}"]' for side, text in (("a", "bad"), ("b", "good"))}
+    | {"prompt": '["Hi"]', "winner_model_a": 0, "winner_model_b": 1, "winner_tie": 0},
     {"question": "Hi", "response_A": "good", "response_B": "bad", "label": "A>B"},
     {"prompt": "Hi", "responses": '["bad", "good"]', "scores": "[1, 2]"},
 ]
@@ -244,16 +169,21 @@ PUBLISHED = [
 
 @pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: shape_of(row).name)
 def test_a_published_shape_says_which_reply_is_better(row):
-    comparison = parse_row(row)
-    assert (comparison.prompt, comparison.responses, comparison.ranks) == ([ASKED], ["good", "bad"], [0, 1])
+    assert parse_row(row) == Comparison([ASKED], ["good", "bad"])
+
+
+def node(role, text, *replies, **rank):
+    """A node of a tree, with what follows it."""
+    return {"role": role, "text": text, "replies": list(replies), **rank}
 
 
 def test_a_tree_is_a_comparison_for_each_question_with_ranked_replies():
-    row = {"message_tree_id": "a", "prompt": TREE}
+    replies = [node("assistant", text, rank=rank) for text, rank in (("no", None), ("y", 0), ("z", 1))]
+    good = node("assistant", "good", node("prompter", "More", *replies), rank=0)
+    row = {"prompt": node("prompter", "Hi", node("assistant", "bad", rank=1), good), "message_tree_id": "a"}
     first, second = (parse_row(part, shape=shape_of(row)) for part in rows_of(row, shape_of(row)))
-    assert (first.prompt, first.responses) == ([ASKED], ["good", "bad"])
-    assert [message["content"] for message in second.prompt] == ["Hi", "good", "More?"]
-    assert second.responses == ["y", "z"]
+    assert first == Comparison([ASKED], ["good", "bad"])
+    assert second == Comparison([ASKED, GOOD, said("user", "More")], ["y", "z"])
 
 
 def test_the_strength_of_a_preference_can_be_its_margin():
@@ -264,16 +194,13 @@ def test_the_strength_of_a_preference_can_be_its_margin():
 def test_a_file_that_fits_two_shapes_names_both_and_columns_say_which_is_meant(tmp_path):
     row = {"prompt": "q", "chosen": "a", "rejected": "b", "responses": ["c", "d"], "scores": [1, 2]}
     path = write_jsonl(tmp_path / "x.jsonl", [row])
-    with pytest.raises(DataError, match="fits TRL preference .prompt, .* and ranking by scores .prompt, re"):
+    with pytest.raises(DataError, match=r"fits TRL preference .* and ranking by scores .*\{prompt: prompt, "):
         load(path)
     assert load(path, columns={"scores": "scores"})[0].responses == ["d", "c"]
     assert load(path, columns={"chosen": "rejected", "rejected": "chosen"})[0].responses == ["b", "a"]
-    by = {
-        name: load(at("pku_saferlhf"), columns={"verdict": f"{name}_response_id"})
-        for name in ("better", "safer")
-    }
-    assert by["better"][0].responses[0].startswith("Start slowly")
-    assert by["safer"][0].responses[0].startswith("No idea")
+    for name, best in (("better", "Start slowly"), ("safer", "No idea")):
+        split = load(at("pku_saferlhf"), columns={"verdict": f"{name}_response_id"})
+        assert split[0].responses[0].startswith(best)
 
 
 def test_columns_name_what_a_data_set_calls_otherwise(tmp_path, write_recipe):
