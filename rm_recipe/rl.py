@@ -15,7 +15,7 @@ from scipy.special import expit
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from rm_recipe.data.chat_template import special_tokens
-from rm_recipe.data.comparison import KEYS_LEFT_OUT, Excluded, Malformed, as_messages, split_at_common_prefix
+from rm_recipe.data.comparison import THOUGHTS, Excluded, Malformed, as_messages, split_at_common_prefix
 from rm_recipe.data.tokenization import render
 from rm_recipe.errors import RecipeError
 from rm_recipe.scoring import RewardModel
@@ -24,8 +24,6 @@ from rm_recipe.scoring import RewardModel
 RewardFunction = Callable[..., list[float]]
 Text = str | list[dict[str, Any]]
 
-# What a message says that no template is sure to show, and training leaves out.
-THOUGHTS = [key for key, reason in KEYS_LEFT_OUT.items() if reason == "reasoning_content"]
 MARK = "Qzxmark"  # a word that no template writes by itself
 
 LEAST_STD = 1e-8  # a batch of equal rewards is whitened to zeros

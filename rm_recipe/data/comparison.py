@@ -17,20 +17,10 @@ from numpy.typing import ArrayLike, NDArray
 Message = dict[str, str]  # {"role": one of ROLES, "content": text}, and perhaps "tool_calls": JSON
 ROLES = ("system", "user", "assistant", "tool")
 # What others call them; capitals do not matter.
-ROLE_NAMES = {
-    "developer": "system",
-    "human": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "bot": "assistant",
-}
-ROLE_NAMES |= {"observation": "tool", "function": "tool"} | {role: role for role in ROLES}
+ROLE_NAMES = {role: role for role in ROLES} | {"developer": "system", "human": "user", "prompter": "user"}
+ROLE_NAMES |= {"gpt": "assistant", "bot": "assistant", "observation": "tool", "function": "tool"}
 MEDIA = ("images", "image", "videos", "audios")  # columns of what no text model can read
-# Keys beside role and content that say something a `Message` cannot, and the reason that a row with one of
-# them is left out for.
-KEYS_LEFT_OUT = {
-    **dict.fromkeys(["reasoning_content", "reasoning", "thinking"], "reasoning_content"),
-}
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys of what a `Message` has no place for
 _WRITTEN_OUT = re.compile(r"""\s*(array\()?\[?\s*\{\s*(['"])""")  # messages as text, by Python or as JSON
 
 
@@ -144,9 +134,8 @@ def tools_of(row: Mapping[str, Any]) -> str:
 
 
 def _message(message: Mapping[str, Any]) -> Message:
-    for key, reason in KEYS_LEFT_OUT.items():
-        if message.get(key):
-            raise Excluded(reason, f"a message has {key}")
+    if any(map(message.get, THOUGHTS)):
+        raise Excluded("reasoning_content", f"a message has {next(filter(message.get, THOUGHTS))}")
     role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
     calls = message.get("tool_calls") or []
     if message.get("function_call"):  # as OpenAI had it before
@@ -289,7 +278,6 @@ class Comparison:
         margins: how much better the first of each of `untied_pairs(ranks)` is (Llama 2, arXiv 2307.09288,
             section 3.2.2); empty where nothing is known.
         subset: the part of the data set that the row comes from.
-        margin_fault: why there are no margins though there should be some.
         tools: those that the prompt offers, as JSON; empty for none.
     """
 
@@ -298,7 +286,6 @@ class Comparison:
     ranks: list[int] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
     subset: str = ""
-    margin_fault: str = ""
     tools: str = ""
 
     def __post_init__(self) -> None:

@@ -60,7 +60,7 @@ class Split:
     """Comparisons of one split, and what became of the rows that are not among them.
 
     Attributes:
-        comparisons: columns `prompt`, `responses`, `ranks`, `margins`, `margin_fault`, `subset`,
+        comparisons: columns `prompt`, `responses`, `ranks`, `margins`, `subset`,
             `row` (counted from 1 in its source; of a .jsonl the line), `prompt_key`, `first_turn_key` (of the
             first question), `key` (of texts, ranks and margins), `scored_lower` (columns say that the
             chosen reply has the lower score); after tokenising `prefix`, `suffixes`, `lengths`, `truncated`
@@ -153,9 +153,9 @@ class Split:
         )
 
 
-def set_aside(split: Split, column: str) -> Split:
-    """Leave out the comparisons that have a reason in `column`, counted and the first of them named."""
-    reasons = arrow_column(split.comparisons, column)
+def set_aside(split: Split) -> Split:
+    """Leave out the rows that have a reason in the column `excluded`, counted and the first of them named."""
+    reasons = arrow_column(split.comparisons, "excluded")
     excluded, first_rows = split.excluded.copy(), dict(split.first_rows)
     for reason in pc.unique(reasons).to_pylist():
         if reason:

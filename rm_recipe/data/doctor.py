@@ -6,8 +6,10 @@ the comparisons that the recipe would use: after sampling, with the model's own 
 
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from typing import Any
 from zlib import crc32
 
@@ -23,7 +25,6 @@ from rich.table import Table
 from rm_recipe.data import comparison, loading
 from rm_recipe.data.dataset import FIRST_ROWS, Split, arrow_column, run_pass
 from rm_recipe.data.splits import Leakage, hold_out_share
-from rm_recipe.data.tokenization import count_unshown
 from rm_recipe.recipe.reader import Recipe
 
 
@@ -47,8 +48,7 @@ def _examine_split(split: Split, num_proc: int | None) -> dict[str, Any]:
     Returns:
         `rows` is `comparisons` plus the sum of `excluded`; `scored_lower`: whose chosen reply has a lower
         score than the rejected one.
-        `tokens` are those of whole conversations, before truncation; `unshown`, by whose text it is, the
-        comparisons of which the chat template leaves out a part. `shared_prefix_share` is the part of all
+        `tokens` are those of whole conversations, before truncation. `shared_prefix_share` is the part of all
         tokens that encoding prompts once saves.
     """
     n, lower = len(split.comparisons), np.flatnonzero(split.column("scored_lower"))
@@ -69,7 +69,6 @@ def _examine_split(split: Split, num_proc: int | None) -> dict[str, Any]:
         "duplicates": count_duplicates(split, num_proc),
         "scored_lower": {"comparisons": len(lower), "first_rows": split.names(lower[:FIRST_ROWS])},
         "truncated": int(split.column("truncated").sum()),
-        "unshown": count_unshown(split),
         "identical_after_truncation": split.excluded["identical_after_tokenization"],
         "baselines": {"longer_wins": longer_wins, "shorter_wins": 1 - longer_wins},
         "shared_prefix_share": 1 - float(split.sizes(True).sum() / split.sizes(False).sum()),
@@ -85,39 +84,29 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
     console = console or Console()
     say = partial(console.print, soft_wrap=True, highlight=False, markup=False)
     splits, leakage = report["splits"], report["leakage"]
-    by = leakage["by"].replace("_", " ")
-    table = Table("", title="Data", title_justify="left", box=box.SIMPLE_HEAD)
+    title = f"Data, max_length {report['max_length']}"
+    table = Table("", title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for name in splits:
         table.add_column(name, justify="right", no_wrap=True)
-    columns = [_column(report, figures) for figures in splits.values()]
-    for title in columns[0]:
-        table.add_row(title, *(str(column[title]) for column in columns))
+    columns = [dict(_figures(split)) for split in splits.values()]
+    for name in dict.fromkeys(chain(*columns)):
+        table.add_row(name, *(column.get(name, "0") for column in columns))
     console.print(table)
-    for name, figures in splits.items():
-        for reason, rows in figures["first_rows"].items():
-            say(f"{name}, {reason}: row {_named(rows, figures['excluded'][reason])}")
-        if n := figures["scored_lower"]["comparisons"]:
-            rows = _named(figures["scored_lower"]["first_rows"], n)
-            say(f"{name}: {n} chosen replies have a lower score than the rejected ones (row {rows}).")
-    shapes = dict.fromkeys(shape for figures in splits.values() for shape in figures["shapes"])
-    if shapes:
-        say(f"Read as {', '.join(shapes)}.")
-    unread = dict.fromkeys(name for figures in splits.values() for name in figures["columns_not_read"])
-    if unread:
+    for name, split in splits.items():
+        for reason, rows in split["first_rows"].items():
+            say(f"{name}, {reason}: row {_named(rows, split['excluded'][reason])}")
+    say(f"Read as {', '.join(dict.fromkeys(chain(*(split['shapes'] for split in splits.values()))))}.")
+    if unread := dict.fromkeys(chain(*(split["columns_not_read"] for split in splits.values()))):
         say(f"Columns not read: {', '.join(unread)}.")
     if report["held_out_by_prompt"] is not None:
+        by = leakage["by"].replace("_", " ")
         say(f"Held out: {report['held_out_by_prompt']:.0%} of the {by}s, with all their comparisons.")
-    if leakage["comparisons"]:
-        what = {"drop": "left out of train", "allow": "trained on all the same", "error": "not allowed"}
-        rows, n = _named(leakage["first_rows"], leakage["comparisons"]), leakage[leakage["by"] + "s"]
+    if leakage["first_turns"]:  # as many at least as prompts
+        n, rows = leakage["comparisons"], _named(leakage["first_rows"], leakage["comparisons"])
         say(
-            f"Leakage: {leakage['comparisons']} train comparisons on {n} held-out {by}s, "
-            f"{what[leakage['policy']]} (row {rows})."
-        )
-    if leakage["begun"] > leakage["comparisons"]:
-        say(
-            f"First turns: {leakage['begun']} train comparisons begin with one of {leakage['first_turns']} "
-            "questions that held-out ones begin with; 'leakage_by: first_turn' lets `leakage` act on them."
+            f"Leakage: {leakage['prompts']} prompts and {leakage['first_turns']} first turns of train are "
+            f"held out too; 'leakage: {leakage['policy']}' with 'leakage_by: {leakage['by']}' concerns {n} "
+            f"comparisons{f' (row {rows})' if rows else ''}."
         )
 
 
@@ -126,33 +115,14 @@ def _named(rows: list[str], n: int) -> str:
     return ", ".join(rows) + (" ..." if n > len(rows) else "")
 
 
-def _column(report: dict[str, Any], split: dict[str, Any]) -> dict[str, Any]:
-    """What the table says of a split, by the title of its row: the same rows for every split."""
-    duplicates, tokens, wins = split["duplicates"], split["tokens"], split["baselines"]
-    splits = report["splits"].values()
-    reasons = dict.fromkeys(reason for figures in splits for reason in figures["excluded"])
-    roles = dict.fromkeys(whose for figures in splits for whose in figures["unshown"])
-    return {
-        "rows": split["rows"],
-        **{f"  left out: {r.replace('_', ' ')}": split["excluded"].get(r, 0) for r in reasons},
-        "comparisons": split["comparisons"],
-        "  pairs in them": split["pairs"],
-        "prompts that differ before the last reply": split["differing_prompts"],
-        "exact duplicates": duplicates["exact"],
-        "  of these with the opposite verdict": duplicates["contradictory"],
-        "near duplicates": duplicates["near"],
-        "comparisons of a prompt seen before": duplicates["repeated_prompts"],
-        "tokens of a conversation": "",
-        "  median": tokens["p50"],
-        "  90 % have at most": tokens["p90"],
-        "  99 %": tokens["p99"],
-        "  longest": tokens["max"],
-        f"max_length {report['max_length']}: truncated": split["truncated"],
-        **{f"text that the chat template leaves out: {r}": split["unshown"].get(r, 0) for r in roles},
-        "identical after tokenising": split["identical_after_truncation"],
-        "accuracy of: longer wins / shorter wins": f"{wins['longer_wins']:.3f} / {wins['shorter_wins']:.3f}",
-        "tokens that shared prefixes save": f"{split['shared_prefix_share']:.0%}",
-    }
+def _figures(report: dict[str, Any], within: str = "") -> Iterator[tuple[str, str]]:
+    """The figures of a split, by their names in the report."""
+    for name, value in report.items():
+        words = f"{within}{name.replace('_', ' ')}"
+        if isinstance(value, dict):
+            yield from _figures(value, f"{words}: ")
+        elif isinstance(value, int | float):
+            yield words, f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 # --- comparisons that come again: exactly, nearly, or with the opposite verdict ----------------

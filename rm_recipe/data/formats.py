@@ -258,14 +258,11 @@ def parse_row(
     order, responses, ranks = _ordered(responses, levels)
     if margin_column is None:
         return Comparison(prompt, responses, ranks, tools=tools)
-    margin, fault, margins = row.get(margin_column), "", []
+    margin = row.get(margin_column)
     if shape.better == "strength" and margin_column == shape.verdict:
         margin = abs(_number(margin))
-    try:
-        margins = _margins(margin_column, margin, margin_map, order, ranks)
-    except Excluded as excluded:  # without its margin it may be held out, not trained on
-        fault = excluded.reason
-    return Comparison(prompt, responses, ranks, margins, margin_fault=fault, tools=tools)
+    margins = _margins(margin_column, margin, margin_map, order, ranks)
+    return Comparison(prompt, responses, ranks, margins, tools=tools)
 
 
 def _ordered(responses: list[str], levels: list[Any]) -> tuple[list[int], list[str], list[int]]:
@@ -309,16 +306,15 @@ def _replies(row: Row, shape: Shape) -> tuple[list[tuple[str, Any]], list[Any]]:
     columns = shape.responses.split()
     values = [_get(row, column) for column in columns]
     if len(columns) == 1 and values != [None]:
-        found = _decoded(values[0])
-        if not isinstance(found, list):
-            raise Malformed(columns[0], "a list", values[0])
-        replies, levels = [(columns[0], value) for value in found], list(range(len(found)))
-    else:
-        replies, levels = [], []
-        for level, (column, value) in enumerate(zip(columns, values, strict=True)):
-            for reply in (value or [None]) if _is_several(value) else [value]:
-                replies.append((column, reply))
-                levels.append(level)
+        values = _decoded(values[0])
+        if not isinstance(values, list):
+            raise Malformed(columns[0], "a list", values)
+        columns *= len(values)
+    replies, levels = [], []
+    for level, (column, value) in enumerate(zip(columns, values, strict=True)):
+        for reply in value if _is_several(value) else [value]:
+            replies.append((column, reply))
+            levels.append(level)
     if None in [reply for _, reply in replies]:
         raise Excluded("missing_response")
     if len(replies) < 2:

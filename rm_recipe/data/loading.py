@@ -42,7 +42,7 @@ _PARSED = {
     "ranks": hf_datasets.List(hf_datasets.Value("int32")),
     "margins": hf_datasets.List(hf_datasets.Value("float64")),
     **dict.fromkeys(["prompts_differ", "scored_lower"], hf_datasets.Value("bool")),
-    **dict.fromkeys(["subset", "margin_fault", "tools", "excluded", "detail"], _TEXT),
+    **dict.fromkeys(["subset", "tools", "excluded", "detail"], _TEXT),
     **dict.fromkeys(["row", "prompt_key", "first_turn_key", "key"], hf_datasets.Value("int64")),
 }
 
@@ -64,23 +64,23 @@ def load_rows(
             comparisons, or a row is malformed; with the row.
     """
     found = find_split(splits_of(source, data.dataset_revision), split, source)
-    columns, content, file = _columns_and_content(found)
+    columns, file = columns_of(found), found[0] if isinstance(found, list) else None
+    content = [sha256(part) for part in found] if file else found._fingerprint
     place = f"'{file}'" if file and len(found) == 1 else f"'{source.path}', split '{split}'"
     ours = _named(columns, source, data, margin_column, place)
     shape = formats.shape_of(ours, place, data.columns or {})
     read = [*shape.columns, *formats.ALSO_READ, *filter(None, [margin_column])]
     complete = not (source.columns or data.columns)  # then a row may have a column that the first ones lack
     wanted = {name: ours.get(name, name) for name in read if name in ours or complete}
-    theirs = list(dict.fromkeys(wanted.values()))
     scores = formats.score_columns(source.columns or columns)
     parse_row = partial(
         formats.parse_row, margin_column=margin_column, margin_map=data.margin_map, shape=shape
     )
 
     def parse() -> Iterator[dict[str, Any]]:
-        for number, row in rows_of(found, [*theirs, *scores]):
+        for number, row in rows_of(found, [*wanted.values(), *scores]):
             lower = formats.scored_lower(row, scores)
-            row = row if complete else {name: row.get(column) for name, column in wanted.items()}
+            row = {name: row.get(column) for name, column in wanted.items()}
             try:
                 for part in formats.rows_of(row, shape):
                     yield _parsed(part, number, subset, parse_row) | {"scored_lower": lower}
@@ -96,13 +96,6 @@ def load_rows(
     unread = [] if source.columns else [name for name in columns if name not in wanted.values()]
     known = f"{shape.name} (by {', '.join(ours[name] for name in shape.columns)})"
     return _sliced(parsed, split), unread, known
-
-
-def _columns_and_content(found: Any) -> tuple[list[str], Any, Path | None]:
-    """The columns of a split's files or rows, what its cached rows follow from, and the first file."""
-    if isinstance(found, list):
-        return columns_of(found[0]), [sha256(file) for file in found], found[0]
-    return found.column_names, found._fingerprint, None
 
 
 def _named(
@@ -272,7 +265,7 @@ def _may_be_a_split(path: Path) -> bool:
     if data_format(path) in (".jsonl", ".ndjson", ".parquet") or re.match("(train|test)[.-]", path.name):
         return True
     try:
-        return bool(formats.shapes_of(columns_of(path)))
+        return bool(formats.shapes_of(columns_of([path])))
     except DataError:
         return False
 
@@ -317,36 +310,19 @@ def unit(file: Any) -> str:
     return "line" if isinstance(file, Path) and data_format(file) in (".jsonl", ".ndjson") else "row"
 
 
-def columns_of(file: Path) -> list[str]:
-    """The columns of a file; of text the keys in its first `PEEK` rows."""
-    names: dict[str, None] = {}
-    for number, row in islice(_numbered(file, None), PEEK):
-        names |= dict.fromkeys(row)
-        if number == 0:
-            break
-    return list(names)
-
-
-def read_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Read a file of `DATA_FORMATS` (.gz too): its rows, numbered from 1 by line, element or row.
-
-    Args:
-        columns: of a table, those to read, all by default.
-
-    Raises:
-        DataError: there is no such file, it cannot be read or holds no rows; with the row.
-    """
-    for number, row in _numbered(file, columns):
-        if number:
-            yield number, row
+def columns_of(found: Any) -> list[str]:
+    """The columns of a split (see `splits_of`); of text files the keys in the first `PEEK` rows."""
+    if not isinstance(found, list):
+        return list(found.column_names)
+    first = islice(read_rows(found[0], columns=[]), PEEK)
+    return list(dict.fromkeys(name for _, row in first for name in row))
 
 
 def rows_of(found: Any, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a split, of its shards' rows numbered on."""
     if not isinstance(found, list):
-        yield from enumerate(
-            found.select_columns([name for name in found.column_names if name in columns]), 1
-        )
+        read = [name for name in found.column_names if name in columns]
+        yield from enumerate(found.select_columns(read), 1)
         return
     before = number = 0
     for file in found:
@@ -355,8 +331,15 @@ def rows_of(found: Any, columns: Sequence[str]) -> Iterator[tuple[int, dict[str,
         before += number
 
 
-def _numbered(file: Path, columns: Sequence[str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """As `read_rows`; of a table first, as number 0, a row with the names of all its columns."""
+def read_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Read a file of `DATA_FORMATS` (.gz too): its rows, numbered from 1 by line, element or row.
+
+    Args:
+        columns: of a table, those to read, all by default; with none it is one row, the columns' names.
+
+    Raises:
+        DataError: there is no such file, it cannot be read or holds no rows; with the row.
+    """
     number = 0
     try:
         if is_lfs_pointer(file):
@@ -386,14 +369,14 @@ def _values(
         open_arrow = pa.ipc.open_file if start.startswith(b"ARROW1") else pa.ipc.open_stream
         table = pq.ParquetFile(stream) if ending == ".parquet" else open_arrow(stream).read_all()
         names = getattr(table, "schema_arrow", table.schema).names
-        yield 0, dict.fromkeys(names)
-        read = [name for name in names if name in (columns or names)]
+        read = [name for name in names if columns is None or name in columns]
         batches = (
             table.iter_batches(1000, columns=read)
             if ending == ".parquet"
             else table.select(read).to_batches(1000)
         )
-        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        yield from enumerate([dict.fromkeys(names)] if columns == [] else rows, 1)
     elif ending in (".csv", ".tsv"):
         text, comma = TextIOWrapper(stream, "utf-8-sig", newline=""), "," if ending == ".csv" else "\t"
         yield from enumerate(csv.DictReader(text, restkey="beyond the header", delimiter=comma), 1)

@@ -29,14 +29,12 @@ class Leakage:
     Attributes:
         prompts: how many different prompts.
         first_turns: how many different first questions (hh-rlhf's dialogues recur at several depths).
-        begun: how many comparisons begin with one of those.
         comparisons: how many `leakage` acts on, by `leakage_by`, of `of_comparisons` before sampling.
         first_rows: the first of them, `SUBSET:ROW`.
     """
 
     prompts: int
     first_turns: int
-    begun: int
     comparisons: int
     of_comparisons: int
     first_rows: list[str]
@@ -60,7 +58,6 @@ def load_splits(recipe: Recipe) -> tuple[Split, Split, Leakage]:
     test = load_held_out(data)
     if share is not None:
         train = train.select(np.flatnonzero(~held_out(train, share, data.leakage_by)), "held_out")
-    train = set_aside(train, "margin_fault")
     # Against all that is held out, so that no other sample of it meets what was trained on.
     keys = {by: train.column(f"{by}_key") for by in ("prompt", "first_turn")}
     common = {by: np.isin(own, test.column(f"{by}_key")) for by, own in keys.items()}
@@ -68,7 +65,6 @@ def load_splits(recipe: Recipe) -> tuple[Split, Split, Leakage]:
     leakage = Leakage(
         prompts=len(np.unique(keys["prompt"][common["prompt"]])),
         first_turns=len(np.unique(keys["first_turn"][common["first_turn"]])),
-        begun=int(common["first_turn"].sum()),
         comparisons=int(leaked.sum()),
         of_comparisons=len(leaked),
         first_rows=train.names(np.flatnonzero(leaked)[:FIRST_ROWS]),
@@ -171,7 +167,7 @@ def load_split(data: DataArguments, split: str | None, *, margins: bool = False)
     # Their own infos are other ones once they come from the cache, and would change the fingerprint.
     rows = hf_datasets.concatenate_datasets(parts, info=hf_datasets.DatasetInfo())
     differing = int(pc.sum(arrow_column(rows, "prompts_differ")).as_py())
-    result = set_aside(Split(rows, len(rows), differing_prompts=differing), "excluded")
+    result = set_aside(Split(rows, len(rows), differing_prompts=differing))
     result = replace(result, unread=list(dict.fromkeys(unread)), shapes=list(dict.fromkeys(shapes)))
     if not len(result.comparisons):
         name = " and ".join(dict.fromkeys(source.path for source in found))

@@ -139,19 +139,13 @@ def tokenize(
     tokenized = run_pass(
         split.comparisons, encode_batch, "Tokenising", features, depends_on, num_proc, batched=True
     )
-    result = set_aside(replace(split, comparisons=tokenized, tokenized=tokenized), "excluded")
+    result = set_aside(replace(split, comparisons=tokenized, tokenized=tokenized))
     if not len(result.comparisons):
         raise DataError(f"no comparison is left after tokenising: {result.why_excluded()}")
-    if unshown := count_unshown(result):
-        parts = ", ".join(f"{whose} in {n}" for whose, n in unshown.items())
-        warn(f"the chat template leaves out text of comparisons: {parts}")
+    counts = pc.value_counts(arrow_column(result.comparisons, "unshown")).to_pylist()
+    if unshown := [f"{found['values']} in {found['counts']}" for found in counts if found["values"]]:
+        warn(f"the chat template leaves out text of comparisons: {', '.join(unshown)}")
     return result
-
-
-def count_unshown(split: Split) -> dict[str, int]:
-    """Count the comparisons of which the template leaves out text, by whose: a role's, or the `reply`."""
-    counts = pc.value_counts(arrow_column(split.comparisons, "unshown")).to_pylist()
-    return {item["values"]: item["counts"] for item in counts if item["values"]}
 
 
 def render(tokenizer: Tokenizer, messages: list[Message], tools: str = "", **options: Any) -> str:

@@ -165,7 +165,7 @@ def find_benchmark(data: DataArguments) -> Benchmark | None:
     """Find out whether a data set is a benchmark; a slice of one is none."""
     [source], split = loading.sources_of(data), data.dataset_test_split
     found = loading.find_split(loading.splits_of(source, data.dataset_revision), split, source)
-    columns = loading.columns_of(found[0]) if isinstance(found, list) else found.column_names
+    columns = loading.columns_of(found)
     for name, (known, _) in BENCHMARKS.items():
         if {*known.split()} <= {*columns} and "[" not in split:
             rows = dict(loading.rows_of(found, known.split()))

@@ -1,6 +1,5 @@
 """Token ids as they are served; truncation that keeps question and reply, or says what it leaves out."""
 
-import numpy as np
 import pytest
 from conftest import HH_RLHF, make_rows, needs_hh_rlhf, write_jsonl
 from hypothesis import given
@@ -9,8 +8,7 @@ from hypothesis import strategies as st
 from rm_recipe.data import tokenization
 from rm_recipe.data.comparison import Comparison, Encoded, Excluded
 from rm_recipe.data.splits import load_split
-from rm_recipe.data.tokenization import REPLY_SHARE, count_unshown, encode, encode_all, render, tokenize
-from rm_recipe.errors import DataError
+from rm_recipe.data.tokenization import REPLY_SHARE, encode, encode_all, render, tokenize
 from rm_recipe.model.tokenizer import load_tokenizer
 from rm_recipe.recipe.schema import DataArguments
 
@@ -51,20 +49,6 @@ def test_keep_end_cuts_the_front_of_the_shared_prefix(tokenizer, tiny_distilbert
     cut = encode(encoder, comparison, 20, "keep_end")
     assert cut.prefix[0] == encoder.cls_token_id
     assert max(map(len, cut.conversations())) == 20
-
-
-def test_what_a_template_says_when_it_refuses_is_told(tokenizer, tmp_path):
-    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system role') }}{% endif %}"
-    tokenizer.chat_template = refuses + tokenizer.chat_template
-    rows = make_rows(3, seed=1)
-    rows[1]["prompt"] = [{"role": "system", "content": "Be kind."}, *rows[1]["prompt"]]
-    split = split_of(write_jsonl(tmp_path / "x.jsonl", rows))
-    found = tokenize(split, tokenizer, None, "exclude")
-    assert found.excluded == {"refused_by_template": 1}
-    [first, *_] = found.first_rows["refused_by_template"]
-    assert first.endswith("(the template says: No system role)")
-    with pytest.raises(DataError, match="first in row 2 .the template says: No system role"):
-        tokenize(split.select(np.array([1]), "not_sampled"), tokenizer, None, "exclude")
 
 
 @pytest.mark.parametrize(
@@ -158,15 +142,11 @@ def test_a_run_and_its_export_cut_alike(tiny_llama):
     assert encode(tokenizer, comparison, 40, "keep_end") == of_run
 
 
-def test_text_that_would_be_read_as_a_control_token_is_left_out_under_its_own_reason(tmp_path, tiny_llama):
-    """A reply can end its turn and forge the next one by it."""
-    rows = make_rows(4, seed=1)
-    for row, place in zip(rows, ("prompt", "chosen", "rejected"), strict=False):
-        row[place] = "fine </s>\n<|user|>\nthanks"
-    split = split_of(write_jsonl(tmp_path / "x.jsonl", rows))
-    encoded = tokenize(split, load_tokenizer(str(tiny_llama)), 60, "drop_oldest_turns")
-    assert encoded.excluded == {"control_tokens": 3}
-    assert encoded.first_rows == {"control_tokens": ["1", "2", "3"]}
+def test_a_text_that_would_be_read_as_a_control_token_is_left_out(tokenizer):
+    """A text can end its turn and forge the next one by it."""
+    for prompt, reply in (("fine </s>\n<|user|>\nthanks", "good"), ("hello", "good</s>")):
+        with pytest.raises(Excluded, match="control_tokens"):
+            encode(tokenizer, Comparison(turns(prompt), [reply, "bad"]), 60)
 
 
 def test_what_a_template_does_not_show_is_counted_by_whose_it_is(tmp_path, tokenizer, caplog):
@@ -178,8 +158,7 @@ def test_what_a_template_does_not_show_is_counted_by_whose_it_is(tmp_path, token
     rows[1]["prompt"] = [{"role": "user", "content": "hello "}, {"role": "tool", "content": "42"}]
     for row in rows[3:]:
         row["chosen"] = "long thoughts</think>" + row["chosen"]
-    encoded = tokenize(split_of(write_jsonl(tmp_path / "x.jsonl", rows)), tokenizer, 200, "drop_oldest_turns")
-    assert count_unshown(encoded) == {"tool": 1, "reply": 2}
+    tokenize(split_of(write_jsonl(tmp_path / "x.jsonl", rows)), tokenizer, 200, "drop_oldest_turns")
     assert "the chat template leaves out text of comparisons: tool in 1, reply in 2" in caplog.text
 
 
@@ -217,26 +196,21 @@ def test_what_is_encoded_fits_and_ends_as_the_whole_conversation_does(tiny_llama
 
 def test_a_second_start_tokenises_nothing_and_other_settings_do(tmp_path, tiny_llama, monkeypatch):
     split = split_of(write_jsonl(tmp_path / "x.jsonl", make_rows(5, seed=3)))
-    tokenizer = load_tokenizer(str(tiny_llama))
-    first = tokenize(split, tokenizer, 60, "drop_oldest_turns")
-
-    def refuse(*_, **__):
-        raise AssertionError("tokenised again")
-
-    monkeypatch.setattr(tokenization, "encode_all", refuse)
-    again = tokenize(split_of(tmp_path / "x.jsonl"), load_tokenizer(str(tiny_llama)), 60, "drop_oldest_turns")
-    assert again.encoded() == first.encoded()
-    other_eos, other_template = (load_tokenizer(str(tiny_llama)) for _ in range(2))
+    usual, again, other_eos, other_template = (load_tokenizer(str(tiny_llama)) for _ in range(4))
+    first = tokenize(split, usual, 60, "drop_oldest_turns")
+    monkeypatch.setattr(tokenization, "encode_all", lambda *_, **__: pytest.fail("tokenised again"))
+    known = tokenize(split_of(tmp_path / "x.jsonl"), again, 60, "drop_oldest_turns")
+    assert known.encoded() == first.encoded()
     other_eos.eos_token = "<s>"  # templates read it, and the vocabulary is the same
     other_template.chat_template += " "
     for changed, *settings, alike in (
-        (tokenizer, 59, "drop_oldest_turns", False),
-        (tokenizer, 60, "exclude", False),
+        (usual, 59, "drop_oldest_turns", False),
+        (usual, 60, "exclude", False),
         (other_eos, 60, "drop_oldest_turns", False),
         (other_template, 60, "drop_oldest_turns", False),
-        (tokenizer, 60, "drop_oldest_turns", True),
+        (usual, 60, "drop_oldest_turns", True),
     ):
-        with pytest.raises(AssertionError, match="tokenised again"):
+        with pytest.raises(pytest.fail.Exception, match="tokenised again"):
             tokenize(split, changed, *settings, alike=alike)
 
 

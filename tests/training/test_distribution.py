@@ -116,7 +116,7 @@ def two(runs):
     """The run folder of two processes under DDP, which have said each line once."""
     recipe = runs.recipe("two", per_device_train_batch_size=4)
     said = launch("cpu_two_processes", "-m", "rm_recipe", "train", str(recipe)).stdout
-    for line in ("prefix sharing: on", "preflight: loss", "exact duplicates"):
+    for line in ("prefix sharing: on", "preflight: loss", "duplicates: exact"):
         assert said.count(line) == 1, line
     return recipe.parent / "run"
 
