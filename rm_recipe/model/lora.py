@@ -131,7 +131,7 @@ def _beside_text(model: PreTrainedModel) -> str | None:
     No gradient would reach their adapters.
     """
     config = model.config
-    if config.get_text_config() is config or config.is_encoder_decoder:
+    if config.get_text_config() is config:
         return None
     text = model.get_decoder()
     name = next(name for name, module in model.named_modules() if module is text)

@@ -34,6 +34,7 @@ from rm_recipe.model.tokenizer import check_lengths
 
 LABEL = "reward"
 # XLNet's classifier reads its last token, padding or not, FNet has no mask, and the others' are not tight.
+# (Those of encoder-decoders, as BART's, want as many EOS in every conversation of a batch.)
 READ_PADDING = ("convbert", "fnet", "nystromformer", "xlnet", "yoso")
 
 
@@ -44,16 +45,17 @@ def check_base(base: Any, config: ModelConfig, max_length: int | None) -> None:
         base: its configuration, as `lora.load_config` gives it.
 
     Raises:
-        RecipeError: it has too few positions, transformers has no classifier of its kind or one that reads
-            padding, it comes quantised and would be trained in full, or LoRA's modules are not in it.
+        RecipeError: it has too few positions, transformers has no classifier of its kind or one whose
+            rewards depend on their batch, it comes quantised and would be trained in full, or LoRA's modules
+            are not in it.
     """
     name = str(config.model_name_or_path)
     classifier = outline(base, name, config.attn_implementation)
     check_lengths(classifier, max_length, name)
-    if base.model_type in READ_PADDING:
+    if base.is_encoder_decoder or base.model_type in READ_PADDING:
         raise RecipeError(
-            f"'model_name_or_path: {name}': the rewards of this {base.model_type} would depend on how far "
-            "their batch is padded; take a base of another kind, modernbert or deberta-v2 for one"
+            f"'model_name_or_path: {name}': the rewards of this {base.model_type} would depend on the batch "
+            "that they are read in; take a base of another kind, modernbert or deberta-v2 for one"
         )
     if config.use_peft:
         lora.check_target_modules(classifier, config)

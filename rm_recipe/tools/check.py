@@ -16,7 +16,7 @@ from rm_recipe.model import lora, reward_model
 from rm_recipe.model.head import head_names
 from rm_recipe.model.memory import PROCESS, Fit, device_memory, fit
 from rm_recipe.model.shared_prefix import decide_sharing
-from rm_recipe.model.tokenizer import check_lengths, check_one_end, check_vocabulary, load_tokenizer
+from rm_recipe.model.tokenizer import check_lengths, check_vocabulary, load_tokenizer
 from rm_recipe.recipe.reader import Recipe, is_run_folder, read_recipe
 from rm_recipe.recipe.schema import DEVICE_KEYS
 from rm_recipe.training.preflight import preflight
@@ -49,7 +49,6 @@ def check_base(recipe: Recipe) -> None:
         tokenizer = load_tokenizer((holders or [folder])[0], template=template, of_base=True)
         if name == folder:  # an SFT adapter may bring tokens that its base has no embeddings for
             check_vocabulary(config, tokenizer, name)
-        check_one_end(config, tokenizer, name)
 
 
 def folder_at_hand(name: str, revision: str) -> str | None:
