@@ -196,11 +196,7 @@ def print_fit(found: Fit, recipe: Recipe, device: torch.device) -> None:
         print(f"  {name:<56} {size / 1e9:6.2f} GB")
     verdict = "fits" if found.fits else "does not fit"
     print(f"\n{verdict} {found.memory / 1e9:.1f} GB, of which the plan leaves a tenth free")
-    needed = f", which is needed (without it {found.without.peak / 1e9:.1f} GB)" if found.without else ""
-    print(f"gradient checkpointing: {'on' if found.checkpointing else 'off'}{needed}")
+    print(f"gradient checkpointing: {'on' if found.checkpointing else 'off'}")
     print(f"largest per_device_train_batch_size that fits: {found.largest}")
-    on_cpu = "" if plan.export <= found.memory else ", which does not fit: on the CPU"
-    print(f"evaluation: about {plan.evaluation / 1e9:.1f} GB")
-    print(f"export, verified in fp32: about {plan.export / 1e9:.1f} GB{on_cpu}")
     if not found.fits:
         print(f"instead: {found.lower}")
