@@ -10,13 +10,12 @@ import gc
 import tempfile
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 import transformers
-from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 from peft import PeftConfig, PeftModel, TaskType, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
@@ -107,10 +106,7 @@ def load_base(
     dtype = getattr(torch, str(config.dtype), "auto") if config.use_peft else torch.float32
     with as_one_model(name, revision) as folder:
         if hasattr(load_config(folder, revision), "quantization_config"):
-            kwargs |= {
-                "device_map": lora.on_this_device(),
-                "advice": f"; its head is quantised too: {lora.TAKE_THE_ORIGINAL}",
-            }
+            kwargs["device_map"] = lora.on_this_device()
         elif config.load_in_4bit or config.load_in_8bit:
             # Without weights first: which modules are new has to be known, or the head is quantised too.
             empty, new = _load(folder, revision, device_map="meta", **kwargs)
@@ -132,23 +128,20 @@ def check_safetensors(name: str, revision: str = "main", *, adapter: bool = Fals
     Raises:
         RecipeError: saying how to convert it.
     """
-    with suppress(OSError, httpx.HTTPError):  # who loads it next says what is wrong with the name
-        if fault := pickle_fault(name, revision, adapter=adapter):
-            raise RecipeError(fault)
+    if fault := pickle_fault(name, revision, adapter=adapter):
+        raise RecipeError(fault)
 
 
-def _load(
-    name: str, revision: str = "main", advice: str = "", **kwargs: Any
-) -> tuple[PreTrainedModel, list[str]]:
+def _load(name: str, revision: str = "main", **kwargs: Any) -> tuple[PreTrainedModel, list[str]]:
     """Load the classifier; also give the modules with parameters that its checkpoint lacks.
 
     The head of a classifier with more labels is one of these.
     """
-    check_safetensors(name, revision)
     # Said to be False, transformers does not ask at the terminal whether to run a model's own code.
     kwargs |= {"revision": revision, "trust_remote_code": False, "use_safetensors": True}
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    with readable(f"'{name}' cannot be loaded as a classifier", advice), quietly():
+    with readable(f"'{name}' cannot be loaded as a classifier"), quietly():
+        check_safetensors(name, revision)
         model, info = AutoModelForSequenceClassification.from_pretrained(name, **kwargs)
     heads = tuple(f"{head}." for head in head_names(model))
     mismatched = [key for key, *_ in info["mismatched_keys"]]
@@ -277,8 +270,7 @@ def load_trained(
     config = load_config(path)
     if config.num_labels != 1:
         kind = ", ".join(config.architectures or ["unknown architecture"])
-        one = "a reward model is a sequence classifier with one"
-        raise RecipeError(f"{path} ({kind}) has {config.num_labels} labels; {one}")
+        raise RecipeError(f"{path} ({kind}) has {config.num_labels} labels; a reward model has one")
     model, new = _load(path, dtype="auto")
     if new:
         raise RecipeError(f"{path} has no trained head ({', '.join(new)} missing): not a reward model")
@@ -363,10 +355,6 @@ def as_one_model(name: str, revision: str = "main") -> Iterator[str]:
     if adapter is None:
         yield name
         return
-    if adapter.is_prompt_learning:
-        raise RecipeError(
-            f"the SFT adapter '{name}' is a learnt prompt, which cannot be merged into its base"
-        )
     with tempfile.TemporaryDirectory(prefix="rm-recipe-sft-", ignore_cleanup_errors=True) as folder:
         with readable(f"the SFT adapter '{name}' cannot be loaded"):
             # Not in the format of a base that came quantised, which transformers cannot go back to.

@@ -15,9 +15,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from rm_recipe.data import chat_template
-from rm_recipe.errors import RecipeError, one_line
+from rm_recipe.errors import RecipeError
 from rm_recipe.files import holds
-from rm_recipe.model.lora import adapter_config
+from rm_recipe.model.lora import adapter_config, readable
 from rm_recipe.processes import warn
 
 # For models without a template: a name and a colon before each message, as in hh-rlhf, and EOS at
@@ -57,17 +57,13 @@ def load_tokenizer(
         RecipeError: it cannot be loaded, has no fast version, or its chat template is broken.
     """
     adapter = adapter_config(name, revision)
-    try:
+    with readable(f"the tokenizer of '{name}' cannot be loaded"):
         if adapter is not None and not holds(name, "tokenizer_config.json", revision):
             name, revision = adapter.base_model_name_or_path, adapter.revision or "main"
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
         if not tokenizer.is_fast:
             raise ValueError("it has no fast version, which rm_recipe needs")
         own = _read_template(template) if template else _own_template(tokenizer)
-    except RecipeError:
-        raise
-    except Exception as error:  # a plain one comes from tokenizers, for a file that it cannot read
-        raise RecipeError(f"the tokenizer of '{name}' cannot be loaded: {one_line(error)}") from None
     tokenizer.chat_template = chat_template.fixed_date(own)
     if tokenizer.chat_template != own:
         date = f"{chat_template.FIXED_DATE:%d %b %Y}"
@@ -94,15 +90,12 @@ def _read_template(template: str) -> str:
     Raises:
         RecipeError: it is neither.
     """
-    try:
+    with readable(
+        f"'chat_template_path: {template}' is no template's file, and no tokenizer with a template"
+    ):
         if Path(template).is_file():
             return Path(template).read_text(encoding="utf-8")
         return AutoTokenizer.from_pretrained(template, trust_remote_code=False).get_chat_template()
-    except (OSError, ValueError, ImportError) as error:
-        raise RecipeError(
-            f"'chat_template_path: {template}' is no template's file, and no tokenizer with a template: "
-            f"{one_line(error)}"
-        ) from None
 
 
 def _own_template(tokenizer: Tokenizer) -> str:
