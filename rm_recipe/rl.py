@@ -5,26 +5,20 @@ gives the same rewards to conversations, and more: it reads prompts that are pla
 where TRL would apply no template to them, and it normalises, clips and combines.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.special import expit
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from rm_recipe.data.chat_template import special_tokens
-from rm_recipe.data.comparison import THOUGHTS, Excluded, Malformed, as_messages, split_at_common_prefix
-from rm_recipe.data.tokenization import render
+from rm_recipe.data.comparison import Excluded, Malformed, as_messages
 from rm_recipe.errors import RecipeError
 from rm_recipe.scoring import RewardModel
 
 # (prompts, completions, **columns) -> a reward for each; as `reward_funcs` of TRL's RLOO and GRPO trainers.
 RewardFunction = Callable[..., list[float]]
 Text = str | list[dict[str, Any]]
-
-MARK = "Qzxmark"  # a word that no template writes by itself
 
 LEAST_STD = 1e-8  # a batch of equal rewards is whitened to zeros
 
@@ -35,8 +29,7 @@ def reward_function(
     """A reward model as a reward function.
 
     Completions of one prompt share its encoding. A reply that does not fit the model has no reward: NaN,
-    which TRL leaves out; so has a completion that is no reply, or an exchange with tools of which the chat
-    template leaves out a part.
+    which TRL leaves out; so has a completion that is no reply, as one that ends in a call of a tool.
 
     Args:
         path: a run folder, an export or a one-label model.
@@ -58,17 +51,10 @@ def reward_function(
 
     def reward(prompts: Sequence[Text], completions: Sequence[Text], **_: Any) -> list[float]:
         """One reward for each prompt and its completion."""
-        items: dict[int, dict[str, Any]] = {}
-        exchanges: dict[int, list[int]] = {}
-        for number, pair in enumerate(zip(prompts, completions, strict=True)):
-            if item := as_item(*pair):
-                items[number] = item
-            elif ids := exchange(reward_model.tokenizer, *pair, reward_model.max_length):
-                exchanges[number] = ids
+        read = enumerate(as_item(*pair) for pair in zip(prompts, completions, strict=True))
+        items = {number: item for number, item in read if item is not None}
         rewards = np.full(len(prompts), np.nan)
         rewards[list(items)] = reward_model.score(list(items.values()), unfit=np.nan)
-        scored = reward_model.score_encoded([split_at_common_prefix([ids]) for ids in exchanges.values()])
-        rewards[list(exchanges)] = [value for [value] in scored]
         return np.clip((rewards - mean) / std, -limit, limit).tolist()
 
     reward.__name__ = Path(path).name  # TRL logs rewards under it
@@ -79,7 +65,7 @@ def as_item(prompt: Text, completion: Text) -> dict[str, Any] | None:
     """What `RewardModel.score` takes, of a prompt and a completion as TRL has them: texts or messages.
 
     Returns:
-        None where the completion does not end in an assistant's text, or tools have a part in it.
+        None where the completion does not end in an assistant's text, but in a call of a tool, say.
     """
     try:
         # What is a text here was one to the policy, too, whatever it looks like.
@@ -89,59 +75,9 @@ def as_item(prompt: Text, completion: Text) -> dict[str, Any] | None:
         said = as_messages(completion, "completion")
     except (Excluded, Malformed):
         return None
-    roles = [message["role"] for message in said]
-    with_tools = any(m["role"] == "tool" or "tool_calls" in m for m in [*before, *said])
-    if with_tools or not before or roles[-1:] != ["assistant"]:
+    if not before or not said or said[-1]["role"] != "assistant" or "tool_calls" in said[-1]:
         return None
     return {"prompt": [*before, *said[:-1]], "response": said[-1]["content"]}
-
-
-def exchange(tokenizer: Tokenizer, prompt: Text, completion: Any, max_length: int | None) -> list[int] | None:
-    """Token ids of an exchange with tools, rendered whole as TRL's own reward path does.
-
-    Returns:
-        None where it ends in a question, where the template refuses it or leaves out a message or a call,
-        where a message has thoughts beside its text, where a text holds a control token, or where it is too
-        long: its turns belong together, so none is dropped.
-    """
-    try:
-        before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        messages = [_without_parts(message) for message in [*before, *completion]]
-        readable = (
-            before
-            and completion[-1]["role"] in ("assistant", "tool")
-            and all(message.get("content") or message.get("tool_calls") for message in messages)
-            and not any(message.get(key) for message in messages for key in THOUGHTS)
-            and not special_tokens(tokenizer).search(json.dumps(messages, ensure_ascii=False))
-            and _shows_all(tokenizer, messages)
-        )
-        if not readable:
-            return None
-        ids: list[int] = tokenizer(render(tokenizer, messages), add_special_tokens=False)["input_ids"]
-    except Exception:  # whatever a policy wrote, and whatever a template makes of it
-        return None
-    return ids if max_length is None or len(ids) <= max_length else None
-
-
-def _without_parts(message: dict[str, Any]) -> dict[str, Any]:
-    """The message with the text of a content in parts; raises Excluded where a part is no text."""
-    if not isinstance(message.get("content"), list):
-        return message
-    text = as_messages([{"role": "user", "content": message["content"]}])[0]["content"]
-    return {**message, "content": text}
-
-
-def _shows_all(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> bool:
-    """Whether the template shows every text and every call: marks in their places are in what it renders."""
-    marked = json.loads(json.dumps(messages))  # nothing stands there twice
-    places = [(message, "content") for message in marked if message.get("content")]
-    calls = [call for message in marked for call in message.get("tool_calls") or []]
-    places += [(call.get("function", call), "name") for call in calls]
-    marks = [f"{MARK}{number}." for number in range(len(places))]
-    for mark, (place, key) in zip(marks, places, strict=True):
-        place[key] = mark
-    text = render(tokenizer, marked)
-    return all(mark in text for mark in marks)
 
 
 def combine(

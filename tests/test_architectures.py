@@ -27,13 +27,10 @@ from transformers import (
     Gemma3Config,
     MixtralConfig,
     ModernBertConfig,
-    T5Config,
     XLNetConfig,
 )
 
 from rm_recipe import RewardModel
-from rm_recipe.data.comparison import Comparison
-from rm_recipe.data.tokenization import encode
 from rm_recipe.errors import RecipeError
 from rm_recipe.exporting.export import export
 from rm_recipe.recipe.reader import read_recipe
@@ -73,16 +70,9 @@ def trained(write_recipe, tiny_base, tmp_path_factory):
     def get(name: str) -> Trained:
         if name not in FINISHED:
             base, keys = SET_UPS[name]
-            keys = {
-                "max_steps": 2,
-                "learning_rate": LEARNING_RATE,
-                "lora_target_modules": "all-linear",
-            } | keys
-            places = {
-                "model_name_or_path": tiny_base(base),
-                "output_dir": tmp_path_factory.mktemp("trained") / "run",
-            }
-            recipe = write_recipe(**{key: str(path) for key, path in places.items()}, **keys)
+            common = {"max_steps": 2, "learning_rate": LEARNING_RATE, "lora_target_modules": "all-linear"}
+            common["output_dir"] = str(tmp_path_factory.mktemp("trained") / "run")
+            recipe = write_recipe(model_name_or_path=str(tiny_base(base)), **common | keys)
             FINISHED[name] = train_watched(recipe)
         return FINISHED[name]
 
@@ -94,6 +84,8 @@ def test_every_new_parameter_is_saved_and_moved(trained, name):
     result, new = trained(name), NEW[SET_UPS[name][0]]
     saved = result.saved()
     assert saved.keys() >= new
+    body = [key for key in saved if "layer.0." in key and key.endswith("weight")]
+    assert name != IN_FULL or not any(torch.equal(saved[key], result.started(key)) for key in body)
     for key in new:
         if key.endswith("weight"):  # a bias may cancel in every comparison
             moved = (saved[key] - result.started(key)).abs()
@@ -109,16 +101,6 @@ def test_every_linear_layer_of_the_body_has_learnt_an_adapter_and_the_rest_is_no
     assert {key for key in saved if "lora_" not in key} == NEW[name]
 
 
-def test_an_encoder_trained_in_full_has_its_body_saved_as_it_was_trained(trained):
-    result = trained(IN_FULL)
-    saved = result.saved()
-    assert saved.keys() == result.start.keys()
-    assert all(torch.equal(saved[key], value) for key, value in result.model.state_dict().items())
-    layer = [key for key in saved if "layer.0." in key and key.endswith("weight")]
-    assert layer
-    assert all(not torch.equal(saved[key], result.started(key)) for key in layer)
-
-
 @pytest.mark.parametrize("name", [*ARCHITECTURES, IN_FULL, RSLORA, DORA, "mistral-short"])
 def test_a_fresh_process_gives_the_rewards_that_were_trained_and_decoders_share_prefixes(
     trained, rewards_elsewhere, name
@@ -129,19 +111,6 @@ def test_a_fresh_process_gives_the_rewards_that_were_trained_and_decoders_share_
     assert rewards_elsewhere(result.run, ITEMS) == pytest.approx(rewards, abs=1e-6)
     sharing = json.loads((result.run / "run.json").read_text())["prefix_sharing"]
     assert sharing["used"] == (SET_UPS[name][0] in DECODERS), sharing["reason"]
-
-
-def test_a_sliding_window_is_obeyed_where_conversations_are_longer(trained):
-    result = trained("mistral-short")
-    rewards = result.rewards(ITEMS)
-    for item, reward in zip(ITEMS, rewards, strict=True):
-        comparison = Comparison([{"role": "user", "content": item["prompt"]}], [item["response"]])
-        [ids] = encode(result.tokenizer, comparison, None).conversations()
-        assert len(ids) > 16
-        for read in (ids, ids[1 - 2 * 16 :]):  # two layers see no further than twice 15 tokens
-            with torch.no_grad():
-                found = result.model(input_ids=torch.tensor([read])).logits.item()
-            assert found == pytest.approx(reward, abs=1e-6)
 
 
 # Each takes a fresh process: of every kind of head and position one is enough for `make test`.
@@ -176,20 +145,14 @@ def test_a_classifier_is_a_base_too(tiny_base, write_recipe, tmp_path, architect
 
 
 def odd_config(name: str, size: int, pad: int):
-    halves = {"layers": 2, "attention_heads": 4, "ffn_dim": 64}
-    bart = {f"{part}_{key}": n for part in ("encoder", "decoder") for key, n in halves.items()}
-    small = {"vocab_size": size, "d_model": 32}
     text = {"vocab_size": size, **TINY_DECODER}
     if name == "modernbert":
         keys = {"pad_token_id": pad, "cls_token_id": 1, "sep_token_id": 2, "global_attn_every_n_layers": 2}
         return ModernBertConfig(vocab_size=size, **TINY_ENCODER, local_attention=16, **keys)
     if name == "bart":
-        return BartConfig(**small, max_position_embeddings=128, pad_token_id=pad, **bart)
-    if name == "t5":
-        keys = {"num_layers": 2, "num_heads": 4, "eos_token_id": 2, "decoder_start_token_id": 0}
-        return T5Config(**small, d_kv=8, d_ff=64, **keys)
+        return BartConfig(vocab_size=size, d_model=32, encoder_layers=1, decoder_layers=1)
     if name == "xlnet":
-        return XLNetConfig(**small, n_layer=2, n_head=4, d_inner=64)
+        return XLNetConfig(vocab_size=size, d_model=32, n_layer=2, n_head=4, d_inner=64)
     if name == "fnet":
         return FNetConfig(vocab_size=size, **{key: TINY[key] for key in TINY if "heads" not in key})
     if name == "gemma3":
@@ -232,25 +195,18 @@ def odd_recipe(tmp_path, write_recipe):
     return make
 
 
-ODD = {
-    "modernbert": {},
-    "bart": {},
-    "t5": {"bf16": False, "dtype": "float32"},
-    "gemma3": {},
-    "mixtral": {"lora_dropout": 0},
-}
+ODD = {"modernbert": {}, "gemma3": {}, "mixtral": {"lora_dropout": 0}}
 
 
 @pytest.mark.parametrize("name", ODD)
 def test_an_odd_architecture_trains_and_is_scored_as_it_is_merged(odd_recipe, name):
-    """A norm in ModernBERT's head, BART's one EOS, Gemma 3's vision tower, Mixtral's experts."""
+    """A norm in ModernBERT's head, Gemma 3's vision tower, Mixtral's experts."""
     result = train_watched(odd_recipe(name, **ODD[name]))
     reward_model = RewardModel.from_pretrained(result.run)
     items = [{"prompt": row["prompt"], "response": row["chosen"]} for row in turns(4, 7)]
     rewards = reward_model.score(items)
-    half = reward_model.model.dtype == torch.bfloat16
     reward_model.model = reward_model.model.float().merge_and_unload()
-    assert reward_model.score(items) == pytest.approx(rewards, abs=0.05 if half else 1e-5)
+    assert reward_model.score(items) == pytest.approx(rewards, abs=0.05)
     assert not any("vision" in key for key in result.saved())
 
 
@@ -262,21 +218,14 @@ def test_an_odd_architecture_is_exported(odd_recipe, name):
     assert export(run)["passed"]
 
 
-@pytest.mark.parametrize("name", ["xlnet", "fnet"])
-def test_a_base_whose_rewards_depend_on_padding_is_refused_before_data_is_read(odd_recipe, name, monkeypatch):
+@pytest.mark.parametrize("name", ["xlnet", "fnet", "bart"])
+def test_a_base_whose_rewards_depend_on_their_batch_is_refused_before_data_is_read(
+    odd_recipe, name, monkeypatch
+):
     """XLNet reads its last token, padding or not, FNet has no mask: their exports failed after training."""
     monkeypatch.setattr("rm_recipe.training.train.load_splits", None)
-    with pytest.raises(RecipeError, match=f"the rewards of this {name} would depend on how far their batch"):
+    with pytest.raises(RecipeError, match=f"the rewards of this {name} would depend on the batch"):
         load_data(read_recipe(odd_recipe(name)))
-
-
-def test_a_template_that_ends_every_turn_with_eos_is_refused_for_bart(odd_recipe, tmp_path):
-    template = tmp_path / "t.jinja"
-    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}")
-    with pytest.raises(RecipeError, match="writes </s> after every turn, and a bart classifier wants"):
-        load_data(read_recipe(odd_recipe("bart", chat_template_path=str(template))))
-    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}</s>")
-    load_data(read_recipe(odd_recipe("bart", chat_template_path=str(template))))
 
 
 def test_dropout_on_experts_is_refused_with_what_to_set(odd_recipe):

@@ -112,24 +112,15 @@ def with_tools(run, tmp_path_factory):
     return folder
 
 
-PARTS = [{"type": "text", "text": "It is 42."}]
-
-
-@pytest.mark.parametrize(
-    "completion",
-    [
-        [CALLING, RESULT],
-        [{"role": "assistant", "tool_calls": [CALL]}],
-        [CALLING, RESULT, *as_messages(PARTS, "assistant")],
-    ],
-)
-def test_an_exchange_with_tools_is_scored_whole_as_trls_own_reward_path_does(with_tools, completion):
-    """`_calculate_rewards` of TRL 1.16; where the template does not show all of it, there is no reward."""
-    (found,) = reward_function(with_tools)([as_messages("six times seven?")], [completion])
-    joined = [{**m, "content": "It is 42."} if isinstance(m.get("content"), list) else m for m in completion]
+def test_an_exchange_with_tools_is_scored_as_trls_own_reward_path_does(with_tools):
+    """`_calculate_rewards` of TRL 1.16."""
+    prompt, said = as_messages("six times seven?"), [CALLING, RESULT]
+    parts = as_messages([{"type": "text", "text": "It is 42."}], "assistant")
+    (found,) = reward_function(with_tools)([prompt], [[*said, *parts]])
     model = AutoModelForSequenceClassification.from_pretrained(with_tools).eval()
     tokenizer = AutoTokenizer.from_pretrained(with_tools)
-    text = apply_chat_template({"messages": as_messages("six times seven?") + joined}, tokenizer)["text"]
+    messages = [*prompt, *said, *as_messages("It is 42.", "assistant")]
+    text = apply_chat_template({"messages": messages}, tokenizer)["text"]
     ids = tokenizer(text=[text], return_tensors="pt", padding=True, add_special_tokens=False)
     assert "multiply" in text
     with torch.no_grad():
@@ -137,39 +128,29 @@ def test_an_exchange_with_tools_is_scored_whole_as_trls_own_reward_path_does(wit
 
 
 def test_a_completion_that_is_no_reply_has_no_reward_and_is_no_exception(run, with_tools):
-    dropped = with_tools.parent / "dropped"
-    shutil.copytree(with_tools, dropped, dirs_exist_ok=True)
-    only_text = (
-        "{% for m in messages if m['role'] != 'tool' %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
-    )
-    (dropped / "chat_template.jinja").write_text(only_text)
-    prompt = as_messages("six times seven?")
+    prompt, answer = as_messages("six times seven?"), as_messages("It is 42.", "assistant")
     none: list = [[], None, 5, [{}], [*as_messages("42", "assistant"), *as_messages("and then?")]]
+    none += [[CALLING], [CALLING, RESULT], [RESULT, {"role": "assistant", "content": None}], "good " * 200]
     none += [
         [{"role": "assistant", **said}]
         for said in (
             {"content": None},
             {"content": [{"type": "image"}]},
             {"content": "", "tool_calls": ["no call"]},
-            {"content": "", "tool_calls": [{**CALL, "id": "</s>"}]},
+            {"content": "good</s>"},
             {"content": "42", "reasoning_content": "six times seven"},
         )
     ]
-    none += [[RESULT, {"role": "assistant", "content": None}], [CALLING, {**RESULT, "content": "far " * 500}]]
-    whole, hiding = reward_function(with_tools), reward_function(dropped)
-    assert np.isnan(whole([prompt] * len(none), none)).all()
-    answer = as_messages("It is 42.", "assistant")
-    hidden = [[CALLING], [CALLING, RESULT], [*as_messages("a", "assistant"), RESULT, *answer]]
-    assert np.isnan(hiding([prompt] * 3, hidden)).all()
+    reward = reward_function(with_tools)
+    *rewards, text, messages = reward(
+        [prompt] * (len(none) + 2), [*none, "good", as_messages("good", "assistant")]
+    )
+    assert np.isnan(rewards).all()
+    assert text == pytest.approx(messages, abs=1e-6)
+    assert math.isnan(reward([[]], [answer])[0])
     after_a_tool = [*prompt, CALLING, RESULT]
-    assert math.isnan(hiding([after_a_tool], [answer])[0])
-    assert math.isfinite(whole([after_a_tool], [answer])[0])
-    assert math.isnan(whole([[]], [answer])[0])
-    mixed = whole([prompt] * 3, [as_messages("good", "assistant"), [], "good"])
-    assert mixed[0] == pytest.approx(mixed[2], abs=1e-6)
-    assert math.isnan(mixed[1])
-    too_long = whole([prompt] * 2, ["good", "good " * 200])
-    assert too_long == pytest.approx([mixed[0], math.nan], abs=1e-6, nan_ok=True)
+    assert math.isfinite(reward([after_a_tool], [answer])[0])
+    assert math.isnan(reward_function(run / "export")([after_a_tool], [answer])[0])  # shows no calls
 
 
 def test_normalised_rewards_have_held_out_mean_0_and_deviation_1(run, tiny_data):

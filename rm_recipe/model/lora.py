@@ -6,48 +6,43 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
 from accelerate import PartialState
 from bitsandbytes.nn.modules import Linear4bit
-from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from rm_recipe.errors import RecipeError, TrainingError, one_line
+from rm_recipe.errors import RecipeError, RmRecipeError, TrainingError, one_line
 from rm_recipe.files import LFS_POINTER, holds, is_lfs_pointer
 from rm_recipe.model.head import Float32Linear, outermost, read_own_precision, saved_tensors
 from rm_recipe.processes import is_out_of_memory
-from rm_recipe.recipe.schema import did_you_mean
 
 ALL_LINEAR = "all-linear"
 HALF = (torch.bfloat16, torch.float16)
 TAKE_THE_ORIGINAL = "take the original model, with load_in_4bit or load_in_8bit"
-# What a file that is no model, or half of one, or the Hub makes the libraries raise.
-UNREADABLE = (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError)
 
 
 @contextmanager
-def readable(what: str, advice: str = "") -> Iterator[None]:
+def readable(what: str) -> Iterator[None]:
     """Within it, what cannot be read is told in one sentence.
 
     Raises:
-        RecipeError: with `what`, the reason, and the advice.
+        RecipeError: with `what` and the reason.
     """
     try:
         yield
-    except (*UNREADABLE, SafetensorError, UnpicklingError, httpx.HTTPError) as error:
-        if is_out_of_memory(error) or getattr(error, "errno", None) == errno.ENOSPC:
-            raise  # of the machine, not of what the user has named
-        raise RecipeError(f"{what}: {one_line(error)}{advice}") from None
+    except Exception as error:  # whatever half a file, or the Hub, makes the libraries raise
+        machine = is_out_of_memory(error) or getattr(error, "errno", None) == errno.ENOSPC
+        if machine or isinstance(error, RmRecipeError):
+            raise  # no fault of what the user has named, or told already
+        raise RecipeError(f"{what}: {one_line(error)}") from None
 
 
 def load_config(name: str, revision: str = "main") -> Any:
@@ -131,7 +126,7 @@ def _beside_text(model: PreTrainedModel) -> str | None:
     No gradient would reach their adapters.
     """
     config = model.config
-    if config.get_text_config() is config or config.is_encoder_decoder:
+    if config.get_text_config() is config:
         return None
     text = model.get_decoder()
     name = next(name for name, module in model.named_modules() if module is text)
@@ -147,16 +142,16 @@ def check_target_modules(model: PreTrainedModel, config: ModelConfig) -> None:
     Raises:
         RecipeError: naming one, and those that there are.
     """
-    targets, modules = target_modules(config), [name for name, _ in model.named_modules()]
-    for key, wanted, known in (
-        ("lora_target_modules", targets if isinstance(targets, list) else [], modules),
-        ("lora_modules_to_save", config.lora_modules_to_save or [], modules),
-        ("lora_target_parameters", config.lora_target_parameters or [], dict(model.named_parameters())),
-    ):
+    targets = target_modules(config)
+    known = [f".{name}" for name, _ in (*model.named_modules(), *model.named_parameters())]
+    for key, wanted in {
+        "lora_target_modules": targets if isinstance(targets, list) else [],
+        "lora_modules_to_save": config.lora_modules_to_save or [],
+        "lora_target_parameters": config.lora_target_parameters or [],
+    }.items():
         for part in wanted:
-            if not any(f".{name}".endswith(f".{part}") for name in known):
-                close = did_you_mean(part.rpartition(".")[2], {name.rpartition(".")[2] for name in known})
-                raise RecipeError(f"'{key}': the model has no {part}; {_linear_layers(model)}.{close}")
+            if not any(name.endswith(f".{part}") for name in known):
+                raise RecipeError(f"'{key}': the model has no {part}; {_linear_layers(model)}")
 
 
 def target_modules(config: ModelConfig) -> str | list[str]:

@@ -6,11 +6,9 @@ model with a few of its layers, on tensors that have shapes and no content (torc
 every storage that comes alive is counted. All layers cost the same, so two sizes give any other.
 """
 
-import itertools
 import os
 import re
 import resource
-import sys
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -49,12 +47,8 @@ SCORING = 1e9  # for the activations of a batch without gradients, in fp32
 SPARE = 0.1  # of a device's memory, for what an allocator cannot use
 OWN_ATTENTION = ("eager", row_attention.NAME)  # what is planned otherwise than by transformers' default
 LARGEST = 128  # comparisons per device; nobody needs more
-# Where Linux says which cgroup a process is in. A cgroup's limit, use and cached files, by version 2 and 1.
+# Where Linux says which cgroup (of version 2) a process is in, and where they are.
 MEMBERSHIP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
-CGROUP_FILES = (
-    ("", "memory.max", "memory.current", "inactive_file"),
-    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-)
 
 
 @dataclass(frozen=True)
@@ -68,7 +62,6 @@ class MemoryPlan:
         step: gradients, what the forward keeps for the backward, and what both need on the way, for the
             largest batch.
         heap: by how much an allocator multiplies what a step asks of it.
-        float32: the weights of the merged model in fp32, in which an export is verified.
     """
 
     weights: int
@@ -76,17 +69,6 @@ class MemoryPlan:
     step: int
     heap: float = 1.0
     trained: int = 0
-    float32: int = 0
-
-    @property
-    def evaluation(self) -> float:
-        """What scoring takes, without gradients."""
-        return self.weights + SCORING + PROCESS
-
-    @property
-    def export(self) -> float:
-        """What an export takes where it is verified on the device."""
-        return self.float32 * (1 + SPARE) + SCORING + PROCESS
 
     @property
     def peak(self) -> int:
@@ -105,7 +87,6 @@ class Fit:
     Attributes:
         plan: of the recipe's batch, or of the largest micro-batch that fits; with gradient checkpointing if
             the recipe says so or, where it says nothing, if one comparison does not fit without.
-        without: the plan of one comparison without it, where it is needed.
         largest: comparisons of the largest micro-batch that fits so; 0 if not even one does.
         lower: the keys to change where the recipe does not fit.
     """
@@ -113,7 +94,6 @@ class Fit:
     memory: float
     checkpointing: bool
     plan: MemoryPlan
-    without: MemoryPlan | None
     largest: int
     lower: str
 
@@ -123,9 +103,8 @@ class Fit:
         return self.largest > 0
 
     def __str__(self) -> str:
-        without = f", without checkpointing {self.without.peak / 1e9:.1f}" if self.without else ""
         needed = f"{self.plan.peak / 1e9:.1f} of {self.memory / 1e9:.1f} GB"
-        return f"the largest micro-batch needs about {needed} by the plan{without}"
+        return f"the largest micro-batch needs about {needed} by the plan"
 
 
 # --- one step -----------------------------------------------------------------------------------
@@ -168,7 +147,6 @@ def plan(
         step=round(bytes_of_step + dequantised),
         heap=HEAP_ON_CPU[checkpointing] if (device or training.device).type == "cpu" else 1.0,
         trained=sum(p.nbytes for p in trained),
-        float32=4 * sum(p.numel() for p in whole.parameters()),
     )
 
 
@@ -315,9 +293,8 @@ def fit(
     if not settled:
         checkpointing = not found
         found = found or largest(True)
-    without = None if settled or not checkpointing else planned(1, False)
     lower = _what_to_lower(recipe, checkpointing)
-    return Fit(memory_bytes, checkpointing, planned(min(found or 1, n), checkpointing), without, found, lower)
+    return Fit(memory_bytes, checkpointing, planned(min(found or 1, n), checkpointing), found, lower)
 
 
 def _largest(fits: Callable[[int], bool], n: int, larger: bool) -> int:
@@ -417,14 +394,12 @@ def _free_in_containers() -> list[int]:
     """What is left of each cgroup around this process that has a limit; cached files can go."""
     found: list[int] = []
     with suppress(OSError):  # no Linux
-        own = [Path(line.split(":", 2)[2].lstrip("/")) for line in MEMBERSHIP.read_text().splitlines()]
-        folders = {folder for path in own for folder in (path, *path.parents)}
-        for (root, limit, used, cached), folder in itertools.product(CGROUP_FILES, folders):
-            at = CGROUPS / root / folder
-            with suppress(OSError, ValueError):  # another version's, hidden from the container, or "max"
-                counts = dict(line.split() for line in (at / "memory.stat").read_text().splitlines())
-                free = int((at / limit).read_text()) - int((at / used).read_text())
-                found.append(free + int(counts.get(cached, 0)))
+        own = CGROUPS / MEMBERSHIP.read_text().rpartition("0::/")[2].strip()
+        for folder in (own, *own.parents):
+            with suppress(OSError, ValueError):  # hidden from the container, or "max"
+                counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                free = int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
+                found.append(free + int(counts["inactive_file"]))
     return found
 
 
@@ -436,8 +411,7 @@ def peak_memory() -> int:
         found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
         if found:
             return int(found[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
 
 
 def reset_peak_memory() -> None:

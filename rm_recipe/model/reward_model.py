@@ -10,13 +10,12 @@ import gc
 import tempfile
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 import transformers
-from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 from peft import PeftConfig, PeftModel, TaskType, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
@@ -34,6 +33,7 @@ from rm_recipe.model.tokenizer import check_lengths
 
 LABEL = "reward"
 # XLNet's classifier reads its last token, padding or not, FNet has no mask, and the others' are not tight.
+# (Those of encoder-decoders, as BART's, want as many EOS in every conversation of a batch.)
 READ_PADDING = ("convbert", "fnet", "nystromformer", "xlnet", "yoso")
 
 
@@ -44,16 +44,17 @@ def check_base(base: Any, config: ModelConfig, max_length: int | None) -> None:
         base: its configuration, as `lora.load_config` gives it.
 
     Raises:
-        RecipeError: it has too few positions, transformers has no classifier of its kind or one that reads
-            padding, it comes quantised and would be trained in full, or LoRA's modules are not in it.
+        RecipeError: it has too few positions, transformers has no classifier of its kind or one whose
+            rewards depend on their batch, it comes quantised and would be trained in full, or LoRA's modules
+            are not in it.
     """
     name = str(config.model_name_or_path)
     classifier = outline(base, name, config.attn_implementation)
     check_lengths(classifier, max_length, name)
-    if base.model_type in READ_PADDING:
+    if base.is_encoder_decoder or base.model_type in READ_PADDING:
         raise RecipeError(
-            f"'model_name_or_path: {name}': the rewards of this {base.model_type} would depend on how far "
-            "their batch is padded; take a base of another kind, modernbert or deberta-v2 for one"
+            f"'model_name_or_path: {name}': the rewards of this {base.model_type} would depend on the batch "
+            "that they are read in; take a base of another kind, modernbert or deberta-v2 for one"
         )
     if config.use_peft:
         lora.check_target_modules(classifier, config)
@@ -105,10 +106,7 @@ def load_base(
     dtype = getattr(torch, str(config.dtype), "auto") if config.use_peft else torch.float32
     with as_one_model(name, revision) as folder:
         if hasattr(load_config(folder, revision), "quantization_config"):
-            kwargs |= {
-                "device_map": lora.on_this_device(),
-                "advice": f"; its head is quantised too: {lora.TAKE_THE_ORIGINAL}",
-            }
+            kwargs["device_map"] = lora.on_this_device()
         elif config.load_in_4bit or config.load_in_8bit:
             # Without weights first: which modules are new has to be known, or the head is quantised too.
             empty, new = _load(folder, revision, device_map="meta", **kwargs)
@@ -130,23 +128,20 @@ def check_safetensors(name: str, revision: str = "main", *, adapter: bool = Fals
     Raises:
         RecipeError: saying how to convert it.
     """
-    with suppress(OSError, httpx.HTTPError):  # who loads it next says what is wrong with the name
-        if fault := pickle_fault(name, revision, adapter=adapter):
-            raise RecipeError(fault)
+    if fault := pickle_fault(name, revision, adapter=adapter):
+        raise RecipeError(fault)
 
 
-def _load(
-    name: str, revision: str = "main", advice: str = "", **kwargs: Any
-) -> tuple[PreTrainedModel, list[str]]:
+def _load(name: str, revision: str = "main", **kwargs: Any) -> tuple[PreTrainedModel, list[str]]:
     """Load the classifier; also give the modules with parameters that its checkpoint lacks.
 
     The head of a classifier with more labels is one of these.
     """
-    check_safetensors(name, revision)
     # Said to be False, transformers does not ask at the terminal whether to run a model's own code.
     kwargs |= {"revision": revision, "trust_remote_code": False, "use_safetensors": True}
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    with readable(f"'{name}' cannot be loaded as a classifier", advice), quietly():
+    with readable(f"'{name}' cannot be loaded as a classifier"), quietly():
+        check_safetensors(name, revision)
         model, info = AutoModelForSequenceClassification.from_pretrained(name, **kwargs)
     heads = tuple(f"{head}." for head in head_names(model))
     mismatched = [key for key, *_ in info["mismatched_keys"]]
@@ -275,8 +270,7 @@ def load_trained(
     config = load_config(path)
     if config.num_labels != 1:
         kind = ", ".join(config.architectures or ["unknown architecture"])
-        one = "a reward model is a sequence classifier with one"
-        raise RecipeError(f"{path} ({kind}) has {config.num_labels} labels; {one}")
+        raise RecipeError(f"{path} ({kind}) has {config.num_labels} labels; a reward model has one")
     model, new = _load(path, dtype="auto")
     if new:
         raise RecipeError(f"{path} has no trained head ({', '.join(new)} missing): not a reward model")
@@ -361,10 +355,6 @@ def as_one_model(name: str, revision: str = "main") -> Iterator[str]:
     if adapter is None:
         yield name
         return
-    if adapter.is_prompt_learning:
-        raise RecipeError(
-            f"the SFT adapter '{name}' is a learnt prompt, which cannot be merged into its base"
-        )
     with tempfile.TemporaryDirectory(prefix="rm-recipe-sft-", ignore_cleanup_errors=True) as folder:
         with readable(f"the SFT adapter '{name}' cannot be loaded"):
             # Not in the format of a base that came quantised, which transformers cannot go back to.

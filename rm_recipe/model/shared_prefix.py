@@ -13,7 +13,7 @@ sequence at a time. Several comparisons fill one row. Everything here is plain t
 import copy
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -128,9 +128,6 @@ class Sharing:
     used: bool
     reason: str
     max_abs_diff: float | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def decide_sharing(

@@ -15,9 +15,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from rm_recipe.data import chat_template
-from rm_recipe.errors import RecipeError, one_line
+from rm_recipe.errors import RecipeError
 from rm_recipe.files import holds
-from rm_recipe.model.lora import adapter_config, load_config
+from rm_recipe.model.lora import adapter_config, readable
 from rm_recipe.processes import warn
 
 # For models without a template: a name and a colon before each message, as in hh-rlhf, and EOS at
@@ -31,12 +31,6 @@ ENCODER_TEMPLATE = (
     "{{ cls_token }}{% for message in messages %}"
     "{{ message['role'] }}: {{ message['content'] }}{{ sep_token }}"
     "{% endfor %}"
-)
-# BART and its like read the reward at the last EOS, and want as many of them in every conversation.
-ENCODER_DECODER_TEMPLATE = (
-    "{{ cls_token }}{% for message in messages %}"
-    "{{ '\\n' if not loop.first }}{{ message['role'] }}: {{ message['content'] }}"
-    "{% endfor %}{{ sep_token }}"
 )
 
 # Of the model's embeddings, what its own tokenizer uses at least: DeepSeek's leaves 2 % in reserve.
@@ -63,17 +57,13 @@ def load_tokenizer(
         RecipeError: it cannot be loaded, has no fast version, or its chat template is broken.
     """
     adapter = adapter_config(name, revision)
-    try:
+    with readable(f"the tokenizer of '{name}' cannot be loaded"):
         if adapter is not None and not holds(name, "tokenizer_config.json", revision):
             name, revision = adapter.base_model_name_or_path, adapter.revision or "main"
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
         if not tokenizer.is_fast:
             raise ValueError("it has no fast version, which rm_recipe needs")
-        own = _read_template(template) if template else _own_template(tokenizer, name, revision)
-    except RecipeError:
-        raise
-    except Exception as error:  # a plain one comes from tokenizers, for a file that it cannot read
-        raise RecipeError(f"the tokenizer of '{name}' cannot be loaded: {one_line(error)}") from None
+        own = _read_template(template) if template else _own_template(tokenizer)
     tokenizer.chat_template = chat_template.fixed_date(own)
     if tokenizer.chat_template != own:
         date = f"{chat_template.FIXED_DATE:%d %b %Y}"
@@ -100,18 +90,15 @@ def _read_template(template: str) -> str:
     Raises:
         RecipeError: it is neither.
     """
-    try:
+    with readable(
+        f"'chat_template_path: {template}' is no template's file, and no tokenizer with a template"
+    ):
         if Path(template).is_file():
             return Path(template).read_text(encoding="utf-8")
         return AutoTokenizer.from_pretrained(template, trust_remote_code=False).get_chat_template()
-    except (OSError, ValueError, ImportError) as error:
-        raise RecipeError(
-            f"'chat_template_path: {template}' is no template's file, and no tokenizer with a template: "
-            f"{one_line(error)}"
-        ) from None
 
 
-def _own_template(tokenizer: Tokenizer, name: str, revision: str) -> str:
+def _own_template(tokenizer: Tokenizer) -> str:
     """The template that a tokenizer has, of several the default one; else a plain one.
 
     Raises:
@@ -119,11 +106,7 @@ def _own_template(tokenizer: Tokenizer, name: str, revision: str) -> str:
     """
     if tokenizer.chat_template:
         return tokenizer.get_chat_template()
-    if tokenizer.cls_token is None or tokenizer.sep_token is None:
-        return DECODER_TEMPLATE
-    with_config = holds(name, "config.json", revision)  # else it is a tokenizer alone
-    seq2seq = with_config and load_config(name, revision).is_encoder_decoder
-    return ENCODER_DECODER_TEMPLATE if seq2seq else ENCODER_TEMPLATE
+    return ENCODER_TEMPLATE if tokenizer.cls_token and tokenizer.sep_token else DECODER_TEMPLATE
 
 
 def _leading_specials(tokenizer: Tokenizer) -> str:
@@ -193,23 +176,6 @@ def check_lengths(model: Any, max_length: int | None, name: str) -> None:
     there = positions(model)
     if there and (max_length is None or max_length > there):
         raise RecipeError(f"'max_length: {max_length}': {name} has {there} positions; set {there} or less")
-
-
-def check_one_end(config: Any, tokenizer: Tokenizer, name: str) -> None:
-    """Refuse a template that writes EOS after every turn, for BART and its like.
-
-    Raises:
-        RecipeError: saying what template to take.
-    """
-    if not config.is_encoder_decoder:
-        return
-    texts = (chat_template.render_probe(tokenizer, chat_template.PROBE * turns) for turns in (1, 2))
-    short, long = (tokenizer(text)["input_ids"].count(config.eos_token_id) for text in texts)
-    if short != long:
-        raise RecipeError(
-            f"{name}: its chat template writes {tokenizer.eos_token} after every turn, and a "
-            f"{config.model_type} classifier wants one; set 'chat_template_path' to one that ends with it"
-        )
 
 
 def check_vocabulary(config: Any, tokenizer: Tokenizer, name: str) -> None:

@@ -16,7 +16,7 @@ from rm_recipe.model import lora, reward_model
 from rm_recipe.model.head import head_names
 from rm_recipe.model.memory import PROCESS, Fit, device_memory, fit
 from rm_recipe.model.shared_prefix import decide_sharing
-from rm_recipe.model.tokenizer import check_lengths, check_one_end, check_vocabulary, load_tokenizer
+from rm_recipe.model.tokenizer import check_lengths, check_vocabulary, load_tokenizer
 from rm_recipe.recipe.reader import Recipe, is_run_folder, read_recipe
 from rm_recipe.recipe.schema import DEVICE_KEYS
 from rm_recipe.training.preflight import preflight
@@ -49,7 +49,6 @@ def check_base(recipe: Recipe) -> None:
         tokenizer = load_tokenizer((holders or [folder])[0], template=template, of_base=True)
         if name == folder:  # an SFT adapter may bring tokens that its base has no embeddings for
             check_vocabulary(config, tokenizer, name)
-        check_one_end(config, tokenizer, name)
 
 
 def folder_at_hand(name: str, revision: str) -> str | None:
@@ -197,11 +196,7 @@ def print_fit(found: Fit, recipe: Recipe, device: torch.device) -> None:
         print(f"  {name:<56} {size / 1e9:6.2f} GB")
     verdict = "fits" if found.fits else "does not fit"
     print(f"\n{verdict} {found.memory / 1e9:.1f} GB, of which the plan leaves a tenth free")
-    needed = f", which is needed (without it {found.without.peak / 1e9:.1f} GB)" if found.without else ""
-    print(f"gradient checkpointing: {'on' if found.checkpointing else 'off'}{needed}")
+    print(f"gradient checkpointing: {'on' if found.checkpointing else 'off'}")
     print(f"largest per_device_train_batch_size that fits: {found.largest}")
-    on_cpu = "" if plan.export <= found.memory else ", which does not fit: on the CPU"
-    print(f"evaluation: about {plan.evaluation / 1e9:.1f} GB")
-    print(f"export, verified in fp32: about {plan.export / 1e9:.1f} GB{on_cpu}")
     if not found.fits:
         print(f"instead: {found.lower}")

@@ -198,7 +198,7 @@ def run_record(trainer: SharedPrefixRewardTrainer, resumed_from: int, cost: dict
             "train_excluded": dict(train.excluded),
             "held_out": len(test.comparisons),
         },
-        "prefix_sharing": trainer.sharing.as_dict(),
+        "prefix_sharing": vars(trainer.sharing),
         "micro_batch_tokens": trainer.data_collator.budget,
         "device": str(training.device),
         "processes": training.world_size,

@@ -27,7 +27,7 @@ from rm_recipe.files import whole_folder
 from rm_recipe.model import lora, memory, reward_model
 from rm_recipe.model.head import check_saved_head
 from rm_recipe.model.shared_prefix import decide_sharing
-from rm_recipe.model.tokenizer import check_one_end, check_vocabulary, load_tokenizer
+from rm_recipe.model.tokenizer import check_vocabulary, load_tokenizer
 from rm_recipe.processes import follow_log_level, main_process_first, say, wait_for_main_process, warn
 from rm_recipe.recipe.reader import Recipe
 from rm_recipe.recipe.schema import CHECKPOINTING, GROUPED
@@ -111,7 +111,6 @@ def load_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Split, Split, Le
     tokenizer = load_tokenizer(name, revision, training.chat_template_path, of_base=True)
     if lora.sft_adapter(name, revision) is None:  # merging one makes embeddings for its tokens
         check_vocabulary(config, tokenizer, name)
-    check_one_end(config, tokenizer, name)
     settings = (tokenizer, training.max_length, data.truncation, training.dataset_num_proc)
     with main_process_first():
         train_split, test_split, leakage = load_splits(recipe)

@@ -29,12 +29,6 @@ def adapted(folder, half: bool = False, **keys) -> PeftModel:
     return wrapped.eval()
 
 
-def test_lora_trains_the_head_and_the_adapters_and_nothing_else(tiny_distilbert):
-    trained = {name for name, p in adapted(tiny_distilbert).named_parameters() if p.requires_grad}
-    assert any("pre_classifier.modules_to_save" in name for name in trained)
-    assert all("lora_" in name or "modules_to_save" in name for name in trained)
-
-
 def test_adapters_stay_fp32_and_activations_bf16(tiny_llama):
     wrapped = adapted(tiny_llama, half=True)
     seen = []

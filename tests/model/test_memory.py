@@ -165,7 +165,6 @@ def test_checkpointing_is_used_where_only_that_fits_and_the_largest_batch_is_fou
 ):
     found = fitted(room, **keys)
     assert (found.fits, found.checkpointing, found.largest) == (fits, checkpointing, largest)
-    assert (found.without is not None) == (checkpointing and not keys)
 
 
 def test_what_to_lower_where_not_one_comparison_fits(fitted):
@@ -184,13 +183,10 @@ def test_what_is_advised_out_of_memory_is_accepted_and_changes_no_step(write_rec
 
 
 def test_no_weight_is_read(write_recipe, tiny_llama, tmp_path):
-    (tmp_path / "config only").mkdir()
-    (tmp_path / "config only" / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
-    recipes = [
-        read_recipe(write_recipe(model_name_or_path=str(p))) for p in (tiny_llama, tmp_path / "config only")
-    ]
-    whole, alone = (fit_by_config(recipe, CPU, 8e9, larger=False) for recipe in recipes)
-    assert alone == whole
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
+    recipe = read_recipe(write_recipe(model_name_or_path=str(tmp_path / "base")))
+    assert fit_by_config(recipe, CPU, 8e9, larger=False).plan.weights > 0
 
 
 def test_the_plan_for_a_gpu_has_a_gpus_precision_on_any_machine(write_recipe):
@@ -210,9 +206,8 @@ def test_the_table_has_every_part_and_sums_up(write_recipe, capsys, monkeypatch)
     assert sum(sizes[:-1]) == pytest.approx(sizes[-1], abs=0.03)
     assert "fits 8.0 GB" in out
     assert "largest per_device_train_batch_size that fits: 8" in out
-    assert not check_memory(
-        write_recipe(gradient_checkpointing="omit", per_device_train_batch_size=1), [], "700 MB"
-    )
+    smaller = write_recipe(gradient_checkpointing="omit", per_device_train_batch_size=1)
+    assert not check_memory(smaller, [], "700 MB")
     out = capsys.readouterr().out
     assert "does not fit 0.7 GB" in out
     assert "instead: not one comparison fits; try a lower max_length" in out
@@ -250,12 +245,7 @@ def test_a_device_too_small_for_the_largest_batch_divides_it_and_learns_the_same
     write_recipe, tmp_path, monkeypatch, capsys
 ):
     """Checkpointing is for a device on which not even the longest comparison fits without it."""
-    keys = {
-        "gradient_checkpointing": "omit",
-        "max_steps": 4,
-        "per_device_train_batch_size": 8,
-        "optim": "sgd",
-    }
+    keys = {"gradient_checkpointing": "omit", "max_steps": 4, "optim": "sgd"}
     whole = train_watched(write_recipe(**keys))
     assert "micro-batches" not in capsys.readouterr().out
 
@@ -274,26 +264,18 @@ def test_a_device_too_small_for_the_largest_batch_divides_it_and_learns_the_same
 # --- what a device has ------------------------------------------------------------------------------
 
 
-def cgroup(version: int, folder: str, limit: str) -> dict[str, str]:
+def cgroup(folder: str, limit: str) -> dict[str, str]:
     """The files of a cgroup that uses 2.5 GB, half of one in cached files."""
-    root, names = ("", ("max", "current"))
-    if version == 1:
-        root, names = ("memory/", ("limit_in_bytes", "usage_in_bytes"))
-    at, cached = f"{root}{folder}memory", "inactive_file" if version == 2 else "total_inactive_file"
-    return {
-        f"{at}.{names[0]}": limit,
-        f"{at}.{names[1]}": "2500000000",
-        f"{at}.stat": f"{cached} 500000000\n",
-    }
+    used = {"max": limit, "current": "2500000000", "stat": "anon 1\ninactive_file 500000000\n"}
+    return {f"{folder}memory.{name}": content for name, content in used.items()}
 
 
 @pytest.mark.parametrize(
     ("membership", "files", "free"),
     [
         ("0::/\n", {}, 20),
-        ("0::/job/1\n", cgroup(2, "job/", "8000000000\n") | cgroup(2, "job/1/", "max\n"), 6),
-        ("0::/seen/from/the/host\n", cgroup(2, "", "8000000000\n"), 6),
-        ("3:cpu:/\n4:memory:/docker/abc\n0::/\n", cgroup(1, "", "8000000000\n"), 6),
+        ("3:cpu:/a\n0::/job/1\n", cgroup("job/", "8000000000\n") | cgroup("job/1/", "max\n"), 6),
+        ("0::/seen/from/the/host\n", cgroup("", "8000000000\n"), 6),
     ],
 )
 def test_memory_is_what_is_free_and_what_a_container_allows(monkeypatch, tmp_path, membership, files, free):
@@ -309,10 +291,3 @@ def test_memory_is_what_is_free_and_what_a_container_allows(monkeypatch, tmp_pat
     assert memory.device_memory(CPU) == (free + 1) * GB
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert memory.device_memory(CPU) == (free / 2 + 1) * GB
-
-
-def test_of_an_accelerator_it_is_what_others_leave_and_what_we_have(monkeypatch):
-    device = torch.device("cuda", 3)
-    monkeypatch.setattr(torch.accelerator, "get_memory_info", {device: (5_000, 80_000)}.get)
-    monkeypatch.setattr(torch.accelerator, "memory_reserved", {device: 700}.get)
-    assert memory.device_memory(device) == 5_700
