@@ -275,7 +275,7 @@ def _with_choices(hint: Any, choices: Iterable[str] | None) -> Any:
     """The type with the values that the key takes, of an enumeration or from TRL's `choices`."""
     kinds = typing.get_args(hint)
     for kind in kinds:
-        if isinstance(kind, enum.EnumType):
+        if isinstance(kind, type) and issubclass(kind, enum.Enum):
             choices = [member.value for member in kind]
     if not choices:
         return hint

@@ -12,10 +12,8 @@ import yaml
 from conftest import make_recipe, ready_trainer
 from trl import ModelConfig, RewardConfig
 
-from rm_recipe.errors import RecipeError
 from rm_recipe.model import lora as lora_module
 from rm_recipe.recipe.reader import read_recipe
-from rm_recipe.recipe.relations import IDLE
 from rm_recipe.recipe.schema import (
     FIXED_KEYS,
     FOREIGN_KEYS,
@@ -169,16 +167,6 @@ def test_a_hint_leads_to_no_key_that_is_refused_too():
     for key in (*REFUSED_KEYS, *FIXED_KEYS, "include_inputs_for_metrics", "fp16_full_evals"):
         suggested = re.findall(r"Did you mean '(\w+)'", fault_of(f"{key}s", 1))
         assert not {*suggested} & {*REFUSED_KEYS, *FIXED_KEYS}
-
-
-@pytest.mark.parametrize("key", ["lora_r", "use_bnb_nested_quant", "eval_steps", "run_name", "hub_model_id"])
-def test_a_key_whose_switch_is_not_in_the_recipe_is_refused(write_recipe, key):
-    """`lora_r` without `use_peft` would train all weights, unsaid."""
-    value = {"lora_r": 2, "eval_steps": 2, "use_bnb_nested_quant": True}.get(key, "x")
-    with pytest.raises(
-        RecipeError, match=f"'{key}' does nothing without '{IDLE[key].split()[0]}': set that, or"
-    ):
-        read_recipe(write_recipe(**{"use_peft": "omit", "lora_r": "omit", key: value}))
 
 
 # --- types and choices ----------------------------------------------------------------------------
