@@ -85,40 +85,39 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._deferred: str | None = None
-        self._process = 0
-        self._listening = False
+        self._deferred = False
+        self._process = 0  # that listens
 
     @contextmanager
     def listening(self) -> Iterator["Interrupts"]:
         """Within the outermost one, signals come here; in another thread than the main one, none do."""
-        if self._listening or threading.current_thread() is not threading.main_thread():
+        if self._process or threading.current_thread() is not threading.main_thread():
             yield self
             return
         nohup = {number for number in SIGNALS[2:] if signal.getsignal(number) == signal.SIG_IGN}
         before = {number: signal.signal(number, self._handle) for number in SIGNALS if number not in nohup}
-        self._listening, self._process, self.received = True, os.getpid(), None
+        self._process, self.received = os.getpid(), None
         try:
             yield self
         finally:
-            self._listening = False
+            self._process = 0
             for number, handler in before.items():
                 signal.signal(number, handler)
 
     @contextmanager
-    def deferred(self, promise: str) -> Iterator[None]:
-        """Within it, a request is noted and answered with `promise` on standard error.
+    def deferred(self) -> Iterator[None]:
+        """Within it, a request is noted, and standard error says what comes before it is answered.
 
         Raises:
             KeyboardInterrupt: there was one before that got lost.
         """
         if self.received is not None:
             raise KeyboardInterrupt
-        self._deferred = promise
+        self._deferred = True
         try:
             yield
         finally:
-            self._deferred = None
+            self._deferred = False
 
     def _handle(self, number: int, _: Any) -> None:
         if os.getpid() != self._process:  # a data loader's worker, which has inherited this
@@ -127,13 +126,13 @@ class Interrupts:
             return
         first, self.received = self.received is None, self.received or number
         launched = any(name in os.environ for name in LAUNCHED) and UNDER_RUN not in os.environ
-        if self._deferred is None or not (first or launched):
+        if not self._deferred or not (first or launched):
             raise KeyboardInterrupt
         # Not by `print`: the signal may have come amid one.
         if first and os.environ.get("RANK", "0") == "0":
             with suppress(OSError):  # the terminal may be gone
                 again = "" if launched else "; Ctrl-C again stops at once"
-                text = f"\n{self._deferred}{again}\n"
+                text = f"\nrm-recipe: finishing this step and saving it{again}\n"
                 os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
 
 

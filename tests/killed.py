@@ -1,18 +1,20 @@
 """A training that is killed again and again and resumed each time, for `test_checkpoints`.
 
-`python killed.py FOLDER RECIPE SEED TIMES WRITES`: kills at TIMES random moments and before each of the
-WRITES, numbers of changes to the run folder (`all`: before every one). It forks from a process that has
-imported everything, so a start costs milliseconds. Prints one JSON object.
+`python killed.py FOLDER RECIPE TIMES CHANGE`: kills at TIMES random moments, and before a CHANGE to the run
+folder, by its number (`all`: before each). It forks from a process that has imported everything, so a start
+costs milliseconds. In FOLDER it leaves `whole`, a run that was not killed, and `finished-N`, those that were;
+the last line that it prints is a JSON object.
 """
 
+import itertools
 import json
+import multiprocessing
 import os
 import random
-import shutil
 import signal
 import sys
 import time
-from contextlib import redirect_stdout
+from collections.abc import Callable
 from pathlib import Path
 
 from rm_recipe.recipe.reader import is_run_folder, read_recipe
@@ -21,98 +23,60 @@ from rm_recipe.training.train import train
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 
 
-def run_of(recipe: Path, run: Path) -> None:
-    """Trains, or goes on where a run is there, as `rm-recipe run` does."""
-    parsed = read_recipe(recipe, ["--output_dir", str(run)])
-    train(parsed, resume=is_run_folder(run))
-
-
-def before_change(run: Path, number: int, count_into: Path | None = None) -> None:
-    """Kills this process before so many changes to a folder have been made; or counts them."""
-    counted = 0
+def run_of(recipe: Path, run: Path, at_change: Callable[[int], None] = lambda _: None) -> None:
+    """Trains, or goes on where a run is there, as `rm-recipe run` does; names each change before it."""
+    numbers = itertools.count(1)
 
     def hook(event: str, arguments: tuple) -> None:
-        nonlocal counted
         writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
-        if not (writes or event in CHANGES) or not str(arguments[0]).startswith(str(run)):
-            return
-        counted += 1
-        if count_into is not None:
-            count_into.write_text(str(counted))
-        elif counted == number:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if (writes or event in CHANGES) and str(arguments[0]).startswith(str(run)):
+            at_change(next(numbers))
 
     sys.addaudithook(hook)
+    train(read_recipe(recipe, ["--output_dir", str(run)]), resume=is_run_folder(run))
 
 
-def in_a_fork(action, kill_after: float | None = None) -> tuple[bool, float]:
-    """Whether a function ended well in a process of its own, and after how many seconds."""
-    began = time.monotonic()
-    child = os.fork()
-    if child == 0:
-        try:
-            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-                action()
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    status = None
-    while status is None:
-        ended, code = os.waitpid(child, os.WNOHANG)
-        if ended:
-            status = code
-        elif kill_after is not None and time.monotonic() - began > kill_after:
-            os.kill(child, signal.SIGKILL)
-            _, status = os.waitpid(child, 0)
-        else:
-            time.sleep(0.001)
-    assert status in (0, signal.SIGKILL), f"status {status}"
-    return status == 0, time.monotonic() - began
+def in_a_fork(*arguments, seconds: float | None = None) -> bool:
+    """Whether `run_of` ended well in a process of its own, which is killed after so many seconds."""
+    process = multiprocessing.get_context("fork").Process(target=run_of, args=arguments)
+    process.start()
+    process.join(seconds)
+    process.kill()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL), f"status {process.exitcode}"
+    return process.exitcode == 0
 
 
 def main() -> None:
-    folder, recipe, seed, times, writes = sys.argv[1:]
-    whole, killed = Path(folder) / "whole", Path(folder) / "killed"
-    counter = Path(folder) / "changes"
-    in_a_fork(lambda: run_of(recipe, folder / Path("warm-up")))  # fills the cache of tokenised data
-
-    def counting() -> None:
-        before_change(whole, -1, counter)
-        run_of(recipe, whole)
-
-    done, seconds = in_a_fork(counting)
-    assert done
-    changes, kills, states = int(counter.read_text()), [], []
+    folder, recipe, times, change = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    whole, killed, counted = folder / "whole", folder / "killed", folder / "changes"
+    in_a_fork(recipe, folder / "warm-up")  # fills the cache of tokenised data
+    began = time.monotonic()
+    assert in_a_fork(recipe, whole, lambda number: counted.write_text(str(number)))
+    seconds, changes = time.monotonic() - began, int(counted.read_text())
+    kills, names = [], itertools.count(1)
 
     def finish() -> None:
         if not (killed / "run.json").is_file():
-            assert in_a_fork(lambda: run_of(recipe, killed))[0]
-        states.append(sorted(path.name for path in killed.iterdir()))
-        shutil.copytree(killed, Path(folder) / f"finished-{len(states)}")
-        shutil.rmtree(killed)
+            assert in_a_fork(recipe, killed)
+        killed.rename(folder / f"finished-{next(names)}")
 
-    numbers = range(1, changes + 1) if writes == "all" else [int(n) for n in writes.split(",") if n]
-    for number in numbers:
+    def kill_at(wanted: int) -> Callable[[int], None]:
+        return lambda number: os.kill(os.getpid(), signal.SIGKILL) if number == wanted else None
 
-        def until_change(number=number) -> None:
-            before_change(killed, number)
-            run_of(recipe, killed)
-
-        ended, _ = in_a_fork(until_change)
-        kills += [f"change {number}"] * (not ended)
+    for number in range(1, changes + 1) if change == "all" else [int(change)]:
+        if not in_a_fork(recipe, killed, kill_at(number)):
+            kills.append(f"change {number}")
         finish()
-    rng = random.Random(int(seed))
-    for survived in range(int(times)):
-        ended, _ = in_a_fork(lambda: run_of(recipe, killed), kill_after=rng.uniform(0.1, 0.7) * seconds)
-        kills += ["moment"] * (not ended)
-        if (killed / "run.json").is_file() or survived % 3 == 2:  # else the same run is killed again
+    rng = random.Random(0)
+    for number in range(times):
+        if not in_a_fork(recipe, killed, seconds=rng.uniform(0.1, 0.7) * seconds):
+            kills.append("moment")
+        if (killed / "run.json").is_file() or number % 3 == 2:  # else the same run is killed again
             finish()
     if killed.is_dir():
         finish()
-    json.dump({"changes": changes, "seconds": seconds, "kills": kills, "states": states}, sys.stdout)
+    print(json.dumps({"changes": changes, "kills": kills}))
 
 
 if __name__ == "__main__":

@@ -29,10 +29,7 @@ RUN_HEADER = "every key with the value it had"  # so a run's recipe.yaml is told
 
 @dataclass
 class Recipe:
-    """A parsed recipe; `values` holds every key that it or the device resolution gave a value.
-
-    `notes` are for whoever trains by it: what it says and training does not do.
-    """
+    """A parsed recipe; `values` holds every key that it or the device resolution gave a value."""
 
     path: Path
     values: dict[str, Any]
@@ -40,7 +37,6 @@ class Recipe:
     model: "ModelConfig" = field(repr=False)
     data: DataArguments = field(repr=False)
     hub: HubArguments = field(repr=False, default_factory=HubArguments)
-    notes: list[str] = field(repr=False, default_factory=list)
 
     @property
     def output_dir(self) -> Path:
@@ -93,15 +89,13 @@ def _refuse(faults: list[str]) -> None:
 def _build(path: Path, values: dict[str, Any]) -> Recipe:
     from trl import ModelConfig, RewardConfig
 
-    asked = values.get("dtype", "float32")
     values = relations.resolve(values)
     parts: list[Any] = []
-    taken: set[str] = set()
+    left = dict(values)
     for part in (HubArguments, DataArguments, ModelConfig, RewardConfig):  # Trainer does not see the Hub's
-        names = {item.name for item in dataclasses.fields(part) if item.init} - taken
-        taken |= names
+        names = {item.name for item in dataclasses.fields(part) if item.init}
         try:
-            parts.append(part(**{key: value for key, value in values.items() if key in names}))
+            parts.append(part(**{key: left.pop(key) for key in names & left.keys()}))
         except (ValueError, TypeError, ImportError, OSError) as error:
             raise RecipeError(f"{path}: {' '.join(str(error).split())}") from None
     hub, data, model, training = parts
@@ -109,10 +103,7 @@ def _build(path: Path, values: dict[str, Any]) -> Recipe:
     # one process trains on one GPU, `accelerate launch` on more.
     if training.n_gpu > 1:
         training._n_gpu = 1
-    notes = []
-    if asked != "float32" and not model.use_peft:
-        notes.append(f"dtype: float32, not {asked}: weights that are trained in full are kept in fp32")
-    return Recipe(path, values, training, model, data, hub, notes)
+    return Recipe(path, values, training, model, data, hub)
 
 
 # --- recipes that are shipped, and those of runs ---------------------------------------------

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 EXCLUSIVE = """
 load_in_4bit load_in_8bit: a base is quantised once
 use_dora load_in_8bit: DoRA reads weights that bitsandbytes does not give in 8 bits
-bf16 fp16: training computes in one of them
 datasets dataset_name dataset_subsets dataset_revision: each entry of 'datasets' has its own
 lora_dropout disable_dropout=true: TRL switches dropout off; set 'disable_dropout: false'
 neftune_noise_alpha prefix_sharing=auto: the noise is scaled by a row's length; set 'prefix_sharing: off'
@@ -38,6 +37,8 @@ load_best_model_at_end eval_strategy=no save_strategy=no: the best is known by e
 early_stopping_patience eval_strategy=no save_strategy=no|best: the best is known by evaluating what is saved
 early_stopping_patience load_best_model_at_end=false: it keeps the best
 save_strategy=best eval_strategy=no: the best is known by evaluating
+fsdp load_in_4bit load_in_8bit per_device_train_batch_size=auto: they need the whole model on each GPU
+deepspeed load_in_4bit load_in_8bit per_device_train_batch_size=auto: they need the whole model on each GPU
 """
 # A term that is refused without another.
 NEEDS = schema.table("""
@@ -65,6 +66,7 @@ hub_model_id hub_private_repo: push_to_hub
 # What the rules take keys for that are not in the recipe.
 USUAL = {"disable_dropout": True, "prefix_sharing": "auto", "eval_strategy": "no", "save_strategy": "steps"}
 USUAL |= {"optim": "adamw_torch_fused"}
+SHARDING = ("FSDP", "DeepSpeed")
 BEST_EVERY = 0.1  # of all steps, after which the best checkpoint is looked for where the recipe says nothing
 EARLY_STOPPING = {  # what `early_stopping_patience` sets
     "load_best_model_at_end": True,
@@ -85,6 +87,7 @@ def relation_faults(values: dict[str, Any], given: dict[str, Any]) -> Iterator[s
     """
     device = device_of(values)
     known = USUAL | best_values(values) | values | {"use_cpu": device == "cpu"}
+    known |= {name.lower(): is_sharded(name, values.get(name.lower())) for name in SHARDING}
 
     def holds(term: str) -> bool:
         key, _, wanted = term.partition("=")
@@ -122,11 +125,12 @@ def relation_faults(values: dict[str, Any], given: dict[str, Any]) -> Iterator[s
     made, of_step = batch_values(values), values.get("comparisons_per_step")
     if made and of_step != math.prod(made.values()) * int(os.environ.get("WORLD_SIZE", "1")):
         yield f"'comparisons_per_step: {of_step}' is no multiple of what all processes' batches hold"
-    launched = [os.environ.get(f"ACCELERATE_USE_{name}", "false") for name in ("FSDP", "DEEPSPEED")]
-    shards = values.get("fsdp") or values.get("deepspeed") or "true" in launched
-    if values.get("per_device_train_batch_size") == "auto" and shards:
-        yield "'per_device_train_batch_size: auto' is for a whole model on each GPU: with FSDP, say a number"
     yield from split_faults(values)
+
+
+def is_sharded(by: str, key: Any) -> bool:
+    """Whether one of `SHARDING` is asked for: by its key, or by `accelerate launch`."""
+    return bool(key) or os.environ.get(f"ACCELERATE_USE_{by.upper()}", "false").lower() == "true"
 
 
 def split_faults(values: dict[str, Any]) -> Iterator[str]:
@@ -166,11 +170,6 @@ def input_faults(values: dict[str, Any]) -> Iterator[str]:
             yield f"'model_name_or_path: {base}' holds no model: there is no {either}"
         elif fault := pickle_fault(base, adapter="adapter_config.json" in files):
             yield fault
-    if Path(template).is_file() and not template.endswith(schema.TEMPLATE_FORMATS):
-        yield (
-            f"'chat_template_path: {template}': a template's file ends in "
-            f"{' or '.join(schema.TEMPLATE_FORMATS)}; a folder or a Hub id means that tokenizer's"
-        )
 
 
 def making_faults(training: "RewardConfig") -> Iterator[str]:
@@ -235,8 +234,6 @@ def resolve(values: dict[str, Any]) -> dict[str, Any]:
         found["dtype"] = "bfloat16" if bf16 else "float16" if fp16 else "float32"
     if values.get("disable_dropout", True):  # by TRL, whatever `lora_dropout` says
         found["lora_dropout"] = 0.0
-    if values.get("report_to") is None:
-        found["report_to"] = "none"  # trackers are asked for, never found by chance
     return {"dataloader_pin_memory": device != "cpu", "disable_tqdm": False} | found
 
 

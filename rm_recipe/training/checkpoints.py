@@ -29,21 +29,19 @@ from rm_recipe.errors import INTERRUPTS, Interrupted, RecipeError, TrainingError
 from rm_recipe.files import locked, read_json, sha256, tidy, write_json
 from rm_recipe.model.memory import peak_memory, reset_peak_memory, too_little
 from rm_recipe.processes import is_out_of_memory, say, warn
-from rm_recipe.recipe.reader import RUN_RECIPE, Recipe
-from rm_recipe.training.monitoring import EarlySigns, starts_at_ln2
+from rm_recipe.recipe.reader import RUN_RECIPE, Recipe, saved_values
+from rm_recipe.training.monitoring import EarlySigns
 from rm_recipe.training.run_folder import (
     DATA_REPORT,
     check_identity,
     check_run_folder,
     empty,
     identity_of,
-    keep_what_was_settled,
     run_record,
 )
 from rm_recipe.training.trainer import SharedPrefixRewardTrainer
 
 MANIFEST = "manifest.json"
-PROMISE = "rm-recipe: finishing this step and saving it"
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -71,27 +69,15 @@ def fault_of(checkpoint: Path) -> str | None:
     except (RecipeError, KeyError):
         return f"it was not finished, or its {MANIFEST} is broken"
     for name, known in files.items():
-        known = known["sha256"] if isinstance(known, dict) else known  # as older runs have it
         if not (checkpoint / name).is_file() or sha256(checkpoint / name) != known:
             return f"{name} is missing or not as it was written"
     return None
 
 
-def newest_whole(run: Path) -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint that counts, if any, and the newer ones that do not, with their faults."""
-    faulty: dict[Path, str] = {}
-    for checkpoint in checkpoints(run):
-        fault = fault_of(checkpoint)
-        if fault is None:
-            return checkpoint, faulty
-        faulty[checkpoint] = fault
-    return None, faulty
-
-
 def newest_manifest(run: Path) -> dict[str, Any] | None:
     """The manifest of the newest checkpoint that counts."""
-    checkpoint, _ = newest_whole(run)
-    return read_json(checkpoint / MANIFEST) if checkpoint else None
+    whole = (checkpoint for checkpoint in checkpoints(run) if fault_of(checkpoint) is None)
+    return next((read_json(checkpoint / MANIFEST) for checkpoint in whole), None)
 
 
 @contextmanager
@@ -106,8 +92,6 @@ def open_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> Iterator["Run"
     with INTERRUPTS.listening():
         try:
             with locked(run.folder) if PartialState().is_main_process else nullcontext():
-                if resume:
-                    keep_what_was_settled(recipe)
                 check_run_folder(recipe, resume=resume, overwrite=overwrite)
                 if resume:
                     run.find_checkpoint()
@@ -140,19 +124,26 @@ class Run(TrainerCallback):
         self.checkpoint: Path | None = None
         self.identity: dict[str, Any] = {}
         self._resumed: dict[str, Any] = {}  # the checkpoint's manifest
-        self._faulty: dict[Path, str] = {}  # newer checkpoints that do not count
+        self._faulty: list[Path] = []  # newer checkpoints that do not count
         self._stopping = False
 
     def find_checkpoint(self) -> None:
-        """Find what to go on from, and say what it is and which newer ones do not count."""
-        self.checkpoint, self._faulty = newest_whole(self.folder)
-        for path, fault in self._faulty.items():
-            warn(f"{path} does not count: {fault}")
-        if self.checkpoint is None:
-            say("no checkpoint to resume from: starting anew")
-        else:
-            self._resumed = read_json(self.checkpoint / MANIFEST)
-            say(f"resuming from {self.checkpoint}")
+        """Find what to go on from, and say what it is and which newer ones do not count.
+
+        Batches are divided as they were, whatever room the device has now.
+        """
+        if "micro_batch_tokens" not in self._recipe.values:
+            tokens = saved_values(self.folder).get("micro_batch_tokens")
+            self._recipe.data.micro_batch_tokens = self._recipe.values["micro_batch_tokens"] = tokens
+        for path in checkpoints(self.folder):
+            if fault := fault_of(path):
+                warn(f"{path} does not count: {fault}")
+                self._faulty.append(path)
+            else:
+                self.checkpoint, self._resumed = path, read_json(path / MANIFEST)
+                say(f"resuming from {path}")
+                return
+        say("no checkpoint to resume from: starting anew")
 
     def begin(self, trainer: SharedPrefixRewardTrainer, report: dict[str, Any] | None) -> None:
         """Make the folder this run's, with recipe and data report, and watch the trainer from now on.
@@ -163,7 +154,7 @@ class Run(TrainerCallback):
         Raises:
             RecipeError: the data are not those that the checkpoint was trained on.
         """
-        recipe, held_out = self._recipe, len(trainer.test_split.comparisons)
+        recipe = self._recipe
         identity = identity_of(trainer.train_split, trainer.test_split)
         if self._resumed:
             check_identity(self.folder, self._resumed, identity)
@@ -178,14 +169,14 @@ class Run(TrainerCallback):
             recipe.save(self.folder / RUN_RECIPE)
             write_json(self.folder / DATA_REPORT, report)
         trainer.accelerator.wait_for_everyone()
-        for note in recipe.notes:
-            say(note)
         if recipe.hub.push_to_hub:
             say("push_to_hub: training uploads nothing; `rm-recipe run` uploads the proven export at its end")
         self._trainer, self._began = trainer, time.monotonic()
         reset_peak_memory()
         of_step = trainer.get_total_train_batch_size(trainer.args)
-        trainer.add_callback(EarlySigns(of_step, held_out, starts_at_ln2(recipe)))
+        # Without margins and centring, the loss of an untrained model is ln 2.
+        plain = recipe.training.center_rewards_coefficient is None and recipe.data.margin_column is None
+        trainer.add_callback(EarlySigns(of_step, plain))
         trainer.add_callback(self)
 
     def finish(self) -> None:
@@ -212,12 +203,9 @@ class Run(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Save where a signal has reached any of the processes; at an epoch's end after its evaluation."""
-        accelerator, received = self._trainer.accelerator, INTERRUPTS.received is not None
-        if accelerator.num_processes > 1:
-            if received:
-                accelerator.set_trigger()
-            received = bool(accelerator.check_trigger())
-        self._stopping = self._stopping or received
+        if INTERRUPTS.received is not None:
+            self._trainer.accelerator.set_trigger()
+        self._stopping = self._trainer.accelerator.check_trigger() or self._stopping
         by_epoch = IntervalStrategy.EPOCH in (args.eval_strategy, args.save_strategy, args.logging_strategy)
         if self._stopping and not (by_epoch and float(state.epoch or 0).is_integer()):
             control.should_save = True
@@ -292,7 +280,7 @@ def ended_well(recipe: Recipe, trainer: SharedPrefixRewardTrainer) -> Iterator[N
             from holds a pickle of something else than training writes, which torch does not read.
     """
     try:
-        with INTERRUPTS.deferred(PROMISE):
+        with INTERRUPTS.deferred():
             yield
     except UnpicklingError as error:
         raise TrainingError(

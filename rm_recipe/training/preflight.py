@@ -5,7 +5,6 @@ random numbers and counts are as they were, so a run is the same with it and wit
 """
 
 import contextlib
-import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -18,9 +17,8 @@ from peft.tuners.lora import LoraLayer
 
 from rm_recipe.errors import RecipeError, TrainingError
 from rm_recipe.model.memory import device_memory, peak_memory, too_little
-from rm_recipe.processes import is_out_of_memory, say, warn
+from rm_recipe.processes import is_out_of_memory, say
 from rm_recipe.recipe.reader import Recipe
-from rm_recipe.training.monitoring import starts_at_ln2
 from rm_recipe.training.trainer import (
     SharedPrefixRewardTrainer,
     autocast_of,
@@ -29,7 +27,6 @@ from rm_recipe.training.trainer import (
 )
 
 TIMED = 3  # batches, as they come, whose time is measured
-FAR_FROM_START = 0.5  # of the loss of an untrained model, beyond which something is odd
 
 
 def preflight(recipe: Recipe, trainer: SharedPrefixRewardTrainer) -> dict[str, Any]:
@@ -54,11 +51,6 @@ def preflight(recipe: Recipe, trainer: SharedPrefixRewardTrainer) -> dict[str, A
         if not is_out_of_memory(error):
             raise
         raise RecipeError(f"preflight: {too_little(recipe)}") from None
-    if starts_at_ln2(recipe) and abs(found["loss"] - math.log(2)) > FAR_FROM_START:
-        warn(
-            f"the loss starts at {found['loss']:.2f}, and a head that knows nothing has 0.69 (ln 2): rewards "
-            "start large. A base that is a reward model already may; else look at the base"
-        )
     seconds, there = found["seconds"], device_memory(recipe.training.device)
     time_needed = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{max(seconds, 1):.0f} s"
     say(

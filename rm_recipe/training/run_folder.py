@@ -84,16 +84,6 @@ def check_run_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
         raise RecipeError(fault)
 
 
-def keep_what_was_settled(recipe: Recipe) -> None:
-    """Give a recipe what the run that it resumes has settled by data and device, where it says nothing."""
-    then = saved_values(recipe.output_dir) if is_run_folder(recipe.output_dir) else {}
-    settled = {"micro_batch_tokens": recipe.data, "train_sampling_strategy": recipe.training}
-    for key, part in settled.items():
-        if key in then and key not in recipe.values:
-            setattr(part, key, then[key])
-            recipe.values[key] = then[key]
-
-
 def identity_of(train_split: Split, test_split: Split) -> dict[str, Any]:
     """What has to be the same for a resumed run to equal one that was never interrupted.
 
@@ -193,11 +183,7 @@ def run_record(trainer: SharedPrefixRewardTrainer, resumed_from: int, cost: dict
         "versions": versions(),
         "git_commit": git_commit(),
         "data_fingerprints": {"train": train.fingerprint, "held_out": test.fingerprint},
-        "comparisons": {
-            "train": len(train.comparisons),
-            "train_excluded": dict(train.excluded),
-            "held_out": len(test.comparisons),
-        },
+        "comparisons": {"train": len(train.comparisons)},
         "prefix_sharing": vars(trainer.sharing),
         "micro_batch_tokens": trainer.data_collator.budget,
         "device": str(training.device),

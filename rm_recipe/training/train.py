@@ -7,7 +7,6 @@
 """
 
 import gc
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
@@ -30,6 +29,7 @@ from rm_recipe.model.shared_prefix import decide_sharing
 from rm_recipe.model.tokenizer import check_vocabulary, load_tokenizer
 from rm_recipe.processes import follow_log_level, main_process_first, say, wait_for_main_process, warn
 from rm_recipe.recipe.reader import Recipe
+from rm_recipe.recipe.relations import is_sharded
 from rm_recipe.recipe.schema import CHECKPOINTING, GROUPED
 from rm_recipe.training.checkpoints import ended_well, not_written, open_run, remove_unread
 from rm_recipe.training.preflight import preflight
@@ -79,17 +79,14 @@ def check_sharding(recipe: Recipe) -> None:
     Raises:
         RecipeError: naming what there is instead.
     """
-    training, state, model = recipe.training, PartialState(), recipe.model
+    training, state = recipe.training, PartialState()
     on_gpus = state.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU)
     engines = {
         "FSDP": (training.fsdp, on_gpus and state.num_processes > 1),
         "DeepSpeed": (training.deepspeed, state.distributed_type == DistributedType.DEEPSPEED),
     }
     for name, (key, given) in engines.items():
-        asked = key or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true"
-        if asked and (model.load_in_4bit or model.load_in_8bit):
-            raise RecipeError(f"{name} was asked for, and a base in 4 or 8 bits is not sharded")
-        if asked and not given:
+        if is_sharded(name, key) and not given:
             raise RecipeError(
                 f"{name} was asked for and would not be given: it shards a model over several GPUs, and "
                 f"here are {state.num_processes} process(es) on {state.device.type}"
@@ -100,8 +97,7 @@ def load_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Split, Split, Le
     """The tokenizer, train and held-out comparisons with their token ids, cached, and the leakage.
 
     Raises:
-        RecipeError: the base is unknown or `reward_model.check_base` refuses it, or all comparisons are fewer
-            than the one batch that `dataloader_drop_last` asks for.
+        RecipeError: the base is unknown or `reward_model.check_base` refuses it.
         DataError: the data cannot be used, or nothing is left of it.
     """
     training, data = recipe.training, recipe.data
@@ -116,24 +112,7 @@ def load_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Split, Split, Le
         train_split, test_split, leakage = load_splits(recipe)
         train_split = tokenize(train_split, *settings, alike=True)
         test_split = tokenize(test_split, *settings)
-    if training.dataloader_drop_last:
-        refuse_dropping(training, len(train_split.comparisons), len(test_split.comparisons))
     return tokenizer, train_split, test_split, leakage
-
-
-def refuse_dropping(training: Any, there: int, held_out: int) -> None:
-    """Refuse `dataloader_drop_last` where it would drop everything, or comparisons that are held out.
-
-    Raises:
-        RecipeError: with what there is.
-    """
-    n, fault = training.world_size, ""
-    if there < n * training.train_batch_size:
-        fault = f"all of the {there} comparisons: a batch has {n * training.train_batch_size}"
-    elif training.eval_strategy != "no" and (left_over := held_out % (n * training.eval_batch_size)):
-        fault = f"{left_over} of the {held_out} held-out comparisons at each evaluation"
-    if fault:
-        raise RecipeError(f"'dataloader_drop_last: true' would drop {fault}; leave it out")
 
 
 def report_data(recipe: Recipe, train: Split, test: Split, leakage: Leakage) -> dict[str, Any] | None:
@@ -150,6 +129,8 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Any,
     """The base as a one-label classifier, and the modules that are new in it."""
     training = recipe.training
     set_seed(training.seed)
+    if not recipe.model.use_peft:
+        say("all weights are trained, so they are in fp32 whatever 'dtype' says")
     with whole_weights():
         model, modules_to_save = reward_model.load_base(recipe.model, tokenizer, training.seed)
     model.config.rm_recipe = {

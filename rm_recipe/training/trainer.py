@@ -5,6 +5,7 @@ Ours are the collator (rows), `compute_loss` (rewards at the ends, one loss per 
 metrics, which count comparisons instead of averaging batches.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -64,21 +65,20 @@ class RowCollator:
         prefix, suffixes = len(example["prefix"]), [len(rest) for rest in example["suffixes"]]
         return prefix + sum(suffixes) if self.share else len(suffixes) * (prefix + max(suffixes))
 
-    def split(self, sizes: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    def split(self, sizes: NDArray[np.int64]) -> list[list[int]]:
         """Divide comparisons into micro-batches within the budget, the largest first.
 
         One that exceeds it stands alone. Of one sequence a row, all are padded to the longest, so like sizes
         stand together.
         """
-        order = np.arange(len(sizes))
         if self.budget is None or self.cost(sizes) <= self.budget:
-            return [order]
-        order, parts = np.argsort(-sizes, kind="stable"), []
-        while len(order):
-            fitting = [n for n in range(1, len(order) + 1) if self.cost(sizes[order[:n]]) <= self.budget]
-            n = max(fitting, default=1)
-            parts.append(order[:n])
-            order = order[n:]
+            return [list(range(len(sizes)))]
+        parts: list[list[int]] = []
+        for number in np.argsort(-sizes, kind="stable").tolist():
+            if parts and self.cost(sizes[[*parts[-1], number]]) <= self.budget:
+                parts[-1].append(number)
+            else:
+                parts.append([number])
         return parts
 
     def cost(self, sizes: NDArray[np.int64]) -> int:
@@ -285,16 +285,14 @@ class SharedPrefixRewardTrainer(RewardTrainer):
             TrainingError: a loss is not finite, on all processes, so that they stop together.
         """
         training = self.model.training
-        names = [name for own, _, _ in self._uncounted for name in own]
-        num_tokens = torch.stack([own for _, own, _ in self._uncounted]).sum()
-        values = {
-            key: torch.cat([own[key] for _, _, own in self._uncounted]) for key in self._uncounted[0][2]
-        }
+        names, num_tokens, parts = zip(*self._uncounted, strict=True)
         self._uncounted.clear()
+        values = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
         gathered = (self.accelerator.gather if training else self.accelerator.gather_for_metrics)(values)
         if not torch.isfinite(gathered["loss"]).all():
             finite = torch.isfinite(values["loss"]).tolist()
-            faulty = gather_object([name for name, good in zip(names, finite, strict=True) if not good])
+            own = zip(itertools.chain(*names), finite, strict=True)
+            faulty = gather_object([name for name, good in own if not good])
             more = f" and {len(faulty) - FAULTY_NAMED} more" if len(faulty) > FAULTY_NAMED else ""
             raise TrainingError(
                 f"the loss is not a finite number in step {self.state.global_step + 1}, of row "
@@ -303,13 +301,10 @@ class SharedPrefixRewardTrainer(RewardTrainer):
             )
         metrics = self._metrics["train" if training else "eval"]
         if training:
-            self._total_train_tokens += int(self.accelerator.gather(num_tokens).sum())
-            del gathered["loss"]  # which Trainer logs
+            self._total_train_tokens += int(self.accelerator.gather(torch.stack(num_tokens).sum()).sum())
+            del gathered["loss"]  # which Trainer logs; in evaluation it would weigh batches by their rows
         metrics["num_tokens"] = [self._total_train_tokens]
-        for (
-            key,
-            each,
-        ) in gathered.items():  # in evaluation the loss, too: Trainer weighs batches by their rows
+        for key, each in gathered.items():
             metrics[key] += each.tolist()
 
 

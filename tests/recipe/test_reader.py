@@ -29,44 +29,6 @@ def test_every_shipped_recipe_is_accepted_and_says_what_it_is_for(path):
         assert part in header
 
 
-def test_all_faults_come_in_one_message_each_with_its_place_and_fix(write_recipe):
-    path = write_recipe(
-        lerning_rate=1e-4,
-        lora_r=True,
-        lr_scheduler_type="cosin",
-        max_length=-3,
-        load_in_4bit=True,
-        load_in_8bit=True,
-        hub_token="secret",
-        dataset_test_split="train",
-        truncation="cut",
-        trust_remote_code=True,
-        use_dora=True,
-    )
-    with path.open("a") as file:
-        file.write("seed: 1\n")
-    with pytest.raises(RecipeError) as caught:
-        read_recipe(path, ["--num_train_epochs", "many", "--foo"])
-    message = str(caught.value)
-    for part in (
-        f"{path}: unknown key 'lerning_rate'. Did you mean 'learning_rate'?",
-        f"{path}: 'lora_r: true' should be a number",
-        "'lr_scheduler_type: cosin' should be",
-        "Did you mean 'cosine'?",
-        "'max_length: -3' must be above 0",
-        "'load_in_4bit' and 'load_in_8bit' exclude each other",
-        "'trust_remote_code: true': the export has to load with plain transformers",
-        "key 'hub_token' is not for a recipe",
-        "'dataset_test_split: train' must differ from 'dataset_train_split'",
-        "'truncation: cut' should be 'drop_oldest_turns', 'keep_end' or 'exclude'",
-        "key 'seed' is given twice",
-        "command line: 'num_train_epochs: many' should be a valid number",
-        "command line: --foo has no value",
-    ):
-        assert part in message
-    assert "secret" not in message
-
-
 def test_the_command_line_wins_over_the_file(write_recipe):
     """And `3e-4` is a number, although YAML 1.1 takes it for text."""
     recipe = read_recipe(write_recipe(), ["--learning-rate", "3e-4", "--lora_target_modules=q_proj,v_proj"])
@@ -85,13 +47,6 @@ def test_no_and_off_are_the_choices_of_that_name_and_yes_is_true(write_recipe):
     assert recipe.training.activation_checkpointing_kwargs == {"use_reentrant": False}
     assert (recipe.training.save_strategy, recipe.data.prefix_sharing) == ("no", "off")
     assert recipe.model.use_peft is True
-
-
-def test_the_resolved_recipe_is_a_recipe_with_the_same_values(write_recipe, tmp_path):
-    recipe = read_recipe(write_recipe(lora_target_modules="all-linear"))
-    recipe.save(tmp_path / "resolved.yaml")
-    assert read_recipe(tmp_path / "resolved.yaml").resolved() == recipe.resolved()
-    assert {field.name for field in dataclasses.fields(DataArguments)} <= recipe.resolved().keys()
 
 
 def test_a_run_is_read_back_with_the_device_chosen_anew(write_recipe, tmp_path, monkeypatch):
@@ -138,8 +93,6 @@ def test_precision_follows_what_the_device_can_do(monkeypatch, kind, has_bf16, d
 
 
 def test_a_precision_that_the_device_has_not_is_refused(monkeypatch, write_recipe):
-    with pytest.raises(RecipeError, match="leave 'fp16' out"):
-        read_recipe(write_recipe(fp16=True, bf16="omit"))
     on_machine(monkeypatch, "cuda", has_bf16=False)
     with pytest.raises(RecipeError, match="this GPU has no bfloat16"):
         read_recipe(write_recipe(bf16=True, use_cpu=False))
@@ -182,19 +135,16 @@ def test_the_adapters_dropout_is_recorded_as_it_is(write_recipe):
 def test_every_runs_recipe_can_be_trained_with_again(write_recipe, tmp_path, keys):
     recipe = read_recipe(write_recipe(**keys))
     recipe.save(tmp_path / "saved.yaml")
-    again = read_recipe(tmp_path / "saved.yaml")
-    assert again.resolved() == recipe.resolved()
-    assert again.notes == []
+    assert read_recipe(tmp_path / "saved.yaml").resolved() == recipe.resolved()
+    assert {field.name for field in dataclasses.fields(DataArguments)} <= recipe.resolved().keys()
 
 
 def test_a_recipe_trained_in_full_is_recorded_as_fp32_and_that_is_said_once(write_recipe, tmp_path, capsys):
     recipe = read_recipe(write_recipe(use_peft=False, dtype="bfloat16", max_steps=1))
     assert recipe.model.dtype == "float32"
     train(recipe)
-    said = "dtype: float32, not bfloat16: weights that are trained in full are kept in fp32"
-    assert capsys.readouterr().out.count(said) == 1
+    assert capsys.readouterr().out.count("in fp32 whatever 'dtype' says") == 1
     assert saved_values(tmp_path / "run")["dtype"] == "float32"
-    assert read_recipe(write_recipe(dtype="bfloat16")).notes == []
 
 
 def test_a_shipped_recipe_is_found_by_its_name_from_anywhere(tmp_path, monkeypatch):
@@ -213,13 +163,10 @@ def test_a_step_has_the_comparisons_asked_for_whatever_the_batch_and_the_process
     for batch, expected in (("auto", (64, 1)), (16, (16, 4))):
         training = read_recipe(write_recipe(**keys, per_device_train_batch_size=batch)).training
         assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == expected
-    for wrong in ({"gradient_accumulation_steps": 2}, {"per_device_train_batch_size": 24}):
-        with pytest.raises(RecipeError, match="comparisons_per_step"):
-            read_recipe(write_recipe(**keys | wrong))
-    with pytest.raises(RecipeError, match="needs 'comparisons_per_step'"):
-        read_recipe(write_recipe(per_device_train_batch_size="auto", gradient_accumulation_steps="omit"))
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert [*batch_values({"comparisons_per_step": 64}).values()] == [16, 1]
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    asked = {"comparisons_per_step": 64, "per_device_train_batch_size": "auto"}
-    assert "with FSDP, say a number" in " ".join(relation_faults(asked, asked))
+    asked = {"comparisons_per_step": 64, "per_device_train_batch_size": "auto", "load_in_4bit": True}
+    faults = " ".join(relation_faults(asked, asked))
+    assert "'fsdp' and 'per_device_train_batch_size: auto' exclude each other" in faults
+    assert "'fsdp' and 'load_in_4bit' exclude each other" in faults

@@ -2,12 +2,14 @@
 
 import os
 import signal
-import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 
 from rm_recipe.errors import SIGNALS, Interrupts
 
+PROMISE = "rm-recipe: finishing this step and saving it"
 pytestmark = pytest.mark.usefixtures("as_in_a_terminal")
 
 
@@ -17,9 +19,9 @@ def test_a_signal_raises_at_once_or_is_noted_where_something_is_to_be_saved(capf
     with requests.listening(), pytest.raises(KeyboardInterrupt):
         signal.raise_signal(number)
     assert requests.received == number
-    with requests.listening(), requests.deferred("saving first"):
+    with requests.listening(), requests.deferred():
         signal.raise_signal(number)
-        assert capfd.readouterr().err == "\nsaving first; Ctrl-C again stops at once\n"
+        assert capfd.readouterr().err == f"\n{PROMISE}; Ctrl-C again stops at once\n"
         with pytest.raises(KeyboardInterrupt):  # who sends a second one does not want to wait
             signal.raise_signal(signal.SIGINT)
     assert requests.received == number
@@ -28,29 +30,22 @@ def test_a_signal_raises_at_once_or_is_noted_where_something_is_to_be_saved(capf
 def test_under_a_launcher_that_passes_a_signal_on_two_are_one_request(capfd, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     requests = Interrupts()
-    with requests.listening(), requests.deferred("saving first"):
+    with requests.listening(), requests.deferred():
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
     assert requests.received == signal.SIGTERM
-    assert capfd.readouterr().err == "\nsaving first\n"
+    assert capfd.readouterr().err == f"\n{PROMISE}\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_what_whoever_started_us_ignores_is_listened_to_but_for_a_terminal_to_be_outlived(number):
+@pytest.mark.parametrize(("number", "heard"), [(signal.SIGINT, signal.SIGINT), (signal.SIGHUP, None)])
+def test_what_whoever_started_us_ignores_is_listened_to_but_for_a_terminal_to_be_outlived(number, heard):
     """A script ignores Ctrl-C for what it starts by `&`, nohup a closed terminal."""
+    signal.signal(number, signal.SIG_IGN)
     requests = Interrupts()
-    before = signal.signal(number, signal.SIG_IGN)
-    try:
-        with requests.listening():
-            if number == signal.SIGINT:
-                with pytest.raises(KeyboardInterrupt):
-                    signal.raise_signal(number)
-            else:
-                signal.raise_signal(number)
-        assert signal.getsignal(number) == signal.SIG_IGN
-    finally:
-        signal.signal(number, before)
-    assert requests.received == (number if number == signal.SIGINT else None)
+    with suppress(KeyboardInterrupt), requests.listening():
+        signal.raise_signal(number)
+    assert signal.getsignal(number) == signal.SIG_IGN
+    assert requests.received == heard
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -65,26 +60,24 @@ def test_one_whose_exception_got_lost_is_raised_before_anything_long_begins():
     with requests.listening():
         thing = Lost()
         del thing
-        with pytest.raises(KeyboardInterrupt), requests.deferred("saving first"):
+        with pytest.raises(KeyboardInterrupt), requests.deferred():
             pytest.fail("it was begun")
 
 
 def test_what_listened_before_listens_again_and_another_thread_is_left_alone():
-    before = [signal.getsignal(number) for number in SIGNALS]
-    requests, found = Interrupts(), []
+    requests = Interrupts()
 
-    def elsewhere() -> None:
+    def while_it_listens() -> list:
         with requests.listening():
-            found.extend(signal.getsignal(number) for number in SIGNALS)
+            with requests.listening():  # `train` within the command line
+                pass
+            return [signal.getsignal(number) for number in SIGNALS]
 
-    thread = threading.Thread(target=elsewhere)
-    thread.start()
-    thread.join()
-    with requests.listening():
-        with requests.listening():  # `train` within the command line
-            pass
-        assert [signal.getsignal(number) for number in SIGNALS] != before
-    assert [signal.getsignal(number) for number in SIGNALS] == before == found
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(while_it_listens).result() == before
+    assert while_it_listens() != before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])

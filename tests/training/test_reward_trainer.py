@@ -5,20 +5,18 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS, make_rows, make_tokenizer
+from conftest import WORDS, make_rows, make_tokenizer, ready_trainer
 from datasets import Dataset
-from peft import PeftModel
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, GPT2Config, LlamaConfig
-from trl import ModelConfig, RewardConfig, RewardTrainer
+from trl import RewardConfig, RewardTrainer
 
 from rm_recipe.data.comparison import conversation, split_at_common_prefix, untied_pairs
 from rm_recipe.data.dataset import Split
-from rm_recipe.errors import TrainingError
-from rm_recipe.model.lora import add_lora
-from rm_recipe.model.reward_model import add_reward_positions, prepare_for_rewards
+from rm_recipe.model.reward_model import add_reward_positions
 from rm_recipe.model.row_attention import NAME as ROW_ATTENTION
 from rm_recipe.model.shared_prefix import Sharing, decide_sharing
+from rm_recipe.recipe.reader import read_recipe
 from rm_recipe.training.trainer import GroupedByLength, RowCollator, SharedPrefixRewardTrainer
 
 STEPS = 30
@@ -33,17 +31,6 @@ def make_model(name: str):
     config = LlamaConfig(**sizes, **small) if name == "llama" else GPT2Config(**sizes, **gpt2)
     torch.manual_seed(0)
     return AutoModelForSequenceClassification.from_config(config, dtype=torch.float64).double()
-
-
-def make_lora():
-    """A tiny Llama in fp32 with adapters that do something from the start."""
-    model = make_model("llama").float()
-    prepare_for_rewards(model, TOKENIZER)
-    wrapped = add_lora(model, ModelConfig(use_peft=True, lora_r=4, lora_dropout=0.0), ["score"], True)
-    for name, parameter in wrapped.named_parameters():
-        if "lora_B" in name:  # zeros, with which no gradient reaches lora_A
-            torch.nn.init.normal_(parameter, std=0.1)
-    return wrapped
 
 
 def encoded(prompt, replies, **rest) -> dict:
@@ -78,7 +65,7 @@ def ranked(shapes) -> Dataset:
 
 
 def trained(
-    folder, model="llama", data=None, trainer_class=SharedPrefixRewardTrainer, share=True, budget=None, **keys
+    folder, name="llama", data=None, trainer_class=SharedPrefixRewardTrainer, share=True, budget=None, **keys
 ):
     """A trained trainer and the losses that `compute_loss` gave, in order."""
     losses = []
@@ -89,14 +76,12 @@ def trained(
             losses.append((result[0] if isinstance(result, tuple) else result).item())
             return result
 
-    if isinstance(model, str):
-        model = make_model(model)
-        add_reward_positions(model)
+    model = make_model(name)
+    add_reward_positions(model)
     ours = issubclass(trainer_class, SharedPrefixRewardTrainer)
     if ours and share:  # it chooses the attention, too
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        assert decide_sharing(base, "auto", max_length=None).used
-        assert base.config._attn_implementation == ROW_ATTENTION
+        assert decide_sharing(model, "auto", max_length=None).used
+        assert model.config._attn_implementation == ROW_ATTENTION
     values = {
         **{"max_steps": STEPS, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
         **{"learning_rate": 1e-4, "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "seed": 7},
@@ -175,30 +160,11 @@ def test_evaluation_counts_comparisons_whatever_the_batches(tmp_path):
     assert metrics["eval_loss"] == pytest.approx(-logsigmoid(margins).mean().item())
 
 
-def test_where_every_loss_is_nan_a_few_comparisons_are_named(tmp_path):
-    class Breaking(SharedPrefixRewardTrainer):
-        def compute_loss(self, model, inputs, *args, **kwargs):
-            with torch.no_grad():
-                model.score.weight.fill_(float("nan"))
-            return super().compute_loss(model, inputs, *args, **kwargs)
-
-    with pytest.raises(TrainingError, match=r"in step 1, of row (\d+, ){4}\d+ and 3 more;"):
-        trained(tmp_path, trainer_class=Breaking, per_device_train_batch_size=8)
-
-
-def test_gradient_checkpointing_changes_no_loss_and_no_weight(tmp_path):
-    keys = {"max_steps": 8, "learning_rate": 1e-3}
-    with_it, without = (trained(tmp_path, gradient_checkpointing=on, **keys) for on in (True, False))
-    assert with_it[0].model.is_gradient_checkpointing
-    assert not without[0].model.is_gradient_checkpointing
-    assert_same(with_it, without, 1e-7)
-
-
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-def test_autocast_rounds_a_loss_and_its_gradients_and_leaves_the_rewards_in_fp32(tmp_path, half):
-    model = make_lora()
-    trainer, _ = trained(tmp_path, model, max_steps=20, learning_rate=1e-2)
-    batch = trainer.data_collator(list(pairs(8)))
+def test_autocast_rounds_a_loss_and_its_gradients_and_leaves_the_rewards_in_fp32(write_recipe, half):
+    trainer = ready_trainer(read_recipe(write_recipe(max_steps=20)))
+    trainer.train()
+    batch = trainer.data_collator(list(trainer.train_dataset.select(range(8))))
     found = []
     for enabled in (False, True):
         trainer.model.zero_grad()
@@ -239,7 +205,7 @@ def test_no_micro_batch_exceeds_its_budget_unless_a_comparison_does():
     for share, expected in ((True, [[2], [3, 5, 0], [4, 1]]), (False, [[2], [3, 5], [0, 4, 1]])):
         collator = RowCollator(0, share, budget=103)
         parts = collator.split(sizes)
-        assert [part.tolist() for part in parts] == expected
+        assert parts == expected
         assert all(collator.cost(sizes[part]) <= 103 for part in parts[1:])
 
 
