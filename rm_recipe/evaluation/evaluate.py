@@ -64,17 +64,14 @@ def evaluate(
     output = _output_folder(target, recipe, names, output)
     weights = weights_of(target)
     before = _earlier_evaluation(output, target, weights, names)
-    splits = {name: _load(name, recipe) for name in names}
-    benchmarks = _benchmarks_among(names, recipe)
-    scored = _score(target, splits, benchmarks, with_edits=True)
-    other = _score(against, splits, benchmarks) if against else {}
+    loaded = {name: _load(name, recipe) for name in names}
+    scored = _score(target, loaded, with_edits=True)
+    other = _score(against, loaded) if against else {}
     content = None
     if processes().is_main_process:
         train = _train_split(recipe)
         words = bag_of_words(train.comparisons) if train else None
         results = {name: _figures(scored[name], train, words) for name in names}
-        for name, benchmark in benchmarks.items():
-            results[name]["benchmark"] = benchmark_result(benchmark, *scored[name][:2])
         for name, found in other.items():
             results[name]["against"] = {"model": against, **_compare(scored[name].lines, found.lines)}
         content = _merged(before, target, recipe, weights, results)
@@ -127,8 +124,7 @@ def weights_of(target: str) -> dict[str, str]:
     """
     folder = Path(find_model(target))
     if folder.is_dir():
-        files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-        return {path.name: sha256(path) for path in files}
+        return {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
     try:
         return {"commit": Path(snapshot_download(target, allow_patterns="*config.json")).name}
     except (OSError, ValueError) as error:
@@ -162,23 +158,20 @@ def _data_of(name: str, recipe: Recipe | None) -> DataArguments:
     return DataArguments(**(usual | read_name(name)))
 
 
-def _load(name: str, recipe: Recipe | None) -> Split:
+def _load(name: str, recipe: Recipe | None) -> tuple[Split, Benchmark | None]:
+    """A data set, and the benchmark that it is."""
+    benchmark = None
     with main_process_first():
         if name == HELD_OUT and recipe is not None:
             split = load_held_out_split(recipe)
             check_held_out(recipe.output_dir, split)
         else:
             data = _data_of(name, recipe)
-            split = load_split(data, data.dataset_test_split)
+            split, benchmark = load_split(data, data.dataset_test_split), find_benchmark(data)
             say(f"{name}: read as {', '.join(split.shapes)}")
     if split.unread:
         say(f"{name}: columns not read: {', '.join(split.unread)}")
-    return split
-
-
-def _benchmarks_among(names: list[str], recipe: Recipe | None) -> dict[str, Benchmark]:
-    found = {name: find_benchmark(_data_of(name, recipe)) for name in names if name != HELD_OUT}
-    return {name: benchmark for name, benchmark in found.items() if benchmark}
+    return split, benchmark
 
 
 # --- rewards -----------------------------------------------------------------------------------
@@ -189,31 +182,33 @@ class Scored(NamedTuple):
 
     Attributes:
         split: tokenised.
+        benchmark: that it is.
         lines: of those of its comparisons that fit the model, by number before tokenising.
         edits: what edits did to the rewards.
     """
 
     split: Split
+    benchmark: Benchmark | None
     lines: dict[int, summary.Line]
     edits: dict[str, Any]
 
 
 def _score(
-    path: str, splits: dict[str, Split], benchmarks: dict[str, Benchmark], *, with_edits: bool = False
+    path: str, loaded: dict[str, tuple[Split, Benchmark | None]], *, with_edits: bool = False
 ) -> dict[str, Scored]:
     """Load a model and score every data set with it, the benchmarks last, in full."""
     model = RewardModel.from_pretrained(path, device=str(processes().device))
     scored = {}
-    for name in sorted(splits, key=benchmarks.__contains__):
-        model = in_full(model) if name in benchmarks else model
+    for name, (split, benchmark) in sorted(loaded.items(), key=lambda item: item[1][1] is not None):
+        model = in_full(model) if benchmark else model
         with main_process_first():
-            split = tokenize(splits[name], model.tokenizer, model.max_length, model.truncation)
+            split = tokenize(split, model.tokenizer, model.max_length, model.truncation)
         for reason, rows in split.first_rows.items():
             say(f"{name}: {split.excluded[reason]} left out, {reason}: first in row {rows[0]}")
         lines = summary.predictions(name, split, _rewards(model, split))
         fits = np.flatnonzero(np.equal(arrow_column(split.tokenized, "excluded").to_pylist(), ""))
         edits = consistency(split, partial(_score_items, model)) if with_edits else {}
-        scored[name] = Scored(split, dict(zip(fits.tolist(), lines, strict=True)), edits)
+        scored[name] = Scored(split, benchmark, dict(zip(fits.tolist(), lines, strict=True)), edits)
     return scored
 
 
@@ -244,18 +239,16 @@ def _rewards(model: RewardModel, split: Split) -> list[NDArray[np.float32]]:
 
 def _train_split(recipe: Recipe | None) -> Split | None:
     """What the recipe trains on; None where that is not to be had."""
-    missing = "no bag-of-words baseline, nor a count of prompts that were trained on, as"
-    if recipe is None:
-        warn(f"{missing} no recipe says what the model was trained on")
-        return None
-    try:
-        train = load_splits(recipe)[0]
-        if not changed_data(recipe.output_dir, train=train.fingerprint):
-            return train
-        reason = f"the train comparisons are not those that {recipe.output_dir} was trained with"
-    except DataError as error:
-        reason = f"what the recipe trains on cannot be read: {error}"
-    warn(f"{missing} {reason}")
+    reason = "no recipe says what the model was trained on"
+    if recipe is not None:
+        try:
+            train = load_splits(recipe)[0]
+            if not changed_data(recipe.output_dir, train=train.fingerprint):
+                return train
+            reason = f"the train comparisons are not those that {recipe.output_dir} was trained with"
+        except DataError as error:
+            reason = f"what the recipe trains on cannot be read: {error}"
+    warn(f"no bag-of-words baseline, nor a count of prompts that were trained on, as {reason}")
     return None
 
 
@@ -267,7 +260,7 @@ def _figures(scored: Scored, train: Split | None, words: Scorer | None) -> Conte
     if words is not None:
         responses = [response for own in split.comparisons["responses"][:] for response in own]
         baselines["bag_of_words"] = words(responses)
-    return {
+    figures = {
         "n_comparisons": split.rows,
         "excluded": dict(split.excluded),
         "trained_prompts": trained,
@@ -275,6 +268,9 @@ def _figures(scored: Scored, train: Split | None, words: Scorer | None) -> Conte
         **summary.summarise(list(scored.lines.values()), **baselines),
         "consistency": scored.edits,
     }
+    if scored.benchmark:
+        figures["benchmark"] = benchmark_result(scored.benchmark, split, scored.lines)
+    return figures
 
 
 def _compare(one: dict[int, summary.Line], other: dict[int, summary.Line]) -> Content:

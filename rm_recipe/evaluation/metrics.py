@@ -13,8 +13,6 @@ import evaluate
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import bootstrap, kendalltau, spearmanr
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GroupKFold
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
@@ -36,16 +34,6 @@ def accuracy_of(right: Array) -> dict[str, Any]:
     return {"n": len(right), "accuracy": float(right.mean()), "accuracy_ci95": [float(low), float(high)]}
 
 
-def bradley_terry_loss(chosen: ArrayLike, rejected: ArrayLike, comparison: Indices | None = None) -> float:
-    """Mean of -log sigmoid(margin) (InstructGPT, arXiv 2203.02155, equation 1).
-
-    Args:
-        comparison: for rankings the comparison that each pair belongs to, `(pairs,)`.
-    """
-    losses = np.logaddexp(0.0, np.asarray(rejected, float) - np.asarray(chosen, float))
-    return float(np.mean(losses if comparison is None else mean_by_comparison(losses, comparison)))
-
-
 def preference_accuracy(
     chosen: ArrayLike, rejected: ArrayLike, comparison: Indices | None = None
 ) -> dict[str, Any]:
@@ -58,7 +46,8 @@ def preference_accuracy(
         comparison: for rankings the comparison that each pair belongs to, `(pairs,)`.
 
     Returns:
-        `accuracy`, `accuracy_ci95` (Wilson), `ties` (pairs), `n` (comparisons), `loss`, `mean_margin`.
+        `accuracy`, `accuracy_ci95` (Wilson), `ties` (pairs), `n` (comparisons), `mean_margin`, and `loss`,
+        the mean of -log sigmoid(margin) (InstructGPT, arXiv 2203.02155, equation 1).
 
     Raises:
         ValueError: no comparison, unequal lengths, or a reward that is not finite.
@@ -68,11 +57,12 @@ def preference_accuracy(
         raise ValueError("expected two equal, non-empty rows of finite rewards")
     if comparison is None:
         comparison = np.arange(chosen.size)
+    margins = chosen - rejected
     return {
         **accuracy_of(mean_by_comparison(agreement(chosen, rejected), comparison)),
         "ties": int((chosen == rejected).sum()),
-        "loss": bradley_terry_loss(chosen, rejected, comparison),
-        "mean_margin": float(mean_by_comparison(chosen - rejected, comparison).mean()),
+        "loss": float(mean_by_comparison(np.logaddexp(0.0, -margins), comparison).mean()),
+        "mean_margin": float(mean_by_comparison(margins, comparison).mean()),
     }
 
 
@@ -139,17 +129,20 @@ def accuracy_by_subset(names: Sequence[str], right: Array) -> dict[str, dict[str
 def accuracy_by_bucket(values: ArrayLike, right: Array) -> list[dict[str, Any]]:
     """`accuracy_of` the comparisons or pairs with similar values, each part with its `label`, in order.
 
-    A few different whole numbers get a bucket each; otherwise there are `BUCKETS` with about as many each.
+    A few different values get a bucket each; otherwise there are `BUCKETS` with about as many each.
+
+    Args:
+        values: whole numbers.
     """
-    values = np.asarray(values)
-    whole, limits = np.issubdtype(values.dtype, np.integer), np.unique(values)
-    if not whole or len(limits) > MOST_VALUES:
+    values, rows = np.asarray(values), []
+    limits = np.unique(values)
+    if len(limits) > MOST_VALUES:
         limits = np.unique(np.quantile(values, np.arange(1, BUCKETS) / BUCKETS))
-    number, rows = np.searchsorted(limits, values), []
+    number = np.searchsorted(limits, values)
     for bucket in np.unique(number):
         own = number == bucket
-        ends = [f"{end}" if whole else f"{end:.2f}" for end in (values[own].min(), values[own].max())]
-        rows.append({"label": " to ".join(dict.fromkeys(ends)), **accuracy_of(right[own])})
+        ends = dict.fromkeys((values[own].min(), values[own].max()))
+        rows.append({"label": " to ".join(map(str, ends)), **accuracy_of(right[own])})
     return rows
 
 
@@ -200,86 +193,31 @@ def paired_difference(this: ArrayLike, other: ArrayLike) -> dict[str, Any]:
 
 
 # --- calibration: is sigmoid(margin) the probability that the chosen response is better? -------
-# Under the Bradley-Terry model it is (InstructGPT, arXiv 2203.02155, section 3.5). A model that is sure and
-# wrong has margins that are too large; dividing all rewards by one temperature leaves every order as it is
-# and mends that.
+# Under the Bradley-Terry model it is (InstructGPT, arXiv 2203.02155, section 3.5).
 
-FOLDS = 5
-FEWEST = 50  # comparisons that a temperature is fitted to
+BINS = 10  # of equal width, between confidence 0.5 and 1
 
 
-def expected_calibration_error(
-    margins: ArrayLike, comparison: Indices | None = None, n_bins: int = 10
-) -> tuple[float, list[dict[str, float]]]:
+def calibrate(margins: ArrayLike, comparison: Indices) -> dict[str, Any]:
     """How far sigmoid(|margin|), the model's confidence, is from how often it is right.
 
-    Pairs are put into `n_bins` equal bins of confidence between 0.5 and 1; the error is the mean over pairs
-    of |mean confidence - accuracy| of their bin (Guo et al. 2017, arXiv 1706.04599, equation 3). A tie is
-    half right.
+    The error is the mean over pairs of |mean confidence - accuracy| of their bin (Guo et al. 2017,
+    arXiv 1706.04599, equation 3). Each comparison weighs 1, a tie is half right.
 
     Args:
         margins: reward of the better response minus that of the worse one, `(pairs,)`.
-        comparison: for rankings the comparison that each pair belongs to, so that each comparison weighs 1.
+        comparison: the comparison that each pair belongs to, `(pairs,)`.
 
     Returns:
-        the error, and for each bin that is not empty its `confidence`, `accuracy` and `n` (pairs).
+        `ece`, the error, and `bins`: of each that is not empty its `confidence`, `accuracy` and `n` (pairs).
     """
     margins = np.asarray(margins, float)
     right, confidence = agreement(margins, np.zeros_like(margins)), 1 / (1 + np.exp(-np.abs(margins)))
-    weights = pair_weights(np.arange(len(margins)) if comparison is None else comparison)
-    number = np.minimum(((confidence - 0.5) * 2 * n_bins).astype(int), n_bins - 1)
+    weights = pair_weights(comparison)
+    number = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
     bins, error = [], 0.0
     for own in (number == bin_number for bin_number in np.unique(number)):
         sure, accurate = (float(np.average(of[own], weights=weights[own])) for of in (confidence, right))
         bins.append({"confidence": sure, "accuracy": accurate, "n": int(own.sum())})
         error += float(weights[own].sum() / weights.sum()) * abs(sure - accurate)
-    return error, bins
-
-
-def fit_temperature(margins: ArrayLike, comparison: Indices) -> float | None:
-    """The temperature that rewards have to be divided by for the least Bradley-Terry loss.
-
-    A logistic regression of who won on the margin, without an intercept as neither response comes first;
-    the temperature is 1 over its slope (Platt scaling; Guo et al. 2017, section 4.2).
-
-    Returns:
-        None where there is none: every pair is ordered as it should be, so that the loss falls for ever, or
-        the rewards order no better than chance.
-    """
-    margins = np.asarray(margins, float)
-    if (margins >= 0).all():
-        return None
-    both_ways, won = np.concatenate([margins, -margins])[:, None], np.repeat([1, 0], len(margins))
-    regression = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-8, max_iter=1000)
-    regression.fit(both_ways, won, sample_weight=np.tile(pair_weights(comparison), 2))
-    slope = float(regression.coef_[0, 0])
-    return 1 / slope if slope > 0 else None
-
-
-def calibrate(margins: ArrayLike, comparison: Indices) -> dict[str, Any]:
-    """`calibration` of `evaluation.json`.
-
-    Args:
-        margins: `(pairs,)`.
-        comparison: the comparison that each pair belongs to, `(pairs,)`.
-
-    Returns:
-        `ece` and its `bins`; the `temperature` that fits all pairs; `ece_after` and `loss_after`, of margins
-        each divided by the temperature that fits the other folds' comparisons, so that none is judged by a
-        temperature that has seen it. The last three are None where no temperature can be had.
-    """
-    margins = np.asarray(margins, float)
-    result: dict[str, Any] = dict.fromkeys(("ece", "bins", "temperature", "ece_after", "loss_after"))
-    result["ece"], result["bins"] = expected_calibration_error(margins, comparison)
-    if len(np.unique(comparison)) < FEWEST:
-        return result
-    result["temperature"] = fit_temperature(margins, comparison)
-    scaled = np.empty_like(margins)
-    for fitted, judged in GroupKFold(FOLDS).split(margins, groups=comparison):
-        temperature = fit_temperature(margins[fitted], comparison[fitted])
-        if temperature is None:
-            return result
-        scaled[judged] = margins[judged] / temperature
-    result["ece_after"] = expected_calibration_error(scaled, comparison)[0]
-    result["loss_after"] = bradley_terry_loss(scaled, np.zeros_like(scaled), comparison)
-    return result
+    return {"ece": error, "bins": bins}

@@ -1,11 +1,10 @@
-"""The reports' pictures: numbers in, SVG text out, which takes its colours from the page around it.
+"""The reports' pictures: numbers in, an `<img>` out that holds its SVG.
 
 The same numbers give the same bytes. Nothing here changes matplotlib's settings for anyone else.
 """
 
-import html
+import base64
 import io
-import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -23,17 +22,8 @@ from rm_recipe.evaluation.findings import LN2
 from rm_recipe.evaluation.format import TEMPLATES, words
 from rm_recipe.files import visible
 
-# The page's colours by day, which nothing else has, so that each can be replaced by the page's variable.
-COLOURS = {
-    "ink": "#1b2230",
-    "muted": "#5a6475",
-    "line": "#dde1e8",
-    "chosen": "#2166b0",
-    "rejected": "#c25e1a",
-    "good": "#1d7a46",
-    "bad": "#b3332c",
-}
-INK, MUTED, _, CHOSEN, REJECTED, GOOD, BAD = COLOURS.values()
+# The page's colours by day; by night it inverts its pictures.
+INK, MUTED, CHOSEN, REJECTED, BAD = "#1b2230", "#5a6475", "#2166b0", "#c25e1a", "#b3332c"
 SIZE = (5.6, 3.2)  # inches; the page scales it
 HIGH, BROAD = (5.6, 3.7), (11.6, 5.4)
 BARS = 36
@@ -50,8 +40,9 @@ def draw_rewards(figure: Figure, lines: Sequence[dict[str, Any]]) -> None:
     rewards, ranks = (np.concatenate([line[key] for line in lines]) for key in ("rewards", "ranks"))
     axes, edges = figure.subplots(), edges_of(rewards)
     for part, colour, word in ((ranks > 0, REJECTED, "rejected"), (ranks == 0, CHOSEN, "chosen")):
-        axes.hist(rewards[part], edges, color=colour, alpha=0.4, label=word)
-        axes.hist(rewards[part], edges, color=colour, linewidth=1.4, histtype="step")
+        axes.hist(
+            rewards[part], edges, label=word, histtype="stepfilled", fc=(colour, 0.4), ec=colour, lw=1.4
+        )
     axes.set(xlabel="reward", ylabel="responses")
     legend(axes)
 
@@ -80,7 +71,7 @@ def draw_reliability(figure: Figure, bins: Sequence[dict[str, float]]) -> None:
     """Draw accuracy against confidence with the diagonal, above the number of pairs in each bin.
 
     Args:
-        bins: of `metrics.expected_calibration_error`.
+        bins: of `metrics.calibrate`.
     """
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1.3))
     confidence, accuracy, n = np.array([list(part.values()) for part in bins]).T
@@ -128,28 +119,17 @@ def own_settings() -> AbstractContextManager[None]:
     return style.context(TEMPLATES / "report.mplstyle", after_reset=True)
 
 
-def svg(
-    draw: Callable[..., None], name: str, label: str, size: tuple[float, float] = SIZE, **data: Any
-) -> Markup:
-    """Make the drawing an `<svg>` to stand inside a page: no size, no colours, no ids of its own.
+def svg(draw: Callable[..., None], label: str, size: tuple[float, float] = SIZE, **data: Any) -> Markup:
+    """Make the drawing an image to stand inside a page, where nothing of it can reach the page.
 
     Args:
         draw: gets an empty figure, and the `data`.
-        name: begins every id, so that two pictures of a page share none.
         label: the text alternative.
     """
-    buffer = io.StringIO()
+    buffer = io.BytesIO()
     with own_settings():
         figure = Figure(figsize=size, layout="constrained")
         draw(figure, **data)
         figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    # Its style sheet would hold for the whole page; its metadata name addresses.
-    text = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL)
-    view, inside = re.findall(r'<svg[^>]*(viewBox="[^"]*")[^>]*>(.*)', text, re.DOTALL)[0]
-    inside = inside.replace("xlink:href", "href")
-    inside = re.sub(r'(\bid="|\bhref="#|url\(#)', rf"\g<1>{name}-", inside)
-    for variable, colour in COLOURS.items():
-        inside = inside.replace(colour, f"var(--{variable})")
-    spoken = html.escape(visible(label))
-    return Markup(f'<svg {view} role="img" aria-label="{spoken}">{inside.strip()}')  # noqa: S704 - escaped
+    source = base64.b64encode(buffer.getvalue()).decode()
+    return Markup('<img src="data:image/svg+xml;base64,{}" alt="{}">').format(source, visible(label))

@@ -5,8 +5,7 @@ what it would exploit (reward hacking; Gao et al., arXiv 2210.10760).
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import datasets as hf_datasets
@@ -93,17 +92,8 @@ def _moved(before: NDArray[Any], after: NDArray[Any]) -> dict[str, float]:
 
 Scorer = Callable[[Sequence[str]], Array]
 
-
-_WORDS = re.compile(f"([^\\W{UNSPACED}]{{2,}})|([{UNSPACED}]+)")
-
-
-def words_of(text: str) -> Iterator[str]:
-    """Words of two letters or more; in a script without spaces characters, and pairs of them."""
-    for word, unspaced in _WORDS.findall(text.lower()):
-        if word:
-            yield word
-        yield from unspaced
-        yield from map("".join, pairwise(unspaced))
+# Words of two letters or more; in a script without spaces every character.
+_WORDS = f"[^\\W{UNSPACED}]{{2,}}|[{UNSPACED}]"
 
 
 def bag_of_words(comparisons: hf_datasets.Dataset) -> Scorer | None:
@@ -123,7 +113,7 @@ def bag_of_words(comparisons: hf_datasets.Dataset) -> Scorer | None:
     # Every other pair the other way round: the regression wants both outcomes.
     sides = np.where(np.arange(len(better)) % 2, 1, -1)
     # A word that stands in one response only has no second one to help with.
-    words = TfidfVectorizer(analyzer=words_of, min_df=2, sublinear_tf=True)
+    words = TfidfVectorizer(token_pattern=_WORDS, min_df=2, sublinear_tf=True)
     regression = LogisticRegression(fit_intercept=False, max_iter=1000)
     try:
         vectors = words.fit_transform(response for own in responses for response in own)

@@ -12,42 +12,39 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from rm_recipe.errors import RecipeError
-from rm_recipe.evaluation import plots
-from rm_recipe.evaluation.findings import EDITS, HELD_OUT, best_baseline, gate_words, readings, rule
-from rm_recipe.evaluation.format import MISSING, TEMPLATES, decimal, interval, print_table, whole, write_page
+from rm_recipe.evaluation import findings, plots
+from rm_recipe.evaluation.findings import HELD_OUT, best_baseline, gate_words, readings, rule
+from rm_recipe.evaluation.format import TEMPLATES, decimal, interval, print_table, whole, write_page
 from rm_recipe.evaluation.summary import read_evaluation, read_predictions
 from rm_recipe.files import read_json, visible
-
-Figures = dict[str, Any]
 
 HEAD = ["data set", "accuracy", "95 % interval", "n", "left out", "ties", "loss", "best baseline"]
 RECORDS = ("run.json", "data_report.json")
 IN_TERMINAL = 6  # of these columns fit a terminal; the sentences below the table name the best baseline
 
 
-def overview(name: str, figures: Figures) -> list[str]:
+def overview(name: str, figures: dict[str, Any]) -> list[str]:
     """A data set's line under `HEAD`, of the page and of the terminal."""
-    best = best_baseline(figures)
+    best, accuracy = best_baseline(figures)
     return [
         name,
-        decimal(figures.get("accuracy")),
-        interval(figures.get("accuracy_ci95")),
-        whole(figures.get("n_scored")),
-        whole(sum(figures.get("excluded", {}).values())),
-        whole(figures.get("ties")),
-        decimal(figures.get("loss")),
-        f"{decimal(best[1])} ({rule(best[0])})" if best else MISSING,
+        decimal(figures["accuracy"]),
+        interval(figures["accuracy_ci95"]),
+        whole(figures["n_scored"]),
+        whole(sum(figures["excluded"].values())),
+        whole(figures["ties"]),
+        decimal(figures["loss"]),
+        f"{decimal(accuracy)} ({rule(best)})",
     ]
 
 
-def print_evaluation(content: dict[str, Any], names: Sequence[str], console: Console | None = None) -> None:
+def print_evaluation(content: dict[str, Any], names: Sequence[str]) -> None:
     """Print the figures that matter of some data sets, what to think of them, and the gate.
 
     Args:
         content: of `evaluation.json`.
     """
-    console = console or Console()
+    console = Console()
     rows = [overview(name, content["datasets"][name])[:IN_TERMINAL] for name in names]
     print_table("Preference accuracy", HEAD[:IN_TERMINAL], rows, console)
     for name in names:
@@ -57,53 +54,26 @@ def print_evaluation(content: dict[str, Any], names: Sequence[str], console: Con
         console.print(f"{words['verdict']}: {words['why']}.")
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path) -> None:
     """Write `report.html` into a run folder or wherever an evaluation was written.
 
     Args:
         folder: holds `evaluation.json`, and `predictions.jsonl`, `run.json`, `data_report.json` and
             `recipe.yaml` as far as there are any.
-
-    Returns:
-        the path of the page.
-
-    Raises:
-        RecipeError: there is no evaluation, or one of the files cannot be read.
     """
-    evaluation = read_evaluation(folder)
-    if not evaluation:
-        raise RecipeError(f"{folder} holds no evaluation; `rm-recipe evaluate {folder}` writes one")
-    datasets = dict(sorted(evaluation["datasets"].items(), key=lambda item: item[0] != HELD_OUT))
-    lines, target = read_predictions(folder), folder / "report.html"
+    evaluation, recipe = read_evaluation(folder), folder / "recipe.yaml"
     run, data = (read_json(path) if path.is_file() else {} for path in map(folder.joinpath, RECORDS))
-    recipe = folder / "recipe.yaml"
     write_page(
-        target,
+        folder / "report.html",
         TEMPLATES / "report.html.jinja",
-        model=evaluation["model"],
-        base=evaluation["base"],
-        gate=gate_words(evaluation["gate"]),
-        held_out=datasets.get(HELD_OUT),
-        datasets=[_data_set(f"set-{i}", lines, *item) for i, item in enumerate(datasets.items(), 1)],
+        evaluation=evaluation,
+        datasets=dict(sorted(evaluation["datasets"].items(), key=lambda item: item[0] != HELD_OUT)),
+        lines=sorted(read_predictions(folder), key=lambda line: abs(line["margin"])),
         head=HEAD,
-        rule=rule,
-        edits=EDITS,
-        run=run,
+        overview=overview,
+        findings=findings,
         plots=plots,
+        run=run,
         data=data,
         recipe=recipe.read_text(encoding="utf-8").strip() if recipe.is_file() else "",
     )
-    return target
-
-
-def _data_set(ident: str, lines: list[dict[str, Any]], name: str, figures: Figures) -> dict[str, Any]:
-    own = [line for line in lines if line["dataset"] == name]
-    return {
-        "id": ident,
-        "name": name,
-        "figures": figures,
-        "overview": overview(name, figures),
-        "readings": readings(figures),
-        "lines": own,
-        "shown": sorted((line for line in own if "shown" in line), key=lambda line: abs(line["margin"])),
-    }

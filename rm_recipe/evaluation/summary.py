@@ -64,8 +64,8 @@ def predictions(name: str, split: Split, rewards: Sequence[NDArray[np.float32]])
 def summarise(lines: Sequence[Line], **baselines: Array) -> dict[str, Any]:
     """The figures of comparisons that were scored, at least one.
 
-    In accuracy, loss, margin, calibration and baselines each comparison weighs 1; ties, buckets of margin or
-    length difference, and the length figures count pairs.
+    In accuracy, loss, margin, calibration and baselines each comparison weighs 1; ties, buckets of length
+    difference, and the length figures count pairs.
 
     Args:
         lines: of `predictions`.
@@ -101,7 +101,6 @@ def summarise(lines: Sequence[Line], **baselines: Array) -> dict[str, Any]:
             "turns": metrics.accuracy_by_bucket([line["turns"] for line in lines], right),
             "length_difference": metrics.accuracy_by_bucket(longer, right_pairs),
             "prompt_tokens": metrics.accuracy_by_bucket(prompt_tokens, right),
-            "margin": metrics.accuracy_by_bucket(np.abs(margins), right_pairs),
         },
         "subsets": metrics.accuracy_by_subset([line["subset"] for line in lines], right),
     }

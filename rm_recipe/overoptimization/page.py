@@ -134,7 +134,7 @@ def write_overoptimization(folder: Path, content: dict[str, Any]) -> None:
         overview=overview,
         edits=EDITS,
         warnings=warnings,
-        picture_of_curves=svg(draw, "curves", f"Gains against the square root of KL. {spoken}", size),
+        picture_of_curves=svg(draw, f"Gains against the square root of KL. {spoken}", size),
     )
     with whole_file(folder / "overoptimization.svg") as partial, own_settings():
         figure = Figure(figsize=size, layout="constrained")

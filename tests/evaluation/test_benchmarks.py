@@ -9,7 +9,7 @@ from conftest import write_jsonl
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rm_recipe.data.loading import read_name
-from rm_recipe.evaluation.benchmarks import BENCHMARKS, find_benchmark, in_full
+from rm_recipe.evaluation.benchmarks import BENCHMARKS, find_benchmark, in_full, ties
 from rm_recipe.evaluation.evaluate import evaluate
 from rm_recipe.evaluation.report import print_evaluation
 from rm_recipe.evaluation.summary import read_predictions
@@ -59,16 +59,10 @@ def test_the_ties_of_reward_bench_2_by_hand():
         *[("ref:2", [1], [0.5]), ("tied:2", [4, 3], [1])],  # gaps 0.5 and 2, spread 1
         *[("ref:3", [0], [1]), ("tied:3", [0, 0], [1])],  # gaps -1 and -1, spread 0
     ]
-    made = [
-        {"id": name, "subset": "Ties", "good": np.array(good, float), "bad": np.array(bad, float)}
-        for name, good, bad in rows
-    ]
+    made = [{"id": name, "good": np.array(good), "bad": np.array(bad)} for name, good, bad in rows]
     closeness = np.mean(np.tanh([2 / 1 - 1, 1 / 3 - 1, 0.5 / 1 - 1, -np.inf]))
     expected = 0.3 * 3 / 4 + 0.3 * 3 / 4 + 0.2 * 2 / 4 + 0.2 * 1 / 4 + 0.01 * closeness
-    assert BENCHMARKS["RewardBench 2"][1](made) == (
-        pytest.approx(expected),
-        {"Ties": pytest.approx(expected)},
-    )
+    assert ties(made) == pytest.approx(expected)
 
 
 def test_rm_bench_is_easy_where_the_right_response_is_the_more_elaborate():
@@ -94,13 +88,11 @@ def test_judge_bench_and_llm_bar_differ_in_what_a_tie_is():
 
 ASKED = {"prompt": "how are you"}
 PAIR = {"chosen": "fine thanks", "rejected": "no"}
+MANY = {"chosen": ["fine"], "rejected": ["no", "bad", "cat"]}
 STYLES = {"chosen": ["fine", "fine fine", "fine cat"], "rejected": ["no", "no no", "no cat"]}
 FILES = {
     "RewardBench": {**ASKED, **PAIR, "chosen_model": "a", "rejected_model": "b", "subset": "hep-go", "id": 1},
-    "RewardBench 2": {
-        **{**ASKED, "id": "1", "chosen": ["fine"], "rejected": ["no", "bad", "cat"], "subset": "Math"},
-        **{"num_correct": 1, "num_incorrect": 3, "total_completions": 4, "models": ["a"]},
-    },
+    "RewardBench 2": {**ASKED, **MANY, "id": "1", "subset": "Math", "num_correct": 1, "total_completions": 4},
     "RM-Bench": {**ASKED, **STYLES, "id": "1", "domain": "chat"},
     "JudgeBench": {
         **{"pair_id": "1", "original_id": "2", "source": "livebench-math", "question": "how are you"},
@@ -124,19 +116,20 @@ def test_data_sets_with_like_columns_are_none(tmp_path):
         assert find_benchmark(DataArguments(**read_name(path))) is None
 
 
-@pytest.fixture
-def model(tiny_distilbert, tmp_path):
-    """A reward model in bfloat16 with positions for 64 tokens, trained with at most 20."""
-    folder = tmp_path / "model"
+def save_classifier(folder, base, dtype=torch.float32, **settings):
+    """Write a one-label model that knows nothing, and say how it was trained."""
     torch.manual_seed(1)
-    model = AutoModelForSequenceClassification.from_pretrained(tiny_distilbert, num_labels=1).bfloat16()
-    model.config.rm_recipe = {"max_length": 20, "truncation": "keep_end"}
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=dtype)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model.config.pad_token_id, model.config.rm_recipe = tokenizer.pad_token_id, settings
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_distilbert).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
-def test_it_is_scored_in_fp32_at_the_models_positions_and_told_everywhere(model, tmp_path, capsys):
+def test_it_is_scored_in_fp32_at_the_models_positions_and_told_everywhere(tiny_distilbert, tmp_path, capsys):
+    settings = {"max_length": 20, "truncation": "keep_end"}  # of its 64 positions
+    model = save_classifier(tmp_path / "model", tiny_distilbert, torch.bfloat16, **settings)
     long, longer = ({**FILES["LLMBar"], "input": "how are you " * n} for n in (8, 40))
     empty = {**FILES["LLMBar"], "output_2": " "}
     path = str(write_jsonl(tmp_path / "rows.jsonl", [FILES["LLMBar"], long, longer, empty]))
@@ -154,7 +147,5 @@ def test_it_is_scored_in_fp32_at_the_models_positions_and_told_everywhere(model,
     print_evaluation(content, [path])
     said = f"LLMBar by its own rules: {right / 4:.3f}; 1 of 3 rows were cut."
     assert said in " ".join(capsys.readouterr().out.split())
-    page = (tmp_path / "out" / "report.html").read_text()
-    assert "<h3>LLMBar</h3>" in page
-    assert said in page
+    assert said in (tmp_path / "out" / "report.html").read_text()
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == content

@@ -6,15 +6,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from conftest import make_recipe, make_rows, write_jsonl
 from huggingface_hub import constants
 from safetensors.torch import save_file
+from test_benchmarks import save_classifier
 from test_cli import invoke
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rm_recipe.errors import DataError, RecipeError, TrainingError
-from rm_recipe.evaluation.evaluate import _data_of, _merged, evaluate, weights_of
+from rm_recipe.errors import RecipeError, TrainingError
+from rm_recipe.evaluation.evaluate import _data_of, evaluate, weights_of
 from rm_recipe.evaluation.findings import HELD_OUT
 from rm_recipe.evaluation.report import print_evaluation
 from rm_recipe.evaluation.summary import read_predictions
@@ -32,27 +32,25 @@ ADAPTER = "adapter_model.safetensors"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, tiny_llama, tiny_data):
-    """The folder of a run, its recipe beside it, and its data, which are its own."""
+    """The folder of a run, evaluated and exported, its recipe beside it, and its data, which are its own."""
     folder = tmp_path_factory.mktemp("trained")
     data = shutil.copytree(tiny_data, folder / "data")
     keys = {"num_train_epochs": 1, "learning_rate": 1e-3, "gate_statistic": "accuracy"}
     train(read_recipe(make_recipe(folder, tiny_llama, data, **keys)))
+    content = evaluate(str(folder / "run"))
+    export(folder / "run")
+    assert evaluation_of(folder / "run") == content
     return folder / "run"
-
-
-@pytest.fixture(scope="module")
-def exported(trained):
-    """The run's evaluation and its export; the copies that tests change have neither."""
-    copy = shutil.copytree(trained, trained.parent / "exported")
-    content = evaluate(str(copy))
-    export(copy)
-    return copy, content
 
 
 @pytest.fixture
 def run(trained, tmp_path):
-    """A copy of the run."""
-    return shutil.copytree(trained, tmp_path / "run")
+    """A copy of the run, without the export."""
+    return shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("export"))
+
+
+def evaluation_of(run):
+    return json.loads((run / "evaluation.json").read_text())
 
 
 @pytest.fixture
@@ -71,8 +69,8 @@ def other_set(tmp_path):
     return str(write_jsonl(tmp_path / "other.jsonl", rows))
 
 
-def test_the_figures_have_the_contracts_keys(exported, capsys, monkeypatch):
-    run, content = exported
+def test_the_figures_have_the_contracts_keys(trained, capsys, monkeypatch):
+    content = evaluation_of(trained)
     assert content.keys() == {"model", "base", "weights", "recipe", "datasets", "gate"}
     figures = content["datasets"][HELD_OUT]
     named = "n_comparisons n_scored excluded accuracy accuracy_ci95 ties loss mean_margin baselines"
@@ -85,7 +83,6 @@ def test_the_figures_have_the_contracts_keys(exported, capsys, monkeypatch):
     # The tiny data's chosen replies say `good`: a bag of words that learnt from train gets them all.
     assert figures["baselines"].keys() == {"longer_wins", "shorter_wins", "bag_of_words"}
     assert figures["baselines"]["bag_of_words"] == 1
-    assert json.loads((run / "evaluation.json").read_text()) == content
     monkeypatch.setenv("COLUMNS", "80")
     print_evaluation(content, [HELD_OUT])
     printed = capsys.readouterr().out
@@ -93,11 +90,10 @@ def test_the_figures_have_the_contracts_keys(exported, capsys, monkeypatch):
     assert max(map(len, printed.splitlines())) <= 80
 
 
-def test_ten_lines_of_plain_transformers_give_the_same_figures(exported, tiny_data):
-    run, content = exported
-    figures = content["datasets"][HELD_OUT]
-    model = AutoModelForSequenceClassification.from_pretrained(run / "export").eval()
-    tokenizer = AutoTokenizer.from_pretrained(run / "export")
+def test_ten_lines_of_plain_transformers_give_the_same_figures(trained, tiny_data):
+    figures = evaluation_of(trained)["datasets"][HELD_OUT]
+    model = AutoModelForSequenceClassification.from_pretrained(trained / "export").eval()
+    tokenizer = AutoTokenizer.from_pretrained(trained / "export")
     rewards, lengths = np.empty((40, 2)), np.empty((40, 2))
     for number, row in enumerate(map(json.loads, (tiny_data / "test.jsonl").open())):
         for side, reply in enumerate((row["chosen"], row["rejected"])):
@@ -114,16 +110,11 @@ def test_ten_lines_of_plain_transformers_give_the_same_figures(exported, tiny_da
 
 
 def test_other_data_sets_are_added_and_the_held_out_figures_stay(run, other_set, tiny_data):
-    evaluate(str(run))
     content = evaluate(str(run), [other_set])
     assert set(content["datasets"]) == {HELD_OUT, other_set}
     assert content["datasets"][other_set]["excluded"] == {"empty_response": 1}
     lines = [json.loads(line) for line in (run / "predictions.jsonl").open()]
     assert [line["dataset"] for line in lines] == [HELD_OUT] * 40 + [other_set] * 3
-    for line in lines:
-        assert line["margin"] == pytest.approx(line["rewards"][0] - line["rewards"][1])
-        assert line["correct"] == (line["margin"] > 0)
-    assert _merged({}, str(run), read_run_recipe(run), {}, {})["recipe"] == content["recipe"]
     seen = str(tiny_data / "train.jsonl")
     assert evaluate(str(run), [other_set, seen, other_set])["datasets"][seen]["trained_prompts"] == 64
     assert len((run / "predictions.jsonl").read_text().splitlines()) == 43 + 64
@@ -147,6 +138,7 @@ def test_where_what_is_held_out_changed_since_training_nothing_goes_on_from_the_
     (data / "train.jsonl").write_text("".join(train[20:] + test))
     (data / "test.jsonl").write_text("".join(train[:20]))
     monkeypatch.setattr(RewardModel, "from_pretrained", None)
+    (run / "evaluation.json").unlink()
     recipe = run.parent / "recipe.yaml"
     recipe.write_text((run / "recipe.yaml").read_text())
     for verb in (
@@ -179,15 +171,7 @@ def test_where_the_train_rows_changed_or_are_gone_nothing_is_said_of_them(run, d
 @pytest.fixture
 def other_model(tiny_base, tmp_path):
     """Another one-label model, which knows nothing and leaves out what has over 40 tokens."""
-    folder = tmp_path / "other"
-    torch.manual_seed(1)
-    model = AutoModelForSequenceClassification.from_pretrained(tiny_base("gpt2"), num_labels=1)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_base("gpt2"))
-    model.config.pad_token_id = tokenizer.pad_token_id
-    model.config.rm_recipe = {"max_length": 40, "truncation": "exclude"}
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_classifier(tmp_path / "other", tiny_base("gpt2"), max_length=40, truncation="exclude")
 
 
 def test_two_models_are_compared_on_the_comparisons_that_fit_both(run, other_model, tiny_data, tmp_path):
@@ -219,7 +203,7 @@ def test_two_models_do_not_mix_in_one_evaluation(run, other_model, tiny_data, ti
 
 
 def test_what_a_run_says_of_weights_that_it_has_no_more_gives_way_to_held_out_figures_alone(run, other_set):
-    evaluate(str(run), [HELD_OUT, other_set])
+    evaluate(str(run), [other_set])
     weights = saved_tensors(run / "model")
     save_file({name: tensor * 1.5 for name, tensor in weights.items()}, run / "model" / ADAPTER)
     with pytest.raises(RecipeError, match="of this model before it changed.*first `rm-recipe evaluate"):
@@ -241,39 +225,24 @@ def test_a_model_of_the_hub_is_known_by_its_commit(tmp_path, monkeypatch):
 
 
 def test_rewards_that_are_no_numbers_fail_the_evaluation_and_are_counted(run):
-    before = evaluate(str(run))
-    weights = saved_tensors(run / "model")
+    before, weights = evaluation_of(run), saved_tensors(run / "model")
     for name in weights:
         if name.endswith("embed_tokens.weight") or "lora_B" in name:
             weights[name][:] = float("nan")
     save_file(weights, run / "model" / ADAPTER)
     with pytest.raises(TrainingError, match="the rewards of 40 of 40 comparisons are not finite numbers"):
         evaluate(str(run))
-    assert json.loads((run / "evaluation.json").read_text()) == before
+    assert evaluation_of(run) == before
 
 
 # --- refusals and the gate ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([{"prompt": "hi", "responses": ["a", "b"]}], "its columns are prompt, responses; rm_recipe needs"),
-        ([{"prompt": "hi", "chosen": "", "rejected": "b"}], "no comparison in it .1 empty_response."),
-    ],
-)
-def test_a_set_that_holds_no_comparison_is_refused_and_nothing_is_written(run, tmp_path, rows, message):
-    with pytest.raises(DataError, match=message):
-        evaluate(str(run), [str(write_jsonl(tmp_path / "odd.jsonl", rows))])
-    assert not (run / "evaluation.json").exists()
-
-
 def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_scored(run, tmp_path, monkeypatch):
     monkeypatch.setattr(RewardModel, "from_pretrained", None)
     (tmp_path / "file").write_text("mine")
-    for below in ("", "folder/in/it"):
-        with pytest.raises(RecipeError, match="no folder that can be written to; say with --output where"):
-            evaluate(str(run), output=tmp_path / "file" / below)
+    with pytest.raises(RecipeError, match="no folder that can be written to; say with --output where"):
+        evaluate(str(run), output=tmp_path / "file/in/it")
     folder = shutil.copytree(run / "model", run / "export")
     (folder / "proof.json").write_text("{}")
     with pytest.raises(RecipeError, match="is an export, .*say with --output"):  # `push` uploads it

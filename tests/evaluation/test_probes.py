@@ -109,16 +109,8 @@ def test_without_words_that_come_twice_or_with_one_comparison_there_is_none(pair
     assert "no bag-of-words baseline" in caplog.text
 
 
-@pytest.mark.parametrize(
-    "sides",
-    [
-        ("先看说明谢谢再试{}次。", "先看说明不用再试{}次。"),
-        ("ขอบคุณครับ{}", "ไม่ต้องครับ{}"),
-        ("はい{}", "いえ{}"),
-    ],
-)
-def test_where_no_spaces_are_written_characters_and_their_pairs_are_words(sides):
-    pairs = [[side.format(n) for side in sides] for n in range(20)]
-    score = bag_of_words(comparisons(*pairs))
+@pytest.mark.parametrize("sides", [("谢谢再试{}次。", "不用再试{}次。"), ("ขอบคุณครับ{}", "ไม่ต้องครับ{}")])
+def test_where_no_spaces_are_written_characters_are_words(sides):
+    score = bag_of_words(comparisons(*[[side.format(n) for side in sides] for n in range(20)]))
     chosen, rejected = score([side.format(77) for side in sides])
     assert chosen > rejected

@@ -8,10 +8,7 @@ from datasets import Dataset
 
 from rm_recipe.data.dataset import Split
 from rm_recipe.evaluation import summary
-from rm_recipe.evaluation.summary import (
-    predictions,
-    summarise,
-)
+from rm_recipe.evaluation.summary import predictions, summarise
 
 
 def make_lines(rewards, lengths=None, ranks=None, subsets=None):
@@ -43,20 +40,14 @@ def test_length_figures_by_hand():
     assert [row["label"] for row in figures["by"]["length_difference"]] == ["-3", "0", "3"]
 
 
-def test_all_ties_are_half_right_and_have_no_rank_correlation():
-    figures = summarise(make_lines([[0.0, 0.0]] * 60))
-    assert (figures["accuracy"], figures["ties"]) == (0.5, 60)
-    assert figures["length"]["spearman"] is None
-    assert figures["calibration"]["temperature"] is None
-    assert figures["beats_baselines"] is False
-    json.dumps(figures, allow_nan=False)
-
-
-def test_one_comparison_has_figures_without_any_certainty():
-    figures = summarise(make_lines([[1.0, 0.0]]))
-    assert (figures["accuracy"], figures["ranking"], figures["beats_baselines"]) == (1, None, False)
-    assert figures["against_baselines"]["longer_wins"]["ci95"] is None
-    json.dumps(figures, allow_nan=False)
+def test_where_there_is_no_correlation_or_no_certainty_the_figures_say_none():
+    ties, alone = summarise(make_lines([[0.0, 0.0]] * 60)), summarise(make_lines([[1.0, 0.0]]))
+    assert (ties["accuracy"], ties["ties"], ties["length"]["spearman"]) == (0.5, 60, None)
+    assert (alone["accuracy"], alone["ranking"]) == (1, None)
+    assert alone["against_baselines"]["longer_wins"]["ci95"] is None
+    for figures in (ties, alone):
+        assert figures["beats_baselines"] is False
+        json.dumps(figures, allow_nan=False)
 
 
 @pytest.mark.parametrize(("n_right", "beats"), [(95, True), (70, False), (20, False)])
