@@ -140,10 +140,6 @@ def export(
     run: Annotated[Path, Argument(metavar="RUN", help="The run folder.")],
     output: Annotated[Path | None, Option(help="The new folder; else RUN/export.")] = None,
     overwrite: Overwrite = False,
-    merge_base: Annotated[
-        Literal["dequantized", "original"],
-        Option(help="For a run in 4 or 8 bits: the base as it was trained on, or as it was before."),
-    ] = "dequantized",
     dtype: Annotated[
         Literal["float32", "bfloat16"] | None, Option(help="Round all weights; else the head is fp32.")
     ] = None,
@@ -152,7 +148,7 @@ def export(
     from rm_recipe.exporting.export import export as export_run
     from rm_recipe.tools.pipeline import print_export
 
-    print_export(export_run(run, output, overwrite=overwrite, merge_base=merge_base, dtype=dtype))
+    print_export(export_run(run, output, overwrite=overwrite, dtype=dtype))
     print(f"exported to {output or run / 'export'}")
 
 
@@ -161,7 +157,6 @@ def push(
     export: Annotated[Path, Argument(metavar="EXPORT", help="The export's folder, RUN/export.")],
     repo_id: Annotated[str, Option(help="Where to: USER/NAME.")],
     private: Annotated[bool, Option("--private", help="Make the repository private.")] = False,
-    adapter: Annotated[bool, Option("--adapter", help="Upload the run's adapter instead.")] = False,
     allow_failed_gate: Annotated[
         bool, Option("--allow-failed-gate", help="Upload one that missed its gate.")
     ] = False,
@@ -169,7 +164,7 @@ def push(
     """Upload a proven export to the Hugging Face Hub."""
     from rm_recipe.exporting.push import push as push_export
 
-    print(push_export(export, repo_id, private=private, adapter=adapter, allow_failed_gate=allow_failed_gate))
+    print(push_export(export, repo_id, private=private, allow_failed_gate=allow_failed_gate))
 
 
 @app.command()

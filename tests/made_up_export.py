@@ -1,4 +1,4 @@
-"""A run with an adapter and its export, as `export` leaves them, with tiny files and nothing trained."""
+"""An export in its run, as `export` leaves it, with tiny files and nothing trained."""
 
 import hashlib
 import json
@@ -27,7 +27,6 @@ PROOF = {
     "reward_at": "last token",
     "steps": {"precision": 0.05, "merge": 1e-6, "rounding": 0.1},
     "samples": [{"prompt": "hello", "response": "good", "text": "<|user|>hello", "reward": 1.25}],
-    "merge_base": None,
     "contracts": {"ppo": True},
     "ppo_reason": None,
     "end_token": "</s>",
@@ -62,15 +61,11 @@ def write(path: Path, content: str | dict[str, Any]) -> None:
     path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
 
 
-def hashes(folder: Path, *patterns: str) -> dict[str, str]:
-    paths = sorted({path for pattern in patterns for path in folder.glob(pattern)})
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
-
-
 def prove(export: Path, **keys: Any) -> None:
     """A proof of the model's files as they are."""
-    files, trained = hashes(export, *MODEL_FILES, "model*"), hashes(export.parent / "model", "*.safetensors")
-    write(export / "proof.json", PROOF | {"files": files, "trained": trained} | keys)
+    paths = sorted({path for pattern in (*MODEL_FILES, "model*") for path in export.glob(pattern)})
+    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    write(export / "proof.json", PROOF | {"files": files} | keys)
 
 
 def evaluation(passed: bool = True) -> dict[str, Any]:
@@ -80,22 +75,19 @@ def evaluation(passed: bool = True) -> dict[str, Any]:
 
 
 def make_export(parent: Path) -> Path:
-    """The export's folder, in its run; both have files that are not to be uploaded."""
-    run = parent / "run"
-    folder, model = run / "export", run / "model"
-    for place, weights in ((folder, "model"), (model, "adapter_model")):
-        place.mkdir(parents=True)
-        save_file({"score.weight": np.arange(3000, dtype=np.float32)}, place / f"{weights}.safetensors")
-        config = {"rm_recipe": {"version": 1}, "num_labels": 1, "reward_mean": 0.5, "reward_std": 2.0}
-        write(place / "config.json", config)
-        write(place / "tokenizer.json", {"version": "1.0"})
-        write(place / "tokenizer_config.json", {"eos_token": "</s>", "pad_token": "<unk>"})
-        write(place / "chat_template.jinja", "{{ messages }}")
-        for name in ("training_args.bin", "predictions.jsonl", "report.html", ".DS_Store"):
-            write(place / name, "not to be uploaded")
-    write(run / "recipe.yaml", f"# a run{RUN_HEADER}\n{RECIPE}")
-    write(run / "run.json", RECORD)
-    write(model / "adapter_config.json", {"base_model_name_or_path": "bob/base"})
+    """The export's folder, in its run, with files that are not to be uploaded."""
+    folder = parent / "run" / "export"
+    folder.mkdir(parents=True)
+    save_file({"score.weight": np.arange(3000, dtype=np.float32)}, folder / "model.safetensors")
+    config = {"rm_recipe": {"version": 1}, "num_labels": 1, "reward_mean": 0.5, "reward_std": 2.0}
+    write(folder / "config.json", config)
+    write(folder / "tokenizer.json", {"version": "1.0"})
+    write(folder / "tokenizer_config.json", {"eos_token": "</s>", "pad_token": "<unk>"})
+    write(folder / "chat_template.jinja", "{{ messages }}")
+    for name in ("training_args.bin", "predictions.jsonl", "report.html", ".DS_Store"):
+        write(folder / name, "not to be uploaded")
+    write(folder.parent / "recipe.yaml", f"# a run{RUN_HEADER}\n{RECIPE}")
+    write(folder.parent / "run.json", RECORD)
     write(folder / "README.md", f'---\ntags: [rm]\n---\n```python\nmodel = "{folder}"\n```\n')
     (folder / "reliability.png").write_bytes(b"\x89PNG\r\n\0\1\2")
     write(folder / "evaluation.json", evaluation())

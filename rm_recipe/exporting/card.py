@@ -6,7 +6,6 @@ known is not said. The words are in `model_card.md.jinja`. Nothing here needs to
 
 import json
 import re
-import shlex
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from rm_recipe.evaluation.findings import HELD_OUT, best_baseline, gate_words, readings, rule
 from rm_recipe.evaluation.format import decimal, interval
-from rm_recipe.exporting.compatibility import READ_ALIKE, needs_transformers_5
+from rm_recipe.exporting.compatibility import needs_transformers_5
 from rm_recipe.files import read_json, redact, visible
 from rm_recipe.recipe.reader import saved_values
 from rm_recipe.recipe.schema import looks_local
@@ -31,12 +30,11 @@ TAGS = ["reward-model", "rlhf", "trl", "rm_recipe"]
 _SPECIAL = re.compile(r"[\\`*\[\]<>|#]")
 
 
-def make_card(export: Path, run: Path, model: str, *, adapter: bool = False) -> str:
+def make_card(export: Path, run: Path, model: str) -> str:
     """Write what an export's `README.md` says; everything else that it is about has to be there.
 
     Args:
         model: what the snippets load.
-        adapter: whether it is about the adapter that the export was merged from.
     """
     files = {
         path.stem: read_json(path)
@@ -47,17 +45,17 @@ def make_card(export: Path, run: Path, model: str, *, adapter: bool = False) -> 
     base, name = _base(str(recipe["model_name_or_path"])), run.resolve().name
     metadata = ModelCardData(
         base_model=base["id"],
-        license=base["license"],
-        language=base["languages"] or None,
+        license=base.get("license"),
+        language=base.get("language"),
         datasets=[data for data in _data(recipe) if not _is_local(data)] or None,
-        library_name="peft" if adapter else "transformers",
+        library_name="transformers",
         pipeline_tag="text-classification",
         tags=TAGS,
         model_name=name,
         eval_results=[_eval_result(data, metrics, recipe) for data, metrics in datasets.items()] or None,
     )
-    known = {"base": base, "data": _data(recipe), "datasets": datasets, "recipe": recipe, "adapter": adapter}
-    known |= {"name": name, "model": redact(model), "picture": (export / FIGURE).is_file()}
+    known = {"base": base, "data": _data(recipe), "datasets": datasets, "recipe": recipe, "name": name}
+    known |= {"model": redact(model), "picture": (export / FIGURE).is_file()}
     text = _environment().get_template(TEMPLATE).render(files | known)
     return redact(f"---\n{metadata.to_yaml()}\n---\n\n{text}")
 
@@ -65,9 +63,7 @@ def make_card(export: Path, run: Path, model: str, *, adapter: bool = False) -> 
 def for_repository(text: str, repo_id: str) -> str:
     """Have a card's snippets load from the Hub what they loaded from a folder; edits by hand are kept."""
     found = re.search(r'^model = ("(?:[^"\\\n]|\\.)+")$', text, re.MULTILINE)
-    for old in (in_shell(json.loads(found[1])), found[1]) if found else ():
-        text = text.replace(old, json.dumps(repo_id))
-    return text
+    return text.replace(found[1], json.dumps(repo_id)) if found else text
 
 
 def _environment() -> jinja2.Environment:
@@ -79,26 +75,20 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
         finalize=lambda value: plain(value) if type(value) is str else value,
     )
-    functions: list[Callable[..., Any]] = [best_baseline, code, decimal, gate_words, in_python, in_shell]
-    functions += [interval, needs_transformers_5, readings, rule, shell_json, shown]
+    functions: list[Callable[..., Any]] = [best_baseline, code, decimal, gate_words, interval]
+    functions += [literal, needs_transformers_5, readings, rule, shown]
     environment.globals |= {function.__name__: function for function in functions}
-    environment.globals["READ_ALIKE"] = READ_ALIKE.split()
     return environment
 
 
 def _eval_result(name: str, metrics: dict[str, Any], recipe: dict[str, Any]) -> EvalResult:
-    held_out = recipe if name == HELD_OUT else {}
-    source = shown(_data(recipe)[0] if held_out else name)
+    source = shown(_data(recipe)[0] if name == HELD_OUT else name)
     return EvalResult(
         task_type="text-classification",
-        task_name="Preference accuracy",
         dataset_type=source,
         dataset_name=source,
-        dataset_config=", ".join(held_out.get("dataset_subsets") or []) or None,
-        dataset_split=held_out.get("dataset_test_split"),
-        dataset_revision=held_out.get("dataset_revision"),
+        dataset_split=recipe.get("dataset_test_split") if name == HELD_OUT else None,
         metric_type="accuracy",
-        metric_name="Preference accuracy, a tie is one half",
         metric_value=round(metrics["accuracy"], 4),
         metric_args={
             "ci95": [round(end, 4) for end in metrics["accuracy_ci95"]],
@@ -132,34 +122,28 @@ def _data(recipe: dict[str, Any]) -> list[str]:
 
 
 def _base(name: str) -> dict[str, Any]:
-    """The base model: its id on the Hub, if it has one, what its own card says, and what to call it."""
+    """What the base model's own card says, with its `id` on the Hub, if it has one, and what to call it."""
     card: dict[str, Any] = {}
     with suppress(Exception):  # without a card, without a network: then nothing is known
         path = Path(name, CARD) if _is_local(name) else name
         card = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
     known = str(card.get("base_model")) if _is_local(name) else name
-    languages = card.get("language") or []
-    return {
-        "id": known if is_repo_id(known) and known != "None" and not _is_local(known) else None,
-        "folder": Path(name).name,
-        "license": card.get("license"),
-        "languages": [languages] if isinstance(languages, str) else languages,
-        "made": card.get("made"),
-    }
+    on_hub = is_repo_id(known) and known != "None" and not _is_local(known)
+    return card | {"id": known if on_hub else None, "folder": Path(name).name}
 
 
-# --- text that means nothing in Markdown, Python or a shell ----------------------------------------
+# --- text that means nothing in Markdown, or is a literal of Python ---------------------------------
 
 
 class Verbatim(str):
-    """Text that is Markdown already, or stands in a block of code: `plain` leaves it alone."""
+    """Text that is Markdown already, or stands in a block of code: the template leaves it alone."""
 
     __slots__ = ()
 
 
 def plain(text: str) -> str:
     """The text as it is read, on one line: no markup, no HTML, no end of a table's cell."""
-    return text if isinstance(text, Verbatim) else _SPECIAL.sub(r"\\\g<0>", _one_line(text))
+    return _SPECIAL.sub(r"\\\g<0>", _one_line(text))
 
 
 def code(text: str) -> Verbatim:
@@ -170,20 +154,9 @@ def code(text: str) -> Verbatim:
     return Verbatim(f"{fence}{space}{text}{space}{fence}")
 
 
-def in_python(text: str) -> Verbatim:
-    """The text as a literal of Python."""
+def literal(text: str) -> Verbatim:
+    """The text in double quotes, as Python and JSON read it, and a shell if it holds no `$` or the like."""
     return Verbatim(json.dumps(text, ensure_ascii=False))
-
-
-def in_shell(text: str) -> Verbatim:
-    """In double quotes, as in Python, where a shell finds nothing in it to expand; on one line."""
-    is_path = re.fullmatch(r"[\w./~ @+-]+", text)
-    return in_python(text) if is_path else Verbatim(shlex.quote(" ".join(text.split())))
-
-
-def shell_json(body: dict[str, Any]) -> Verbatim:
-    """A request's body as JSON, quoted for a shell."""
-    return Verbatim(shlex.quote(json.dumps(body)))
 
 
 def _one_line(text: str) -> str:

@@ -11,22 +11,8 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-# What transformers 4 calls the base of the rotations, and the share of a head that rotates.
+# What transformers 4 has beside `rope_scaling`.
 BASE_AND_SHARE = ("rope_theta", "partial_rotary_factor")
-OF_KIND = {
-    "gpt_neox": ("rotary_emb_base", "rotary_pct"),
-    "modernbert": ("global_rope_theta", "partial_rotary_factor"),
-}
-# The base in layers of a sliding window, where a model has two kinds of layers.
-SLIDING = {"gemma3_text": "rope_local_base_freq", "modernbert": "local_rope_theta"}
-# All that Phi 3's scaling may hold in transformers 4.
-PHI3 = ("type", "short_factor", "long_factor")
-# Kinds of which tiny models, saved so, gave the same rewards in transformers 4.57 as in 5.23, to 1e-6.
-READ_ALIKE = (
-    "albert bert biogpt deberta-v2 distilbert electra gemma gemma2 gemma3_text glm gpt2 gpt_bigcode gpt_neox "
-    "gptj helium llama mistral mixtral modernbert mpnet opt persimmon phi phi3 qwen2 qwen2_moe qwen3 roberta "
-    "smollm3 stablelm starcoder2 xlm-roberta"
-)
 GENERIC, GENERIC_OF_4 = "TokenizersBackend", "PreTrainedTokenizerFast"
 
 
@@ -37,10 +23,9 @@ def for_transformers_4(folder: Path) -> None:
 
 
 def needs_transformers_5(config: dict[str, Any]) -> bool:
-    """Whether a config.json has rotations that transformers 4 has no words for."""
-    base, _ = OF_KIND.get(config.get("model_type", ""), BASE_AND_SHARE)
-    unsaid = bool(config.get("rope_parameters")) and base not in config
-    return unsaid or any(needs_transformers_5(part) for part in config.values() if _is_config(part))
+    """Whether a config.json has rotations that transformers 4 has no words for, or not the usual ones."""
+    text = config.get("text_config", config)
+    return bool(text.get("rope_parameters")) and "rope_theta" not in text
 
 
 def rewrite_json(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -50,38 +35,21 @@ def rewrite_json(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]])
 
 
 def _config_of_4(config: dict[str, Any]) -> dict[str, Any]:
-    parts = {key: _config_of_4(part) for key, part in config.items() if _is_config(part)}
-    dtype = {"torch_dtype": config["dtype"]} if "dtype" in config else {}
-    return config | parts | dtype | _rope_of_4(config)
-
-
-def _is_config(part: Any) -> bool:
-    return isinstance(part, dict) and "model_type" in part
-
-
-def _rope_of_4(config: dict[str, Any]) -> dict[str, Any]:
-    """The rotations in transformers 4's words; nothing if these mean others."""
+    """With the rotations in transformers 4's words, too, unless these mean others."""
     from transformers import CONFIG_MAPPING
 
-    kind, rope = config["model_type"], config.get("rope_parameters") or {}
-    full, sliding = rope.get("full_attention", rope), rope.get("sliding_attention")
-    if "rope_theta" not in full or kind not in CONFIG_MAPPING:
-        return {}
-    base, share = OF_KIND.get(kind, BASE_AND_SHARE)
-    said = {base: full["rope_theta"]}
-    if "partial_rotary_factor" in full:
-        said[share] = full["partial_rotary_factor"]
-    if full["rope_type"] != "default":
-        said["rope_scaling"] = {key: value for key, value in full.items() if key not in BASE_AND_SHARE}
-    if kind == "phi3" and "rope_scaling" in said:
-        said["rope_scaling"] = {key: (rope | {"type": rope["rope_type"]})[key] for key in PHI3}
-    if sliding and kind in SLIDING:
-        said[SLIDING[kind]] = sliding["rope_theta"]
+    words = dict(config)
+    if "dtype" in words:
+        words["torch_dtype"] = words["dtype"]
+    rope = words.pop("rope_parameters", None)
+    if not rope or "rope_theta" not in rope:
+        return config | words
+    said = {key: rope[key] for key in BASE_AND_SHARE if key in rope}
+    if rope["rope_type"] != "default":
+        said["rope_scaling"] = {key: value for key, value in rope.items() if key not in BASE_AND_SHARE}
     # transformers 5 reads transformers 4's words, too, where its own are not there (and writes into them).
-    words = {key: value for key, value in config.items() if key != "rope_parameters"} | said
-    read = CONFIG_MAPPING[kind].from_dict(deepcopy(words)).rope_parameters
-    read.pop("type", None)  # an older name of `rope_type`, which stands beside it
-    return said if read == rope else {}
+    read = CONFIG_MAPPING[config["model_type"]].from_dict(deepcopy(words | said)).rope_parameters
+    return config | words | (said if read == rope else {})
 
 
 def _tokenizer_of_4(config: dict[str, Any]) -> dict[str, Any]:

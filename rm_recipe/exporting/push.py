@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 import httpx2
 import huggingface_hub
@@ -21,15 +20,13 @@ from huggingface_hub.utils.sha import git_hash
 from rm_recipe import __version__
 from rm_recipe.errors import PushError, RecipeError, RmRecipeError, one_line
 from rm_recipe.evaluation.findings import HELD_OUT, gate_words
-from rm_recipe.exporting.card import CARD, FIGURE, for_repository, is_repo_id, make_card
-from rm_recipe.files import read_json, sha256
+from rm_recipe.exporting.card import CARD, FIGURE, for_repository, is_repo_id
+from rm_recipe.files import read_json
 
 PROOF, EVALUATION = "proof.json", "evaluation.json"
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-# What `AutoTokenizer` reads beside a model, by whichever tokenizer.
-TOKENIZER = ["*token*.json", "*.model", "chat_template.jinja", "vocab.*", "merges.txt"]
-# What would be loaded along with, or instead of, the model that is uploaded.
-STALE = ["*.safetensors", "*.bin", "*.pt", "*.index.json", ADAPTER[0], PROOF, FIGURE, *TOKENIZER]
+# What would be loaded along with, or instead of, the model that is uploaded: other weights, a tokenizer.
+STALE = ["*.safetensors", "*.bin", "*.pt", "*.index.json", "adapter_config.json"]
+STALE += ["*token*.json", "*.model", "chat_template.jinja", "vocab.*", "merges.txt"]
 ANEW = "export anew with `rm-recipe export RUN --overwrite`"
 
 Files = dict[str, Path | bytes]  # by name; weights stay on the disk, the rest is sent as it is when checked
@@ -40,14 +37,7 @@ PASSING_STATUS = (408, 412, 429)  # and from 500 on; 412: another commit came in
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 
 
-def push(
-    export: Path,
-    repo_id: str,
-    *,
-    private: bool = False,
-    adapter: bool = False,
-    allow_failed_gate: bool = False,
-) -> str:
+def push(export: Path, repo_id: str, *, private: bool = False, allow_failed_gate: bool = False) -> str:
     """Upload a verified export in one commit; return the repository's URL.
 
     What is there already is not sent again. Weights and tokenizer files of an earlier model are deleted in
@@ -55,7 +45,6 @@ def push(
 
     Args:
         private: create a private repository, and refuse one that is public.
-        adapter: upload the adapter in `export`'s run instead of the merged model.
         allow_failed_gate: upload a model that missed its recipe's target.
 
     Raises:
@@ -63,17 +52,14 @@ def push(
         PushError: the Hub refused it, could not be reached, or holds something else than what was sent.
     """
     token = check_destination(repo_id)
-    check_export(export, allow_failed_gate)
-    files = adapter_files(export, repo_id) if adapter else export_files(export, repo_id)
+    verified = check_export(export, allow_failed_gate)
+    files = export_files(export, repo_id, verified)
     for name, content in files.items():
         if isinstance(content, bytes) and token.encode() in content:
             raise RecipeError(f"{name} holds your token for the Hub; remove it and export anew")
-    verified = read_json(export / PROOF)["trained" if adapter else "files"] | {CARD: None}
     api = HfApi(token=token, library_name="rm_recipe", library_version=__version__)
     for seconds in (*WAITS, None):
         try:
-            if adapter:
-                _check_base(api, export.resolve().parent / "model" / ADAPTER[0])
             _upload(api, repo_id, files, verified, private)
             break
         except RmRecipeError:
@@ -110,11 +96,14 @@ def check_destination(repo_id: str) -> str:
 # --- the files to upload, which a verification vouches for ---------------------------------------
 
 
-def check_export(export: Path, allow_failed_gate: bool) -> None:
-    """Check that an export is as it was when it was verified, and that it was evaluated.
+def check_export(export: Path, allow_failed_gate: bool) -> dict[str, str]:
+    """Check that an export was verified and evaluated.
+
+    Returns:
+        the SHA-256 of each file that was verified, which those that are sent have to have.
 
     Raises:
-        RecipeError: `export` is no export, not verified, changed since, not evaluated, or failed its gate.
+        RecipeError: `export` is no export, not whole, not verified, not evaluated, or failed its gate.
     """
     config, proof, evaluation = (
         read_json(export / name) if (export / name).is_file() else {}
@@ -124,10 +113,8 @@ def check_export(export: Path, allow_failed_gate: bool) -> None:
         raise RecipeError(f"{export} is not an export of `rm-recipe export`; give RUN/export")
     if proof.get("passed") is not True:
         raise RecipeError(f"{export} has no {PROOF} that says it passed; {ANEW}")
-    for name, known in {**proof["files"], CARD: None}.items():  # the card may be edited
-        path = export / name
-        if not path.is_file() or (known and sha256(path) != known):
-            raise RecipeError(f"{path} changed or is gone since it was verified; {ANEW}")
+    if gone := [name for name in (*proof["files"], CARD) if not (export / name).is_file()]:
+        raise RecipeError(f"{export} has no {', '.join(gone)} any more; {ANEW}")
     if HELD_OUT not in evaluation.get("datasets", {}):
         raise RecipeError(
             f"{export} was exported without an evaluation on held-out comparisons; run `rm-recipe evaluate "
@@ -138,57 +125,30 @@ def check_export(export: Path, allow_failed_gate: bool) -> None:
         raise RecipeError(
             f"{export} has not passed its gate: {gate['why']}; --allow-failed-gate uploads it as it is"
         )
+    return dict(proof["files"])
 
 
-def export_files(export: Path, repo_id: str) -> Files:
+def export_files(export: Path, repo_id: str, verified: Iterable[str]) -> Files:
     """The files of a checked export, as they go into the repository."""
+    paths = [export / name for name in (*verified, PROOF, EVALUATION, FIGURE) if (export / name).is_file()]
+    files: Files = {path.name: path if path.suffix == ".safetensors" else path.read_bytes() for path in paths}
     card = for_repository((export / CARD).read_text(encoding="utf-8"), repo_id)
-    files = _read(export, [*read_json(export / PROOF)["files"], PROOF, EVALUATION, FIGURE])
     return files | {CARD: card.encode()}
-
-
-def adapter_files(export: Path, repo_id: str) -> Files:
-    """The files of the adapter that a checked export was merged from, as they go into the repository.
-
-    Raises:
-        RecipeError: there is no adapter, or it was trained on since.
-    """
-    run = export.resolve().parent
-    model = run / "model"
-    trained = {path.name: sha256(path) for path in model.glob(ADAPTER[1])}
-    if not trained or trained != read_json(export / PROOF)["trained"]:
-        raise RecipeError(
-            f"{model} holds no adapter that {export} was verified against; {ANEW}, or push without --adapter"
-        )
-    names = {path.name for pattern in (*ADAPTER, "config.json", *TOKENIZER) for path in model.glob(pattern)}
-    card = make_card(export, run, repo_id, adapter=True)
-    return _read(model, names) | _read(export, [EVALUATION, FIGURE]) | {CARD: card.encode()}
-
-
-def _read(folder: Path, names: Iterable[str]) -> Files:
-    paths = [folder / name for name in names if (folder / name).is_file()]
-    return {path.name: path if path.suffix == ".safetensors" else path.read_bytes() for path in paths}
 
 
 # --- the upload -----------------------------------------------------------------------------------
 
 
-def _check_base(api: HfApi, adapter_config: Path) -> None:
-    """Refuse an adapter of a local base; a folder's relative path can look like a repository."""
-    base = read_json(adapter_config)["base_model_name_or_path"] or ""
-    if Path(base).is_dir() or not is_repo_id(base) or not api.repo_exists(base):
-        raise RecipeError(
-            f"the adapter's base {base} is not on the Hub, so nobody else could load it; push the merged "
-            "model, without --adapter"
-        )
-
-
-def _upload(api: HfApi, repo_id: str, files: Files, verified: dict[str, Any], private: bool) -> None:
+def _upload(api: HfApi, repo_id: str, files: Files, verified: dict[str, str], private: bool) -> None:
     """Make the repository hold the files, in one commit, and compare what it holds then.
 
     Args:
-        verified: their hashes, of those that were verified.
+        verified: their hashes; the card, which may be edited, has none, nor has what came after the proof.
     """
+    sent = [CommitOperationAdd(name, content) for name, content in files.items()]
+    for file in sent:
+        if verified.get(file.path_in_repo) not in (None, file.upload_info.sha256.hex()):
+            raise RecipeError(f"{file.path_in_repo} changed since it was verified; {ANEW}")
     # Each time: huggingface_hub replaces its client after a failed connection.
     huggingface_hub.get_session().timeout = TIMEOUT
     # None leaves it to the organisation's default, which may be private; False would override that.
@@ -206,10 +166,6 @@ def _upload(api: HfApi, repo_id: str, files: Files, verified: dict[str, Any], pr
         and "/" not in entry.rfilename
         and any(fnmatch(entry.rfilename, pattern) for pattern in STALE)
     ]
-    sent = [CommitOperationAdd(name, content) for name, content in files.items()]
-    for file in sent:  # which may have changed since they were checked
-        if verified.get(file.path_in_repo) not in (None, file.upload_info.sha256.hex()):
-            raise RecipeError(f"{file.path_in_repo} changed since it was verified; {ANEW}")
     commit = api.create_commit(
         repo_id,
         [*sent, *stale],

@@ -259,7 +259,7 @@ def test_the_hubs_classes_find_the_accuracy_in_the_card(exported, tiny_data):
     assert str(tiny_data.parent) not in card.content.split("---")[1]
     text = " ".join(card.text.split())
     assert '`truncation=True, max_length=128`, with `truncation_side="left"`' in text
-    assert "transformers 4.57 and 5 read it alike." in text
+    assert "also said as transformers 4.57 reads them" in text
     assert "they pad with `<unk>`, this model's pad token" in text
     assert "a reply ends with `</s>`, so that the policy stops there. One that is cut" in text
 
