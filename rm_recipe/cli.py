@@ -35,7 +35,6 @@ prepare_app = typer.Typer(no_args_is_help=True)
 app.add_typer(prepare_app, name="prepare")
 
 SECONDS_TO_SPEAK = 10  # imports may take one process that much longer than another
-SAMPLING = "n max_new_tokens temperature seed"
 WITH_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 RecipePath = Annotated[Path, Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Model = Annotated[str, Argument(metavar="MODEL", help="A run folder, an export or a one-label classifier.")]
@@ -85,11 +84,10 @@ def check(
     data: Annotated[bool, Option("--data", help="Also examine the data: data_report.json.")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Also load the model, make a step, undo it.")] = False,
     plan: Annotated[bool, Option("--plan", help="Also plan a step's memory; loads no weights.")] = False,
-    gpu_memory: Annotated[str | None, Option(help="With --plan: the GPU's memory, 8GB say.")] = None,
+    gpu_memory: Annotated[str | None, Option(help="Plan for a GPU with so much memory, 8GB say.")] = None,
 ) -> None:
     """Check a recipe; if asked, its data, a step, its memory; --key value sets a key."""
-    if gpu_memory and not plan:
-        raise typer.BadParameter("--gpu-memory is for --plan")
+    plan = plan or gpu_memory is not None
     parsed = read_recipe(recipe, context.args, check_inputs=not plan)
     from rm_recipe.tools import check as checks
 
@@ -231,7 +229,7 @@ def overoptimization(
     file = prompts or samples
     if file is None or (samples is None) == (policy is None) or (policy is None) != (prompts is None):
         raise typer.BadParameter("give --policy and --prompts, or --samples")
-    how = {key: context.params[key] for key in SAMPLING.split()}
+    how = {key: context.params[key] for key in ("n", "max_new_tokens", "temperature", "seed")}
     said = [key for key in how if str(context.get_parameter_source(key)).endswith("COMMANDLINE")]
     if samples is not None and said:
         raise typer.BadParameter(f"--samples are as they are: leave out {', '.join(said)}")

@@ -11,7 +11,7 @@ proxy gets better by the proxy for ever, and by gold for a while.
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,6 @@ from rm_recipe.overoptimization.page import verdict, write_overoptimization
 from rm_recipe.overoptimization.replies import Sample, Sampling, read_samples, sample
 from rm_recipe.recipe.reader import is_run_folder
 from rm_recipe.scoring import RewardModel, find_model
-
-MEAN, WORST = "mean of the proxies", "worst of the proxies"
 
 
 def overoptimization(
@@ -125,7 +123,7 @@ def comparable(samples: Sequence[Sample]) -> list[Sample]:
     if not n:
         raise DataError("no prompt has two replies: of one reply none is the best")
     return [
-        one if len(one.responses) == n else replace(one, responses=lot.sample(one.responses, n), cut=None)
+        one if len(one.responses) == n else Sample(one.prompt, lot.sample(one.responses, n))
         for one in samples
         if len(one.responses) >= n
     ]
@@ -155,7 +153,8 @@ def compare_all(
     by_proxy = {name: scaled[name] for name in proxies}
     if len(by_proxy) > 1:
         alone = list(by_proxy.values())
-        by_proxy |= {MEAN: np.mean(alone, axis=0), WORST: np.min(alone, axis=0)}
+        by_proxy["mean of the proxies"] = np.mean(alone, axis=0)
+        by_proxy["worst of the proxies"] = np.min(alone, axis=0)
     together = np.mean([scaled[name] for name in gold], axis=0)
     return {name: compare(samples, own, together) for name, own in by_proxy.items()}
 

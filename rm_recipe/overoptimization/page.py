@@ -33,8 +33,6 @@ def verdict(proxy: dict[str, Any], gold: dict[str, Any], prompts: int) -> tuple[
     replies, own, peak = len(gold["gain"]), decimal(proxy["gain"][-1], 2), gold["peak_n"]
     last, highest = (f"n = {n} (square root of KL {np.sqrt(kl(n)):.2f})" for n in (replies, peak))
     gain = f"{decimal(gold['gain'][-1], 2, signed=True)} standard deviations"
-    if not proxy["gain"][-1]:
-        return "bad", "This proxy gives all replies to a prompt the same reward: nothing to optimise."
     if prompts < FEWEST_PROMPTS:
         few = f"{prompts} prompts are too few to tell"
         return "plain", f"{few}: by gold {gain} are gained at {last}, of the proxy's {own}."
@@ -103,26 +101,22 @@ def print_overoptimization(content: dict[str, Any], console: Console | None = No
 
 # --- the page and the picture ------------------------------------------------------------------
 
-PANEL = (5.0, 3.4)  # inches
-LONGEST_TITLE = 46
+PANEL = (7.0, 3.4)  # inches
+LONGEST_TITLE = 66
 
 
 def write_overoptimization(folder: Path, content: dict[str, Any]) -> None:
     """Write the page of `overoptimization.json` beside it."""
     curves = {redact(name): found for name, found in content["curves"].items()}
-    columns = min(2, len(curves))
-    rows = -(-len(curves) // columns)
-    size = PANEL[0] * columns, PANEL[1] * rows
 
     def draw(figure: Figure) -> None:
         """Proxy and gold against the distance from the policy, a panel for each proxy."""
-        panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
-        for axes, (name, found) in zip(panels, curves.items(), strict=False):
+        panels = figure.subplots(len(curves), sharey=True, squeeze=False).ravel()
+        for axes, (name, found) in zip(panels, curves.items(), strict=True):
             _draw_panel(axes, visible(name)[-LONGEST_TITLE:], found)
-        for axes in panels[len(curves) :]:
-            axes.set_visible(False)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=4)
 
+    size = PANEL[0], PANEL[1] * len(curves)
     spoken = " ".join(f"{name}: {found['verdict']}" for name, found in curves.items())
     write_page(
         folder / "overoptimization.html",

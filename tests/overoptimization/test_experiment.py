@@ -50,47 +50,38 @@ def by_hand(path):
     return RewardModel.from_pretrained(path).score(items).astype(float).reshape(len(ROWS), -1)
 
 
-def test_given_replies_are_scored_by_both_each_by_its_own_template(models, tmp_path):
-    content = measured(models, tmp_path, ROWS, gold=[models["encoder"]])
-    proxy, gold = by_hand(models["proxy"]), by_hand(models["encoder"])
-    (found,) = content["curves"].values()
-    assert found["gold"]["gain"] == pytest.approx(curve(proxy, gold)["gain"], abs=1e-4)
-    assert {path.suffix for path in (tmp_path / "o").iterdir()} == {".html", ".json"}
-    assert json.loads((tmp_path / "o" / "overoptimization.json").read_text()) == content
-    assert (len(found["edits"]), len(found["examples"])) == (4, 10)
-
-
 def test_a_policy_is_drawn_from_scored_and_reported_on_the_command_line(
     models, tiny_llama, tiny_data, monkeypatch, capsys
 ):
     command = ["overoptimization", models["proxy"], "--gold", models["gold"]]
     limits = ["--max-prompts", "5", "--n", "4", "--max-new-tokens", "6"]
     prompts = ["--policy", str(tiny_llama), "--prompts", str(tiny_data / "test.jsonl"), *limits]
-    code, first, err = invoke(monkeypatch, capsys, *command, *prompts)
+    code, out, err = invoke(monkeypatch, capsys, *command, *prompts)
     assert code == 0, err
-    assert "Best of 4 replies to each of 5 prompts" in first
+    assert "Best of 4 replies to each of 5 prompts" in out
     folder = default_output(f"{models['proxy']}/export")
     assert folder == Path(models["proxy"], "overoptimization")
-    assert first.splitlines()[-1] == f"report: {folder}/overoptimization.html"
+    assert out.splitlines()[-1] == f"report: {folder}/overoptimization.html"
     content = json.loads((folder / "overoptimization.json").read_text())
     assert 0 < content["samples"]["cut_replies"] <= 20
-    drawn = (folder / "samples.jsonl").read_bytes()
-    assert invoke(monkeypatch, capsys, *command, *prompts)[:2] == (0, first)
-    assert (folder / "samples.jsonl").read_bytes() == drawn
     reused = ["--samples", f"{folder}/samples.jsonl", "--output", f"{folder}/again"]
     assert invoke(monkeypatch, capsys, *command, *reused)[0] == 0
     other = json.loads((folder / "again" / "overoptimization.json").read_text())
     assert other["curves"] == content["curves"]
 
 
-def test_several_proxies_are_ensembles_too_and_several_gold_models_are_their_mean(models, tmp_path):
+def test_each_model_scores_by_its_own_template_several_proxies_are_ensembles_too_and_gold_models_a_mean(
+    models, tmp_path
+):
     two = [models["proxy"], models["encoder"]]
     scaled = [(own - own.mean()) / spread(own) for own in map(by_hand, two)]
     mean, worst, gold = np.mean(scaled, axis=0), np.min(scaled, axis=0), by_hand(models["gold"])
-    curves = measured(models, tmp_path, ROWS, proxies=two)["curves"]
-    assert list(curves) == [*two, "mean of the proxies", "worst of the proxies"]
-    for found, together in zip(list(curves.values())[2:], (mean, worst), strict=True):
-        assert found["gold"]["gain"] == pytest.approx(curve(together, gold)["gain"], abs=1e-3)
+    content = measured(models, tmp_path, ROWS, proxies=two)
+    assert {path.suffix for path in (tmp_path / "o").iterdir()} == {".html", ".json"}
+    assert json.loads((tmp_path / "o" / "overoptimization.json").read_text()) == content
+    assert list(content["curves"]) == [*two, "mean of the proxies", "worst of the proxies"]
+    for found, by in zip(content["curves"].values(), (*scaled, mean, worst), strict=True):
+        assert found["gold"]["gain"] == pytest.approx(curve(by, gold)["gain"], abs=1e-3)
     (found,) = measured(models, tmp_path, ROWS, proxies=[models["gold"]], gold=two)["curves"].values()
     assert found["gold"]["gain"] == pytest.approx(curve(gold, mean)["gain"], abs=1e-3)
 
@@ -104,21 +95,14 @@ def test_of_more_replies_than_the_others_have_some_are_taken_by_lot():
     assert comparable(samples) == same
 
 
-def test_prompts_that_do_not_fit_a_model_or_have_too_few_replies_are_counted(models, tmp_path):
+def test_what_cannot_be_compared_and_what_is_empty_or_said_again_is_counted(models, tmp_path):
     rows = [*ROWS, {"prompt": "thanks", "response": "yes"}, {"prompt": "fine", "responses": ["yes", "no"]}]
-    rows += [{"prompt": "sat", "responses": [*WORDS, "maybe"]}, {"prompt": " ", "responses": WORDS}]
+    rows += [{"prompt": "sat", "responses": [""] * 8}, {"prompt": " ", "responses": WORDS}]
     rows += [{"prompt": "hello", "responses": ["good " * 200, *WORDS[1:]]}]
-    counted = measured(models, tmp_path, rows)["samples"]
-    assert counted["excluded"] == {"fewer_replies": 2, "does_not_fit_a_model": 1, "empty_prompt": 1}
-    assert (counted["n_prompts"], counted["n_replies"]) == (13, 8)
-
-
-def test_empty_replies_alone_are_reported_all_the_same(models, tmp_path):
-    content = measured(models, tmp_path, [{"prompt": word, "responses": [""] * 3} for word in ("yes", "no")])
-    (found,) = content["curves"].values()
-    assert (content["samples"]["empty_replies"], content["samples"]["repeated_replies"]) == (6, 4)
-    assert found["verdict"].startswith("This proxy gives all replies to a prompt the same reward")
-    assert found["gold"]["gain_ci95"][-1] == [0, 0]
+    found = measured(models, tmp_path, rows)["samples"]
+    assert found["excluded"] == {"fewer_replies": 2, "does_not_fit_a_model": 1, "empty_prompt": 1}
+    assert (found["n_prompts"], found["n_replies"]) == (13, 8)
+    assert (found["empty_replies"], found["repeated_replies"], found["cut_replies"]) == (12, 7, None)
 
 
 def test_a_copy_is_found_out_names_are_shown_as_text_and_the_home_folder_is_in_no_file(

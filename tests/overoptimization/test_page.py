@@ -31,13 +31,11 @@ def test_repetition_is_the_share_of_word_runs_said_before():
 
 def test_a_proxy_that_pays_for_length_is_found_out_and_one_that_only_errs_is_not():
     found = by_feature(SAMPLES, standardised(GOLD + 0.1 * LENGTH), GOLD)["length"]
-    assert found["correlation"] > found["ci95"][0] > 0.4
-    assert found["best_by_proxy"] > found["mean"] + 20
-    assert found["best_by_gold"] == pytest.approx(LENGTH[range(PROMPTS), GOLD.argmax(axis=1)].mean())
+    assert found["mean"] > found["ci95"][0] > 0.4
     noise = standardised(GOLD + RNG.normal(size=GOLD.shape))
-    assert abs(by_feature(SAMPLES, noise, GOLD)["length"]["correlation"]) < 0.15
+    assert abs(by_feature(SAMPLES, noise, GOLD)["length"]["mean"]) < 0.15
     alike = [Sample(sample.prompt, ["one two three"] * REPLIES) for sample in SAMPLES]
-    assert by_feature(alike, GOLD, -GOLD)["length"]["correlation"] is None
+    assert by_feature(alike, GOLD, -GOLD)["length"]["mean"] is None
 
 
 def test_the_first_reply_with_words_is_edited_and_what_that_brings_each_model_is_found():
@@ -82,7 +80,7 @@ FLAT = np.minimum((PROXY - PROXY.min(axis=1, keepdims=True)) / 5, 0.6) + NOISE /
         (PROXY[:40], NOISE[:40], "bad", "Choosing by this proxy gains nothing certain by gold: "),
         (PROXY, FLAT, "plain", "is neither a rise nor a fall for certain"),
         (PROXY[:19], PROXY[:19], "plain", "19 prompts are too few to tell: by gold "),
-        (0 * PROXY, PEAKED, "bad", "This proxy gives all replies to a prompt the same reward"),
+        (0 * PROXY, PEAKED, "bad", "gains nothing certain by gold: +0.00 standard deviations"),
     ],
 )
 def test_the_verdict(proxy, gold, kind, said):
@@ -114,13 +112,13 @@ def content():
     found = compare(SAMPLES, np.hstack([proxy, edits + np.array([0, 3, 3, 3, 3])]), np.hstack([gold, edits]))
     counts = {"empty_replies": 1, "excluded": {"does_not_fit_a_model": 3}, "cut_replies": None}
     return {
-        "proxies": ["outputs/<a>", "outputs/b"],
+        "proxies": ["outputs/overoptimization/<proxy_100>"],
         "gold": ["outputs/gold"],
         "sampling": {"policy": "some/model", "n": 8, "temperature": 0.7},
         "samples": {"file": "samples.jsonl", "n_prompts": 30, "n_replies": 8, **counts},
         "n": list(range(1, 9)),
         "kl": [0.1 * n for n in range(8)],
-        "curves": {"outputs/<a>": found, "outputs/b": found},
+        "curves": {"outputs/overoptimization/<proxy_100>": found, "mean of the proxies": found},
     }
 
 
@@ -144,9 +142,7 @@ def test_the_page_has_every_part_and_the_figures(content, tmp_path):
 
 
 def test_the_table_on_the_terminal_fits_80_columns(content, capsys):
-    found = content["curves"]["outputs/b"]
-    curves = {"outputs/overoptimization/proxy_100": found, "mean of the proxies": found}
-    print_overoptimization({**content, "curves": curves}, Console(width=80))
+    print_overoptimization(content, Console(width=80))
     out = capsys.readouterr().out
     assert all(len(line) <= 80 for line in out.splitlines())
     assert "Best of 8 replies to each of 30 prompts, 3 prompts left out" in out

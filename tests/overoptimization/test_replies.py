@@ -46,17 +46,16 @@ def test_replies_are_gathered_by_prompt_and_what_is_none_is_counted_or_refused_w
     found, excluded = read_samples(write_jsonl(tmp_path / "s.jsonl", rows))
     assert found == [Sample([hello], ["a", "b"]), Sample([system, hello], ["x", ""], cut=1)]
     assert excluded == {"empty_prompt": 1, "invalid_text": 1}
-    faulty = {
+    for line, said in {
         "{": "not JSON",
         '{"prompt": "a", "responses": [1]}': "column 'responses' should be a list of texts",
         '{"responses": ["b"]}': "column 'prompt' should be a text or a list of messages",
-    }
-    for line, said in faulty.items():
-        (tmp_path / "faulty.jsonl").write_text(json.dumps(rows[0]) + "\n" + line + "\n")
+    }.items():
+        (tmp_path / "s.jsonl").write_text(json.dumps(rows[0]) + "\n" + line + "\n")
         with pytest.raises(DataError, match=f"line 2: {said}"):
-            read_samples(tmp_path / "faulty.jsonl")
+            read_samples(tmp_path / "s.jsonl")
     with pytest.raises(DataError, match="holds no prompt that can be used"):
-        read_samples(write_jsonl(tmp_path / "none.jsonl", rows[3:]))
+        read_samples(write_jsonl(tmp_path / "s.jsonl", rows[3:]))
 
 
 # --- replies drawn from a policy ---------------------------------------------------------------
