@@ -35,12 +35,11 @@ prepare_app = typer.Typer(no_args_is_help=True)
 app.add_typer(prepare_app, name="prepare")
 
 SECONDS_TO_SPEAK = 10  # imports may take one process that much longer than another
-SAMPLING = "n max_new_tokens temperature top_p top_k seed"
 WITH_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 RecipePath = Annotated[Path, Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Model = Annotated[str, Argument(metavar="MODEL", help="A run folder, an export or a one-label classifier.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Remove what is there, and start anew.")]
-Output = Annotated[Path | None, Option(help="Folder for the result; by default the run's.")]
+Output = Annotated[Path | None, Option(file_okay=False, help="Folder for the result; by default the run's.")]
 
 
 @app.command(context_settings=WITH_OVERRIDES)
@@ -85,11 +84,10 @@ def check(
     data: Annotated[bool, Option("--data", help="Also examine the data: data_report.json.")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Also load the model, make a step, undo it.")] = False,
     plan: Annotated[bool, Option("--plan", help="Also plan a step's memory; loads no weights.")] = False,
-    gpu_memory: Annotated[str | None, Option(help="With --plan: the GPU's memory, 8GB say.")] = None,
+    gpu_memory: Annotated[str | None, Option(help="Plan for a GPU with so much memory, 8GB say.")] = None,
 ) -> None:
     """Check a recipe; if asked, its data, a step, its memory; --key value sets a key."""
-    if gpu_memory and not plan:
-        raise typer.BadParameter("--gpu-memory is for --plan")
+    plan = plan or gpu_memory is not None
     parsed = read_recipe(recipe, context.args, check_inputs=not plan)
     from rm_recipe.tools import check as checks
 
@@ -193,9 +191,11 @@ def score(
 def benchmark(
     context: typer.Context,
     recipe: RecipePath,
-    steps: Annotated[int, Option(help="Optimizer steps of each training; the first warms up.")] = 4,
-    repeats: Annotated[int, Option(help="How often each is measured, in turns.")] = 3,
-    stock_batch: Annotated[int | None, Option(help="Stock TRL's best batch size; else searched.")] = None,
+    steps: Annotated[int, Option(min=2, help="Optimizer steps of each training; the first warms up.")] = 4,
+    repeats: Annotated[int, Option(min=1, help="How often each is measured, in turns.")] = 3,
+    stock_batch: Annotated[
+        int | None, Option(min=1, help="Stock TRL's best batch size; else searched.")
+    ] = None,
     output: Output = None,
 ) -> None:
     """Measure speed and memory against stock TRL; --key value sets a recipe's key."""
@@ -217,18 +217,14 @@ def overoptimization(
     n: Annotated[int, Option("--n", min=2, help="Replies per prompt.")] = 32,
     max_new_tokens: Annotated[int, Option(min=1, help="Longest reply, in tokens.")] = 128,
     temperature: Annotated[float, Option(min=0.01, help="Above 1 more at random, below 1 less.")] = 1.0,
-    top_p: Annotated[float, Option(min=0.01, max=1, help="Draw from this share of probability.")] = 1.0,
-    top_k: Annotated[int, Option(min=0, help="Draw from so many tokens; 0: from all.")] = 0,
     seed: Annotated[int, Option(min=0, max=2**32 - 1, help="Seed of the random draws.")] = 0,
-    safety: Annotated[str | None, Option(help="A safety reward model, as in Llama 2.")] = None,
     output: Output = None,
-    overwrite: Overwrite = False,
 ) -> None:
     """See what optimising against a reward model does, by best-of-n and a better one."""
     file = prompts or samples
     if file is None or (samples is None) == (policy is None) or (policy is None) != (prompts is None):
         raise typer.BadParameter("give --policy and --prompts, or --samples")
-    how = {key: context.params[key] for key in SAMPLING.split()}
+    how = {key: context.params[key] for key in ("n", "max_new_tokens", "temperature", "seed")}
     said = [key for key in how if str(context.get_parameter_source(key)).endswith("COMMANDLINE")]
     if samples is not None and said:
         raise typer.BadParameter(f"--samples are as they are: leave out {', '.join(said)}")
@@ -242,9 +238,7 @@ def overoptimization(
         file,
         sampling=Sampling(policy, **how) if policy else None,
         max_prompts=max_prompts,
-        safety=safety,
         output=output,
-        overwrite=overwrite,
     )
     print_overoptimization(content)
     print(f"report: {(output or module.default_output(proxy[0])) / 'overoptimization.html'}")

@@ -94,8 +94,7 @@ check {r} --attn_implementation flash_attention_2 -> cannot be loaded as a class
 check {r} --seed                                 -> --seed has no value
 check {r} seed 1                                 -> 'seed' is not of the form --key value
 check {r} --seed 1 --seed 2                      -> --seed is given twice
-check {r} --gpu-memory 8GB                       -> --gpu-memory is for --plan
-check {r} --plan --gpu-memory lots               -> '--gpu-memory lots' is not a size such as 8GB
+check {r} --gpu-memory lots                      -> '--gpu-memory lots' is not a size such as 8GB
 check                                            -> Missing argument 'RECIPE'
 train gone.yaml                                  -> gone.yaml: no such recipe
 train {r} --resume --overwrite                   -> exclude each other

@@ -304,12 +304,3 @@ def _merged(
     if recipe and HELD_OUT in results:
         content |= {"recipe": recipe.resolved(), "gate": gate(results[HELD_OUT], recipe)}
     return content
-
-
-def judge_anew(run: Path) -> dict[str, Any]:
-    """Apply the gate of a run's recipe as it is now to figures that are there; returns the new evaluation."""
-    recipe, content = read_run_recipe(run), summary.read_evaluation(run)
-    content |= {"recipe": recipe.resolved(), "gate": gate(content["datasets"][HELD_OUT], recipe)}
-    write_json(run / "evaluation.json", content)
-    write_report(run)
-    return content

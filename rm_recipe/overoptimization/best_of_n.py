@@ -18,8 +18,6 @@ from rm_recipe.data.comparison import Array
 from rm_recipe.evaluation.metrics import RESAMPLES, interval_of_mean
 
 LATE = 4  # what becomes of a curve from N / 4 to N says whether it still rises
-FITTED_POINTS = 24  # sizes n that the fit sees, evenly spaced in log n
-FEWEST_POINTS = 3  # beside n = 1, that a curve with two parameters is fitted to
 LEAST_SPREAD = 1e-6  # of rewards beside their size: below it they are all the same
 
 
@@ -79,25 +77,6 @@ def standardised(rewards: Array) -> Array:
     return np.asarray((rewards - rewards.mean(axis=1, keepdims=True)) / (spread(rewards) or np.inf))
 
 
-def fit(gain: Array) -> dict[str, float | None]:
-    """Fit R(d) = d (alpha - beta d), d = sqrt(KL), by least squares (Gao et al., section 1).
-
-    Args:
-        gain: over n = 1, for n = 1 ... N.
-
-    Returns:
-        `alpha`, `beta` and its top `peak_sqrt_kl`, alpha / (2 beta); None where there are too few sizes, or
-        no top.
-    """
-    sizes = np.unique(np.geomspace(1, len(gain), FITTED_POINTS).round().astype(int))
-    if len(sizes) <= FEWEST_POINTS:
-        return {"alpha": None, "beta": None, "peak_sqrt_kl": None}
-    d = np.sqrt(kl(sizes))
-    alpha, beta = np.linalg.lstsq(np.stack([d, -(d**2)], axis=1), gain[sizes - 1], rcond=None)[0].tolist()
-    top = alpha / (2 * beta) if alpha > 0 and beta > 0 else None
-    return {"alpha": alpha, "beta": beta, "peak_sqrt_kl": top}
-
-
 def curve(proxy: Array, values: Array) -> dict[str, Any]:
     """What best-of-n by the proxy does to another reward (or to itself), as JSON has it.
 
@@ -105,43 +84,27 @@ def curve(proxy: Array, values: Array) -> dict[str, Any]:
     been asked. Of fewer than about twenty they are too narrow. The unit, `spread`, is not drawn anew.
 
     Args:
-        proxy, values: `(prompts, N)`, N at least 2.
+        proxy, values: `(prompts, N)`, both at least 2.
 
     Returns:
         `gain` over the policy's mean, for n = 1 ... N, in standard deviations within a prompt, and
-        `gain_ci95`, None for a single prompt; `late_change`: the gain at N minus that at `from_n`, a quarter
-        of N, fixed beforehand, as `mean` and `ci95`. Above 0 the reward still rises, below 0 it falls. (The
-        peak's gain minus that at N is above 0 by chance alone, and the fit falls wherever a curve only levels
-        off.) `peak_n` and `peak_n_ci95`: the n with the largest gain, of a curve that levels off any late one
-        by chance. And `fit` of the gains.
+        `gain_ci95`; `late_change`: the gain at N minus that at `from_n`, a quarter of N, fixed beforehand, as
+        `mean` and `ci95`. Above 0 the reward still rises, below 0 it falls. (The peak's gain minus that at N
+        is above 0 by chance alone.) `peak_n`: the n with the largest gain, of a curve that levels off any
+        late one by chance.
     """
     each = best_of_n(proxy, standardised(values))
     each = each - each[:, :1]
-    gain, replies = each.mean(axis=0), each.shape[1]
-    start = max(replies // LATE, 1)
-    ends = peaks = None
-    if len(each) > 1:
-        drawn = bootstrap(
-            (each,), np.mean, n_resamples=RESAMPLES, batch=100, axis=0, method="percentile", rng=0
-        )
-        ends = np.stack(drawn.confidence_interval, axis=1).tolist()
-        best = drawn.bootstrap_distribution.argmax(axis=0) + 1.0
-        peaks = np.percentile(best, [2.5, 97.5]).round().astype(int).tolist()
+    gain, start = each.mean(axis=0), max(each.shape[1] // LATE, 1)
+    drawn = bootstrap((each,), np.mean, n_resamples=RESAMPLES, batch=100, method="percentile", rng=0)
     return {
         "gain": gain.tolist(),
-        "gain_ci95": ends,
+        "gain_ci95": np.stack(drawn.confidence_interval, axis=1).tolist(),
         "late_change": {"from_n": start, **mean_interval(each[:, -1] - each[:, start - 1])},
         "peak_n": int(gain.argmax()) + 1,
-        "peak_n_ci95": peaks,
-        "fit": fit(gain),
     }
 
 
-def mean_interval(of_prompts: Array) -> dict[str, Any]:
-    """`mean` over prompts of one number of each, and `ci95` from the same bootstrap; NaN counts for nothing.
-
-    Returns:
-        None for both where there is no number, None for the interval where there is one.
-    """
-    known = of_prompts[np.isfinite(of_prompts)]
-    return {"mean": float(known.mean()) if len(known) else None, "ci95": interval_of_mean(known)}
+def mean_interval(values: Array) -> dict[str, Any]:
+    """`mean` over prompts of one number of each, and `ci95` from the same bootstrap; None where too few."""
+    return {"mean": float(values.mean()) if len(values) else None, "ci95": interval_of_mean(values)}

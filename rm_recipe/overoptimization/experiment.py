@@ -8,11 +8,10 @@ for people, gold: larger, trained on more or other comparisons, or the mean of s
 proxy gets better by the proxy for ever, and by gold for a while.
 """
 
-import json
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,13 @@ import numpy as np
 
 from rm_recipe.data.comparison import Array
 from rm_recipe.errors import DataError, RecipeError, TrainingError
-from rm_recipe.files import redacted, whole_file, write_json
+from rm_recipe.files import write_json
 from rm_recipe.overoptimization import exploits
 from rm_recipe.overoptimization.best_of_n import curve, kl, spread, standardised
 from rm_recipe.overoptimization.page import verdict, write_overoptimization
 from rm_recipe.overoptimization.replies import Sample, Sampling, read_samples, sample
 from rm_recipe.recipe.reader import is_run_folder
-from rm_recipe.rl import combine
 from rm_recipe.scoring import RewardModel, find_model
-
-MEAN, WORST = "mean of the proxies", "worst of the proxies"
-FOLDER, SAMPLES, SCORES = "overoptimization", "samples.jsonl", "scores.jsonl"
 
 
 def overoptimization(
@@ -40,9 +35,7 @@ def overoptimization(
     *,
     sampling: Sampling | None = None,
     max_prompts: int | None = None,
-    safety: str | None = None,
     output: Path | None = None,
-    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Score replies by proxies and gold, and write what best-of-n by each proxy does to gold.
 
@@ -50,54 +43,33 @@ def overoptimization(
         proxies, gold: run folders, exports or one-label models; of several gold models the mean counts.
         file: holds replies, or with `sampling`, which says how replies are drawn, prompts.
         max_prompts: so many prompts are read, the first ones.
-        safety: a model with which each proxy, then the model of helpfulness, is combined (`rl.combine`).
         output: where `overoptimization.json` goes, which is returned; by default into the proxy's run.
-        overwrite: whether replies that were drawn otherwise may be replaced.
 
     Raises:
         RecipeError, DataError, TrainingError: arguments, files or rewards are wrong; drawn replies are kept.
     """
-    folder = check_models(proxies, gold, output)
+    for name in [*proxies, *gold]:  # before the time that drawing takes
+        find_model(name)
+    folder = output or default_output(proxies[0])
     found, excluded = read_samples(file, max_prompts, replies=sampling is None)
     if sampling:
-        file = folder / SAMPLES
-        found, refused = sample(sampling, found, file, overwrite=overwrite)
+        file = folder / "samples.jsonl"
+        found, refused = sample(sampling, found, file)
         excluded += refused
-    scored, rewards = score_all([*proxies, *([safety] if safety else []), *gold], found, excluded)
-    by_proxy = {name: rewards[name] for name in proxies}
-    if safety:
-        together = {name: with_safety(scored, rewards[safety], own) for name, own in by_proxy.items()}
-        by_proxy = {f"{name} with safety {safety}": own for name, own in together.items()}
+    scored, rewards = score_all([*proxies, *gold], found, excluded)
     sizes = np.arange(1, len(scored[0].responses) + 1)
     content = {
         "proxies": list(proxies),
         "gold": list(gold),
-        "safety": safety,
         "sampling": asdict(sampling) if sampling else None,
-        "samples": {"file": str(file), "excluded": dict(excluded), **counts(scored)},
+        "samples": {"file": str(file), "excluded": dict(+excluded), **counts(scored)},
         "n": sizes.tolist(),
         "kl": kl(sizes).tolist(),
-        "curves": compare_all(scored, by_proxy, [rewards[name] for name in gold]),
+        "curves": compare_all(scored, rewards, proxies, gold),
     }
-    write_scores(folder / SCORES, scored, rewards)
     write_json(folder / "overoptimization.json", content)
     write_overoptimization(folder, content)
     return content
-
-
-def check_models(proxies: Sequence[str], gold: Sequence[str], output: Path | None) -> Path:
-    """The folder that the result goes into.
-
-    Raises:
-        RecipeError: a model is named twice, there is no such model, or no such folder can be made.
-    """
-    names = [*proxies, *gold]
-    if len({Path(find_model(name)).resolve() for name in names}) < len(names):
-        raise RecipeError(f"of {', '.join(names)} one is named twice: what it does to itself says nothing")
-    folder = output or default_output(proxies[0])
-    if folder.exists() and not folder.is_dir():
-        raise RecipeError(f"{folder} is a file; --output names a folder")
-    return folder
 
 
 def default_output(proxy: str) -> Path:
@@ -105,7 +77,7 @@ def default_output(proxy: str) -> Path:
     run = next(filter(is_run_folder, (Path(proxy), Path(proxy).parent)), None)
     if run is None:
         raise RecipeError(f"{proxy} is no run folder; say with --output where the result goes")
-    return run / FOLDER
+    return run / "overoptimization"
 
 
 # --- what reward models say of the same replies ------------------------------------------------
@@ -124,17 +96,16 @@ def score_all(
         the other prompts, and the rewards by model.
 
     Raises:
-        DataError: no prompt is left.
+        DataError: fewer than two prompts are left.
         TrainingError: some rewards are not finite.
     """
     samples = comparable(found)
-    n = len(samples[0].responses)
     rewards = {name: score(name, samples) for name in dict.fromkeys(names)}
-    fits = np.all([np.isfinite(own[:, :n]).all(axis=1) for own in rewards.values()], axis=0)
-    if not fits.any():
-        raise DataError("every prompt has a reply that does not fit one of the models: too long, or refused")
-    fewer, unfit = len(found) - len(samples), int((~fits).sum())
-    excluded += Counter({"fewer_replies": fewer, "does_not_fit_a_model": unfit})
+    fits = np.all([np.isfinite(own).all(axis=1) for own in rewards.values()], axis=0)
+    excluded.update(fewer_replies=len(found) - len(samples), does_not_fit_a_model=int((~fits).sum()))
+    if fits.sum() < 2:
+        left_out = ", ".join(f"{reason} {count}" for reason, count in (+excluded).items()) or "none"
+        raise DataError(f"{fits.sum()} prompts are too few to compare models on (left out: {left_out})")
     kept = [prompt for prompt, fit in zip(samples, fits, strict=True) if fit]
     return kept, {name: own[fits] for name, own in rewards.items()}
 
@@ -152,7 +123,7 @@ def comparable(samples: Sequence[Sample]) -> list[Sample]:
     if not n:
         raise DataError("no prompt has two replies: of one reply none is the best")
     return [
-        one if len(one.responses) == n else replace(one, responses=lot.sample(one.responses, n), cut=None)
+        one if len(one.responses) == n else Sample(one.prompt, lot.sample(one.responses, n))
         for one in samples
         if len(one.responses) >= n
     ]
@@ -165,23 +136,27 @@ def score(name: str, samples: Sequence[Sample]) -> Array:
     try:
         return model.score(items, progress=True, unfit=np.nan).astype(float).reshape(len(samples), -1)
     except TrainingError as error:
-        raise TrainingError(f"{name}: {error}; drawn replies are kept and need not be drawn again") from None
+        raise TrainingError(f"{name}: {error}; --samples takes replies that are drawn already") from None
 
 
 # --- several models as one ---------------------------------------------------------------------
 
 
-def compare_all(samples: Sequence[Sample], proxies: dict[str, Array], gold: list[Array]) -> dict[str, Any]:
+def compare_all(
+    samples: Sequence[Sample], rewards: dict[str, Array], proxies: Sequence[str], gold: Sequence[str]
+) -> dict[str, Any]:
     """What best-of-n does by each proxy by itself, and by several as ensembles, by name.
 
     The ensembles are their mean and the worst of them (Coste et al., arXiv 2310.02743), each normalised.
     """
-    n = len(samples[0].responses)
-    if len(proxies) > 1:
-        scaled = [normalised(own, n) for own in proxies.values()]
-        proxies = {**proxies, MEAN: np.mean(scaled, axis=0), WORST: np.min(scaled, axis=0)}
-    together = gold[0] if len(gold) == 1 else np.mean([normalised(own, n) for own in gold], axis=0)
-    return {name: compare(samples, own, together) for name, own in proxies.items()}
+    scaled = {name: normalised(own, len(samples[0].responses)) for name, own in rewards.items()}
+    by_proxy = {name: scaled[name] for name in proxies}
+    if len(by_proxy) > 1:
+        alone = list(by_proxy.values())
+        by_proxy["mean of the proxies"] = np.mean(alone, axis=0)
+        by_proxy["worst of the proxies"] = np.min(alone, axis=0)
+    together = np.mean([scaled[name] for name in gold], axis=0)
+    return {name: compare(samples, own, together) for name, own in by_proxy.items()}
 
 
 def normalised(rewards: Array, n: int) -> Array:
@@ -191,14 +166,6 @@ def normalised(rewards: Array, n: int) -> Array:
     differ between prompts, which means nothing.
     """
     return np.asarray((rewards - rewards[:, :n].mean()) / (spread(rewards[:, :n]) or np.inf))
-
-
-def with_safety(samples: Sequence[Sample], safe: Array, helpful: Array) -> Array:
-    """Each proxy, then the model of helpfulness, with a model of safety, as `rl.combine` has it."""
-    # The rewards themselves, in the place of prompts and completions.
-    choose = combine(lambda safe, _: safe, lambda _, helpful: helpful, whiten=False)
-    marked = np.repeat([prompt.is_safety for prompt in samples], safe.shape[1])
-    return np.reshape(choose(safe.ravel(), helpful.ravel(), is_safety=marked), safe.shape)
 
 
 # --- figures -----------------------------------------------------------------------------------
@@ -225,21 +192,10 @@ def compare(samples: Sequence[Sample], proxy: Array, gold: Array) -> dict[str, A
     return {
         "verdict": sentence,
         "kind": kind,
-        "spread": {"proxy": spread(proxy[:, :n]), "gold": spread(gold[:, :n])},
         "proxy": by_proxy,
         "gold": by_gold,
-        "gap_at_n": by_proxy["gain"][-1] - by_gold["gain"][-1],
         "agreement": exploits.mean_correlation(own, theirs),
         "excess": exploits.by_feature(samples, own, theirs),
-        "edits": exploits.by_edit(exploits.changes(samples, proxy), exploits.changes(samples, gold)),
+        "edits": exploits.by_edit(proxy, gold, n),
         "examples": exploits.examples(samples, own, theirs),
     }
-
-
-def write_scores(target: Path, samples: Sequence[Sample], rewards: dict[str, Array]) -> None:
-    """Write one line for each prompt: its replies and what each model gives them."""
-    with whole_file(target) as partial, partial.open("w", encoding="utf-8") as file:
-        for number, one in enumerate(samples):
-            own = {name: of[number, : len(one.responses)].tolist() for name, of in rewards.items()}
-            line = {"prompt": one.prompt, "responses": one.responses, "rewards": redacted(own)}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -11,8 +11,8 @@ from rich.text import Text
 
 from rm_recipe.evaluation.findings import EDITS
 from rm_recipe.evaluation.format import decimal, interval, print_table, write_page
-from rm_recipe.evaluation.plots import CHOSEN, MUTED, REJECTED, own_settings, svg
-from rm_recipe.files import redact, visible, whole_file
+from rm_recipe.evaluation.plots import CHOSEN, MUTED, REJECTED, svg
+from rm_recipe.files import redact, visible
 from rm_recipe.overoptimization.best_of_n import kl
 
 AGREE = 0.99  # rank correlation beyond which gold may be the proxy again
@@ -33,21 +33,17 @@ def verdict(proxy: dict[str, Any], gold: dict[str, Any], prompts: int) -> tuple[
     replies, own, peak = len(gold["gain"]), decimal(proxy["gain"][-1], 2), gold["peak_n"]
     last, highest = (f"n = {n} (square root of KL {np.sqrt(kl(n)):.2f})" for n in (replies, peak))
     gain = f"{decimal(gold['gain'][-1], 2, signed=True)} standard deviations"
-    if not proxy["gain"][-1]:
-        return "bad", "This proxy gives all replies to a prompt the same reward: nothing to optimise."
     if prompts < FEWEST_PROMPTS:
-        few = f"{prompts} prompt{' is' if prompts == 1 else 's are'} too few to tell"
+        few = f"{prompts} prompts are too few to tell"
         return "plain", f"{few}: by gold {gain} are gained at {last}, of the proxy's {own}."
-    change, (low, high) = gold["late_change"], gold["gain_ci95"][-1]
-    with_ends = f"{gain} ({interval([low, high], signed=True)})"
+    change, ends = gold["late_change"], gold["gain_ci95"][-1]
+    with_ends = f"{gain} ({interval(ends, signed=True)})"
     late = f"{decimal(change['mean'], 2, signed=True)} ({interval(change['ci95'], signed=True)})"
     late += f" from n = {change['from_n']} on"
-    if high < 0:
-        return "bad", f"Choosing by this proxy makes replies worse by gold: {with_ends} at {last}."
     if change["ci95"][1] < 0:
         falls = f"peaks at about {highest} and then falls, by {late} to n = {replies}"
         return "bad", f"Over-optimised: by gold the best of n {falls}, while the proxy gains {own}."
-    if low <= 0:
+    if ends[0] <= 0:
         return "bad", f"Choosing by this proxy gains nothing certain by gold: {with_ends} at {last}."
     if change["ci95"][0] > 0:
         rises = f"gold still rises, by {late}, and has gained {gain} of the proxy's {own}"
@@ -64,7 +60,7 @@ def warnings(found: dict[str, Any]) -> list[str]:
         said.append(f"Gold ranks replies {how}: is it the same model?")
     for name, part in found["edits"].items():
         own, theirs, ends = part["proxy"]["mean"], part["gold"]["mean"], part["difference"]["ci95"]
-        if own >= MATERIAL and ends and ends[0] > 0:
+        if own >= MATERIAL and ends[0] > 0:
             gains = f"{decimal(own, 2)} by this proxy and {decimal(theirs, 2)} by gold"
             said.append(f"With {EDITS[name]} replies gain {gains}.")
     return said
@@ -80,7 +76,7 @@ def overview(name: str, found: dict[str, Any]) -> list[str]:
         name,
         decimal(found["proxy"]["gain"][-1], 2, signed=True),
         decimal(gold["gain"][-1], 2, signed=True),
-        interval(gold["gain_ci95"] and gold["gain_ci95"][-1], 2, signed=True),
+        interval(gold["gain_ci95"][-1], 2, signed=True),
         f"n = {gold['peak_n']}",
         decimal(found["agreement"]["mean"], 2),
     ]
@@ -105,26 +101,22 @@ def print_overoptimization(content: dict[str, Any], console: Console | None = No
 
 # --- the page and the picture ------------------------------------------------------------------
 
-PANEL = (5.0, 3.4)  # inches
-LONGEST_TITLE = 46
+PANEL = (7.0, 3.4)  # inches
+LONGEST_TITLE = 66
 
 
 def write_overoptimization(folder: Path, content: dict[str, Any]) -> None:
-    """Write page and picture of `overoptimization.json` beside it."""
+    """Write the page of `overoptimization.json` beside it."""
     curves = {redact(name): found for name, found in content["curves"].items()}
-    columns = min(2, len(curves))
-    rows = -(-len(curves) // columns)
-    size = PANEL[0] * columns, PANEL[1] * rows
 
     def draw(figure: Figure) -> None:
         """Proxy and gold against the distance from the policy, a panel for each proxy."""
-        panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
-        for axes, (name, found) in zip(panels, curves.items(), strict=False):
+        panels = figure.subplots(len(curves), sharey=True, squeeze=False).ravel()
+        for axes, (name, found) in zip(panels, curves.items(), strict=True):
             _draw_panel(axes, visible(name)[-LONGEST_TITLE:], found)
-        for axes in panels[len(curves) :]:
-            axes.set_visible(False)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=4)
 
+    size = PANEL[0], PANEL[1] * len(curves)
     spoken = " ".join(f"{name}: {found['verdict']}" for name, found in curves.items())
     write_page(
         folder / "overoptimization.html",
@@ -136,22 +128,13 @@ def write_overoptimization(folder: Path, content: dict[str, Any]) -> None:
         warnings=warnings,
         picture_of_curves=svg(draw, f"Gains against the square root of KL. {spoken}", size),
     )
-    with whole_file(folder / "overoptimization.svg") as partial, own_settings():
-        figure = Figure(figsize=size, layout="constrained")
-        draw(figure)
-        figure.savefig(partial, format="svg", facecolor="white", metadata={"Date": None})
 
 
 def _draw_panel(axes: Axes, title: str, found: dict[str, Any]) -> None:
     d = np.sqrt(kl(np.arange(1, len(found["gold"]["gain"]) + 1)))
     for word, colour in (("proxy", CHOSEN), ("gold", REJECTED)):
-        gain, ends, fit = (found[word][key] for key in ("gain", "gain_ci95", "fit"))
-        axes.plot(d, gain, color=colour, linewidth=1.8, label=word)
-        if ends:
-            axes.fill_between(d, *np.transpose(ends), color=colour, alpha=0.18, linewidth=0)
-        if fit["alpha"] is not None:
-            fitted = d * (fit["alpha"] - fit["beta"] * d)
-            axes.plot(d, fitted, color=colour, linewidth=1.1, linestyle="--", label=f"{word}, fitted")
+        axes.plot(d, found[word]["gain"], color=colour, linewidth=1.8, label=word)
+        axes.fill_between(d, *np.transpose(found[word]["gain_ci95"]), color=colour, alpha=0.18, linewidth=0)
     sizes, peak = [2**k for k in range(len(d).bit_length())], found["gold"]["peak_n"]
     axes.set_xticks([d[n - 1] for n in sizes], [f"{d[n - 1]:.2f}\n{n}" for n in sizes])
     axes.set(xlabel="square root of KL, in nats; below it n", ylabel="gain, in standard deviations")

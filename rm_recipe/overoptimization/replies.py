@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,12 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 from rm_recipe.data.comparison import Excluded, Malformed, Message, as_reply, check_unicode
 from rm_recipe.data.formats import ALSO_READ, parse_row, shapes_of
 from rm_recipe.data.loading import read_rows, unit
-from rm_recipe.errors import DataError, RecipeError
-from rm_recipe.evaluation.evaluate import weights_of
-from rm_recipe.files import read_json, redacted, whole_file, write_json
+from rm_recipe.errors import DataError
 from rm_recipe.model.lora import load_config, readable
 from rm_recipe.model.reward_model import as_one_model, check_safetensors, quietly
 from rm_recipe.model.tokenizer import load_tokenizer, positions
 from rm_recipe.processes import this_device
+from rm_recipe.scoring import find_model
 
 
 @dataclass(frozen=True)
@@ -30,13 +29,11 @@ class Sample:
     """A prompt and its replies.
 
     Attributes:
-        is_safety: whether the prompt is marked as one that may bring an unsafe reply (Llama 2).
         cut: how many replies were cut at `max_new_tokens`; None where that is not known.
     """
 
     prompt: list[Message]
     responses: list[str]
-    is_safety: bool = False
     cut: int | None = None
 
     @property
@@ -79,7 +76,7 @@ def read_samples(file: Path, most: int | None = None, *, replies: bool = True) -
             excluded["tools"] += 1
             continue
         if before := found.get(new.key):
-            new = replace(before, responses=before.responses + new.responses, cut=None)
+            new = Sample(new.prompt, before.responses + new.responses)
         found[new.key] = new
         if len(found) == most and not replies:  # replies to the first prompts may come later
             break
@@ -106,15 +103,13 @@ def _parse(row: dict[str, Any], replies: bool) -> Sample:
     prompt = parse_row(row if as_it_is else asked).prompt
     check_unicode(texts)
     cut = row["cut"] if isinstance(row.get("cut"), int) else None
-    return Sample(prompt, [as_reply(row["prompt"], text) for text in texts], bool(row.get("is_safety")), cut)
+    return Sample(prompt, [as_reply(row["prompt"], text) for text in texts], cut)
 
 
 # --- replies drawn from a policy, several to each prompt ---------------------------------------
-# What is drawn depends on policy, prompt, settings and seed alone, not on the prompts before, and each prompt
-# is written when it is finished: what was interrupted goes on where it stood and ends the same.
+# What is drawn depends on policy, prompt, settings and seed alone, not on the prompts before.
 
 AT_ONCE = 64  # replies that are drawn in one batch
-GENERATION = ("temperature", "top_p", "top_k", "max_new_tokens")  # settings that `generate` knows
 
 
 @dataclass(frozen=True)
@@ -124,85 +119,50 @@ class Sampling:
     Attributes:
         policy: a language model's folder or Hub id, or that of an SFT adapter.
         n: replies to each prompt.
-        temperature, top_p, top_k: 1, 1 and 0 draw from the policy as it is. Anything else draws from
-            another one, and KL divergences are from that.
+        temperature: 1 draws from the policy as it is. Anything else draws from another one, and KL
+            divergences are from that.
         max_new_tokens: where a reply that has not ended is cut.
     """
 
     policy: str
     n: int = 32
     temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
     max_new_tokens: int = 128
     seed: int = 0
 
 
-def sample(sampling: Sampling, prompts: Sequence[Sample], target: Path, *, overwrite: bool) -> Found:
-    """Draw replies to each prompt, and write them to a file as they come.
-
-    What the file holds already, of the same settings and the same weights, is taken from it.
-
-    Args:
-        target: a .jsonl file; beside it goes one with the ending .sampling.json, the settings.
-        overwrite: draw all anew, in the place of what is there.
+def sample(sampling: Sampling, prompts: Sequence[Sample], target: Path) -> Found:
+    """Draw replies to each prompt, and write them to a .jsonl file as they come.
 
     Returns:
         the prompts with their replies, in order; and the count of those that the policy cannot read.
 
     Raises:
-        RecipeError: the policy cannot be loaded, or the file holds replies of other settings; what is there
-            stays.
+        RecipeError: the policy cannot be loaded; what the file held stays.
         DataError: the policy can read no prompt.
     """
-    settings = redacted({**asdict(sampling), "weights": weights_of(sampling.policy)})
     excluded: Counter[str] = Counter()
     drawn = []
     model, tokenizer = _policy(sampling)
-    there = _already_there(settings, target, overwrite)
-    with target.open("a", encoding="utf-8") as file:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("w", encoding="utf-8") as file:
         for prompt in tqdm(prompts, desc="Drawing replies", unit="prompt"):
             try:
                 ids = _encode(tokenizer, prompt, sampling, model)
             except Excluded as reason:
                 excluded[reason.reason] += 1
                 continue
-            known = there.get(prompt.key)
-            if known is None:
-                known = _draw(model, tokenizer, sampling, prompt, ids)
-                file.write(json.dumps(asdict(known), ensure_ascii=False) + "\n")
-                file.flush()
-            drawn.append(replace(known, is_safety=prompt.is_safety))
+            drawn.append(_draw(model, tokenizer, sampling, prompt, ids))
+            file.write(json.dumps(asdict(drawn[-1]), ensure_ascii=False) + "\n")
+            file.flush()  # for --samples, if this is interrupted
     if not drawn:
         raise DataError(f"the policy can read no prompt: {', '.join(excluded)}")
     return drawn, excluded
 
 
-def _already_there(settings: dict[str, Any], target: Path, overwrite: bool) -> dict[str, Sample]:
-    """What a file holds of these settings; a line that a kill left half-written is removed.
-
-    Raises:
-        RecipeError: it holds replies of others.
-    """
-    beside = target.with_suffix(".sampling.json")
-    there = target.is_file() and not overwrite
-    text = target.read_text(encoding="utf-8", errors="replace") if there else ""
-    theirs = read_json(beside) if text and beside.is_file() else {}
-    differing = [key for key in settings if theirs.get(key) != settings[key]]
-    if text and differing:
-        raise RecipeError(
-            f"{target} has replies that were drawn otherwise ({', '.join(differing)} differ): --samples "
-            "takes them as they are, --overwrite draws new ones, --output takes another folder"
-        )
-    with whole_file(target) as partial:  # before the settings, which would make old replies new ones
-        partial.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
-    write_json(beside, settings)
-    return {one.key: one for one in read_samples(target)[0]} if "\n" in text else {}
-
-
 def _policy(sampling: Sampling) -> tuple[Any, PreTrainedTokenizerBase]:
     """The language model, on the device that there is, and its tokenizer."""
-    tokenizer = load_tokenizer(sampling.policy, of_base=True)
+    tokenizer = load_tokenizer(find_model(sampling.policy), of_base=True)
     with as_one_model(sampling.policy) as folder, quietly():
         check_safetensors(folder)
         kinds = load_config(folder).architectures or []
@@ -217,9 +177,15 @@ def _policy(sampling: Sampling) -> tuple[Any, PreTrainedTokenizerBase]:
     # The tokens that end a reply are the model's, and the one that its tokenizer calls EOS.
     known = model.generation_config.eos_token_id
     ends = {*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id} - {None}
-    settings = {key: getattr(sampling, key) for key in GENERATION} | {"eos_token_id": sorted(ends)}
     # In place of the model's own settings, of which generate would take what ours leave out.
-    model.generation_config = GenerationConfig(do_sample=True, pad_token_id=min(ends, default=0), **settings)
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=sampling.temperature,
+        top_k=0,
+        max_new_tokens=sampling.max_new_tokens,
+        eos_token_id=sorted(ends),
+        pad_token_id=min(ends, default=0),
+    )
     return model.to(this_device()).eval(), tokenizer
 
 
@@ -255,4 +221,4 @@ def _draw(
             end = next((place for place, token in enumerate(tokens) if token in ends), None)
             cut += end is None
             responses.append(tokenizer.decode(tokens[:end], skip_special_tokens=True))
-    return replace(prompt, responses=responses, cut=cut)
+    return Sample(prompt.prompt, responses, cut)

@@ -51,15 +51,14 @@ def benchmark(
         output: the folder of `benchmark.json`, by default the recipe's `output_dir`.
 
     Raises:
-        RecipeError: there is nothing to compare, as stock TRL takes pairs only; or too few comparisons,
-            steps or repeats.
+        RecipeError: there is nothing to compare, as stock TRL takes pairs only; or too few comparisons.
         TrainingError: a measurement failed; the message has the end of what it printed. Stock TRL or
             the padded scoring loop running out of memory is a result, not a failure.
     """
     target = output or recipe.output_dir
     if output is None:
         check_run_folder(recipe, resume=False, overwrite=True)
-    check_comparable(recipe, steps, repeats, stock_batch)
+    check_comparable(recipe, steps, stock_batch)
     target.mkdir(parents=True, exist_ok=True)
 
     with tempfile.TemporaryDirectory(prefix="rm-recipe-benchmark-") as folder:
@@ -75,12 +74,10 @@ def benchmark(
     return content
 
 
-def check_comparable(recipe: Recipe, steps: int, repeats: int, stock_batch: int | None) -> None:
+def check_comparable(recipe: Recipe, steps: int, stock_batch: int | None) -> None:
     """Raise RecipeError where stock TRL cannot train on the same samples; reads the data."""
-    if steps < 2 or repeats < 1:
-        raise RecipeError("benchmark needs --steps of at least 2 (the first warms up) and 1 --repeats")
     batch = recipe.training.train_batch_size * recipe.training.gradient_accumulation_steps
-    if stock_batch is not None and (stock_batch < 1 or batch % stock_batch):
+    if stock_batch is not None and batch % stock_batch:
         raise RecipeError(f"--stock-batch has to divide the effective batch of {batch}")
     comparisons = load_data(recipe)[1].comparisons  # what is wrong with the data is said once, here
     if any(len(ranks) != 2 for ranks in comparisons["ranks"]):
@@ -104,7 +101,7 @@ def measure_training(
     accumulated = size * recipe.training.gradient_accumulation_steps // batch
     keys = f"--max_steps {steps} --per_device_train_batch_size {batch} --gradient_accumulation_steps"
     result = measure(recipe, folder, what, *keys.split(), str(accumulated))
-    found = f"{speed(result):.2f} comparisons/s" if result else "not enough memory"
+    found = f"{result['comparisons_per_s']:.2f} comparisons/s" if result else "not enough memory"
     print(f"{what}, per-device batch {batch}: {found}", flush=True)
     return result
 
@@ -146,7 +143,7 @@ def best_batch(recipe: Recipe, train: Any) -> int:
         result = train("stock", size, 2)
         if result is None:  # what is larger needs more memory, too
             break
-        speeds[size] = speed(result)
+        speeds[size] = result["comparisons_per_s"]
     return max(speeds, key=lambda size: speeds[size])
 
 
@@ -157,18 +154,14 @@ def in_turns(train: Any, stock_batch: int, steps: int, repeats: int) -> dict[str
         TrainingError: this project's own does.
     """
     batches = {"stock": None, "stock_tuned": stock_batch, "ours": None}
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in batches}
+    results: dict[str, list[Any]] = {name: [] for name in batches}
     for _ in range(repeats):
-        for name in [name for name in results if name in batches]:
-            found = train("ours" if name == "ours" else "stock", batches[name], steps)
-            if found:
-                results[name].append(found)
-            elif name == "ours":
-                raise TrainingError("ours: the recipe's batch needs more memory than there is")
-            else:
-                results[name] = []
-                del batches[name]
-    return results
+        for name, found in results.items():
+            if None not in found:
+                found.append(train(name.partition("_")[0], batches[name], steps))
+    if None in results["ours"]:
+        raise TrainingError("ours: the recipe's batch needs more memory than there is")
+    return {name: [] if None in found else found for name, found in results.items()}
 
 
 def machine() -> dict[str, Any]:
@@ -200,52 +193,37 @@ def summarise(results: dict[str, list[dict[str, Any]]], scoring: dict[str, Any] 
         the figures of `benchmark.json`. What has no measurement, and every ratio to it, is None. The
         tuned ratio is to the better of stock's two batches.
     """
+
+    def ratio(key: str, *stock: str) -> float | None:
+        """Ours to the larger of stock's."""
+        theirs = [[result[key] for result in results[name]] for name in stock if results[name]]
+        if not theirs:
+            return None
+        ours = [result[key] for result in results["ours"]]
+        return statistics.median(own / max(other) for own, *other in zip(ours, *theirs, strict=True))
+
     content: dict[str, Any] = {name: _medians(repeats) for name, repeats in results.items()}
-    speeds = {name: [speed(result) for result in repeats] for name, repeats in results.items()}
-    memory = {name: [result["peak_memory_bytes"] for result in repeats] for name, repeats in results.items()}
-    best = speeds["stock_tuned"]
-    if best and speeds["stock"]:
-        best = [max(both) for both in zip(best, speeds["stock"], strict=True)]
     content["ratio"] = {
-        "comparisons_per_s": _ratio(speeds["ours"], speeds["stock"]),
-        "peak_memory": _ratio(memory["ours"], memory["stock"]),
-        "tuned_comparisons_per_s": _ratio(speeds["ours"], best),
-        "scoring": _ratio(scoring["ours"], scoring["plain"]) if scoring else None,
+        "comparisons_per_s": ratio("comparisons_per_s", "stock"),
+        "peak_memory": ratio("peak_memory_bytes", "stock"),
+        "tuned_comparisons_per_s": ratio("comparisons_per_s", "stock_tuned", "stock"),
+        "scoring": scoring and scoring["ratio"],
     }
     content["max_loss_difference"], stock = None, results["stock"] or results["stock_tuned"]
     if stock:  # the same samples at either batch
         pairs = zip(stock[0]["losses"], results["ours"][0]["losses"], strict=True)
         content["max_loss_difference"] = max(abs(a - b) for a, b in pairs)
-    content["scoring"] = scoring and {
-        "plain_conversations_per_s": statistics.median(scoring["plain"]),
-        "conversations_per_s": statistics.median(scoring["ours"]),
-        "max_reward_difference": scoring["max_reward_difference"],
-    }
+    content["scoring"] = scoring
     return content
 
 
-def speed(result: dict[str, Any]) -> float:
-    """Comparisons a second of one measurement."""
-    return float(result["comparisons"] / result["seconds"])
-
-
-def _ratio(top: list[float], bottom: list[float]) -> float | None:
-    return statistics.median(a / b for a, b in zip(top, bottom, strict=True)) if bottom else None
-
-
 def _medians(repeats: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Of each figure the median, and the losses, which are the same each time; None of no repeats."""
     if not repeats:
         return None
-    first = repeats[0]
-    tokens_per_s = statistics.median(result["tokens"] / result["seconds"] for result in repeats)
-    return {
-        "comparisons_per_s": statistics.median(map(speed, repeats)),
-        "tokens_per_s": tokens_per_s,
-        "padding_share": first["padding"] / (first["padding"] + first["tokens"]),
-        "peak_memory_bytes": round(statistics.median(result["peak_memory_bytes"] for result in repeats)),
-        "tflops": tokens_per_s * first["flop_per_token"] / 1e12,
-        "losses": first["losses"],
-    }
+    figures = [key for key in repeats[0] if key != "losses"]
+    medians = {key: statistics.median(result[key] for result in repeats) for key in figures}
+    return medians | {"losses": repeats[0]["losses"]}
 
 
 def print_benchmark(content: dict[str, Any], console: Console | None = None) -> None:

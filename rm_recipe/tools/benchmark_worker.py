@@ -6,6 +6,7 @@ WHAT is `stock` (`trl.RewardTrainer`), `ours` (`SharedPrefixRewardTrainer`) or `
 """
 
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -33,13 +34,13 @@ SCORED = 256  # comparisons: enough that their lengths are the data's
 
 
 def measure_training(recipe: Recipe, what: str) -> dict[str, Any]:
-    """Train for the recipe's `max_steps`; the first of several warms up and is not timed.
+    """Train for the recipe's `max_steps`, of which the first warms up and is not timed.
 
     Returns:
-        comparisons and tokens (real and padding) of the timed steps and their seconds; the loss of
-        every step; the peak memory in bytes; the FLOPs of the model for a token: 2 for each parameter
-        outside the embeddings forwards, 2 for the gradient of what goes in, and, where the base itself
-        is trained, 2 for its own (recomputing does not count).
+        of the timed steps comparisons and real tokens a second, the share of padding and the TFLOP/s of the
+        model; the loss of every step; the peak memory in bytes. FLOPs for a token are 2 for each parameter
+        outside the embeddings forwards, 2 for the gradient of what goes in, and, where the base itself is
+        trained, 2 for its own (recomputing does not count).
     """
     tokenizer, train_split, test_split, _ = train.load_data(recipe)
     model, modules_to_save = train.load_model(recipe, tokenizer)
@@ -64,17 +65,17 @@ def measure_training(recipe: Recipe, what: str) -> dict[str, Any]:
         trainer.train()
 
     micro_batches = recipe.training.gradient_accumulation_steps
-    losses = torch.stack(watch.losses).double().view(-1, micro_batches).mean(1).tolist()
-    warm_up = len(losses) > 1
-    timed = watch.tokens[micro_batches * warm_up :]
+    timed = watch.tokens[micro_batches:]
+    seconds = watch.times[-1] - watch.times[1]
+    tokens, places = (int(sum(counted)) for counted in zip(*timed, strict=True))
+    flop_per_token = (4 if recipe.model.use_peft else 6) * parameters
     return {
-        "comparisons": len(timed) * recipe.training.train_batch_size,
-        "seconds": watch.times[-1] - watch.times[warm_up],
-        "tokens": int(sum(real for real, _ in timed)),
-        "padding": int(sum(everything - real for real, everything in timed)),
-        "losses": losses,
+        "comparisons_per_s": len(timed) * recipe.training.train_batch_size / seconds,
+        "tokens_per_s": tokens / seconds,
+        "padding_share": 1 - tokens / places,
         "peak_memory_bytes": peak_memory(),
-        "flop_per_token": (4 if recipe.model.use_peft else 6) * parameters,
+        "tflops": tokens / seconds * flop_per_token / 1e12,
+        "losses": torch.stack(watch.losses).double().view(-1, micro_batches).mean(1).tolist(),
     }
 
 
@@ -106,7 +107,7 @@ def as_pairs(split: Split) -> Any:
 class Watch(TrainerCallback):
     """Note when training began and each optimizer step ended, so that making the batches counts.
 
-    And of each micro-batch, in order, its loss (), its real tokens () and all of its tokens.
+    And of each micro-batch, in order, its loss, and how many of its tokens are real and are there at all.
     """
 
     def __init__(self, trainer: Any, pad_token_id: int) -> None:
@@ -144,7 +145,8 @@ def measure_scoring(recipe: Recipe, repeats: int) -> dict[str, Any]:
     `per_device_eval_batch_size` comparisons a batch, padded to its longest.
 
     Returns:
-        conversations a second of each repeat, and the largest difference of rewards.
+        conversations a second by either, medians; the median of each repeat's ratio; and the largest
+        difference of rewards.
     """
     tokenizer, _, test_split, _ = train.load_data(recipe)
     model, _ = train.load_model(recipe, tokenizer)
@@ -173,10 +175,10 @@ def measure_scoring(recipe: Recipe, repeats: int) -> dict[str, Any]:
     difference = float(np.abs(plain() - ours()).max())  # warms up, too
     speeds = [(speed(plain), speed(ours)) for _ in range(repeats)]
     return {
-        "plain": [each for each, _ in speeds],
-        "ours": [each for _, each in speeds],
+        "plain_conversations_per_s": statistics.median(by_loop for by_loop, _ in speeds),
+        "conversations_per_s": statistics.median(own for _, own in speeds),
+        "ratio": statistics.median(own / by_loop for by_loop, own in speeds),
         "max_reward_difference": difference,
-        "comparisons": len(comparisons),
     }
 
 

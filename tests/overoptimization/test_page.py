@@ -2,7 +2,6 @@
 
 import html
 import re
-import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from rm_recipe.evaluation.format import MISSING
 from rm_recipe.evaluation.probes import EDITS
 from rm_recipe.overoptimization.best_of_n import curve, spread, standardised
 from rm_recipe.overoptimization.experiment import compare
-from rm_recipe.overoptimization.exploits import by_edit, by_feature, changes, examples, repetition, with_edits
+from rm_recipe.overoptimization.exploits import by_edit, by_feature, examples, repetition, with_edits
 from rm_recipe.overoptimization.page import print_overoptimization, verdict, warnings, write_overoptimization
 from rm_recipe.overoptimization.replies import Sample
 
@@ -32,33 +31,25 @@ def test_repetition_is_the_share_of_word_runs_said_before():
 
 def test_a_proxy_that_pays_for_length_is_found_out_and_one_that_only_errs_is_not():
     found = by_feature(SAMPLES, standardised(GOLD + 0.1 * LENGTH), GOLD)["length"]
-    assert found["correlation"] > found["ci95"][0] > 0.4
-    assert found["best_by_proxy"] > found["mean"] + 20
-    assert found["best_by_gold"] == pytest.approx(LENGTH[range(PROMPTS), GOLD.argmax(axis=1)].mean())
+    assert found["mean"] > found["ci95"][0] > 0.4
     noise = standardised(GOLD + RNG.normal(size=GOLD.shape))
-    assert abs(by_feature(SAMPLES, noise, GOLD)["length"]["correlation"]) < 0.15
+    assert abs(by_feature(SAMPLES, noise, GOLD)["length"]["mean"]) < 0.15
     alike = [Sample(sample.prompt, ["one two three"] * REPLIES) for sample in SAMPLES]
-    assert by_feature(alike, GOLD, -GOLD)["length"]["correlation"] is None
+    assert by_feature(alike, GOLD, -GOLD)["length"]["mean"] is None
 
 
-def test_the_first_reply_with_words_is_edited():
-    samples = [Sample(SAMPLES[0].prompt, ["", " ", "Yes. No."]), Sample(SAMPLES[1].prompt, ["", " ", "\n"])]
+def test_the_first_reply_with_words_is_edited_and_what_that_brings_each_model_is_found():
     edited = [edit("Yes. No.") for edit in EDITS.values()]
-    assert with_edits(samples[0]) == ["", " ", "Yes. No.", "Yes. No.", *edited]
-    rewards = np.array([[5.0, 5.0, 1.0, 1.0, 2.0, 3.0, 4.0, np.nan], [0.0, 0.0, 8.0, *[2.0] * 5]])
-    found = changes(samples, rewards)
-    assert found[:3, 0] * spread(rewards[:, :3]) == pytest.approx([1, 2, 3])
-    assert np.isnan(found[:, 1]).all()  # no words
-    assert np.isnan(found[3, 0])
-
-
-def test_an_edit_that_fools_the_proxy_alone_is_found():
-    proxy = np.stack([[1.0, 1.0, 2.0, np.nan], *np.zeros((3, 4))])
-    gold = np.stack([[-1.0, 0.0, 1.0, 5.0], *np.full((3, 4), np.nan)])
-    found = by_edit(proxy, gold)
-    assert [(name, part.pop("n")) for name, part in found.items()] == [("trailing_space", 3)]
-    means = {key: part["mean"] for key, part in found["trailing_space"].items()}
-    assert means == pytest.approx({"difference": 4 / 3, "proxy": 4 / 3, "gold": 0})
+    one = Sample(SAMPLES[0].prompt, ["", " ", "Yes. No."])
+    assert with_edits(one) == ["", " ", "Yes. No.", "Yes. No.", *edited]
+    proxy, gold = (RNG.normal(size=(PROMPTS, 3 + 1 + len(EDITS))) for _ in range(2))
+    proxy[:, 5] = proxy[:, 3] + 2
+    gold[:, 5] = gold[:, 3] - 1
+    found = by_edit(proxy, gold, n=3)
+    means = {key: part["mean"] for key, part in found["repeated_sentence"].items()}
+    own, theirs = 2 / spread(proxy[:, :3]), -1 / spread(gold[:, :3])
+    assert means == pytest.approx({"proxy": own, "gold": theirs, "difference": own - theirs})
+    assert list(found) == list(EDITS)
 
 
 def test_the_largest_excess_comes_first_one_of_a_prompt_beside_golds_best():
@@ -85,11 +76,11 @@ FLAT = np.minimum((PROXY - PROXY.min(axis=1, keepdims=True)) / 5, 0.6) + NOISE /
     [
         (PROXY, PEAKED, "bad", "Over-optimised: by gold the best of n peaks at about n = "),
         (PROXY, PROXY + NOISE, "good", "No over-optimisation up to n = 64 (square root of KL 1.78): gold"),
-        (PROXY, -PROXY, "bad", "Choosing by this proxy makes replies worse by gold: \N{MINUS SIGN}1."),
+        (PROXY, -PROXY, "bad", "Over-optimised: by gold the best of n peaks at about n = 1 "),
         (PROXY[:40], NOISE[:40], "bad", "Choosing by this proxy gains nothing certain by gold: "),
         (PROXY, FLAT, "plain", "is neither a rise nor a fall for certain"),
         (PROXY[:19], PROXY[:19], "plain", "19 prompts are too few to tell: by gold "),
-        (0 * PROXY, PEAKED, "bad", "This proxy gives all replies to a prompt the same reward"),
+        (0 * PROXY, PEAKED, "bad", "gains nothing certain by gold: +0.00 standard deviations"),
     ],
 )
 def test_the_verdict(proxy, gold, kind, said):
@@ -121,13 +112,13 @@ def content():
     found = compare(SAMPLES, np.hstack([proxy, edits + np.array([0, 3, 3, 3, 3])]), np.hstack([gold, edits]))
     counts = {"empty_replies": 1, "excluded": {"does_not_fit_a_model": 3}, "cut_replies": None}
     return {
-        "proxies": ["outputs/<a>", "outputs/b"],
+        "proxies": ["outputs/overoptimization/<proxy_100>"],
         "gold": ["outputs/gold"],
         "sampling": {"policy": "some/model", "n": 8, "temperature": 0.7},
         "samples": {"file": "samples.jsonl", "n_prompts": 30, "n_replies": 8, **counts},
         "n": list(range(1, 9)),
         "kl": [0.1 * n for n in range(8)],
-        "curves": {"outputs/<a>": found, "outputs/b": found},
+        "curves": {"outputs/overoptimization/<proxy_100>": found, "mean of the proxies": found},
     }
 
 
@@ -145,24 +136,13 @@ def test_the_page_has_every_part_and_the_figures(content, tmp_path):
     assert MISSING not in cells  # as for a wrong name in the template
     gains = {f"{found['gold']['gain'][n - 1]:+.2f}".replace("-", "\N{MINUS SIGN}") for n in (2, 4, 8)}
     assert gains <= set(cells)
+    assert page.count(f"; gold peaks at n = {found['gold']['peak_n']}</text>") == 2  # a panel each
     write_overoptimization(tmp_path, {**content, "sampling": None})
     assert "How replies were drawn" not in (tmp_path / "overoptimization.html").read_text()
 
 
-def test_each_proxy_has_its_panel_also_without_intervals_or_a_fit(content, tmp_path):
-    (proxy, gold), full = simulated(1, replies=2), content["curves"]["outputs/b"]
-    own = {**full, "proxy": curve(proxy, proxy), "gold": curve(proxy, gold)}
-    curves = {"outputs/b": full, "$x$ <b>": own, "third": full}
-    write_overoptimization(tmp_path, {**content, "n": [1, 2], "curves": curves})
-    texts = [text.text for text in ElementTree.parse(tmp_path / "overoptimization.svg").iter() if text.text]
-    titles = {f"{name}; gold peaks at n = {found['gold']['peak_n']}" for name, found in curves.items()}
-    assert titles <= set(texts)
-
-
 def test_the_table_on_the_terminal_fits_80_columns(content, capsys):
-    found = content["curves"]["outputs/b"]
-    curves = {"outputs/overoptimization/proxy_100": found, "mean of the proxies": found}
-    print_overoptimization({**content, "curves": curves}, Console(width=80))
+    print_overoptimization(content, Console(width=80))
     out = capsys.readouterr().out
     assert all(len(line) <= 80 for line in out.splitlines())
     assert "Best of 8 replies to each of 30 prompts, 3 prompts left out" in out

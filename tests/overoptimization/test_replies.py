@@ -22,12 +22,11 @@ def test_prompts_come_from_prompts_and_from_comparisons_each_once(tmp_path):
     rows = [{"prompt": "hello"}, *make_rows(2, seed=1), {"prompt": "hello"}, TRANSCRIPTS, EMPTY]
     llmbar = {"input": "which?", "output_1": "this", "output_2": "that", "label": 2}
     two = {"prompt": "a", "responses": ["b", "c"], "ranks": [1, 2], "scores": [2, 1]}  # of two shapes
-    rows += [llmbar, {"prompt": "bad?", "is_safety": True}, two, {"prompt": "a", "responses": [1]}]
+    rows += [llmbar, {"prompt": "bad?"}, two, {"prompt": "a", "responses": [1]}]
     found, excluded = read_samples(write_jsonl(tmp_path / "prompts.jsonl", rows), replies=False)
     texts = [one.prompt[-1]["content"] for one in found]
     asked = [row["prompt"][0]["content"] for row in rows[1:3]]
     assert texts == ["hello", *asked, "Hi?", "which?", "bad?", "a"]
-    assert [one.is_safety for one in found] == [*[False] * 5, True, False]
     assert excluded == {"empty_response": 1}
     file = tmp_path / "more.jsonl"
     file.write_text('{"prompt": "a"}\n{"prompt": "a"}\n{"prompt": "b"}\n{\n')  # no more is read than wanted
@@ -47,17 +46,16 @@ def test_replies_are_gathered_by_prompt_and_what_is_none_is_counted_or_refused_w
     found, excluded = read_samples(write_jsonl(tmp_path / "s.jsonl", rows))
     assert found == [Sample([hello], ["a", "b"]), Sample([system, hello], ["x", ""], cut=1)]
     assert excluded == {"empty_prompt": 1, "invalid_text": 1}
-    faulty = {
+    for line, said in {
         "{": "not JSON",
         '{"prompt": "a", "responses": [1]}': "column 'responses' should be a list of texts",
         '{"responses": ["b"]}': "column 'prompt' should be a text or a list of messages",
-    }
-    for line, said in faulty.items():
-        (tmp_path / "faulty.jsonl").write_text(json.dumps(rows[0]) + "\n" + line + "\n")
+    }.items():
+        (tmp_path / "s.jsonl").write_text(json.dumps(rows[0]) + "\n" + line + "\n")
         with pytest.raises(DataError, match=f"line 2: {said}"):
-            read_samples(tmp_path / "faulty.jsonl")
+            read_samples(tmp_path / "s.jsonl")
     with pytest.raises(DataError, match="holds no prompt that can be used"):
-        read_samples(write_jsonl(tmp_path / "none.jsonl", rows[3:]))
+        read_samples(write_jsonl(tmp_path / "s.jsonl", rows[3:]))
 
 
 # --- replies drawn from a policy ---------------------------------------------------------------
@@ -65,10 +63,10 @@ def test_replies_are_gathered_by_prompt_and_what_is_none_is_counted_or_refused_w
 PROMPTS = [Sample([{"role": "user", "content": text}], []) for text in ("hello", "how are you", "yes")]
 
 
-def drawn(target, policy, prompts=PROMPTS, overwrite=False, **keys):
+def drawn(target, policy, prompts=PROMPTS, **keys):
     """The replies alone."""
     settings = {"n": 6, "max_new_tokens": 5, "seed": 3, **keys}
-    return sample(Sampling(str(policy), **settings), prompts, target, overwrite=overwrite)[0]
+    return sample(Sampling(str(policy), **settings), prompts, target)[0]
 
 
 def scaled(folder, base, factor):
@@ -81,44 +79,24 @@ def scaled(folder, base, factor):
     return model
 
 
-def test_the_same_settings_draw_the_same_whatever_comes_before_and_after_an_interrupt(
+def test_the_same_settings_draw_the_same_whatever_comes_before_and_what_is_drawn_survives_an_interrupt(
     tiny_llama, tmp_path, monkeypatch
 ):
     whole = drawn(tmp_path / "whole.jsonl", tiny_llama)
     assert [len(set(found.responses)) > 1 for found in whole] == [True] * 3
+    assert read_samples(tmp_path / "whole.jsonl")[0] == whole
     assert drawn(tmp_path / "alone.jsonl", tiny_llama, PROMPTS[1:2]) == whole[1:2]
     assert drawn(tmp_path / "other.jsonl", tiny_llama, PROMPTS[1:2], seed=4) != whole[1:2]
-    target, draw, made = tmp_path / "samples.jsonl", module._draw, []
 
-    def interrupted(*args):
-        made.append(args)
-        if len(made) == 2:
+    def interrupted(*args, draw=module._draw):
+        if args[3] is PROMPTS[1]:
             raise KeyboardInterrupt
         return draw(*args)
 
     monkeypatch.setattr(module, "_draw", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        drawn(target, tiny_llama)
-    with target.open("a") as file:
-        file.write('{"prompt": [{"role": "us')  # as a kill leaves it
-    for _ in range(2):
-        assert drawn(target, tiny_llama) == whole
-        assert len(made) == 4  # the two prompts that were missing, once
-    assert target.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-
-
-def test_replies_of_other_settings_or_weights_are_not_mixed_in_nor_lost_unasked(tiny_llama, tmp_path):
-    """A policy that was trained on is another one under the same name."""
-    target, folder = tmp_path / "samples.jsonl", shutil.copytree(tiny_llama, tmp_path / "policy")
-    old = drawn(target, folder)
-    before = target.read_bytes()
-    with pytest.raises(RecipeError, match=r"otherwise \(temperature differ\): --samples takes them"):
-        drawn(target, folder, temperature=0.01)
-    scaled(folder, tiny_llama, -9)
-    with pytest.raises(RecipeError, match=r"were drawn otherwise \(weights differ\)"):
-        drawn(target, folder)
-    assert target.read_bytes() == before
-    assert drawn(target, folder, overwrite=True) == read_samples(target)[0] != old
+        drawn(tmp_path / "whole.jsonl", tiny_llama)
+    assert read_samples(tmp_path / "whole.jsonl")[0] == whole[:1]
 
 
 def test_draws_follow_the_policys_probabilities_and_ends_whatever_its_own_settings(tiny_llama, tmp_path):
@@ -160,7 +138,7 @@ def test_an_sft_adapter_is_a_policy_and_a_classifier_costs_no_replies(tiny_llama
         (damaged, "as a language model: "),
     ):
         with pytest.raises(RecipeError, match=said):
-            drawn(target, policy, overwrite=True)
+            drawn(target, policy)
     assert target.read_bytes() == before
 
 
@@ -170,7 +148,7 @@ def test_prompts_that_the_policy_cannot_read_are_counted(tiny_llama, tmp_path):
     (folder / "chat_template.jinja").write_text(template)
     refused = Sample([{"role": "system", "content": "Be kind"}, *PROMPTS[0].prompt], [])
     settings = Sampling(str(folder), n=2, max_new_tokens=3)
-    found, excluded = sample(settings, [*PROMPTS, refused], tmp_path / "a.jsonl", overwrite=False)
+    found, excluded = sample(settings, [*PROMPTS, refused], tmp_path / "a.jsonl")
     assert [one.prompt for one in found] == [one.prompt for one in PROMPTS]
     assert excluded == {"refused_by_policys_template": 1}
     long = Sample([{"role": "user", "content": "hello " * 600}], [])

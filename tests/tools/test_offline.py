@@ -3,8 +3,10 @@
 import json
 import random
 import re
+import shutil
 import zipfile
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from conftest import TINY_DECODER, WORDS, make_tokenizer
@@ -29,7 +31,7 @@ def speakers_of(text: str) -> str:
 
 def test_chosen_is_what_followed_and_rejected_comes_from_elsewhere_with_as_many_words():
     source = conversations(40)
-    rows = offline.make_comparisons(source, 100, random.Random(0))
+    rows = offline.make_comparisons(source, 1000, random.Random(0))
     assert len(rows) > 50
     for row in rows:
         comparison = parse_row(row)
@@ -42,62 +44,36 @@ def test_chosen_is_what_followed_and_rejected_comes_from_elsewhere_with_as_many_
         assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
         assert len(roles) <= offline.CONTEXT_TURNS
         assert sum(len(m["content"].split()) for m in comparison.prompt) in offline.CONTEXT_WORDS
-
-
-def test_no_prompt_and_no_rejected_reply_comes_twice_and_no_conversation_dominates():
-    rows = offline.make_comparisons(conversations(40), 1000, random.Random(0))
-    prompts = [json.dumps(row["prompt"]) for row in rows]
-    assert len(set(prompts)) == len(prompts)
-    assert len({row["rejected"] for row in rows}) == len(rows)
+    for key in ("prompt", "rejected"):  # none comes twice
+        assert len({json.dumps(row[key]) for row in rows}) == len(rows)
     assert max(Counter(speakers_of(row["chosen"]) for row in rows).values()) <= offline.PER_CONVERSATION
 
 
-def fake_wheel(path, n: int = 60):
-    source = {
-        f"id{i:03}": {"messages": [[{"text": turn}] for turn in turns]}
-        for i, turns in enumerate(conversations(n))
-    }
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("chitchat_dataset/dataset.json", json.dumps(source))
-    return path
-
-
-@pytest.fixture
-def wheel_of_data(tmp_path, monkeypatch):
-    """In place of what pip would fetch."""
+def test_the_splits_share_no_conversation_and_are_the_same_every_time_and_what_is_there_is_left_alone(
+    tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    wheel = fake_wheel(tmp_path / "data.whl")
+    wheel = tmp_path / "data.whl"
+    dialogues = {
+        f"id{i:03}": {"messages": [[{"text": turn}] for turn in turns]}
+        for i, turns in enumerate(conversations(60))
+    }
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("chitchat_dataset/dataset.json", json.dumps(dialogues))
     monkeypatch.setattr(offline, "_download", lambda *_: wheel)
-    return wheel
-
-
-def test_the_splits_share_no_conversation_and_are_the_same_every_time(tmp_path, wheel_of_data):
     written = []
-    for name in ("first", "second"):
-        (tmp_path / name).mkdir()
-        offline.write_comparisons(tmp_path / name, wheel_of_data, seed=0)
-        written.append({s: (tmp_path / name / f"{s}.jsonl").read_text() for s in ("train", "test")})
+    for _ in range(2):
+        shutil.rmtree(offline.DATA_FOLDER, ignore_errors=True)
+        made = offline.prepare_offline([offline.DATA_FOLDER])
+        assert made == ["comparisons: data/offline (from chitchat-dataset==0.9.0)"]
+        written.append({s: (offline.DATA_FOLDER / f"{s}.jsonl").read_text() for s in ("train", "test")})
     assert written[0] == written[1]
     chosen = {name: re.findall(r'"chosen": "(c\d+)t', text) for name, text in written[0].items()}
     assert all(chosen.values())
     assert not {*chosen["train"]} & {*chosen["test"]}
-
-
-def test_what_is_there_already_is_left_alone(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for folder in offline.FOLDERS:
-        folder.mkdir(parents=True)
-        (folder / ("test.jsonl" if folder == offline.DATA_FOLDER else "config.json")).write_text("{}")
-    lines = offline.prepare_offline()
-    assert len(lines) == 3
-    assert all(line.endswith("is there already") for line in lines)
-
-
-def test_only_what_is_wanted_is_fetched(wheel_of_data):
-    made = offline.prepare_offline([offline.DATA_FOLDER])
-    assert made == ["comparisons: data/offline (from chitchat-dataset==0.9.0)"]
-    assert not offline.MODEL_FOLDER.exists()
-    assert not offline.ENCODER_FOLDER.exists()
+    monkeypatch.setattr(offline, "_download", None)
+    assert offline.prepare_offline([offline.DATA_FOLDER]) == ["comparisons: data/offline is there already"]
+    assert not Path("models").exists()  # which was not wanted
 
 
 def test_the_encoder_is_a_plain_bert_without_what_sentence_transformers_adds(tmp_path, monkeypatch):

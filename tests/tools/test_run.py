@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, run_cli, write_jsonl
+from test_cli import invoke
 
-from rm_recipe import cli
 from rm_recipe.errors import DataError, RecipeError
 from rm_recipe.evaluation.evaluate import evaluate
 from rm_recipe.recipe.reader import read_recipe
@@ -41,22 +42,19 @@ def finished(tmp_path_factory, tiny_llama, tiny_data):
     return folder, result
 
 
-def test_a_recipe_becomes_a_run_an_evaluation_and_an_export(finished):
-    folder = finished[0] / "outputs" / "tiny"
+def test_a_recipe_becomes_a_run_an_evaluation_and_an_export_and_says_where_they_are(finished):
+    folder, result = finished[0] / "outputs" / "tiny", finished[1]
     files = {path.name for path in folder.iterdir()}
     assert files >= {"recipe.yaml", "run.json", "data_report.json", "model", "checkpoint-16"}
     assert files >= {"evaluation.json", "predictions.jsonl", "report.html", "export"}
     assert json.loads((folder / "evaluation.json").read_text())["datasets"]["held_out"]["accuracy"] > 0.9
     assert "seed: 1" in (folder / "recipe.yaml").read_text()
-
-
-def test_it_ends_with_the_accuracy_its_interval_where_things_are_and_what_to_try(finished):
-    printed = finished[1].stdout
-    assert printed.index("[train] tiny.yaml") < printed.index("[evaluate]") < printed.index("[export]")
-    summary = printed[printed.index("Preference accuracy") :]
-    said = ("95 % interval", "Target 0.65 reached", "Trained in", "outputs/tiny/export", "rm-recipe score")
-    assert all(part in summary for part in said)
-    assert "Traceback" not in finished[1].stderr
+    said = ["[train] tiny.yaml", "[evaluate]", "[export]", "Preference accuracy", "95 % interval"]
+    said += ["Target 0.65 reached", "Trained in", "outputs/tiny/export", "rm-recipe score"]
+    places = [result.stdout.find(part) for part in said]
+    assert places == sorted(places)
+    assert places[0] >= 0
+    assert "Traceback" not in result.stderr
 
 
 def test_a_mixture_of_pairs_and_rankings_with_margins_is_trained_on_and_evaluated(
@@ -99,8 +97,8 @@ def test_a_second_run_skips_what_is_finished_and_says_so(finished, monkeypatch, 
     assert Path("outputs/tiny/run.json").stat().st_mtime_ns == before
 
 
-def test_another_gate_is_judged_anew_and_another_sample_evaluated_without_training(
-    finished, tmp_path, monkeypatch, capsys
+def test_by_another_gate_or_sample_it_is_evaluated_and_exported_anew_without_training(
+    finished, tmp_path, monkeypatch
 ):
     run_folder = shutil.copytree(finished[0] / "outputs" / "tiny", tmp_path / "run")
     monkeypatch.chdir(finished[0])
@@ -108,49 +106,28 @@ def test_another_gate_is_judged_anew_and_another_sample_evaluated_without_traini
     monkeypatch.setattr(pipeline, "print_export", lambda _: None)
     exported = []
     monkeypatch.setattr(pipeline, "export", lambda *_, **__: exported.append(1))
-    before = json.loads((run_folder / "evaluation.json").read_text())
-    keys = ["--seed", "1", "--output_dir", str(run_folder)]
-    pipeline.run(Path("tiny.yaml"), [*keys, "--target_accuracy", "0.999"])
-    judged = json.loads((run_folder / "evaluation.json").read_text())
-    assert judged["datasets"] == before["datasets"]
-    assert (judged["gate"]["target"], judged["gate"]["passed"]) == (0.999, False)
-    assert "[evaluate] the gate alone" in capsys.readouterr().out
-    pipeline.run(Path("tiny.yaml"), [*keys, "--target_accuracy", "0.999", "--max_eval_samples", "10"])
-    again = json.loads((run_folder / "evaluation.json").read_text())
-    assert again["datasets"]["held_out"]["n_scored"] == 10
-    assert len(exported) == 2
+    keys = ["--seed", "1", "--output_dir", str(run_folder), "--target_accuracy", "0.999"]
+    for more, n in ([], 40), (["--max_eval_samples", "10"], 10):
+        pipeline.run(Path("tiny.yaml"), [*keys, *more])
+        judged = json.loads((run_folder / "evaluation.json").read_text())
+        assert (judged["gate"]["target"], judged["datasets"]["held_out"]["n_scored"]) == (0.999, n)
+    assert len(exported) == 2  # a push would upload results that are not those of the run
     evaluate(str(run_folder))  # by the run's own recipe, which says so from now on
-    assert json.loads((run_folder / "evaluation.json").read_text()) == again
+    assert json.loads((run_folder / "evaluation.json").read_text()) == judged
 
 
-def test_a_run_that_is_gone_on_with_on_other_data_is_refused(finished, tmp_path, tiny_data, monkeypatch):
-    monkeypatch.chdir(finished[0])
-    copy = shutil.copytree(tiny_data, tmp_path / "data")
+def test_a_run_that_is_gone_on_with_on_other_data_is_refused(finished, tmp_path, tiny_data):
     run_folder = shutil.copytree(finished[0] / "outputs" / "tiny", tmp_path / "run")
-    (run_folder / "run.json").unlink()
-    kept = (run_folder / "recipe.yaml").read_text()
-    (run_folder / "recipe.yaml").write_text(kept.replace(str(tiny_data), str(copy)))
-    rows = (copy / "train.jsonl").read_text().splitlines(keepends=True)
-    (copy / "train.jsonl").write_text("".join(rows[1:]))
-    recipe = read_recipe("tiny.yaml", ["--output_dir", str(run_folder), "--dataset_name", str(copy)])
+    rows = (tiny_data / "train.jsonl").read_text().splitlines(keepends=True)
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    (data / "train.jsonl").write_text("".join(rows[1:]))
+    keys = ["--output_dir", str(run_folder), "--dataset_name", str(data)]
+    recipe = read_recipe(
+        finished[0] / "tiny.yaml", [*keys, "--model_name_or_path", str(finished[0] / "le modèle")]
+    )
     with pytest.raises(RecipeError, match="the train comparisons are not those that .* was started with"):
         pipeline.examine_data(recipe, resume=True)
     pipeline.examine_data(recipe, resume=False)
-
-
-def test_an_export_of_another_evaluation_or_without_its_proof_is_made_again(finished, tmp_path):
-    """A push would upload results that are not those of the run, or be refused."""
-    run_folder = shutil.copytree(finished[0] / "outputs" / "tiny", tmp_path / "run")
-    assert pipeline.is_exported(run_folder)
-    proof, evaluation = run_folder / "export" / "proof.json", run_folder / "evaluation.json"
-    kept = evaluation.read_text()
-    evaluation.write_text(json.dumps({**json.loads(kept), "model": "another"}))
-    assert not pipeline.is_exported(run_folder)
-    evaluation.write_text(kept)
-    proof.write_text(json.dumps({"passed": False}))
-    assert not pipeline.is_exported(run_folder)
-    proof.unlink()
-    assert not pipeline.is_exported(run_folder)
 
 
 def test_a_run_of_another_recipe_is_not_overwritten_unasked(finished, monkeypatch):
@@ -161,23 +138,17 @@ def test_a_run_of_another_recipe_is_not_overwritten_unasked(finished, monkeypatc
 
 def test_a_file_of_responses_is_scored_as_each_is_alone(finished, monkeypatch, capsys):
     monkeypatch.chdir(finished[0])
-    texts = ("good good", "bad bad")
-    items = [{"prompt": "hello 3 cat", "response": text, "id": i} for i, text in enumerate(texts)]
+    items = [{"prompt": "hello 3 cat", "response": text, "id": 1} for text in ("good good", "bad bad")]
     write_jsonl(Path("in.jsonl"), items)
-
-    def score(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["rm-recipe", "score", "outputs/tiny/export", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        assert not ended.value.code
-        return capsys.readouterr().out
-
-    assert score("--input", "in.jsonl", "--output", "out.jsonl") == "2 responses scored: out.jsonl\n"
+    score = partial(invoke, monkeypatch, capsys, "score", "outputs/tiny/export")
+    said = score("--input", "in.jsonl", "--output", "out.jsonl")
+    assert said[:2] == (0, "2 responses scored: out.jsonl\n")
     scored = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
-    assert [{k: v for k, v in row.items() if k != "reward"} for row in scored] == items
-    assert scored[0]["reward"] > scored[1]["reward"]
-    one = score("--prompt", "hello 3 cat", "--response", "good good")
-    assert float(one) == pytest.approx(scored[0]["reward"], abs=1e-3)
+    good, bad = (row.pop("reward") for row in scored)
+    assert scored == items
+    assert good > bad
+    alone = score("--prompt", "hello 3 cat", "--response", "good good")[1]
+    assert float(alone) == pytest.approx(good, abs=1e-3)
 
 
 def test_under_accelerate_launch_a_bad_recipe_prints_our_message_once(finished):
@@ -190,7 +161,7 @@ def test_under_accelerate_launch_a_bad_recipe_prints_our_message_once(finished):
 
 
 @pytest.mark.usefixtures("as_in_a_terminal")
-def test_a_signal_is_passed_on_and_a_second_one_as_well(monkeypatch):
+def test_a_signal_is_passed_on_and_a_second_one_as_well():
     """To a process that answers the first by finishing something long."""
     program = (
         "import signal, sys, time\n"
@@ -202,11 +173,8 @@ def test_a_signal_is_passed_on_and_a_second_one_as_well(monkeypatch):
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         threading.Timer(1, os.kill, [os.getpid(), signal.SIGINT]).start()  # the user's second
-        wait, waited = process.wait, []
-        monkeypatch.setattr(process, "wait", lambda: (waited.append(1), wait())[1])
         pipeline.pass_on(signal.SIGTERM, process)
         assert process.returncode == 7
-        assert len(waited) == 2
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
