@@ -33,6 +33,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BertTokenizer,
     PreTrainedTokenizerFast,
@@ -133,6 +134,17 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory, tiny_distilbert: Path) -
         return save_base(root / name, TINY_BASES[name], tokenizer)
 
     return folder
+
+
+def save_classifier(folder: Path, base: Path, labels: int = 1, **config: Any) -> Any:
+    """A classifier whose head is random, with its base's tokenizer, as a model folder; the model."""
+    torch.manual_seed(1)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model.config.update({"pad_token_id": tokenizer.pad_token_id, **config})
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -266,6 +278,24 @@ def make_recipe(folder: Path, model: Path, data: Path, **keys: Any) -> Path:
     lines = (f"{key}: {json.dumps(value)}\n" for key, value in values.items() if value != "omit")
     (folder / "recipe.yaml").write_text("".join(lines))
     return folder / "recipe.yaml"
+
+
+@pytest.fixture(scope="session")
+def train_once(
+    tmp_path_factory: pytest.TempPathFactory, tiny_base: Callable[[str], Path], tiny_data: Path
+) -> Callable[..., Trained]:
+    """A function: two steps on a base of `TINY_BASES` by these keys, once however often it is asked for."""
+    finished: dict[str, Trained] = {}
+
+    def run(base: str, **keys: Any) -> Trained:
+        asked = json.dumps([base, keys])
+        if asked not in finished:
+            folder = tmp_path_factory.mktemp("trained")
+            recipe = make_recipe(folder, tiny_base(base), tiny_data, **{"max_steps": 2, **keys})
+            finished[asked] = train_watched(recipe)
+        return finished[asked]
+
+    return run
 
 
 @pytest.fixture
