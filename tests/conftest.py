@@ -280,24 +280,6 @@ def make_recipe(folder: Path, model: Path, data: Path, **keys: Any) -> Path:
     return folder / "recipe.yaml"
 
 
-@pytest.fixture(scope="session")
-def train_once(
-    tmp_path_factory: pytest.TempPathFactory, tiny_base: Callable[[str], Path], tiny_data: Path
-) -> Callable[..., Trained]:
-    """A function: two steps on a base of `TINY_BASES` by these keys, once however often it is asked for."""
-    finished: dict[str, Trained] = {}
-
-    def run(base: str, **keys: Any) -> Trained:
-        asked = json.dumps([base, keys])
-        if asked not in finished:
-            folder = tmp_path_factory.mktemp("trained")
-            recipe = make_recipe(folder, tiny_base(base), tiny_data, **{"max_steps": 2, **keys})
-            finished[asked] = train_watched(recipe)
-        return finished[asked]
-
-    return run
-
-
 @pytest.fixture
 def write_recipe(tmp_path: Path, tiny_llama: Path, tiny_data: Path) -> Callable[..., Path]:
     """`make_recipe` for the tiny Llama, in the test's folder."""

@@ -152,6 +152,12 @@ def test_a_data_file(write_recipe, refused, tmp_path, file):
     refused("train", str(write_recipe(dataset_name=str(tmp_path / "data"))), part=DATA[file])
 
 
+@pytest.mark.parametrize("content", [b"{", b'{"prompt": "a"}\n', b"[]\n", b"\xff"])
+def test_a_file_of_responses(refused, tmp_path, tiny_llama, content):
+    (tmp_path / "in.jsonl").write_bytes(content)
+    refused("score", str(tiny_llama), "--input", "in.jsonl", "--output", "out.jsonl", part=", line 1")
+
+
 MODELS = {
     ("config.json", b"{}"): "cannot be loaded",
     ("config.json", b'{"model_type": "nothing"}'): "cannot be loaded",
