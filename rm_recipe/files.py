@@ -67,13 +67,10 @@ def is_scratch(path: Path) -> bool:
 def tidy(folder: Path) -> None:
     """Remove what kills left behind in a folder, and put back what was about to be replaced."""
     for path in filter(is_scratch, list(folder.iterdir())):
-        if not path.is_dir():
-            path.unlink()
-            continue
         target = folder / path.name.removeprefix(".").rpartition("-")[0]
         if (path / "old").exists() and not target.exists():
             (path / "old").rename(target)
-        shutil.rmtree(path)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write_json(target: Path, content: Any) -> None:
@@ -95,34 +92,26 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         RecipeError: naming the file.
     """
-    return _object(_read(path), str(path))
+    content = _parsed(path, json.loads)
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path} holds no JSON object")
+    return content
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the objects of a file with one a line; empty lines are left out.
+    """Read the objects of a file with one a line.
 
     Raises:
-        RecipeError: naming file and line.
+        RecipeError: naming the file.
     """
-    lines = enumerate(_read(path).split("\n"), 1)
-    return [_object(line, f"{path}, line {number}") for number, line in lines if line.strip()]
+    return list(_parsed(path, lambda text: [json.loads(line) for line in text.split("\n") if line]))
 
 
-def _read(path: Path) -> str:
+def _parsed(path: Path, parse: Callable[[str], Any]) -> Any:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} cannot be read: {error}") from None
-
-
-def _object(text: str, where: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RecipeError(f"{where} is not JSON that can be read: {error}") from None
-    if not isinstance(content, dict):
-        raise RecipeError(f"{where} holds no JSON object")
-    return content
+        return parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{path} is not JSON that can be read: {error}") from None
 
 
 @contextmanager
@@ -155,24 +144,19 @@ def visible(text: str) -> str:
 # --- redaction: no tokens, passwords or user's home folder -------------------------------------
 
 HIDDEN = "***"
-TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # variables whose values are hidden
 SHORTEST_TOKEN = 8  # a shorter value would be hidden inside words
-# Tokens by their beginnings: Hugging Face's, GitHub's, OpenAI's and its like, AWS's; a URL's user:password.
+# Hugging Face's tokens, and a URL's user:password.
 _SECRETS = re.compile(
-    r"(?<![A-Za-z0-9])(?:(?:hf|api_org)_[A-Za-z0-9]{30,}|gh[opsu]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
-    r"|sk-(?:proj|ant|svcacct|or)-[\w-]{20,}|sk-[A-Za-z0-9]{40,}|AKIA[A-Z0-9]{16})(?![A-Za-z0-9])"
-    r"|(?<=://)[^\s/?#@:\"'<>]*:[^\s/?#@\"'<>]+(?=@)"
+    r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{30,}(?![A-Za-z0-9])|(?<=://)[^\s/?#@:\"'<>]*:[^\s/?#@\"'<>]+(?=@)"
 )
 
 
 def redact(text: str) -> str:
     """The text with `***` for tokens and passwords, and `~` for the user's home folder."""
-    text, home = hide_secrets(text), _home()
+    text, home = hide_secrets(text), os.environ.get("HOME", "").rstrip("/")
     # Whole components alone: for /home/ann neither /home/anna nor /data/home/ann is one.
     before, after = r"(?:(?<=file://)|(?<![\w.+@~/-]))", r"(?!\.?[\w+@~-])"
-    for folder in {home, os.path.realpath(home)} if home else ():
-        text = re.sub(f"{before}{re.escape(folder)}{after}", "~", text)
-    return text
+    return re.sub(f"{before}{re.escape(home)}{after}", "~", text) if home else text
 
 
 def redacted(content: Any) -> Any:
@@ -180,33 +164,18 @@ def redacted(content: Any) -> Any:
     return _each_text(content, redact)
 
 
-def hide_secrets(content: Any) -> Any:
-    """A text, or lists and mappings of them, with `***` for tokens and passwords."""
-    tokens = [os.environ.get(name, "").strip() for name in TOKENS]
-
-    def hide(text: str) -> str:
-        for token in tokens:
-            if len(token) >= SHORTEST_TOKEN:
-                text = text.replace(token, HIDDEN)
-        return _SECRETS.sub(HIDDEN, text)
-
-    return _each_text(content, hide)
-
-
-def with_tilde(content: Any) -> Any:
-    """Lists and mappings in which paths in the home folder begin with `~`; `expanded` takes them back."""
-    home = _home()
-
-    def shorten(text: str) -> str:
-        inside = home and (text == home or text.startswith(f"{home}/"))
-        return "~" + text[len(home) :] if inside else text
-
-    return _each_text(content, shorten)
-
-
 def expanded(content: Any) -> Any:
     """Lists and mappings in which paths that begin with `~` name the home folder."""
     return _each_text(content, lambda text: re.sub(r"^~(?=/|\Z)", lambda _: os.path.expanduser("~"), text))
+
+
+def hide_secrets(text: str) -> str:
+    """The text with `***` for tokens and passwords."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        token = os.environ.get(name, "").strip()
+        if len(token) >= SHORTEST_TOKEN:
+            text = text.replace(token, HIDDEN)
+    return _SECRETS.sub(HIDDEN, text)
 
 
 def _each_text(content: Any, change: Callable[[str], str]) -> Any:
@@ -217,17 +186,11 @@ def _each_text(content: Any, change: Callable[[str], str]) -> Any:
     return [_each_text(item, change) for item in content] if isinstance(content, list | tuple) else content
 
 
-def _home() -> str:
-    """HOME; empty where there is none, or where it is the root of everything, as in some containers."""
-    home = os.environ.get("HOME", "").rstrip("/")
-    return home if os.path.isabs(home) else ""
-
-
 # --- weights: safetensors alone; the rest are pickles, and unpickling can run code ---------------
 
-# Of a whole model, and of an adapter.
-SAFE = {False: ("model.safetensors", "model.safetensors.index.json"), True: ("adapter_model.safetensors",)}
-PICKLED = {False: ("pytorch_model.bin", "pytorch_model.bin.index.json"), True: ("adapter_model.bin",)}
+# Of a whole model, and of an adapter: what is safe comes first. Or an index of several such files is there.
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def holds(name: str, file: str, revision: str = "main") -> bool:
@@ -261,13 +224,13 @@ def pickle_fault(name: str, revision: str = "main", *, adapter: bool = False) ->
     Raises:
         OSError, httpx.HTTPError: as `holds` does.
     """
-    if any(holds(name, file, revision) for file in SAFE[adapter]):
+    weights = ADAPTER_WEIGHTS if adapter else WEIGHTS
+    files = (file + index for file in weights for index in ("", ".index.json"))
+    found = next((file for file in files if holds(name, file, revision)), "")
+    if ".bin" not in found:
         return ""
-    for file in PICKLED[adapter]:
-        if holds(name, file, revision):
-            how = "PeftModel.from_pretrained(BASE, ...)" if adapter else "AutoModel.from_pretrained(...)"
-            return (
-                f"'{name}' has its weights in {file} alone, a pickle, which can run code when it is read; if "
-                f"you trust it, convert it by transformers: `{how}` and `.save_pretrained(FOLDER)`"
-            )
-    return ""
+    how = "PeftModel.from_pretrained(BASE, ...)" if adapter else "AutoModel.from_pretrained(...)"
+    return (
+        f"'{name}' has its weights in {found} alone, a pickle, which can run code when it is read; if "
+        f"you trust it, convert it by transformers: `{how}` and `.save_pretrained(FOLDER)`"
+    )

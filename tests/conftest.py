@@ -33,6 +33,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BertTokenizer,
     PreTrainedTokenizerFast,
@@ -133,6 +134,17 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory, tiny_distilbert: Path) -
         return save_base(root / name, TINY_BASES[name], tokenizer)
 
     return folder
+
+
+def save_classifier(folder: Path, base: Path, labels: int = 1, **config: Any) -> Any:
+    """A classifier whose head is random, with its base's tokenizer, as a model folder; the model."""
+    torch.manual_seed(1)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model.config.update({"pad_token_id": tokenizer.pad_token_id, **config})
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

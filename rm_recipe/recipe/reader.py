@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from rm_recipe.errors import RecipeError, one_line
-from rm_recipe.files import expanded, whole_file, with_tilde
+from rm_recipe.files import expanded, redacted, whole_file
 from rm_recipe.recipe import relations, schema
 from rm_recipe.recipe.schema import DataArguments, HubArguments
 
@@ -156,7 +156,7 @@ def saved_values(run: Path) -> dict[str, Any]:
 
 def save_values(path: Path, values: dict[str, Any]) -> None:
     """Write a run's recipe, the home folder as `~`."""
-    text = yaml.safe_dump(with_tilde(values), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(redacted(values), sort_keys=False, allow_unicode=True)
     with whole_file(path) as partial:
         partial.write_text(f"# The recipe of a run, {RUN_HEADER}\n{text}", encoding="utf-8")
 

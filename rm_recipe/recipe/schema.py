@@ -235,7 +235,7 @@ class _Keys(BaseModel):
             raise ValueError(f": {FIXED_KEYS[key]}")
         if within is not None and value is not None and not within(value):
             raise ValueError(f" {limit}")
-        if hide_secrets(value) != value:  # a run would keep and show it
+        if hide_secrets(str(value)) != str(value):  # a run would keep and show it
             raise ValueError(" holds a token or a password; log in with `hf auth login` or set HF_TOKEN")
         return value
 

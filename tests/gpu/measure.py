@@ -11,7 +11,6 @@ import argparse
 import atexit
 import gc
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -32,31 +31,22 @@ from transformers import (
     LlamaConfig,
 )
 
-from rm_recipe import scoring
 from rm_recipe.model import memory
-from rm_recipe.model.memory import fit, peak_memory, reset_peak_memory
-from rm_recipe.model.shared_prefix import decide_sharing, padded_rows
+from rm_recipe.model.memory import reset_peak_memory
 from rm_recipe.processes import is_out_of_memory
 from rm_recipe.recipe.reader import Recipe, read_recipe
-from rm_recipe.scoring import RewardModel
-from rm_recipe.tools.benchmark import machine
-from rm_recipe.tools.benchmark_worker import measure_training
+from rm_recipe.tools.benchmark import machine, summarise
+from rm_recipe.tools.benchmark_worker import measure_scoring, measure_training
 from rm_recipe.training.preflight import preflight
 from rm_recipe.training.train import load_data, load_model, make_trainer
 
 REPOSITORY = Path(__file__).parent.parent.parent
 LORA, QLORA, ENCODER = "tinyllama_hh_lora", "tinyllama_hh_qlora", "distilbert_hh"
-TINYLLAMA = {
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_hidden_layers": 22,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-}
+TINYLLAMA = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22}
+TINYLLAMA |= {"num_attention_heads": 32, "num_key_value_heads": 4}
 TINY_LLAMA = {**TINYLLAMA, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 TINY_DISTILBERT = {"dim": 48, "hidden_dim": 64, "n_layers": 2}
 CUDA = torch.cuda.is_available()
-CARDS = (8, 12, 16, 24)  # GB
 
 
 class Measure:
@@ -89,21 +79,19 @@ class Measure:
     def base(self, name: str) -> Path:
         """A model folder of the shape of a recipe's base, with random weights."""
         folder = self.scratch / ("encoder" if name == ENCODER else "decoder")
-        if (folder / "config.json").exists():
-            return folder
-        source = "all-minilm-l6-v2" if name == ENCODER else "smollm2-135m-instruct"
-        tokenizer = AutoTokenizer.from_pretrained(self.models / source)
-        if name == ENCODER:
-            shape: dict[str, Any] = TINY_DISTILBERT if self.tiny else {}
-            kind, config, dtype = AutoModelForMaskedLM, DistilBertConfig(**shape), torch.float32
-        else:
-            shape = TINY_LLAMA if self.tiny else TINYLLAMA
-            ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-            kind, config, dtype = AutoModelForCausalLM, LlamaConfig(**shape, **ids), torch.bfloat16
-        config.vocab_size = len(tokenizer)
-        with torch.device("cuda" if CUDA else "cpu"):
-            kind.from_config(config, dtype=dtype).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        if not folder.exists():
+            source = "all-minilm-l6-v2" if name == ENCODER else "smollm2-135m-instruct"
+            tokenizer = AutoTokenizer.from_pretrained(self.models / source)
+            if name == ENCODER:
+                kind, config = AutoModelForMaskedLM, DistilBertConfig(**TINY_DISTILBERT if self.tiny else {})
+            else:
+                ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+                shape = TINY_LLAMA if self.tiny else TINYLLAMA
+                kind, config = AutoModelForCausalLM, LlamaConfig(**shape, **ids, dtype="bfloat16")
+            config.vocab_size = len(tokenizer)
+            with torch.device("cuda" if CUDA else "cpu"):
+                kind.from_config(config).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
         return folder
 
     def recipe(self, name: str, batch: int | None = None, steps: int = 4, **keys: Any) -> Recipe:
@@ -119,6 +107,7 @@ class Measure:
             "max_steps": steps,
             "per_device_train_batch_size": batch,
             "gradient_accumulation_steps": of_step // batch,
+            "comparisons_per_step": "null",  # the same, said otherwise
             "gradient_checkpointing": "false",
             "save_strategy": "no",
             "logging_strategy": "no",
@@ -130,16 +119,12 @@ class Measure:
         return read_recipe(path, [word for key, value in values.items() for word in (f"--{key}", str(value))])
 
 
-def run_tests(m: Measure) -> None:
+def run_tests(m: Measure) -> dict[str, Any]:
     """The tests that need a GPU, in four processes."""
-
-    def run() -> dict[str, Any]:
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-n", "4", "--tb=short", "tests/gpu"]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=os.environ)
-        (m.output / "tests.log").write_text(done.stdout + done.stderr)
-        return {"exit_code": done.returncode, "said": done.stdout.strip().splitlines()[-3:]}
-
-    m.attempt("tests", "pytest", run)
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-n", "4", "--tb=short", "tests/gpu"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    (m.output / "tests.log").write_text(done.stdout + done.stderr)
+    return {"exit_code": done.returncode, "said": done.stdout.strip().splitlines()[-3:]}
 
 
 def training(name: str, ours: tuple[int, ...], stock: tuple[int, ...], m: Measure) -> None:
@@ -150,7 +135,7 @@ def training(name: str, ours: tuple[int, ...], stock: tuple[int, ...], m: Measur
 
 
 def speeds(m: Measure, name: str, what: str, batch: int) -> dict[str, Any]:
-    """A training's figures: tokens are real ones, FLOPs those of a model that computes no padding."""
+    """A training's figures as `benchmark.json` has them."""
     result = measure_training(m.recipe(name, batch, steps=10 if what == "ours" and batch >= 16 else 4), what)
     return {
         "comparisons_per_s": round(result["comparisons_per_s"], 2),
@@ -162,120 +147,45 @@ def speeds(m: Measure, name: str, what: str, batch: int) -> dict[str, Any]:
     }
 
 
-def largest_batch(m: Measure, name: str, batch: int | None, checkpointing: bool | None, of_gb: float) -> Any:
-    """The plan's peak of the largest batch against the measured one, on a card of so many GB.
-
-    Args:
-        batch: comparisons; by default as many as the plan lets the card have.
-        checkpointing: by default as the plan says.
-    """
-    recipe = m.recipe(name)
+def largest_batch(m: Measure, name: str, batch: int, checkpointing: bool) -> dict[str, Any]:
+    """The plan's peak of the largest batch against the measured one."""
+    recipe = m.recipe(name, batch, gradient_checkpointing=str(checkpointing).lower())
     tokenizer, train_split, test_split, _ = load_data(recipe)
     model, modules_to_save = load_model(recipe, tokenizer)
-    wanted, training = recipe.data.prefix_sharing, recipe.training
-    sharing = decide_sharing(model, wanted, training.max_length, training.device)
-    device = torch.device("cuda")
-    if batch is None:
-        del recipe.values["gradient_checkpointing"]
-        found = fit(
-            model.config,
-            recipe,
-            modules_to_save,
-            lambda n: train_split.longest(n, sharing.used),
-            shared=sharing.used,
-            device=device,
-            memory_bytes=of_gb * 1e9,
-        )
-        batch = max(n for n in (1, 2, 4, 8, 16, 32, 64) if n <= max(found.largest, 1))
-        checkpointing = found.checkpointing
-    recipe = m.recipe(name, batch, gradient_checkpointing=str(checkpointing).lower())
-    plan = memory.plan(
-        model.config,
-        recipe.model,
-        recipe.training,
-        modules_to_save,
-        train_split.longest(batch, sharing.used),
-        shared=sharing.used,
-        checkpointing=bool(checkpointing),
-        device=device,
-    )
     trainer = make_trainer(recipe, tokenizer, model, modules_to_save, train_split, test_split)
-    shown = preflight(recipe, trainer)
+    shared, batches = trainer.sharing.used, train_split.longest(batch, trainer.sharing.used)
+    parts = (model.config, recipe.model, recipe.training, modules_to_save, batches)
+    plan = memory.plan(*parts, shared=shared, checkpointing=checkpointing, device=torch.device("cuda"))
     return {
-        "batch": batch,
-        "checkpointing": checkpointing,
         "planned_gb": round((plan.peak - memory.PROCESS) / 1e9, 2),
-        "measured_gb": round(shown["peak_memory"] / 1e9, 2),
+        "measured_gb": round(preflight(recipe, trainer)["peak_memory"] / 1e9, 2),
         "reserved_gb": round(torch.cuda.max_memory_reserved() / 1e9, 2) if CUDA else None,
     }
 
 
 def plans(m: Measure) -> None:
     """The plan against what is measured, for each set-up."""
-    for name, batch, checkpointing in (
-        (LORA, 4, False),
-        (LORA, 4, True),
-        (LORA, 16, False),
-        (QLORA, 4, False),
-        (QLORA, 4, True),
-        (ENCODER, 16, False),
-    ):
+    tried = [(LORA, 4, False), (LORA, 4, True), (LORA, 16, False)]
+    tried += [(QLORA, 4, False), (QLORA, 4, True), (ENCODER, 16, False)]
+    for name, batch, checkpointing in tried:
         words = f"{name}, {batch}{', checkpointing' if checkpointing else ''}"
-        m.attempt("plan", words, partial(largest_batch, m, name, batch, checkpointing, 0))
-
-
-def cards(m: Measure) -> None:
-    """What the plan chooses for smaller cards, run with no more memory than they have."""
-    total = torch.cuda.mem_get_info()[1] if CUDA else 0
-    for name in (LORA, QLORA):
-        for size in CARDS:
-            if CUDA:
-                torch.cuda.set_per_process_memory_fraction(size * 1e9 / total)
-            m.attempt("cards", f"{name}, {size} GB", partial(largest_batch, m, name, None, None, size))
-    if CUDA:
-        torch.cuda.set_per_process_memory_fraction(1.0)
+        m.attempt("plan", words, partial(largest_batch, m, name, batch, checkpointing))
 
 
 def score(m: Measure) -> None:
-    """Conversations a second by token budgets, against plain padded loops."""
-    recipe = m.recipe(LORA)
-    tokenizer, _, test_split, _ = load_data(recipe)
-    model, _ = load_model(recipe, tokenizer)
-    reward_model = RewardModel(model.to(recipe.training.device).eval(), tokenizer)
-    comparisons = test_split.encoded()
-
-    def plain(size: int) -> None:
-        for start in range(0, len(comparisons), size):
-            batch = padded_rows(comparisons[start : start + size], tokenizer.pad_token_id)
-            with torch.inference_mode():
-                model(**{key: value.to(model.device) for key, value in batch.items()}).logits.cpu()
-
-    def ours(tokens: int) -> None:
-        scoring.TOKENS_PER_BATCH = tokens
-        reward_model.score_encoded(comparisons)
-
-    def timed(scorer: Callable[[int], None], size: int) -> dict[str, Any]:
-        scorer(size)
-        reset_peak_memory()
-        began = time.perf_counter()
-        scorer(size)  # ends with rewards on the CPU, so nothing is left to wait for
-        speed = 2 * len(comparisons) / (time.perf_counter() - began)
-        return {"conversations_per_s": round(speed, 1), "peak_gb": round(peak_memory() / 1e9, 2)}
-
-    for tokens in (4096, 16384, 65536):
-        m.attempt("scoring", f"ours, {tokens} tokens", partial(timed, ours, tokens))
+    """Conversations a second, against a plain padded loop of so many comparisons."""
     for size in (8, 32, 64):
-        m.attempt("scoring", f"plain loop, {size}", partial(timed, plain, size))
+        recipe = m.recipe(LORA, per_device_eval_batch_size=size)
+        m.attempt("scoring", f"plain loop of {size}", partial(measure_scoring, recipe, 2))
 
 
 STEPS: dict[str, Callable[[Measure], None]] = {
-    "tests": run_tests,
+    "tests": lambda m: m.attempt("tests", "pytest", partial(run_tests, m)),
     LORA: partial(training, LORA, (4, 16, 64), (4, 16, 32)),
     QLORA: partial(training, QLORA, (4, 64), (4, 16)),
     ENCODER: partial(training, ENCODER, (16, 32), (16, 32)),
     "plan": plans,
     "scoring": score,
-    "cards": cards,
 }
 
 

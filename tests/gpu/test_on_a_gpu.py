@@ -4,7 +4,7 @@ Run by `make gpu`, or by `pytest -m gpu` with CUDA_VISIBLE_DEVICES set.
 """
 
 import json
-from contextlib import suppress
+import shutil
 
 import numpy as np
 import pytest
@@ -29,6 +29,7 @@ ON_GPU = {"use_cpu": False}
 FOUR_BITS = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": True}
 IN_FULL = {"use_peft": False, "lora_r": "omit", "learning_rate": 1e-3}
 FUSED = {"aten::_cudnn_attention_forward", "aten::_efficient_attention_forward"}  # both take a mask
+ITEMS = [{"prompt": row["prompt"], "response": row["chosen"]} for row in make_rows(16, seed=3)]
 PRECISIONS = {
     "fp32": ({}, 1e-4),
     "bf16": ({"bf16": True}, 0.01),
@@ -50,15 +51,9 @@ def test_losses_equal_stock_trl(write_recipe, name):
     assert np.allclose(stock["losses"], ours["losses"], rtol=0, atol=tolerance)
 
 
-def batch_on_gpu(write_recipe, **keys):
-    """A trainer on the GPU and the inputs of its first batch."""
-    recipe = read_recipe(write_recipe(**ON_GPU, bf16=True, **keys))
-    trainer = ready_trainer(recipe)
-    return trainer, next(iter(trainer.get_train_dataloader()))
-
-
 def test_the_attention_of_rows_is_computed_by_a_fused_kernel(write_recipe):
-    trainer, inputs = batch_on_gpu(write_recipe)
+    trainer = ready_trainer(read_recipe(write_recipe(**ON_GPU, bf16=True)))
+    inputs = next(iter(trainer.get_train_dataloader()))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         with autocast_of(trainer.args):
             loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(inputs))
@@ -79,26 +74,12 @@ def test_one_worker_that_makes_the_batches_gives_the_same_losses(write_recipe):
 @pytest.mark.parametrize("name", ["fp32", "fp16", "4 bits"])
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(write_recipe, tmp_path, name):
     keys = {**ON_GPU, **PRECISIONS[name][0], "save_strategy": "steps", "save_steps": 4, "max_steps": 8}
-    rewards = {}
-    items = [{"prompt": row["prompt"], "response": row["chosen"]} for row in make_rows(16, seed=3)]
-    for run, stop in (("whole", None), ("resumed", 4)):
-        recipe = read_recipe(write_recipe(**keys, output_dir=str(tmp_path / run)))
-        if stop:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("rm_recipe.training.train.save_model", interrupt)
-                with suppress(InterruptedError):
-                    train(read_recipe(recipe.path))
-            for later in sorted((tmp_path / run).glob("checkpoint-*"))[1:]:
-                later.rename(tmp_path / "later")
-            train(read_recipe(recipe.path), resume=True)
-        else:
-            train(recipe)
-        rewards[run] = RewardModel.from_pretrained(tmp_path / run).score(items)
-    assert np.allclose(rewards["whole"], rewards["resumed"], rtol=0, atol=1e-4)
-
-
-def interrupt(*_, **__):
-    raise InterruptedError
+    path, whole, resumed = write_recipe(**keys), tmp_path / "whole", tmp_path / "resumed"
+    train(read_recipe(path, ["--output_dir", str(whole)]))
+    shutil.copytree(whole, resumed, ignore=shutil.ignore_patterns("run.json", "model", "checkpoint-8"))
+    train(read_recipe(path, ["--output_dir", str(resumed)]), resume=True)
+    rewards = [RewardModel.from_pretrained(run).score(ITEMS) for run in (whole, resumed)]
+    assert np.allclose(*rewards, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", PRECISIONS)
@@ -114,25 +95,21 @@ def test_a_run_is_evaluated_exported_and_verified(write_recipe, tmp_path, name):
     proof = json.loads((run / "export" / "proof.json").read_text())
     assert proof["passed"]
     assert proof["accuracy"]["merged"] == pytest.approx(held_out["accuracy"], abs=0.05)
-    items = [{"prompt": row["prompt"], "response": row["chosen"]} for row in make_rows(16, seed=3)]
     on_gpu, on_cpu = (
-        RewardModel.from_pretrained(run / "export", device=device).score(items) for device in ("cuda", "cpu")
+        RewardModel.from_pretrained(run / "export", device=device).score(ITEMS) for device in ("cuda", "cpu")
     )
     spread = np.abs(on_gpu).max()
     assert np.allclose(on_gpu, on_cpu, rtol=0, atol=0.02 * spread)
 
 
 def test_running_out_of_memory_says_what_to_lower(write_recipe, tmp_path):
-    rows = make_rows(64, seed=1)
-    for row in rows:
+    rows = make_rows(72, seed=1)
+    for row in rows[:64]:
         row["chosen"], row["rejected"] = row["chosen"] + " good" * 300, row["rejected"] + " bad" * 300
-    data = tmp_path / "long"
-    write_jsonl(data / "train.jsonl", rows)
-    write_jsonl(data / "test.jsonl", make_rows(8, seed=2))
-    recipe = read_recipe(
-        write_recipe(**ON_GPU, dataset_name=str(data), max_length=512, per_device_train_batch_size=64)
-    )
-    trainer = ready_trainer(recipe)
+    write_jsonl(tmp_path / "long" / "train.jsonl", rows[:64])
+    write_jsonl(tmp_path / "long" / "test.jsonl", rows[64:])
+    keys = {"dataset_name": str(tmp_path / "long"), "max_length": 512, "per_device_train_batch_size": 64}
+    trainer = ready_trainer(recipe := read_recipe(write_recipe(**ON_GPU, **keys)))
     total = torch.cuda.mem_get_info()[1]
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 60e6) / total)
     try:
