@@ -1,8 +1,8 @@
 """What MkDocs is told about links that leave docs/, so that they lead somewhere in the site, too.
 
-Pages link to each other and into the code as files of the repository, which works where they are read as files.
-Here the other pages of the repository become pages of the site, a linked module a page with its source, and
-other files are copied.
+Pages link to each other and into the code as files of the repository, which works where they are read as
+files. Here the repository's other pages become pages of the site, a linked module becomes a page with its
+source, and other files are copied.
 """
 
 import posixpath

@@ -211,20 +211,19 @@ def shapes() -> str:
 
 
 def modules() -> str:
-    """The tree of the code: each module with the first sentence of its docstring."""
-    lines: list[str] = []
-    folder = None
-    top = REPOSITORY / "rm_recipe"
-    for path in sorted(top.rglob("*.py"), key=lambda path: (len(path.parent.parts), path.parent, path.name)):
+    """The modules of each package, each with the first sentence of its docstring."""
+    rows, folder = [], None
+    paths = (REPOSITORY / "rm_recipe").rglob("*.py")
+    for path in sorted(paths, key=lambda path: (len(path.parent.parts), path.parent, path.name)):
         if path.stem.startswith("__"):
             continue
         if path.parent != folder:
             folder = path.parent
-            lines.append(f"{folder.relative_to(REPOSITORY)}/")
+            rows.append([f"**{folder.relative_to(REPOSITORY)}/**", ""])
         said = ast.get_docstring(ast.parse(path.read_text())) or ""
-        sentence = re.split(r"\.(?=\s|$)", " ".join(said.split("\n\n")[0].split()))[0]
-        lines.append(f"  {path.name:<20}{sentence.rstrip(': ')}")
-    return "```text\n" + "\n".join(lines) + "\n```"
+        sentence = re.split(r"\.(?=\s|$)", " ".join(said.split("\n\n")[0].split()))[0].rstrip(": ")
+        rows.append([f"[{path.name}](../{path.relative_to(REPOSITORY)})", cell(sentence)])
+    return table("module | is", rows)
 
 
 def verbs() -> str:
