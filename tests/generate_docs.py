@@ -195,19 +195,12 @@ def shapes() -> str:
     rows = []
     for shape in SHAPES:
         columns = ", ".join(code(name) for name in shape.columns)
-        rows.append(
-            [
-                cell(shape.name),
-                columns,
-                code(shape.prompt),
-                code(shape.responses),
-                code(shape.verdict),
-                cell(shape.better),
-            ]
-        )
-    return table(
-        "shape | known by its columns | prompt | responses, the best first | verdict | which says", rows
-    )
+        replies = ", ".join(code(path) for path in shape.responses.split())
+        read = f"{code(shape.prompt)}: {replies}" if shape.prompt else replies
+        verdict = f"{code(shape.verdict)}: {cell(shape.better)}" if shape.verdict else ""
+        rows.append([cell(shape.name), columns, read, verdict])
+    head = "shape | known by its columns | prompt: responses, the best first | verdict: which is better"
+    return table(head, rows)
 
 
 def modules() -> str:

@@ -66,11 +66,9 @@ def test_every_text_that_is_shown_is_compared_with_something():
     assert all(block.startswith(starts) for page in PAGES for block in page.blocks("text"))
 
 
-@pytest.mark.parametrize("command", makes(PAGES))
-def test_every_make_command_is_a_target(command):
-    words = ["make", "-n", *shlex.split(command)[1:]]
-    result = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+def test_every_make_command_is_a_target():
+    targets = re.findall(r"^([a-z-]+):.*##", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+    assert {shlex.split(command)[1] for command in makes(PAGES)} <= {*targets}
 
 
 @pytest.mark.parametrize("words", launches(PAGES), ids=" ".join)
@@ -187,19 +185,17 @@ def messages_of_the_code() -> str:
 
 
 def test_every_message_of_the_troubleshooting_is_one_that_the_code_has():
-    """Piece by piece, between the `…`."""
+    """Sentence by sentence, and piece by piece between the `…`."""
     there = messages_of_the_code()
     page = (
         (REPOSITORY / "docs" / "troubleshooting.md")
         .read_text()
         .partition("## What you see in other tools")[0]
     )
-    quoted = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE) + re.findall(
-        r"^\| `(.*?`.*?)` \|", page, re.MULTILINE
-    )
+    quoted = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
     assert len(quoted) > 40
     for message in quoted:
-        for piece in filter(str.strip, message.split("…")):
+        for piece in filter(str.strip, re.split(r"…|(?<=\.) ", message)):
             assert piece in there, message
     for reason in re.findall(
         r"`([a-z_]+)`", page.partition("is no message but a reason")[2].partition("are in")[0]
