@@ -95,7 +95,7 @@ overoptimization: setup ## Proxies of three sizes against gold, best of 32 (half
 		--max-prompts 64 --n 32 --max-new-tokens 40 --output $(JUDGES)/result
 
 docs: setup ## The pages as a site in outputs/site; also mends what they have from the code
-	@$(BIN)/python tests/generate_docs.py
+	@$(BIN)/python docs/generate.py
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "open outputs/site/index.html"
 

@@ -5,7 +5,6 @@ import shlex
 import shutil
 import sys
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -68,19 +67,12 @@ def overrides_for(words: list[str]) -> list[str]:
     return SMALLER if words[0] in ("run", "train") else SMALL
 
 
-@cache
-def reader() -> list[Path]:
-    """The folder, once it is made: fixtures of several modules share it."""
-    return []
-
-
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory, tiny_llama, tiny_data):
     """A folder as a reader has it after `make train`, the small model in place of the real ones."""
-    if not reader():
-        reader().append(tmp_path_factory.mktemp("reader"))
-        fill(reader()[0], tiny_llama, tiny_data)
-    return reader()[0]
+    root = tmp_path_factory.mktemp("reader")
+    fill(root, tiny_llama, tiny_data)
+    return root
 
 
 def fill(root: Path, model: Path, data: Path) -> None:
@@ -128,11 +120,10 @@ def without_figures(line: str) -> str:
     return re.sub(r"\s*\d+(\.\d+)?", " #", line.rstrip(" \u2500"))
 
 
-def verbs(pages: list[Page], but: tuple[str, ...] = ()) -> list[str]:
-    """The `rm-recipe` commands of pages, once each, but those that begin as said."""
-    commands = [command for page in pages for command in page.commands]
-    found = dict.fromkeys(c for c in commands if c.startswith("rm-recipe"))
-    return [command for command in found if not command.startswith(but)]
+def verbs(pages: list[Page]) -> list[str]:
+    """The `rm-recipe` commands of pages, once each."""
+    words = (shlex.split(command) for page in pages for command in page.commands)
+    return [*dict.fromkeys(shlex.join(command) for command in words if command[0] == "rm-recipe")]
 
 
 def launches(pages: list[Page]) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""What docs/ and CONTRIBUTING.md show is run or looked up; the site builds, and asks nobody for anything."""
+"""What README, docs/ and CONTRIBUTING.md show is run or looked up; the site builds, and fetches nothing."""
 
 import ast
 import importlib.util
@@ -11,7 +11,6 @@ import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
-import generate_docs
 import pytest
 import yaml
 from conftest import REPOSITORY, run_cli
@@ -35,16 +34,24 @@ from rm_recipe.recipe.relations import relation_faults
 from rm_recipe.recipe.schema import check_values
 from rm_recipe.tools.pipeline import print_summary
 
-PAGES = [*DOCS, CONTRIBUTING]
-SHOWN_IN_README = {*README.commands, *README.blocks("python")}
-COMMANDS = [command for command in verbs(PAGES, but=("rm-recipe push",)) if command not in SHOWN_IN_README]
+PAGES = [README, CONTRIBUTING, *DOCS]
+COMMANDS = verbs(PAGES)
+PUSHES = [command for command in COMMANDS if command.startswith("rm-recipe push")]
 SNIPPETS = {
-    f"{page.name}, {number}": snippet
-    for page in PAGES
+    snippet: f"{page.name}, {number}"
+    for page in reversed(PAGES)
     for number, snippet in enumerate(page.blocks("python"), 1)
-    if snippet not in SHOWN_IN_README
 }
 TREE = "outputs/smollm2_offline/"
+
+
+@pytest.fixture(scope="session")
+def generate():
+    """The script that makes parts of pages from the code."""
+    spec = importlib.util.spec_from_file_location("generate", REPOSITORY / "docs" / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def text_blocks(start: str) -> list[str]:
@@ -76,18 +83,18 @@ def test_every_launch_names_a_configuration_and_a_recipe_that_parse(words):
     assert (REPOSITORY / words[words.index("--config_file") + 1]).is_file()
     verb, *rest = words[words.index("rm_recipe") + 1 :]
     if verb == "evaluate":
-        assert f"rm-recipe {shlex.join([verb, *rest])}" in SHOWN_IN_README  # where it is run
+        assert f"rm-recipe {shlex.join([verb, *rest])}" in COMMANDS  # which are run
     else:
         assert verb == "train"
         read_recipe(REPOSITORY / rest[0], rest[1:], check_inputs=False)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in PUSHES])
 def test_every_command_works(command, printed):  # noqa: F811
     assert printed(*shlex.split(command)[1:])
 
 
-@pytest.mark.parametrize("command", [c for c in verbs(PAGES) if c.startswith("rm-recipe push")])
+@pytest.mark.parametrize("command", PUSHES)
 def test_every_push_names_an_export_that_needs_only_a_token(command, workplace, monkeypatch):  # noqa: F811
     """Pushing itself, to a made-up Hub, is in test_push."""
     monkeypatch.setenv("HF_TOKEN", "")
@@ -97,11 +104,12 @@ def test_every_push_names_an_export_that_needs_only_a_token(command, workplace, 
     assert "there is no token for the Hub" in result.stderr
 
 
-@pytest.mark.parametrize("name", SNIPPETS)
-def test_every_snippet_works(name, workplace, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=SNIPPETS.values())
+def test_every_snippet_works(snippet, workplace, monkeypatch):  # noqa: F811
+    """It ends well, asserts what it asserts, and prints something."""
     monkeypatch.chdir(workplace)
     with redirect_stdout(io.StringIO()) as said:
-        exec(compile(SNIPPETS[name], name, "exec"), {"__name__": "shown"})
+        exec(compile(snippet, SNIPPETS[snippet], "exec"), {"__name__": "shown"})
     assert said.getvalue().strip()
 
 
@@ -119,7 +127,9 @@ def test_every_yaml_is_of_keys_that_a_recipe_takes(page):
 def test_the_rows_that_are_shown_are_comparisons():
     for page in PAGES:
         for line in "".join(page.blocks("json")).splitlines():
-            assert len(parse_row(json.loads(line)).responses) > 1
+            comparison = parse_row(json.loads(line))
+            assert comparison.prompt[0]["content"] == "How are you?"
+            assert comparison.responses[0] == "Fine, and you?"
 
 
 # --- what is shown of output ---------------------------------------------------------------------
@@ -154,13 +164,13 @@ def test_the_table_that_is_shown_is_the_doctors(printed):  # noqa: F811
 # --- what is said of the code --------------------------------------------------------------------
 
 
-def test_what_is_made_from_the_code_is_up_to_date():
-    assert generate_docs.stale() == [], "run `make docs`"
+def test_what_is_made_from_the_code_is_up_to_date(generate):
+    assert generate.stale() == [], "run `make docs`"
 
 
-def test_a_stale_page_is_seen():
+def test_a_stale_page_is_seen(generate):
     page = "<!-- generated: shapes -->\n| an older table |\n<!-- end -->\n"
-    assert "summarize_from_feedback" in generate_docs.up_to_date(page)
+    assert "summarize_from_feedback" in generate.up_to_date(page)
 
 
 def test_every_recipe_key_has_a_row():

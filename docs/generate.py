@@ -1,6 +1,6 @@
 """Write the parts of docs/ that follow from the code; `--check` names the pages that are stale.
 
-    python tests/generate_docs.py [--check]
+    python docs/generate.py [--check]
 
 Such a part stands between `<!-- generated: NAME -->` and `<!-- end -->`; `PARTS` has the functions by name.
 """
