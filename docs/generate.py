@@ -56,7 +56,7 @@ def type_in_words(hint: Any) -> str:
         return ", ".join(str(value) for value in typing.get_args(hint))
     if typing.get_origin(hint) is list:
         of = typing.get_args(hint)[0]
-        return f"list of {of.__name__}" if of in (str, int) else "list of mappings"
+        return {str: "list of texts", int: "list of whole numbers"}.get(of, "list of mappings")
     if typing.get_origin(hint) is dict:
         return "mapping"
     kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]

@@ -25,7 +25,9 @@ def test_the_table_of_recipes_has_every_recipe():
 
 
 def test_every_figure_of_a_table_was_measured():
+    """Those of a recipe's row as soon as the recipe is there."""
+    there = (REPOSITORY / "recipes" / "smollm2_hh_harmless.yaml").is_file()
     for line in README.text.splitlines():
-        if line.startswith("|") and "harmless-base" not in line:  # which recipes/README.md does not have yet
+        if line.startswith("|") and (there or "harmless-base" not in line):
             missing = {figure for figure in FIGURES.findall(line) if figure not in MEASURED}
             assert missing <= VERSIONS, line
