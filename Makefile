@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-with-constraints
 
 .DEFAULT_GOAL := help
-.PHONY: help setup compat train test test-all gpu benchmark overoptimization lint format size clean
+.PHONY: help setup compat train test test-all gpu benchmark overoptimization docs lint format size clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -93,6 +93,11 @@ overoptimization: setup ## Proxies of three sizes against gold, best of 32 (half
 	@$(BIN)/rm-recipe overoptimization $(JUDGES)/proxy_100 $(JUDGES)/proxy_400 $(JUDGES)/proxy_2000 \
 		--gold $(JUDGES)/gold --policy models/smollm2-135m-instruct --prompts data/offline/test.jsonl \
 		--max-prompts 64 --n 32 --max-new-tokens 40 --output $(JUDGES)/result
+
+docs: setup ## The pages as a site in outputs/site; also mends what they have from the code
+	@$(BIN)/python docs/generate.py
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open outputs/site/index.html"
 
 lint: setup ## Style and types
 	@$(BIN)/ruff check rm_recipe tests
