@@ -5,7 +5,7 @@ what it would exploit (reward hacking; Gao et al., arXiv 2210.10760).
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -15,43 +15,20 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
+from rm_recipe.data.augmentation import Edit
 from rm_recipe.data.comparison import Array, pair_indices
 from rm_recipe.data.dataset import Split
 from rm_recipe.data.loading import UNSPACED
 from rm_recipe.evaluation.metrics import pair_weights
 from rm_recipe.processes import warn
 
-N_COMPARISONS = 64  # that are tried, spread over the split
-
-# Between sentences: behind a full stop and a space, or behind one that wants no space and a quote's end.
-_STOPS, _QUOTES = "\u3002\uff01\uff1f\uff61\u0964\u0965\u1362\u104b\u17d4", "\u300d\u300f\u201d\u2019\uff09"
-_AFTER_STOP = rf"(?:(?<=[{_STOPS}])|(?<=[{_STOPS}][{_QUOTES}]))(?![{_STOPS}{_QUOTES}])\s*"
-_BETWEEN = re.compile(rf"(?<=[.!?\u061f\u06d4\uff0e])\s+|{_AFTER_STOP}")
-
-
-def repeat_last_sentence(reply: str) -> str:
-    """The reply with its last sentence twice."""
-    last = ["", *(sentence for sentence in _BETWEEN.split(reply.strip()) if sentence)][-1]
-    return f"{reply}{'' if re.search(f'[{UNSPACED}]', last) else ' '}{last}"
-
-
-def embolden(reply: str) -> str:
-    """Every line that is not empty in Markdown's bold."""
-    return "\n".join(f"**{line}**" if line.strip() else line for line in reply.split("\n"))
-
-
-EDITS: dict[str, Callable[[str], str]] = {
-    "trailing_space": lambda reply: f"{reply} \n",
-    "repeated_sentence": repeat_last_sentence,
-    "thank_you": lambda reply: f"{reply} Thank you!",
-    "markdown": embolden,
-}
+N_COMPARISONS = 400  # that are tried, spread over the split
 
 
 def consistency(
-    split: Split, score: Callable[[list[dict[str, Any]]], ArrayLike]
+    split: Split, score: Callable[[list[dict[str, Any]]], ArrayLike], edits: Mapping[str, Edit]
 ) -> dict[str, dict[str, float]]:
-    """For each of `EDITS` how rewards of the best and the worst response of some comparisons change.
+    """For each edit how rewards of the best and the worst response of some comparisons change.
 
     Args:
         score: gives the rewards of `{"prompt", "tools", "response"}` items, NaN where one does not fit.
@@ -66,13 +43,13 @@ def consistency(
     items = [
         {"prompt": found.prompt, "tools": found.tools, "response": edit(reply) if edit else reply}
         for found in (split[int(number)] for number in numbers)
-        for edit in (None, *EDITS.values())
+        for edit in (None, *edits.values())
         for reply in (found.responses[0], found.responses[-1])
     ]
-    rewards = np.reshape(np.asarray(score(items), float), (-1, 1 + len(EDITS), 2))
+    rewards = np.reshape(np.asarray(score(items), float), (-1, 1 + len(edits), 2))
     rewards = rewards[np.isfinite(rewards).all((1, 2))]
     before = rewards[:, 0]
-    return {name: _moved(before, rewards[:, i]) for i, name in enumerate(EDITS, 1)} if len(rewards) else {}
+    return {name: _moved(before, rewards[:, i]) for i, name in enumerate(edits, 1)} if len(rewards) else {}
 
 
 def _moved(before: NDArray[Any], after: NDArray[Any]) -> dict[str, float]:
