@@ -35,7 +35,9 @@ def test_an_edit_wins_as_often_as_it_loses_and_preferences_stay():
     found = with_copies(Comparison(ASKED, ["yes", "well", "no"], margins=[1.0, 3.0, 2.0]), EDITS["thank_you"])
     assert found.responses == ["yes", "yes Thank you!", "well", "no Thank you!", "no"]
     assert found.ranks == [0, 0, 1, 2, 2]
-    pairs = [[found.responses[number].partition(" ") for number in pair] for pair in untied_pairs(found.ranks)]
+    pairs = [
+        [found.responses[number].partition(" ") for number in pair] for pair in untied_pairs(found.ranks)
+    ]
     assert sum(bool(better[1]) - bool(worse[1]) for better, worse in pairs) == 0
     known = {("yes", "well"): 1.0, ("yes", "no"): 3.0, ("well", "no"): 2.0}
     assert found.margins == [known[better[0], worse[0]] for better, worse in pairs]
