@@ -69,8 +69,8 @@ def fit(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     Returns:
         `per_doubling`, b, with its 95 % interval; and `expected` accuracy with its interval at `AHEAD` times
-        the largest size. The runs are judged by the same held-out comparisons, so that their errors go together:
-        the interval of b is rather too wide. A line ends above 1: it is not to be trusted far ahead.
+        the largest size. All runs are judged by the same held-out comparisons, so that their errors go
+        together and the interval of b is rather too wide. A line ends above 1: do not trust it far ahead.
     """
     x = np.log2([point["comparisons"] for point in points])
     errors = np.array([np.ptp(point["accuracy_ci95"]) / 2 / 1.96 for point in points])
