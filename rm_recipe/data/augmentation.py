@@ -1,8 +1,9 @@
 """Edits of a reply that no reader would like better, and comparisons that learn it from edited copies.
 
 A reward model that a policy is trained against has to be hard to fool. So a share of the train comparisons
-get copies of their best and their worst reply, edited alike, each with its original's rank: whatever the edit
-does to a reward, it then helps to win as often as to lose. The prompt, which all share, is encoded once.
+get copies of their best and their worst reply, edited alike. A copy ties with its original, so that whatever
+the edit does to a reward helps to win as often as to lose; or it ranks behind it, where any reader would like
+it less. The prompt, which all share, is encoded once.
 """
 
 import random
@@ -68,27 +69,33 @@ UNSEEN: dict[str, Edit] = {
 COURTESIES = ("Thank you!", "Thanks for asking!", "I hope this helps.", "Have a nice day!", "Let me know!")
 
 
-def draw_edit(lot: random.Random) -> Edit:
-    """Draw one of the edits that training shows."""
+def draw_edit(lot: random.Random) -> tuple[Edit, bool]:
+    """Draw one of the edits that training shows, and whether it makes a reply worse to any reader."""
     courtesy = lot.choice(COURTESIES)
-    return lot.choice([repeat_last_sentence, embolden, lambda reply: f"{reply} {courtesy}"])
+    tied = [(embolden, False), (lambda reply: f"{reply} {courtesy}", False)]
+    return lot.choice([(repeat_last_sentence, True), *tied])
 
 
-def with_copies(found: Comparison, edit: Edit) -> Comparison | None:
-    """Let edited copies of the best and the worst response join a comparison, each with its original's rank.
+def with_copies(found: Comparison, edit: Edit, worse: bool) -> Comparison | None:
+    """Let edited copies of the best and the worst response join a comparison.
+
+    Args:
+        worse: a copy ranks behind its original, and before whatever is worse than that; else it ties with it.
 
     Returns:
         None where the edit leaves one of the two as it is.
     """
     last = len(found.responses) - 1
-    order = [0, *range(last + 1), last]  # the copies beside their originals
-    responses = [found.responses[number] for number in order]
-    responses[1], responses[-2] = edit(responses[0]), edit(responses[-1])
-    if responses[1] == responses[0] or responses[-2] == responses[-1]:
+    origin = [0, *range(last + 1), last]  # each copy behind its original
+    responses = [found.responses[number] for number in origin]
+    responses[1], responses[-1] = edit(responses[0]), edit(responses[-1])
+    if responses[1] == responses[0] or responses[-1] == responses[-2]:
         return None
-    ranks = [found.ranks[number] for number in order]
+    ranks = [2 * found.ranks[number] for number in origin]
+    for copy in (1, -1):
+        ranks[copy] += worse
     margins = dict(zip(untied_pairs(found.ranks), found.margins, strict=False))
-    each = [margins[order[i], order[j]] for i, j in untied_pairs(ranks)] if margins else []
+    each = [margins.get((origin[i], origin[j]), 0.0) for i, j in untied_pairs(ranks)] if margins else []
     return replace(found, responses=responses, ranks=ranks, margins=each)
 
 
@@ -109,7 +116,7 @@ def augment(recipe: Recipe, tokenizer: Tokenizer, split: Split) -> Split:
         for number, (key, found) in enumerate(zip(batch["key"], as_comparisons(batch), strict=True)):
             lot = random.Random(f"{training.seed} {key}")
             if lot.random() < share:
-                copies = with_copies(found, draw_edit(lot))
+                copies = with_copies(found, *draw_edit(lot))
                 fates[number] = "nothing to edit"
                 if copies:
                     copied[number] = copies

@@ -31,16 +31,37 @@ def augmented(write_recipe, tiny_llama, tmp_path):
     return make
 
 
-def test_an_edit_wins_as_often_as_it_loses_and_preferences_stay():
-    found = with_copies(Comparison(ASKED, ["yes", "well", "no"], margins=[1.0, 3.0, 2.0]), EDITS["thank_you"])
-    assert found.responses == ["yes", "yes Thank you!", "well", "no Thank you!", "no"]
-    assert found.ranks == [0, 0, 1, 2, 2]
-    pairs = [
-        [found.responses[number].partition(" ") for number in pair] for pair in untied_pairs(found.ranks)
+RANKING = Comparison(ASKED, ["yes", "well", "no"], margins=[1.0, 3.0, 2.0])
+
+
+def pairs_of(found):
+    """The better and the worse text of each pair: what was there, and what was added."""
+    return [
+        [found.responses[number].partition(" ")[::2] for number in pair] for pair in untied_pairs(found.ranks)
     ]
+
+
+def test_an_edit_that_nobody_minds_wins_as_often_as_it_loses_and_preferences_stay():
+    found = with_copies(RANKING, EDITS["thank_you"], worse=False)
+    assert found.responses == ["yes", "yes Thank you!", "well", "no", "no Thank you!"]
+    pairs = pairs_of(found)
     assert sum(bool(better[1]) - bool(worse[1]) for better, worse in pairs) == 0
     known = {("yes", "well"): 1.0, ("yes", "no"): 3.0, ("well", "no"): 2.0}
     assert found.margins == [known[better[0], worse[0]] for better, worse in pairs]
+
+
+def test_an_edit_that_makes_a_reply_worse_loses_to_its_original_and_to_nothing_else():
+    found = with_copies(RANKING, EDITS["repeated_sentence"], worse=True)
+    assert found.responses == ["yes", "yes yes", "well", "no", "no no"]
+    assert found.ranks == [0, 1, 2, 4, 5]
+    own = [(better, worse) for better, worse in pairs_of(found) if better[0] == worse[0]]
+    assert own == [(("yes", ""), ("yes", "yes")), (("no", ""), ("no", "no"))]
+    assert [
+        m for m, (better, worse) in zip(found.margins, pairs_of(found), strict=True) if (better, worse) in own
+    ] == [
+        0.0,
+        0.0,
+    ]
 
 
 @pytest.mark.parametrize("name", [*EDITS, *UNSEEN])
@@ -78,7 +99,7 @@ def test_copies_that_say_nothing_new_or_do_not_fit_are_counted_and_not_used(augm
     said = capsys.readouterr().out
     assert f"{lengths.count(4)} of 30" in said
     assert f"of {lengths.count(2)} the copies are too long" in said
-    assert with_copies(Comparison(ASKED, ["yes", "no"]), str.strip) is None
+    assert with_copies(Comparison(ASKED, ["yes", "no"]), str.strip, worse=False) is None
 
 
 def test_a_model_that_was_shown_copies_is_fooled_less(write_recipe, tmp_path):
