@@ -205,6 +205,22 @@ def benchmark(
     run_benchmark(parsed, steps=steps, repeats=repeats, stock_batch=stock_batch, output=output)
 
 
+@app.command(context_settings=WITH_OVERRIDES)
+def curve(
+    context: typer.Context,
+    recipe: RecipePath,
+    samples: Annotated[str, Option(help="Numbers of comparisons, such as 400,800,1600.")],
+    output: Annotated[Path | None, Option(help="Folder for the runs and the curve.")] = None,
+) -> None:
+    """Train on ever more comparisons, to see what more would bring; --key value sets a recipe's key."""
+    sizes = samples.split(",")
+    if not all(size.strip().isdigit() for size in sizes):
+        raise typer.BadParameter(f"--samples {samples}: give whole numbers, such as 400,800,1600")
+    from rm_recipe.tools.curve import curve as make_curve
+
+    make_curve(recipe, context.args, [int(size) for size in sizes], output)
+
+
 @app.command()
 def overoptimization(
     context: typer.Context,

@@ -1,9 +1,9 @@
 """What a base's chat template is made to write before a reward model is trained with it and shipped.
 
-Three things of a template decide whether a reward means the same elsewhere. Where it ends: the reward is read
+Four things of a template decide whether a reward means the same elsewhere. Where it ends: the reward is read
 at the last token, and whoever samples replies (PPO) has the reply's end token there, so what a template
-writes after it is dropped. How it begins: with the BOS that the base was trained with, once. And when it is
-rendered: a date in it is fixed.
+writes after it is dropped; and white space at the end of a reply, which says nothing, is too. How it begins:
+with the BOS that the base was trained with, once. And when it is rendered: a date in it is fixed.
 """
 
 import json
@@ -20,6 +20,13 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 FIXED_DATE = datetime(2024, 7, 26, 12)
 DIRECTIVES = "YymBbdeHIMSpAajFTDcxXzZfUWuwGVsRnt"
 DATE_MACRO = "{% macro strftime_now("
+
+# Takes the white space at its end from the reply that a conversation ends in.
+TRIMMED = (
+    "{% set messages = messages[:-1] + [dict(messages[-1], content=messages[-1].content.rstrip())] "
+    "if messages and messages[-1].role == 'assistant' and messages[-1].content is string else messages %}"
+    "{{ '' }}"
+)
 
 QUESTION, ANSWER = "Qzxquestion", "Qzxanswer"  # words that no template writes by itself
 PROBE = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
@@ -60,14 +67,17 @@ def end_of_reply(tokenizer: Tokenizer) -> tuple[str, str]:
 
 
 def served(tokenizer: Tokenizer, leading: str) -> str:
-    """Wrap the template so that a conversation begins with `leading` and ends with its end token.
+    """Wrap the template: a conversation begins with `leading`, and ends with its reply and the end token.
 
-    BOS stands in it as a text, so that the tokenizer need not name one that it never adds.
+    White space at the reply's end is taken from it. BOS stands in it as a text, so that the tokenizer need
+    not name one that it never adds.
 
     Args:
         leading: the special tokens that the base's own tokenizer writes before every text.
     """
-    template, bos = str(tokenizer.chat_template), tokenizer.bos_token
+    template, bos = _at_start(str(tokenizer.chat_template)), tokenizer.bos_token
+    if TRIMMED not in template:
+        template = TRIMMED + template
     set_bos = f"{{% set bos_token = {_quoted(str(bos))} %}}"
     if bos and "bos_token" in template and not template.startswith(set_bos):
         template = set_bos + template
@@ -77,7 +87,7 @@ def served(tokenizer: Tokenizer, leading: str) -> str:
     # The empty expressions keep jinja's trimming of white space around blocks away from the template's own.
     first, last = _quoted(leading), _quoted(end + after)
     return (
-        "{% set whole %}{{ '' }}" + _at_start(template).removesuffix("\n") + "{{ '' }}{% endset %}"
+        "{% set whole %}{{ '' }}" + template.removesuffix("\n") + "{{ '' }}{% endset %}"
         f"{{% if not whole.startswith({first}) %}}{{{{ {first} }}}}{{% endif %}}"
         f"{{% if not add_generation_prompt and whole.endswith({last}) %}}"
         f"{{{{ whole[:whole | length - {len(after)}] }}}}{{% else %}}{{{{ whole }}}}{{% endif %}}"

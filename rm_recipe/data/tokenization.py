@@ -131,10 +131,7 @@ def tokenize(
         rows = encode_all(tokenizer, as_comparisons(batch), max_length, truncation, alike=alike)
         return {name: [row[name] for row in rows] for name in _TOKENIZED}
 
-    named = {key: str(token) for key, token in tokenizer.special_tokens_map.items()}  # templates read them
-    settings = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, named, max_length, truncation]
-    versions = [tokenizers.__version__, transformers.__version__, jinja2.__version__]
-    depends_on = [*settings, alike, *versions, sys.modules[__name__], chat_template, comparison_module]
+    depends_on = [*follows_from(tokenizer), max_length, truncation, alike]
     features = {**split.comparisons.features, **_TOKENIZED}
     tokenized = run_pass(
         split.comparisons, encode_batch, "Tokenising", features, depends_on, num_proc, batched=True
@@ -146,6 +143,14 @@ def tokenize(
     if unshown := [f"{found['values']} in {found['counts']}" for found in counts if found["values"]]:
         warn(f"the chat template leaves out text of comparisons: {', '.join(unshown)}")
     return result
+
+
+def follows_from(tokenizer: Tokenizer) -> list[Any]:
+    """List what token ids follow from, beside texts and lengths: tokenizer, template, versions and code."""
+    named = {key: str(token) for key, token in tokenizer.special_tokens_map.items()}  # templates read them
+    versions = [tokenizers.__version__, transformers.__version__, jinja2.__version__]
+    code = [sys.modules[__name__], chat_template, comparison_module]
+    return [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, named, *versions, *code]
 
 
 def render(tokenizer: Tokenizer, messages: list[Message], tools: str = "", **options: Any) -> str:

@@ -17,6 +17,7 @@ from accelerate.utils import broadcast_object_list
 from huggingface_hub import snapshot_download
 from numpy.typing import NDArray
 
+from rm_recipe.data.augmentation import EDITS, UNSEEN
 from rm_recipe.data.dataset import Split, arrow_column
 from rm_recipe.data.loading import read_name
 from rm_recipe.data.splits import changed_data, check_held_out, load_held_out_split, load_split, load_splits
@@ -207,9 +208,19 @@ def _score(
             say(f"{name}: {split.excluded[reason]} left out, {reason}: first in row {rows[0]}")
         lines = summary.predictions(name, split, _rewards(model, split))
         fits = np.flatnonzero(np.equal(arrow_column(split.tokenized, "excluded").to_pylist(), ""))
-        edits = consistency(split, partial(_score_items, model)) if with_edits else {}
+        edits = _edited(model, split) if with_edits else {}
         scored[name] = Scored(split, benchmark, dict(zip(fits.tolist(), lines, strict=True)), edits)
     return scored
+
+
+def _edited(model: RewardModel, split: Split) -> Content:
+    """What edits do to rewards: those that training may have seen, and others."""
+    score = partial(_score_items, model)
+    found = consistency(split, score, EDITS | UNSEEN)
+    return {
+        "consistency": {name: moved for name, moved in found.items() if name in EDITS},
+        "consistency_unseen": {name: moved for name, moved in found.items() if name in UNSEEN},
+    }
 
 
 def _score_items(model: RewardModel, items: list[dict[str, Any]]) -> list[np.float32]:
@@ -266,7 +277,7 @@ def _figures(scored: Scored, train: Split | None, words: Scorer | None) -> Conte
         "trained_prompts": trained,
         "baselines_missing": [] if words else ["bag_of_words"],
         **summary.summarise(list(scored.lines.values()), **baselines),
-        "consistency": scored.edits,
+        **scored.edits,
     }
     if scored.benchmark:
         figures["benchmark"] = benchmark_result(scored.benchmark, split, scored.lines)

@@ -21,6 +21,9 @@ EDITS = {
     "repeated_sentence": "its last sentence repeated",
     "thank_you": "a thank-you added",
     "markdown": "bold type",
+    "great_question": "praise of the question before it",
+    "list": "its sentences made a list",
+    "smiley": "a smiley added",
 }
 LN2 = math.log(2)  # the loss of rewards that are all equal
 NEAR_LN2 = 0.01
@@ -104,7 +107,7 @@ def _warnings(figures: dict[str, Any]) -> Iterator[str]:
     if ties > MANY_TIES * pairs:
         why = "both responses got the very same reward, and each tie counts as half right"
         yield f"{share(ties / pairs)} of the pairs are ties: {why}."
-    for name, moved in figures.get("consistency", {}).items():
+    for name, moved in (figures.get("consistency", {}) | figures.get("consistency_unseen", {})).items():
         if moved["wins"] > MANY_WINS:
             what = f"With {EDITS.get(name, name)} a rejected response overtakes the chosen one"
             yield f"{what} in {share(moved['wins'])} of the comparisons tried: a policy will find that."

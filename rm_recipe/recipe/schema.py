@@ -111,6 +111,7 @@ _LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("seed data_seed", lambda x: 0 <= x < 2**32, f"must lie between 0 and {2**32 - 1}"),  # as NumPy's
     ("center_rewards_coefficient dataloader_num_workers weight_decay", lambda x: x >= 0, "must be 0 or more"),
     ("max_steps", lambda x: x > 0 or x == -1, "must be above 0; leave it out to train 'num_train_epochs'"),
+    ("augmentation", lambda x: 0 <= x <= 1, "must lie between 0 and 1"),
     ("test_split_size", lambda x: 0 < x < 1, "must lie between 0 and 1"),
     ("target_accuracy", lambda x: 0 <= x <= 1, "must lie between 0 and 1"),
     ("save_total_limit", lambda x: x >= 2, "must be 2 or more: one is left where the newest is cut off"),
@@ -177,6 +178,9 @@ class DataArguments:
     leakage: Literal["error", "drop", "allow"] = "error"
     # What it goes by: the whole prompt, or its first question, which dialogues of several depths share.
     leakage_by: Literal["prompt", "first_turn"] = "prompt"
+    # Share of the train comparisons that get copies of their replies, edited so that no reader would like
+    # them better (`data/augmentation.py`): it makes such edits move rewards less, and a step longer.
+    augmentation: float | None = None
     # Encode the prompt of a comparison once for all its responses, where that is exact.
     prefix_sharing: Literal["auto", "off"] = "auto"
     # Evaluations without a better held-out accuracy after which training stops; the best checkpoint is

@@ -19,7 +19,14 @@ from rm_recipe.model.tokenizer import check_lengths, check_vocabulary, load_toke
 from rm_recipe.recipe.reader import Recipe, is_run_folder, read_recipe
 from rm_recipe.training.preflight import preflight
 from rm_recipe.training.run_folder import DATA_REPORT, check_run_folder
-from rm_recipe.training.train import check_sharding, load_data, load_model, make_trainer, report_data
+from rm_recipe.training.train import (
+    add_copies,
+    check_sharding,
+    load_data,
+    load_model,
+    make_trainer,
+    report_data,
+)
 
 # The precision of a GPU, on a machine that has none.
 AS_ON_GPU = {"use_cpu": "true", "fp16": "false", "bf16": "true"}
@@ -84,6 +91,7 @@ def check_step(recipe: Recipe) -> None:
     tokenizer, train_split, test_split, leakage = load_data(recipe)
     report_data(recipe, train_split, test_split, leakage)
     refuse_leakage(recipe, leakage)
+    train_split = add_copies(recipe, tokenizer, train_split)
     model, modules_to_save = load_model(recipe, tokenizer)
     preflight(recipe, make_trainer(recipe, tokenizer, model, modules_to_save, train_split, test_split))
 
@@ -137,7 +145,8 @@ def fit_by_config(recipe: Recipe, device: torch.device, memory_bytes: float, lar
     outline = reward_model.outline(config, name)
     check_lengths(outline, training.max_length, name)
     sharing = decide_sharing(outline, recipe.data.prefix_sharing, training.max_length, device)
-    longest = Encoded([5], [[6] * ((training.max_length or 1024) - 1)] * 2)
+    replies = 4 if recipe.data.augmentation else 2
+    longest = Encoded([5], [[6] * ((training.max_length or 1024) - 1)] * replies)
     parts = (outline.config, recipe, head_names(outline), lambda n: [longest] * n)
     return fit(*parts, shared=sharing.used, device=device, memory_bytes=memory_bytes, larger=larger)
 

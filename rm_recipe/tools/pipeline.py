@@ -31,7 +31,7 @@ from rm_recipe.recipe.schema import DEVICE_KEYS
 from rm_recipe.tools.offline import FOLDERS, prepare_offline
 from rm_recipe.training.checkpoints import newest_manifest
 from rm_recipe.training.run_folder import adopt, changed_keys, check_data, check_identity, identity_of
-from rm_recipe.training.train import load_data
+from rm_recipe.training.train import add_copies, load_data
 
 CONFIGS = shipped("accelerate_configs")
 
@@ -105,11 +105,12 @@ def examine_data(recipe: Recipe, *, resume: bool) -> None:
     Raises:
         RecipeError, DataError: as `train` does.
     """
-    _, train, test, leakage = load_data(recipe)
+    tokenizer, train, test, leakage = load_data(recipe)
     refuse_leakage(recipe, leakage)
     manifest = newest_manifest(recipe.output_dir) if resume else None
     if manifest:
-        check_identity(recipe.output_dir, manifest, identity_of(train, test))
+        now = identity_of(add_copies(recipe, tokenizer, train), test)
+        check_identity(recipe.output_dir, manifest, now)
 
 
 def evaluate_or_skip(recipe: Recipe) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, set_seed
 
+from rm_recipe.data.augmentation import augment
 from rm_recipe.data.dataset import Split
 from rm_recipe.data.doctor import examine, print_report
 from rm_recipe.data.splits import Leakage, load_splits, refuse_leakage
@@ -56,6 +57,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> N
         tokenizer, train_split, test_split, leakage = load_data(recipe)  # parsed, tokenised, counted
         report = report_data(recipe, train_split, test_split, leakage)
         refuse_leakage(recipe, leakage)
+        train_split = add_copies(recipe, tokenizer, train_split)  # edited replies, if the recipe says so
         model, modules_to_save = load_model(recipe, tokenizer)  # one label, fp32 head, 4 bits
         # LoRA, shared prefixes, gradient checkpointing
         trainer = make_trainer(recipe, tokenizer, model, modules_to_save, train_split, test_split)
@@ -123,6 +125,12 @@ def report_data(recipe: Recipe, train: Split, test: Split, leakage: Leakage) -> 
         print_report(report)
     wait_for_main_process()  # or another would end it before it has said what is wrong
     return report
+
+
+def add_copies(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train: Split) -> Split:
+    """The train comparisons, some of them with edited copies of their replies (`augmentation`)."""
+    with main_process_first():
+        return augment(recipe, tokenizer, train)
 
 
 def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, list[str]]:

@@ -59,6 +59,8 @@ def test_a_conversation_ends_with_the_end_token_that_ppo_scores(tmp_path, name):
         assert ppo_fault(tokenizer) is None
         prompt = render(tokenizer, MESSAGES[:-1], add_generation_prompt=True)
         assert text.startswith(prompt)  # so prompt and sampled ids together are what was trained on
+        blank = [*MESSAGES[:-1], MESSAGES[-1] | {"content": "fine thanks \t\n\n"}]
+        assert render(tokenizer, blank) == text  # white space at a reply's end is no part of it
         assert text.count("<s>") == (2 if name == "llama 2" else 1)
 
 
@@ -80,7 +82,7 @@ def test_a_trained_model_of_other_people_and_an_encoder_keep_their_templates(tmp
     """The one was trained with what follows the end token, and scores there."""
     assert render(load_tokenizer(save(tmp_path, CHATML)), MESSAGES).endswith("<|im_end|>\n")
     own, made = (load_tokenizer(str(tiny_distilbert), of_base=of_base) for of_base in (False, True))
-    assert own.chat_template == made.chat_template
+    assert own.chat_template == made.chat_template.removeprefix(chat_template.TRIMMED)
 
 
 BUNDLED = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))

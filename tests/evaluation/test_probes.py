@@ -1,5 +1,6 @@
 """What edits that should not matter do to rewards, and what a bag of words can learn."""
 
+import random
 from functools import partial
 
 import numpy as np
@@ -8,9 +9,11 @@ from conftest import make_rows, write_jsonl
 from datasets import Dataset
 from trl import ModelConfig
 
+from rm_recipe.data.augmentation import EDITS, UNSEEN
+from rm_recipe.data.comparison import Comparison
 from rm_recipe.data.splits import load_split
 from rm_recipe.data.tokenization import tokenize
-from rm_recipe.evaluation.probes import EDITS, N_COMPARISONS, bag_of_words, consistency
+from rm_recipe.evaluation.probes import N_COMPARISONS, bag_of_words, consistency
 from rm_recipe.model.reward_model import load_base
 from rm_recipe.model.tokenizer import load_tokenizer
 from rm_recipe.recipe.schema import DataArguments
@@ -32,7 +35,7 @@ def make_split(model, tmp_path, rows):
 
 def test_changes_are_those_of_scoring_the_edited_replies_alone(model, tmp_path):
     split = make_split(model, tmp_path, make_rows(5, seed=3))
-    found = consistency(split, model.score)
+    found = consistency(split, model.score, EDITS)
     rows = [(row["prompt"], reply) for row in split.comparisons for reply in row["responses"]]
     rewards = {}
     for name, edit in {"none": str, **EDITS}.items():
@@ -43,7 +46,8 @@ def test_changes_are_those_of_scoring_the_edited_replies_alone(model, tmp_path):
     assert found.keys() == EDITS.keys()
     for name, after in rewards.items():
         change, overtakes = after - before, (after[:, 1] > before[:, 0])[right]
-        assert found[name] == {
+        told = {"p_value", "raises", "smallest"}  # whose test is below
+        assert {key: value for key, value in found[name].items() if key not in told} == {
             "n": 10,
             "mean_change": pytest.approx(change.mean(), abs=1e-5),
             "std_change": pytest.approx(change.std(), abs=1e-5),
@@ -58,13 +62,71 @@ def test_a_large_data_set_is_sampled_and_comparisons_that_an_edit_makes_too_long
 ):
     score = partial(model.score, unfit=np.nan)
     split = make_split(model, tmp_path, make_rows(N_COMPARISONS + 40, seed=3))
-    assert consistency(split, score)["markdown"]["n"] == 2 * N_COMPARISONS
+    assert consistency(split, score, EDITS)["markdown"]["n"] == 2 * N_COMPARISONS
     rows = make_rows(8, seed=3)
     for row in rows[:3]:
         row["chosen"] += " good" * 60  # twice that is too long
     model.max_length = 160
-    assert consistency(make_split(model, tmp_path, rows), score)["markdown"]["n"] == 2 * 5
-    assert consistency(make_split(model, tmp_path, rows[:3]), score) == {}
+    assert consistency(make_split(model, tmp_path, rows), score, EDITS)["markdown"]["n"] == 2 * 5
+    assert consistency(make_split(model, tmp_path, rows[:3]), score, EDITS) == {}
+
+
+# --- the probes, tried on rewards whose bias is known -------------------------------------------
+
+ALL = EDITS | UNSEEN
+
+
+def reward(seed, bias):
+    """A reward of noise, another one for every text, and of a bias."""
+
+    def score(items):
+        texts = [item["response"] for item in items]
+        return [random.Random(f"{seed} {text}").gauss() + bias(text) for text in texts]
+
+    return score
+
+
+class Some:
+    """Of a split what the probes read."""
+
+    comparisons = [Comparison([], [row["chosen"], row["rejected"]]) for row in make_rows(60, seed=3)]  # noqa: RUF012
+
+    def __getitem__(self, number):
+        return self.comparisons[number]
+
+
+@pytest.fixture
+def some():
+    return Some()
+
+
+def test_a_reward_without_a_bias_is_not_accused(some):
+    """Of 200, in a twentieth by chance one of the seven edits seems to matter, or up or down."""
+    accused = 0
+    for seed in range(200):
+        found = consistency(some, reward(seed, lambda text: 0), ALL)
+        accused += any(moved["p_value"] < 0.05 for moved in found.values())
+    assert accused <= 17  # 10 expected; more than 17 has a chance of 1 in 100
+
+
+@pytest.mark.parametrize(
+    ("name", "bias"),
+    [
+        ("repeated_sentence", lambda size: lambda text: size * min(len(text) / 60, 1)),
+        ("thank_you", lambda size: lambda text: size * ("Thank" in text)),
+        ("list", lambda size: lambda text: size * text.startswith("- ")),
+        ("markdown", lambda size: lambda text: size * text.startswith("**")),
+    ],
+    ids=["length", "keyword", "list", "bold"],
+)
+def test_a_planted_bias_is_found_at_the_size_that_is_said_to_be_enough(some, name, bias):
+    smallest = np.mean([consistency(some, reward(s, lambda t: 0), ALL)[name]["smallest"] for s in range(5)])
+    plain = consistency(some, reward(0, bias(1000.0)), ALL)[name]["mean_change"] / 1000  # of a unit of it
+    size = smallest / plain
+    found = [consistency(some, reward(seed, bias(size)), ALL)[name]["raises"] for seed in range(40)]
+    assert sum(found) >= 26  # 32 expected; fewer than 26 has a chance of 1 in 100
+    small = [consistency(some, reward(seed, bias(size / 5)), ALL)[name]["raises"] for seed in range(20)]
+    assert sum(small) <= 6
 
 
 @pytest.mark.parametrize(

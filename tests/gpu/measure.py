@@ -35,7 +35,7 @@ from rm_recipe.model import memory
 from rm_recipe.model.memory import reset_peak_memory
 from rm_recipe.processes import is_out_of_memory
 from rm_recipe.recipe.reader import Recipe, read_recipe
-from rm_recipe.tools.benchmark import machine, summarise
+from rm_recipe.tools.benchmark import machine
 from rm_recipe.tools.benchmark_worker import measure_scoring, measure_training
 from rm_recipe.training.preflight import preflight
 from rm_recipe.training.train import load_data, load_model, make_trainer

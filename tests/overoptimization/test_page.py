@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 from test_best_of_n import simulated
 
+from rm_recipe.data.augmentation import EDITS
 from rm_recipe.evaluation.format import MISSING
-from rm_recipe.evaluation.probes import EDITS
 from rm_recipe.overoptimization.best_of_n import curve, spread, standardised
 from rm_recipe.overoptimization.experiment import compare
 from rm_recipe.overoptimization.exploits import by_edit, by_feature, examples, repetition, with_edits
