@@ -84,26 +84,27 @@ class RewardModel:
         Raises:
             DataError: an item has no prompt or response, or does not fit the model.
         """
-        groups: dict[str, list[int]] = {}
-        conversations: dict[int, list[int]] = {}
+        # By prompt the conversations, each with the items that read so: they get the same reward, to the bit.
+        groups: dict[str, dict[tuple[int, ...], list[int]]] = {}
         for number, item in enumerate(items):
             try:
-                conversations[number] = self._encode(item, named[number] if named else f"item {number + 1}")
-                groups.setdefault(json.dumps(item["prompt"]), []).append(number)
+                ids = tuple(self._encode(item, named[number] if named else f"item {number + 1}"))
+                groups.setdefault(json.dumps(item["prompt"]), {}).setdefault(ids, []).append(number)
             except UnfitError:
                 if unfit is None:
                     raise
         members, encoded = [], []
         for group in groups.values():
-            whole = split_at_common_prefix([conversations[i] for i in group])
+            whole, alike = split_at_common_prefix([*group]), [*group.values()]
             once, each = (len(whole.prefix), 0) if self.sharing.used else (0, len(whole.prefix))
             for part in _batches(range(len(group)), [each + len(rest) for rest in whole.suffixes], once):
-                members.append([group[k] for k in part])
+                members.append([alike[k] for k in part])
                 encoded.append(Encoded(whole.prefix, [whole.suffixes[k] for k in part]))
         rewards = np.full(len(items), unfit or 0.0, np.float32)
         found = self.score_encoded(encoded, "Scoring" if progress else "")
-        for group, values in zip(members, found, strict=True):
-            rewards[group] = values
+        for part, values in zip(members, found, strict=True):
+            for numbers, value in zip(part, values, strict=True):
+                rewards[numbers] = value
         return rewards
 
     def _encode(self, item: dict[str, Any], name: str) -> list[int]:

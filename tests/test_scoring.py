@@ -2,10 +2,12 @@
 
 import gzip
 import json
+from itertools import permutations
 
 import numpy as np
 import pytest
 import torch
+from conftest import WORDS
 from trl import ModelConfig
 
 from rm_recipe import RewardModel
@@ -58,7 +60,7 @@ def test_the_order_and_the_company_of_an_item_do_not_matter(model):
 
 
 def test_many_responses_to_one_prompt_are_split_and_score_the_same(model, monkeypatch):
-    items = [{"prompt": "hello", "response": f"good cat {n}"} for n in range(30)]
+    items = [{"prompt": "hello", "response": " ".join(two)} for two in permutations(WORDS[:6], 2)]
     forward, sizes = model.model.forward, []
 
     def recorded(**rows):
