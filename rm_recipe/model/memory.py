@@ -199,6 +199,8 @@ def _measure_step(
     rows = shared_rows(batch, 0, by_block) if shared else padded_rows(batch, 0)
     rows.pop("last_token_positions", None)  # the reward head weighs nothing
     blocks = row_attention.blocks_of(rows["attention_mask"]) if shared and by_block else []
+    if shared and not by_block:
+        rows["attention_mask"] = row_attention.row_mask(rows["attention_mask"])
     if checkpointing:
         outline.gradient_checkpointing_enable({"use_reentrant": False})
     half = torch.bfloat16 if training.bf16 else torch.float16

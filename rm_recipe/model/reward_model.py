@@ -28,7 +28,7 @@ from rm_recipe.files import pickle_fault
 from rm_recipe.model import lora
 from rm_recipe.model.head import head_names, initialise, outermost, saved_tensors, to_float32
 from rm_recipe.model.lora import adapter_config, load_config, readable, sft_adapter
-from rm_recipe.model.row_attention import announce_rows
+from rm_recipe.model.row_attention import announce_rows, by_block, row_mask
 from rm_recipe.model.tokenizer import check_lengths
 
 LABEL = "reward"
@@ -227,10 +227,12 @@ def add_reward_positions(model: PreTrainedModel) -> None:
             return original(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         kwargs = {key: value for key, value in kwargs.items() if value is not None}
         kwargs["use_cache"] = False
-        if attention_mask is not None and self.config._attn_implementation == "eager":
-            attention_mask = _additive(attention_mask, self.dtype)
-        elif attention_mask is not None:
+        if attention_mask is not None and by_block(self):
             announce_rows(attention_mask)
+        elif attention_mask is not None:
+            attention_mask = row_mask(attention_mask)
+            if self.config._attn_implementation == "eager":
+                attention_mask = _additive(attention_mask, self.dtype)
         body = self.base_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         hidden = body.last_hidden_state[last_token_positions[:, 0], last_token_positions[:, 1]]
         return SequenceClassifierOutput(logits=self.score(hidden))

@@ -26,16 +26,16 @@ SCORES = 1024 * 1024
 _blocks: MutableMapping[Tensor, list[Tensor]] = WeakTensorKeyDictionary()
 
 
-def row_mask(comparison_of: Tensor, response_of: Tensor) -> Tensor:
-    """(rows, length, length) bool from two (rows, length) labellings.
+def row_mask(labels: Tensor) -> Tensor:
+    """(rows, 1, length, length) bool from the labels (rows, 1, 2, length) of `shared_rows`, on their device.
 
     A token attends to earlier tokens and itself within its comparison: to the prefix and to its
     own response. Padding attends to padding, so that no row of the softmax is empty (NaN).
     """
-    length = comparison_of.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    same = comparison_of[:, :, None] == comparison_of[:, None, :]
-    own = (response_of[:, None, :] == 0) | (response_of[:, :, None] == response_of[:, None, :])
+    comparison_of, response_of = labels.unbind(2)
+    causal = torch.ones(labels.shape[-1], labels.shape[-1], dtype=torch.bool, device=labels.device).tril()
+    same = comparison_of[..., :, None] == comparison_of[..., None, :]
+    own = (response_of[..., None, :] == 0) | (response_of[..., :, None] == response_of[..., None, :])
     return causal & same & own
 
 
@@ -45,7 +45,7 @@ def by_block(model: Any) -> bool:
 
 
 def announce_rows(mask: Tensor, blocks: list[Tensor] | None = None) -> None:
-    """Register what each comparison's tokens attend to, by the labels of `shared_rows(one_row=True)`.
+    """Register what each comparison's tokens attend to, by the labels of `shared_rows`.
 
     Args:
         blocks: of a mask that cannot be read, as it has no content.
@@ -54,13 +54,12 @@ def announce_rows(mask: Tensor, blocks: list[Tensor] | None = None) -> None:
         _blocks[mask] = blocks or blocks_of(mask)
 
 
-def blocks_of(mask: Tensor) -> list[Tensor]:
-    """For each comparison of a row a mask (length, length) to add to scores, 0 or -inf."""
-    comparison_of, response_of = mask[0, 0]
-    _, sizes = comparison_of.unique_consecutive(return_counts=True)
+def blocks_of(labels: Tensor) -> list[Tensor]:
+    """For each comparison of one row a mask (length, length) to add to scores, 0 or -inf."""
+    _, sizes = labels[0, 0, 0].unique_consecutive(return_counts=True)
     blocks = []
-    for own in response_of.split(sizes.tolist()):
-        seen = row_mask(torch.zeros_like(own)[None], own[None])[0]
+    for own in labels.split(sizes.tolist(), dim=3):
+        seen = row_mask(own)[0, 0]
         blocks.append(torch.zeros(seen.shape).masked_fill_(~seen, float("-inf")))
     return blocks
 

@@ -24,7 +24,6 @@ from rm_recipe.data.comparison import Encoded
 from rm_recipe.errors import one_line
 from rm_recipe.model.reward_model import add_reward_positions, is_decoder
 from rm_recipe.model.row_attention import NAME as ROW_ATTENTION
-from rm_recipe.model.row_attention import row_mask
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -66,9 +65,9 @@ def shared_rows(
 
     Returns:
         input_ids, position_ids: (rows, length) int64.
-        attention_mask: (rows, 1, length, length) bool, True where the row's token may attend. With `one_row`
-            (1, 1, 2, length) int64, whose token each is, as the square would be far larger than its blocks:
-            the comparison's number and the response's, from 1, or 0 in the prefix.
+        attention_mask: (rows, 1, 2, length) int64, whose token each is: the comparison's number, -1 for
+            padding, and the response's, from 1, or 0 in the prefix. The square that `row_mask` makes of it is
+            made where it is needed: on the device, or never where attention goes block by block.
         last_token_positions: (responses, 2) int64, row and column of each response's last token, responses
             in the order of the batch.
     """
@@ -94,7 +93,7 @@ def shared_rows(
     return {
         "input_ids": input_ids,
         "position_ids": position_ids,
-        "attention_mask": torch.stack(owners, dim=1)[:, None] if one_row else row_mask(*owners)[:, None],
+        "attention_mask": torch.stack(owners, dim=1)[:, None],
         "last_token_positions": torch.tensor([end for comparison in ends for end in comparison]),
     }
 

@@ -61,6 +61,8 @@ def really(config, model_config, training, new, shared: bool, checkpointing: boo
     rows.pop("last_token_positions", None)
     if by_block:
         row_attention.announce_rows(rows["attention_mask"])
+    elif shared:
+        rows["attention_mask"] = row_attention.row_mask(rows["attention_mask"])
     live = memory._LiveBytes()
     for parameter in model.parameters():
         live.count(parameter)

@@ -45,10 +45,9 @@ def test_packing_places_every_comparison_once_and_overfills_no_row(lengths, capa
 def test_each_response_reads_back_from_what_its_last_token_attends_to(batch, one_row):
     """The naive check: ids and positions that the end of a response sees are its conversation."""
     rows = shared_rows(batch, PAD, one_row)
-    mask = rows["attention_mask"]
+    mask = row_mask(rows["attention_mask"])
     if one_row:
         assert rows["input_ids"].shape == (1, sum(comparison.length for comparison in batch))
-        mask = row_mask(mask[:, 0, 0], mask[:, 0, 1])[:, None]
     conversations = [ids for comparison in batch for ids in comparison.conversations()]
     for (row, column), conversation in zip(rows["last_token_positions"].tolist(), conversations, strict=True):
         seen = mask[row, 0, column]
@@ -79,7 +78,7 @@ def test_the_mask_is_the_one_that_its_definition_gives_pair_by_pair_of_tokens(ba
                     expected[row, 0, query, key] = mine is other
                 else:
                     expected[row, 0, query, key] = other in (mine, (mine[0], 0))
-    assert torch.equal(rows["attention_mask"], expected)
+    assert torch.equal(row_mask(rows["attention_mask"]), expected)
 
 
 def test_padded_rows_hold_one_conversation_each_padded_right():

@@ -146,7 +146,7 @@ class Layer(torch.nn.Module):
 def masks() -> tuple[torch.Tensor, torch.Tensor]:
     """Of the batch in one row: the labels that blocks are made of, and the whole square."""
     labels = shared_rows(BATCH, 0, one_row=True)["attention_mask"]
-    return labels, row_mask(labels[:, 0, 0], labels[:, 0, 1])[:, None]
+    return labels, row_mask(labels)
 
 
 def attention(mask: torch.Tensor, **keys):
