@@ -234,7 +234,9 @@ def resolve(values: dict[str, Any]) -> dict[str, Any]:
         found["dtype"] = "bfloat16" if bf16 else "float16" if fp16 else "float32"
     if values.get("disable_dropout", True):  # by TRL, whatever `lora_dropout` says
         found["lora_dropout"] = 0.0
-    return {"dataloader_pin_memory": device != "cpu", "disable_tqdm": False} | found
+    # A GPU is fed by a process of its own; on a CPU that would take a core from the training.
+    feeding = {"dataloader_pin_memory": device != "cpu", "dataloader_num_workers": int(device == "cuda")}
+    return feeding | {"disable_tqdm": False} | found
 
 
 def best_values(values: dict[str, Any]) -> dict[str, Any]:

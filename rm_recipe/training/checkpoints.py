@@ -276,8 +276,9 @@ def ended_well(recipe: Recipe, trainer: SharedPrefixRewardTrainer) -> Iterator[N
     """Let a signal wait until the step is saved, and turn what can end a training into one message.
 
     Raises:
-        TrainingError: there is no memory or no room on the disk, or a checkpoint that training is resumed
-            from holds a pickle of something else than training writes, which torch does not read.
+        TrainingError: there is no memory or no room on the disk, a data loader's worker was lost, or a
+            checkpoint that training is resumed from holds a pickle of something else than training writes,
+            which torch does not read.
     """
     try:
         with INTERRUPTS.deferred():
@@ -289,6 +290,11 @@ def ended_well(recipe: Recipe, trainer: SharedPrefixRewardTrainer) -> Iterator[N
         ) from None
     except (OSError, RuntimeError, MemoryError, SafetensorError) as error:  # a full disk has many names
         checkpoint = checkpoint_of(trainer.args, trainer.state)
+        if "DataLoader" in str(error):
+            advice = (
+                "perhaps for want of memory; --resume goes on, with 'dataloader_num_workers: 0' without one"
+            )
+            raise TrainingError(f"a process that makes batches was lost, {advice}") from None
         if is_out_of_memory(error):
             raise TrainingError(f"step {trainer.state.global_step + 1}: {too_little(recipe)}") from None
         if checkpoint.is_dir() and not (checkpoint / MANIFEST).is_file():
