@@ -169,17 +169,11 @@ def test_a_model_that_says_no_length_is_given_what_it_has_positions_for(model):
     assert long != short
 
 
-@pytest.mark.parametrize(
-    ("count", "current", "expected"),
-    [
-        (8, 0, "cuda:3"),  # under a launcher, before Accelerate has chosen
-        (8, 5, "cuda:5"),  # chosen already
-        (1, 0, "cuda:0"),  # each process sees its own alone
-    ],
-)
-def test_a_reward_model_goes_to_the_accelerator_of_its_process(monkeypatch, count, current, expected):
+def test_a_reward_model_goes_to_the_accelerator_of_its_process(monkeypatch):
+    """The one that Accelerate has chosen, before that the launcher's, or the only one that it sees."""
     monkeypatch.setenv("LOCAL_RANK", "3")
-    found = {"device_count": count, "current_device_index": current}
-    for name, value in (found | {"current_accelerator": torch.device("cuda")}).items():
-        monkeypatch.setattr(torch.accelerator, name, lambda value=value, **_: value)
-    assert str(this_device()) == expected
+    for count, current, expected in ((8, 5, "cuda:5"), (8, 0, "cuda:3"), (1, 0, "cuda:0")):
+        found = {"device_count": count, "current_device_index": current}
+        for name, value in (found | {"current_accelerator": torch.device("cuda")}).items():
+            monkeypatch.setattr(torch.accelerator, name, lambda value=value, **_: value)
+        assert str(this_device()) == expected

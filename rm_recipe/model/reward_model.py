@@ -126,10 +126,11 @@ def check_safetensors(name: str, revision: str = "main", *, adapter: bool = Fals
     """Refuse a model or adapter whose weights are a pickle, in a folder or on the Hub.
 
     Raises:
-        RecipeError: saying how to convert it.
+        RecipeError: saying how to convert it, or why nobody can look.
     """
-    if fault := pickle_fault(name, revision, adapter=adapter):
-        raise RecipeError(fault)
+    with readable(f"'{name}' cannot be loaded"):
+        if fault := pickle_fault(name, revision, adapter=adapter):
+            raise RecipeError(fault)
 
 
 def _load(name: str, revision: str = "main", **kwargs: Any) -> tuple[PreTrainedModel, list[str]]:
@@ -140,8 +141,8 @@ def _load(name: str, revision: str = "main", **kwargs: Any) -> tuple[PreTrainedM
     # Said to be False, transformers does not ask at the terminal whether to run a model's own code.
     kwargs |= {"revision": revision, "trust_remote_code": False, "use_safetensors": True}
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    check_safetensors(name, revision)
     with readable(f"'{name}' cannot be loaded as a classifier"), quietly():
-        check_safetensors(name, revision)
         model, info = AutoModelForSequenceClassification.from_pretrained(name, **kwargs)
     heads = tuple(f"{head}." for head in head_names(model))
     mismatched = [key for key, *_ in info["mismatched_keys"]]

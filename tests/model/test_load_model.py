@@ -32,7 +32,6 @@ from rm_recipe.model.head import Float32Linear, check_saved_head, outermost
 from rm_recipe.model.lora import check_head_is_whole, load_config
 from rm_recipe.model.reward_model import (
     READ_PADDING,
-    autocast,
     check_base,
     is_decoder,
     load_base,
@@ -89,40 +88,21 @@ def test_the_heads_start_comes_from_the_seed(tiny_llama):
     assert not torch.equal(first, other)
 
 
-def test_rewards_are_fp32_under_bf16_autocast(tiny_llama):
-    model, _ = base(tiny_llama, dtype="bfloat16", use_peft=True)
-    with torch.no_grad(), autocast(model):
-        reward = model(input_ids=torch.tensor([[5, 6, 7]])).logits
-    assert reward.dtype == torch.float32
-    assert reward.item() != reward.bfloat16().item()
-
-
-@pytest.mark.parametrize(
-    ("saved", "fault"),
-    [
-        ({"base_model.model.pre_classifier.weight": torch.zeros(1, 2)}, "classifier.weight is missing"),
-        ({"base_model.model.classifier.weight": torch.ones(1, 2)}, "classifier.weight did not move"),
-    ],
-)
-def test_a_saved_head_that_is_missing_or_did_not_move_is_noticed(tmp_path, saved, fault):
-    save_file(saved, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(TrainingError, match=fault):
-        check_saved_head(tmp_path, {"classifier.weight": torch.ones(1, 2)})
+def test_a_saved_head_that_is_missing_or_did_not_move_is_noticed(tmp_path):
+    for name, fault in {"pre_classifier": "is missing", "classifier": "did not move"}.items():
+        saved = {f"base_model.model.{name}.weight": torch.ones(1, 2)}
+        save_file(saved, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(TrainingError, match=f" classifier.weight {fault}"):
+            check_saved_head(tmp_path, {"classifier.weight": torch.ones(1, 2)})
 
 
 # --- what is refused --------------------------------------------------------------------------------
 
 
-def test_what_is_no_reward_model_is_refused(tiny_llama, save, tmp_path):
-    tokenizer, (model, _) = load_tokenizer(str(tiny_llama)), base(tiny_llama)
-    model.base_model.save_pretrained(tmp_path / "headless")
-    model.config.save_pretrained(tmp_path / "headless")
-    with pytest.raises(RecipeError, match="has no trained head .score missing"):
-        load_trained(str(tmp_path / "headless"), tokenizer)
-    model.config.num_labels = 2
-    model.config.save_pretrained(tmp_path)
+def test_a_classifier_of_two_labels_is_no_reward_model(tiny_llama, save):
+    folder = save(AutoModelForSequenceClassification.from_pretrained(tiny_llama))
     with pytest.raises(RecipeError, match="has 2 labels; a reward model has one"):
-        load_trained(str(tmp_path), tokenizer)
+        RewardModel.from_pretrained(folder)
 
 
 def test_a_model_that_cannot_be_had_or_read_is_named(tiny_llama, tmp_path, monkeypatch):

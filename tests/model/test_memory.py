@@ -1,6 +1,5 @@
 """The memory plan counts what a real step takes, says whether to checkpoint and what to lower."""
 
-import copy
 import re
 from dataclasses import replace
 from types import SimpleNamespace
@@ -8,16 +7,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, TINY_DECODER, make_tokenizer, train_watched
-from transformers import AutoModelForSequenceClassification, LlamaConfig
+from conftest import REPOSITORY, TINY_DECODER, base_of, make_tokenizer, save_base, train_watched
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rm_recipe.data.comparison import Encoded
 from rm_recipe.errors import RecipeError
 from rm_recipe.files import read_json
 from rm_recipe.model import lora, memory, row_attention
-from rm_recipe.model.head import to_float32
 from rm_recipe.model.memory import MemoryPlan, plan, settle_step
+from rm_recipe.model.reward_model import load_base, outline
 from rm_recipe.model.shared_prefix import padded_rows, shared_rows
+from rm_recipe.model.tokenizer import load_tokenizer
 from rm_recipe.recipe.reader import read_recipe
 from rm_recipe.tools.check import check_memory, fit_by_config, read_for
 
@@ -27,33 +27,21 @@ CPU, GPU, GB = torch.device("cpu"), torch.device("cuda"), 1e9
 
 
 @pytest.fixture
-def small(tmp_path):
-    """A function: config, model, training and new modules of a Llama of six layers, by overrides."""
-
-    def make(*overrides: str, attention: str = "sdpa"):
-        path = tmp_path / "r.yaml"
-        path.write_text("model_name_or_path: m/m\ndataset_name: d/d\nuse_peft: true\n")
-        precision = [] if "--bf16" in overrides else ["--bf16", "false"]
-        recipe = read_recipe(path, ["--use_cpu", "true", *precision, *overrides])
-        sizes = TINY_DECODER | {"num_hidden_layers": 6}
-        config = LlamaConfig(**sizes, vocab_size=len(make_tokenizer()), pad_token_id=0, num_labels=1)
-        config._attn_implementation = attention
-        return config, recipe.model, recipe.training, ["score"]
-
-    return make
+def six_layers(tmp_path):
+    """The folder of a Llama of so many."""
+    base = base_of(AutoModelForCausalLM, "llama", TINY_DECODER | {"num_hidden_layers": 6})
+    return str(save_base(tmp_path / "base", base, make_tokenizer()))
 
 
-def really(config, model_config, training, new, shared: bool, checkpointing: bool) -> tuple[int, int, int]:
+def planned(config, recipe, **keys):
+    return plan(config, recipe.model, recipe.training, ["score"], BATCH, **keys)
+
+
+def really(model, recipe, shared: bool, checkpointing: bool) -> tuple[int, int, int]:
     """Of a step with real tensors: bytes of weights, how many are trained, and bytes of the peak beside."""
-    dtype = getattr(torch, model_config.dtype) if model_config.use_peft else torch.float32
-    by_block = config._attn_implementation == row_attention.NAME
-    model = AutoModelForSequenceClassification.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    if by_block:
-        model.set_attn_implementation(row_attention.NAME)
-    model.config.use_cache = False
-    to_float32(model, new[0])
-    if model_config.use_peft:
-        model = lora.add_lora(model, model_config, new, autocast=training.bf16)
+    by_block = row_attention.by_block(model)
+    if recipe.model.use_peft:
+        model = lora.add_lora(model, recipe.model, ["score"], autocast=recipe.training.bf16)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -69,65 +57,60 @@ def really(config, model_config, training, new, shared: bool, checkpointing: boo
     weights = live.now
     with live, lora.in_one_product(model):
         for _ in range(2):
-            with torch.autocast("cpu", torch.bfloat16, enabled=training.bf16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.training.bf16):
                 model(**rows).logits.float().sum().backward()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return weights, trained, live.peak - weights
 
 
 @pytest.mark.parametrize(
-    ("overrides", "shared", "checkpointing", "attention"),
+    ("keys", "shared", "checkpointing", "attention"),
     [
-        ([], True, True, "sdpa"),
-        ([], False, False, "sdpa"),
-        (["--bf16", "true"], True, False, row_attention.NAME),
-        (["--use_peft", "false", "--bf16", "true"], False, True, "sdpa"),
-        (["--lora_target_modules", r".*layers\.[45]\..*_proj"], True, False, "sdpa"),
+        ({}, True, True, "sdpa"),
+        ({}, False, False, "sdpa"),
+        ({"bf16": True}, True, False, row_attention.NAME),
+        ({"use_peft": False, "bf16": True}, False, True, "sdpa"),
+        ({"lora_target_modules": [r".*layers\.[45]\..*_proj"]}, True, False, "sdpa"),
     ],
     ids=["checkpointed", "padded", "bf16 by block", "in full", "upper layers"],
 )
-def test_the_plan_is_what_a_real_step_takes(small, overrides, shared, checkpointing, attention):
-    parts = small(*overrides, attention=attention)
-    planned = plan(*parts, BATCH, shared=shared, checkpointing=checkpointing)
-    weights, trained, step = really(*parts, shared, checkpointing)
-    assert planned.weights == weights
-    assert planned.optimizer == 8 * trained
-    assert planned.step == pytest.approx(step, rel=0.03)
+def test_the_plan_is_what_a_real_step_takes(six_layers, write_recipe, keys, shared, checkpointing, attention):
+    recipe = read_recipe(write_recipe(model_name_or_path=six_layers, **keys))
+    model, _ = load_base(recipe.model, load_tokenizer(six_layers), 0)
+    model.set_attn_implementation(attention)
+    found = planned(model.config, recipe, shared=shared, checkpointing=checkpointing)
+    weights, trained, step = really(model, recipe, shared, checkpointing)
+    assert found.weights == weights
+    assert found.optimizer == 8 * trained
+    assert found.step == pytest.approx(step, rel=0.03)
 
 
-def test_four_and_eight_bits_are_counted_as_they_are_stored(small):
-    def weights(*overrides: str) -> int:
-        return plan(*small(*overrides), BATCH, shared=True, checkpointing=False).weights
+def test_four_and_eight_bits_are_counted_as_they_are_stored(six_layers, write_recipe):
+    def weights(**keys) -> int:
+        recipe = read_recipe(write_recipe(model_name_or_path=six_layers, dtype="bfloat16", **keys))
+        config = outline(lora.load_config(six_layers), six_layers).config
+        config.pad_token_id = 0
+        return planned(config, recipe, shared=True, checkpointing=False).weights
 
-    whole = weights("--dtype", "bfloat16")
+    whole = weights()
     linear = 6 * (32 * 32 * 2 + 32 * 16 * 2 + 32 * 64 * 3)
     for bits, each in (("8", 1.0), ("4", 0.5 + 4 / 64)):
-        found = weights("--dtype", "bfloat16", f"--load_in_{bits}bit", "true")
+        found = weights(**{f"load_in_{bits}bit": True})
         assert found == pytest.approx(whole - linear * (2 - each), abs=1)
 
 
-TINYLLAMA = LlamaConfig(
-    vocab_size=32000,
-    hidden_size=2048,
-    intermediate_size=5632,
-    num_hidden_layers=22,
-    num_attention_heads=32,
-    num_key_value_heads=4,
-    num_labels=1,
-    pad_token_id=0,
-)
-
-
 @pytest.mark.parametrize(("name", "room"), [("tinyllama_hh_lora", 8 * GB), ("tinyllama_hh_qlora", 6 * GB)])
-def test_the_tinyllama_recipes_fit_the_gpus_they_name_at_their_max_length(monkeypatch, name, room):
+def test_the_tinyllama_recipes_fit_the_gpus_they_name_at_their_max_length(name, room):
     """By the plan; with conversations of 1,024 tokens that share nothing."""
     recipe = read_for(REPOSITORY / "recipes" / f"{name}.yaml", [], GPU)
     assert recipe.training.max_length == 1024
     batch = [Encoded([5], [[6] * 1023] * 2)] * 4  # as large a micro-batch as is worth the name
-    parts = (copy.deepcopy(TINYLLAMA), recipe.model, recipe.training, ["score"], batch)
-    planned = plan(*parts, shared=True, checkpointing=True, device=GPU)
-    assert planned.fits(room)
-    assert planned.weights > 0.5 * GB
+    sizes = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_labels": 1}
+    tinyllama = LlamaConfig(**sizes, num_attention_heads=32, num_key_value_heads=4, pad_token_id=0)
+    parts = (tinyllama, recipe.model, recipe.training, ["score"], batch)
+    found = plan(*parts, shared=True, checkpointing=True, device=GPU)
+    assert found.fits(room)
+    assert found.weights > 0.5 * GB
 
 
 # --- what fits ------------------------------------------------------------------------------------
@@ -230,37 +213,36 @@ def test_what_cannot_be_planned_is_one_message_and_is_checkpointed(write_recipe,
     assert said in reason
 
 
-def test_a_run_records_the_decision_and_learns_the_same(write_recipe, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(memory, "device_memory", lambda _: 1.0)
-    decided = train_watched(write_recipe(gradient_checkpointing="omit", max_steps=2))
-    assert "gradient checkpointing: on, micro-batches of up to " in capsys.readouterr().out
-    assert decided.model.is_gradient_checkpointing
-    saved = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
-    assert saved["gradient_checkpointing"] is saved["activation_checkpointing"] is True
-    told = train_watched(write_recipe(max_steps=2, output_dir=str(tmp_path / "2")))
-    assert not told.model.is_gradient_checkpointing
-    learnt, other = decided.saved(), told.saved()
-    assert all(torch.allclose(learnt[key], other[key], atol=1e-6) for key in learnt)
-
-
-def test_a_device_too_small_for_the_largest_batch_divides_it_and_learns_the_same(
+def test_what_is_decided_is_said_and_recorded_and_changes_nothing_that_is_learnt(
     write_recipe, tmp_path, monkeypatch, capsys
 ):
     """Checkpointing is for a device on which not even the longest comparison fits without it."""
     keys = {"gradient_checkpointing": "omit", "max_steps": 4, "optim": "sgd"}
-    whole = train_watched(write_recipe(**keys))
-    assert "micro-batches" not in capsys.readouterr().out
+
+    def run(name: str):
+        result = train_watched(write_recipe(**keys, output_dir=str(tmp_path / name)))
+        return result, capsys.readouterr().out
+
+    whole, said = run("whole")
+    assert "micro-batches" not in said
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "device_memory", lambda _: 1.0)
+        checkpointed, said = run("checkpointed")
+    assert "gradient checkpointing: on, micro-batches of up to " in said
+    assert checkpointed.model.is_gradient_checkpointing
+    saved = yaml.safe_load((checkpointed.run / "recipe.yaml").read_text())
+    assert saved["gradient_checkpointing"] is saved["activation_checkpointing"] is True
 
     def at_most_three(*args, **more):
         return replace(plan(*args, **more), optimizer=10**15 * (len(args[4]) > 3))
 
     monkeypatch.setattr(memory, "plan", at_most_three)
-    divided = train_watched(write_recipe(**keys, output_dir=str(tmp_path / "2")))
-    tokens = read_json(tmp_path / "2" / "run.json")["micro_batch_tokens"]
-    assert f"off, micro-batches of up to {tokens} tokens (the largest" in capsys.readouterr().out
+    divided, said = run("divided")
+    tokens = read_json(divided.run / "run.json")["micro_batch_tokens"]
+    assert f"off, micro-batches of up to {tokens} tokens (the largest" in said
     assert not divided.model.is_gradient_checkpointing
-    learnt, other = divided.saved(), whole.saved()
-    assert all(torch.allclose(learnt[key], other[key], atol=1e-6) for key in learnt)
+    for other in (checkpointed.saved(), divided.saved()):
+        assert all(torch.allclose(other[key], value, atol=1e-6) for key, value in whole.saved().items())
 
 
 # --- what a device has ------------------------------------------------------------------------------

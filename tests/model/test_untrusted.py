@@ -177,17 +177,11 @@ def test_an_sft_adapters_tokenizer_runs_no_code_of_its_own(base, tmp_path, willi
     assert not willing
 
 
-@pytest.mark.parametrize("kind", ["base", pytest.param("sft", marks=pytest.mark.slow)])
 def test_a_base_that_brings_code_is_trained_evaluated_and_exported_without_it(
-    base, write_recipe, tmp_path, willing, kind
+    base, write_recipe, tmp_path, willing
 ):
-    name = base
-    if kind == "sft":
-        name = save_adapter(tmp_path / "sft", base)
-        load_tokenizer(str(base)).save_pretrained(name)
-    marker = give_code(base)
-    train(read_recipe(write_recipe(model_name_or_path=str(name), max_steps=1)))
-    run = tmp_path / "run"
+    marker, run = give_code(base), tmp_path / "run"
+    train(read_recipe(write_recipe(model_name_or_path=str(base), max_steps=1)))
     saved = (run / "recipe.yaml").read_text()
     assert saved_values(run)["trust_remote_code"] is False
     # As somebody else's run might have it.
