@@ -164,30 +164,20 @@ def test_plain_transformers_gives_the_rewards_of_the_run(exported, kind):
 
 
 def test_what_other_programs_read_is_in_the_configuration(exported):
-    _, run = exported("fp32")
+    _, run = exported("bf16")
     config = json.loads((run / "export" / "config.json").read_text())
     assert config["sentence_transformers"] == {"activation_fn": "torch.nn.modules.linear.Identity"}
     # Verl would cut a BOS from the text that nothing adds again.
     assert AutoTokenizer.from_pretrained(run / "model").bos_token == "<s>"
     assert AutoTokenizer.from_pretrained(run / "export").bos_token is None
-
-
-def test_a_bos_that_the_template_writes_is_named(tmp_path):
-    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
-    export_module.leave_out_bos(tmp_path, "{{ bos_token }}{{ messages }}")
-    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["bos_token"] == "<s>"
-
-
-def test_the_body_keeps_bf16_and_the_head_fp32(exported):
-    weights = saved(exported("bf16")[1] / "export")
+    weights = saved(run / "export")
     assert weights["score.weight"].dtype == torch.float32
     assert weights["model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(("run", "dtype"), [("bf16", "float32"), ("in full", "bfloat16")], indirect=["run"])
 def test_dtype_is_that_of_all_weights_and_of_what_is_verified(run, dtype):
-    proof = export(run, dtype=dtype, merge_base="original")
-    assert proof["merge_base"] is None  # there is only one
+    proof = export(run, dtype=dtype)
     wanted = getattr(torch, dtype)
     assert {weight.dtype for weight in saved(run / "export").values()} == {wanted}
     assert AutoModelForSequenceClassification.from_pretrained(run / "export").dtype == wanted
@@ -197,22 +187,14 @@ def test_dtype_is_that_of_all_weights_and_of_what_is_verified(run, dtype):
     assert (proof["steps"]["rounding"] == 0) == (dtype == "float32")
 
 
-def test_the_two_bases_of_a_4_bit_run_are_told_apart_and_measured(exported, tiny_llama, tmp_path):
-    dequantized, run = exported("4-bit")
-    original = export(run, tmp_path / "original", merge_base="original")
-    assert (dequantized["merge_base"], original["merge_base"]) == ("dequantized", "original")
-    assert "base" not in dequantized["steps"]
-    assert original["max_abs_diff"]["merged"] > original["steps"]["base"] / 2 > 1e-3
+def test_the_adapter_of_a_4_bit_run_is_merged_into_the_base_that_it_was_trained_on(exported, tiny_llama):
+    _, run = exported("4-bit")
     base = AutoModelForCausalLM.from_pretrained(tiny_llama).state_dict()
     name = "model.layers.0.self_attn.q_proj.weight"
     adapter = load_file(run / "model" / "adapter_model.safetensors")
-    up, down = (
-        adapter[f"base_model.model.model.layers.0.self_attn.q_proj.lora_{side}.weight"] for side in "BA"
-    )
+    up, down = (adapter[f"base_model.model.{name.removesuffix('weight')}lora_{x}.weight"] for x in "BA")
     scale = json.loads((run / "model" / "adapter_config.json").read_text())
     update = up @ down * scale["lora_alpha"] / scale["r"]
-    merged = saved(tmp_path / "original")[name].float()
-    assert (merged - base[name] - update).abs().max() < 1e-3  # bf16
     assert (saved(run / "export")[name].float() - base[name] - update).abs().max() > 2e-3  # 4 bits
 
 
@@ -371,20 +353,6 @@ def test_a_base_that_is_de_quantised_wrongly_is_refused(run, monkeypatch):
 
     monkeypatch.setattr(lora, "dequantize", wrongly)
     refused("in fp32, de-quantised, the rewards are not what was evaluated: held-out comparison", run)
-
-
-@of_kind("4-bit")
-def test_an_original_base_that_gives_other_rewards_is_refused(run, monkeypatch):
-    load = export_module.load_trained
-
-    def load_another(*args, base, **options):
-        model = load(*args, base=base, **options)
-        if base == "original":
-            torch.nn.init.normal_(model.get_base_model().model.embed_tokens.weight)
-        return model
-
-    monkeypatch.setattr(export_module, "load_trained", load_another)
-    refused("the original base .--merge-base dequantized would not.", run, merge_base="original")
 
 
 @of_kind("fp32", "bf16")
