@@ -45,14 +45,11 @@ class Refused(Exception):  # noqa: N818 - an answer
         self.answer = httpx2.Response(status, json={"error": message}, headers=headers)
 
 
-def sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
 def oid(path: str, content: bytes) -> str:
     """What the Hub calls a content: its SHA-256, or git's name."""
-    blob = b"blob %d\0" % len(content) + content
-    return sha256(content) if path.endswith(LARGE) else hashlib.sha1(blob).hexdigest()
+    if path.endswith(LARGE):
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 class MadeUpHub:
@@ -168,7 +165,8 @@ class MadeUpHub:
                 content = repo.files[path]
                 entry = {"type": "file", "path": path, "size": len(content), "oid": oid(path, content)}
                 if path.endswith(LARGE):  # of which git has a pointer
-                    entry |= {"oid": "0" * 40, "lfs": {"oid": sha256(content), "size": 1, "pointerSize": 1}}
+                    entry["lfs"] = {"oid": entry["oid"], "size": len(content), "pointerSize": 1}
+                    entry["oid"] = "0" * 40
                 entries.append(entry)
         return httpx2.Response(200, json=entries)
 

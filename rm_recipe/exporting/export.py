@@ -9,13 +9,12 @@ says float32 so that a plain `from_pretrained` computes exactly what was checked
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 
-from rm_recipe.data.dataset import Split
 from rm_recipe.data.splits import load_held_out_split
 from rm_recipe.data.tokenization import tokenize
 from rm_recipe.errors import ExportError, RecipeError, one_line
@@ -31,11 +30,10 @@ from rm_recipe.model.head import is_head_layer
 from rm_recipe.model.memory import device_memory, fits_in_float32, float32_bytes
 from rm_recipe.model.reward_model import load_trained
 from rm_recipe.processes import say
-from rm_recipe.recipe.reader import Recipe, is_run_folder, read_run_recipe
+from rm_recipe.recipe.reader import is_run_folder, read_run_recipe
 from rm_recipe.scoring import RewardModel, find_model
 from rm_recipe.training.run_folder import check_data
 
-MergeBase = Literal["dequantized", "original"]
 # What sentence-transformers' CrossEncoder reads.
 NO_SIGMOID = {"activation_fn": "torch.nn.modules.linear.Identity"}
 
@@ -45,7 +43,6 @@ def export(
     output: Path | None = None,
     *,
     overwrite: bool = False,
-    merge_base: MergeBase = "dequantized",
     dtype: str | None = None,
 ) -> dict[str, Any]:
     """Write the merged model of a run, verified to score as what was evaluated.
@@ -53,8 +50,6 @@ def export(
     Args:
         output: the new folder, by default `export/` in the run.
         overwrite: replace an export that is there, once the new one is whole.
-        merge_base: what the adapter of a base in 4 or 8 bits is merged into: that base de-quantised, which it
-            was trained on, or the 16-bit base before quantising, which moves the rewards (peft#2321).
         dtype: `float32` or `bfloat16` for all weights; by default the body keeps its precision, and the head,
             in which rewards would tie otherwise, is fp32.
 
@@ -73,12 +68,14 @@ def export(
         reward_model = RewardModel.from_pretrained(run)
         evaluation = evaluation_of(run)
         body, head = precisions(reward_model.model, dtype)
-        verification = Verification(reward_model, held_out_of(recipe, reward_model), read_predictions(run))
-        merged_into = compute_in_float32(verification, run, merge_base)
-        verification.check_recorded()
+        truncation = reward_model.max_length, reward_model.truncation
+        held_out = tokenize(load_held_out_split(recipe), reward_model.tokenizer, *truncation)
+        verification = Verification(reward_model, held_out)
+        compute_in_float32(verification, run)
+        verification.check_recorded(read_predictions(run))
         merge(verification)
         save(verification, folder, body, head, evaluation)
-        proof = verification.read_back(folder) | {"merge_base": merged_into, "dtype": dtype}
+        proof = verification.read_back(folder) | {"dtype": dtype}
         describe(folder, run, output, evaluation, proof)
     return proof
 
@@ -112,41 +109,26 @@ def precisions(model: torch.nn.Module, dtype: str | None) -> tuple[torch.dtype, 
     return (getattr(torch, dtype),) * 2 if dtype else (own, torch.float32)
 
 
-def held_out_of(recipe: Recipe, reward_model: RewardModel) -> Split:
-    """Read and tokenise the recipe's held-out comparisons, as the run's evaluation did."""
-    split = load_held_out_split(recipe)
-    return tokenize(split, reward_model.tokenizer, reward_model.max_length, reward_model.truncation)
+def compute_in_float32(verification: Verification, run: Path) -> None:
+    """Go on to the same weights in fp32; a base in 4 or 8 bits becomes one that can be merged into.
 
-
-def compute_in_float32(verification: Verification, run: Path, merge_base: MergeBase) -> MergeBase | None:
-    """Go on to the same weights in fp32; return what a base in 4 or 8 bits became, which can be merged into.
+    That is the base as it was trained on, de-quantised: on the one before quantising the adapter would give
+    other rewards (peft#2321).
 
     Raises:
-        ExportError: they give other rewards; the original base may give somewhat other ones.
+        ExportError: they give other rewards.
     """
-    model = verification.reward_model.model
-    device, quantised = float32_device(model), getattr(model.config, "quantization_config", None)
-    del model  # which makes room for the next
-    share = EIGHT_BITS if getattr(quantised, "load_in_8bit", False) else ROUNDING
-    load_in_float32(verification, run, "dequantized", device)
-    verification.check_step(
-        "precision", "in fp32, de-quantised, the rewards are not what was evaluated", share
-    )
-    if not quantised:
-        return None
-    if merge_base == "original":
-        load_in_float32(verification, run, merge_base, device)
-        claim = "the original base (--merge-base dequantized would not) changed the rewards"
-        verification.check_step("base", claim, ROUNDING)
-    return merge_base
-
-
-def load_in_float32(verification: Verification, run: Path, base: MergeBase, device: torch.device) -> None:
-    """Load the run's model anew in fp32, on this base if it was quantised."""
-    verification.free_model()
     reward_model = verification.reward_model
-    model = load_trained(find_model(str(run)), reward_model.tokenizer, base=base, device=device)
+    model = reward_model.model
+    device, quantised = float32_device(model), getattr(model.config, "quantization_config", None)
+    share = EIGHT_BITS if getattr(quantised, "load_in_8bit", False) else ROUNDING
+    if quantised:
+        del model  # which makes room for the next
+        verification.free_model()
+        model = load_trained(find_model(str(run)), reward_model.tokenizer, base="dequantized", device=device)
     reward_model.model = model.to(device).float()
+    claim = "in fp32, de-quantised, the rewards are not what was evaluated"
+    verification.check_step("precision", claim, share)
 
 
 def float32_device(model: torch.nn.Module) -> torch.device:
@@ -199,21 +181,18 @@ def save(
     }
     rewrite_json(folder / "config.json", lambda config: config | said)
     for_transformers_4(folder)
-    leave_out_bos(folder, tokenizer.chat_template)
+    rewrite_json(folder / "tokenizer_config.json", without_bos)
     model.float()
     share = 0.0 if body == head == torch.float32 else ROUNDING
     verification.check_step("rounding", "rounding changed the rewards; try --dtype float32", share)
 
 
-def leave_out_bos(folder: Path, template: str) -> None:
-    """Take the name of a BOS from the tokenizer, which adds none, if the template does not need it.
+def without_bos(config: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer's configuration without BOS, which it never adds: the template has it as a text.
 
-    What was trained here has BOS as a text in its template (`chat_template.served`). Verl cuts it from the
-    start of texts, since tokenizers add it again: Llama's do.
+    (`chat_template.served`.) Verl cuts it from the start of texts, since tokenizers add it again: Llama's do.
     """
-    if "bos_token" not in template or "set bos_token" in template:
-        path = folder / "tokenizer_config.json"
-        rewrite_json(path, lambda config: {key: config[key] for key in config if key != "bos_token"})
+    return {key: value for key, value in config.items() if key != "bos_token"}
 
 
 def describe(
@@ -221,11 +200,9 @@ def describe(
 ) -> None:
     """Write what goes with the model: proof, evaluation, card and its picture.
 
-    The proof gets the SHA-256 of what was verified, and of what it was made from; `push` compares them.
+    The proof gets the SHA-256 of what was verified; `push` compares them.
     """
-    trained = Path(find_model(str(run))).glob("*.safetensors")
     proof["files"] = {path.name: sha256(path) for path in sorted(folder.iterdir())}
-    proof["trained"] = {path.name: sha256(path) for path in sorted(trained)}
     write_json(folder / "proof.json", proof)
     if evaluation:
         write_json(folder / "evaluation.json", evaluation)

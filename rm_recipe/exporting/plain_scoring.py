@@ -1,14 +1,13 @@
 """Rewards by plain transformers: what somebody gets from an export who has never heard of rm_recipe.
 
-A script: `verify.py` runs it in a process of its own, `python -P plain_scoring.py REQUEST ANSWER`, and it
-must not import rm_recipe. (-P keeps this folder off the path.)
+A script: `verify.py` runs it in a process of its own, `python -P plain_scoring.py < REQUEST`, and it must
+not import rm_recipe. (-P keeps this folder off the path.)
 """
 
 import gc
 import inspect
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 from transformers.utils import logging
 
 BATCH = 8
+PADDED = 3  # on either side of what a PPO trainer scores
 
 
 def score(request: dict[str, Any]) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def score(request: dict[str, Any]) -> dict[str, Any]:
     }
     half = model.dtype != torch.float32
     answer["float32"] = rewards(model.float(), tokenizer, sequences, 1, "right") if half else alone
-    answer["ppo"] = ppo_rewards(model, tokenizer, request["sampled"])
+    answer["ppo"] = [ppo_reward(model, tokenizer, messages) for messages in request["sampled"]]
     del model
     gc.collect()  # it may not fit a GPU twice
     classify = pipeline("text-classification", model=folder, device=request["device"])
@@ -62,53 +62,42 @@ def rewards(model: Any, tokenizer: Any, sequences: list[list[int]], size: int, s
 
 
 @torch.inference_mode()
-def ppo_rewards(model: Any, tokenizer: Any, conversations: list[list[dict[str, str]]]) -> list[float | None]:
-    """One for each conversation, as TRL's PPOTrainer (to 1.12) and OpenRLHF get it.
+def ppo_reward(model: Any, tokenizer: Any, messages: list[dict[str, str]]) -> float | None:
+    """The reward of a conversation as TRL's PPOTrainer (to 1.12) and OpenRLHF get it.
 
-    Prompts are padded on the left, what the policy sampled on the right; the backbone runs on that, and the
-    head reads the last token that was sampled. None where no policy samples the reply so: its first
-    characters are in one token with the prompt's last, or it holds the pad token.
+    The prompt is padded on the left, as in a batch with a longer one, what the policy sampled on the right;
+    the backbone runs on that, and the head reads the last token that was sampled. None where no policy
+    samples the reply so: its first characters are in one token with the prompt's last, or it holds the pad
+    token.
     """
-    found: list[float | None] = [None] * len(conversations)
-    built = enumerate(as_sampled(tokenizer, messages) for messages in conversations)
-    sampled = {number: ids for number, ids in built if ids}
-    if not sampled:
-        return found
-    context, pad = max(len(prompt) for prompt, _ in sampled.values()), tokenizer.pad_token_id
-    rows = [[pad] * (context - len(prompt)) + prompt + reply for prompt, reply in sampled.values()]
-    batch = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt").to(model.device)
-    ids, mask = batch["input_ids"], batch["input_ids"] != pad
-    backbone = getattr(model, model.base_model_prefix)
-    positions = {"position_ids": mask.cumsum(1) - mask.long()}
-    if "position_ids" not in inspect.signature(backbone.forward).parameters:  # ALiBi's models
-        positions = {}
-    hidden = backbone(ids.masked_fill(~mask, 0), attention_mask=mask, **positions)[0]
-    for row, (number, (_, reply)) in enumerate(sampled.items()):
-        found[number] = model.score(hidden[row, context + len(reply) - 1]).item()
-    return found
-
-
-def as_sampled(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int], list[int]] | None:
-    """The ids of the prompt, as it is put to a policy, and those that the policy would have to sample."""
     rendered = [
         tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True),
         tokenizer.apply_chat_template(messages, tokenize=False),
     ]
     prompt, whole = tokenizer(rendered)["input_ids"]
-    possible = whole[: len(prompt)] == prompt and tokenizer.pad_token_id not in whole
-    return (prompt, whole[len(prompt) :]) if possible else None
+    padding = [tokenizer.pad_token_id] * PADDED
+    if whole[: len(prompt)] != prompt or tokenizer.pad_token_id in whole:
+        return None
+    ids = torch.tensor([padding + whole + padding], device=model.device)
+    mask = ids != tokenizer.pad_token_id
+    backbone = getattr(model, model.base_model_prefix)
+    inputs = {"input_ids": ids.masked_fill(~mask, 0), "attention_mask": mask}
+    if "position_ids" in inspect.signature(backbone.forward).parameters:  # ALiBi's models have none
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    hidden = backbone(**inputs)[0]
+    return float(model.score(hidden[0, -PADDED - 1]))
 
 
-def main(request: str, answer: str) -> None:
-    """Reads one JSON file and writes the other: the answer, or an `error` in words."""
+def main() -> None:
+    """Reads the request from stdin; the last line of stdout is the answer, or an `error` in words."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        result = score(json.loads(Path(request).read_text(encoding="utf-8")))
+        answer = score(json.load(sys.stdin))
     except Exception as error:  # whatever it is, the export is not what plain transformers can use
-        result = {"error": f"{type(error).__name__}: {error}"}
-    Path(answer).write_text(json.dumps(result), encoding="utf-8")
+        answer = {"error": f"{type(error).__name__}: {error}"}
+    print(json.dumps(answer))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

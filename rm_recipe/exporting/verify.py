@@ -23,13 +23,12 @@ from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from rm_recipe.data.chat_template import ppo_fault
-from rm_recipe.data.comparison import Encoded, Message, conversation, pairwise_agreement
+from rm_recipe.data.comparison import Encoded, Message, as_messages, conversation, pairwise_agreement
 from rm_recipe.data.dataset import Split
 from rm_recipe.data.tokenization import render
 from rm_recipe.errors import ExportError
 from rm_recipe.evaluation.findings import HELD_OUT
-from rm_recipe.files import read_json
-from rm_recipe.model.reward_model import quietly
+from rm_recipe.model.reward_model import is_decoder, quietly
 from rm_recipe.scoring import RewardModel
 
 N_COMPARISONS = 32  # as far as there are as many; 64 replies, if they are pairs
@@ -38,18 +37,13 @@ N_SERVED = 8  # replies also as texts, through the pipeline and TRL
 # them, what rounds their root mean square (1.4 for rewards that have nothing to do with each other).
 FLOAT32 = 5e-4  # sums in another order; measured 1e-6 to 1e-5
 LEAST = 1e-5  # but so much is always allowed
-# To half precision or 4 bits; measured 0.01 to 0.2, most for a model that has hardly learnt. Also what an
-# adapter may lose on the base before quantising, which it was not trained on.
+# To half precision or 4 bits; measured 0.01 to 0.2, most for a model that has hardly learnt.
 ROUNDING = 0.5
 EIGHT_BITS = 1.0  # which round the inputs, too; measured 0.1 to 0.7
 PLAIN_SCORING = Path(__file__).with_name("plain_scoring.py")
 
-ENCODER = (
-    "PPO trainers apply a head called `score` to the last token, as decoders have it; this model has none"
-)
-UNSAMPLED = (
-    "the replies tried begin within their prompt's last token or hold the pad token: no policy samples them"
-)
+ENCODER = "they read a head called `score` at the last token, as decoders have it; this model has none"
+UNSAMPLED = "no policy samples replies that begin within their prompt's last token or hold the pad token"
 
 # Whoever serves the model finds their rewards in the card, to compare.
 SAMPLES = (
@@ -71,7 +65,6 @@ class Verification:
         sequences: the token ids of each of their conversations.
         names: what messages call these.
         texts: by sequence number the messages of the first ones that are not truncated.
-        recorded: what the run's evaluation gave each sequence, `(sequences,)`; NaN where it says nothing.
         evaluated: the rewards at the start, `(sequences,)`; `now` are those of the last step.
         spread: their standard deviation.
         float32: what a step that rounds nothing may move a reward by.
@@ -79,10 +72,8 @@ class Verification:
         moved: by step the largest difference that it made.
     """
 
-    def __init__(
-        self, reward_model: RewardModel, split: Split, predictions: Sequence[dict[str, Any]] = ()
-    ) -> None:
-        """Take the first comparisons of a tokenised split, with what `predictions.jsonl` says of them."""
+    def __init__(self, reward_model: RewardModel, split: Split) -> None:
+        """Take the first comparisons of a tokenised split."""
         self.reward_model = reward_model
         rows = list(split.comparisons.select(range(min(N_COMPARISONS, len(split.comparisons)))))
         self.encoded = [Encoded(row["prefix"], row["suffixes"]) for row in rows]
@@ -98,12 +89,6 @@ class Verification:
         whole = [i for i, ids in enumerate(self.sequences) if len(ids) == lengths[i]][:N_SERVED]
         messages = [messages for number in range(len(rows)) for messages in split[number].conversations()]
         self.texts = {number: messages[number] for number in whole}
-        held_out = [line for line in predictions if line["dataset"] == HELD_OUT]
-        lines = {(line["index"], line["row"]): line["rewards"] for line in held_out}
-        unknown = [[np.nan] * len(ranks) for ranks in self.ranks]
-        self.recorded = np.concatenate(
-            [lines.get((number, row["row"]), unknown[number]) for number, row in enumerate(rows)]
-        )
         self.evaluated = self.now = self.rewards()
         self.spread = float(self.evaluated.std())
         self.float32 = self.tolerance = max(LEAST, FLOAT32 * self.spread)
@@ -133,13 +118,13 @@ class Verification:
             self.tolerance += self.moved[name]
         self.now = rewards
 
-    def check_recorded(self) -> None:
-        """Compare what was evaluated with what the run's evaluation wrote down, as far as it did."""
-        known = np.isfinite(self.recorded)
-        if known.any():
+    def check_recorded(self, predictions: Sequence[dict[str, Any]]) -> None:
+        """Compare what was evaluated with what the run's evaluation, if there is one, wrote down."""
+        held_out = [line["rewards"] for line in predictions if line["dataset"] == HELD_OUT]
+        if held_out:
+            recorded = np.concatenate(held_out[: len(self.ranks)])
             claim = "the run no longer gives the rewards of its predictions.jsonl (has its base changed?)"
-            before = np.where(known, self.recorded, self.evaluated)
-            self.moved["recorded"] = compare(claim, before, self.evaluated, self.tolerance, self.names)
+            self.moved["recorded"] = compare(claim, recorded, self.evaluated, self.tolerance, self.names)
 
     def free_model(self) -> None:
         """Free the reward model's model: it and the one that is loaded next may not fit a device together."""
@@ -157,26 +142,26 @@ class Verification:
         model, tokenizer = self.reward_model.model, self.reward_model.tokenizer
         samples, conversations, expected = self._served()
         texts = [render(tokenizer, messages) for messages in conversations]
-        causal, device = reads_last_token(model), next(model.parameters()).device
+        causal, device = is_decoder(model), next(model.parameters()).device
         ppo_reason = ppo_fault(tokenizer) if causal else ENCODER
-        request: dict[str, Any] = {
-            "folder": str(folder),
-            "sequences": self.sequences,
-            "texts": texts,
-            "device": str(device),
-        }
-        request |= {"left": pads_left(model), "sampled": [] if ppo_reason else conversations}
+        request: dict[str, Any] = {"folder": str(folder), "sequences": self.sequences, "texts": texts}
+        request |= {"device": str(device), "left": pads_left(model)}
+        request |= {"sampled": [] if ppo_reason else conversations}
         del model
         self.free_model()
         answer = _score_anew(request) | {"trl": trl_rewards(folder, conversations, device)}
-        allowed, differences = self._compare_files(answer)
+        if not answer["ids"][0] == answer["ids"][1] == tokenizer(texts)["input_ids"]:
+            raise ExportError(
+                "the exported tokenizer gives other token ids, or adds special tokens to the chat template's "
+                "text; nothing was exported"
+            )
         replies = [f"'{messages[-1]['content'][:60]}'" for messages in conversations]
-        sampled = _compare_served(answer, tokenizer(texts)["input_ids"], expected, allowed, replies)
-        ppo_reason = ppo_reason or (None if sampled else UNSAMPLED)
+        differences = self._compare(answer, expected, replies)
+        if not ppo_reason and set(answer["ppo"]) == {None}:
+            ppo_reason = UNSAMPLED
         rewards = {"adapter": self.evaluated, "merged": np.array(answer["alone"])}
         return {
             "n_sequences": len(self.sequences),
-            "n_comparisons": len(self.ranks),
             "tolerance": self.tolerance,
             "tolerance_float32": self.float32,
             "max_abs_diff": differences,
@@ -202,32 +187,45 @@ class Verification:
         rewards = self.reward_model.score(items, unfit=np.nan)
         fit = np.isfinite(rewards)
         samples = [item for item, fits in zip(items, fit, strict=True) if fits]
-        texts = [conversation([{"role": "user", "content": s["prompt"]}], s["response"]) for s in samples]
+        texts = [conversation(as_messages(sample["prompt"]), sample["response"]) for sample in samples]
         expected = np.append(rewards[fit], self.now[list(self.texts)])
         return samples, [*texts, *self.texts.values()], expected
 
-    def _compare_files(self, answer: dict[str, Any]) -> tuple[float, dict[str, float | None]]:
-        """What ways to serve the files may differ by, and by how much `max_abs_diff` says they do."""
-        alone, batched, files = (np.array(answer[key], np.float32) for key in ("alone", "batched", "float32"))
-        left = batched if answer["left"] is None else np.array(answer["left"], np.float32)
+    def _compare(
+        self, answer: dict[str, Any], expected: Rewards, replies: list[str]
+    ) -> dict[str, float | None]:
+        """Compare what the files give, and what programs that use them get for `replies`; `max_abs_diff`."""
+        alone, batched, files = (np.array(answer[key]) for key in ("alone", "batched", "float32"))
         half = np.abs(files - alone).max() > self.float32  # plain transformers computes in half precision
         allowed = self.float32 + (ROUNDING * self.spread if half else 0.0)
         self.tolerance += allowed - self.float32
         claim = "the files do not give the merged model's rewards"
         self.moved["files"] = compare(claim, self.now, files, self.float32, self.names)
-        checks = {
-            "merged": (
-                "the merged model is not what was evaluated",
-                self.evaluated,
-                self.now,
-                self.tolerance,
-            ),
-            "fresh_process": ("a fresh process scores otherwise", self.now, alone, allowed),
-            "batch_size": ("batches of 8 score otherwise", alone, batched, allowed),
-            "padding_side": ("padding on the left scores otherwise", batched, left, allowed),
+        claim = "the merged model is not what was evaluated"
+        found: dict[str, float | None] = {
+            "merged": compare(claim, self.evaluated, self.now, self.tolerance, self.names),
+            "padding_side": None,
         }
-        found: dict[str, float | None] = {n: compare(*check, self.names) for n, check in checks.items()}
-        return allowed, found if answer["left"] else found | {"padding_side": None}
+        checks = {
+            "fresh_process": ("a fresh process scores otherwise", self.now, alone),
+            "batch_size": ("batches of 8 score otherwise", alone, batched),
+        }
+        if answer["left"]:
+            checks["padding_side"] = "padding on the left scores otherwise", batched, np.array(answer["left"])
+        for name, check in checks.items():
+            found[name] = compare(*check, allowed, self.names)
+        sampled = np.array(answer["ppo"] or [None] * len(expected), float)  # NaN for None
+        served = {
+            "transformers' pipeline": np.array([one["score"] for one in answer["pipeline"]]),
+            "TRL's RLOOTrainer": np.array(answer["trl"]),
+            "a PPO trainer": np.where(np.isnan(sampled), expected, sampled),
+        }
+        for consumer, rewards in served.items():
+            compare(f"{consumer} does not get the model's rewards", expected, rewards, allowed, replies)
+        labels = {one["label"] for one in answer["pipeline"]}
+        if labels != {"reward"}:
+            raise ExportError(f"transformers' pipeline calls the reward {labels}; nothing was exported")
+        return found
 
 
 def compare(claim: str, before: Rewards, after: Rewards, allowed: float, names: Sequence[str]) -> float:
@@ -246,33 +244,6 @@ def compare(claim: str, before: Rewards, after: Rewards, allowed: float, names: 
     return float(difference[worst])
 
 
-def _compare_served(
-    answer: dict[str, Any], ids: list[list[int]], expected: Rewards, allowed: float, replies: list[str]
-) -> bool:
-    """Compare what programs that use the files get with ids and rewards; whether a PPO trainer gets any.
-
-    Raises:
-        ExportError: it is something else.
-    """
-    if not answer["ids"][0] == answer["ids"][1] == ids:
-        raise ExportError(
-            "the exported tokenizer gives other token ids, or adds special tokens to the chat template's "
-            "text; nothing was exported"
-        )
-    sampled = np.array(answer["ppo"] or [np.nan] * len(expected), np.float32)  # NaN for None
-    served = {
-        "transformers' pipeline": np.array([found["score"] for found in answer["pipeline"]]),
-        "TRL's RLOOTrainer": np.array(answer["trl"]),
-        "a PPO trainer": np.where(np.isnan(sampled), expected, sampled),
-    }
-    for consumer, rewards in served.items():
-        compare(f"{consumer} does not get the model's rewards", expected, rewards, allowed, replies)
-    labels = {found["label"] for found in answer["pipeline"]}
-    if labels != {"reward"}:
-        raise ExportError(f"transformers' pipeline calls the reward {labels}; nothing was exported")
-    return not np.isnan(sampled).all()
-
-
 def pads_left(model: nn.Module) -> bool:
     """Whether padding on the left may not change rewards.
 
@@ -280,22 +251,17 @@ def pads_left(model: nn.Module) -> bool:
     first token (encoders): such models are to be padded on the right.
     """
     embeddings = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
-    return reads_last_token(model) and not re.search(r"position|wpe", " ".join(embeddings))
-
-
-def reads_last_token(model: nn.Module) -> bool:
-    """Whether the head reads the last token, as decoders' do; encoders' read the first."""
-    return isinstance(getattr(model, "score", None), nn.Module)
+    return is_decoder(model) and not re.search(r"position|wpe", " ".join(embeddings))
 
 
 def _score_anew(request: dict[str, Any]) -> dict[str, Any]:
     """The answer of `plain_scoring.py`, in a process that knows nothing of this one."""
-    with tempfile.TemporaryDirectory() as scratch:
-        asked, answered = Path(scratch, "request.json"), Path(scratch, "answer.json")
-        asked.write_text(json.dumps(request), encoding="utf-8")
-        command = [sys.executable, "-P", str(PLAIN_SCORING), str(asked), str(answered)]
-        code = subprocess.run(command, check=False).returncode
-        answer = read_json(answered) if answered.is_file() else {"error": f"its process ended with {code}"}
+    command = [sys.executable, "-P", str(PLAIN_SCORING)]
+    asked = json.dumps(request)
+    result = subprocess.run(command, input=asked, stdout=subprocess.PIPE, text=True, check=False)
+    answer = {"error": f"its process ended with {result.returncode}"}
+    if result.returncode == 0:
+        answer = json.loads(result.stdout.splitlines()[-1])
     if "error" in answer:
         raise ExportError(
             f"plain transformers cannot use the export: {answer['error']}; nothing was exported"

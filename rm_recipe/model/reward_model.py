@@ -247,7 +247,7 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(mask, zeros, torch.finfo(dtype).min)
 
 
-Base = Literal["trained", "dequantized", "original"]
+Base = Literal["trained", "dequantized"]
 
 
 def load_trained(
@@ -260,8 +260,8 @@ def load_trained(
     """A trained reward model for scoring: a run's `model/`, a merged export, or any one-label model.
 
     Args:
-        base: what the adapter of a quantised base is put on: that base, the same de-quantised (the weights
-            that it was trained on, as numbers that it can be merged into), or the one before quantising.
+        base: what the adapter of a quantised base is put on: that base, or the same de-quantised (the weights
+            that it was trained on, as numbers that it can be merged into).
         device: where a base goes that was quantised and is not any more, if not where it is quantised.
 
     Raises:
@@ -294,13 +294,10 @@ def _load_adapter(
     kwargs: dict[str, Any] = {"num_labels": 1, "dtype": config.dtype or "auto"}
     quantised = config.to_dict().get("quantization_config")
     if quantised:
-        moved = device is not None and base == "original"
-        kwargs["device_map"] = {"": str(device)} if moved else lora.on_this_device()
+        kwargs["device_map"] = lora.on_this_device()
     with as_one_model(name, revision) as folder:
         comes_quantised = hasattr(load_config(folder, revision), "quantization_config")
-        if base == "original" and comes_quantised:
-            raise RecipeError(f"'{name}' comes quantised: there is no original to merge into")
-        if quantised and base != "original" and not comes_quantised:
+        if quantised and not comes_quantised:
             kwargs["quantization_config"] = transformers.BitsAndBytesConfig.from_dict(quantised)
         model, new = _load(folder, revision, **kwargs)
     trained = tuple(f"{part}." for part in adapter.modules_to_save or [])

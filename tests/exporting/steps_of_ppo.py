@@ -13,6 +13,14 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 
+def policy_of(folder: str, pad: int) -> AutoModelForCausalLM:
+    """A policy that never samples the pad token."""
+    policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    policy.lm_head.bias = torch.nn.Parameter(torch.zeros(policy.config.vocab_size))
+    policy.lm_head.bias.data[pad] = -100.0
+    return policy
+
+
 def main(export: str, policy: str, scratch: str) -> None:
     prompts = json.load(sys.stdin)
     torch.manual_seed(0)
@@ -54,8 +62,8 @@ def main(export: str, policy: str, scratch: str) -> None:
     trainer = PPOTrainer(
         settings,
         tokenizer,
-        AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32),
-        AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32),
+        policy_of(policy, tokenizer.pad_token_id),
+        policy_of(policy, tokenizer.pad_token_id),
         reward_model,
         Dataset.from_dict({"input_ids": ids}),
         AutoModelForSequenceClassification.from_pretrained(policy, num_labels=1),

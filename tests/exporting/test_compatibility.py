@@ -8,8 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import REPOSITORY, TINY_DECODER, TINY_GPT2, make_recipe, make_tokenizer
+from conftest import REPOSITORY, TINY_DECODER, TINY_GPT2, base_of, make_recipe, make_tokenizer, save_base
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,7 +26,6 @@ from rm_recipe.exporting.compatibility import for_transformers_4, needs_transfor
 from rm_recipe.exporting.export import export
 from rm_recipe.recipe.reader import read_recipe
 from rm_recipe.scoring import RewardModel
-from rm_recipe.tools.offline import save_base_model
 from rm_recipe.training.train import train
 
 SIZE = {**TINY_DECODER, "hidden_size": 64, "max_position_embeddings": 64, "pad_token_id": 0}
@@ -108,13 +106,8 @@ def run_elsewhere(environment, script, *arguments, asked):
 def exported(tmp_path_factory, tiny_data):
     """The base and the export of a run with rotations that are not the default, as Llama 3's."""
     folder = tmp_path_factory.mktemp("compatible")
-    tokenizer = make_tokenizer()
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        LlamaConfig(vocab_size=len(tokenizer), **TINY_DECODER, rope_parameters=rope("llama3", **LLAMA3))
-    )
-    model.config.quantization_config = {}  # as one that was de-quantised
-    save_base_model(model, tokenizer, folder / "base")
+    base = base_of(AutoModelForCausalLM, "llama", TINY_DECODER, rope_parameters=rope("llama3", **LLAMA3))
+    save_base(folder / "base", base, make_tokenizer())
     train(read_recipe(make_recipe(folder, folder / "base", tiny_data, num_train_epochs=1)))
     evaluate(str(folder / "run"))
     export(folder / "run")
@@ -151,4 +144,4 @@ def test_two_steps_of_ppo_see_the_rewards_of_score(exported, tmp_path):
     encoded, seen = [Encoded([], [ids]) for ids in answer["ids"]], answer["rewards"]
     assert len(seen) == 8
     rewards = RewardModel.from_pretrained(folder).score_encoded(encoded)
-    assert [one for [one] in rewards] == pytest.approx(seen, abs=1e-5)
+    assert [reward.item() for reward in rewards] == pytest.approx(seen, abs=1e-5)

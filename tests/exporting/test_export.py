@@ -8,12 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import warnings
 import weakref
 
 import pytest
 import torch
-from conftest import make_recipe
+from conftest import make_recipe, make_tokenizer
 from huggingface_hub import ModelCard
 from made_up_export import blocks
 from peft import LoraModel
@@ -96,10 +95,6 @@ def run(trained, tmp_path, request):
     return copy
 
 
-def of_kind(*kinds):
-    return pytest.mark.parametrize("run", kinds, indirect=True)
-
-
 def saved(folder):
     return load_file(folder / "model.safetensors")
 
@@ -112,11 +107,12 @@ def an_export_in(run):
     return run / "export" / "model.safetensors"
 
 
-def refused(claim, run, **options):
-    """Nothing is put in place."""
+def refused(claim, run):
+    """What was there is kept, and nothing else is left."""
+    old = an_export_in(run)
     with pytest.raises(ExportError, match=claim):
-        export(run, **options)
-    assert not (run / "export").exists()
+        export(run, overwrite=True)
+    assert old.read_text() == "old"
     assert not [path for path in run.iterdir() if path.name.startswith(".export")]
 
 
@@ -164,30 +160,20 @@ def test_plain_transformers_gives_the_rewards_of_the_run(exported, kind):
 
 
 def test_what_other_programs_read_is_in_the_configuration(exported):
-    _, run = exported("fp32")
+    _, run = exported("bf16")
     config = json.loads((run / "export" / "config.json").read_text())
     assert config["sentence_transformers"] == {"activation_fn": "torch.nn.modules.linear.Identity"}
     # Verl would cut a BOS from the text that nothing adds again.
     assert AutoTokenizer.from_pretrained(run / "model").bos_token == "<s>"
     assert AutoTokenizer.from_pretrained(run / "export").bos_token is None
-
-
-def test_a_bos_that_the_template_writes_is_named(tmp_path):
-    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
-    export_module.leave_out_bos(tmp_path, "{{ bos_token }}{{ messages }}")
-    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["bos_token"] == "<s>"
-
-
-def test_the_body_keeps_bf16_and_the_head_fp32(exported):
-    weights = saved(exported("bf16")[1] / "export")
+    weights = saved(run / "export")
     assert weights["score.weight"].dtype == torch.float32
     assert weights["model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(("run", "dtype"), [("bf16", "float32"), ("in full", "bfloat16")], indirect=["run"])
 def test_dtype_is_that_of_all_weights_and_of_what_is_verified(run, dtype):
-    proof = export(run, dtype=dtype, merge_base="original")
-    assert proof["merge_base"] is None  # there is only one
+    proof = export(run, dtype=dtype)
     wanted = getattr(torch, dtype)
     assert {weight.dtype for weight in saved(run / "export").values()} == {wanted}
     assert AutoModelForSequenceClassification.from_pretrained(run / "export").dtype == wanted
@@ -197,22 +183,14 @@ def test_dtype_is_that_of_all_weights_and_of_what_is_verified(run, dtype):
     assert (proof["steps"]["rounding"] == 0) == (dtype == "float32")
 
 
-def test_the_two_bases_of_a_4_bit_run_are_told_apart_and_measured(exported, tiny_llama, tmp_path):
-    dequantized, run = exported("4-bit")
-    original = export(run, tmp_path / "original", merge_base="original")
-    assert (dequantized["merge_base"], original["merge_base"]) == ("dequantized", "original")
-    assert "base" not in dequantized["steps"]
-    assert original["max_abs_diff"]["merged"] > original["steps"]["base"] / 2 > 1e-3
+def test_the_adapter_of_a_4_bit_run_is_merged_into_the_base_that_it_was_trained_on(exported, tiny_llama):
+    _, run = exported("4-bit")
     base = AutoModelForCausalLM.from_pretrained(tiny_llama).state_dict()
     name = "model.layers.0.self_attn.q_proj.weight"
     adapter = load_file(run / "model" / "adapter_model.safetensors")
-    up, down = (
-        adapter[f"base_model.model.model.layers.0.self_attn.q_proj.lora_{side}.weight"] for side in "BA"
-    )
+    up, down = (adapter[f"base_model.model.{name.removesuffix('weight')}lora_{x}.weight"] for x in "BA")
     scale = json.loads((run / "model" / "adapter_config.json").read_text())
     update = up @ down * scale["lora_alpha"] / scale["r"]
-    merged = saved(tmp_path / "original")[name].float()
-    assert (merged - base[name] - update).abs().max() < 1e-3  # bf16
     assert (saved(run / "export")[name].float() - base[name] - update).abs().max() > 2e-3  # 4 bits
 
 
@@ -245,9 +223,7 @@ def test_the_cards_snippets_give_the_rewards_that_it_says(exported, capsys):
 def test_the_hubs_classes_find_the_accuracy_in_the_card(exported, tiny_data):
     _, run = exported("fp32")
     metrics = json.loads((run / "evaluation.json").read_text())["datasets"]["held_out"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        card = ModelCard.load(run / "export" / "README.md")
+    card = ModelCard.load(run / "export" / "README.md")
     [result] = card.data.eval_results
     assert result.metric_value == pytest.approx(metrics["accuracy"], abs=1e-4)
     assert result.metric_args["ci95"] == pytest.approx(metrics["accuracy_ci95"], abs=1e-4)
@@ -267,73 +243,71 @@ def test_the_hubs_classes_find_the_accuracy_in_the_card(exported, tiny_data):
 # What does not come out
 
 
-def saved_otherwise(monkeypatch, change):
-    """An export changes its own files by `change(folder)` before they are read back."""
-    save = export_module.save
-
-    def save_otherwise(verification, folder, *rest):
-        save(verification, folder, *rest)
-        change(folder)
-
-    monkeypatch.setattr(export_module, "save", save_otherwise)
+def rescale_the_head(_, folder, *rest):
+    weights = saved(folder)
+    weights["score.weight"] = weights["score.weight"] * 1.01
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
-def test_an_export_that_scores_otherwise_is_not_put_in_place_of_one_that_does_not(run, monkeypatch):
-    old = an_export_in(run)
-    with pytest.raises(RecipeError, match="add --overwrite to replace it"):
-        export(run)
-
-    def change(folder):
-        weights = saved(folder)
-        weights["score.weight"] = weights["score.weight"] * 1.01
-        save_file(weights, folder / "model.safetensors", {"format": "pt"})
-
-    saved_otherwise(monkeypatch, change)
-    claim = r"the files do not give .* comparison \d+, response \d .best first., went from .* is allowed"
-    with pytest.raises(ExportError, match=claim):
-        export(run, overwrite=True)
-    assert old.read_text() == "old"
-    assert not [path for path in run.iterdir() if path.name.startswith(".export")]
-
-
-ADDS_BOS = {
-    "type": "TemplateProcessing",
-    "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-    "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
-}
-
-
-@pytest.mark.parametrize(
-    ("file", "keys", "claim"),
-    [
-        ("config.json", {"problem_type": None}, "transformers' pipeline does not get"),
-        ("config.json", {"pad_token_id": None}, "plain transformers cannot use"),
-        ("config.json", {"pad_token_id": 2}, "scores? otherwise|do not give"),
-        ("config.json", {"id2label": {"0": "LABEL_0"}}, "calls the reward {'LABEL_0'}"),
-        ("tokenizer.json", {"post_processor": ADDS_BOS}, "adds special tokens"),
-    ],
-    ids=["sigmoid", "no pad token", "pad is EOS", "label", "special tokens"],
-)
-def test_what_would_be_served_otherwise_is_refused(run, monkeypatch, file, keys, claim):
-    def change(folder):
+def write_in(file, **keys):
+    def change(_, folder, *rest):
         content = json.loads((folder / file).read_text()) | keys
         (folder / file).write_text(json.dumps(content))
 
-    saved_otherwise(monkeypatch, change)
+    return change
+
+
+def move_a_reward_of_ppo(answer):
+    answer["ppo"][0] += 0.1
+
+
+def lose_the_head(model):
+    torch.nn.init.normal_(model.score.weight)
+
+
+def take_another_body(model, *rest):
+    for parameter in model.base_model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+
+
+def round_coarsely(verification):
+    for parameter in verification.reward_model.model.parameters():
+        parameter.data = (parameter.data * 8).round() / 8
+
+
+ADDS_BOS = json.loads(make_tokenizer().backend_tokenizer.to_str())["post_processor"]
+SAVE, MERGE = (export_module, "save"), (export_module, "merge")
+DEQUANTISED = "in fp32, de-quantised, the rewards are not what was evaluated: held-out comparison"
+# The kind of run, after which function something goes wrong, and what is said.
+BROKEN = [
+    ("fp32", SAVE, rescale_the_head, "do not give .* comparison .* went from .* is allowed"),
+    ("fp32", SAVE, write_in("config.json", problem_type=None), "transformers' pipeline does not get"),
+    ("fp32", SAVE, write_in("config.json", pad_token_id=None), "plain transformers cannot use"),
+    ("fp32", SAVE, write_in("config.json", pad_token_id=2), "scores? otherwise|do not give"),
+    ("fp32", SAVE, write_in("config.json", id2label={"0": "LABEL_0"}), "calls the reward {'LABEL_0'}"),
+    ("fp32", SAVE, write_in("tokenizer.json", post_processor=ADDS_BOS), "adds special tokens"),
+    ("fp32", (verify, "_score_anew"), move_a_reward_of_ppo, "a PPO trainer does not get the model's rewards"),
+    # peft#1836: 0.965 before the merge, 0.496 after.
+    ("fp32", (LoraModel, "merge_and_unload"), lose_the_head, "merging changed the rewards: held-out"),
+    # The base is loaded anew, so the merge alone would be exact.
+    ("4-bit", (lora, "dequantize"), take_another_body, DEQUANTISED),
+    ("8-bit", (lora, "dequantize"), take_another_body, DEQUANTISED),
+    ("fp32", MERGE, round_coarsely, "rounding changed the rewards"),
+    ("bf16", MERGE, round_coarsely, "rounding changed the rewards"),
+]
+
+
+@pytest.mark.parametrize(("run", "where", "change", "claim"), BROKEN, indirect=["run"])
+def test_what_gives_or_is_served_as_other_rewards_is_refused(run, monkeypatch, where, change, claim):
+    right = getattr(*where)
+
+    def spoilt(*args, **options):
+        result = right(*args, **options)
+        change(*(args if result is None else [result]))
+        return result
+
+    monkeypatch.setattr(*where, spoilt)
     refused(claim, run)
-
-
-def test_rewards_that_ppo_would_not_get_are_refused(run, monkeypatch):
-    score = verify._score_anew
-
-    def score_otherwise(request):
-        answer = score(request)
-        answer["ppo"][0] += 0.1
-        return answer
-
-    monkeypatch.setattr(verify, "_score_anew", score_otherwise)
-    refused("a PPO trainer does not get the model's rewards", run)
 
 
 def test_a_template_that_begins_a_reply_otherwise_than_it_asks_is_not_for_ppo(run):
@@ -344,60 +318,6 @@ def test_a_template_that_begins_a_reply_otherwise_than_it_asks_is_not_for_ppo(ru
     assert (proof["passed"], proof["contracts"]["ppo"]) == (True, None)
     assert proof["ppo_reason"]
     assert "**Not for PPO trainers**" in (run / "export" / "README.md").read_text()
-
-
-def test_a_merge_that_moves_the_rewards_is_refused(run, monkeypatch):
-    """peft#1836: 0.965 before the merge, 0.496 after."""
-    merge = LoraModel.merge_and_unload
-
-    def lose_head(model, **kwargs):
-        merged = merge(model, **kwargs)
-        torch.nn.init.normal_(merged.score.weight)
-        return merged
-
-    monkeypatch.setattr(LoraModel, "merge_and_unload", lose_head)
-    refused("merging changed the rewards: held-out comparison", run)
-
-
-@of_kind("4-bit", "8-bit")
-def test_a_base_that_is_de_quantised_wrongly_is_refused(run, monkeypatch):
-    """It is loaded anew, so the merge alone would be exact: peft#1836 again."""
-    right = lora.dequantize
-
-    def wrongly(model, device):
-        right(model, device)
-        for parameter in model.base_model.parameters():
-            torch.nn.init.normal_(parameter, std=0.2)
-
-    monkeypatch.setattr(lora, "dequantize", wrongly)
-    refused("in fp32, de-quantised, the rewards are not what was evaluated: held-out comparison", run)
-
-
-@of_kind("4-bit")
-def test_an_original_base_that_gives_other_rewards_is_refused(run, monkeypatch):
-    load = export_module.load_trained
-
-    def load_another(*args, base, **options):
-        model = load(*args, base=base, **options)
-        if base == "original":
-            torch.nn.init.normal_(model.get_base_model().model.embed_tokens.weight)
-        return model
-
-    monkeypatch.setattr(export_module, "load_trained", load_another)
-    refused("the original base .--merge-base dequantized would not.", run, merge_base="original")
-
-
-@of_kind("fp32", "bf16")
-def test_weights_that_are_rounded_too_coarsely_are_refused(run, monkeypatch):
-    save = export_module.save
-
-    def coarsely(verification, *rest):
-        for parameter in verification.reward_model.model.parameters():
-            parameter.data = (parameter.data * 8).round() / 8
-        save(verification, *rest)
-
-    monkeypatch.setattr(export_module, "save", coarsely)
-    refused("rounding changed the rewards", run)
 
 
 def test_ctrl_c_leaves_no_half_written_export(run, monkeypatch):
@@ -427,14 +347,14 @@ def test_a_full_disk_costs_the_new_export_and_not_the_old_one(run):
     assert not [path for path in run.iterdir() if path.name.startswith(".export")]
 
 
-@pytest.mark.parametrize("name", [".", "other"])
-def test_overwriting_never_removes_what_is_no_export(run, tmp_path, name):
-    target = run if name == "." else tmp_path / name
-    target.mkdir(exist_ok=True)
-    (target / "thesis.tex").write_text("kept")
-    with pytest.raises(RecipeError, match="is not an export; choose another --output"):
-        export(run, target, overwrite=True)
-    assert (target / "thesis.tex").read_text() == "kept"
+def test_overwriting_is_asked_for_and_never_removes_what_is_no_export(run, tmp_path):
+    an_export_in(run)
+    with pytest.raises(RecipeError, match="add --overwrite to replace it"):
+        export(run)
+    for target in (run, tmp_path):
+        with pytest.raises(RecipeError, match="is not an export; choose another --output"):
+            export(run, target, overwrite=True)
+    assert (run / "run.json").is_file()
 
 
 def test_a_folder_that_is_no_run_and_a_run_without_its_head_are_named(run, tmp_path):
@@ -459,4 +379,4 @@ def test_a_base_that_has_become_another_one_or_is_gone_is_refused(run, tiny_llam
     refused(r"no longer gives the rewards of its predictions.jsonl", run)
     shutil.rmtree(base)
     with pytest.raises(RecipeError, match="base' cannot be loaded"):
-        export(run)
+        export(run, overwrite=True)
