@@ -102,8 +102,8 @@ class RewardModel:
                 encoded.append(Encoded(whole.prefix, [whole.suffixes[k] for k in part]))
         rewards = np.full(len(items), unfit or 0.0, np.float32)
         found = self.score_encoded(encoded, "Scoring" if progress else "")
-        for part, values in zip(members, found, strict=True):
-            for numbers, value in zip(part, values, strict=True):
+        for together, values in zip(members, found, strict=True):
+            for numbers, value in zip(together, values, strict=True):
                 rewards[numbers] = value
         return rewards
 

@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-LONG_FUNCTION = 50
+LONG_FUNCTION, WIDE_LINE = 50, 110
 SILENT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE}
 SILENT |= {tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -69,7 +69,7 @@ def main():
     packages = Counter(name.split(".")[1] for name in modules if name.count(".") > 1)
     methods = overridden()
     tests = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py")]
-    texts = [*TEXTS.values(), *tests]
+    lines = [line for text in (*TEXTS.values(), *tests) for line in text.splitlines()]
     for what, size in {
         "code lines": sum(map(code_lines, TREES)),
         "modules": len(modules),
@@ -80,7 +80,8 @@ def main():
         "all reach": f"{reached_from('train', 'evaluate', 'export')} (train, evaluate, export)",
         "Trainer's methods": f"{len(methods)} overridden: {', '.join(methods)}",
         "test lines": sum(len(text.splitlines()) for text in tests),
-        "fmt: skip": sum(line.endswith("# fmt: skip") for text in texts for line in text.splitlines()),
+        f"over {WIDE_LINE} wide": sum(len(line) > WIDE_LINE for line in lines),
+        "fmt: skip": sum(line.endswith("# fmt: skip") for line in lines),
     }.items():
         print(f"{what:18} {size}")
 

@@ -56,9 +56,9 @@ def announce_rows(mask: Tensor, blocks: list[Tensor] | None = None) -> None:
 
 def blocks_of(labels: Tensor) -> list[Tensor]:
     """For each comparison of one row a mask (length, length) to add to scores, 0 or -inf."""
-    _, sizes = labels[0, 0, 0].unique_consecutive(return_counts=True)
+    _, sizes = torch.unique_consecutive(labels[0, 0, 0], return_counts=True)
     blocks = []
-    for own in labels.split(sizes.tolist(), dim=3):
+    for own in torch.split(labels, sizes.tolist(), dim=3):
         seen = row_mask(own)[0, 0]
         blocks.append(torch.zeros(seen.shape).masked_fill_(~seen, float("-inf")))
     return blocks
