@@ -27,7 +27,7 @@ from rm_recipe.recipe.schema import DataArguments
 
 ROWS = make_rows(3, seed=1)
 ROW = json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"}).encode()
-PACKED = gzip.compress(ROW)
+PACKED = gzip.compress(ROW, mtime=0)  # without the time, so that every process calls the tests alike
 LAYOUTS = Path(__file__).parent / "hunt" / "layouts"
 
 
