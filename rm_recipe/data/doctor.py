@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rm_recipe.data import comparison, loading
-from rm_recipe.data.dataset import Split, arrow_column, run_pass
+from rm_recipe.data.dataset import FIRST_ROWS, Split, arrow_column, run_pass
 from rm_recipe.data.splits import Leakage, hold_out_share
 from rm_recipe.recipe.reader import Recipe
 
@@ -46,11 +46,13 @@ def _examine_split(split: Split, num_proc: int | None) -> dict[str, Any]:
     """The counts of one split.
 
     Returns:
-        `rows` is `comparisons` plus the sum of `excluded`.
+        `rows` is `comparisons` plus the sum of `excluded`; `scored_lower`: whose chosen reply has a lower
+        score than the rejected one.
         `tokens` are those of whole conversations, before truncation. `shared_prefix_share` is the part of all
         tokens that encoding prompts once saves.
     """
-    n, ranks = len(split.comparisons), split.comparisons["ranks"][:]
+    n, lower = len(split.comparisons), np.flatnonzero(split.column("scored_lower"))
+    ranks = split.comparisons["ranks"][:]
     lengths = pc.list_value_length(pc.list_flatten(arrow_column(split.comparisons, "suffixes"))).to_numpy()
     longer_wins = float(comparison.pairwise_agreement(lengths, ranks).sum()) / n
     tokens = pc.list_flatten(arrow_column(split.tokenized, "lengths")).to_numpy()
@@ -65,6 +67,7 @@ def _examine_split(split: Split, num_proc: int | None) -> dict[str, Any]:
         "columns_not_read": split.unread,
         "differing_prompts": split.differing_prompts,
         "duplicates": count_duplicates(split, num_proc),
+        "scored_lower": {"comparisons": len(lower), "first_rows": split.names(lower[:FIRST_ROWS])},
         "truncated": int(split.column("truncated").sum()),
         "identical_after_truncation": split.excluded["identical_after_tokenization"],
         "baselines": {"longer_wins": longer_wins, "shorter_wins": 1 - longer_wins},

@@ -380,6 +380,21 @@ def _margins(
     return [float(margin) for margin in margins]
 
 
+def score_columns(columns: Collection[str]) -> list[str]:
+    """Find two columns with a score of `chosen` and of `rejected`, as `score_chosen` and `score_rejected`."""
+    for name in columns:
+        other = name.replace("chosen", "rejected")
+        if other != name and other in columns and re.search("score|rating|reward", name):
+            return [name, other]
+    return []
+
+
+def scored_lower(row: Row, columns: Sequence[str]) -> bool:
+    """Tell whether the first of two `columns` has the lower number."""
+    numbers = [_number(row.get(name)) for name in columns]
+    return bool(numbers) and None not in numbers and numbers[0] < numbers[1]
+
+
 def prompts_differ(row: Row) -> bool:
     """Tell whether two transcripts differ before the last `Assistant:` of either.
 

@@ -41,7 +41,7 @@ _PARSED = {
     "responses": hf_datasets.List(_TEXT),
     "ranks": hf_datasets.List(hf_datasets.Value("int32")),
     "margins": hf_datasets.List(hf_datasets.Value("float64")),
-    "prompts_differ": hf_datasets.Value("bool"),
+    **dict.fromkeys(["prompts_differ", "scored_lower"], hf_datasets.Value("bool")),
     **dict.fromkeys(["subset", "tools", "excluded", "detail"], _TEXT),
     **dict.fromkeys(["row", "prompt_key", "first_turn_key", "key"], hf_datasets.Value("int64")),
 }
@@ -72,16 +72,18 @@ def load_rows(
     read = [*shape.columns, *formats.ALSO_READ, *filter(None, [margin_column])]
     complete = not (source.columns or data.columns)  # then a row may have a column that the first ones lack
     wanted = {name: ours.get(name, name) for name in read if name in ours or complete}
+    scores = formats.score_columns(source.columns or columns)
     parse_row = partial(
         formats.parse_row, margin_column=margin_column, margin_map=data.margin_map, shape=shape
     )
 
     def parse() -> Iterator[dict[str, Any]]:
-        for number, row in rows_of(found, [*wanted.values()]):
+        for number, row in rows_of(found, [*wanted.values(), *scores]):
+            lower = formats.scored_lower(row, scores)
             row = {name: row.get(column) for name, column in wanted.items()}
             try:
                 for part in formats.rows_of(row, shape):
-                    yield _parsed(part, number, subset, parse_row)
+                    yield _parsed(part, number, subset, parse_row) | {"scored_lower": lower}
             except Malformed as fault:
                 raise DataError(f"{place}, {unit(file)} {number}: {fault}") from None
 

@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 from conftest import HH_RLHF, WORDS, make_rows, needs_hh_rlhf, write_jsonl
+from datasets import Dataset
 from rich.console import Console
 
 from rm_recipe.data.comparison import Comparison
@@ -108,6 +109,21 @@ def test_genuine_hh_rlhf_is_as_it_was_counted_before(write_recipe, tiny_llama, s
         assert figures["duplicates"]["exact"] == 0
         assert figures["baselines"]["longer_wins"] == pytest.approx(longer, abs=0.05)
         assert figures["shared_prefix_share"] == pytest.approx(0.37, abs=0.05)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_chosen_replies_with_the_lower_score_are_counted_and_named(write_recipe, tmp_path, suffix):
+    rows = [row | {"score_chosen": 8, "score_rejected": 3.5} for row in make_rows(9, seed=1)]
+    for number in (1, 4):
+        rows[number]["score_chosen"] = 2
+    rows[5]["score_rejected"] = None
+    for name in ("train", "test"):
+        hf_rows = Dataset.from_list([row | {"prompt": row["prompt"][0]["content"]} for row in rows])
+        write = hf_rows.to_json if suffix == "jsonl" else hf_rows.to_csv
+        (tmp_path / "scored").mkdir(exist_ok=True)
+        write(str(tmp_path / "scored" / f"{name}.{suffix}"))
+    report = report_of(write_recipe(dataset_name=str(tmp_path / "scored"), leakage="allow"))
+    assert report["splits"]["train"]["scored_lower"] == {"comparisons": 2, "first_rows": ["2", "5"]}
 
 
 @pytest.mark.parametrize(("by", "comparisons"), [("prompt", 1), ("first_turn", 3)])
