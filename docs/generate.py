@@ -239,11 +239,12 @@ def verbs() -> str:
 def mask() -> str:
     """Who sees whom in a row of one comparison, asked of the code that makes the masks."""
     from rm_recipe.data.comparison import Encoded
+    from rm_recipe.model.row_attention import row_mask
     from rm_recipe.model.shared_prefix import shared_rows
 
     names = ["p1", "p2", "p3", "c1", "c2", "r1", "r2", "r3"]
     rows = shared_rows([Encoded([11, 12, 13], [[21, 22], [31, 32, 33]])], 0)
-    seen, positions = rows["attention_mask"][0, 0], rows["position_ids"][0].tolist()
+    seen, positions = row_mask(rows["attention_mask"])[0, 0], rows["position_ids"][0].tolist()
     lines = [
         "token          " + "  ".join(names),
         "position id    " + "  ".join(f"{p:<2}" for p in positions),
