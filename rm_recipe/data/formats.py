@@ -115,10 +115,20 @@ SHAPES_IN_WORDS = (
 # --- columns that have to be made of others ----------------------------------------------------
 
 
+_SIDES = ("user", "assistant")
+
+
 def _alpaca(row: Row) -> Row:
-    """As LLaMA-Factory joins them: the instruction, and on the next line its input."""
+    """As LLaMA-Factory joins them: the instruction and on the next line its input, after the `history`."""
     asked = [row.get("instruction"), row.get("input")]
-    return {**row, "instruction": "\n".join(text for text in asked if isinstance(text, str) and text)}
+    text = "\n".join(text for text in asked if isinstance(text, str) and text)
+    before = _decoded(row.get("history")) or []
+    if not all(isinstance(turn, list) and len(turn) == 2 for turn in before):
+        raise Malformed("history", "a list of [question, answer]", before)
+    turns = [
+        {"role": role, "content": said} for turn in before for role, said in zip(_SIDES, turn, strict=True)
+    ]
+    return {**row, "instruction": [*turns, {"role": "user", "content": text}] if turns else text}
 
 
 def _swift(row: Row) -> Row:
@@ -143,12 +153,13 @@ def _turns(row: Row) -> Row:
         asked, *sides = (json.loads(row[name]) for name in ("prompt", "response_a", "response_b"))
         found: dict[str, Any] = {}
         for name, side in zip(("response_a", "response_b"), sides, strict=True):
-            turns = (zip(("user", "assistant"), turn, strict=True) for turn in zip(asked, side, strict=True))
+            turns = (zip(_SIDES, turn, strict=True) for turn in zip(asked, side, strict=True))
             found[name] = [{"role": role, "content": text} for turn in turns for role, text in turn]
         return {**row, "prompt": [], **found}
     return row
 
 
+OPTIONAL = dict.fromkeys(["LLaMA-Factory alpaca", "LLaMA-Factory alpaca of old"], ("history",))
 PREPARED = {
     **dict.fromkeys(["LLaMA-Factory alpaca", "LLaMA-Factory alpaca of old"], _alpaca),
     "ms-swift": _swift,

@@ -8,7 +8,7 @@ import datasets as hf_datasets
 import pytest
 from conftest import make_rows, make_tokenizer, write_jsonl
 
-from rm_recipe.data.comparison import Comparison
+from rm_recipe.data.comparison import Comparison, Malformed
 from rm_recipe.data.formats import parse_row, rows_of, shape_of
 from rm_recipe.data.loading import read_name
 from rm_recipe.data.splits import load_split, load_splits
@@ -170,6 +170,21 @@ PUBLISHED = [
 @pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: shape_of(row).name)
 def test_a_published_shape_says_which_reply_is_better(row):
     assert parse_row(row) == Comparison([ASKED], ["good", "bad"])
+
+
+def test_the_turns_of_a_history_come_before_an_instruction(tmp_path):
+    row = {"instruction": "And", "input": "you?", "chosen": "good", "rejected": "bad"}
+    before = said("user", "Hi"), said("assistant", "Hello")
+    found = parse_row({**row, "history": [["Hi", "Hello"]]})
+    assert found.prompt == [*before, said("user", "And\nyou?")]
+    path = write_jsonl(
+        tmp_path / "rows.jsonl", [row, {**row, "instruction": "So", "history": [["Hi", "Hello"]]}]
+    )
+    split = load_split(DataArguments(dataset_name=str(path)), "test")
+    assert [len(one.prompt) for one in (split[0], split[1])] == [1, 3]
+    assert not split.unread
+    with pytest.raises(Malformed, match="'history' should be a list of"):
+        parse_row({**row, "history": ["Hi"]})
 
 
 def node(role, text, *replies, **rank):
