@@ -17,9 +17,9 @@ from accelerate.utils import broadcast_object_list
 from huggingface_hub import snapshot_download
 from numpy.typing import NDArray
 
+from rm_recipe.data import loading
 from rm_recipe.data.augmentation import EDITS, UNSEEN
 from rm_recipe.data.dataset import Split, arrow_column
-from rm_recipe.data.loading import read_name
 from rm_recipe.data.splits import changed_data, check_held_out, load_held_out_split, load_split, load_splits
 from rm_recipe.data.tokenization import tokenize
 from rm_recipe.errors import DataError, RecipeError, TrainingError, one_line
@@ -153,10 +153,19 @@ def _earlier_evaluation(output: Path, target: str, weights: dict[str, str], name
 
 
 def _data_of(name: str, recipe: Recipe | None) -> DataArguments:
-    """What a name stands for; one without a split means the recipe's test split, unless that is a slice."""
+    """What a name stands for; one without a split means the recipe's test split, unless that is a slice.
+
+    The recipe's `columns` are meant too, where the set has all of them: the verdict of two, for one.
+    """
     split = recipe.data.dataset_test_split if recipe else DataArguments.dataset_test_split
     usual = {} if "[" in split else {"dataset_test_split": split}
-    return DataArguments(**(usual | read_name(name)))
+    data = DataArguments(**(usual | loading.read_name(name)))
+    if recipe and recipe.data.columns:
+        [source] = loading.sources_of(data)
+        splits = loading.splits_of(source, data.dataset_revision)
+        there = loading.columns_of(loading.find_split(splits, data.dataset_test_split, source))
+        data.columns = recipe.data.columns if {*recipe.data.columns.values()} <= {*there} else None
+    return data
 
 
 def _load(name: str, recipe: Recipe | None) -> tuple[Split, Benchmark | None]:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import make_recipe, make_rows, write_jsonl
+from conftest import REPOSITORY, make_recipe, make_rows, write_jsonl
 from huggingface_hub import constants
 from safetensors.torch import save_file
 from test_benchmarks import save_classifier
@@ -264,3 +264,14 @@ def test_with_gate_the_exit_code_says_whether_the_target_is_reached(run, tiny_da
     code, _, err = invoke(monkeypatch, capsys, "evaluate", str(run), "--dataset", other, "--gate")
     assert code == 2
     assert "--gate judges the held-out split" in err
+
+
+def test_the_verdict_that_a_recipe_names_is_that_of_other_sets_too(write_recipe, tmp_path, tiny_data, capsys):
+    """Of PKU-SafeRLHF's two; a set without such columns is read as it is."""
+    pku = str(REPOSITORY / "tests" / "data" / "hunt" / "pku_saferlhf.jsonl")
+    keys = {"test_split_size": 0.5, "num_train_epochs": 1, "max_length": 256}
+    train(read_recipe(write_recipe(dataset_name=pku, columns={"verdict": "safer_response_id"}, **keys)))
+    found = evaluate(str(tmp_path / "run"), [pku, str(tiny_data)])["datasets"]
+    assert found[pku]["n_comparisons"] == 4
+    assert found[str(tiny_data)]["n_scored"] == 40
+    assert "PKU-SafeRLHF by the safer" in capsys.readouterr().out
