@@ -210,11 +210,11 @@ def curve(
     context: typer.Context,
     recipe: RecipePath,
     samples: Annotated[str, Option(help="Numbers of comparisons, such as 400,800,1600.")],
-    output: Annotated[Path | None, Option(help="Folder for the runs and the curve.")] = None,
+    output: Annotated[Path | None, Option(help="Folder for the runs and the curve.", file_okay=False)] = None,
 ) -> None:
     """Train on ever more comparisons, to see what more would bring; --key value sets a recipe's key."""
     sizes = samples.split(",")
-    if not all(size.strip().isdigit() for size in sizes):
+    if not all(size.strip().isdecimal() for size in sizes):
         raise typer.BadParameter(f"--samples {samples}: give whole numbers, such as 400,800,1600")
     from rm_recipe.tools.curve import curve as make_curve
 

@@ -102,9 +102,13 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Read the objects of a file with one a line.
 
     Raises:
-        RecipeError: naming the file.
+        RecipeError: naming the file, and the line that is no object.
     """
-    return list(_parsed(path, lambda text: [json.loads(line) for line in text.split("\n") if line]))
+    lines = list(_parsed(path, lambda text: [json.loads(line) for line in text.split("\n") if line]))
+    for number, line in enumerate(lines, 1):
+        if not isinstance(line, dict):
+            raise RecipeError(f"{path}, line {number} holds no JSON object")
+    return lines
 
 
 def _parsed(path: Path, parse: Callable[[str], Any]) -> Any:
@@ -145,9 +149,11 @@ def visible(text: str) -> str:
 
 HIDDEN = "***"
 SHORTEST_TOKEN = 8  # a shorter value would be hidden inside words
-# Hugging Face's tokens, and a URL's user:password.
+# Tokens by their beginnings: Hugging Face's, GitHub's, OpenAI's and its like, AWS's; a URL's user:password.
 _SECRETS = re.compile(
-    r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{30,}(?![A-Za-z0-9])|(?<=://)[^\s/?#@:\"'<>]*:[^\s/?#@\"'<>]+(?=@)"
+    r"(?<![A-Za-z0-9])(?:(?:hf|api_org)_[A-Za-z0-9]{30,}|gh[opsu]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
+    r"|sk-(?:proj|ant|svcacct|or)-[\w-]{20,}|sk-[A-Za-z0-9]{40,}|AKIA[A-Z0-9]{16})(?![A-Za-z0-9])"
+    r"|(?<=://)[^\s/?#@:\"'<>]*:[^\s/?#@\"'<>]+(?=@)"
 )
 
 

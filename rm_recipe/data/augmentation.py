@@ -94,6 +94,8 @@ def with_copies(found: Comparison, edit: Edit, worse: bool) -> Comparison | None
     ranks = [2 * found.ranks[number] for number in origin]
     for copy in (1, -1):
         ranks[copy] += worse
+    order = sorted(range(len(ranks)), key=lambda i: ranks[i])  # behind all that tie with its original
+    responses, ranks, origin = ([values[i] for i in order] for values in (responses, ranks, origin))
     margins = dict(zip(untied_pairs(found.ranks), found.margins, strict=False))
     each = [margins.get((origin[i], origin[j]), 0.0) for i, j in untied_pairs(ranks)] if margins else []
     return replace(found, responses=responses, ranks=ranks, margins=each)
@@ -122,7 +124,7 @@ def augment(recipe: Recipe, tokenizer: Tokenizer, split: Split) -> Split:
                     copied[number] = copies
         encoded = encode_all(tokenizer, [*copied.values()], *settings, alike=True)
         for (number, copies), row in zip(copied.items(), encoded, strict=True):
-            fates[number] = "too long" if row["excluded"] else "copied"
+            fates[number] = "do not fit" if row["excluded"] else "copied"
             if not row["excluded"]:
                 for name, values in rows.items():
                     values[number] = (row | vars(copies))[name]
@@ -135,6 +137,6 @@ def augment(recipe: Recipe, tokenizer: Tokenizer, split: Split) -> Split:
     n = Counter(rows["copies"][:])
     say(
         f"augmentation: {n['copied']} of {len(rows)} comparisons get edited copies of two replies; "
-        f"{n['nothing to edit']} have nothing to edit, and of {n['too long']} the copies are too long"
+        f"{n['nothing to edit']} have nothing to edit, and of {n['do not fit']} the copies do not fit"
     )
     return replace(split, comparisons=rows)

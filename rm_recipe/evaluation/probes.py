@@ -67,8 +67,8 @@ def changes(rewards: NDArray[Any], names: Sequence[str]) -> dict[str, dict[str, 
     right, moved = before[:, 0, 0] > before[:, 0, 1], rewards[:, 1:] - before
     of_comparison, n = moved.mean(axis=2), len(moved)
     errors = of_comparison.std(axis=0, ddof=1) / np.sqrt(n)
-    still = errors < STILL  # the edit reaches no reward, and a test would divide by 0
-    p_values = 2 * t.sf(np.abs(of_comparison.mean(axis=0)) / np.where(still, np.inf, errors), n - 1)
+    # At least what rounding moves: an edit that reaches no reward is still, one that moves all alike is not.
+    p_values = 2 * t.sf(np.abs(of_comparison.mean(axis=0)) / np.maximum(errors, STILL), n - 1)
     p_values = np.minimum(p_values * len(names), 1)
     needed = norm.isf(SIGNIFICANT / 2 / len(names)) + norm.isf(1 - POWER)
     found = {}

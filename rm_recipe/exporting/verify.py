@@ -120,9 +120,10 @@ class Verification:
 
     def check_recorded(self, predictions: Sequence[dict[str, Any]]) -> None:
         """Compare what was evaluated with what the run's evaluation, if there is one, wrote down."""
-        held_out = [line["rewards"] for line in predictions if line["dataset"] == HELD_OUT]
+        held_out = {line["index"]: line["rewards"] for line in predictions if line["dataset"] == HELD_OUT}
         if held_out:
-            recorded = np.concatenate(held_out[: len(self.ranks)])
+            unknown = np.split(self.evaluated, np.cumsum([len(ranks) for ranks in self.ranks])[:-1])
+            recorded = np.concatenate([held_out.get(n, values) for n, values in enumerate(unknown)])
             claim = "the run no longer gives the rewards of its predictions.jsonl (has its base changed?)"
             self.moved["recorded"] = compare(claim, recorded, self.evaluated, self.tolerance, self.names)
 
@@ -214,11 +215,13 @@ class Verification:
             checks["padding_side"] = "padding on the left scores otherwise", batched, np.array(answer["left"])
         for name, check in checks.items():
             found[name] = compare(*check, allowed, self.names)
-        sampled = np.array(answer["ppo"] or [None] * len(expected), float)  # NaN for None
+        sampled = answer["ppo"] or [None] * len(expected)
         served = {
             "transformers' pipeline": np.array([one["score"] for one in answer["pipeline"]]),
             "TRL's RLOOTrainer": np.array(answer["trl"]),
-            "a PPO trainer": np.where(np.isnan(sampled), expected, sampled),
+            "a PPO trainer": np.array(
+                [own if ppo is None else ppo for own, ppo in zip(expected, sampled, strict=True)]
+            ),
         }
         for consumer, rewards in served.items():
             compare(f"{consumer} does not get the model's rewards", expected, rewards, allowed, replies)

@@ -142,15 +142,14 @@ def check_target_modules(model: PreTrainedModel, config: ModelConfig) -> None:
     Raises:
         RecipeError: naming one, and those that there are.
     """
-    targets = target_modules(config)
-    known = [f".{name}" for name, _ in (*model.named_modules(), *model.named_parameters())]
-    for key, wanted in {
-        "lora_target_modules": targets if isinstance(targets, list) else [],
-        "lora_modules_to_save": config.lora_modules_to_save or [],
-        "lora_target_parameters": config.lora_target_parameters or [],
-    }.items():
+    targets, modules = target_modules(config), [name for name, _ in model.named_modules()]
+    for key, wanted, known in (
+        ("lora_target_modules", targets if isinstance(targets, list) else [], modules),
+        ("lora_modules_to_save", config.lora_modules_to_save or [], modules),
+        ("lora_target_parameters", config.lora_target_parameters or [], dict(model.named_parameters())),
+    ):
         for part in wanted:
-            if not any(name.endswith(f".{part}") for name in known):
+            if not any(f".{name}".endswith(f".{part}") for name in known):
                 raise RecipeError(f"'{key}': the model has no {part}; {_linear_layers(model)}")
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 from rm_recipe.data.comparison import Excluded, Malformed, Message, as_reply, check_unicode
 from rm_recipe.data.formats import ALSO_READ, parse_row, shapes_of
 from rm_recipe.data.loading import read_rows, unit
-from rm_recipe.errors import DataError
+from rm_recipe.errors import DataError, RecipeError
 from rm_recipe.model.lora import load_config, readable
 from rm_recipe.model.reward_model import as_one_model, check_safetensors, quietly
 from rm_recipe.model.tokenizer import load_tokenizer, positions
@@ -138,9 +138,14 @@ def sample(sampling: Sampling, prompts: Sequence[Sample], target: Path) -> Found
         the prompts with their replies, in order; and the count of those that the policy cannot read.
 
     Raises:
-        RecipeError: the policy cannot be loaded; what the file held stays.
+        RecipeError: the policy cannot be loaded, or there are replies already, which may have taken an hour.
         DataError: the policy can read no prompt.
     """
+    if target.exists():
+        raise RecipeError(
+            f"{target} holds replies already: --samples {target} takes them as they are; to draw others, "
+            "give another --output or remove the file"
+        )
     excluded: Counter[str] = Counter()
     drawn = []
     model, tokenizer = _policy(sampling)

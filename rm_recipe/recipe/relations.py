@@ -170,6 +170,11 @@ def input_faults(values: dict[str, Any]) -> Iterator[str]:
             yield f"'model_name_or_path: {base}' holds no model: there is no {either}"
         elif fault := pickle_fault(base, adapter="adapter_config.json" in files):
             yield fault
+    if Path(template).is_file() and not template.endswith(schema.TEMPLATE_FORMATS):
+        yield (
+            f"'chat_template_path: {template}': a template's file ends in "
+            f"{' or '.join(schema.TEMPLATE_FORMATS)}; a folder or a Hub id means that tokenizer's"
+        )
 
 
 def making_faults(training: "RewardConfig") -> Iterator[str]:
@@ -234,6 +239,8 @@ def resolve(values: dict[str, Any]) -> dict[str, Any]:
         found["dtype"] = "bfloat16" if bf16 else "float16" if fp16 else "float32"
     if values.get("disable_dropout", True):  # by TRL, whatever `lora_dropout` says
         found["lora_dropout"] = 0.0
+    if values.get("report_to", "") is None:
+        found["report_to"] = "none"
     # A GPU is fed by a process of its own; on a CPU that would take a core from the training.
     feeding = {"dataloader_pin_memory": device != "cpu", "dataloader_num_workers": int(device == "cuda")}
     return feeding | {"disable_tqdm": False} | found

@@ -29,7 +29,7 @@ DATA_FORMATS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".arro
 TEMPLATE_FORMATS = (".jinja", ".j2")  # of files with a chat template, as TRL has it
 
 # Chosen anew on every machine unless the recipe says.
-DEVICE_KEYS = ("use_cpu", "bf16", "fp16", "dtype", "dataloader_pin_memory", "dataloader_num_workers")
+DEVICE_KEYS = ("use_cpu", "bf16", "fp16", "dtype", "dataloader_pin_memory")
 
 
 def table(text: str) -> dict[str, str]:

@@ -32,6 +32,15 @@ from rm_recipe.training.train import (
 AS_ON_GPU = {"use_cpu": "true", "fp16": "false", "bf16": "true"}
 
 
+def at_hand(name: str, revision: str | None) -> Path | None:
+    """The folder of a model that is there or in the Hub's cache."""
+    if Path(name).is_dir():
+        return Path(name)
+    with lora.readable(f"'model_name_or_path: {name}' does not exist, and is no Hub id"):
+        file = try_to_load_from_cache(name, "config.json", revision=revision or "main")
+    return Path(file).parent if isinstance(file, str) else None
+
+
 def check_base(recipe: Recipe) -> None:
     """Refuse a base that training would refuse, if its configuration is in a folder or the Hub's cache.
 
@@ -42,13 +51,10 @@ def check_base(recipe: Recipe) -> None:
             be read.
     """
     name, template = str(recipe.model.model_name_or_path), recipe.training.chat_template_path
-    folder = Path(name)
-    if not folder.is_dir():
-        with lora.readable(f"'model_name_or_path: {name}' does not exist, and is no Hub id"):
-            config_file = try_to_load_from_cache(name, "config.json", revision=recipe.model.model_revision)
-        if not isinstance(config_file, str):
-            return
-        folder = Path(config_file).parent
+    folder = at_hand(name, recipe.model.model_revision)
+    adapter = lora.adapter_config(str(folder)) if folder and not (folder / "config.json").is_file() else None
+    if folder is None or (adapter and not at_hand(str(adapter.base_model_name_or_path), adapter.revision)):
+        return
     config = lora.load_config(str(folder))
     reward_model.check_base(config, recipe.model, recipe.training.max_length)
     if Path(name).is_dir() or (folder / "tokenizer_config.json").is_file():

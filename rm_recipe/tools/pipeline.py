@@ -59,7 +59,7 @@ def run(recipe_path: Path, overrides: Sequence[str], *, overwrite: bool = False)
     folder = recipe.output_dir
     train_or_skip(recipe, recipe_path, overrides, overwrite=overwrite)
     evaluation = evaluate_or_skip(recipe)
-    if read_evaluation(folder / "export") == read_evaluation(folder):  # which it took along, once verified
+    if is_exported(folder):
         stage("export", f"finished already, skipped: {folder}/export")
     else:
         stage("export", str(folder / "export"))
@@ -70,6 +70,15 @@ def run(recipe_path: Path, overrides: Sequence[str], *, overwrite: bool = False)
     if recipe.hub.push_to_hub:
         stage("push", repository)
         print(push(folder / "export", repository, private=bool(recipe.hub.hub_private_repo)))
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether a run's export is proven, and has the run's evaluation as it is now."""
+    try:
+        proof, exported = (read_json(folder / "export" / f"{name}.json") for name in ("proof", "evaluation"))
+        return bool(proof["passed"]) and exported == read_evaluation(folder)
+    except (RecipeError, KeyError):
+        return False
 
 
 def train_or_skip(recipe: Recipe, path: Path, overrides: Sequence[str], *, overwrite: bool) -> None:

@@ -130,11 +130,14 @@ class Run(TrainerCallback):
     def find_checkpoint(self) -> None:
         """Find what to go on from, and say what it is and which newer ones do not count.
 
-        Batches are divided as they were, whatever room the device has now.
+        What data and device have settled stays as it was: how batches are divided, and in which order.
         """
-        if "micro_batch_tokens" not in self._recipe.values:
-            tokens = saved_values(self.folder).get("micro_batch_tokens")
-            self._recipe.data.micro_batch_tokens = self._recipe.values["micro_batch_tokens"] = tokens
+        then = saved_values(self.folder)
+        settled = {"micro_batch_tokens": self._recipe.data, "train_sampling_strategy": self._recipe.training}
+        for key, part in settled.items():
+            if key in then and key not in self._recipe.values:
+                setattr(part, key, then[key])
+                self._recipe.values[key] = then[key]
         for path in checkpoints(self.folder):
             if fault := fault_of(path):
                 warn(f"{path} does not count: {fault}")

@@ -6,6 +6,7 @@ metrics, which count comparisons instead of averaging batches.
 """
 
 import itertools
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch.nn.functional import logsigmoid
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, get_worker_info
 from transformers import PreTrainedTokenizerBase, ProgressCallback
 from trl import RewardTrainer
 
@@ -55,7 +56,13 @@ class RowCollator:
     budget: int | None = None
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The `micro_batches` of a batch: one, or as many as keep to the budget."""
+        """The `micro_batches` of a batch: one, or as many as keep to the budget.
+
+        In a data loader's worker SIGTERM does nothing from now on: who stops a job sends it to all its
+        processes, and the training has a step to finish. The worker ends when the training does.
+        """
+        if get_worker_info() is not None:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         sizes = np.array([self.size(example) for example in examples])
         parts = [self.rows([examples[i] for i in part]) for part in self.split(sizes)]
         return {"micro_batches": [part | {"of_batch": len(part["names"]) / len(examples)} for part in parts]}

@@ -64,6 +64,13 @@ def test_an_edit_that_makes_a_reply_worse_loses_to_its_original_and_to_nothing_e
     ]
 
 
+def test_a_copy_that_is_worse_stands_behind_all_that_tie_with_its_original():
+    tied = Comparison(ASKED, ["yes", "sure", "no"], ranks=[0, 0, 1])
+    found = with_copies(tied, EDITS["repeated_sentence"], worse=True)
+    assert found.responses == ["yes", "sure", "yes yes", "no", "no no"]
+    assert found.ranks == [0, 0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("name", [*EDITS, *UNSEEN])
 def test_every_edit_keeps_the_words_of_a_reply(name):
     reply = "It is. Well,\n\nperhaps!"
@@ -98,7 +105,7 @@ def test_copies_that_say_nothing_new_or_do_not_fit_are_counted_and_not_used(augm
     assert plain == [row["prefix"] for row, n in zip(before, lengths, strict=True) if n == 2]
     said = capsys.readouterr().out
     assert f"{lengths.count(4)} of 30" in said
-    assert f"of {lengths.count(2)} the copies are too long" in said
+    assert f"of {lengths.count(2)} the copies do not fit" in said
     assert with_copies(Comparison(ASKED, ["yes", "no"]), str.strip, worse=False) is None
 
 
