@@ -95,14 +95,5 @@ def test_an_sft_adapters_base_is_looked_at(write_recipe, tmp_path, tiny_llama):
         check_base(recipe)
 
 
-def test_batches_that_would_be_dropped_are_named_before_the_model_is_loaded(write_recipe):
-    keys = {"per_device_train_batch_size": 65, "dataloader_drop_last": True}
-    with pytest.raises(RecipeError, match="would drop all of the 64 comparisons: a batch has 65"):
-        load_data(read_recipe(write_recipe(**keys)))
-    keys = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 16}
-    with pytest.raises(RecipeError, match="would drop 8 of the 40 held-out comparisons at each evaluation"):
-        load_data(read_recipe(write_recipe(dataloader_drop_last=True, **keys)))
-
-
 def test_a_size_of_memory_is_read_with_its_unit():
     assert [parse_bytes(text) for text in ("8", "8GB", "0.5 gb")] == [8e9, 8e9, 5e8]

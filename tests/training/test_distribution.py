@@ -140,9 +140,9 @@ STARTED = {  # processes, machines, and what Accelerate makes of them
 }
 
 
-def test_each_configuration_is_in_the_readme_and_starts_the_processes_that_its_name_says(monkeypatch):
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"^\| `(\w+)\.yaml` \|", readme, re.MULTILINE)) == set(CONFIGS) == set(STARTED)
+def test_each_configuration_is_in_the_docs_and_starts_the_processes_that_its_name_says(monkeypatch):
+    page = (REPOSITORY / "docs" / "your-gpu.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)\.yaml` \|", page, re.MULTILINE)) == set(CONFIGS) == set(STARTED)
     monkeypatch.setattr("accelerate.utils.launch.is_port_in_use", lambda port: False)
     for name, (processes, machines, kind) in STARTED.items():
         file = load_config_from_file(str(CONFIGS[name]))
