@@ -43,7 +43,7 @@ def _config_of_4(config: dict[str, Any]) -> dict[str, Any]:
         words["torch_dtype"] = words["dtype"]
     rope = words.pop("rope_parameters", None)
     # Phi 3's scaling has keys of its own, at which transformers 4 raises.
-    if not rope or "rope_theta" not in rope or config["model_type"] not in CONFIG_MAPPING.keys() - {"phi3"}:
+    if not rope or "rope_theta" not in rope or config["model_type"] not in {*CONFIG_MAPPING} - {"phi3"}:
         return config | words
     said = {key: rope[key] for key in BASE_AND_SHARE if key in rope}
     if rope["rope_type"] != "default":
