@@ -40,11 +40,11 @@ def verdict(proxy: dict[str, Any], gold: dict[str, Any], prompts: int) -> tuple[
     with_ends = f"{gain} ({interval(ends, signed=True)})"
     late = f"{decimal(change['mean'], 2, signed=True)} ({interval(change['ci95'], signed=True)})"
     late += f" from n = {change['from_n']} on"
-    if ends[1] < 0:
-        return "bad", f"Choosing by this proxy makes replies worse by gold: {with_ends} at {last}."
     if change["ci95"][1] < 0:
         falls = f"peaks at about {highest} and then falls, by {late} to n = {replies}"
         return "bad", f"Over-optimised: by gold the best of n {falls}, while the proxy gains {own}."
+    if ends[1] < 0:
+        return "bad", f"Choosing by this proxy makes replies worse by gold: {with_ends} at {last}."
     if ends[0] <= 0:
         return "bad", f"Choosing by this proxy gains nothing certain by gold: {with_ends} at {last}."
     if change["ci95"][0] > 0:

@@ -95,8 +95,11 @@ def test_the_same_settings_draw_the_same_whatever_comes_before_and_what_is_drawn
 
     monkeypatch.setattr(module, "_draw", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        drawn(tmp_path / "whole.jsonl", tiny_llama)
-    assert read_samples(tmp_path / "whole.jsonl")[0] == whole[:1]
+        drawn(tmp_path / "part.jsonl", tiny_llama)
+    assert read_samples(tmp_path / "part.jsonl")[0] == whole[:1]
+    with pytest.raises(RecipeError, match="part.jsonl holds replies already: --samples"):
+        drawn(tmp_path / "part.jsonl", tiny_llama)
+    assert read_samples(tmp_path / "part.jsonl")[0] == whole[:1]
 
 
 def test_draws_follow_the_policys_probabilities_and_ends_whatever_its_own_settings(tiny_llama, tmp_path):
@@ -125,9 +128,8 @@ def test_draws_follow_the_policys_probabilities_and_ends_whatever_its_own_settin
 def test_an_sft_adapter_is_a_policy_and_a_classifier_costs_no_replies(tiny_llama, tmp_path):
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
     get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), lora).save_pretrained(tmp_path / "sft")
-    target, folder = tmp_path / "samples.jsonl", tmp_path / "classifier"
-    assert [len(one.responses) for one in drawn(target, tmp_path / "sft")] == [6, 6, 6]
-    before = target.read_bytes()
+    folder, target = tmp_path / "classifier", tmp_path / "none.jsonl"
+    assert [len(one.responses) for one in drawn(tmp_path / "some.jsonl", tmp_path / "sft")] == [6, 6, 6]
     AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=1).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(folder)
     damaged = shutil.copytree(tiny_llama, tmp_path / "damaged")
@@ -139,7 +141,7 @@ def test_an_sft_adapter_is_a_policy_and_a_classifier_costs_no_replies(tiny_llama
     ):
         with pytest.raises(RecipeError, match=said):
             drawn(target, policy)
-    assert target.read_bytes() == before
+    assert not target.exists()
 
 
 def test_prompts_that_the_policy_cannot_read_are_counted(tiny_llama, tmp_path):
