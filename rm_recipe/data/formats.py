@@ -69,6 +69,11 @@ class Shape:
         paths = (self.known or f"{self.prompt} {self.responses} {self.verdict}").split()
         return list(dict.fromkeys(re.split(r"[\[.]", path)[0] for path in paths))
 
+    @property
+    def read(self) -> list[str]:
+        """The columns that are read where they are there."""
+        return [*self.columns, *OPTIONAL.get(self.name, ()), *ALSO_READ]
+
 
 # One a line, as the attributes of `Shape`.
 _SHAPES = """

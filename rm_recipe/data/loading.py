@@ -69,12 +69,7 @@ def load_rows(
     place = f"'{file}'" if file and len(found) == 1 else f"'{source.path}', split '{split}'"
     ours = _named(columns, source, data, margin_column, place)
     shape = formats.shape_of(ours, place, data.columns or {})
-    read = [
-        *shape.columns,
-        *formats.OPTIONAL.get(shape.name, ()),
-        *formats.ALSO_READ,
-        *filter(None, [margin_column]),
-    ]
+    read = [*shape.read, *filter(None, [margin_column])]
     complete = not (source.columns or data.columns)  # then a row may have a column that the first ones lack
     wanted = {name: ours.get(name, name) for name in read if name in ours or complete}
     scores = formats.score_columns(source.columns or columns)

@@ -83,7 +83,9 @@ def reward(seed, bias):
 class Some:
     """Of a split what the probes read."""
 
-    comparisons = [Comparison([], [row["chosen"], row["rejected"]]) for row in make_rows(60, seed=3)]  # noqa: RUF012
+    def __init__(self):
+        rows = make_rows(60, seed=3)
+        self.comparisons = [Comparison([], [row["chosen"], row["rejected"]]) for row in rows]
 
     def __getitem__(self, number):
         return self.comparisons[number]
