@@ -22,7 +22,7 @@ KINDS = {"bash", "python", "json", "yaml", "text"}
 
 # What makes a shipped recipe small; the stand-in base has no layers 15 to 29.
 SMALL = ["--lora_target_modules", "all-linear"]
-GPU = {"8GB": "1GB"}  # in which the stand-in fits often enough
+SIZES = {"8GB": "1GB", "400,800,1600": "16,32"}  # in which the stand-in fits often enough, and has so many
 SMALLER = [*SMALL, "--max_train_samples", "16", "--warmup_steps", "0", "--target_accuracy", "0"]
 
 
@@ -104,7 +104,7 @@ def printed(workplace, monkeypatch, capsys):
     def run(*words: str) -> str:
         monkeypatch.chdir(workplace)
         monkeypatch.setenv("COLUMNS", "80")
-        small = [GPU.get(word, word) for word in words]
+        small = [SIZES.get(word, word) for word in words]
         monkeypatch.setattr(sys, "argv", ["rm-recipe", *small, *overrides_for(small)])
         with pytest.raises(SystemExit) as ended:
             cli.main()

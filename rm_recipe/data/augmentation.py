@@ -1,9 +1,9 @@
 """Edits of a reply that no reader would like better, and comparisons that learn it from edited copies.
 
 A reward model that a policy is trained against has to be hard to fool. So a share of the train comparisons
-get copies of their best and their worst reply, edited alike. A copy ties with its original, so that whatever
-the edit does to a reward helps to win as often as to lose; or it ranks behind it, where any reader would like
-it less. The prompt, which all share, is encoded once.
+get copies of their best and their worst reply, edited alike, each ranked behind its original. Where copies tied
+with their originals, an edit helped on average no longer, and still decided comparisons whose replies are close
+(recipes/README.md). The prompt, which all share, is encoded once.
 """
 
 import random
@@ -69,18 +69,16 @@ UNSEEN: dict[str, Edit] = {
 COURTESIES = ("Thank you!", "Thanks for asking!", "I hope this helps.", "Have a nice day!", "Let me know!")
 
 
-def draw_edit(lot: random.Random) -> tuple[Edit, bool]:
-    """Draw one of the edits that training shows, and whether it makes a reply worse to any reader."""
+def draw_edit(lot: random.Random) -> Edit:
+    """Draw one of the edits that training shows."""
     courtesy = lot.choice(COURTESIES)
-    tied = [(embolden, False), (lambda reply: f"{reply} {courtesy}", False)]
-    return lot.choice([(repeat_last_sentence, True), *tied])
+    return lot.choice([repeat_last_sentence, embolden, lambda reply: f"{reply} {courtesy}"])
 
 
-def with_copies(found: Comparison, edit: Edit, worse: bool) -> Comparison | None:
-    """Let edited copies of the best and the worst response join a comparison.
+def with_copies(found: Comparison, edit: Edit) -> Comparison | None:
+    """Let edited copies of the best and the worst response join a comparison, each ranked behind its original.
 
-    Args:
-        worse: a copy ranks behind its original, and before whatever is worse than that; else it ties with it.
+    So a copy is worse than what it was made of, and better than whatever is worse than that.
 
     Returns:
         None where the edit leaves one of the two as it is.
@@ -93,7 +91,7 @@ def with_copies(found: Comparison, edit: Edit, worse: bool) -> Comparison | None
         return None
     ranks = [2 * found.ranks[number] for number in origin]
     for copy in (1, -1):
-        ranks[copy] += worse
+        ranks[copy] += 1
     order = sorted(range(len(ranks)), key=lambda i: ranks[i])  # behind all that tie with its original
     responses, ranks, origin = ([values[i] for i in order] for values in (responses, ranks, origin))
     margins = dict(zip(untied_pairs(found.ranks), found.margins, strict=False))
@@ -118,7 +116,7 @@ def augment(recipe: Recipe, tokenizer: Tokenizer, split: Split) -> Split:
         for number, (key, found) in enumerate(zip(batch["key"], as_comparisons(batch), strict=True)):
             lot = random.Random(f"{training.seed} {key}")
             if lot.random() < share:
-                copies = with_copies(found, *draw_edit(lot))
+                copies = with_copies(found, draw_edit(lot))
                 fates[number] = "nothing to edit"
                 if copies:
                     copied[number] = copies

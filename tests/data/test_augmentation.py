@@ -41,32 +41,20 @@ def pairs_of(found):
     ]
 
 
-def test_an_edit_that_nobody_minds_wins_as_often_as_it_loses_and_preferences_stay():
-    found = with_copies(RANKING, EDITS["thank_you"], worse=False)
+def test_a_copy_loses_to_its_original_and_wins_of_what_that_wins_of():
+    found = with_copies(RANKING, EDITS["thank_you"])
     assert found.responses == ["yes", "yes Thank you!", "well", "no", "no Thank you!"]
-    pairs = pairs_of(found)
-    assert sum(bool(better[1]) - bool(worse[1]) for better, worse in pairs) == 0
-    known = {("yes", "well"): 1.0, ("yes", "no"): 3.0, ("well", "no"): 2.0}
-    assert found.margins == [known[better[0], worse[0]] for better, worse in pairs]
-
-
-def test_an_edit_that_makes_a_reply_worse_loses_to_its_original_and_to_nothing_else():
-    found = with_copies(RANKING, EDITS["repeated_sentence"], worse=True)
-    assert found.responses == ["yes", "yes yes", "well", "no", "no no"]
     assert found.ranks == [0, 1, 2, 4, 5]
-    own = [(better, worse) for better, worse in pairs_of(found) if better[0] == worse[0]]
-    assert own == [(("yes", ""), ("yes", "yes")), (("no", ""), ("no", "no"))]
-    assert [
-        m for m, (better, worse) in zip(found.margins, pairs_of(found), strict=True) if (better, worse) in own
-    ] == [
-        0.0,
-        0.0,
-    ]
+    known = {("yes", "well"): 1.0, ("yes", "no"): 3.0, ("well", "no"): 2.0}
+    pairs = pairs_of(found)
+    assert found.margins == [known.get((better[0], worse[0]), 0.0) for better, worse in pairs]
+    own = [(better[1], worse[1]) for better, worse in pairs if better[0] == worse[0]]
+    assert own == [("", "Thank you!")] * 2
 
 
-def test_a_copy_that_is_worse_stands_behind_all_that_tie_with_its_original():
+def test_a_copy_stands_behind_all_that_tie_with_its_original():
     tied = Comparison(ASKED, ["yes", "sure", "no"], ranks=[0, 0, 1])
-    found = with_copies(tied, EDITS["repeated_sentence"], worse=True)
+    found = with_copies(tied, EDITS["repeated_sentence"])
     assert found.responses == ["yes", "sure", "yes yes", "no", "no no"]
     assert found.ranks == [0, 0, 1, 2, 3]
 
@@ -106,11 +94,11 @@ def test_copies_that_say_nothing_new_or_do_not_fit_are_counted_and_not_used(augm
     said = capsys.readouterr().out
     assert f"{lengths.count(4)} of 30" in said
     assert f"of {lengths.count(2)} the copies do not fit" in said
-    assert with_copies(Comparison(ASKED, ["yes", "no"]), str.strip, worse=False) is None
+    assert with_copies(Comparison(ASKED, ["yes", "no"]), str.strip) is None
 
 
 def test_a_model_that_was_shown_copies_is_fooled_less(write_recipe, tmp_path):
-    """Bold type goes with the chosen reply in the data; who has seen it on both sides does not pay for it."""
+    """Bold type goes with the chosen reply in the data; who has seen that it is no merit does not pay for it."""
     rows = make_rows(160, seed=1)
     for row in rows[::2]:
         row["chosen"] = EDITS["markdown"](row["chosen"])
