@@ -1,9 +1,9 @@
 """Edits of a reply that no reader would like better, and comparisons that learn it from edited copies.
 
 A reward model that a policy is trained against has to be hard to fool. So a share of the train comparisons
-get copies of their best and their worst reply, edited alike, each ranked behind its original. Where copies tied
-with their originals, an edit helped on average no longer, and still decided comparisons whose replies are close
-(recipes/README.md). The prompt, which all share, is encoded once.
+get copies of their best and their worst reply, edited alike, each ranked behind its original. (Where copies
+tied with their originals, an edit no longer helped on average, and still decided between replies that are
+close: recipes/README.md.) The prompt, which all share, is encoded once.
 """
 
 import random
@@ -76,7 +76,7 @@ def draw_edit(lot: random.Random) -> Edit:
 
 
 def with_copies(found: Comparison, edit: Edit) -> Comparison | None:
-    """Let edited copies of the best and the worst response join a comparison, each ranked behind its original.
+    """Let edited copies of the best and the worst response join a comparison, each behind its original.
 
     So a copy is worse than what it was made of, and better than whatever is worse than that.
 

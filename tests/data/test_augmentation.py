@@ -98,7 +98,7 @@ def test_copies_that_say_nothing_new_or_do_not_fit_are_counted_and_not_used(augm
 
 
 def test_a_model_that_was_shown_copies_is_fooled_less(write_recipe, tmp_path):
-    """Bold type goes with the chosen reply in the data; who has seen that it is no merit does not pay for it."""
+    """Bold type goes with the chosen reply in the data; who has seen that it is no merit pays less."""
     rows = make_rows(160, seed=1)
     for row in rows[::2]:
         row["chosen"] = EDITS["markdown"](row["chosen"])
