@@ -2,9 +2,11 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
-from conftest import logged
+from conftest import logged, make_rows, write_jsonl
 from torch.utils.data import get_worker_info
 
 from rm_recipe.errors import TrainingError
@@ -41,3 +43,20 @@ def test_a_worker_that_is_lost_ends_the_run_with_one_message(write_recipe, monke
     monkeypatch.setattr(RowCollator, "rows", killed)
     with pytest.raises(TrainingError, match="a process that makes batches was lost"):
         train(read_recipe(write_recipe(dataloader_num_workers=1)))
+
+
+def test_a_job_that_is_ended_with_all_its_processes_is_saved_all_the_same(write_recipe, tmp_path):
+    """As `timeout`, Slurm and torch's launcher do: SIGTERM to the group, which the worker is of."""
+    write_jsonl(tmp_path / "many" / "train.jsonl", make_rows(1500, seed=1))
+    write_jsonl(tmp_path / "many" / "test.jsonl", make_rows(20, seed=3))
+    keys = {"dataset_name": str(tmp_path / "many"), "num_train_epochs": 1, "logging_steps": 1}
+    recipe = write_recipe(dataloader_num_workers=1, **keys)
+    command, pipe = [sys.executable, "-m", "rm_recipe", "train", str(recipe)], subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, text=True, start_new_session=True) as process:
+        for line in process.stdout:
+            if "'loss'" in line:  # the worker has made a batch
+                os.killpg(process.pid, signal.SIGTERM)
+                break
+        process.stdout.read()
+        assert process.wait(120) == 128 + signal.SIGTERM
+    assert list((tmp_path / "run").glob("checkpoint-*/manifest.json"))
