@@ -63,6 +63,8 @@ def overrides_for(words: list[str]) -> list[str]:
     """What a shown command needs besides so that it runs on the small stand-ins."""
     if "recipes/smollm2_offline.yaml" not in words:
         return []
+    if words[0] == "curve":
+        return [*SMALL, "--warmup_steps", "0"]
     return [*SMALLER, "--output_dir", "outputs/by_run"] if words[0] == "run" else SMALL
 
 
