@@ -90,7 +90,7 @@ overoptimization: setup ## Proxies of three sizes against gold, best of 32 (half
 	$(call train_once,proxy_400,proxy,--max_train_samples 400 --num_train_epochs 2 --gradient_accumulation_steps 2)
 	$(call train_once,proxy_2000,proxy,--max_train_samples 2000)
 	$(call train_once,gold,gold,--seed 1)
-	@$(BIN)/rm-recipe overoptimization $(JUDGES)/proxy_100 $(JUDGES)/proxy_400 $(JUDGES)/proxy_2000 \
+	@test -f $(JUDGES)/result/overoptimization.json || $(BIN)/rm-recipe overoptimization $(JUDGES)/proxy_100 $(JUDGES)/proxy_400 $(JUDGES)/proxy_2000 \
 		--gold $(JUDGES)/gold --policy models/smollm2-135m-instruct --prompts data/offline/test.jsonl \
 		--max-prompts 64 --n 32 --max-new-tokens 40 --output $(JUDGES)/result
 

@@ -120,7 +120,7 @@ class Interrupts:
             self._deferred = False
 
     def _handle(self, number: int, _: Any) -> None:
-        if os.getpid() != self._process:  # a data loader's worker, which has inherited this
+        if os.getpid() != self._process:  # of a process that has inherited this
             if number == signal.SIGTERM:
                 os._exit(128 + number)
             return

@@ -111,6 +111,7 @@ def augment(recipe: Recipe, tokenizer: Tokenizer, split: Split) -> Split:
         return split
 
     def add(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """A batch's columns with the copies in them, and in `copies` what became of each comparison."""
         rows = {name: list(batch[name]) for name in ("prefix", "suffixes", "ranks", "margins")}
         fates, copied = [""] * len(batch["key"]), {}
         for number, (key, found) in enumerate(zip(batch["key"], as_comparisons(batch), strict=True)):

@@ -78,6 +78,7 @@ def load_rows(
     )
 
     def parse() -> Iterator[dict[str, Any]]:
+        """The columns of `_PARSED`, row by row."""
         for number, row in rows_of(found, [*wanted.values(), *scores]):
             lower = formats.scored_lower(row, scores)
             row = {name: row.get(column) for name, column in wanted.items()}

@@ -294,10 +294,10 @@ def ended_well(recipe: Recipe, trainer: SharedPrefixRewardTrainer) -> Iterator[N
     except (OSError, RuntimeError, MemoryError, SafetensorError) as error:  # a full disk has many names
         checkpoint = checkpoint_of(trainer.args, trainer.state)
         if "DataLoader" in str(error):
-            advice = (
-                "perhaps for want of memory; --resume goes on, with 'dataloader_num_workers: 0' without one"
-            )
-            raise TrainingError(f"a process that makes batches was lost, {advice}") from None
+            advice = "--resume goes on, with 'dataloader_num_workers: 0' without one"
+            raise TrainingError(
+                f"a process that makes batches was lost, perhaps for want of memory; {advice}"
+            ) from None
         if is_out_of_memory(error):
             raise TrainingError(f"step {trainer.state.global_step + 1}: {too_little(recipe)}") from None
         if checkpoint.is_dir() and not (checkpoint / MANIFEST).is_file():

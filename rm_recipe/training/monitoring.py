@@ -45,10 +45,7 @@ class EarlySigns(TrainerCallback):
     def __init__(self, comparisons_of_step: int, plain: bool) -> None:
         self._of_step, self._loss_to_come, self._ties_to_come = comparisons_of_step, plain, True
         self._before_updates = 1  # steps whose comparisons were judged by a model that had hardly learnt
-        self._n, self._total = (
-            0,
-            0.0,
-        )  # comparisons of the newest logs after them, and the sum of their losses
+        self._n, self._total = 0, 0.0  # comparisons of the newest logs after them, the sum of their losses
         self._last_step = 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
