@@ -135,7 +135,7 @@ def augment(recipe: Recipe, tokenizer: Tokenizer, split: Split) -> Split:
     rows = run_pass(split.comparisons, add, "Editing", features, depends_on, processes, batched=True)
     n = Counter(rows["copies"][:])
     say(
-        f"augmentation: {n['copied']} of {len(rows)} comparisons get edited copies of two replies; "
-        f"{n['nothing to edit']} have nothing to edit, and of {n['do not fit']} the copies do not fit"
+        f"augmentation: {n['copied']} of {len(rows)} comparisons get edited copies of two replies "
+        f"({n['nothing to edit']} had nothing to edit, {n['do not fit']} would not have fitted)"
     )
     return replace(split, comparisons=rows)
