@@ -26,6 +26,9 @@ from rm_recipe.model.reward_model import add_reward_positions, is_decoder
 from rm_recipe.model.row_attention import NAME as ROW_ATTENTION
 
 
+ALIGNED = 16  # tokens of which a row of several has a multiple
+
+
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """First-fit decreasing: indices of `lengths` grouped so that no group exceeds `capacity`."""
     rows: list[list[int]] = []
@@ -74,6 +77,8 @@ def shared_rows(
     lengths = [comparison.length for comparison in batch]
     rows = [list(range(len(batch)))] if one_row else choose_rows(lengths)
     longest = max(sum(lengths[member] for member in row) for row in rows)
+    if not one_row:  # a GPU's attention would copy every layer's mask to a width like that
+        longest += -longest % ALIGNED
     # Of each token its id, its position and whose it is: a comparison's number (-1 for padding) and a
     # response's (0 is the prefix).
     table = torch.tensor([pad_token_id, 0, -1, 0])[:, None, None].repeat(1, len(rows), longest)

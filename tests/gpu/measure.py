@@ -21,6 +21,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from transformers import (
@@ -95,9 +96,13 @@ class Measure:
         return folder
 
     def recipe(self, name: str, batch: int | None = None, steps: int = 4, **keys: Any) -> Recipe:
-        """A shipped recipe on this base and these data, with so many comparisons a micro-batch."""
+        """A shipped recipe on this base and these data, with so many comparisons a micro-batch.
+
+        Without gradient checkpointing, unless `keys` say otherwise; None leaves it to the plan.
+        """
         path = REPOSITORY / "recipes" / f"{name}.yaml"
-        shipped = read_recipe(path, check_inputs=False).training
+        as_shipped = read_recipe(path, check_inputs=False)
+        shipped, shipped_data = as_shipped.training, as_shipped.data
         of_step = shipped.per_device_train_batch_size * shipped.gradient_accumulation_steps
         batch = batch or shipped.per_device_train_batch_size
         values = {
@@ -114,29 +119,32 @@ class Measure:
             "disable_tqdm": "true",
             **keys,
         }
-        if not (self.data / "helpful-base").is_dir():
-            values["dataset_subsets"] = "[]"
-        return read_recipe(path, [word for key, value in values.items() for word in (f"--{key}", str(value))])
+        there = [name for name in shipped_data.dataset_subsets or [] if (self.data / name).is_dir()]
+        values["dataset_subsets"] = f"[{', '.join(there)}]"
+        given = {key: value for key, value in values.items() if value is not None}
+        return read_recipe(path, [word for key, value in given.items() for word in (f"--{key}", str(value))])
 
 
 def run_tests(m: Measure) -> dict[str, Any]:
-    """The tests that need a GPU, in four processes."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-n", "4", "--tb=short", "tests/gpu"]
+    """The tests that need a GPU, in eight processes."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-n", "8", "--tb=short", "tests/gpu"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
     (m.output / "tests.log").write_text(done.stdout + done.stderr)
     return {"exit_code": done.returncode, "said": done.stdout.strip().splitlines()[-3:]}
 
 
-def training(name: str, ours: tuple[int, ...], stock: tuple[int, ...], m: Measure) -> None:
+def training(name: str, tried: tuple[tuple[str, int], ...], m: Measure) -> None:
     """Comparisons a second at several micro-batches; the comparisons of a step stay the recipe's."""
-    for what, batches in (("ours", ours), ("stock", stock)):
-        for batch in batches:
-            m.attempt(name, f"{what}, {batch}", partial(speeds, m, name, what, batch))
+    for what, batch in tried:
+        m.attempt(name, f"{what}, {batch}", partial(speeds, m, name, what, batch))
 
 
 def speeds(m: Measure, name: str, what: str, batch: int) -> dict[str, Any]:
-    """A training's figures as `benchmark.json` has them."""
-    result = measure_training(m.recipe(name, batch, steps=10 if what == "ours" and batch >= 16 else 4), what)
+    """A training's figures as `benchmark.json` has them; `compiled` is ours with `torch_compile`."""
+    steps = 10 if what != "stock" and batch >= 16 else 4
+    compiled = str(what == "compiled").lower()
+    recipe = m.recipe(name, batch, steps, torch_compile=compiled)
+    result = measure_training(recipe, "stock" if what == "stock" else "ours")
     return {
         "comparisons_per_s": round(result["comparisons_per_s"], 2),
         "tokens_per_s": round(result["tokens_per_s"]),
@@ -172,6 +180,38 @@ def plans(m: Measure) -> None:
         m.attempt("plan", words, partial(largest_batch, m, name, batch, checkpointing))
 
 
+def on_smaller_cards(m: Measure) -> None:
+    """What the plan chooses for a card of so many GB, trained within as much of this one."""
+    for name, sizes in ((LORA, (8, 16, 24)), (QLORA, (6, 12))):
+        for size in sizes:
+            m.attempt("smaller cards", f"{name}, {size} GB", partial(within, m, name, size * 1e9))
+
+
+def within(m: Measure, name: str, card: float) -> dict[str, Any]:
+    """A shipped recipe's preflight where the plan is told of a smaller card, and torch may have no more."""
+    if CUDA:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(card - memory.PROCESS, total) / total)
+    try:
+        with mock.patch.object(memory, "device_memory", lambda device: card):
+            recipe = m.recipe(name, gradient_checkpointing=None)
+            tokenizer, train_split, test_split, _ = load_data(recipe)
+            model, modules_to_save = load_model(recipe, tokenizer)
+            trainer = make_trainer(recipe, tokenizer, model, modules_to_save, train_split, test_split)
+        found = preflight(recipe, trainer)
+    finally:
+        if CUDA:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+    of_step = recipe.training.train_batch_size * recipe.training.gradient_accumulation_steps
+    return {
+        "micro_batch_tokens": recipe.values["micro_batch_tokens"],
+        "checkpointing": recipe.values["gradient_checkpointing"],
+        "peak_gb": round(found["peak_memory"] / 1e9, 2),
+        "reserved_gb": round(torch.cuda.max_memory_reserved() / 1e9, 2) if CUDA else None,
+        "comparisons_per_s": round(of_step * found["steps"] / found["seconds"], 1),
+    }
+
+
 def score(m: Measure) -> None:
     """Conversations a second, against a plain padded loop of so many comparisons."""
     for size in (8, 32, 64):
@@ -181,9 +221,13 @@ def score(m: Measure) -> None:
 
 STEPS: dict[str, Callable[[Measure], None]] = {
     "tests": lambda m: m.attempt("tests", "pytest", partial(run_tests, m)),
-    LORA: partial(training, LORA, (4, 16, 64), (4, 16, 32)),
-    QLORA: partial(training, QLORA, (4, 64), (4, 16)),
-    ENCODER: partial(training, ENCODER, (16, 32), (16, 32)),
+    LORA: partial(
+        training, LORA, (("ours", 64), ("stock", 16), ("ours", 4), ("stock", 32), ("stock", 4), ("ours", 16))
+    ),
+    "compiled": partial(training, LORA, (("compiled", 64), ("compiled", 4))),
+    QLORA: partial(training, QLORA, (("ours", 64), ("stock", 16), ("ours", 4), ("compiled", 64))),
+    ENCODER: partial(training, ENCODER, (("ours", 32), ("stock", 32), ("stock", 16), ("ours", 16))),
+    "smaller cards": on_smaller_cards,
     "plan": plans,
     "scoring": score,
 }
