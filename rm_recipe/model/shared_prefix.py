@@ -25,7 +25,6 @@ from rm_recipe.errors import one_line
 from rm_recipe.model.reward_model import add_reward_positions, is_decoder
 from rm_recipe.model.row_attention import NAME as ROW_ATTENTION
 
-
 ALIGNED = 16  # tokens of which a row of several has a multiple
 
 

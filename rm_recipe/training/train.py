@@ -12,12 +12,10 @@ from contextlib import contextmanager
 from copy import copy
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, broadcast_object_list
 from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, set_seed
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rm_recipe.data.augmentation import augment
 from rm_recipe.data.dataset import Split
@@ -178,12 +176,9 @@ def make_trainer(
     args = copy(training)
     args.chat_template_path = None  # the tokenizer has it; TRL would put the file's own text in its place
     args.save_total_limit = None  # `Checkpoints` removes older ones, once the newest is whole
-    args.torch_compile = False  # Trainer would compile the model as a whole, and anew for shape after shape
     trainer = SharedPrefixRewardTrainer(model, args, tokenizer, splits, sharing, modules_to_save)
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # whose processes meet in each forward
         trainer.data_collator.budget = recipe.data.micro_batch_tokens
-    if training.torch_compile:
-        compile_layers(trainer.model, training.torch_compile_backend, training.torch_compile_mode)
     if recipe.data.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(recipe.data.early_stopping_patience))
     if not was_there and args.should_save:  # Trainer has made it, and nothing is trained yet
@@ -207,17 +202,6 @@ def decide_step(
     recipe.data.micro_batch_tokens = tokens
     divided = f", micro-batches of up to {tokens} tokens" if tokens else ""
     say(f"gradient checkpointing: {'on' if checkpointing else 'off'}{divided} ({reason})")
-
-
-def compile_layers(model: torch.nn.Module, backend: str | None, mode: str | None) -> None:
-    """Compile each layer of a model for rows of any number and length (`torch_compile`).
-
-    All layers share what is compiled, so this takes a minute and not one for each, and again only where a
-    batch is a single row or nothing is differentiated.
-    """
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):  # what transformers makes every layer of
-            layer.compile(dynamic=True, backend=backend, mode=mode)
 
 
 @contextmanager
