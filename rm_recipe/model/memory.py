@@ -44,7 +44,8 @@ PROCESS = 0.7e9
 # Without and with checkpointing: measured as resident memory on SmolLM2-135M and MiniLM, glibc's heap.
 HEAP_ON_CPU = (1.25, 4.5)
 SCORING = 1e9  # for the activations of a batch without gradients, in fp32
-SPARE = 0.1  # of a device's memory, for what an allocator cannot use
+# Of a device's memory, for what an allocator cannot use: torch's was seen to hold 1.18 times what was in use.
+SPARE = 0.15
 OWN_ATTENTION = ("eager", row_attention.NAME)  # what is planned otherwise than by transformers' default
 LARGEST = 128  # comparisons per device; nobody needs more
 # Where Linux says which cgroup (of version 2) a process is in, and where they are.
@@ -347,11 +348,17 @@ def settle_step(
     return found.checkpointing, tokens if divided else None, reason
 
 
-def too_little(recipe: Recipe) -> str:
-    """Say, where a step has found no memory, what to lower; with it the run can be resumed."""
+def too_little(recipe: Recipe, alone: bool = False) -> str:
+    """Say, where a step has found no memory, what to lower; with it the run can be resumed.
+
+    Args:
+        alone: the step was of one comparison.
+    """
     training, data = recipe.training, recipe.data
     n, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
-    if data.micro_batch_tokens:  # a smaller batch would have micro-batches as large
+    if alone:
+        smaller = "gradient_checkpointing: true or a lower max_length"
+    elif data.micro_batch_tokens:  # a smaller batch would have micro-batches as large
         smaller = f"micro_batch_tokens: {max(data.micro_batch_tokens // 2, 1)}"
     elif n > 1:
         batch = next(size for size in range(n - 1, 0, -1) if n * accumulation % size == 0)

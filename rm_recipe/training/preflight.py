@@ -5,6 +5,7 @@ random numbers and counts are as they were, so a run is the same with it and wit
 """
 
 import contextlib
+import gc
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -32,25 +33,32 @@ TIMED = 3  # batches, as they come, whose time is measured
 def preflight(recipe: Recipe, trainer: SharedPrefixRewardTrainer) -> dict[str, Any]:
     """Make a training step on the largest batch, undo it, and say what it has shown.
 
+    Where there is no memory for it, micro-batches are halved, which changes no result, until there is.
+
     Returns:
         `loss` of the largest batch before training; `steps` of the training and the `seconds` that they will
         take, by batches as they come, without evaluations; `peak_memory` of this process in bytes. Nothing
         where the model will be sharded over processes, which happens in training.
 
     Raises:
-        RecipeError: the step does not fit the device's memory.
+        RecipeError: not even the longest comparison alone fits the device's memory.
         TrainingError: the loss is not finite, or no gradient reaches the head or an adapter.
     """
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         say("preflight: left out; the model is sharded when training begins")
         return {}
-    try:
-        with as_before(trainer), cheaper_adapters(trainer):
-            found = measure(trainer)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise RecipeError(f"preflight: {too_little(recipe)}") from None
+    while True:
+        try:
+            with as_before(trainer), cheaper_adapters(trainer):
+                found = measure(trainer)
+            break
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if not halve_micro_batches(recipe, trainer):
+                raise RecipeError(f"preflight: {too_little(recipe, alone=True)}") from None
+        gc.collect()
+        torch.cuda.empty_cache()
     seconds, there = found["seconds"], device_memory(recipe.training.device)
     time_needed = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{max(seconds, 1):.0f} s"
     say(
@@ -68,10 +76,7 @@ def measure(trainer: SharedPrefixRewardTrainer) -> dict[str, Any]:
     """
     args, comparisons = trainer.args, len(trainer.train_dataset)
     batch = min(args.per_device_train_batch_size, comparisons)
-    shared, collator = trainer.sharing.used, trainer.data_collator
-    largest = trainer.train_split.largest(batch, shared)
-    sizes = trainer.train_split.sizes(shared, padded=not shared)
-    largest = largest[collator.split(sizes[largest])[0]]  # of a batch that is divided, a micro-batch
+    largest, _ = largest_micro_batch(trainer)
     loss = step(trainer, largest)
     check_gradients(trainer.model, trainer.modules_to_save)
     trainer.create_optimizer().step()
@@ -84,6 +89,27 @@ def measure(trainer: SharedPrefixRewardTrainer) -> dict[str, Any]:
     seconds = (time.monotonic() - began) / TIMED * args.gradient_accumulation_steps
     steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
     return {"loss": loss, "steps": steps, "seconds": seconds * steps, "peak_memory": peak}
+
+
+def largest_micro_batch(trainer: SharedPrefixRewardTrainer) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The numbers of its train comparisons, and their sizes in tokens."""
+    shared, split = trainer.sharing.used, trainer.train_split
+    of_batch = split.largest(min(trainer.args.per_device_train_batch_size, len(split.comparisons)), shared)
+    sizes = split.sizes(shared, padded=not shared)[of_batch]
+    first = trainer.data_collator.split(sizes)[0]
+    return of_batch[first], sizes[first]
+
+
+def halve_micro_batches(recipe: Recipe, trainer: SharedPrefixRewardTrainer) -> bool:
+    """Let a micro-batch have half as many tokens as the largest has; False where that is one comparison."""
+    _, sizes = largest_micro_batch(trainer)
+    if len(sizes) == 1:
+        return False
+    tokens = trainer.data_collator.cost(sizes) // 2
+    trainer.data_collator.budget = tokens
+    recipe.data.micro_batch_tokens = recipe.values["micro_batch_tokens"] = tokens
+    say(f"preflight: out of memory; micro-batches of up to {tokens} tokens instead")
+    return True
 
 
 def step(trainer: SharedPrefixRewardTrainer, rows: NDArray[np.int64]) -> float:
@@ -120,6 +146,7 @@ def as_before(trainer: SharedPrefixRewardTrainer) -> Iterator[None]:
             for parameter, before in zip(trained, kept, strict=True):
                 parameter.copy_(before)
         trainer.optimizer = None
+        trainer._uncounted.clear()  # of a step that found no memory
         trainer._metrics["train"].clear()
         trainer._total_train_tokens = 0
 

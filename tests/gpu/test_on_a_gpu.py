@@ -102,7 +102,7 @@ def test_a_run_is_evaluated_exported_and_verified(write_recipe, tmp_path, name):
     assert np.allclose(on_gpu, on_cpu, rtol=0, atol=0.02 * spread)
 
 
-def test_running_out_of_memory_says_what_to_lower(write_recipe, tmp_path):
+def test_running_out_of_memory_halves_micro_batches_and_then_says_what_to_lower(write_recipe, tmp_path):
     rows = make_rows(72, seed=1)
     for row in rows[:64]:
         row["chosen"], row["rejected"] = row["chosen"] + " good" * 300, row["rejected"] + " bad" * 300
@@ -111,9 +111,12 @@ def test_running_out_of_memory_says_what_to_lower(write_recipe, tmp_path):
     keys = {"dataset_name": str(tmp_path / "long"), "max_length": 512, "per_device_train_batch_size": 64}
     trainer = ready_trainer(recipe := read_recipe(write_recipe(**ON_GPU, **keys)))
     total = torch.cuda.mem_get_info()[1]
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 60e6) / total)
     try:
-        with pytest.raises(RecipeError, match="out of memory.*per_device_train_batch_size"):
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 60e6) / total)
+        preflight(recipe, trainer)
+        assert 0 < trainer.data_collator.budget < 64 * 512
+        torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total / 2)
+        with pytest.raises(RecipeError, match="out of memory.*max_length"):
             preflight(recipe, trainer)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

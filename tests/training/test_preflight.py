@@ -1,5 +1,7 @@
 """A step that is undone shows what a run will cost, and stops one that cannot finish or cannot learn."""
 
+import json
+
 import pytest
 import torch
 from conftest import logged, ready_trainer, train_watched
@@ -7,7 +9,7 @@ from conftest import logged, ready_trainer, train_watched
 import rm_recipe.training.train
 from rm_recipe.errors import RecipeError, TrainingError
 from rm_recipe.model import memory
-from rm_recipe.recipe.reader import read_recipe
+from rm_recipe.recipe.reader import read_recipe, read_run_recipe
 from rm_recipe.tools.check import check_step
 from rm_recipe.training import preflight
 from rm_recipe.training.train import train
@@ -101,12 +103,28 @@ def small_gpu(monkeypatch):
     return make
 
 
-@pytest.mark.parametrize("call", [0, 3])
-def test_out_of_memory_in_the_preflight_names_what_to_lower(write_recipe, tmp_path, small_gpu, call):
+@pytest.mark.parametrize("call", [0, 1, 3])
+def test_out_of_memory_in_the_preflight_halves_micro_batches_and_no_loss_changes(
+    write_recipe, tmp_path, small_gpu, monkeypatch, call
+):
     small_gpu(4, from_call=call)
-    with pytest.raises(RecipeError, match="^preflight: CPU out of memory: ") as caught:
+    halved = train_watched(write_recipe(logging_steps=1))
+    monkeypatch.undo()
+    whole = train_watched(write_recipe(logging_steps=1, output_dir=str(tmp_path / "whole")))
+    tokens = [
+        json.loads((run / "run.json").read_text())["micro_batch_tokens"] for run in (halved.run, whole.run)
+    ]
+    assert tokens[0] > 0
+    assert tokens[1] is None
+    assert read_run_recipe(halved.run).values["micro_batch_tokens"] == tokens[0]  # for a resume
+    assert logged(halved.run, "loss") == pytest.approx(logged(whole.run, "loss"), abs=1e-5)
+    assert logged(halved.run, "accuracy") == logged(whole.run, "accuracy")
+
+
+def test_where_not_one_comparison_fits_the_message_names_what_to_lower(write_recipe, tmp_path, small_gpu):
+    small_gpu(0)
+    with pytest.raises(RecipeError, match="^preflight: CPU out of memory: take gradient_checkpointing: true"):
         train(read_recipe(write_recipe()))
-    assert "per_device_train_batch_size: 4" in str(caught.value)
     assert not (tmp_path / "run").exists()
 
 
