@@ -1,7 +1,7 @@
 """`rm-recipe curve RECIPE --samples 400,800,1600`: what more comparisons bring.
 
-Trains by one recipe on ever more of its comparisons, and fits a line to held-out accuracy on the logarithm of
-how many. Who sees it rise labels more; who sees it level off takes a larger base.
+Trains by one recipe on ever more of its comparisons, and fits a line to the log-odds of held-out accuracy on
+the logarithm of how many. Who sees it rise labels more; who sees it level off takes a larger base.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
+from scipy.special import expit, logit
+from scipy.stats import chi2
 
 from rm_recipe.data.splits import load_splits
 from rm_recipe.errors import RecipeError
@@ -22,6 +24,7 @@ from rm_recipe.recipe.reader import read_recipe
 from rm_recipe.tools.pipeline import evaluate_or_skip, prepare, train_or_skip
 
 NAME = "learning_curve"
+OFF_THE_LINE = 0.05  # p-value below which the points are said to lie on no line
 AHEAD = (2, 4)  # times the largest run, for which the line says what to expect
 
 
@@ -65,27 +68,37 @@ def curve(path: Path, overrides: Sequence[str], samples: Sequence[int], output: 
 
 
 def fit(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Fit accuracy = a + b log2(comparisons), each point weighed by its interval.
+    """Fit log(accuracy / (1 - accuracy)) = a + b log2(comparisons), each point weighed by its interval.
 
     Returns:
-        `per_doubling`, b, with its 95 % interval; and `expected` accuracy with its interval at `AHEAD` times
-        the largest size. All runs are judged by the same held-out comparisons, so that their errors go
-        together and the interval of b is rather too wide. A line ends above 1: do not trust it far ahead.
+        `line`, (b, a); `expected` accuracy with its interval at `AHEAD` times the largest size;
+        `per_doubling`, what the line says that the first doubling from there brings; and `p_value`, how
+        probable points this far off the line are if there is one (chi-squared; None of two). All runs are
+        judged by the same held-out comparisons, so that their errors go together: the intervals are rather
+        too wide and the p-value rather too large.
     """
     x = np.log2([point["comparisons"] for point in points])
-    errors = np.array([np.ptp(point["accuracy_ci95"]) / 2 / 1.96 for point in points])
-    line, covariance = np.polyfit(x, [point["accuracy"] for point in points], 1, w=1 / errors, cov="unscaled")
+    ends = np.array([point["accuracy_ci95"] for point in points])
+    middle = ends.mean(axis=1)  # of Wilson's interval, which is never 0 or 1
+    errors = np.ptp(ends, axis=1) / 2 / 1.96 / (middle * (1 - middle))
+    line, covariance = np.polyfit(x, logit(middle), 1, w=1 / errors, cov="unscaled")
+    off = float((((logit(middle) - np.polyval(line, x)) / errors) ** 2).sum())
 
-    def at(row: list[float]) -> dict[str, Any]:
+    def at(n: int) -> dict[str, Any]:
+        row = np.array([np.log2(n), 1.0])
         value, error = float(line @ row), float(np.sqrt(row @ covariance @ row))
-        return {"accuracy": value, "ci95": [value - 1.96 * error, value + 1.96 * error]}
+        ci95 = expit([value - 1.96 * error, value + 1.96 * error]).tolist()
+        return {"comparisons": n, "accuracy": float(expit(value)), "ci95": ci95}
 
-    slope = at([1.0, 0.0])
-    ahead = [points[-1]["comparisons"] * times for times in AHEAD]
+    largest = at(points[-1]["comparisons"])
+    slope, error = line[0], float(np.sqrt(covariance[0, 0]))
+    gains = expit(logit(largest["accuracy"]) + np.array([slope, slope - 1.96 * error, slope + 1.96 * error]))
+    difference, *ci95 = (gains - largest["accuracy"]).tolist()
     return {
         "line": line.tolist(),
-        "per_doubling": {"difference": slope["accuracy"], "ci95": slope["ci95"]},
-        "expected": [{"comparisons": n, **at([float(np.log2(n)), 1.0])} for n in ahead],
+        "p_value": float(chi2.sf(off, len(x) - 2)) if len(x) > 2 else None,
+        "per_doubling": {"difference": difference, "ci95": ci95},
+        "expected": [at(points[-1]["comparisons"] * times) for times in AHEAD],
     }
 
 
@@ -93,14 +106,13 @@ def draw(content: dict[str, Any], target: Path) -> None:
     """Write the curve as a picture: accuracies with their intervals, and the line."""
     n, accuracy = np.array([[point["comparisons"], point["accuracy"]] for point in content["points"]]).T
     ends = np.array([point["accuracy_ci95"] for point in content["points"]]).T
-    until = np.array([n[0], content["expected"][-1]["comparisons"]])
+    until = np.geomspace(n[0], content["expected"][-1]["comparisons"])
     with whole_file(target) as partial, own_settings():
         figure = Figure(figsize=SIZE, layout="constrained")
         axes = figure.subplots()
         axes.errorbar(n, accuracy, np.abs(ends - accuracy), fmt="o", color=CHOSEN, label="held-out accuracy")
-        axes.plot(
-            until, np.polyval(content["line"], np.log2(until)), "--", color=MUTED, label="line on log n"
-        )
+        line = expit(np.polyval(content["line"], np.log2(until)))
+        axes.plot(until, line, "--", color=MUTED, label="log-odds, a line on log n")
         axes.set_xscale("log", base=2)
         ticks = [*n, *(point["comparisons"] for point in content["expected"])]
         axes.set_xticks(ticks, [whole(tick) for tick in ticks])
@@ -119,9 +131,11 @@ def print_curve(content: dict[str, Any], console: Console | None = None) -> None
     ]
     print_table("Learning curve", ["comparisons", "accuracy", "95 % interval"], rows, console)
     console.print(
-        f"Twice the comparisons bring {decimal(slope['difference'], signed=True)} "
+        f"Twice the comparisons of the largest run would bring {decimal(slope['difference'], signed=True)} "
         f"({interval(slope['ci95'], signed=True)})."
     )
+    if content["p_value"] is not None and content["p_value"] < OFF_THE_LINE:
+        console.print("But the points lie on no line: trust it no further than it was measured.")
     for point in content["expected"]:
         n, accuracy = whole(point["comparisons"]), decimal(point["accuracy"])
         console.print(f"By the line {n} would give {accuracy} ({interval(point['ci95'])}).")
