@@ -89,6 +89,15 @@ def comments(of: type) -> dict[str, str]:
     return found
 
 
+# What a recipe that says nothing gets, where that is not TRL's default.
+SETTLED_LATER = {
+    "dtype": "by the device",
+    "gradient_checkpointing": "by the plan",
+    "activation_checkpointing": "by the plan",
+    "lora_dropout": "`0`, or `0.05` with `disable_dropout: false`",
+}
+
+
 def rows_of(part: type, said: Callable[[Any], str]) -> list[list[str]]:
     from rm_recipe.recipe import schema
 
@@ -98,6 +107,7 @@ def rows_of(part: type, said: Callable[[Any], str]) -> list[list[str]]:
             field = fields[item.name]
             limit = schema.LIMITS.get(item.name, (None, ""))[1]
             default = "" if field.default in (None, []) else code(schema.shown(field.default))
+            default = SETTLED_LATER.get(item.name, default)
             what = " ".join(filter(None, [cell(said(item)), f"({cell(limit)})" if limit else ""]))
             rows.append([code(item.name), cell(type_in_words(field.annotation)), default, what])
     return rows
@@ -243,7 +253,7 @@ def mask() -> str:
     from rm_recipe.model.shared_prefix import shared_rows
 
     names = ["p1", "p2", "p3", "c1", "c2", "r1", "r2", "r3"]
-    rows = shared_rows([Encoded([11, 12, 13], [[21, 22], [31, 32, 33]])], 0)
+    rows = shared_rows([Encoded([11, 12, 13], [[21, 22], [31, 32, 33]])], 0, one_row=True)
     seen, positions = row_mask(rows["attention_mask"])[0, 0], rows["position_ids"][0].tolist()
     lines = [
         "token          " + "  ".join(names),

@@ -139,7 +139,8 @@ def export(
     output: Annotated[Path | None, Option(help="The new folder; else RUN/export.")] = None,
     overwrite: Overwrite = False,
     dtype: Annotated[
-        Literal["float32", "bfloat16"] | None, Option(help="Round all weights; else the head is fp32.")
+        Literal["float32", "bfloat16"] | None,
+        Option(help="One precision for all weights; else the head stays fp32."),
     ] = None,
 ) -> None:
     """Merge a run into a plain classifier, and prove that it scores the same."""
@@ -210,7 +211,9 @@ def curve(
     context: typer.Context,
     recipe: RecipePath,
     samples: Annotated[str, Option(help="Numbers of comparisons, such as 400,800,1600.")],
-    output: Annotated[Path | None, Option(help="Folder for the runs and the curve.", file_okay=False)] = None,
+    output: Annotated[
+        Path | None, Option(help="Folder for the runs and the curve; else RUN_curve.", file_okay=False)
+    ] = None,
 ) -> None:
     """Train on ever more comparisons, to see what more would bring; --key value sets a recipe's key."""
     sizes = samples.split(",")
@@ -226,9 +229,11 @@ def overoptimization(
     context: typer.Context,
     proxy: Annotated[list[str], Argument(metavar="PROXY", help="The reward models to optimise against.")],
     gold: Annotated[list[str], Option(help="A better reward model; several: their mean.")],
-    policy: Annotated[str | None, Option(help="The language model that writes replies.")] = None,
+    policy: Annotated[str | None, Option(help="The language model that writes replies to --prompts.")] = None,
     prompts: Annotated[Path | None, Option(help="A file of prompts or comparisons.")] = None,
-    samples: Annotated[Path | None, Option(help="A file of replies, in place of a policy.")] = None,
+    samples: Annotated[
+        Path | None, Option(help="A file of replies, in place of --policy and --prompts.")
+    ] = None,
     max_prompts: Annotated[int | None, Option(min=1, help="Take the first so many prompts.")] = None,
     n: Annotated[int, Option("--n", min=2, help="Replies per prompt.")] = 32,
     max_new_tokens: Annotated[int, Option(min=1, help="Longest reply, in tokens.")] = 128,
@@ -236,7 +241,7 @@ def overoptimization(
     seed: Annotated[int, Option(min=0, max=2**32 - 1, help="Seed of the random draws.")] = 0,
     output: Output = None,
 ) -> None:
-    """See what optimising against a reward model does, by best-of-n and a better one."""
+    """Choose the best of n replies by a reward model; a better one (--gold) judges what that brings."""
     file = prompts or samples
     if file is None or (samples is None) == (policy is None) or (policy is None) != (prompts is None):
         raise typer.BadParameter("give --policy and --prompts, or --samples")

@@ -75,6 +75,22 @@ def test_many_responses_to_one_prompt_are_split_and_score_the_same(model, monkey
     assert max(sizes[1:]) < in_one / 2
 
 
+def test_a_batch_without_memory_is_scored_by_halves_and_a_comparison_without_it_is_told(model, monkeypatch):
+    items = [{"prompt": f"How is day {n}?", "response": "Fine!" + " Good." * n} for n in range(7)]
+    expected, forward, most = model.score(items), type(model.model).__call__, [3]
+
+    def on_a_small_gpu(self, *args, **kwargs):
+        if self is model.model and len(kwargs.get("last_token_positions", kwargs["input_ids"])) > most[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model.model), "__call__", on_a_small_gpu)
+    assert np.allclose(model.score(items), expected, rtol=0, atol=1e-5)
+    most[0] = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        model.score(items)
+
+
 def test_evaluation_and_score_agree_on_prompts_near_max_length(model):
     """One by one, in batches and as evaluation reads them: a reply's context follows from its prompt."""
     model.max_length = limit = 60

@@ -1,4 +1,4 @@
-"""The reports' pictures: numbers in, an `<img>` out that holds its SVG.
+"""The reports' pictures: numbers in, an HTML image out that holds its SVG.
 
 The same numbers give the same bytes. Nothing here changes matplotlib's settings for anyone else.
 """

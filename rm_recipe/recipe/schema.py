@@ -172,7 +172,8 @@ class DataArguments:
     # Comparisons to use: the first so many of a shuffle seeded with `seed`; all of them if empty.
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
-    # What happens to a conversation of more than `max_length` tokens. The reply is never cut.
+    # What happens to a conversation of more than `max_length` tokens, or whose prompt has more than three
+    # quarters of them. The reply is never cut.
     truncation: Literal["drop_oldest_turns", "keep_end", "exclude"] = "drop_oldest_turns"
     # Train prompts that are also held out: stop, remove them from train, or let them pass.
     leakage: Literal["error", "drop", "allow"] = "error"

@@ -13,7 +13,7 @@ from rm_recipe.errors import RecipeError
 from rm_recipe.files import write_json
 from rm_recipe.model import lora, reward_model
 from rm_recipe.model.head import head_names
-from rm_recipe.model.memory import PROCESS, Fit, device_memory, fit
+from rm_recipe.model.memory import PROCESS, SPARE, Fit, device_memory, fit
 from rm_recipe.model.shared_prefix import decide_sharing
 from rm_recipe.model.tokenizer import check_lengths, check_vocabulary, load_tokenizer
 from rm_recipe.recipe.reader import Recipe, is_run_folder, read_recipe
@@ -172,19 +172,22 @@ def parse_bytes(text: str) -> float:
 def print_fit(found: Fit, recipe: Recipe, device: torch.device) -> None:
     """Print the plan as a table, and whether it fits."""
     plan, batch = found.plan, recipe.training.per_device_train_batch_size
+    planned = min(found.largest or 1, batch)
     length, on = recipe.training.max_length, device.type.upper()
     print(f"Memory of a training step on {on}, planned for conversations of {length} tokens:\n")
     for name, size in (
         ("base", plan.weights - plan.trained),
         ("adapters and head" if recipe.model.use_peft else "trained weights", plan.trained),
         ("optimizer", plan.optimizer),
-        (f"step: activations and gradients of {batch} comparisons", plan.heap * plan.step),
+        (f"step: activations and gradients of {planned} comparison(s)", plan.heap * plan.step),
         ("process and libraries", PROCESS),
         ("peak", plan.peak),
     ):
         print(f"  {name:<56} {size / 1e9:6.2f} GB")
     verdict = "fits" if found.fits else "does not fit"
-    print(f"\n{verdict} {found.memory / 1e9:.1f} GB, of which the plan leaves a tenth free")
+    print(f"\n{verdict} {found.memory / 1e9:.1f} GB, of which the plan leaves {SPARE:.0%} free")
+    if planned < batch and found.fits:
+        print(f"batches of {batch} comparisons are divided into micro-batches, which changes no result")
     print(f"gradient checkpointing: {'on' if found.checkpointing else 'off'}")
     print(f"largest per_device_train_batch_size that fits: {found.largest}")
     if not found.fits:

@@ -167,7 +167,7 @@ def run_record(trainer: SharedPrefixRewardTrainer, resumed_from: int, cost: dict
 
     Args:
         resumed_from: the step of the checkpoint that training went on from, else 0.
-        cost: `Checkpoints.cost` of the whole training.
+        cost: what the whole training took, as `Run` counts it.
     """
     training, state, train, test = trainer.args, trainer.state, trainer.train_split, trainer.test_split
     seconds = cost["train_seconds"]

@@ -175,7 +175,7 @@ def make_trainer(
     was_there = recipe.output_dir.exists()
     args = copy(training)
     args.chat_template_path = None  # the tokenizer has it; TRL would put the file's own text in its place
-    args.save_total_limit = None  # `Checkpoints` removes older ones, once the newest is whole
+    args.save_total_limit = None  # `Run` removes older ones, once the newest is whole
     trainer = SharedPrefixRewardTrainer(model, args, tokenizer, splits, sharing, modules_to_save)
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # whose processes meet in each forward
         trainer.data_collator.budget = recipe.data.micro_batch_tokens
