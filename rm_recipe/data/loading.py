@@ -23,7 +23,7 @@ from trl.scripts.utils import DatasetConfig
 
 from rm_recipe.data import comparison, formats
 from rm_recipe.data.comparison import Comparison, Excluded, Malformed, Message
-from rm_recipe.data.dataset import cache_key, with_tools
+from rm_recipe.data.dataset import cache_key
 from rm_recipe.errors import DataError, one_line
 from rm_recipe.files import LFS_POINTER, is_lfs_pointer, sha256
 from rm_recipe.recipe.schema import DATA_FORMATS, DataArguments, looks_local
@@ -37,7 +37,7 @@ csv.field_size_limit(2**31 - 1)  # a long conversation is a field
 
 _TEXT = hf_datasets.Value("string")
 _PARSED = {
-    "prompt": hf_datasets.List({"role": _TEXT, "content": _TEXT}),
+    "prompt": hf_datasets.List(dict.fromkeys(["role", "content", "tool_calls"], _TEXT)),
     "responses": hf_datasets.List(_TEXT),
     "ranks": hf_datasets.List(hf_datasets.Value("int32")),
     "margins": hf_datasets.List(hf_datasets.Value("float64")),
@@ -136,7 +136,6 @@ def _parsed(row: formats.Row, number: int, subset: str, parse: Parser) -> dict[s
     content = [found.prompt, found.responses, found.ranks, found.margins, *filter(None, [found.tools])]
     return {
         **vars(found),
-        **with_tools(found),
         "subset": subset,
         "row": number,
         "prompt_key": text_key(turns),
@@ -150,7 +149,7 @@ def _parsed(row: formats.Row, number: int, subset: str, parse: Parser) -> dict[s
 
 def normalised_prompt(prompt: list[Message]) -> list[str]:
     """Return what equal prompts have in common: roles and normalised texts."""
-    return [f"{m['role']} {normalise(m['content'])}{m.get('tool_calls', '')}" for m in prompt]
+    return [f"{m['role']} {normalise(m['content'])}{m.get('tool_calls') or ''}" for m in prompt]
 
 
 def text_key(texts: Sequence[str]) -> int:
