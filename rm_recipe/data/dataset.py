@@ -107,10 +107,8 @@ class Split:
     def why_excluded(self) -> str:
         """Write the reasons with their numbers and the first row of each on one line."""
         rows = {reason: f", first in row {names[0]}" for reason, names in self.first_rows.items()}
-        return (
-            "; ".join(f"{n} {reason}{rows.get(reason, '')}" for reason, n in self.excluded.items())
-            or "no rows"
-        )
+        found = [f"{n} {reason}{rows.get(reason, '')}" for reason, n in self.excluded.items()]
+        return "; ".join(found) or "no rows"
 
     def column(self, name: str) -> NDArray[Any]:
         """Return a column of numbers as an array."""
@@ -126,11 +124,8 @@ class Split:
         left_out = len(self.comparisons) - len(indices)
         if not left_out:
             return self
-        return replace(
-            self,
-            comparisons=self.comparisons.select(indices),
-            excluded=self.excluded + Counter({reason: left_out}),
-        )
+        excluded = self.excluded + Counter({reason: left_out})
+        return replace(self, comparisons=self.comparisons.select(indices), excluded=excluded)
 
 
 def set_aside(split: Split) -> Split:
@@ -220,7 +215,5 @@ def run_pass(
     except RuntimeError as error:
         if "abruptly died" not in str(error):
             raise
-        raise TrainingError(
-            f"{description.lower()}: a process was killed, perhaps for want of memory; set "
-            "'dataset_num_proc: 1'"
-        ) from None
+        fault = f"{description.lower()}: a process was killed, perhaps for want of memory"
+        raise TrainingError(f"{fault}; set 'dataset_num_proc: 1'") from None
