@@ -11,8 +11,7 @@ from conftest import WORDS
 from trl import ModelConfig
 
 from rm_recipe import RewardModel
-from rm_recipe.data.comparison import Comparison, Encoded, as_messages
-from rm_recipe.data.tokenization import encode_all
+from rm_recipe.data.comparison import as_messages
 from rm_recipe.errors import DataError, RecipeError, TrainingError
 from rm_recipe.model.reward_model import load_base
 from rm_recipe.model.tokenizer import load_tokenizer
@@ -73,25 +72,6 @@ def test_many_responses_to_one_prompt_are_split_and_score_the_same(model, monkey
     monkeypatch.setattr("rm_recipe.scoring.TOKENS_PER_BATCH", 30)
     assert np.allclose(model.score(items), together, atol=1e-6)
     assert max(sizes[1:]) < in_one / 2
-
-
-def test_evaluation_and_score_agree_on_prompts_near_max_length(model):
-    """One by one, in batches and as evaluation reads them: a reply's context follows from its prompt."""
-    model.max_length = limit = 60
-    model.truncation = "keep_end" if not model.sharing.used else "drop_oldest_turns"
-    comparisons = [
-        Comparison(turns("cat " * words, "yes", "far"), ["good", "bad cat", "dog " * 20])
-        for words in range(0, 40, 3)
-    ]
-    found = encode_all(model.tokenizer, comparisons, limit, model.truncation)
-    fitting = [(c, row) for c, row in zip(comparisons, found, strict=True) if not row["excluded"]]
-    assert len(fitting) > 5
-    assert any(row["truncated"] for _, row in fitting)
-    encoded = [Encoded(row["prefix"], row["suffixes"]) for _, row in fitting]
-    evaluated = np.concatenate(model.score_encoded(encoded))
-    items = [{"prompt": c.prompt, "response": reply} for c, _ in fitting for reply in c.responses]
-    assert np.allclose(model.score(items), evaluated, atol=1e-6)
-    assert np.allclose([model.score([item])[0] for item in items], evaluated, atol=1e-6)
 
 
 def test_rewards_that_are_no_numbers_are_refused(model):
