@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -13,12 +13,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 from rm_recipe.errors import TrainingError
 
-if TYPE_CHECKING:
-    from trl import RewardConfig
-
 logger = logging.getLogger("rm_recipe")
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 def processes() -> Any:
@@ -58,7 +53,7 @@ def warn(message: str) -> None:
         logger.warning(message)
 
 
-def follow_log_level(training: "RewardConfig") -> None:
+def follow_log_level(training: Any) -> None:
     """Let a recipe's `log_level` decide what is told; its default, `passive`, leaves that as it is."""
     if training.log_level != "passive":
         logger.setLevel(training.get_process_log_level())
@@ -86,7 +81,7 @@ def wait_for_main_process() -> None:
         raise TrainingError(f"the main process has ended or takes too long: {error}") from None
 
 
-def each_once(items: Sequence[T], function: Callable[[Sequence[T]], Sequence[R]]) -> list[R]:
+def each_once(items: Sequence[Any], function: Callable[[Sequence[Any]], Sequence[Any]]) -> list[Any]:
     """What `function` makes of the items, in their order, each item given to one of the processes.
 
     Every process gets all results. With one process this is `function(items)`.

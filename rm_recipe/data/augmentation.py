@@ -21,7 +21,7 @@ from rm_recipe.data.comparison import Comparison, untied_pairs
 from rm_recipe.data.dataset import Split, as_comparisons, run_pass
 from rm_recipe.data.loading import UNSPACED
 from rm_recipe.data.tokenization import encode_all, follows_from
-from rm_recipe.processes import say
+from rm_recipe.processes import main_process_first, say
 from rm_recipe.recipe.reader import Recipe
 
 # Between sentences: behind a full stop and a space, or behind one that wants no space and a quote's end.
@@ -132,7 +132,8 @@ def augment(recipe: Recipe, tokenizer: Tokenizer, split: Split) -> Split:
     depends_on = [share, training.seed, *settings, *follows_from(tokenizer), sys.modules[__name__]]
     features = {**split.comparisons.features, "copies": hf_datasets.Value("string")}
     processes = training.dataset_num_proc
-    rows = run_pass(split.comparisons, add, "Editing", features, depends_on, processes, batched=True)
+    with main_process_first():
+        rows = run_pass(split.comparisons, add, "Editing", features, depends_on, processes, batched=True)
     n = Counter(rows["copies"][:])
     say(
         f"augmentation: {n['copied']} of {len(rows)} comparisons get edited copies of two replies "

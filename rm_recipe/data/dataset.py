@@ -2,7 +2,6 @@
 
 import hashlib
 import inspect
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ from datasets.fingerprint import Hasher
 from multiprocess import TimeoutError as PoolTimeoutError
 from numpy.typing import NDArray
 
-from rm_recipe.data.comparison import Comparison, Encoded, Message
+from rm_recipe.data.comparison import Comparison, Encoded
 from rm_recipe.errors import TrainingError
 
 FIRST_ROWS = 5  # that a report names for each reason
@@ -29,30 +28,11 @@ def row_name(row: dict[str, Any]) -> str:
 
 
 def as_comparisons(rows: Mapping[str, Any]) -> list[Comparison]:
-    """Read comparisons from the columns that `loading` wrote."""
+    """Read comparisons from the columns that `loading` wrote, where every message has all keys."""
     names = [field.name for field in fields(Comparison) if field.name in rows]
-    columns = (rows[name] for name in names)
-    return [_comparison(**dict(zip(names, values, strict=True))) for values in zip(*columns, strict=True)]
-
-
-# Few rows have tools or call them, so that one column holds both: as JSON `[tools, calls of each message]`.
-
-
-def with_tools(found: Comparison) -> dict[str, Any]:
-    """Return the columns `prompt` and `tools` of a comparison, the calls of tools in the latter."""
-    calls = [message.get("tool_calls", "") for message in found.prompt]
-    if not found.tools and not any(calls):
-        return {}
-    prompt = [{name: message[name] for name in ("role", "content")} for message in found.prompt]
-    return {"prompt": prompt, "tools": json.dumps([found.tools, calls])}
-
-
-def _comparison(prompt: list[Message], tools: str = "", **columns: Any) -> Comparison:
-    if tools:
-        tools, calls = json.loads(tools)
-        both = zip(prompt, calls, strict=True)  # not written into the prompt, which is the data set's
-        prompt = [message | {"tool_calls": call} if call else message for message, call in both]
-    return Comparison(prompt, tools=tools, **columns)
+    prompts = [[{k: v for k, v in m.items() if v is not None} for m in prompt] for prompt in rows["prompt"]]
+    columns = (prompts if name == "prompt" else rows[name] for name in names)
+    return [Comparison(**dict(zip(names, values, strict=True))) for values in zip(*columns, strict=True)]
 
 
 @dataclass
@@ -127,10 +107,8 @@ class Split:
     def why_excluded(self) -> str:
         """Write the reasons with their numbers and the first row of each on one line."""
         rows = {reason: f", first in row {names[0]}" for reason, names in self.first_rows.items()}
-        return (
-            "; ".join(f"{n} {reason}{rows.get(reason, '')}" for reason, n in self.excluded.items())
-            or "no rows"
-        )
+        found = [f"{n} {reason}{rows.get(reason, '')}" for reason, n in self.excluded.items()]
+        return "; ".join(found) or "no rows"
 
     def column(self, name: str) -> NDArray[Any]:
         """Return a column of numbers as an array."""
@@ -146,11 +124,8 @@ class Split:
         left_out = len(self.comparisons) - len(indices)
         if not left_out:
             return self
-        return replace(
-            self,
-            comparisons=self.comparisons.select(indices),
-            excluded=self.excluded + Counter({reason: left_out}),
-        )
+        excluded = self.excluded + Counter({reason: left_out})
+        return replace(self, comparisons=self.comparisons.select(indices), excluded=excluded)
 
 
 def set_aside(split: Split) -> Split:
@@ -244,7 +219,5 @@ def run_pass(
     except RuntimeError as error:
         if "abruptly died" not in str(error):
             raise
-        raise TrainingError(
-            f"{description.lower()}: a process was killed, perhaps for want of memory; set "
-            "'dataset_num_proc: 1'"
-        ) from None
+        fault = f"{description.lower()}: a process was killed, perhaps for want of memory"
+        raise TrainingError(f"{fault}; set 'dataset_num_proc: 1'") from None

@@ -14,26 +14,12 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from rm_recipe.data.comparison import (
-    MEDIA,
-    Comparison,
-    Excluded,
-    Malformed,
-    Message,
-    as_messages,
-    as_reply,
-    check_prompt,
-    check_unicode,
-    in_context,
-    messages_of_text,
-    parse_transcript,
-    tools_of,
-    untied_pairs,
-)
+from rm_recipe.data import comparison
+from rm_recipe.data.comparison import Comparison, Excluded, Malformed, Message, as_messages, untied_pairs
 from rm_recipe.errors import DataError
 
 Row = Mapping[str, Any]
-ALSO_READ = ("prompt", "system", "tools", "subset", *MEDIA)  # beside the columns of a shape
+ALSO_READ = ("prompt", "system", "tools", "subset", *comparison.MEDIA)  # beside the columns of a shape
 
 
 @dataclass(frozen=True)
@@ -130,9 +116,7 @@ def _alpaca(row: Row) -> Row:
     before = _decoded(row.get("history")) or []
     if not all(isinstance(turn, list) and len(turn) == 2 for turn in before):
         raise Malformed("history", "a list of [question, answer]", before)
-    turns = [
-        {"role": role, "content": said} for turn in before for role, said in zip(_SIDES, turn, strict=True)
-    ]
+    turns = [{"role": r, "content": said} for turn in before for r, said in zip(_SIDES, turn, strict=True)]
     return {**row, "instruction": [*turns, {"role": "user", "content": text}] if turns else text}
 
 
@@ -146,10 +130,8 @@ def _summary(row: Row) -> Row:
     """The query of Stiennon et al. 2020 (arXiv 2009.01325, appendix B.5): a Reddit post or an article."""
     info = row["info"] if isinstance(row.get("info"), Mapping) else {}
     about = f"SUBREDDIT: r/{info.get('subreddit')}\n\nTITLE: {info.get('title')}\n\nPOST: {info.get('post')}"
-    return {
-        **row,
-        "info": f"{about if info.get('post') else 'Article: ' + str(info.get('article'))}\n\nTL;DR:",
-    }
+    about = about if info.get("post") else f"Article: {info.get('article')}"
+    return {**row, "info": f"{about}\n\nTL;DR:"}
 
 
 def _turns(row: Row) -> Row:
@@ -267,8 +249,8 @@ def parse_row(
     if asked is None and shape.prompt and shape.verdict:
         raise Excluded("empty_prompt")
     prompt, responses = _split_replies(asked, replies)
-    prompt, tools = in_context(prompt, row), tools_of(row)
-    check_unicode([*(message["content"] for message in prompt), *responses])
+    prompt, tools = comparison.in_context(prompt, row), comparison.tools_of(row)
+    comparison.check_unicode([*(message["content"] for message in prompt), *responses])
     if not all(response.strip() for response in responses):
         raise Excluded("empty_response")
     order, responses, ranks = _ordered(responses, levels)
@@ -303,9 +285,8 @@ def _get(row: Row, path: str) -> Any:
         return None
     items = _decoded(value) if bracket == "[" else [value]
     if not isinstance(items, list) or not all(isinstance(item, Mapping) for item in items):
-        raise Malformed(
-            column, f"{'a list of mappings' if bracket == '[' else 'a mapping'} with {keys[0]}", value
-        )
+        kind = "a list of mappings" if bracket == "[" else "a mapping"
+        raise Malformed(column, f"{kind} with {keys[0]}", value)
     found = [next((item[key] for key in keys if item.get(key) is not None), None) for item in items]
     return found if bracket == "[" else found[0]
 
@@ -436,15 +417,15 @@ def _split_replies(prompt: Any, responses: Sequence[tuple[str, Any]]) -> tuple[l
     for column, value in responses:
         if not isinstance(value, str):
             said = as_messages(value, column)
-        elif (messages := messages_of_text(value)) is not None:
+        elif (messages := comparison.messages_of_text(value)) is not None:
             said = messages
         elif prompt is None:
-            said = parse_transcript(value)
+            said = comparison.parse_transcript(value)
         else:
-            said = [{"role": "assistant", "content": as_reply(prompt, value)}]
+            said = [{"role": "assistant", "content": comparison.as_reply(prompt, value)}]
         conversations.append(_whole(before, said))
     found, replies = _shared(conversations)
-    check_prompt(found, continued=len(found) > len(before))
+    comparison.check_prompt(found, continued=len(found) > len(before))
     return found, replies
 
 
@@ -465,11 +446,8 @@ def _whole(prompt: list[Message], said: list[Message]) -> list[Message]:
 
 def _same(one: list[Message], other: list[Message]) -> bool:
     """Whether messages are the same but for white space at their ends."""
-    stripped = [
-        [(m["role"], m["content"].strip(), m.get("tool_calls")) for m in messages]
-        for messages in (one, other)
-    ]
-    return stripped[0] == stripped[1]
+    a, b = ([(m["role"], m["content"].strip(), m.get("tool_calls")) for m in each] for each in (one, other))
+    return a == b
 
 
 def _shared(conversations: Sequence[list[Message]]) -> tuple[list[Message], list[str]]:

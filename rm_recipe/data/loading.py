@@ -8,8 +8,7 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from io import BufferedReader, TextIOWrapper
 from itertools import islice
 from pathlib import Path
@@ -23,13 +22,12 @@ from trl.scripts.utils import DatasetConfig
 
 from rm_recipe.data import comparison, formats
 from rm_recipe.data.comparison import Comparison, Excluded, Malformed, Message
-from rm_recipe.data.dataset import cache_key, with_tools
+from rm_recipe.data.dataset import cache_key
 from rm_recipe.errors import DataError, one_line
 from rm_recipe.files import LFS_POINTER, is_lfs_pointer, sha256
 from rm_recipe.recipe.schema import DATA_FORMATS, DataArguments, looks_local
 
 CODE = [sys.modules[__name__], formats, comparison]  # that a comparison follows from
-Parser = Callable[[formats.Row], Comparison]
 _as_json = json.JSONEncoder(sort_keys=True).encode
 PEEK = 1000  # rows of a JSON file in which its columns have to be found
 
@@ -37,7 +35,7 @@ csv.field_size_limit(2**31 - 1)  # a long conversation is a field
 
 _TEXT = hf_datasets.Value("string")
 _PARSED = {
-    "prompt": hf_datasets.List({"role": _TEXT, "content": _TEXT}),
+    "prompt": hf_datasets.List(dict.fromkeys(["role", "content", "tool_calls"], _TEXT)),
     "responses": hf_datasets.List(_TEXT),
     "ranks": hf_datasets.List(hf_datasets.Value("int32")),
     "margins": hf_datasets.List(hf_datasets.Value("float64")),
@@ -73,9 +71,7 @@ def load_rows(
     complete = not (source.columns or data.columns)  # then a row may have a column that the first ones lack
     wanted = {name: ours.get(name, name) for name in read if name in ours or complete}
     scores = formats.score_columns(source.columns or columns)
-    parse_row = partial(
-        formats.parse_row, margin_column=margin_column, margin_map=data.margin_map, shape=shape
-    )
+    options = (margin_column, data.margin_map, shape)
 
     def parse() -> Iterator[dict[str, Any]]:
         """The columns of `_PARSED`, row by row."""
@@ -84,7 +80,7 @@ def load_rows(
             row = {name: row.get(column) for name, column in wanted.items()}
             try:
                 for part in formats.rows_of(row, shape):
-                    yield _parsed(part, number, subset, parse_row) | {"scored_lower": lower}
+                    yield _parsed(part, number, subset, *options) | {"scored_lower": lower}
             except Malformed as fault:
                 raise DataError(f"{place}, {unit(file)} {number}: {fault}") from None
 
@@ -123,20 +119,19 @@ def _sliced(rows: hf_datasets.Dataset, split: str) -> hf_datasets.Dataset:
     return rows.select(range(part.from_, part.to))
 
 
-def _parsed(row: formats.Row, number: int, subset: str, parse: Parser) -> dict[str, Any]:
+def _parsed(row: formats.Row, number: int, subset: str, *options: Any) -> dict[str, Any]:
     """The columns of `_PARSED`: of a comparison, or empty ones and the reason."""
     if row.get("subset") not in (None, ""):
         subset = str(row["subset"]).encode(errors="replace").decode()
     reason = detail = ""
     try:
-        found = parse(row)
+        found = formats.parse_row(row, *options)
     except Excluded as excluded:
         found, reason, detail = Comparison([], []), excluded.reason, excluded.detail
     turns = normalised_prompt(found.prompt)
     content = [found.prompt, found.responses, found.ranks, found.margins, *filter(None, [found.tools])]
     return {
         **vars(found),
-        **with_tools(found),
         "subset": subset,
         "row": number,
         "prompt_key": text_key(turns),
@@ -150,7 +145,7 @@ def _parsed(row: formats.Row, number: int, subset: str, parse: Parser) -> dict[s
 
 def normalised_prompt(prompt: list[Message]) -> list[str]:
     """Return what equal prompts have in common: roles and normalised texts."""
-    return [f"{m['role']} {normalise(m['content'])}{m.get('tool_calls', '')}" for m in prompt]
+    return [f"{m['role']} {normalise(m['content'])}{m.get('tool_calls') or ''}" for m in prompt]
 
 
 def text_key(texts: Sequence[str]) -> int:
@@ -198,12 +193,9 @@ def read_name(name: str) -> dict[str, Any]:
     if parts is None or Path(name).exists():
         return {"dataset_name": name}
     path, subset, split, revision = parts.groups()
-    named = {
-        "dataset_test_split": split,
-        "dataset_revision": revision,
-        "dataset_subsets": subset and [subset],
-    }
-    return {"dataset_name": path, **{key: value for key, value in named.items() if value}}
+    named = {"dataset_test_split": split, "dataset_revision": revision}
+    named |= {"dataset_name": path, "dataset_subsets": subset and [subset]}
+    return {key: value for key, value in named.items() if value}
 
 
 def splits_of(source: DatasetConfig, revision: str | None = None) -> dict[str, Any]:
@@ -353,9 +345,8 @@ def read_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[tupl
                     raise DataError(f"'{file}', {unit(file)} {number}: {kind}")
                 yield number, row
     except (OSError, EOFError, ValueError, OverflowError, zlib.error, csv.Error, pa.ArrowException) as error:
-        raise DataError(
-            f"'{file}' cannot be read: {getattr(error, 'strerror', 0) or one_line(error)}"
-        ) from None
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise DataError(f"'{file}' cannot be read: {reason}") from None
     if not number:
         raise DataError(f"'{file}' is empty: it holds no rows")
 
@@ -368,14 +359,11 @@ def _values(
     stream.seek(0)
     if ending in (".parquet", ".arrow"):
         open_arrow = pa.ipc.open_file if start.startswith(b"ARROW1") else pa.ipc.open_stream
-        table = pq.ParquetFile(stream) if ending == ".parquet" else open_arrow(stream).read_all()
+        parquet = ending == ".parquet"
+        table = pq.ParquetFile(stream) if parquet else open_arrow(stream).read_all()
         names = getattr(table, "schema_arrow", table.schema).names
         read = [name for name in names if columns is None or name in columns]
-        batches = (
-            table.iter_batches(1000, columns=read)
-            if ending == ".parquet"
-            else table.select(read).to_batches(1000)
-        )
+        batches = table.iter_batches(1000, columns=read) if parquet else table.select(read).to_batches(1000)
         rows = (row for batch in batches for row in batch.to_pylist())
         yield from enumerate([dict.fromkeys(names)] if columns == [] else rows, 1)
     elif ending in (".csv", ".tsv"):

@@ -102,10 +102,8 @@ def load_held_out(data: DataArguments) -> Split:
         comparisons = split.comparisons.select(np.flatnonzero(held_out(split, share, data.leakage_by)))
         split = Split(comparisons, len(comparisons))
     if not len(split.comparisons):
-        raise DataError(
-            "all comparisons have the same prompt, so none can be held out: give a test split of your own (a "
-            "folder with train.jsonl and test.jsonl) and set 'leakage: allow'"
-        )
+        fault = "all comparisons have the same prompt, so none can be held out"
+        raise DataError(f"{fault}: give a test split of your own (test.jsonl), and set 'leakage: allow'")
     return replace(split, fingerprint=fingerprint(split.comparisons))
 
 
@@ -194,15 +192,12 @@ def _by_fraction(parts: list[hf_datasets.Dataset], shares: list[float]) -> NDArr
 def changed_data(run: Path, **now: str) -> list[str]:
     """Name the splits whose fingerprints are not those that a finished run was trained with."""
     record = run / "run.json"
-    then = read_json(record).get("data_fingerprints", {}) if record.is_file() else {}
-    return [name for name in now if then.get(name, now[name]) != now[name]]
+    then = read_json(record)["data_fingerprints"] if record.is_file() else now
+    return [name for name in now if then[name] != now[name]]
 
 
 def check_held_out(run: Path, split: Split) -> None:
     """Raise RecipeError where the held-out comparisons are not those that were held out from training."""
     if changed_data(run, held_out=split.fingerprint):
-        raise RecipeError(
-            f"the held-out comparisons are not those that {run} was trained with: the data changed since, "
-            "and what is held out now may have been trained on; restore the data, or train anew with "
-            "--overwrite"
-        )
+        fault = f"the held-out comparisons are not those that {run} was trained with: it may have seen them"
+        raise RecipeError(f"{fault}; restore the data, or train anew with --overwrite")

@@ -132,10 +132,9 @@ def tokenize(
         return {name: [row[name] for row in rows] for name in _TOKENIZED}
 
     depends_on = [*follows_from(tokenizer), max_length, truncation, alike]
-    features = {**split.comparisons.features, **_TOKENIZED}
-    tokenized = run_pass(
-        split.comparisons, encode_batch, "Tokenising", features, depends_on, num_proc, batched=True
-    )
+    rows = split.comparisons
+    features = {**rows.features, **_TOKENIZED}
+    tokenized = run_pass(rows, encode_batch, "Tokenising", features, depends_on, num_proc, batched=True)
     result = set_aside(replace(split, comparisons=tokenized, tokenized=tokenized))
     if not len(result.comparisons):
         raise DataError(f"no comparison is left after tokenising: {result.why_excluded()}")

@@ -143,13 +143,13 @@ def _earlier_evaluation(output: Path, target: str, weights: dict[str, str], name
     before = summary.read_evaluation(output)
     if not before or before.get("weights") == weights:
         return before
-    own = output.resolve() == Path(target).resolve()
+    own, path = output.resolve() == Path(target).resolve(), output / "evaluation.json"
     if own and (HELD_OUT in names or HELD_OUT not in before["datasets"]):
-        say(f"{output / 'evaluation.json'} is of this model before it changed: it is written anew")
+        say(f"{path} is of this model before it changed: it is written anew")
         return {}
-    fix = f"first `rm-recipe evaluate {target}`, or" if own else "two do not mix;"
-    whose = "this model before it changed" if own else f"another model ({before['model']})"
-    raise RecipeError(f"{output / 'evaluation.json'} is of {whose}; {fix} give another --output")
+    whose = f"of another model ({before['model']}), or of this model before it changed"
+    first = f"first `rm-recipe evaluate {target}`, or " if own else ""
+    raise RecipeError(f"{path} is {whose}; {first}give another --output")
 
 
 def _data_of(name: str, recipe: Recipe | None) -> DataArguments:
@@ -224,17 +224,10 @@ def _score(
 
 def _edited(model: RewardModel, split: Split) -> Content:
     """What edits do to rewards: those that training may have seen, and others."""
-    score = partial(_score_items, model)
-    found = consistency(split, score, EDITS | UNSEEN)
-    return {
-        "consistency": {name: moved for name, moved in found.items() if name in EDITS},
-        "consistency_unseen": {name: moved for name, moved in found.items() if name in UNSEEN},
-    }
-
-
-def _score_items(model: RewardModel, items: list[dict[str, Any]]) -> list[np.float32]:
     score = partial(model.score, progress=processes().is_main_process, unfit=np.nan)
-    return each_once(items, lambda own: list(score(own)))
+    found = consistency(split, partial(each_once, function=lambda own: list(score(own))), EDITS | UNSEEN)
+    lots = {"consistency": EDITS, "consistency_unseen": UNSEEN}
+    return {key: {name: found[name] for name in found if name in lot} for key, lot in lots.items()}
 
 
 def _rewards(model: RewardModel, split: Split) -> list[NDArray[np.float32]]:
@@ -247,10 +240,9 @@ def _rewards(model: RewardModel, split: Split) -> list[NDArray[np.float32]]:
     rewards = each_once(split.encoded(), partial(model.score_encoded, progress=bar, check=False))
     faulty = np.flatnonzero([not np.isfinite(values).all() for values in rewards])
     if len(faulty):
-        raise TrainingError(
-            f"the rewards of {len(faulty)} of {len(rewards)} comparisons are not finite numbers (first in "
-            f"row {split.names(faulty[:1])[0]}): this model cannot be evaluated, its training has failed"
-        )
+        fault = f"the rewards of {len(faulty)} of {len(rewards)} comparisons are not finite numbers"
+        first = split.names(faulty[:1])[0]
+        raise TrainingError(f"{fault} (first in row {first}): the training of this model has failed")
     return rewards
 
 

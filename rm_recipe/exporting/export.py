@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 
-from rm_recipe.data.splits import load_held_out_split
+from rm_recipe.data.splits import check_held_out, load_held_out_split
 from rm_recipe.data.tokenization import tokenize
 from rm_recipe.errors import ExportError, RecipeError, one_line
 from rm_recipe.evaluation.evaluate import weights_of
@@ -32,18 +32,13 @@ from rm_recipe.model.reward_model import load_trained
 from rm_recipe.processes import say
 from rm_recipe.recipe.reader import is_run_folder, read_run_recipe
 from rm_recipe.scoring import RewardModel, find_model
-from rm_recipe.training.run_folder import check_data
 
 # What sentence-transformers' CrossEncoder reads.
 NO_SIGMOID = {"activation_fn": "torch.nn.modules.linear.Identity"}
 
 
 def export(
-    run: Path,
-    output: Path | None = None,
-    *,
-    overwrite: bool = False,
-    dtype: str | None = None,
+    run: Path, output: Path | None = None, *, overwrite: bool = False, dtype: str | None = None
 ) -> dict[str, Any]:
     """Write the merged model of a run, verified to score as what was evaluated.
 
@@ -63,14 +58,15 @@ def export(
     recipe = read_run_recipe(run)
     output = output or run / "export"
     check_replaceable(output, overwrite)
-    check_data(run, recipe)
+    held_out = load_held_out_split(recipe)
+    check_held_out(run, held_out)
     with locked(run), whole_folder(output) as folder:  # nothing trains the run anew meanwhile
         reward_model = RewardModel.from_pretrained(run)
         evaluation = evaluation_of(run)
-        body, head = precisions(reward_model.model, dtype)
+        own = next(p.dtype for p in reward_model.model.parameters() if p.is_floating_point())  # not in 4 bits
+        body, head = (getattr(torch, dtype),) * 2 if dtype else (own, torch.float32)
         truncation = reward_model.max_length, reward_model.truncation
-        held_out = tokenize(load_held_out_split(recipe), reward_model.tokenizer, *truncation)
-        verification = Verification(reward_model, held_out)
+        verification = Verification(reward_model, tokenize(held_out, reward_model.tokenizer, *truncation))
         compute_in_float32(verification, run)
         verification.check_recorded(read_predictions(run))
         merge(verification)
@@ -103,12 +99,6 @@ def evaluation_of(run: Path) -> dict[str, Any]:
     return evaluation
 
 
-def precisions(model: torch.nn.Module, dtype: str | None) -> tuple[torch.dtype, torch.dtype]:
-    """Choose what body and head are saved in; by default what the body has (not in 4 or 8 bits), and fp32."""
-    own = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    return (getattr(torch, dtype),) * 2 if dtype else (own, torch.float32)
-
-
 def compute_in_float32(verification: Verification, run: Path) -> None:
     """Go on to the same weights in fp32; a base in 4 or 8 bits becomes one that can be merged into.
 
@@ -125,7 +115,7 @@ def compute_in_float32(verification: Verification, run: Path) -> None:
     if quantised:
         del model  # which makes room for the next
         verification.free_model()
-        model = load_trained(find_model(str(run)), reward_model.tokenizer, base="dequantized", device=device)
+        model = load_trained(find_model(str(run)), reward_model.tokenizer, dequantize_on=device)
     reward_model.model = model.to(device).float()
     claim = "in fp32, de-quantised, the rewards are not what was evaluated"
     verification.check_step("precision", claim, share)
@@ -153,11 +143,7 @@ def merge(verification: Verification) -> None:
 
 
 def save(
-    verification: Verification,
-    folder: Path,
-    body: torch.dtype,
-    head: torch.dtype,
-    evaluation: dict[str, Any],
+    verification: Verification, folder: Path, body: torch.dtype, head: torch.dtype, evaluation: dict[str, Any]
 ) -> None:
     """Write model and tokenizer in these precisions; the model stays as it will be loaded, but in fp32.
 

@@ -26,7 +26,6 @@ from rm_recipe.processes import is_out_of_memory
 
 ALL_LINEAR = "all-linear"
 HALF = (torch.bfloat16, torch.float16)
-TAKE_THE_ORIGINAL = "take the original model, with load_in_4bit or load_in_8bit"
 
 
 @contextmanager
@@ -82,10 +81,8 @@ def sft_adapter(name: str, revision: str = "main") -> PeftConfig | None:
     """
     adapter = adapter_config(name, revision)
     if adapter is not None and adapter.task_type == "SEQ_CLS":
-        raise RecipeError(
-            f"'model_name_or_path: {name}' is the adapter of a classifier, perhaps of a reward model; to "
-            "train that further, start from its export"
-        )
+        fault = f"'model_name_or_path: {name}' is the adapter of a classifier, perhaps of a reward model"
+        raise RecipeError(f"{fault}; to train that further, start from its export")
     return adapter
 
 
@@ -324,6 +321,5 @@ def check_head_is_whole(model: nn.Module, modules_to_save: list[str], name: str)
     for new in modules_to_save:
         for layer in model.get_submodule(new).modules():
             if "Linear" in type(layer).__name__ and type(layer) not in (nn.Linear, Float32Linear):
-                raise RecipeError(
-                    f"'model_name_or_path: {name}' comes with a quantised head ({new}): {TAKE_THE_ORIGINAL}"
-                )
+                fault = f"'model_name_or_path: {name}' comes with a quantised head ({new})"
+                raise RecipeError(f"{fault}: take the original model, with load_in_4bit or load_in_8bit")

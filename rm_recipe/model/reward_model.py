@@ -12,7 +12,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import transformers
@@ -49,21 +49,19 @@ def check_base(base: Any, config: ModelConfig, max_length: int | None) -> None:
             are not in it.
     """
     name = str(config.model_name_or_path)
+    named = f"'model_name_or_path: {name}'"
     classifier = outline(base, name, config.attn_implementation)
     check_lengths(classifier, max_length, name)
     if base.is_encoder_decoder or base.model_type in READ_PADDING:
         raise RecipeError(
-            f"'model_name_or_path: {name}': the rewards of this {base.model_type} would depend on the batch "
-            "that they are read in; take a base of another kind, modernbert or deberta-v2 for one"
+            f"{named}: the rewards of this {base.model_type} would depend on the batch that they are in; "
+            "take a base of another kind, modernbert or deberta-v2 for one"
         )
     if config.use_peft:
         lora.check_target_modules(classifier, config)
         lora.add_lora(classifier, config, head_names(classifier), autocast=False)  # or PEFT refuses it
     elif hasattr(base, "quantization_config"):
-        raise RecipeError(
-            f"'model_name_or_path: {name}' comes quantised, so it cannot be trained in full: set "
-            "'use_peft: true'"
-        )
+        raise RecipeError(f"{named} comes quantised, so it cannot be trained in full: set 'use_peft: true'")
 
 
 def outline(base: Any, name: str, attn_implementation: str | None = None) -> PreTrainedModel:
@@ -75,8 +73,7 @@ def outline(base: Any, name: str, attn_implementation: str | None = None) -> Pre
     if type(base) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise RecipeError(
             f"'model_name_or_path: {name}': transformers {transformers.__version__} has no sequence "
-            f"classifier for '{base.model_type}', and a reward model is one; take a base of another kind, "
-            "llama, qwen3 or modernbert for one"
+            f"classifier for '{base.model_type}'; take another base, a llama, qwen3 or modernbert for one"
         )
     base = copy.deepcopy(base)
     base.num_labels = 1
@@ -231,9 +228,10 @@ def add_reward_positions(model: PreTrainedModel) -> None:
         if attention_mask is not None and by_block(self):
             announce_rows(attention_mask)
         elif attention_mask is not None:
-            attention_mask = row_mask(attention_mask)
+            attention_mask = mask = row_mask(attention_mask)
             if self.config._attn_implementation == "eager":
-                attention_mask = _additive(attention_mask, self.dtype)
+                lowest = torch.finfo(self.dtype).min  # eager attention adds what it is given
+                attention_mask = torch.zeros_like(mask, dtype=self.dtype).masked_fill(~mask, lowest)
         body = self.base_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         hidden = body.last_hidden_state[last_token_positions[:, 0], last_token_positions[:, 1]]
         return SequenceClassifierOutput(logits=self.score(hidden))
@@ -241,35 +239,21 @@ def add_reward_positions(model: PreTrainedModel) -> None:
     model.forward = types.MethodType(forward, model)
 
 
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where True, the dtype's lowest number elsewhere: eager attention adds what it is given."""
-    zeros = torch.zeros((), dtype=dtype, device=mask.device)
-    return torch.where(mask, zeros, torch.finfo(dtype).min)
-
-
-Base = Literal["trained", "dequantized"]
-
-
 def load_trained(
-    path: str,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    base: Base = "trained",
-    device: torch.device | None = None,
+    path: str, tokenizer: PreTrainedTokenizerBase, dequantize_on: torch.device | None = None
 ) -> nn.Module:
     """A trained reward model for scoring: a run's `model/`, a merged export, or any one-label model.
 
     Args:
-        base: what the adapter of a quantised base is put on: that base, or the same de-quantised (the weights
-            that it was trained on, as numbers that it can be merged into).
-        device: where a base goes that was quantised and is not any more, if not where it is quantised.
+        dequantize_on: put the adapter of a quantised base on the same base de-quantised (the weights that it
+            was trained on, as numbers that it can be merged into), which is done and left on this device.
 
     Raises:
         RecipeError: it cannot be loaded, has not exactly one label, or lacks a trained head.
     """
     gc.collect()  # frees models that were dropped: with its own forward bound to it each is a circle
     if adapter := adapter_config(path):
-        return _load_adapter(path, adapter, tokenizer, base, device)
+        return _load_adapter(path, adapter, tokenizer, dequantize_on)
     config = load_config(path)
     if config.num_labels != 1:
         kind = ", ".join(config.architectures or ["unknown architecture"])
@@ -282,7 +266,7 @@ def load_trained(
 
 
 def _load_adapter(
-    path: str, adapter: PeftConfig, tokenizer: PreTrainedTokenizerBase, base: Base, device: Any
+    path: str, adapter: PeftConfig, tokenizer: PreTrainedTokenizerBase, dequantize_on: torch.device | None
 ) -> PeftModel:
     if adapter.task_type != TaskType.SEQ_CLS:
         raise RecipeError(f"{path} is the adapter of a language model, not of a reward model")
@@ -305,8 +289,8 @@ def _load_adapter(
     if untrained:
         raise RecipeError(f"{path} has no trained {', '.join(untrained)}: its rewards would be random")
     model.config.rm_recipe = getattr(config, "rm_recipe", None)
-    if quantised and base == "dequantized":
-        lora.dequantize(model, device)
+    if quantised and dequantize_on:
+        lora.dequantize(model, dequantize_on)
     saved = load_peft_weights(path, str(model.device))
     _fit_embeddings(model, saved)
     prepare_for_rewards(model, tokenizer, new)

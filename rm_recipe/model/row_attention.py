@@ -107,10 +107,8 @@ def _fused(
     grouped = len(query) != len(key)
     kernel = partial(scaled_dot_product_attention, dropout_p=dropout, scale=scale, enable_gqa=grouped)
     with torch.autocast("cpu", enabled=False):  # the precision is chosen already
-        parts = [
-            kernel(q[None], k[None], v[None], block.to(q.dtype))[0]
-            for q, k, v, block in _by_block(blocks, query, key, value)
-        ]
+        each = _by_block(blocks, query, key, value)
+        parts = [kernel(q[None], k[None], v[None], block.to(q.dtype))[0] for q, k, v, block in each]
     return torch.cat(parts, dim=1)
 
 

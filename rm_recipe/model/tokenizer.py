@@ -77,10 +77,8 @@ def load_tokenizer(
     if of_base:
         safe.chat_template = chat_template.served(safe, leading)
         if not chat_template.end_of_reply(safe)[0]:
-            _warn(
-                f"{name}: its chat template writes no special token after a reply; the reward is read at the "
-                "last token of all, where PPO does not look"
-            )
+            fault = "its chat template writes no special token after a reply"
+            _warn(f"{name}: {fault}; the reward is read at the last token of all, where PPO does not look")
     return safe
 
 

@@ -200,8 +200,6 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], list[str]]:
         raise RecipeError(f"{path}: no such recipe{'.' if hint else ''}{hint}") from None
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:  # a date in month 13
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""

@@ -9,14 +9,11 @@ import os
 from collections.abc import Callable, Iterator
 from copy import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rm_recipe.errors import one_line
 from rm_recipe.files import pickle_fault
 from rm_recipe.recipe import schema
-
-if TYPE_CHECKING:
-    from trl import RewardConfig
 
 # The first term excludes each of the others: why.
 EXCLUSIVE = """
@@ -118,10 +115,8 @@ def relation_faults(values: dict[str, Any], given: dict[str, Any]) -> Iterator[s
         yield "'bf16: true': this GPU has no bfloat16; leave 'bf16' out and fp16 is used"
     by_steps = all(map(holds, ("eval_strategy=steps", "save_strategy=steps")))
     if any(map(holds, _BEST.split())) and by_steps and known["eval_steps"] != known["save_steps"]:
-        yield (
-            f"the best checkpoint is known where it is evaluated and saved at once: 'eval_steps: "
-            f"{known['eval_steps']}' must equal 'save_steps: {known['save_steps']}', or leave it out"
-        )
+        fault = f"'eval_steps: {known['eval_steps']}' must equal 'save_steps: {known['save_steps']}'"
+        yield f"{fault}, or leave it out: the best checkpoint is one that is evaluated and saved"
     made, of_step = batch_values(values), values.get("comparisons_per_step")
     if made and of_step != math.prod(made.values()) * int(os.environ.get("WORLD_SIZE", "1")):
         yield f"'comparisons_per_step: {of_step}' is no multiple of what all processes' batches hold"
@@ -166,18 +161,15 @@ def input_faults(values: dict[str, Any]) -> Iterator[str]:
     if base and Path(base).exists():
         files = [file for file in schema.MODEL_FILES if (Path(base) / file).is_file()]
         if not files:
-            either = " or ".join(schema.MODEL_FILES)
-            yield f"'model_name_or_path: {base}' holds no model: there is no {either}"
+            yield f"'model_name_or_path: {base}' holds no model: no {' or '.join(schema.MODEL_FILES)}"
         elif fault := pickle_fault(base, adapter="adapter_config.json" in files):
             yield fault
     if Path(template).is_file() and not template.endswith(schema.TEMPLATE_FORMATS):
-        yield (
-            f"'chat_template_path: {template}': a template's file ends in "
-            f"{' or '.join(schema.TEMPLATE_FORMATS)}; a folder or a Hub id means that tokenizer's"
-        )
+        fault = f"a template's file ends in {' or '.join(schema.TEMPLATE_FORMATS)}"
+        yield f"'chat_template_path: {template}': {fault}; a folder or a Hub id means that tokenizer's"
 
 
-def making_faults(training: "RewardConfig") -> Iterator[str]:
+def making_faults(training: Any) -> Iterator[str]:
     """Find what cannot be made here of a recipe whose every key is right, by making it."""
     import torch
     from transformers import get_scheduler
@@ -197,7 +189,7 @@ def making_faults(training: "RewardConfig") -> Iterator[str]:
             yield f"'{key}': {one_line(error)}"
 
 
-def try_optimizer(training: "RewardConfig") -> None:
+def try_optimizer(training: Any) -> None:
     """Make the optimizer, unless it is made of a model's layers.
 
     Raises:
@@ -284,9 +276,8 @@ def has_bf16(device: str) -> bool:
     import torch
     from transformers.utils import is_torch_bf16_gpu_available
 
-    if device == "cpu":  # AMX or AVX512-BF16
-        checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-        return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+    if device == "cpu":
+        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(is_torch_bf16_gpu_available())

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import try_to_load_from_cache
 
+from rm_recipe.data.augmentation import augment
 from rm_recipe.data.comparison import Encoded
 from rm_recipe.data.splits import refuse_leakage
 from rm_recipe.errors import RecipeError
@@ -19,14 +20,7 @@ from rm_recipe.model.tokenizer import check_lengths, check_vocabulary, load_toke
 from rm_recipe.recipe.reader import Recipe, is_run_folder, read_recipe
 from rm_recipe.training.preflight import preflight
 from rm_recipe.training.run_folder import DATA_REPORT, check_run_folder
-from rm_recipe.training.train import (
-    add_copies,
-    check_sharding,
-    load_data,
-    load_model,
-    make_trainer,
-    report_data,
-)
+from rm_recipe.training.train import check_sharding, load_data, load_model, make_trainer, report_data
 
 # The precision of a GPU, on a machine that has none.
 AS_ON_GPU = {"use_cpu": "true", "fp16": "false", "bf16": "true"}
@@ -97,7 +91,7 @@ def check_step(recipe: Recipe) -> None:
     tokenizer, train_split, test_split, leakage = load_data(recipe)
     report_data(recipe, train_split, test_split, leakage)
     refuse_leakage(recipe, leakage)
-    train_split = add_copies(recipe, tokenizer, train_split)
+    train_split = augment(recipe, tokenizer, train_split)
     model, modules_to_save = load_model(recipe, tokenizer)
     preflight(recipe, make_trainer(recipe, tokenizer, model, modules_to_save, train_split, test_split))
 

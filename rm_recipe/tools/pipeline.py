@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from rm_recipe.data.augmentation import augment
 from rm_recipe.data.splits import refuse_leakage
 from rm_recipe.errors import INTERRUPTS, UNDER_RUN, Interrupted, RecipeError, TrainingError
 from rm_recipe.evaluation.evaluate import evaluate, weights_of
@@ -31,7 +32,7 @@ from rm_recipe.recipe.schema import DEVICE_KEYS
 from rm_recipe.tools.offline import FOLDERS, prepare_offline
 from rm_recipe.training.checkpoints import newest_manifest
 from rm_recipe.training.run_folder import adopt, changed_keys, check_data, check_identity, identity_of
-from rm_recipe.training.train import add_copies, load_data
+from rm_recipe.training.train import load_data
 
 CONFIGS = shipped("accelerate_configs")
 
@@ -99,7 +100,7 @@ def train_or_skip(recipe: Recipe, path: Path, overrides: Sequence[str], *, overw
             "--overwrite to replace it, or give another --output_dir"
         )
     if finished:
-        check_data(folder, recipe, train=True)
+        check_data(folder, recipe)
         stage("train", f"finished already, skipped: {folder}/model")
         adopt(recipe, folder)
     else:
@@ -118,7 +119,7 @@ def examine_data(recipe: Recipe, *, resume: bool) -> None:
     refuse_leakage(recipe, leakage)
     manifest = newest_manifest(recipe.output_dir) if resume else None
     if manifest:
-        now = identity_of(add_copies(recipe, tokenizer, train), test)
+        now = identity_of(augment(recipe, tokenizer, train), test)
         check_identity(recipe.output_dir, manifest, now)
 
 

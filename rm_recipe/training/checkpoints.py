@@ -16,29 +16,16 @@ from typing import Any
 
 from accelerate import PartialState
 from safetensors import SafetensorError
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, trainer_utils
 from transformers.trainer_pt_utils import nested_gather
-from transformers.trainer_utils import (
-    PREFIX_CHECKPOINT_DIR,
-    IntervalStrategy,
-    rotate_checkpoints,
-    sort_checkpoints,
-)
 
 from rm_recipe.errors import INTERRUPTS, Interrupted, RecipeError, TrainingError, one_line
 from rm_recipe.files import locked, read_json, sha256, tidy, write_json
 from rm_recipe.model.memory import peak_memory, reset_peak_memory, too_little
 from rm_recipe.processes import is_out_of_memory, say, warn
 from rm_recipe.recipe.reader import RUN_RECIPE, Recipe, saved_values
+from rm_recipe.training import run_folder
 from rm_recipe.training.monitoring import EarlySigns
-from rm_recipe.training.run_folder import (
-    DATA_REPORT,
-    check_identity,
-    check_run_folder,
-    empty,
-    identity_of,
-    run_record,
-)
 from rm_recipe.training.trainer import SharedPrefixRewardTrainer
 
 MANIFEST = "manifest.json"
@@ -46,7 +33,7 @@ MANIFEST = "manifest.json"
 
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoint folders of a run, newest step first, whole or not."""
-    return [Path(path) for path in reversed(sort_checkpoints(str(run)))]
+    return [Path(path) for path in reversed(trainer_utils.sort_checkpoints(str(run)))]
 
 
 def write_manifest(checkpoint: Path, content: Mapping[str, Any]) -> None:
@@ -85,14 +72,14 @@ def open_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> Iterator["Run"
     """Check that a run may use its folder, keep other processes out, and choose the checkpoint to go on from.
 
     Raises:
-        RecipeError: as `check_run_folder` does, or another process is at work in it.
+        RecipeError: as `run_folder.check_run_folder` does, or another process is at work in it.
         Interrupted: saying what is kept.
     """
     run = Run(recipe, overwrite)
     with INTERRUPTS.listening():
         try:
             with locked(run.folder) if PartialState().is_main_process else nullcontext():
-                check_run_folder(recipe, resume=resume, overwrite=overwrite)
+                run_folder.check_run_folder(recipe, resume=resume, overwrite=overwrite)
                 if resume:
                     run.find_checkpoint()
                 yield run
@@ -158,19 +145,19 @@ class Run(TrainerCallback):
             RecipeError: the data are not those that the checkpoint was trained on.
         """
         recipe = self._recipe
-        identity = identity_of(trainer.train_split, trainer.test_split)
+        identity = run_folder.identity_of(trainer.train_split, trainer.test_split)
         if self._resumed:
-            check_identity(self.folder, self._resumed, identity)
+            run_folder.check_identity(self.folder, self._resumed, identity)
         self.identity = identity
         if trainer.is_world_process_zero():
             self.folder.mkdir(parents=True, exist_ok=True)
             if self._overwrite:
-                empty(self.folder)
+                run_folder.empty(self.folder)
             tidy(self.folder)
             for checkpoint in self._faulty:
                 shutil.rmtree(checkpoint)
             recipe.save(self.folder / RUN_RECIPE)
-            write_json(self.folder / DATA_REPORT, report)
+            write_json(self.folder / run_folder.DATA_REPORT, report)
         trainer.accelerator.wait_for_everyone()
         if recipe.hub.push_to_hub:
             say("push_to_hub: training uploads nothing; `rm-recipe run` uploads the proven export at its end")
@@ -185,8 +172,8 @@ class Run(TrainerCallback):
     def finish(self) -> None:
         """Write `run.json`, which also says that the run is finished."""
         if self._trainer.is_world_process_zero():
-            record = run_record(self._trainer, self._resumed.get("step", 0), self._total_cost)
-            write_json(self.folder / "run.json", record)
+            step = self._resumed.get("step", 0)
+            write_json(self.folder / "run.json", run_folder.run_record(self._trainer, step, self._total_cost))
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
         """Restore what was counted since the last log; remove what a kill has kept from being removed."""
@@ -209,7 +196,7 @@ class Run(TrainerCallback):
         if INTERRUPTS.received is not None:
             self._trainer.accelerator.set_trigger()
         self._stopping = self._trainer.accelerator.check_trigger() or self._stopping
-        by_epoch = IntervalStrategy.EPOCH in (args.eval_strategy, args.save_strategy, args.logging_strategy)
+        by_epoch = "epoch" in (args.eval_strategy, args.save_strategy, args.logging_strategy)
         if self._stopping and not (by_epoch and float(state.epoch or 0).is_integer()):
             control.should_save = True
 
@@ -257,12 +244,12 @@ class Run(TrainerCallback):
         if limit := self._recipe.training.save_total_limit:
             # By their numbers: a manifest that was written late says nothing of a checkpoint's age.
             kept = limit + bool(args.load_best_model_at_end)
-            rotate_checkpoints(str(self.folder), kept, state.best_model_checkpoint)
+            trainer_utils.rotate_checkpoints(str(self.folder), kept, state.best_model_checkpoint)
 
 
 def checkpoint_of(args: TrainingArguments, state: TrainerState) -> Path:
     """The folder of the checkpoint after the newest step."""
-    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    return Path(str(args.output_dir)) / f"{trainer_utils.PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
 def remove_unread(folder: Path) -> None:
@@ -287,17 +274,13 @@ def ended_well(recipe: Recipe, trainer: SharedPrefixRewardTrainer) -> Iterator[N
         with INTERRUPTS.deferred():
             yield
     except UnpicklingError as error:
-        raise TrainingError(
-            f"the checkpoint holds something else than the numbers that training writes: {one_line(error)}; "
-            "remove it, and --resume goes on from the one before"
-        ) from None
+        fault = f"the checkpoint holds something else than numbers that training writes: {one_line(error)}"
+        raise TrainingError(f"{fault}; remove it, and --resume goes on from the one before") from None
     except (OSError, RuntimeError, MemoryError, SafetensorError) as error:  # a full disk has many names
         checkpoint = checkpoint_of(trainer.args, trainer.state)
         if "DataLoader" in str(error):
-            advice = "--resume goes on, with 'dataloader_num_workers: 0' without one"
-            raise TrainingError(
-                f"a process that makes batches was lost, perhaps for want of memory; {advice}"
-            ) from None
+            lost = "a process that makes batches was lost, perhaps for want of memory"
+            raise TrainingError(f"{lost}; --resume goes on, best with 'dataloader_num_workers: 0'") from None
         if is_out_of_memory(error):
             raise TrainingError(f"step {trainer.state.global_step + 1}: {too_little(recipe)}") from None
         if checkpoint.is_dir() and not (checkpoint / MANIFEST).is_file():
@@ -313,7 +296,5 @@ def not_written(unfinished: Path, error: Exception) -> TrainingError:
     """What to say where a folder of a run cannot be written, after removing what there is of it."""
     shutil.rmtree(unfinished, ignore_errors=True)
     free = shutil.disk_usage(unfinished.parent).free
-    return TrainingError(
-        f"{unfinished} could not be written, with {free / 1e9:.1f} GB free on its disk: {one_line(error)}; "
-        "--resume goes on from the checkpoint before"
-    )
+    fault = f"{unfinished} could not be written, with {free / 1e9:.1f} GB free on its disk: {one_line(error)}"
+    return TrainingError(f"{fault}; --resume goes on from the checkpoint before")

@@ -66,10 +66,8 @@ class EarlySigns(TrainerCallback):
             self._n, self._total = self._n + n, self._total + n * logs["loss"]
         if self._ties_to_come and logs.get("ties", 0.0) > TIES:
             self._ties_to_come = False
-            warn(
-                f"{logs['ties']:.0%} of the comparisons get equal rewards: they have collapsed. Lower "
-                "learning_rate, and take bf16 or fp32 in place of fp16"
-            )
+            found = f"{logs['ties']:.0%} of the comparisons get equal rewards: they have collapsed"
+            warn(f"{found}. Lower learning_rate, and take bf16 or fp32 in place of fp16")
         time_to_look = max(UPDATES, BY_STEPS * state.max_steps) <= step - self._before_updates
         if self._loss_to_come and time_to_look and self._n >= ENOUGH:
             self._loss_to_come = False
@@ -77,6 +75,5 @@ class EarlySigns(TrainerCallback):
             if loss > math.log(2) - LEARNT:
                 warn(
                     f"after {step} steps the loss is {loss:.3f}, where it began (ln 2 = 0.693). Raise "
-                    "learning_rate (with LoRA 1e-4 to 5e-4 is usual), or look whether chosen and rejected "
-                    "are what they should be: rm-recipe check --data"
+                    "learning_rate (LoRA: 1e-4 to 5e-4), or look at the data: rm-recipe check --data"
                 )

@@ -108,22 +108,15 @@ def check_identity(run: Path, then: dict[str, Any], now: dict[str, Any]) -> None
     """
     for what, value in now.items():
         if then.get(what) != value:
-            raise RecipeError(
-                f"the {what} are not those that {run} was started with; resuming needs the same, --overwrite "
-                "starts anew"
-            )
+            fault = f"the {what} are not those that {run} was started with; resuming needs the same"
+            raise RecipeError(f"{fault}, --overwrite starts anew")
 
 
-def check_data(run: Path, recipe: Recipe, *, train: bool = False) -> None:
-    """Compare the data as they are now with a finished run's.
-
-    Where only train comparisons changed, or nothing can be read, it is said.
-
-    Args:
-        train: other train comparisons are a reason to refuse, too.
+def check_data(run: Path, recipe: Recipe) -> None:
+    """Compare the data as they are now with a finished run's; where nothing can be read, it is said.
 
     Raises:
-        RecipeError: what is held out changed.
+        RecipeError: they changed.
     """
     try:
         trained, held_out, _ = load_splits(recipe)
@@ -131,20 +124,15 @@ def check_data(run: Path, recipe: Recipe, *, train: bool = False) -> None:
         warn(f"whether the data of {run} changed since training cannot be told: {error}")
         return
     check_held_out(run, held_out)
-    if not changed_data(run, train=trained.fingerprint):
-        return
-    message = f"the train comparisons are not those that {run} was trained with: the data changed since"
-    if train:
-        raise RecipeError(f"{message}; restore the data, or train anew with --overwrite")
-    warn(message)
+    if changed_data(run, train=trained.fingerprint):
+        fault = f"the train comparisons are not those that {run} was trained with: the data changed since"
+        raise RecipeError(f"{fault}; restore the data, or train anew with --overwrite")
 
 
 def adopt(recipe: Recipe, run: Path) -> None:
     """Write into a finished run's recipe what it is measured on from now on, and what it has to reach."""
     then, now = saved_values(run), recipe.resolved()
-    new = {key: now[key] for key in EVALUATION}
-    if any(then.get(key) != value for key, value in new.items()):
-        save_values(run / RUN_RECIPE, then | new)
+    save_values(run / RUN_RECIPE, then | {key: now[key] for key in EVALUATION})
 
 
 def empty(folder: Path) -> None:
@@ -172,10 +160,7 @@ def run_record(trainer: SharedPrefixRewardTrainer, resumed_from: int, cost: dict
     training, state, train, test = trainer.args, trainer.state, trainer.train_split, trainer.test_split
     seconds = cost["train_seconds"]
     # A gradient norm may overflow in fp16's first steps; JSON has no number for that.
-    log = [
-        {key: value if math.isfinite(value) else None for key, value in entry.items()}
-        for entry in state.log_history
-    ]
+    log = [{key: x if math.isfinite(x) else None for key, x in entry.items()} for entry in state.log_history]
     of_steps = state.global_step * trainer.get_total_train_batch_size(training)
     seen = min(of_steps, round(len(train.comparisons) * (state.epoch or 0)))
     return {

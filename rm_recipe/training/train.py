@@ -57,7 +57,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> N
         tokenizer, train_split, test_split, leakage = load_data(recipe)  # parsed, tokenised, counted
         report = report_data(recipe, train_split, test_split, leakage)
         refuse_leakage(recipe, leakage)
-        train_split = add_copies(recipe, tokenizer, train_split)  # edited replies, if the recipe says so
+        train_split = augment(recipe, tokenizer, train_split)  # edited replies, if the recipe says so
         model, modules_to_save = load_model(recipe, tokenizer)  # one label, fp32 head, 4 bits
         # LoRA, shared prefixes, gradient checkpointing
         trainer = make_trainer(recipe, tokenizer, model, modules_to_save, train_split, test_split)
@@ -89,10 +89,8 @@ def check_sharding(recipe: Recipe) -> None:
     }
     for name, (key, given) in engines.items():
         if is_sharded(name, key) and not given:
-            raise RecipeError(
-                f"{name} was asked for and would not be given: it shards a model over several GPUs, and "
-                f"here are {state.num_processes} process(es) on {state.device.type}"
-            )
+            here = f"here are {state.num_processes} process(es) on {state.device.type}"
+            raise RecipeError(f"{name} was asked for and would not be given: it shards over GPUs, and {here}")
 
 
 def load_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Split, Split, Leakage]:
@@ -125,12 +123,6 @@ def report_data(recipe: Recipe, train: Split, test: Split, leakage: Leakage) -> 
         print_report(report)
     wait_for_main_process()  # or another would end it before it has said what is wrong
     return report
-
-
-def add_copies(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train: Split) -> Split:
-    """The train comparisons, some of them with edited copies of their replies (`augmentation`)."""
-    with main_process_first():
-        return augment(recipe, tokenizer, train)
 
 
 def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, list[str]]:

@@ -10,7 +10,8 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import logsigmoid
 from torch.utils.data import Sampler, get_worker_info
 from transformers import PreTrainedTokenizerBase, ProgressCallback
-from trl import RewardTrainer
+from trl import RewardConfig, RewardTrainer
 
 from rm_recipe.data.comparison import Encoded, pair_indices
 from rm_recipe.data.dataset import Split, row_name
@@ -30,9 +31,6 @@ from rm_recipe.model.row_attention import by_block
 from rm_recipe.model.shared_prefix import Sharing, padded_rows, shared_rows
 from rm_recipe.recipe.schema import GROUPED
 from rm_recipe.training.monitoring import LogLines
-
-if TYPE_CHECKING:
-    from trl import RewardConfig
 
 TIED = 1e-6  # rewards that differ by no more say nothing of a comparison
 SORTED_AMONG = 50  # batches, within which comparisons are sorted by length; as many as in transformers
@@ -100,11 +98,8 @@ class RowCollator:
         and `names`, a list of what to call each comparison.
         """
         batch = [Encoded(example["prefix"], example["suffixes"]) for example in examples]
-        rows: dict[str, Any] = (
-            shared_rows(batch, self.pad_token_id, self.one_row)
-            if self.share
-            else padded_rows(batch, self.pad_token_id)
-        )
+        make = partial(shared_rows, one_row=self.one_row) if self.share else padded_rows
+        rows: dict[str, Any] = make(batch, self.pad_token_id)
         better, worse, owner = pair_indices([example["ranks"] for example in examples])
         pairs_each = np.bincount(owner, minlength=len(examples))
         margins = [example["margins"] or [0.0] * n for example, n in zip(examples, pairs_each, strict=True)]
@@ -171,7 +166,7 @@ class SharedPrefixRewardTrainer(RewardTrainer):
     def __init__(
         self,
         model: Any,
-        args: "RewardConfig",
+        args: RewardConfig,
         tokenizer: PreTrainedTokenizerBase,
         splits: Sequence[Split],
         sharing: Sharing,
@@ -303,8 +298,7 @@ class SharedPrefixRewardTrainer(RewardTrainer):
             more = f" and {len(faulty) - FAULTY_NAMED} more" if len(faulty) > FAULTY_NAMED else ""
             raise TrainingError(
                 f"the loss is not a finite number in step {self.state.global_step + 1}, of row "
-                f"{', '.join(faulty[:FAULTY_NAMED])}{more}; the usual cures are a lower learning_rate and "
-                "bf16 or fp32 instead of fp16"
+                f"{', '.join(faulty[:FAULTY_NAMED])}{more}; lower learning_rate, or take bf16 for fp16"
             )
         metrics = self._metrics["train" if training else "eval"]
         if training:
@@ -318,7 +312,7 @@ class SharedPrefixRewardTrainer(RewardTrainer):
 # --- precision, adapters and random numbers, whatever engine trains -----------------------------
 
 
-def keep_precision(accelerator: Any, training: "RewardConfig") -> bool:
+def keep_precision(accelerator: Any, training: RewardConfig) -> bool:
     """Make FSDP2 and DeepSpeed leave every parameter in its own precision: base in bf16, head in fp32.
 
     Under a recipe's `bf16` Accelerate (1.15) has FSDP2 gather all parameters in bf16 and round what the model
@@ -337,17 +331,15 @@ def keep_precision(accelerator: Any, training: "RewardConfig") -> bool:
     deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
     if deepspeed is not None and (training.bf16 or training.fp16):
         # No "safe" modules: those would be sent in bf16, and their gradients summed in it.
-        autocast = {"enabled": True, "dtype": "bfloat16" if training.bf16 else "float16"}
-        deepspeed.deepspeed_config.update(
-            bf16={"enabled": False},
-            fp16={"enabled": False},
-            torch_autocast={**autocast, "lower_precision_safe_modules": []},
-        )
+        dtype = "bfloat16" if training.bf16 else "float16"
+        autocast = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
+        half = {key: {"enabled": False} for key in ("bf16", "fp16")}
+        deepspeed.deepspeed_config.update(half, torch_autocast=autocast)
         return True
     return False
 
 
-def autocast_of(training: "RewardConfig") -> torch.autocast:
+def autocast_of(training: RewardConfig) -> torch.autocast:
     """The recipe's `bf16` or `fp16` as a context.
 
     Without a cache: that would keep copies of all trained weights, whole, until the step's end.

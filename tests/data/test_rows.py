@@ -112,17 +112,10 @@ REFUSED = {
     "empty_response": {"chosen": " ", "rejected": "b", "prompt": "p"},
     "identical_responses": {"chosen": "a", "rejected": "a ", "prompt": "p"},
     "empty_prompt": {"chosen": "a", "rejected": "b", "prompt": " "},
-    "not_a_transcript": {"chosen": "a", "rejected": "b"},
-    "ends_without_reply": {"chosen": "\n\nHuman: x", "rejected": "\n\nHuman: x"},
-    "differing_prompts": {"chosen": transcript("x", "a"), "rejected": transcript("y", "b")},
     "reply_of_several_messages": {**PAIR, "chosen": [*CALLED, REPLY], "rejected": [REPLY]},
     "prompt_ends_with_reply": {**PAIR, "prompt": [USER, REPLY]},
     "two_system_messages": {**PAIR, "prompt": [SYSTEM, USER], "system": "Be kind."},
     "not_text": {**PAIR, "images": ["a.png"]},
-    "tool_calls": {
-        **PAIR,
-        "chosen": [{**REPLY, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}],
-    },
     "invalid_text": {**PAIR, "chosen": "a\ud800"},
     "single_response": {"prompt": "p", "responses": ["a"], "ranks": [1]},
     "ranks_do_not_match": {"prompt": "p", "responses": ["a", "b"], "ranks": [1]},
@@ -160,7 +153,12 @@ def test_a_value_of_the_wrong_type_names_its_column(row, column):
         parse_row(row)
 
 
-VALUES = st.one_of(st.none(), st.text(), st.integers(), st.lists(st.sampled_from([USER, REPLY, {}])))
+# Pieces in which markers, white space and other scripts meet.
+PIECES = st.sampled_from(
+    ["\n\nHuman:", "\n\nAssistant:", "Human:", "Assistant: ", "\n", " ", "hi", "你好", "é", "\u2028", "\n\n"]
+)
+TEXTS = st.one_of(st.text(), st.lists(PIECES).map("".join))
+VALUES = st.one_of(st.none(), TEXTS, st.integers(), st.lists(st.sampled_from([USER, REPLY, {}])))
 ROWS = st.one_of(
     st.fixed_dictionaries({"chosen": VALUES, "rejected": VALUES}, optional={"prompt": VALUES}),
     st.fixed_dictionaries(
@@ -305,12 +303,6 @@ def test_messages_as_text_that_cannot_be_decoded_are_never_a_text():
 
 
 # --- transcripts -----------------------------------------------------------------------------
-
-# Pieces in which markers, white space and other scripts meet.
-PIECES = st.sampled_from(
-    ["\n\nHuman:", "\n\nAssistant:", "Human:", "Assistant: ", "\n", " ", "hi", "你好", "é", "\u2028", "\n\n"]
-)
-TEXTS = st.one_of(st.text(), st.lists(PIECES).map("".join))
 
 
 def joined(turns) -> str:

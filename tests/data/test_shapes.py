@@ -309,23 +309,14 @@ def test_calls_of_tools_are_rendered_or_counted_where_the_template_shows_none(na
 @pytest.mark.parametrize(
     ("name", "template", "left_out", "said"),
     [
-        ("gemma_system", "gemma_template", 4, "System role not supported"),
         ("gemma_system_half", "gemma_template", 2, "System role not supported"),
-        ("control_tokens", None, 3, "control_tokens"),
         ("r1_think", "r1_template", 2, "identical_after_tokenization"),
     ],
 )
-def test_what_a_template_or_tokenizer_cannot_take_is_said(name, template, left_out, said):
+def test_what_a_template_cannot_take_is_said(name, template, left_out, said):
     tokenizer = make_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>", "<|im_start|>"]})
-    if template:
-        tokenizer.chat_template = (HUNT / f"{template}.jinja").read_text()
-    split = load(at(name))
-    if left_out == 4:
-        with pytest.raises(DataError, match=said):
-            tokenize(split, tokenizer, None, "exclude")
-        return
-    found = tokenize(split, tokenizer, None, "exclude")
+    tokenizer.chat_template = (HUNT / f"{template}.jinja").read_text()
+    found = tokenize(load(at(name)), tokenizer, None, "exclude")
     assert found.excluded.total() == left_out
     assert said in str(found.first_rows)
     assert (found.comparisons["unshown"][0] == "reply") is (name == "r1_think")
@@ -347,14 +338,3 @@ def test_what_a_rollout_hands_over_is_never_an_exception():
     for row in map(json.loads, at("agent_completions").open()):
         item = as_item(row["prompt"], row["completion"])
         assert item is None or isinstance(item["response"], str)
-
-
-def test_data_made_anew_has_other_fingerprints(write_recipe):
-    before, after = (
-        [
-            split.fingerprint
-            for split in load_splits(read_recipe(write_recipe(dataset_name=str(HUNT / "remade" / name))))[:2]
-        ]
-        for name in ("before", "after")
-    )
-    assert before[1] != after[1]

@@ -159,7 +159,7 @@ def test_where_the_train_rows_changed_or_are_gone_nothing_is_said_of_them(run, d
     assert "bag_of_words" not in figures["baselines"]
     assert "the train comparisons are not those that" in capsys.readouterr().err
     with pytest.raises(RecipeError, match="the train comparisons .*or train anew with --overwrite"):
-        check_data(run, read_run_recipe(run), train=True)  # nor is the run taken for finished
+        check_data(run, read_run_recipe(run))  # nor is the run taken for finished
     shutil.rmtree(data)
     assert evaluate(str(run), [other_set])["datasets"][other_set]["n_scored"] == 3
     assert "cannot be read" in capsys.readouterr().err

@@ -284,16 +284,13 @@ BROKEN = [
     ("fp32", SAVE, write_in("config.json", problem_type=None), "transformers' pipeline does not get"),
     ("fp32", SAVE, write_in("config.json", pad_token_id=None), "plain transformers cannot use"),
     ("fp32", SAVE, write_in("config.json", pad_token_id=2), "scores? otherwise|do not give"),
-    ("fp32", SAVE, write_in("config.json", id2label={"0": "LABEL_0"}), "calls the reward {'LABEL_0'}"),
     ("fp32", SAVE, write_in("tokenizer.json", post_processor=ADDS_BOS), "adds special tokens"),
     ("fp32", (verify, "_score_anew"), move_a_reward_of_ppo, "a PPO trainer does not get the model's rewards"),
     # peft#1836: 0.965 before the merge, 0.496 after.
     ("fp32", (LoraModel, "merge_and_unload"), lose_the_head, "merging changed the rewards: held-out"),
     # The base is loaded anew, so the merge alone would be exact.
     ("4-bit", (lora, "dequantize"), take_another_body, DEQUANTISED),
-    ("8-bit", (lora, "dequantize"), take_another_body, DEQUANTISED),
     ("fp32", MERGE, round_coarsely, "rounding changed the rewards"),
-    ("bf16", MERGE, round_coarsely, "rounding changed the rewards"),
 ]
 
 
@@ -357,9 +354,7 @@ def test_overwriting_is_asked_for_and_never_removes_what_is_no_export(run, tmp_p
     assert (run / "run.json").is_file()
 
 
-def test_a_folder_that_is_no_run_and_a_run_without_its_head_are_named(run, tmp_path):
-    with pytest.raises(RecipeError, match="is not a run folder"):
-        export(tmp_path)
+def test_a_run_without_its_head_is_named(run):
     path = run / "model" / "adapter_model.safetensors"
     save_file({key: value for key, value in load_file(path).items() if "score" not in key}, path)
     config = json.loads((run / "model" / "adapter_config.json").read_text())

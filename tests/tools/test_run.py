@@ -7,12 +7,10 @@ import signal
 import subprocess
 import sys
 import threading
-from functools import partial
 from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, run_cli, write_jsonl
-from test_cli import invoke
 
 from rm_recipe.errors import DataError, RecipeError
 from rm_recipe.evaluation.evaluate import evaluate
@@ -133,21 +131,6 @@ def test_a_run_of_another_recipe_is_not_overwritten_unasked(finished, monkeypatc
     monkeypatch.chdir(finished[0])
     with pytest.raises(RecipeError, match=r"holds a run of another recipe \(seed differ\)"):
         pipeline.run(Path("tiny.yaml"), ["--seed", "2"])
-
-
-def test_a_file_of_responses_is_scored_as_each_is_alone(finished, monkeypatch, capsys):
-    monkeypatch.chdir(finished[0])
-    items = [{"prompt": "hello 3 cat", "response": text, "id": 1} for text in ("good good", "bad bad")]
-    write_jsonl(Path("in.jsonl"), items)
-    score = partial(invoke, monkeypatch, capsys, "score", "outputs/tiny/export")
-    said = score("--input", "in.jsonl", "--output", "out.jsonl")
-    assert said[:2] == (0, "2 responses scored: out.jsonl\n")
-    scored = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
-    good, bad = (row.pop("reward") for row in scored)
-    assert scored == items
-    assert good > bad
-    alone = score("--prompt", "hello 3 cat", "--response", "good good")[1]
-    assert float(alone) == pytest.approx(good, abs=1e-3)
 
 
 def test_under_accelerate_launch_a_bad_recipe_prints_our_message_once(finished):
