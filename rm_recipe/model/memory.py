@@ -8,7 +8,6 @@ every storage that comes alive is counted. All layers cost the same, so two size
 
 import os
 import re
-import resource
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -413,6 +412,11 @@ def peak_memory() -> int:
         found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
         if found:
             return int(found[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows, which has it elsewhere
+        taken = psutil.Process().memory_info()
+        return int(getattr(taken, "peak_wset", taken.rss))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
 
 

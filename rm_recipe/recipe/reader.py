@@ -6,6 +6,8 @@ before the first is reported, and nothing is loaded before that.
 """
 
 import dataclasses
+import filecmp
+import shutil
 import typing
 from collections.abc import Hashable, Sequence
 from contextlib import suppress
@@ -24,6 +26,7 @@ if typing.TYPE_CHECKING:
     from trl import ModelConfig, RewardConfig
 
 RUN_RECIPE = "recipe.yaml"
+SHIPPED = ("recipes", "accelerate_configs")
 RUN_HEADER = "every key with the value it had"  # so a run's recipe.yaml is told from a user's
 
 
@@ -58,7 +61,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = (), *, check_inputs
     """Read, check and resolve a recipe.
 
     Args:
-        path: the YAML file, or the name of a shipped one.
+        path: the YAML file, or the name of one in `recipes/` or of a shipped one.
         overrides: `--key value` or `--key=value` strings; they win over the file.
         check_inputs: also require that local model and data paths exist.
 
@@ -110,16 +113,42 @@ def _build(path: Path, values: dict[str, Any]) -> Recipe:
 
 
 def shipped(folder: str) -> Path:
-    """The project's `recipes` or `accelerate_configs`: in the installed package, else beside its source."""
+    """The project's folder of `SHIPPED`: in the installed package, else beside its source."""
     package = Path(__file__).parent.parent
     return package / folder if (package / folder).is_dir() else package.parent / folder
 
 
 def find_recipe(path: Path) -> Path:
-    """The path; where there is nothing, the shipped recipe that `NAME.yaml` or `recipes/NAME.yaml` names."""
-    ours = shipped("recipes") / path.name
-    named = path.parent in (Path(), Path("recipes"))
-    return ours if named and not path.exists() and ours.is_file() else path
+    """The path; where that is no file, the recipe of that name in `recipes/` here, else the shipped one."""
+    if path.is_file() or path.parent not in (Path(), Path("recipes")):
+        return path
+    name = f"{path.name.removesuffix('.yaml')}.yaml"
+    places = (folder / name for folder in (Path("recipes"), shipped("recipes")))  # a user's own comes first
+    return next(filter(Path.is_file, places), path)
+
+
+def copy_shipped(folder: Path) -> list[str]:
+    """Copy what is shipped into a folder, to be changed there; a file that is there stays as it is.
+
+    Returns:
+        a line for each file, which says what became of it.
+
+    Raises:
+        RecipeError: there is a file where the folder of recipes should be.
+    """
+    said = []
+    for source in (path for name in SHIPPED for path in sorted(shipped(name).glob("*.yaml"))):
+        target = folder / source.parent.name / source.name
+        if target.parent.is_file():
+            raise RecipeError(f"{target.parent} is a file: move it away, or run this in another folder")
+        if target.exists():
+            same = filecmp.cmp(source, target, shallow=False)
+            said.append(f"{target}: there already{'' if same else ', differs from what is shipped, kept'}")
+        else:
+            with whole_file(target) as partial:
+                shutil.copyfile(source, partial)
+            said.append(f"{target}: written")
+    return said
 
 
 def is_run_folder(folder: Path) -> bool:
