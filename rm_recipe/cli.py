@@ -142,6 +142,16 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[Path], Argument(metavar="RUN...", help="Runs that were evaluated.")],
+) -> None:
+    """Put runs side by side, and how far each is ahead of the first on the same held-out comparisons."""
+    from rm_recipe.evaluation.report import print_comparison
+
+    print_comparison(runs)
+
+
+@app.command()
 def export(
     run: Annotated[Path, Argument(metavar="RUN", help="The run folder.")],
     output: Annotated[Path | None, Option(help="The new folder; else RUN/export.")] = None,

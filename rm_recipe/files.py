@@ -172,9 +172,7 @@ def redacted(content: Any) -> Any:
 
 def expanded(content: Any) -> Any:
     """Lists and mappings in which paths that begin with `~` name the home folder."""
-    return _each_text(
-        content, lambda text: re.sub(r"^~(?=[/\\]|\Z)", lambda _: os.path.expanduser("~"), text)
-    )
+    return _each_text(content, lambda x: re.sub(r"^~(?=[/\\]|\Z)", lambda _: os.path.expanduser("~"), x))
 
 
 def hide_secrets(text: str) -> str:

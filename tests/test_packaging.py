@@ -77,7 +77,7 @@ def test_init_writes_what_is_shipped_and_leaves_what_a_user_has_changed(installe
     mine.write_text("seed: 1\n")
     gone.unlink()
     said = run_installed(installed, tmp_path, *init).splitlines()
-    kept = "recipes/smollm2_offline.yaml: there already, differs from what is shipped, kept"
+    kept = "recipes/smollm2_offline.yaml: kept, as it differs from what is shipped"
     assert [line for line in said if not line.endswith("there already")] == [
         kept,
         "accelerate_configs/cpu.yaml: written",

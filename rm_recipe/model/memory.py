@@ -412,12 +412,11 @@ def peak_memory() -> int:
         found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
         if found:
             return int(found[1]) * 1024
-    try:
+    with suppress(ImportError):
         import resource
-    except ImportError:  # Windows, which has it elsewhere
-        taken = psutil.Process().memory_info()
-        return int(getattr(taken, "peak_wset", taken.rss))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
+    return int(getattr(psutil.Process().memory_info(), "peak_wset", 0))  # Windows
 
 
 def reset_peak_memory() -> None:

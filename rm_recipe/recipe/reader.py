@@ -7,9 +7,8 @@ before the first is reported, and nothing is loaded before that.
 
 import dataclasses
 import filecmp
-import shutil
 import typing
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,33 +121,30 @@ def find_recipe(path: Path) -> Path:
     """The path; where that is no file, the recipe of that name in `recipes/` here, else the shipped one."""
     if path.is_file() or path.parent not in (Path(), Path("recipes")):
         return path
-    name = f"{path.name.removesuffix('.yaml')}.yaml"
-    places = (folder / name for folder in (Path("recipes"), shipped("recipes")))  # a user's own comes first
-    return next(filter(Path.is_file, places), path)
+    own = Path("recipes", f"{path.name.removesuffix('.yaml')}.yaml")  # comes first: it may have been changed
+    return next(filter(Path.is_file, (own, shipped("recipes") / own.name)), path)
 
 
-def copy_shipped(folder: Path) -> list[str]:
+def copy_shipped(folder: Path) -> Iterator[str]:
     """Copy what is shipped into a folder, to be changed there; a file that is there stays as it is.
 
-    Returns:
+    Yields:
         a line for each file, which says what became of it.
 
     Raises:
         RecipeError: there is a file where the folder of recipes should be.
     """
-    said = []
     for source in (path for name in SHIPPED for path in sorted(shipped(name).glob("*.yaml"))):
-        target = folder / source.parent.name / source.name
+        target, said = folder / source.parent.name / source.name, "there already"
         if target.parent.is_file():
             raise RecipeError(f"{target.parent} is a file: move it away, or run this in another folder")
-        if target.exists():
-            same = filecmp.cmp(source, target, shallow=False)
-            said.append(f"{target}: there already{'' if same else ', differs from what is shipped, kept'}")
-        else:
+        if not target.exists():
             with whole_file(target) as partial:
-                shutil.copyfile(source, partial)
-            said.append(f"{target}: written")
-    return said
+                partial.write_bytes(source.read_bytes())
+            said = "written"
+        elif not filecmp.cmp(source, target, shallow=False):
+            said = "kept, as it differs from what is shipped"
+        yield f"{target}: {said}"
 
 
 def is_run_folder(folder: Path) -> bool:
