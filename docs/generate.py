@@ -244,7 +244,9 @@ def mask() -> str:
 
     names = ["p1", "p2", "p3", "c1", "c2", "r1", "r2", "r3"]
     rows = shared_rows([Encoded([11, 12, 13], [[21, 22], [31, 32, 33]])], 0)
-    seen, positions = row_mask(rows["attention_mask"])[0, 0], rows["position_ids"][0].tolist()
+    width = len(names)  # what follows only pads the row
+    seen = row_mask(rows["attention_mask"])[0, 0, :width, :width]
+    positions = rows["position_ids"][0, :width].tolist()
     lines = [
         "token          " + "  ".join(names),
         "position id    " + "  ".join(f"{p:<2}" for p in positions),
