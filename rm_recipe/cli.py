@@ -22,7 +22,7 @@ from typer import Argument, Option
 
 from rm_recipe.errors import INTERRUPTS, LAUNCHED, UNDER_RUN, Interrupted, RmRecipeError, one_line
 from rm_recipe.files import redact
-from rm_recipe.recipe.reader import read_recipe
+from rm_recipe.recipe.reader import copy_shipped, read_recipe
 
 app = typer.Typer(
     name="rm-recipe",
@@ -36,10 +36,18 @@ app.add_typer(prepare_app, name="prepare")
 
 SECONDS_TO_SPEAK = 10  # imports may take one process that much longer than another
 WITH_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
-RecipePath = Annotated[Path, Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+RecipePath = Annotated[
+    Path, Argument(metavar="RECIPE", help="The recipe: a YAML file, or a shipped one's name.")
+]
 Model = Annotated[str, Argument(metavar="MODEL", help="A run folder, an export or a one-label classifier.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Remove what is there, and start anew.")]
 Output = Annotated[Path | None, Option(file_okay=False, help="Folder for the result; by default the run's.")]
+
+
+@app.command()
+def init() -> None:
+    """Write the shipped recipes and accelerate configurations into this folder, to be changed."""
+    print("\n".join(copy_shipped(Path())))
 
 
 @app.command(context_settings=WITH_OVERRIDES)
@@ -131,6 +139,16 @@ def evaluate(
         print(f"report: {(output or Path(target)) / 'report.html'}")
     if gate and not content["gate"]["passed"]:
         raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], Argument(metavar="RUN...", help="Runs that were evaluated.")],
+) -> None:
+    """Put runs side by side, and how far each is ahead of the first on the same held-out comparisons."""
+    from rm_recipe.evaluation.report import print_comparison
+
+    print_comparison(runs)
 
 
 @app.command()

@@ -155,7 +155,7 @@ _SECRETS = re.compile(
 
 def redact(text: str) -> str:
     """The text with `***` for tokens and passwords, and `~` for the user's home folder."""
-    text, home = hide_secrets(text), os.environ.get("HOME", "").rstrip("/")
+    text, home = hide_secrets(text), os.path.expanduser("~").rstrip("/\\")
     # Whole components alone: for /home/ann neither /home/anna nor /data/home/ann is one.
     before, after = r"(?:(?<=file://)|(?<![\w.+@~/-]))", r"(?!\.?[\w+@~-])"
     return re.sub(f"{before}{re.escape(home)}{after}", "~", text) if home else text
@@ -168,7 +168,7 @@ def redacted(content: Any) -> Any:
 
 def expanded(content: Any) -> Any:
     """Lists and mappings in which paths that begin with `~` name the home folder."""
-    return _each_text(content, lambda text: re.sub(r"^~(?=/|\Z)", lambda _: os.path.expanduser("~"), text))
+    return _each_text(content, lambda x: re.sub(r"^~(?=[/\\]|\Z)", lambda _: os.path.expanduser("~"), x))
 
 
 def hide_secrets(text: str) -> str:

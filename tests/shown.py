@@ -94,6 +94,7 @@ def fill(root: Path, model: Path, data: Path) -> None:
     for name in ("tinyllama_hh_lora", "gold"):
         shutil.copytree(run, root / "outputs" / name)
     evaluate(str(run))
+    shutil.copytree(run, root / "outputs" / "s1")
     export(run)
     write_jsonl(root / "replies.jsonl", [{"prompt": "hello", "response": "good"}])
     write_jsonl(root / "comparisons.jsonl", make_rows(6, seed=3))

@@ -8,7 +8,7 @@ import torch
 
 from rm_recipe import cli
 
-VERBS = "run train check evaluate export push score benchmark overoptimization prepare".split()
+VERBS = "init run train check evaluate compare export push score benchmark overoptimization prepare".split()
 
 
 def invoke(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:

@@ -12,9 +12,11 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from rm_recipe.errors import RecipeError
 from rm_recipe.evaluation import findings, plots
 from rm_recipe.evaluation.findings import HELD_OUT, best_baseline, gate_words, readings, rule
-from rm_recipe.evaluation.format import TEMPLATES, decimal, interval, print_table, whole, write_page
+from rm_recipe.evaluation.format import MISSING, TEMPLATES, decimal, interval, print_table, whole, write_page
+from rm_recipe.evaluation.metrics import paired_difference
 from rm_recipe.evaluation.summary import read_evaluation, read_predictions
 from rm_recipe.files import read_json, visible
 
@@ -52,6 +54,34 @@ def print_evaluation(content: dict[str, Any], names: Sequence[str]) -> None:
             console.print(Text(visible(f"{name}: {sentence}" if len(names) > 1 else sentence)))
     if HELD_OUT in names and (words := gate_words(content["gate"])):
         console.print(f"{words['verdict']}: {words['why']}.")
+
+
+def print_comparison(runs: Sequence[Path]) -> None:
+    """Print runs that were evaluated on the same held-out comparisons, and each one's lead over the first.
+
+    Raises:
+        RecipeError: one was not evaluated, or on others.
+    """
+    rows: list[list[str]] = []
+    for run in runs:
+        figures = read_evaluation(run).get("datasets", {}).get(HELD_OUT)
+        if not figures:
+            raise RecipeError(f"{run} has no held-out accuracy yet: rm-recipe evaluate {run}")
+        lines = [line for line in read_predictions(run) if line["dataset"] == HELD_OUT]
+        data = read_json(run / RECORDS[0]).get("data_fingerprints", {}).get("held_out")
+        seen = [data, *((line["subset"], line["row"], line["ranks"]) for line in lines)]
+        right = [line["correct"] for line in lines]
+        if not rows:
+            first = seen, right
+        if seen != first[0]:
+            why = f"{run} was not evaluated on the comparisons of {runs[0]}"
+            raise RecipeError(f"{why}; score both on its own: rm-recipe evaluate {run} --against {runs[0]}")
+        lead = paired_difference(right, first[1])
+        ahead = f"{decimal(lead['difference'], signed=True)} ({interval(lead['ci95'], signed=True)})"
+        own = overview(str(run), figures)
+        rows.append([*own[:3], own[6], ahead if rows else MISSING])
+    head = ["run", *HEAD[1:3], HEAD[6], "minus the first (95 % interval)"]
+    print_table("Held-out comparisons", head, rows, Console())
 
 
 def write_report(folder: Path) -> None:

@@ -8,7 +8,6 @@ every storage that comes alive is counted. All layers cost the same, so two size
 
 import os
 import re
-import resource
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -420,7 +419,11 @@ def peak_memory() -> int:
         found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
         if found:
             return int(found[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
+    with suppress(ImportError):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
+    return int(getattr(psutil.Process().memory_info(), "peak_wset", 0))  # Windows
 
 
 def reset_peak_memory() -> None:

@@ -6,8 +6,9 @@ before the first is reported, and nothing is loaded before that.
 """
 
 import dataclasses
+import filecmp
 import typing
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ if typing.TYPE_CHECKING:
     from trl import ModelConfig, RewardConfig
 
 RUN_RECIPE = "recipe.yaml"
+SHIPPED = ("recipes", "accelerate_configs")
 RUN_HEADER = "every key with the value it had"  # so a run's recipe.yaml is told from a user's
 
 
@@ -58,7 +60,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = (), *, check_inputs
     """Read, check and resolve a recipe.
 
     Args:
-        path: the YAML file, or the name of a shipped one.
+        path: the YAML file, or the name of one in `recipes/` or of a shipped one.
         overrides: `--key value` or `--key=value` strings; they win over the file.
         check_inputs: also require that local model and data paths exist.
 
@@ -110,16 +112,39 @@ def _build(path: Path, values: dict[str, Any]) -> Recipe:
 
 
 def shipped(folder: str) -> Path:
-    """The project's `recipes` or `accelerate_configs`: in the installed package, else beside its source."""
+    """The project's folder of `SHIPPED`: in the installed package, else beside its source."""
     package = Path(__file__).parent.parent
     return package / folder if (package / folder).is_dir() else package.parent / folder
 
 
 def find_recipe(path: Path) -> Path:
-    """The path; where there is nothing, the shipped recipe that `NAME.yaml` or `recipes/NAME.yaml` names."""
-    ours = shipped("recipes") / path.name
-    named = path.parent in (Path(), Path("recipes"))
-    return ours if named and not path.exists() and ours.is_file() else path
+    """The path; where that is no file, the recipe of that name in `recipes/` here, else the shipped one."""
+    if path.is_file() or path.parent not in (Path(), Path("recipes")):
+        return path
+    own = Path("recipes", f"{path.name.removesuffix('.yaml')}.yaml")  # comes first: it may have been changed
+    return next(filter(Path.is_file, (own, shipped("recipes") / own.name)), path)
+
+
+def copy_shipped(folder: Path) -> Iterator[str]:
+    """Copy what is shipped into a folder, to be changed there; a file that is there stays as it is.
+
+    Yields:
+        a line for each file, which says what became of it.
+
+    Raises:
+        RecipeError: there is a file where the folder of recipes should be.
+    """
+    for source in (path for name in SHIPPED for path in sorted(shipped(name).glob("*.yaml"))):
+        target, said = folder / source.parent.name / source.name, "there already"
+        if target.parent.is_file():
+            raise RecipeError(f"{target.parent} is a file: move it away, or run this in another folder")
+        if not target.exists():
+            with whole_file(target) as partial:
+                partial.write_bytes(source.read_bytes())
+            said = "written"
+        elif not filecmp.cmp(source, target, shallow=False):
+            said = "kept, as it differs from what is shipped"
+        yield f"{target}: {said}"
 
 
 def is_run_folder(folder: Path) -> bool:

@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import re
-import signal
 import statistics
 import subprocess
 import sys
@@ -126,7 +125,7 @@ def run_worker(command: list[str]) -> bool:
         TrainingError: it failed otherwise.
     """
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    killed = done.returncode == -signal.SIGKILL  # as the kernel does where memory is full
+    killed = done.returncode == -9  # by SIGKILL, as the kernel does where memory is full
     if killed or (done.returncode and re.search(NO_MEMORY, done.stdout)):
         return False
     if done.returncode:

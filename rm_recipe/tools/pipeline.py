@@ -182,11 +182,12 @@ def launch_training(recipe: Recipe, path: Path, overrides: Sequence[str], flag: 
 def pass_on(number: int, launcher: subprocess.Popen[bytes]) -> None:
     """Send a signal to what the launcher started, or to itself if that is nothing, and wait for its end.
 
-    That saves first. Another signal meanwhile is passed on as well.
+    That saves first. Another signal meanwhile is passed on as well. On Windows psutil sends no SIGINT, and
+    need not: the console gives Ctrl-C to all its processes.
     """
     while launcher.poll() is None:
         process = psutil.Process(launcher.pid)
-        with suppress(psutil.NoSuchProcess):
+        with suppress(psutil.NoSuchProcess, ValueError):
             for target in process.children() or [process]:
                 target.send_signal(number)
         with suppress(KeyboardInterrupt):

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
+from statsmodels.stats.proportion import proportion_confint
 from torch.nn.functional import logsigmoid
 from torch.utils.data import Sampler, get_worker_info
 from transformers import PreTrainedTokenizerBase, ProgressCallback
@@ -307,6 +308,10 @@ class SharedPrefixRewardTrainer(RewardTrainer):
         metrics["num_tokens"] = [self._total_train_tokens]
         for key, each in gathered.items():
             metrics[key] += each.tolist()
+        if not training:
+            right, ends = metrics["accuracy"], ("accuracy_ci95_low", "accuracy_ci95_high")
+            found = proportion_confint(sum(right), len(right), alpha=0.05, method="wilson")
+            metrics.update((name, [float(end)]) for name, end in zip(ends, found, strict=True))
 
 
 # --- precision, adapters and random numbers, whatever engine trains -----------------------------

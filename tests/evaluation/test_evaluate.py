@@ -16,8 +16,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from rm_recipe.errors import RecipeError, TrainingError
 from rm_recipe.evaluation.evaluate import _data_of, evaluate, weights_of
 from rm_recipe.evaluation.findings import HELD_OUT
+from rm_recipe.evaluation.format import MISSING, decimal, interval
+from rm_recipe.evaluation.metrics import paired_difference
 from rm_recipe.evaluation.report import print_evaluation
-from rm_recipe.evaluation.summary import read_predictions
+from rm_recipe.evaluation.summary import read_predictions, write_predictions
 from rm_recipe.exporting.export import export
 from rm_recipe.model.head import saved_tensors
 from rm_recipe.recipe.reader import read_recipe, read_run_recipe
@@ -185,6 +187,64 @@ def test_two_models_are_compared_on_the_comparisons_that_fit_both(run, other_mod
     other = {line["row"]: line["correct"] for line in read_predictions(tmp_path / "alone")}
     assert found["difference"] == pytest.approx(np.mean([mine[row] - other[row] for row in other]))
     assert found["only_this"] == sum(mine[row] > other[row] for row in other)
+
+
+@pytest.fixture
+def compare(monkeypatch, capsys, tmp_path):
+    """A function: what `rm-recipe compare` answers to the names of runs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    return lambda *names: invoke(monkeypatch, capsys, "compare", *names)
+
+
+def cells(answer):
+    """The rows of the table that an answer prints."""
+    code, out, _ = answer
+    assert code == 0
+    rows = [line.split("│")[1:-1] for line in out.splitlines() if line.startswith("│")]
+    return [[cell.strip() for cell in row] for row in rows]
+
+
+def test_runs_stand_side_by_side_with_what_each_is_ahead_of_the_first(run, tmp_path, compare):
+    worse = shutil.copytree(run, tmp_path / "worse")
+    lines = read_predictions(worse)
+    for line in lines[:10]:
+        assert line["correct"] == 1.0
+        line["correct"] = 0.0
+    write_predictions(worse, lines)
+    figures = evaluation_of(run)["datasets"][HELD_OUT]
+    plain, behind = cells(compare("run", "worse"))
+    assert plain[:2] == ["run", decimal(figures["accuracy"])]
+    assert plain[3:] == [decimal(figures["loss"]), MISSING]
+    lead = paired_difference([line["correct"] for line in lines], np.ones(40))
+    assert behind[0] == "worse"
+    assert behind[4] == f"{decimal(-10 / 40)} ({interval(lead['ci95'], signed=True)})"
+    _, ahead = cells(compare("worse", "run"))
+    assert ahead[4].startswith("+0.250 (+0.")
+
+
+@pytest.mark.parametrize("what", ["other data", "fewer of them", "no evaluation", "no run"])
+def test_runs_that_were_not_evaluated_on_the_same_comparisons_are_refused(run, tmp_path, compare, what):
+    other = shutil.copytree(run, tmp_path / "other")
+    fault = "other was not evaluated on the comparisons of run; score both on its own: "
+    fault += "rm-recipe evaluate other --against run"
+    if what == "other data":
+        record = json.loads((other / "run.json").read_text())
+        record["data_fingerprints"]["held_out"] = "0" * 64
+        (other / "run.json").write_text(json.dumps(record))
+    elif what == "fewer of them":
+        lines = (other / "predictions.jsonl").read_text().splitlines()
+        (other / "predictions.jsonl").write_text("\n".join(lines[1:]))
+    elif what == "no evaluation":
+        (other / "evaluation.json").unlink()
+        fault = "other has no held-out accuracy yet: rm-recipe evaluate other"
+    else:
+        (other / "run.json").unlink()
+        fault = "other/run.json is not JSON that can be read: "
+    code, out, err = compare("run", "other")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"rm-recipe: {fault}")
+    assert err.count("\n") == 1
 
 
 def test_two_models_do_not_mix_in_one_evaluation(run, other_model, tiny_data, tiny_llama, tmp_path):

@@ -159,6 +159,18 @@ def test_a_signal_is_passed_on_and_a_second_one_as_well():
         assert process.returncode == 7
 
 
+def test_where_no_interrupt_can_be_sent_as_on_windows_its_end_is_waited_for(monkeypatch):
+    """There the console has given Ctrl-C to the training already."""
+
+    def refuse(_):
+        raise ValueError("only SIGTERM, CTRL_C_EVENT and CTRL_BREAK_EVENT signals are supported on Windows")
+
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)"]) as process:
+        monkeypatch.setattr(pipeline.psutil.Process, "send_signal", lambda _, number: refuse(number))
+        pipeline.pass_on(signal.SIGINT, process)
+        assert process.returncode == 0
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_while_training_saves_and_says_how_to_go_on(finished, tmp_path, number, code):
     folder, _ = finished
