@@ -99,7 +99,9 @@ class RewardModel:
             whole, alike = split_at_common_prefix([*group]), [*group.values()]
             once, each = (len(whole.prefix), 0) if self.sharing.used else (0, len(whole.prefix))
             sizes = [each + len(rest) for rest in whole.suffixes]
-            for part in _batches(range(len(group)), sizes, self._tokens(), once):
+            for part in _batches(
+                range(len(group)), sizes, TOKENS_PER_BATCH, once
+            ):  # a row's mask is a square
                 members.append([alike[k] for k in part])
                 encoded.append(Encoded(whole.prefix, [whole.suffixes[k] for k in part]))
         rewards = np.full(len(items), unfit or 0.0, np.float32)
@@ -142,7 +144,8 @@ class RewardModel:
         sizes = [c.length if shared else sum(map(len, c.conversations())) for c in comparisons]
         order = sorted(range(len(comparisons)), key=lambda i: -sizes[i])
         with tqdm(total=len(order), desc=progress, unit="prompt", disable=not progress) as bar:
-            for members in _batches(order, sizes, self._tokens()):
+            most = TOKENS_ON_GPU if next(self.model.parameters()).is_cuda else TOKENS_PER_BATCH
+            for members in _batches(order, sizes, most):
                 batch = [comparisons[i] for i in members]
                 rewards = self._forward(batch)
                 if check and not np.isfinite(rewards).all():
@@ -152,9 +155,6 @@ class RewardModel:
                     results[i] = values
                 bar.update(len(members))
         return results
-
-    def _tokens(self) -> int:
-        return TOKENS_ON_GPU if next(self.model.parameters()).is_cuda else TOKENS_PER_BATCH
 
     def _forward(self, batch: Sequence[Encoded]) -> NDArray[np.float32]:
         """The rewards (responses,) of a batch, by halves where there is no memory for it whole."""
@@ -168,11 +168,14 @@ class RewardModel:
             rewards: NDArray[np.float32] = logits.float().squeeze(-1).cpu().numpy()
             return rewards
         except (RuntimeError, MemoryError) as error:
-            if len(batch) == 1 or not is_out_of_memory(error):
+            if sum(len(c.suffixes) for c in batch) == 1 or not is_out_of_memory(error):
                 raise
         torch.cuda.empty_cache()
-        middle = len(batch) // 2
-        return np.concatenate([self._forward(batch[:middle]), self._forward(batch[middle:])])
+        parts: Sequence[Encoded] = batch
+        if len(batch) == 1:  # many replies to one prompt
+            parts = [Encoded(batch[0].prefix, [suffix]) for suffix in batch[0].suffixes]
+        middle = len(parts) // 2
+        return np.concatenate([self._forward(parts[:middle]), self._forward(parts[middle:])])
 
 
 def _batches(numbers: Iterable[int], sizes: Sequence[int], most: int, once: int = 0) -> list[list[int]]:

@@ -91,7 +91,7 @@ def test_init_names_a_file_that_is_in_the_way(tmp_path):
     (tmp_path / "recipes").write_text("dinner\n")
     result = run_cli("init", cwd=tmp_path)
     assert result.returncode == 2
-    assert result.stderr == "rm-recipe: recipes is a file: move it away, or run this in another folder\n"
+    assert result.stderr == "rm-recipe: recipes cannot be made: File exists; run this in another folder\n"
     assert (tmp_path / "recipes").read_text() == "dinner\n"
 
 

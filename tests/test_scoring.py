@@ -86,6 +86,9 @@ def test_a_batch_without_memory_is_scored_by_halves_and_a_comparison_without_it_
 
     monkeypatch.setattr(type(model.model), "__call__", on_a_small_gpu)
     assert np.allclose(model.score(items), expected, rtol=0, atol=1e-5)
+    many = [{"prompt": "How is it?", "response": "Fine!" + " Good." * n} for n in range(7)]  # one comparison
+    scored, most[0] = [model.score([item])[0] for item in many], 3
+    assert np.allclose(model.score(many), scored, rtol=0, atol=1e-5)
     most[0] = 0
     with pytest.raises(torch.OutOfMemoryError):
         model.score(items)

@@ -83,6 +83,8 @@ def readings(figures: dict[str, Any]) -> list[Finding]:
 
 
 def _against_best(figures: dict[str, Any]) -> list[Finding]:
+    if "against_baselines" not in figures:
+        return []
     best, accuracy = best_baseline(figures)
     lead, kind, what = figures["against_baselines"][best], "good", "The model beats the best baseline"
     if not lead["ci95"] or lead["ci95"][0] <= 0:

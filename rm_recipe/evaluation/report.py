@@ -65,9 +65,9 @@ def print_comparison(runs: Sequence[Path]) -> None:
     rows: list[list[str]] = []
     for run in runs:
         figures = read_evaluation(run).get("datasets", {}).get(HELD_OUT)
-        if not figures:
-            raise RecipeError(f"{run} has no held-out accuracy yet: rm-recipe evaluate {run}")
         lines = [line for line in read_predictions(run) if line["dataset"] == HELD_OUT]
+        if not figures or not lines or not (run / RECORDS[0]).is_file():
+            raise RecipeError(f"{run} is no run that was evaluated: rm-recipe evaluate RUN")
         data = read_json(run / RECORDS[0]).get("data_fingerprints", {}).get("held_out")
         seen = [data, *((line["subset"], line["row"], line["ranks"]) for line in lines)]
         right = [line["correct"] for line in lines]
@@ -75,7 +75,9 @@ def print_comparison(runs: Sequence[Path]) -> None:
             first = seen, right
         if seen != first[0]:
             why = f"{run} was not evaluated on the comparisons of {runs[0]}"
-            raise RecipeError(f"{why}; score both on its own: rm-recipe evaluate {run} --against {runs[0]}")
+            raise RecipeError(
+                f"{why}; score both on those of {run}: rm-recipe evaluate {run} --against {runs[0]}"
+            )
         lead = paired_difference(right, first[1])
         ahead = f"{decimal(lead['difference'], signed=True)} ({interval(lead['ci95'], signed=True)})"
         own = overview(str(run), figures)

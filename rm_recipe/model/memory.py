@@ -355,8 +355,11 @@ def too_little(recipe: Recipe, alone: bool = False) -> str:
     """
     training, data = recipe.training, recipe.data
     n, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    checkpointing = any(getattr(training, key) for key in CHECKPOINTING)
     if alone:
-        smaller = "gradient_checkpointing: true or a lower max_length"
+        smaller = (
+            "a lower max_length" if checkpointing else "gradient_checkpointing: true or a lower max_length"
+        )
     elif data.micro_batch_tokens:  # a smaller batch would have micro-batches as large
         smaller = f"micro_batch_tokens: {max(data.micro_batch_tokens // 2, 1)}"
     elif n > 1:

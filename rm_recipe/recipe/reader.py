@@ -132,12 +132,16 @@ def copy_shipped(folder: Path) -> Iterator[str]:
         a line for each file, which says what became of it.
 
     Raises:
-        RecipeError: there is a file where the folder of recipes should be.
+        RecipeError: the folder cannot be written to, or has files where folders should be.
     """
+    for name in SHIPPED:
+        try:
+            (folder / name).mkdir(exist_ok=True)
+        except OSError as error:
+            fault = f"{folder / name} cannot be made: {error.strerror}"
+            raise RecipeError(f"{fault}; run this in another folder") from None
     for source in (path for name in SHIPPED for path in sorted(shipped(name).glob("*.yaml"))):
         target, said = folder / source.parent.name / source.name, "there already"
-        if target.parent.is_file():
-            raise RecipeError(f"{target.parent} is a file: move it away, or run this in another folder")
         if not target.exists():
             with whole_file(target) as partial:
                 partial.write_bytes(source.read_bytes())

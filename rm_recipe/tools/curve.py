@@ -74,8 +74,8 @@ def fit(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
         `line`, (b, a); `expected` accuracy with its interval at `AHEAD` times the largest size;
         `per_doubling`, what the line says that the first doubling from there brings; and `p_value`, how
         probable points this far off the line are if there is one (chi-squared; None of two). All runs are
-        judged by the same held-out comparisons, so that their errors go together: the intervals are rather
-        too wide and the p-value rather too large.
+        judged by the same held-out comparisons, and each has a seed of its own: take intervals and p-value
+        as rough.
     """
     x = np.log2([point["comparisons"] for point in points])
     ends = np.array([point["accuracy_ci95"] for point in points])
@@ -135,7 +135,7 @@ def print_curve(content: dict[str, Any], console: Console | None = None) -> None
         f"({interval(slope['ci95'], signed=True)})."
     )
     if content["p_value"] is not None and content["p_value"] < OFF_THE_LINE:
-        console.print("But the points lie on no line: trust it no further than it was measured.")
+        console.print("But the points do not lie on one line: expect nothing from it beyond the largest run.")
     for point in content["expected"]:
         n, accuracy = whole(point["comparisons"]), decimal(point["accuracy"])
         console.print(f"By the line {n} would give {accuracy} ({interval(point['ci95'])}).")

@@ -159,7 +159,9 @@ def launch_training(recipe: Recipe, path: Path, overrides: Sequence[str], flag: 
         TrainingError: it failed.
         Interrupted: by a signal, after the training process has ended.
     """
-    config = CONFIGS / ("cpu.yaml" if recipe.training.use_cpu else "single_gpu.yaml")
+    name = "cpu.yaml" if recipe.training.use_cpu else "single_gpu.yaml"
+    own = Path("accelerate_configs", name)  # as `init` writes it, to be changed
+    config = own if own.is_file() else CONFIGS / name
     # As many threads as accelerate would choose anyway, which it otherwise warns about.
     threads = os.environ.get("OMP_NUM_THREADS", str(psutil.cpu_count(logical=False) or 1))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]

@@ -6,18 +6,20 @@ random numbers and counts are as they were, so a run is the same with it and wit
 
 import contextlib
 import gc
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from rm_recipe.errors import RecipeError, TrainingError
-from rm_recipe.model.memory import device_memory, peak_memory, too_little
+from rm_recipe.model.memory import device_memory, peak_memory, reset_peak_memory, too_little
 from rm_recipe.processes import is_out_of_memory, say
 from rm_recipe.recipe.reader import Recipe
 from rm_recipe.training.trainer import (
@@ -41,24 +43,26 @@ def preflight(recipe: Recipe, trainer: SharedPrefixRewardTrainer) -> dict[str, A
         where the model will be sharded over processes, which happens in training.
 
     Raises:
-        RecipeError: not even the longest comparison alone fits the device's memory.
+        RecipeError: a comparison alone does not fit the device's memory.
         TrainingError: the loss is not finite, or no gradient reaches the head or an adapter.
     """
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         say("preflight: left out; the model is sharded when training begins")
         return {}
-    while True:
+    found = None
+    while found is None:
         try:
             with as_before(trainer), cheaper_adapters(trainer):
                 found = measure(trainer)
-            break
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            if not halve_micro_batches(recipe, trainer):
-                raise RecipeError(f"preflight: {too_little(recipe, alone=True)}") from None
-        gc.collect()
-        torch.cuda.empty_cache()
+        if not all(gather_object([found is not None])):  # all processes halve, or none
+            found = None
+            halve_micro_batches(recipe, trainer)
+            gc.collect()
+            torch.cuda.empty_cache()
+            reset_peak_memory()
     seconds, there = found["seconds"], device_memory(recipe.training.device)
     time_needed = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{max(seconds, 1):.0f} s"
     say(
@@ -93,23 +97,26 @@ def measure(trainer: SharedPrefixRewardTrainer) -> dict[str, Any]:
 
 def largest_micro_batch(trainer: SharedPrefixRewardTrainer) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The numbers of its train comparisons, and their sizes in tokens."""
-    shared, split = trainer.sharing.used, trainer.train_split
+    shared, split, collator = trainer.sharing.used, trainer.train_split, trainer.data_collator
     of_batch = split.largest(min(trainer.args.per_device_train_batch_size, len(split.comparisons)), shared)
     sizes = split.sizes(shared, padded=not shared)[of_batch]
-    first = trainer.data_collator.split(sizes)[0]
-    return of_batch[first], sizes[first]
+    largest = max(collator.split(sizes), key=lambda part: collator.cost(sizes[part]))
+    return of_batch[largest], sizes[largest]
 
 
-def halve_micro_batches(recipe: Recipe, trainer: SharedPrefixRewardTrainer) -> bool:
-    """Let a micro-batch have half as many tokens as the largest has; False where that is one comparison."""
+def halve_micro_batches(recipe: Recipe, trainer: SharedPrefixRewardTrainer) -> None:
+    """Let a micro-batch have half as many tokens as the largest has.
+
+    Raises:
+        RecipeError: that is one comparison.
+    """
     _, sizes = largest_micro_batch(trainer)
     if len(sizes) == 1:
-        return False
+        raise RecipeError(f"preflight: {too_little(recipe, alone=True)}")
     tokens = trainer.data_collator.cost(sizes) // 2
     trainer.data_collator.budget = tokens
     recipe.data.micro_batch_tokens = recipe.values["micro_batch_tokens"] = tokens
     say(f"preflight: out of memory; micro-batches of up to {tokens} tokens instead")
-    return True
 
 
 def step(trainer: SharedPrefixRewardTrainer, rows: NDArray[np.int64]) -> float:
@@ -122,7 +129,9 @@ def step(trainer: SharedPrefixRewardTrainer, rows: NDArray[np.int64]) -> float:
             loss = trainer.compute_loss(trainer.model, part)
         (loss * scale).backward()
         total += float(loss.detach())
-    trainer.count_comparisons()
+    if not math.isfinite(total):  # of all processes, which take the same comparisons
+        trainer.count_comparisons()  # which names the rows
+    trainer._uncounted.clear()
     return total
 
 

@@ -63,8 +63,11 @@ class RowCollator:
         if get_worker_info() is not None:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         sizes = np.array([self.size(example) for example in examples])
-        parts = [self.rows([examples[i] for i in part]) for part in self.split(sizes)]
-        return {"micro_batches": [part | {"of_batch": len(part["names"]) / len(examples)} for part in parts]}
+        parts = []
+        for numbers in self.split(sizes):
+            rows = self.rows([examples[i] for i in numbers])
+            parts.append(rows | {"numbers": numbers, "of_batch": len(numbers) / len(examples)})
+        return {"micro_batches": parts}
 
     def size(self, example: dict[str, Any]) -> int:
         """Count the tokens that are computed of a comparison, without what its batch pads."""
@@ -192,8 +195,9 @@ class SharedPrefixRewardTrainer(RewardTrainer):
                 parameter.data = exact[name].to(parameter.device)
         self.initial_head = head_of(self.model, modules_to_save)
         self._signature_columns = COLUMNS  # what Trainer keeps of a data set
-        # Of micro-batches: what each comparison is called, the tokens, and values by comparison.
-        self._uncounted: list[tuple[list[str], torch.Tensor, dict[str, torch.Tensor]]] = []
+        # Of micro-batches: what each comparison is called and its number in the batch, the tokens, and values
+        # by comparison.
+        self._uncounted: list[tuple[list[str], list[int], torch.Tensor, dict[str, torch.Tensor]]] = []
         self._needs_autocast = keep_precision(self.accelerator, self.args)
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -259,6 +263,7 @@ class SharedPrefixRewardTrainer(RewardTrainer):
         """A micro-batch's part () of its batch's loss, and its rewards (responses,)."""
         inputs = dict(inputs)
         names, num_tokens, of_batch = (inputs.pop(key) for key in ("names", "num_tokens", "of_batch"))
+        numbers = inputs.pop("numbers")
         pairs, margins, pairs_each = (inputs.pop(key) for key in ("pairs", "margins", "pairs_each"))
         rewards = model(**inputs).logits.squeeze(-1)
         chosen, rejected = rewards[pairs[:, 0]], rewards[pairs[:, 1]]
@@ -274,27 +279,30 @@ class SharedPrefixRewardTrainer(RewardTrainer):
             "ties": (difference.abs() <= TIED).to(difference.dtype),
         }
         means = {key: mean_of_pairs(values, pairs_each) for key, values in metrics.items()}
-        self._uncounted.append((names, num_tokens, {"loss": losses.detach(), **means}))
+        self._uncounted.append((names, numbers, num_tokens, {"loss": losses.detach(), **means}))
         return losses.mean() * of_batch, rewards
 
     def count_comparisons(self) -> None:
         """Remember one value per comparison since the last time; TRL's `log` takes their mean.
 
-        In evaluation, `gather_for_metrics` drops what a distributed sampler repeats to fill its last batch.
-        Not in training: there Trainer fetches the batches of a step ahead, and it would drop comparisons
-        of those before the last one too.
+        In evaluation, `gather_for_metrics` drops what a distributed sampler repeats to fill its last batch,
+        the last of it, so comparisons are put back into the order in which they came. Not in training: there
+        Trainer fetches the batches of a step ahead, and it would drop comparisons of those before the last
+        one too.
 
         Raises:
             TrainingError: a loss is not finite, on all processes, so that they stop together.
         """
         training = self.model.training
-        names, num_tokens, parts = zip(*self._uncounted, strict=True)
+        names, numbers, num_tokens, parts = zip(*self._uncounted, strict=True)
         self._uncounted.clear()
-        values = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        order = np.argsort([*itertools.chain(*numbers)])
+        called = np.array([*itertools.chain(*names)], object)[order]
+        values = {key: torch.cat([part[key] for part in parts])[order] for key in parts[0]}
         gathered = (self.accelerator.gather if training else self.accelerator.gather_for_metrics)(values)
         if not torch.isfinite(gathered["loss"]).all():
             finite = torch.isfinite(values["loss"]).tolist()
-            own = zip(itertools.chain(*names), finite, strict=True)
+            own = zip(called, finite, strict=True)
             faulty = gather_object([name for name, good in own if not good])
             more = f" and {len(faulty) - FAULTY_NAMED} more" if len(faulty) > FAULTY_NAMED else ""
             raise TrainingError(

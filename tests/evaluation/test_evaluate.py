@@ -226,7 +226,7 @@ def test_runs_stand_side_by_side_with_what_each_is_ahead_of_the_first(run, tmp_p
 @pytest.mark.parametrize("what", ["other data", "fewer of them", "no evaluation", "no run"])
 def test_runs_that_were_not_evaluated_on_the_same_comparisons_are_refused(run, tmp_path, compare, what):
     other = shutil.copytree(run, tmp_path / "other")
-    fault = "other was not evaluated on the comparisons of run; score both on its own: "
+    fault = "other was not evaluated on the comparisons of run; score both on those of other: "
     fault += "rm-recipe evaluate other --against run"
     if what == "other data":
         record = json.loads((other / "run.json").read_text())
@@ -237,10 +237,10 @@ def test_runs_that_were_not_evaluated_on_the_same_comparisons_are_refused(run, t
         (other / "predictions.jsonl").write_text("\n".join(lines[1:]))
     elif what == "no evaluation":
         (other / "evaluation.json").unlink()
-        fault = "other has no held-out accuracy yet: rm-recipe evaluate other"
+        fault = "other is no run that was evaluated: rm-recipe evaluate RUN"
     else:
         (other / "run.json").unlink()
-        fault = "other/run.json is not JSON that can be read: "
+        fault = "other is no run that was evaluated: rm-recipe evaluate RUN"
     code, out, err = compare("run", "other")
     assert (code, out) == (2, "")
     assert err.startswith(f"rm-recipe: {fault}")

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from rm_recipe.data.comparison import Encoded, split_at_common_prefix
 from rm_recipe.model.row_attention import row_mask
-from rm_recipe.model.shared_prefix import choose_rows, pack, padded_rows, shared_rows
+from rm_recipe.model.shared_prefix import ALIGNED, choose_rows, pack, padded_rows, shared_rows
 
 PAD = 0
 
@@ -53,6 +53,33 @@ def test_each_response_reads_back_from_what_its_last_token_attends_to(batch, one
         seen = mask[row, 0, column]
         assert rows["input_ids"][row, seen].tolist() == conversation
         assert rows["position_ids"][row, seen].tolist() == list(range(len(conversation)))
+
+
+@given(batches)
+def test_the_mask_is_the_one_that_its_definition_gives_pair_by_pair_of_tokens(batch):
+    """Also what padding attends to: padding before it and itself, never a token."""
+    rows = shared_rows(batch, PAD)
+    n_rows, length = rows["input_ids"].shape
+    assert length % ALIGNED == 0
+    whose = [[None] * length for _ in range(n_rows)]  # (comparison, response), of a prefix (comparison, 0)
+    ends = iter(rows["last_token_positions"].tolist())
+    for number, comparison in enumerate(batch):
+        for response, tokens_of_it in enumerate(comparison.suffixes, start=1):
+            row, end = next(ends)
+            start = end + 1 - len(tokens_of_it)
+            whose[row][start : end + 1] = [(number, response)] * len(tokens_of_it)
+            if response == 1:
+                whose[row][start - len(comparison.prefix) : start] = [(number, 0)] * len(comparison.prefix)
+    expected = torch.zeros(n_rows, 1, length, length, dtype=torch.bool)
+    for row in range(n_rows):
+        for query in range(length):
+            for key in range(query + 1):
+                mine, other = whose[row][query], whose[row][key]
+                if mine is None or other is None:
+                    expected[row, 0, query, key] = mine is other
+                else:
+                    expected[row, 0, query, key] = other in (mine, (mine[0], 0))
+    assert torch.equal(row_mask(rows["attention_mask"]), expected)
 
 
 def test_padded_rows_hold_one_conversation_each_padded_right():

@@ -57,10 +57,10 @@ def test_a_curve_that_levels_off_is_told_and_none_ends_above_1(capsys):
     content |= fit(content["points"])
     assert all(max(point["ci95"]) < 1 for point in content["expected"])
     print_curve(content)
-    assert "lie on no line" in capsys.readouterr().out
+    assert "not lie on one line" in capsys.readouterr().out
     straight = {"points": points_of([400, 800, 1600], [0.64, 0.66, 0.68])}
     print_curve(straight | fit(straight["points"]))
-    assert "lie on no line" not in capsys.readouterr().out
+    assert "not lie on one line" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

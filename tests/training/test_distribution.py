@@ -196,6 +196,33 @@ def test_two_processes_learn_what_one_does_at_the_same_batch(one, two):
     assert difference(two, one) <= 1e-5
 
 
+ONE_SMALL_GPU = """
+import sys, torch
+from rm_recipe.recipe.reader import read_recipe
+from rm_recipe.training.train import train
+from rm_recipe.training.trainer import SharedPrefixRewardTrainer as Trainer
+
+compute = Trainer.compute_loss
+
+def compute_loss(self, model, inputs, *args, **kwargs):
+    if self.args.process_index == 0 and len(inputs.get("names", [])) > 2:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    return compute(self, model, inputs, *args, **kwargs)
+
+Trainer.compute_loss = compute_loss
+train(read_recipe(sys.argv[1]))
+"""
+
+
+def test_where_one_process_alone_is_out_of_memory_both_halve_their_micro_batches(runs, two):
+    recipe = runs.recipe("halved", per_device_train_batch_size=4)
+    (script := recipe.parent / "one_small_gpu.py").write_text(ONE_SMALL_GPU)
+    launch("cpu_two_processes", str(script), str(recipe))
+    run = recipe.parent / "run"
+    assert json.loads((run / "run.json").read_text())["micro_batch_tokens"] > 0
+    assert_same(run, two, ("loss", "accuracy", "eval_loss"), 1e-4)
+
+
 def test_two_processes_that_fail_in_training_end_with_one_message(runs):
     """Both have the loss of both, so both stop; neither waits for the other."""
     recipe = runs.recipe("failing", per_device_train_batch_size=4, learning_rate=1e30, max_grad_norm=0)

@@ -1,7 +1,9 @@
 """A step that is undone shows what a run will cost, and stops one that cannot finish or cannot learn."""
 
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import logged, ready_trainer, train_watched
@@ -119,6 +121,22 @@ def test_out_of_memory_in_the_preflight_halves_micro_batches_and_no_loss_changes
     assert read_run_recipe(halved.run).values["micro_batch_tokens"] == tokens[0]  # for a resume
     assert logged(halved.run, "loss") == pytest.approx(logged(whole.run, "loss"), abs=1e-5)
     assert logged(halved.run, "accuracy") == logged(whole.run, "accuracy")
+
+
+def test_what_is_halved_is_the_costliest_micro_batch_and_not_the_longest_comparisons(write_recipe):
+    trainer = ready_trainer(recipe := read_recipe(write_recipe(per_device_train_batch_size=7)))
+    sizes = np.array([155, 155, 152, 104, 104, 104, 104])
+    trainer.train_split = SimpleNamespace(
+        comparisons=sizes, sizes=lambda *_, **__: sizes, largest=lambda n, shared: np.arange(len(sizes))
+    )
+    budgets = []
+    while len(preflight.largest_micro_batch(trainer)[1]) > 1:
+        preflight.halve_micro_batches(recipe, trainer)
+        budgets.append(trainer.data_collator.budget)
+    assert budgets == sorted(budgets, reverse=True)
+    assert preflight.largest_micro_batch(trainer)[1].tolist() == [155]  # what alone fits is not given up
+    with pytest.raises(RecipeError, match="take gradient_checkpointing: true or a lower max_length"):
+        preflight.halve_micro_batches(recipe, trainer)
 
 
 def test_where_not_one_comparison_fits_the_message_names_what_to_lower(write_recipe, tmp_path, small_gpu):
