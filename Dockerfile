@@ -2,9 +2,9 @@
 # newer). Linted with hadolint; the build was not run by us.
 #
 #   docker build -t rm-recipe .
-#   docker run --rm --gpus all --shm-size 1g --user "$(id -u):$(id -g)" -v "$PWD:/work" rm-recipe run tinyllama_hh_lora
+#   docker run --rm --gpus all --shm-size 1g --user "$(id -u):$(id -g)" -v "$PWD:/project" rm-recipe run tinyllama_hh_lora
 #
-# /work is your folder: recipes, data and outputs lie there, and what comes from the Hub under .cache/huggingface.
+# /project is your folder: recipes, data and outputs lie there, and what comes from the Hub under .cache/huggingface.
 # Nothing secret is built in: where the Hub asks for a token, `-e HF_TOKEN` passes yours on when it starts.
 # `torch_compile: true` would need gcc besides.
 FROM python:3.11.14-slim-bookworm
@@ -20,8 +20,8 @@ COPY accelerate_configs accelerate_configs
 RUN pip install --no-cache-dir -c constraints.txt . && useradd --uid 1000 trainer
 
 # The home is the volume, whoever `--user` says; caches go there.
-ENV HOME=/work USER=trainer
+ENV HOME=/project USER=trainer
 USER 1000
-WORKDIR /work
+WORKDIR /project
 ENTRYPOINT ["rm-recipe"]
 CMD ["--help"]

@@ -25,7 +25,7 @@ from rm_recipe.model.tokenizer import load_tokenizer, positions
 from rm_recipe.processes import is_out_of_memory, this_device
 from rm_recipe.recipe.schema import MODEL_FILES, looks_local
 
-# Tokens scored together: enough to fill two cores; and a GPU, on which these were 1.4 times as fast as those.
+# Tokens scored together: the first fill two cores; on a GPU the second were 1.4 times as fast.
 TOKENS_PER_BATCH, TOKENS_ON_GPU = 4096, 16384
 
 
@@ -99,9 +99,8 @@ class RewardModel:
             whole, alike = split_at_common_prefix([*group]), [*group.values()]
             once, each = (len(whole.prefix), 0) if self.sharing.used else (0, len(whole.prefix))
             sizes = [each + len(rest) for rest in whole.suffixes]
-            for part in _batches(
-                range(len(group)), sizes, TOKENS_PER_BATCH, once
-            ):  # a row's mask is a square
+            # On a GPU no more: they stand in one row, whose mask is a square.
+            for part in _batches(range(len(group)), sizes, TOKENS_PER_BATCH, once):
                 members.append([alike[k] for k in part])
                 encoded.append(Encoded(whole.prefix, [whole.suffixes[k] for k in part]))
         rewards = np.full(len(items), unfit or 0.0, np.float32)

@@ -132,7 +132,9 @@ def check_data(run: Path, recipe: Recipe) -> None:
 def adopt(recipe: Recipe, run: Path) -> None:
     """Write into a finished run's recipe what it is measured on from now on, and what it has to reach."""
     then, now = saved_values(run), recipe.resolved()
-    save_values(run / RUN_RECIPE, then | {key: now[key] for key in EVALUATION})
+    new = {key: now[key] for key in EVALUATION}
+    if any(then.get(key) != value for key, value in new.items()):
+        save_values(run / RUN_RECIPE, then | new)
 
 
 def empty(folder: Path) -> None:
