@@ -19,9 +19,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "rm_recipe_rows"
-# Queries whose scores are computed at once in the backward, times the length of their comparison: the scores
-# of a long comparison (heads x length x length) would outgrow all that a layer keeps.
-SCORES = 1024 * 1024
+# Queries whose scores are computed at once: with more, keys are looked at that come after a query; with less,
+# the products are small. Of 32 to 256 this was the fastest, at 244 to 1,900 tokens, forwards and backwards.
+QUERIES = 128
 
 _blocks: MutableMapping[Tensor, list[Tensor]] = WeakTensorKeyDictionary()
 
@@ -88,9 +88,10 @@ def attend_by_comparison(
         each.transpose(0, 1).reshape(each.shape[1], rows * length, -1).to(value.dtype)
         for each in (query, key, value)
     )
+    scale = size**-0.5 if scale is None else scale
     # With dropout torch's own backward, which knows what was dropped.
     kernel = partial(_fused, dropout=dropout) if dropout else _BlockAttention.apply
-    output = kernel(query, key, value, blocks, size**-0.5 if scale is None else scale)
+    output = kernel(query * scale, key, value, blocks)
     return output.transpose(0, 1).reshape(rows, length, heads, -1), None
 
 
@@ -100,12 +101,10 @@ def _by_block(blocks: list[Tensor], *tensors: Tensor) -> Iterator[tuple[Tensor, 
     return zip(*split, blocks, strict=True)
 
 
-def _fused(
-    query: Tensor, key: Tensor, value: Tensor, blocks: list[Tensor], scale: float, dropout: float = 0.0
-) -> Tensor:
-    """Torch's kernel for each block; all tensors (heads, tokens, head size)."""
+def _fused(query: Tensor, key: Tensor, value: Tensor, blocks: list[Tensor], dropout: float) -> Tensor:
+    """Torch's kernel for each block; all tensors (heads, tokens, head size), the queries scaled."""
     grouped = len(query) != len(key)
-    kernel = partial(scaled_dot_product_attention, dropout_p=dropout, scale=scale, enable_gqa=grouped)
+    kernel = partial(scaled_dot_product_attention, dropout_p=dropout, scale=1.0, enable_gqa=grouped)
     with torch.autocast("cpu", enabled=False):  # the precision is chosen already
         each = _by_block(blocks, query, key, value)
         parts = [kernel(q[None], k[None], v[None], block.to(q.dtype))[0] for q, k, v, block in each]
@@ -113,44 +112,54 @@ def _fused(
 
 
 class _BlockAttention(torch.autograd.Function):
-    """Forwards torch's fused kernel; backwards plain products of scores that are computed again.
+    """Plain products, some queries at a time, whose scores are computed again in the backward.
 
-    On a CPU the fused kernel's own backward takes four times as long in bf16, and scores kept from the
-    forward would be a sixth of all activations. In bf16 the scores of the backward are rounded to bf16,
-    as transformers' `eager` attention does in both directions.
+    On a CPU torch's fused kernel takes 2 to 3.5 times as long in bf16, and more backwards; scores kept from
+    the forward would be a sixth of all activations. In bf16 scores are rounded to bf16, as transformers'
+    `eager` attention does: gradients are as far from exact ones as the fused kernel's, outputs a third
+    farther.
     """
 
     @staticmethod
-    def forward(
-        context: Any, query: Tensor, key: Tensor, value: Tensor, blocks: list[Tensor], scale: float
-    ) -> Tensor:
-        """All tensors (heads, tokens, head size); `blocks` their masks in order, 0 or -inf."""
+    def forward(context: Any, query: Tensor, key: Tensor, value: Tensor, blocks: list[Tensor]) -> Tensor:
+        """All tensors (heads, tokens, head size), the queries scaled; `blocks` their masks, 0 or -inf."""
         context.save_for_backward(query, key, value)
-        context.blocks, context.scale = blocks, scale
-        return _fused(query, key, value, blocks, scale)
+        context.blocks = blocks
+        output = query.new_empty(*query.shape[:2], value.shape[2])
+        for q, k, v, into, block in _by_block(blocks, query, key, value, output):
+            for some, seen, p in _probabilities(q, k, block):
+                into[:, some] = torch.bmm(p, v[:, seen]).view(len(q), -1, v.shape[2])
+        return output
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of query, key and value."""
         query, key, value = context.saved_tensors
         of_query, of_key, of_value = (torch.zeros_like(each) for each in (query, key, value))
-        whole = (query * context.scale, key, value, gradient, of_query, of_key, of_value)
+        whole = (query, key, value, gradient, of_query, of_key, of_value)
         for q, k, v, g, dq, dk, dv, block in _by_block(context.blocks, *whole):
-            heads, length, size = k.shape
-            step = max(SCORES // length, 1)
-            for first in range(0, length, step):
-                end = min(first + step, length)  # what comes after a query, it does not see
-                seen_k, seen_v = k[:, :end], v[:, :end]
-                # The query heads of one key head are one product: (key heads, queries of them, head size).
-                some_q, some_g = (x[:, first:end].reshape(heads, -1, x.shape[-1]) for x in (q, g))
-                scores = torch.bmm(some_q, seen_k.transpose(1, 2)).view(-1, end - first, end)
-                p = scores.add_(block[first:end, :end].to(q.dtype)).softmax(-1).view(heads, -1, end)
-                of_p = torch.bmm(some_g, seen_v.transpose(1, 2))
+            for some, seen, p in _probabilities(q, k, block):
+                some_q, some_g = (x[:, some].reshape(len(k), -1, x.shape[2]) for x in (q, g))
+                of_p = torch.bmm(some_g, v[:, seen].transpose(1, 2))
                 of_scores = torch._softmax_backward_data(of_p, p, -1, p.dtype)
-                dq[:, first:end] = torch.bmm(of_scores, seen_k).view(-1, end - first, size)
-                dk[:, :end] += torch.bmm(of_scores.transpose(1, 2), some_q)
-                dv[:, :end] += torch.bmm(p.transpose(1, 2), some_g)
-        return of_query.mul_(context.scale), of_key, of_value, None, None
+                dq[:, some] = torch.bmm(of_scores, k[:, seen]).view(len(q), -1, q.shape[2])
+                dk[:, seen] += torch.bmm(of_scores.transpose(1, 2), some_q)
+                dv[:, seen] += torch.bmm(p.transpose(1, 2), some_g)
+        return of_query, of_key, of_value, None
+
+
+def _probabilities(query: Tensor, key: Tensor, mask: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Some queries of a block after others: which they are, the keys they may see, the shares of each key.
+
+    Shares are (key heads, queries of all query heads of a key head, keys), as those are one product.
+    """
+    for first in range(0, query.shape[1], QUERIES):
+        end = min(first + QUERIES, query.shape[1])
+        some, seen = slice(first, end), slice(0, end)  # what comes after a query, it does not see
+        some_q = query[:, some].reshape(len(key), -1, query.shape[2])
+        scores = torch.bmm(some_q, key[:, seen].transpose(1, 2)).view(len(query), -1, end)
+        scores.add_(mask[some, seen].to(scores.dtype))
+        yield some, seen, scores.softmax(-1).view(len(key), -1, end)
 
 
 AttentionInterface.register(NAME, attend_by_comparison)
