@@ -87,7 +87,7 @@ def test_texts_and_messages_get_the_same_rewards(run):
     assert texts == pytest.approx(reward(as_turns, in_parts), abs=1e-6)
     items = [{"prompt": prompt, "response": reply} for prompt, reply in zip(as_turns, replies, strict=True)]
     assert texts == pytest.approx(RewardModel.from_pretrained(run).score(items).tolist(), abs=1e-5)
-    assert reward.__name__ == "export"
+    assert reward.__name__ == run.name
     turns = [*as_messages("a", "assistant"), *as_messages("b", "user"), *as_messages("c", "assistant")]
     assert as_item("q", turns) == {"prompt": [*as_messages("q"), *turns[:2]], "response": "c"}
 

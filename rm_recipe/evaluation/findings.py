@@ -29,6 +29,7 @@ LN2 = math.log(2)  # the loss of rewards that are all equal
 NEAR_LN2 = 0.01
 MANY_TIES = 0.05  # of the pairs
 MANY_WINS = 0.1  # of the rejected responses, by an edit
+OFF_THE_LINE = 0.05  # p-value below which the points of a learning curve are said to lie on no line
 
 Finding = tuple[str, str]  # its kind, good, plain or bad, and a sentence
 
@@ -51,6 +52,20 @@ def gate_words(result: dict[str, Any] | None) -> dict[str, Any] | None:
         "verdict": f"Target {decimal(result['target'], 2)} {'' if result['passed'] else 'not '}reached",
         "why": f"the {what} is {decimal(result['value'])}",
     }
+
+
+def curve_words(curve: dict[str, Any]) -> Iterator[str]:
+    """What the line of a learning curve says, by the content of `learning_curve.json`."""
+    slope = curve["per_doubling"]
+    gain = f"{decimal(slope['difference'], signed=True)} ({interval(slope['ci95'], signed=True)})"
+    yield f"Twice the comparisons of the largest run would bring {gain}."
+    if curve["p_value"] is not None and curve["p_value"] < OFF_THE_LINE:
+        yield "But the points do not lie on one line: expect nothing from it beyond the largest run."
+    for point in curve["expected"]:
+        yield (
+            f"By the line {whole(point['comparisons'])} would give {decimal(point['accuracy'])} "
+            f"({interval(point['ci95'])})."
+        )
 
 
 def rule(name: str) -> str:

@@ -17,10 +17,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
+from scipy.special import expit
 
 from rm_recipe.evaluation.findings import LN2
-from rm_recipe.evaluation.format import TEMPLATES, words
-from rm_recipe.files import visible
+from rm_recipe.evaluation.format import TEMPLATES, whole, words
+from rm_recipe.files import visible, whole_file
 
 # The page's colours by day; by night it inverts its pictures.
 INK, MUTED, CHOSEN, REJECTED, BAD = "#1b2230", "#5a6475", "#2166b0", "#c25e1a", "#b3332c"
@@ -107,6 +108,35 @@ def draw_curves(figure: Figure, log: Sequence[dict[str, Any]]) -> None:
             legend(axes)
         axes.set(xlabel="optimiser step", ylabel=words(key))
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5))
+
+
+def draw_learning_curve(figure: Figure, curve: dict[str, Any]) -> None:
+    """Draw held-out accuracies with their intervals against the number of comparisons, and the fitted line.
+
+    Args:
+        curve: the content of `learning_curve.json`.
+    """
+    n, accuracy = np.array([[point["comparisons"], point["accuracy"]] for point in curve["points"]]).T
+    ends = np.array([point["accuracy_ci95"] for point in curve["points"]]).T
+    until = np.geomspace(n[0], curve["expected"][-1]["comparisons"])
+    axes = figure.subplots()
+    axes.errorbar(n, accuracy, np.abs(ends - accuracy), fmt="o", color=CHOSEN, label="held-out accuracy")
+    line = expit(np.polyval(curve["line"], np.log2(until)))
+    axes.plot(until, line, "--", color=MUTED, label="log-odds, a line on log n")
+    axes.set_xscale("log", base=2)
+    ticks = [*n, *(point["comparisons"] for point in curve["expected"])]
+    axes.set_xticks(ticks, [whole(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.set(xlabel="comparisons trained on", ylabel="accuracy")
+    legend(axes)
+
+
+def save_learning_curve(curve: dict[str, Any], target: Path) -> None:
+    """Write the same as an SVG on white."""
+    with whole_file(target) as partial, own_settings():
+        figure = Figure(figsize=SIZE, layout="constrained")
+        draw_learning_curve(figure, curve)
+        figure.savefig(partial, format="svg", facecolor="white", metadata={"Date": None})
 
 
 def legend(axes: Axes) -> None:

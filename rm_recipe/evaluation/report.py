@@ -22,6 +22,7 @@ from rm_recipe.files import read_json, visible
 
 HEAD = ["data set", "accuracy", "95 % interval", "n", "left out", "ties", "loss", "best baseline"]
 RECORDS = ("run.json", "data_report.json")
+CURVE = "learning_curve.json"
 IN_TERMINAL = 6  # of these columns fit a terminal; the sentences below the table name the best baseline
 
 
@@ -91,10 +92,12 @@ def write_report(folder: Path) -> None:
 
     Args:
         folder: holds `evaluation.json`, and `predictions.jsonl`, `run.json`, `data_report.json` and
-            `recipe.yaml` as far as there are any.
+            `recipe.yaml` as far as there are any. A learning curve is where `rm-recipe curve` puts it: beside
+            the folder if that is one of its runs, else in a folder beside a run of the same recipe.
     """
     evaluation, recipe = read_evaluation(folder), folder / "recipe.yaml"
     run, data = (read_json(path) if path.is_file() else {} for path in map(folder.joinpath, RECORDS))
+    curves = (path / CURVE for path in (folder.resolve().parent, Path(f"{folder}_curve")))
     write_page(
         folder / "report.html",
         TEMPLATES / "report.html.jinja",
@@ -107,5 +110,6 @@ def write_report(folder: Path) -> None:
         plots=plots,
         run=run,
         data=data,
+        curve=next((read_json(path) for path in curves if path.is_file()), None),
         recipe=recipe.read_text(encoding="utf-8").strip() if recipe.is_file() else "",
     )

@@ -9,22 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from rich.console import Console
 from scipy.special import expit, logit
 from scipy.stats import chi2
 
 from rm_recipe.data.splits import load_splits
 from rm_recipe.errors import RecipeError
-from rm_recipe.evaluation.findings import HELD_OUT
+from rm_recipe.evaluation.findings import HELD_OUT, curve_words
 from rm_recipe.evaluation.format import decimal, interval, print_table, whole
-from rm_recipe.evaluation.plots import CHOSEN, MUTED, SIZE, legend, own_settings
-from rm_recipe.files import whole_file, write_json
+from rm_recipe.evaluation.plots import save_learning_curve
+from rm_recipe.evaluation.report import CURVE, write_report
+from rm_recipe.files import write_json
 from rm_recipe.recipe.reader import read_recipe
 from rm_recipe.tools.pipeline import evaluate_or_skip, prepare, train_or_skip
 
-NAME = "learning_curve"
-OFF_THE_LINE = 0.05  # p-value below which the points are said to lie on no line
 AHEAD = (2, 4)  # times the largest run, for which the line says what to expect
 
 
@@ -34,7 +32,8 @@ def curve(path: Path, overrides: Sequence[str], samples: Sequence[int], output: 
     Args:
         samples: how many comparisons each run gets, the first so many of the recipe's shuffle.
         output: gets a run folder for each and `learning_curve.json` and `.svg`; by default the recipe's
-            `output_dir` with `_curve` behind it. Runs that are there and finished are not made again.
+            `output_dir` with `_curve` behind it, where the report of the recipe's own run finds it, too.
+            Runs that are there and finished are not made again.
 
     Returns:
         the content of `learning_curve.json`.
@@ -60,10 +59,14 @@ def curve(path: Path, overrides: Sequence[str], samples: Sequence[int], output: 
         figures = evaluate_or_skip(of_run)["datasets"][HELD_OUT]
         points.append({"comparisons": n, **{key: figures[key] for key in ("accuracy", "accuracy_ci95")}})
     content = {"points": points, **fit(points)}
-    write_json(folder / f"{NAME}.json", content)
-    draw(content, folder / f"{NAME}.svg")
+    write_json(folder / CURVE, content)
+    picture = (folder / CURVE).with_suffix(".svg")
+    save_learning_curve(content, picture)
+    for run in (recipe.output_dir, *(folder / str(n) for n in sizes)):
+        if (run / "evaluation.json").is_file():
+            write_report(run)
     print_curve(content)
-    print(f"written: {folder / NAME}.json and .svg")
+    print(f"written: {folder / CURVE}, {picture.name} and, with the curve in them, the runs' reports")
     return content
 
 
@@ -102,40 +105,13 @@ def fit(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def draw(content: dict[str, Any], target: Path) -> None:
-    """Write the curve as a picture: accuracies with their intervals, and the line."""
-    n, accuracy = np.array([[point["comparisons"], point["accuracy"]] for point in content["points"]]).T
-    ends = np.array([point["accuracy_ci95"] for point in content["points"]]).T
-    until = np.geomspace(n[0], content["expected"][-1]["comparisons"])
-    with whole_file(target) as partial, own_settings():
-        figure = Figure(figsize=SIZE, layout="constrained")
-        axes = figure.subplots()
-        axes.errorbar(n, accuracy, np.abs(ends - accuracy), fmt="o", color=CHOSEN, label="held-out accuracy")
-        line = expit(np.polyval(content["line"], np.log2(until)))
-        axes.plot(until, line, "--", color=MUTED, label="log-odds, a line on log n")
-        axes.set_xscale("log", base=2)
-        ticks = [*n, *(point["comparisons"] for point in content["expected"])]
-        axes.set_xticks(ticks, [whole(tick) for tick in ticks])
-        axes.minorticks_off()
-        axes.set(xlabel="comparisons trained on", ylabel="accuracy")
-        legend(axes)
-        figure.savefig(partial, format="svg", facecolor="white", metadata={"Date": None})
-
-
-def print_curve(content: dict[str, Any], console: Console | None = None) -> None:
+def print_curve(content: dict[str, Any]) -> None:
     """Print the points, and what the line says."""
-    console, slope = console or Console(), content["per_doubling"]
+    console = Console()
     rows = [
         [whole(point["comparisons"]), decimal(point["accuracy"]), interval(point["accuracy_ci95"])]
         for point in content["points"]
     ]
     print_table("Learning curve", ["comparisons", "accuracy", "95 % interval"], rows, console)
-    console.print(
-        f"Twice the comparisons of the largest run would bring {decimal(slope['difference'], signed=True)} "
-        f"({interval(slope['ci95'], signed=True)})."
-    )
-    if content["p_value"] is not None and content["p_value"] < OFF_THE_LINE:
-        console.print("But the points do not lie on one line: expect nothing from it beyond the largest run.")
-    for point in content["expected"]:
-        n, accuracy = whole(point["comparisons"]), decimal(point["accuracy"])
-        console.print(f"By the line {n} would give {accuracy} ({interval(point['ci95'])}).")
+    for sentence in curve_words(content):
+        console.print(sentence)

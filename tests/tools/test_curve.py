@@ -25,6 +25,8 @@ def test_a_curve_has_a_run_for_each_size_and_makes_none_twice(write_recipe, tmp_
     said = capfd.readouterr().out
     assert "Twice the comparisons of the largest run would bring" in said
     assert "96 would give" in said
+    for n in (16, 32, 48):
+        assert 'id="curve"' in (output / str(n) / "report.html").read_text()
     assert curve(path, [], [16, 48], output)["points"] == [found["points"][0], found["points"][2]]
     assert capfd.readouterr().out.count("finished already") == 4  # two trainings, two evaluations
 
