@@ -96,6 +96,7 @@ def fill(root: Path, model: Path, data: Path) -> None:
     evaluate(str(run))
     shutil.copytree(run, root / "outputs" / "s1")
     export(run)
+    shutil.copytree(run / "export", root / "outputs" / "gold" / "export")
     write_jsonl(root / "replies.jsonl", [{"prompt": "hello", "response": "good"}])
     write_jsonl(root / "comparisons.jsonl", make_rows(6, seed=3))
 

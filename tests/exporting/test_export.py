@@ -171,6 +171,25 @@ def test_what_other_programs_read_is_in_the_configuration(exported):
     assert weights["model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("run", ["bf16"], indirect=True)
+def test_predictions_may_differ_by_two_roundings_to_half_precision_and_no_more(run, exported):
+    """As those of another device do: each rounds in its own way."""
+    moved = exported("bf16")[0]["steps"]["precision"]
+    path = run / "predictions.jsonl"
+    first, *others = path.read_text().splitlines()
+    line = json.loads(first)
+
+    def shifted(by):
+        rewards = [line["rewards"][0] + by, *line["rewards"][1:]]
+        path.write_text("\n".join([json.dumps(line | {"rewards": rewards}), *others]) + "\n")
+
+    shifted(1.5 * moved)
+    assert export(run)["steps"]["recorded"] == pytest.approx(1.5 * moved, abs=0.4 * moved)
+    shifted(8 * moved)
+    with pytest.raises(ExportError, match="no longer gives the rewards"):
+        export(run, overwrite=True)
+
+
 @pytest.mark.parametrize(("run", "dtype"), [("bf16", "float32"), ("in full", "bfloat16")], indirect=["run"])
 def test_dtype_is_that_of_all_weights_and_of_what_is_verified(run, dtype):
     proof = export(run, dtype=dtype)
