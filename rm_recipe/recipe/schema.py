@@ -306,6 +306,12 @@ def check_values(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         return good, [_fault(place, items) for place, items in found.items()]
 
 
+def never_null(keys: Iterable[str]) -> list[str]:
+    """Those of the keys that a recipe may have, but not with null as their value."""
+    known = recipe_keys().model_fields.keys()
+    return [key for key in keys if key in known and check_values({key: None})[1]]
+
+
 def _fault(place: tuple[int | str, ...], items: list[Any]) -> str:
     """A line on what is wrong at a place: a key, or (`datasets`, number, key)."""
     where, key, model = "", str(place[-1]), recipe_keys()

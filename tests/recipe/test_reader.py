@@ -36,6 +36,17 @@ def test_the_command_line_wins_over_the_file(write_recipe):
     assert recipe.model.lora_target_modules == ["q_proj", "v_proj"]
 
 
+def test_null_on_the_command_line_leaves_out_a_key_of_the_file_that_holds_no_null(write_recipe):
+    path = write_recipe(gradient_accumulation_steps=2, per_device_train_batch_size=4)
+    with pytest.raises(RecipeError, match="null leaves out a recipe's"):
+        read_recipe(path, ["--comparisons_per_step", "16"])
+    recipe = read_recipe(path, ["--comparisons_per_step", "16", "--gradient_accumulation_steps", "null"])
+    assert recipe.training.gradient_accumulation_steps == 4
+    assert read_recipe(path, ["--max_length", "null"]).training.max_length is None  # its null is a value
+    with pytest.raises(RecipeError, match="unknown key 'lr'"):
+        read_recipe(path, ["--lr", "null"])
+
+
 def test_no_and_off_are_the_choices_of_that_name_and_yes_is_true(write_recipe):
     """YAML 1.1 takes them for false."""
     path = write_recipe(save_strategy="omit", use_peft="omit")
