@@ -91,7 +91,8 @@ def attend_by_comparison(
     scale = size**-0.5 if scale is None else scale
     # With dropout torch's own backward, which knows what was dropped.
     kernel = partial(_fused, dropout=dropout) if dropout else _BlockAttention.apply
-    output = kernel(query * scale, key, value, blocks)
+    with torch.autocast("cpu", enabled=False):  # the precision is chosen already
+        output = kernel(query * scale, key, value, blocks)
     return output.transpose(0, 1).reshape(rows, length, heads, -1), None
 
 
@@ -105,9 +106,8 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, blocks: list[Tensor], drop
     """Torch's kernel for each block; all tensors (heads, tokens, head size), the queries scaled."""
     grouped = len(query) != len(key)
     kernel = partial(scaled_dot_product_attention, dropout_p=dropout, scale=1.0, enable_gqa=grouped)
-    with torch.autocast("cpu", enabled=False):  # the precision is chosen already
-        each = _by_block(blocks, query, key, value)
-        parts = [kernel(q[None], k[None], v[None], block.to(q.dtype))[0] for q, k, v, block in each]
+    each = _by_block(blocks, query, key, value)
+    parts = [kernel(q[None], k[None], v[None], block.to(q.dtype))[0] for q, k, v, block in each]
     return torch.cat(parts, dim=1)
 
 
