@@ -6,6 +6,7 @@ The Python interface is what `__all__` lists, each imported when it is first use
     rewards = RewardModel.from_pretrained("outputs/smollm2_offline").score(items)
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from rm_recipe.training.train import train as train
 
 __version__ = "0.1.0"
+# bitsandbytes 0.50 looks for an optional CPU kernel at import and logs that it is not there.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 _MODULES = {
     "PreferenceAccuracy": "evaluation.metrics",
     "RewardModel": "scoring",

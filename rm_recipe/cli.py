@@ -47,7 +47,7 @@ Output = Annotated[Path | None, Option(file_okay=False, help="Folder for the res
 @app.command()
 def init() -> None:
     """Write the shipped recipes and accelerate configurations into this folder, to be changed."""
-    print("\n".join(copy_shipped(Path())))
+    print("\n".join(copy_shipped(Path())), "\nnext: rm-recipe run smollm2_offline")
 
 
 @app.command(context_settings=WITH_OVERRIDES)
@@ -106,7 +106,10 @@ def check(
         checks.check_data(parsed)
     if dry_run:
         checks.check_step(parsed)
-    print(f"{recipe}: fine; it would train {parsed.model.model_name_or_path} into {parsed.output_dir}")
+    base, unread = str(parsed.model.model_name_or_path), "" if data else " (its data were not read: --data)"
+    print(f"{recipe}: fine{unread}; it would train {base} into {parsed.output_dir}")
+    if not Path(base).is_dir():
+        print(f"{base} is no folder here, so it comes from the Hugging Face Hub")
 
 
 @app.command()
@@ -375,8 +378,6 @@ def set_environment() -> None:
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")
     # PEFT looks for the config of an SFT adapter's base beside the adapter.
     warnings.filterwarnings("ignore", message="Could not find a config file in .* will assume that")
-    # bitsandbytes 0.50 looks for an optional CPU kernel at import and logs that it is not there.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # On a CPU, oneDNN keeps 1,024 compiled kernels, one for each shape; rows of ever-changing
     # length fill that with gigabytes (7.0 GB after 90 steps of the offline recipe) for no gain.

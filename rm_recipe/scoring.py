@@ -69,7 +69,7 @@ class RewardModel:
     def score(
         self,
         items: Sequence[dict[str, Any]],
-        progress: bool = False,
+        progress: bool | str = False,
         named: Sequence[str] = (),
         unfit: float | None = None,
     ) -> NDArray[np.float32]:
@@ -79,6 +79,7 @@ class RewardModel:
         conversation that is too long loses its oldest turns, as in training.
 
         Args:
+            progress: show a bar, which may be given a name.
             named: what an error calls each item, in place of its number.
             unfit: the reward of an item that does not fit the model, which otherwise raises.
 
@@ -104,7 +105,7 @@ class RewardModel:
                 members.append([alike[k] for k in part])
                 encoded.append(Encoded(whole.prefix, [whole.suffixes[k] for k in part]))
         rewards = np.full(len(items), unfit or 0.0, np.float32)
-        found = self.score_encoded(encoded, "Scoring" if progress else "")
+        found = self.score_encoded(encoded, "Scoring" if progress is True else progress or "")
         for together, values in zip(members, found, strict=True):
             for numbers, value in zip(together, values, strict=True):
                 rewards[numbers] = value
@@ -191,8 +192,10 @@ def _batches(numbers: Iterable[int], sizes: Sequence[int], most: int, once: int 
 
 
 def _check_item(item: dict[str, Any], name: str) -> None:
+    if not isinstance(item, dict):
+        raise DataError(f"{name}: expected a mapping with 'prompt' and 'response', one for each reply")
     if not item.get("prompt") or not isinstance(item.get("response"), str):
-        raise DataError(f"{name}: expected a 'prompt' and a 'response' text")
+        raise DataError(f"{name}: expected a 'prompt' and a 'response' text; it has {', '.join(item)}")
 
 
 def find_model(path: str) -> str:

@@ -124,7 +124,7 @@ def test_rewards_that_are_no_numbers_are_refused(model):
     ("prompt", "response", "fault"),
     [
         ("", "b", "expected a 'prompt' and a 'response'"),
-        ("a", 3, "expected a 'prompt' and a 'response'"),
+        ("a", 3, "expected a 'prompt' and a 'response' text; it has prompt, response"),
         (5, "b", "'prompt' should be a text or a list of messages"),
         ("a\ud800", "b", "invalid text"),
         ("far away " * 40, "yes", "too long .at most 40 tokens."),
@@ -140,6 +140,12 @@ def test_an_item_that_cannot_be_scored_is_named(model, prompt, response, fault):
         model.score(items)
     if "expected" not in fault and "should be" not in fault:
         assert np.isfinite(model.score(items, unfit=np.nan)).tolist() == [True, False]
+
+
+def test_one_item_or_a_pair_in_place_of_a_list_of_items_is_told_what_is_expected(model):
+    for items in (ITEMS[0], [("hello", "good")]):
+        with pytest.raises(DataError, match="item 1: expected a mapping with 'prompt' and 'response'"):
+            model.score(items)
 
 
 @pytest.mark.parametrize("name", ["with a byte order mark.jsonl", "packed.json.gz"])

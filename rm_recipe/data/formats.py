@@ -65,6 +65,7 @@ class Shape:
 _SHAPES = """
 TRL preference | prompt | chosen rejected
 whole conversations (hh-rlhf) | | chosen rejected
+OpenAI preference | input | preferred_output non_preferred_output
 orca_dpo_pairs | question | chosen rejected
 distilabel | input | chosen rejected
 instruction and two replies | instruction | chosen rejected
@@ -126,6 +127,12 @@ def _swift(row: Row) -> Row:
     return {**row, "prompt": messages[:-1], "chosen": messages[-1:], "rejected": row.get("rejected_response")}
 
 
+def _openai(row: Row) -> Row:
+    """`input` holds the messages, and tools if there are any."""
+    asked = row["input"] if isinstance(row.get("input"), Mapping) else {}
+    return {**row, "input": asked.get("messages"), "tools": asked.get("tools")}
+
+
 def _summary(row: Row) -> Row:
     """The query of Stiennon et al. 2020 (arXiv 2009.01325, appendix B.5): a Reddit post or an article."""
     info = row["info"] if isinstance(row.get("info"), Mapping) else {}
@@ -149,6 +156,7 @@ def _turns(row: Row) -> Row:
 OPTIONAL = dict.fromkeys(["LLaMA-Factory alpaca", "LLaMA-Factory alpaca of old"], ("history",))
 PREPARED = {
     **dict.fromkeys(["LLaMA-Factory alpaca", "LLaMA-Factory alpaca of old"], _alpaca),
+    "OpenAI preference": _openai,
     "ms-swift": _swift,
     "summarize_from_feedback": _summary,
     "Chatbot Arena turns": _turns,

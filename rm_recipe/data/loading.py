@@ -102,7 +102,8 @@ def _named(
     given = {ours: theirs for ours, theirs in (data.columns or {}).items() if ours != "verdict"}
     asked = {*(source.columns or []), *(data.columns or {}).values(), *filter(None, [margin_column])}
     if missing := asked - {*columns}:
-        raise DataError(f"{place} has no column {', '.join(sorted(missing))} ('columns', 'margin_column')")
+        has = f"{place} has the columns {', '.join(columns)}"
+        raise DataError(f"{has}, and not {', '.join(sorted(missing))} ('columns', 'margin_column')")
     own = {name: name for name in source.columns or columns if name not in given.values()}
     return own | given | ({margin_column: margin_column} if margin_column else {})
 

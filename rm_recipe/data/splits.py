@@ -57,7 +57,8 @@ def load_splits(recipe: Recipe) -> tuple[Split, Split, Leakage]:
     train = load_split(data, None, margins=True)
     test = load_held_out(data)
     if share is not None:
-        train = train.select(np.flatnonzero(~held_out(train, share, data.leakage_by)), "held_out")
+        key = f"{data.leakage_by}_key"
+        train = train.select(np.flatnonzero(~np.isin(train.column(key), test.column(key))), "held_out")
     # Against all that is held out, so that no other sample of it meets what was trained on.
     keys = {by: train.column(f"{by}_key") for by in ("prompt", "first_turn")}
     common = {by: np.isin(own, test.column(f"{by}_key")) for by, own in keys.items()}
@@ -125,14 +126,15 @@ def hold_out_share(data: DataArguments) -> float | None:
 
 
 def held_out(split: Split, share: float, by: str = "prompt") -> NDArray[np.bool_]:
-    """Mark the comparisons that are held out: those whose hash of `leakage_by` is in the lowest `share`.
+    """Mark the comparisons that are held out: those whose hash of `leakage_by` is among the lowest `share`.
 
-    A prompt stays on its side whatever the seed, the order and the other prompts are; but of two prompts or
-    more at least one is on either side.
+    So which prompts these are depends neither on the seed nor on the order. Of two prompts or more at least
+    one is on either side.
     """
     keys = split.column(f"{by}_key").view(np.uint64)
-    highest = min(max(int(share * 2**64) - 1, int(keys.min())), int(keys.max()) - 1)
-    return keys <= np.uint64(max(highest, 0))
+    different = np.unique(keys)  # and sorted
+    n = min(max(round(share * len(different)), 1), len(different) - 1)
+    return np.isin(keys, different[:n])
 
 
 def sample(split: Split, size: int | None, seed: int) -> Split:

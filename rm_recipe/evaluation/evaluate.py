@@ -103,6 +103,7 @@ def check_gate(target: str, names: list[str]) -> None:
 def _output_folder(target: str, recipe: Recipe | None, names: list[str], output: Path | None) -> Path:
     """The folder that the result goes into; raises RecipeError where the arguments do not fit."""
     if recipe is None and HELD_OUT in names:
+        find_model(target)  # which says so where there is none
         raise RecipeError(f"{target} has no recipe, so it has no held-out split; name one with --dataset")
     folder = output or Path(target)
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
@@ -224,7 +225,8 @@ def _score(
 
 def _edited(model: RewardModel, split: Split) -> Content:
     """What edits do to rewards: those that training may have seen, and others."""
-    score = partial(model.score, progress=processes().is_main_process, unfit=np.nan)
+    bar = "Trying edits" if processes().is_main_process else ""
+    score = partial(model.score, progress=bar, unfit=np.nan)
     found = consistency(split, partial(each_once, function=lambda own: list(score(own))), EDITS | UNSEEN)
     lots = {"consistency": EDITS, "consistency_unseen": UNSEEN}
     return {key: {name: found[name] for name in found if name in lot} for key, lot in lots.items()}

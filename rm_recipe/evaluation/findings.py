@@ -28,6 +28,7 @@ EDITS = {
 LN2 = math.log(2)  # the loss of rewards that are all equal
 NEAR_LN2 = 0.01
 MANY_TIES = 0.05  # of the pairs
+FEW = 30  # comparisons, of which no more is said than that they are few
 MANY_WINS = 0.1  # of the rejected responses, by an edit
 OFF_THE_LINE = 0.05  # p-value below which the points of a learning curve are said to lie on no line
 
@@ -84,6 +85,8 @@ def readings(figures: dict[str, Any]) -> list[Finding]:
     The first says what the model knows beyond the best baseline; the others warn or compare.
     """
     found = _against_best(figures) + [("bad", sentence) for sentence in _warnings(figures)]
+    if (n := figures.get("n_scored", FEW)) < FEW:
+        found = [("bad", f"{whole(n)} comparisons are too few to say anything of the model: hold out more.")]
     if other := figures.get("against"):
         lead = f"{decimal(other.get('difference'), signed=True)} ({interval(other.get('ci95'), signed=True)})"
         where = f"on the {whole(other.get('n'))} comparisons that fit both models"

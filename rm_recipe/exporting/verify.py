@@ -98,13 +98,14 @@ class Verification:
         """Score with the reward model as it is now, `(sequences,)`."""
         return np.concatenate(self.reward_model.score_encoded(self.encoded))
 
-    def check_step(self, name: str, claim: str, share: float = 0.0) -> None:
+    def check_step(self, name: str, claim: str, share: float = 0.0, why: str = "") -> None:
         """Score with the reward model as it is now and compare with the rewards of the step before.
 
         Args:
             name: of what was done to the model since.
             claim: what to say if they differ.
             share: the standard deviations that their differences' root mean square may have.
+            why: what to say besides.
 
         Raises:
             ExportError: they differ by more.
@@ -113,7 +114,7 @@ class Verification:
         allowed = max(self.float32, share * self.spread)
         if share and np.sqrt(np.mean((self.now - rewards) ** 2)) <= allowed:
             allowed = np.inf  # for a single one
-        self.moved[name] = compare(claim, self.now, rewards, allowed, self.names)
+        self.moved[name] = compare(claim, self.now, rewards, allowed, self.names, why)
         if self.moved[name] > self.float32:
             self.tolerance += self.moved[name]
         self.now = rewards
@@ -223,7 +224,9 @@ class Verification:
         return found
 
 
-def compare(claim: str, before: Rewards, after: Rewards, allowed: float, names: Sequence[str]) -> float:
+def compare(
+    claim: str, before: Rewards, after: Rewards, allowed: float, names: Sequence[str], why: str = ""
+) -> float:
     """Return the largest difference of two arrays of rewards.
 
     Raises:
@@ -234,7 +237,7 @@ def compare(claim: str, before: Rewards, after: Rewards, allowed: float, names: 
     if not difference[worst] <= allowed:  # NaN is no agreement
         raise ExportError(
             f"{claim}: {names[worst]}, went from {before[worst]:.5g} to {after[worst]:.5g}, by "
-            f"{difference[worst]:.2g} where {allowed:.2g} is allowed; nothing was exported"
+            f"{difference[worst]:.2g} where {allowed:.2g} is allowed{why}; nothing was exported"
         )
     return float(difference[worst])
 

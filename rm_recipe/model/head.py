@@ -113,4 +113,7 @@ def check_saved_head(folder: Path, start: dict[str, torch.Tensor]) -> None:
             raise TrainingError(f"the head's {plain} is missing from what was saved in {folder}")
         # A bias of the reward itself cancels in every comparison, so only weights have to move.
         if name.endswith("weight") and torch.equal(found[0].float(), before.float()):
-            raise TrainingError(f"the head's {plain} did not move in training; is the learning_rate 0?")
+            raise TrainingError(
+                f"the head's {plain} did not move in training: is the learning_rate 0, or all of it warm-up? "
+                "Start anew with --overwrite"
+            )

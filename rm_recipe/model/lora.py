@@ -41,7 +41,8 @@ def readable(what: str) -> Iterator[None]:
         machine = is_out_of_memory(error) or getattr(error, "errno", None) == errno.ENOSPC
         if machine or isinstance(error, RmRecipeError):
             raise  # no fault of what the user has named, or told already
-        raise RecipeError(f"{what}: {one_line(error)}") from None
+        hint = "; without the Hub name a folder, such as `rm-recipe prepare offline` makes"
+        raise RecipeError(f"{what}: {one_line(error)}{hint * ('connect' in str(error))}") from None
 
 
 def load_config(name: str, revision: str = "main") -> Any:

@@ -257,7 +257,8 @@ def load_trained(
     config = load_config(path)
     if config.num_labels != 1:
         kind = ", ".join(config.architectures or ["unknown architecture"])
-        raise RecipeError(f"{path} ({kind}) has {config.num_labels} labels; a reward model has one")
+        what = "is a language model" if "LM" in kind else f"has {config.num_labels} labels"
+        raise RecipeError(f"{path} ({kind}) {what}; a reward model has a head with one label")
     model, new = _load(path, dtype="auto")
     if new:
         raise RecipeError(f"{path} has no trained head ({', '.join(new)} missing): not a reward model")

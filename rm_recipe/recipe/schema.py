@@ -121,7 +121,7 @@ _LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "columns",
         # A list is TRL's, of an entry of `datasets`.
         lambda x: isinstance(x, list) or (x.keys() <= {*COLUMNS.split()} and len({*x.values()}) == len(x)),
-        f"should give each of some of {COLUMNS} another column's name",
+        f"should say which column is ours, as in 'prompt: question'; ours are {', '.join(COLUMNS.split())}",
     ),
     ("metric_for_best_model", lambda x: x.removeprefix("eval_") in METRICS.split(), f"is none of {METRICS}"),
     ("optim", lambda x: "lomo" not in x and "layerwise" not in x, "makes its steps in backward, unchecked"),

@@ -67,7 +67,7 @@ def run(recipe_path: Path, overrides: Sequence[str], *, overwrite: bool = False)
         print_export(export(folder, overwrite=True))
     print()
     print_evaluation(evaluation, [HELD_OUT])
-    print_summary(folder, recipe_path)
+    print_summary(folder)
     if recipe.hub.push_to_hub:
         stage("push", repository)
         print(push(folder / "export", repository, private=bool(recipe.hub.hub_private_repo)))
@@ -93,10 +93,12 @@ def train_or_skip(recipe: Recipe, path: Path, overrides: Sequence[str], *, overw
     before = is_run_folder(folder) and not overwrite
     finished = before and (folder / "run.json").is_file()
     changed = changed_keys(recipe, folder) if before else []
-    changed = [key for key in changed if not (finished and key in DEVICE_KEYS)]
+    if finished:  # on another machine they may be others, unless they are asked for
+        asked = {word.partition("=")[0].removeprefix("--") for word in overrides}
+        changed = [key for key in changed if key in asked or key not in DEVICE_KEYS]
     if changed:
         raise RecipeError(
-            f"{folder} holds a run of another recipe ({', '.join(changed)} differ); add "
+            f"{folder} holds a run of another recipe (other {', '.join(changed)}); add "
             "--overwrite to replace it, or give another --output_dir"
         )
     if finished:
@@ -207,7 +209,7 @@ def print_export(proof: dict[str, Any]) -> None:
     )
 
 
-def print_summary(folder: Path, recipe_path: Path) -> None:
+def print_summary(folder: Path) -> None:
     """Print what it took, where everything is, and what to try next."""
     record = read_json(folder / "run.json")
     minutes, gigabytes = record["train_seconds"] / 60, record["peak_memory_bytes"] / 1e9
@@ -220,5 +222,5 @@ def print_summary(folder: Path, recipe_path: Path) -> None:
         f"  rm-recipe score {folder}/export \\\n"
         '      --prompt "How was your weekend?" --response "Great, we went hiking!"\n'
         f"  rm-recipe evaluate {folder} --dataset YOUR_COMPARISONS.jsonl\n"
-        f"  rm-recipe run {recipe_path} --seed 1 --output_dir outputs/s1\n"
+        f"  rm-recipe run {folder}/recipe.yaml --seed 1 --output_dir outputs/s1\n"
     )

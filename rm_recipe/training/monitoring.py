@@ -53,6 +53,10 @@ class EarlySigns(TrainerCallback):
         self._before_updates = 1 + args.get_warmup_steps(state.max_steps)
         self._last_step = max((log["step"] for log in state.log_history if "loss" in log), default=0)
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
+        """Log the last step, too: of a short training nothing would be known."""
+        control.should_log |= state.global_step == state.max_steps and args.logging_strategy != "no"
+
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
         """Look at the ties of the steps since the last log, and once, when it is time, at the loss."""
         if "loss" not in (logs or ()):

@@ -92,6 +92,8 @@ def measure(trainer: SharedPrefixRewardTrainer) -> dict[str, Any]:
         step(trainer, rng.choice(comparisons, batch, replace=False))
     seconds = (time.monotonic() - began) / TIMED * args.gradient_accumulation_steps
     steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
+    if steps == 1:  # a share of one step is rounded up to it, and its rate is 0
+        args.warmup_steps = 0
     return {"loss": loss, "steps": steps, "seconds": seconds * steps, "peak_memory": peak}
 
 

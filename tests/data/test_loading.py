@@ -248,7 +248,7 @@ def test_columns_and_rows_that_are_missing_or_of_the_wrong_type_are_named(tmp_pa
     empty = tmp_path / "none.parquet"
     hf_datasets.Dataset.from_list(rows).select([]).to_parquet(empty)
     for file, keys, said in (
-        (path, {"margin_column": "margin"}, "x.jsonl' has no column margin"),
+        (path, {"margin_column": "margin"}, "strength, subset, and not margin"),
         (path, levels | {"margin_map": {"much": 1}}, "line 1: column 'strength' .* one of margin_map's much"),
         (path, {"columns": pair[:2]}, "its columns are prompt, chosen; rm_recipe needs prompt, chosen and"),
         (empty, {}, "none.parquet' is empty"),

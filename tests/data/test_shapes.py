@@ -152,6 +152,7 @@ CHOICE, SCORES = {"response_0": "bad", "response_1": "good"}, {"score_0": -0.5, 
 PUBLISHED = [
     {"prompt": "Hi", "chosen_response": "good", "rejected_response": "bad"},
     {"messages": [ASKED, GOOD], "rejected_response": "bad"},
+    {"input": {"messages": [ASKED]}, "preferred_output": [GOOD], "non_preferred_output": [BAD]},
     {"messages": [ASKED, GOOD], "rejected_messages": [ASKED, BAD]},
     {"conversations": [{"from": "human", "value": "Hi"}], "chosen": GOOD, "rejected": BAD},
     {"instruction": "Hi", "generations": ["bad", "good"], "ratings": [1, 4]},
@@ -170,6 +171,13 @@ PUBLISHED = [
 @pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: shape_of(row).name)
 def test_a_published_shape_says_which_reply_is_better(row):
     assert parse_row(row) == Comparison([ASKED], ["good", "bad"])
+
+
+def test_tools_of_openai_stand_beside_the_messages():
+    tools = [{"type": "function", "function": {"name": "clock"}}]
+    row = {"input": {"messages": [ASKED], "tools": tools}}
+    found = parse_row({**row, "preferred_output": [GOOD], "non_preferred_output": [BAD]})
+    assert json.loads(found.tools) == tools
 
 
 def test_the_turns_of_a_history_come_before_an_instruction(tmp_path):
@@ -226,7 +234,7 @@ def test_columns_name_what_a_data_set_calls_otherwise(tmp_path, write_recipe):
     assert [message["content"] for message in split[0].prompt] == ["Be terse.", "q"]
     assert (split[0].responses, split.unread) == (["a", "b"], ["prompt"])
     assert split.shapes == ["TRL preference (by question, best, worst)"]
-    with pytest.raises(DataError, match="has no column other"):
+    with pytest.raises(DataError, match="and not other"):
         load(path, columns={**named, "chosen": "other"})
     for wrong in ({"chosn": "best"}, {"chosen": "best", "rejected": "best"}, ["chosen"]):
         with pytest.raises(RecipeError, match="'columns: "):

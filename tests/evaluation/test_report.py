@@ -214,6 +214,7 @@ OTHER = {"model": "other", "n": 980, "other_accuracy": 0.68, "difference": 0.02,
     [
         (LITTLE, "has learnt little that the best baseline does not know: 'bag"),
         (LITTLE, "0.020 behind (95 % interval \u22120.050 to +0.010)"),
+        ({"n_scored": 3, "trained_prompts": 3}, "3 comparisons are too few to say anything"),
         ({"trained_prompts": 3}, "3 of 990 comparisons have a prompt that was trained on"),
         ({"loss": 0.6931}, "no better than that of equal rewards, ln 2 = 0.693"),
         ({"ties": 60}, "6.1 % of the pairs are ties"),

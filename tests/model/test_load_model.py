@@ -94,7 +94,7 @@ def test_a_saved_head_that_is_missing_or_did_not_move_is_noticed(tmp_path):
 
 def test_a_classifier_of_two_labels_is_no_reward_model(tiny_llama, save):
     folder = save(AutoModelForSequenceClassification.from_pretrained(tiny_llama))
-    with pytest.raises(RecipeError, match="has 2 labels; a reward model has one"):
+    with pytest.raises(RecipeError, match="has 2 labels; a reward model has a head with one"):
         RewardModel.from_pretrained(folder)
 
 

@@ -129,8 +129,15 @@ def test_a_run_that_is_gone_on_with_on_other_data_is_refused(finished, tmp_path,
 
 def test_a_run_of_another_recipe_is_not_overwritten_unasked(finished, monkeypatch):
     monkeypatch.chdir(finished[0])
-    with pytest.raises(RecipeError, match=r"holds a run of another recipe \(seed differ\)"):
+    with pytest.raises(RecipeError, match=r"holds a run of another recipe \(other seed\)"):
         pipeline.run(Path("tiny.yaml"), ["--seed", "2"])
+
+
+def test_another_precision_is_another_recipe_where_it_is_asked_for(finished, monkeypatch):
+    """Where it follows from the machine, it is not: a finished run may be looked at on another one."""
+    monkeypatch.chdir(finished[0])
+    with pytest.raises(RecipeError, match=r"\(other bf16\)"):
+        pipeline.run(Path("tiny.yaml"), ["--seed", "1", "--bf16", "false"])
 
 
 def test_under_accelerate_launch_a_bad_recipe_prints_our_message_once(finished):

@@ -221,3 +221,11 @@ def test_when_and_on_what_is_evaluated_matters_where_checkpoint_or_learning_rate
         recipe = read_recipe(write_recipe(**following, **keys, target_accuracy=0.9))
         assert keys.keys() <= set(changed_keys(recipe, run))
         assert "target_accuracy" not in changed_keys(recipe, run)
+
+
+def test_a_single_step_learns_although_a_share_of_it_is_warm_up_and_is_logged(write_recipe, tmp_path):
+    keys = {"warmup_steps": 0.03, "max_steps": 1, "logging_steps": 10, "save_strategy": "no"}
+    train(read_recipe(write_recipe(**keys, output_dir=str(tmp_path / "run"))))  # or the head has not moved
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["steps"] == 1
+    assert 0.5 < record["final_loss"] < 1
