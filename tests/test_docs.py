@@ -147,7 +147,7 @@ def test_the_summary_that_is_shown_is_the_one_that_is_printed(workplace, monkeyp
     """Line by line, figures apart."""
     monkeypatch.chdir(workplace)
     monkeypatch.setenv("PATH", "")
-    print_summary(Path("outputs/smollm2_offline"), Path("recipes/smollm2_offline.yaml"))
+    print_summary(Path("outputs/smollm2_offline"))
     [shown] = text_blocks("64 held-out replies")
     lines = {without_figures(line) for line in shown.splitlines()}
     for line in capsys.readouterr().out.splitlines():

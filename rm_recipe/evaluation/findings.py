@@ -1,6 +1,6 @@
 """What to think of an evaluation's figures: the gate, and what a reader has to know before believing them.
 
-The figures are those of one data set in `evaluation.json`.
+The figures are those of one data set in `evaluation.json`, but for those of a learning curve.
 """
 
 import math
@@ -59,9 +59,10 @@ def curve_words(curve: dict[str, Any]) -> Iterator[str]:
     """What the line of a learning curve says, by the content of `learning_curve.json`."""
     slope = curve["per_doubling"]
     gain = f"{decimal(slope['difference'], signed=True)} ({interval(slope['ci95'], signed=True)})"
-    yield f"Twice the comparisons of the largest run would bring {gain}."
+    yield f"Twice the comparisons of the largest run would raise accuracy by {gain}."
     if curve["p_value"] is not None and curve["p_value"] < OFF_THE_LINE:
         yield "But the points do not lie on one line: expect nothing from it beyond the largest run."
+        return
     for point in curve["expected"]:
         yield (
             f"By the line {whole(point['comparisons'])} would give {decimal(point['accuracy'])} "

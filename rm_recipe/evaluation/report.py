@@ -97,7 +97,8 @@ def write_report(folder: Path) -> None:
     """
     evaluation, recipe = read_evaluation(folder), folder / "recipe.yaml"
     run, data = (read_json(path) if path.is_file() else {} for path in map(folder.joinpath, RECORDS))
-    curves = (path / CURVE for path in (folder.resolve().parent, Path(f"{folder}_curve")))
+    own = folder.resolve()
+    curves = [Path(f"{own}_curve", CURVE), *[own.parent / CURVE] * own.name.isdecimal()]
     write_page(
         folder / "report.html",
         TEMPLATES / "report.html.jinja",

@@ -126,8 +126,9 @@ class Verification:
             unknown = np.split(self.evaluated, np.cumsum([len(ranks) for ranks in self.ranks])[:-1])
             recorded = np.concatenate([held_out.get(n, values) for n, values in enumerate(unknown)])
             claim = "the run no longer gives the rewards of its predictions.jsonl (has its base changed?)"
-            # Then as now they were rounded by so much, each in its own way: on another device, say.
-            self.moved["recorded"] = compare(claim, recorded, self.evaluated, 2 * self.tolerance, self.names)
+            # Then as now they were rounded, if at all, each in its own way: on another device, say.
+            allowed = 2 * self.tolerance - self.float32
+            self.moved["recorded"] = compare(claim, recorded, self.evaluated, allowed, self.names)
 
     def free_model(self) -> None:
         """Free the reward model's model: it and the one that is loaded next may not fit a device together."""

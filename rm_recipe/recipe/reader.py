@@ -61,8 +61,8 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = (), *, check_inputs
 
     Args:
         path: the YAML file, or the name of one in `recipes/` or of a shipped one.
-        overrides: `--key value` or `--key=value` strings; they win over the file. Null takes a key out of it
-            whose values are never null.
+        overrides: `--key value` or `--key=value` strings; they win over the file. `--key null` leaves out
+            a key of the file, if null is not one of its values.
         check_inputs: also require that local model and data paths exist.
 
     Raises:
@@ -71,9 +71,8 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = (), *, check_inputs
     path = find_recipe(Path(path))
     in_file, faults = _read_yaml(path)
     in_line, line_faults = _read_overrides(overrides)
-    for key in schema.never_null(key for key, value in in_line.items() if value is None):
-        in_file.pop(key, None)
-        del in_line[key]
+    for key in schema.never_null(key for key in in_file if in_line.get(key, key) is None):
+        del in_file[key], in_line[key]
     values, found = schema.check_values(in_file)
     faults += [f"{path}: {fault}" for fault in found]
     over, found = schema.check_values(in_line)

@@ -62,11 +62,11 @@ def curve(path: Path, overrides: Sequence[str], samples: Sequence[int], output: 
     write_json(folder / CURVE, content)
     picture = (folder / CURVE).with_suffix(".svg")
     save_learning_curve(content, picture)
+    print_curve(content)
+    print(f"written: {folder / CURVE} and {picture.name}")
     for run in (recipe.output_dir, *(folder / str(n) for n in sizes)):
         if (run / "evaluation.json").is_file():
             write_report(run)
-    print_curve(content)
-    print(f"written: {folder / CURVE}, {picture.name} and, with the curve in them, the runs' reports")
     return content
 
 

@@ -151,7 +151,8 @@ def test_plain_transformers_gives_the_rewards_of_the_run(exported, kind):
     moved = proof["max_abs_diff"]
     assert (moved["padding_side"] is not None) == causal
     assert all((moved[name] or 0) <= 1e-5 for name in ("fresh_process", "batch_size", "padding_side"))
-    assert max(moved["merged"], proof["steps"]["recorded"]) <= proof["tolerance"]
+    assert moved["merged"] <= proof["tolerance"]
+    assert proof["steps"]["recorded"] <= 2 * proof["tolerance"]
     if drift == 1e-5:  # nothing was rounded
         assert proof["tolerance"] == proof["tolerance_float32"] < 1e-3
     evaluation = (run / "evaluation.json").read_text()
@@ -185,7 +186,7 @@ def test_predictions_may_differ_by_two_roundings_to_half_precision_and_no_more(r
 
     shifted(1.5 * moved)
     assert export(run)["steps"]["recorded"] == pytest.approx(1.5 * moved, abs=0.4 * moved)
-    shifted(8 * moved)
+    shifted(2.6 * moved)
     with pytest.raises(ExportError, match="no longer gives the rewards"):
         export(run, overwrite=True)
 
