@@ -22,7 +22,7 @@ from typer import Argument, Option
 
 from rm_recipe.errors import INTERRUPTS, LAUNCHED, UNDER_RUN, Interrupted, RmRecipeError, one_line
 from rm_recipe.files import redact
-from rm_recipe.recipe.reader import copy_shipped, read_recipe
+from rm_recipe.recipe.reader import copy_shipped, read_columns, read_recipe
 
 app = typer.Typer(
     name="rm-recipe",
@@ -121,6 +121,9 @@ def evaluate(
         Option(help="A path or NAME:SUBSET@SPLIT#REVISION instead of held_out; repeatable."),
     ] = None,
     output: Output = None,
+    columns: Annotated[
+        str | None, Option(help="What its columns are for ours, '{prompt: question}' say.")
+    ] = None,
     against: Annotated[str | None, Option(help="Compare with another model.")] = None,
     gate: Annotated[bool, Option("--gate", help="Exit with 1 if target_accuracy is missed.")] = False,
 ) -> None:
@@ -136,7 +139,8 @@ def evaluate(
     names = list(dict.fromkeys([*(dataset or [HELD_OUT]), *(more or [])]))
     if gate:
         check_gate(target, names)
-    content = evaluate_model(target, names, output, against)
+    named = read_columns(columns) if columns else None
+    content = evaluate_model(target, names, output, against, named)
     if processes().is_main_process:
         print_evaluation(content, names)
         print(f"report: {(output or Path(target)) / 'report.html'}")

@@ -39,7 +39,11 @@ Content = dict[str, Any]  # of `evaluation.json`, or of a part of it
 
 
 def evaluate(
-    target: str, datasets: list[str] | None = None, output: Path | None = None, against: str | None = None
+    target: str,
+    datasets: list[str] | None = None,
+    output: Path | None = None,
+    against: str | None = None,
+    columns: dict[str, str] | None = None,
 ) -> Content:
     """Score a model's held-out comparisons, or those of other data sets, and write the result.
 
@@ -51,6 +55,7 @@ def evaluate(
         datasets: names or paths; by default the held-out split of the run's recipe.
         output: where the result goes; by default into the run or model.
         against: another such model, to be compared on the same comparisons.
+        columns: names that the data sets have for ours, in place of the recipe's `columns`.
 
     Returns:
         the content of `evaluation.json`: what was there before, with the new data sets in it.
@@ -65,7 +70,7 @@ def evaluate(
     output = _output_folder(target, recipe, names, output)
     weights = weights_of(target)
     before = _earlier_evaluation(output, target, weights, names)
-    loaded = {name: _load(name, recipe) for name in names}
+    loaded = {name: _load(name, recipe, columns) for name in names}
     scored = _score(target, loaded, with_edits=True)
     other = _score(against, loaded) if against else {}
     content = None
@@ -153,15 +158,15 @@ def _earlier_evaluation(output: Path, target: str, weights: dict[str, str], name
     raise RecipeError(f"{path} is {whose}; {first}give another --output")
 
 
-def _data_of(name: str, recipe: Recipe | None) -> DataArguments:
+def _data_of(name: str, recipe: Recipe | None, columns: dict[str, str] | None = None) -> DataArguments:
     """What a name stands for; one without a split means the recipe's test split, unless that is a slice.
 
     The recipe's `columns` are meant too, where the set has all of them: the verdict of two, for one.
     """
     split = recipe.data.dataset_test_split if recipe else DataArguments.dataset_test_split
     usual = {} if "[" in split else {"dataset_test_split": split}
-    data = DataArguments(**(usual | loading.read_name(name)))
-    if recipe and recipe.data.columns:
+    data = DataArguments(**(usual | loading.read_name(name)), columns=columns)
+    if recipe and recipe.data.columns and not columns:
         [source] = loading.sources_of(data)
         splits = loading.splits_of(source, data.dataset_revision)
         there = loading.columns_of(loading.find_split(splits, data.dataset_test_split, source))
@@ -169,7 +174,7 @@ def _data_of(name: str, recipe: Recipe | None) -> DataArguments:
     return data
 
 
-def _load(name: str, recipe: Recipe | None) -> tuple[Split, Benchmark | None]:
+def _load(name: str, recipe: Recipe | None, columns: dict[str, str] | None) -> tuple[Split, Benchmark | None]:
     """A data set, and the benchmark that it is."""
     benchmark = None
     with main_process_first():
@@ -177,7 +182,7 @@ def _load(name: str, recipe: Recipe | None) -> tuple[Split, Benchmark | None]:
             split = load_held_out_split(recipe)
             check_held_out(recipe.output_dir, split)
         else:
-            data = _data_of(name, recipe)
+            data = _data_of(name, recipe, columns)
             split, benchmark = load_split(data, data.dataset_test_split), find_benchmark(data)
             say(f"{name}: read as {', '.join(split.shapes)}")
     if split.unread:

@@ -67,6 +67,8 @@ def export(
         body, head = (getattr(torch, dtype),) * 2 if dtype else (own, torch.float32)
         truncation = reward_model.max_length, reward_model.truncation
         verification = Verification(reward_model, tokenize(held_out, reward_model.tokenizer, *truncation))
+        n = len(verification.sequences)
+        say(f"{n} held-out replies are scored at each step from the run to the exported files")
         compute_in_float32(verification, run)
         verification.check_recorded(read_predictions(run))
         merge(verification)

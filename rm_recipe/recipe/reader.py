@@ -86,6 +86,13 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = (), *, check_inputs
     return recipe
 
 
+def read_columns(text: str) -> dict[str, str]:
+    """Read the value of the recipe key `columns` from a command line; raises RecipeError."""
+    values, faults = schema.check_values({"columns": _from_text(text)})
+    _refuse([f"command line: {fault}" for fault in faults])
+    return dict(values["columns"])
+
+
 def _refuse(faults: list[str]) -> None:
     if faults:
         raise RecipeError("\n".join(faults))

@@ -122,6 +122,22 @@ def test_other_data_sets_are_added_and_the_held_out_figures_stay(run, other_set,
     assert len((run / "predictions.jsonl").read_text().splitlines()) == 43 + 64
 
 
+def test_columns_of_other_names_are_given_on_the_command_line(run, tmp_path, monkeypatch, capsys):
+    rows = [
+        {"ask": row["prompt"], "good": row["chosen"], "bad": row["rejected"]} for row in make_rows(3, seed=4)
+    ]
+    path = str(write_jsonl(tmp_path / "named.jsonl", rows))
+    words = ["evaluate", str(run), "--dataset", path]
+    assert invoke(monkeypatch, capsys, *words)[0] == 2
+    named = "{prompt: ask, chosen: good, rejected: bad}"
+    assert invoke(monkeypatch, capsys, *words, "--columns", named)[0] == 0
+    content = json.loads((run / "evaluation.json").read_text())
+    assert content["datasets"][path]["n_scored"] == 3
+    code, _, err = invoke(monkeypatch, capsys, *words, "--columns", "{ask: prompt}")
+    assert code == 2
+    assert "command line: 'columns: " in err
+
+
 def test_a_set_without_a_split_is_the_recipes_and_never_a_slice_of_it():
     for split, meant in {"test_prefs": "test_prefs", "train[80%:]": "test"}.items():
         recipe = SimpleNamespace(data=DataArguments(dataset_test_split=split))
