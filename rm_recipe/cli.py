@@ -47,7 +47,7 @@ Output = Annotated[Path | None, Option(file_okay=False, help="Folder for the res
 @app.command()
 def init() -> None:
     """Write the shipped recipes and accelerate configurations into this folder, to be changed."""
-    print("\n".join(copy_shipped(Path())), "\nnext: rm-recipe run smollm2_offline")
+    print("\n".join([*copy_shipped(Path()), "next: rm-recipe run smollm2_offline"]))
 
 
 @app.command(context_settings=WITH_OVERRIDES)

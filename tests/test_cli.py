@@ -45,7 +45,10 @@ def test_check_says_what_would_be_trained_and_writes_nothing(monkeypatch, capsys
     recipe = write_recipe()
     code, out, _ = invoke(monkeypatch, capsys, "check", str(recipe))
     assert code == 0
-    assert f"{recipe}: fine; it would train" in out
+    assert f"{recipe}: fine (its data were not read: --data); it would train" in out
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    out = invoke(monkeypatch, capsys, "check", str(recipe), "--model_name_or_path", "some/base")[1]
+    assert "some/base is no folder here, so it comes from the Hugging Face Hub" in out
     assert not (tmp_path / "run").exists()
 
 

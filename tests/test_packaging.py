@@ -68,7 +68,8 @@ def test_what_is_installed_has_recipes_and_accelerate_configs_outside_the_checko
 
 def test_init_writes_what_is_shipped_and_leaves_what_a_user_has_changed(installed, tmp_path):
     init = ("-m", "rm_recipe", "init")
-    said = run_installed(installed, tmp_path, *init).splitlines()
+    *said, last = run_installed(installed, tmp_path, *init).splitlines()
+    assert last == "next: rm-recipe run smollm2_offline"
     there = {f"{name}/{path.name}" for name in SHIPPED for path in (REPOSITORY / name).glob("*.yaml")}
     assert {*said} == {f"{path}: written" for path in there}
     for path in there:
@@ -76,7 +77,7 @@ def test_init_writes_what_is_shipped_and_leaves_what_a_user_has_changed(installe
     mine, gone = tmp_path / "recipes" / "smollm2_offline.yaml", tmp_path / "accelerate_configs" / "cpu.yaml"
     mine.write_text("seed: 1\n")
     gone.unlink()
-    said = run_installed(installed, tmp_path, *init).splitlines()
+    *said, _ = run_installed(installed, tmp_path, *init).splitlines()
     kept = "recipes/smollm2_offline.yaml: kept, as it differs from what is shipped"
     assert [line for line in said if not line.endswith("there already")] == [
         kept,
