@@ -57,9 +57,8 @@ def reward_function(
         rewards[list(items)] = reward_model.score(list(items.values()), unfit=np.nan)
         return np.clip((rewards - mean) / std, -limit, limit).tolist()
 
-    folder = (
-        Path(path).resolve() if Path(path).is_dir() else Path(path)
-    )  # TRL logs rewards under a function's name, and exports are all called so
+    # TRL logs rewards under a function's name, and exports are all called so.
+    folder = Path(path).resolve() if Path(path).is_dir() else Path(path)
     reward.__name__ = folder.parent.name if folder.name == "export" else folder.name
     return reward
 

@@ -85,9 +85,10 @@ def readings(figures: dict[str, Any]) -> list[Finding]:
 
     The first says what the model knows beyond the best baseline; the others warn or compare.
     """
-    found = _against_best(figures) + [("bad", sentence) for sentence in _warnings(figures)]
+    found = _against_best(figures)
     if (n := figures.get("n_scored", FEW)) < FEW:
         found = [("bad", f"{whole(n)} comparisons are too few to say anything of the model: hold out more.")]
+    found += [("bad", sentence) for sentence in _warnings(figures)]
     if other := figures.get("against"):
         lead = f"{decimal(other.get('difference'), signed=True)} ({interval(other.get('ci95'), signed=True)})"
         where = f"on the {whole(other.get('n'))} comparisons that fit both models"
@@ -117,6 +118,8 @@ def _warnings(figures: dict[str, Any]) -> Iterator[str]:
     if trained := figures.get("trained_prompts"):
         some = f"{whole(trained)} of {whole(figures['n_scored'])} comparisons"
         yield f"{some} have a prompt that was trained on: this accuracy is no held-out one."
+    if figures.get("n_scored", FEW) < FEW:
+        return
     if "accuracy" in figures and figures["accuracy_ci95"][1] < 0.5:
         yield "Accuracy is worse than guessing: are chosen and rejected swapped?"
     if (loss := figures.get("loss", 0)) >= LN2 - NEAR_LN2:

@@ -23,9 +23,7 @@ NAME = "rm_recipe_rows"
 # the products are small. In bf16 on two cores without AMX this was the fastest or nearly so of 32 to 256, for
 # comparisons of 244 to 1,900 tokens, forwards and backwards.
 QUERIES = 128
-PLANNED = (
-    1024  # of tensors without content, where each operation costs time and the bytes are nearly the same
-)
+PLANNED = 1024  # in a plan of memory, where each operation costs time and the bytes are nearly the same
 
 _blocks: MutableMapping[Tensor, list[Tensor]] = WeakTensorKeyDictionary()
 

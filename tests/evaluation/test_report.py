@@ -215,6 +215,7 @@ OTHER = {"model": "other", "n": 980, "other_accuracy": 0.68, "difference": 0.02,
         (LITTLE, "has learnt little that the best baseline does not know: 'bag"),
         (LITTLE, "0.020 behind (95 % interval \u22120.050 to +0.010)"),
         ({"n_scored": 3, "trained_prompts": 3}, "3 comparisons are too few to say anything"),
+        ({"n_scored": 3, "trained_prompts": 3}, "3 of 3 comparisons have a prompt that was trained on"),
         ({"trained_prompts": 3}, "3 of 990 comparisons have a prompt that was trained on"),
         ({"loss": 0.6931}, "no better than that of equal rewards, ln 2 = 0.693"),
         ({"ties": 60}, "6.1 % of the pairs are ties"),
@@ -227,6 +228,7 @@ def test_what_makes_figures_doubtful_is_said_and_nothing_else(keys, said):
     expected = "plain" if "against" in keys else "bad"
     assert any(kind == expected and said in sentence for kind, sentence in readings(FIGURES | keys))
     assert len(readings(FIGURES | {"ties": 60, "ranking": {"pairs": 5000}})) == 1
+    assert len(readings(FIGURES | LITTLE | {"n_scored": 3, "loss": 0.7})) == 1
 
 
 def test_names_cannot_command_the_terminal_and_the_gate_speaks_of_held_out_alone(monkeypatch, capsys):
