@@ -27,6 +27,7 @@ from rm_recipe.files import visible, whole_file
 INK, MUTED, CHOSEN, REJECTED, BAD = "#1b2230", "#5a6475", "#2166b0", "#c25e1a", "#b3332c"
 SIZE = (5.6, 3.2)  # inches; the page scales it
 HIGH, BROAD = (5.6, 3.7), (11.6, 5.4)
+SVG: dict[str, Any] = {"format": "svg", "metadata": {"Date": None}}
 BARS = 36
 # The quantities of the training log that are drawn, and what chance gives.
 CURVES = {"loss": LN2, "accuracy": 0.5, "learning_rate": None, "grad_norm": None}
@@ -86,10 +87,8 @@ def draw_reliability(figure: Figure, bins: Sequence[dict[str, float]]) -> None:
 
 def save_reliability(bins: Sequence[dict[str, float]], target: Path) -> None:
     """Write the same as a PNG on white, for a model card."""
-    with own_settings():
-        figure = Figure(figsize=HIGH, layout="constrained")
-        draw_reliability(figure, bins)
-        figure.savefig(target, format="png", dpi=150, facecolor="white", metadata={"Software": None})
+    options = {"format": "png", "dpi": 150, "facecolor": "white", "metadata": {"Software": None}}
+    _save(target, draw_reliability, HIGH, options, bins=bins)
 
 
 def draw_curves(figure: Figure, log: Sequence[dict[str, Any]]) -> None:
@@ -133,10 +132,8 @@ def draw_learning_curve(figure: Figure, curve: dict[str, Any]) -> None:
 
 def save_learning_curve(curve: dict[str, Any], target: Path) -> None:
     """Write the same as an SVG on white."""
-    with whole_file(target) as partial, own_settings():
-        figure = Figure(figsize=SIZE, layout="constrained")
-        draw_learning_curve(figure, curve)
-        figure.savefig(partial, format="svg", facecolor="white", metadata={"Date": None})
+    with whole_file(target) as partial:
+        _save(partial, draw_learning_curve, SIZE, SVG | {"facecolor": "white"}, curve=curve)
 
 
 def legend(axes: Axes) -> None:
@@ -149,6 +146,16 @@ def own_settings() -> AbstractContextManager[None]:
     return style.context(TEMPLATES / "report.mplstyle", after_reset=True)
 
 
+def _save(
+    target: Path | io.BytesIO, draw: Callable[..., None], size: tuple[float, float], options: Any, **data: Any
+) -> None:
+    """Draw the `data` on an empty figure and save it, by these options of matplotlib's `savefig`."""
+    with own_settings():
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure, **data)
+        figure.savefig(target, **options)
+
+
 def svg(draw: Callable[..., None], label: str, size: tuple[float, float] = SIZE, **data: Any) -> Markup:
     """Make the drawing an image to stand inside a page, where nothing of it can reach the page.
 
@@ -157,9 +164,6 @@ def svg(draw: Callable[..., None], label: str, size: tuple[float, float] = SIZE,
         label: the text alternative.
     """
     buffer = io.BytesIO()
-    with own_settings():
-        figure = Figure(figsize=size, layout="constrained")
-        draw(figure, **data)
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    _save(buffer, draw, size, SVG, **data)
     source = base64.b64encode(buffer.getvalue()).decode()
     return Markup('<img src="data:image/svg+xml;base64,{}" alt="{}">').format(source, visible(label))

@@ -24,7 +24,7 @@ lora_dropout disable_dropout=true: TRL switches dropout off; set 'disable_dropou
 neftune_noise_alpha prefix_sharing=auto: the noise is scaled by a row's length; set 'prefix_sharing: off'
 warmup_steps lr_scheduler_type=constant|reduce_lr_on_plateau|greedy: that schedule has no warm-up
 lr_scheduler_kwargs lr_scheduler_type=constant|constant_with_warmup: that schedule takes none
-comparisons_per_step gradient_accumulation_steps: it follows from the comparisons of a step; set it to null
+comparisons_per_step gradient_accumulation_steps: the second follows; on the command line null leaves it out
 fp16 use_cpu=true: a CPU computes in bf16 or fp32; leave 'fp16' out
 activation_offloading use_cpu=true: on a CPU activations are where it would move them
 attn_implementation=flex_attention use_cpu=true: it cannot train on a CPU; leave 'attn_implementation' out

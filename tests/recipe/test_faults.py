@@ -46,7 +46,7 @@ dataloader_persistent_workers: true                 -> needs 'dataloader_num_wor
 attn_implementation: flex_attention                 -> flex_attention' and 'use_cpu: true' exclude
 optim_target_modules: all-linear                    -> does nothing without 'optim: galore_adamw or galore_
 per_device_train_batch_size: auto                   -> needs 'comparisons_per_step'
-comparisons_per_step: 64, gradient_accumulation_steps: 2   -> it follows from the comparisons of a step
+comparisons_per_step: 64, gradient_accumulation_steps: 2   -> the second follows
 comparisons_per_step: 64, per_device_train_batch_size: 24  -> 'comparisons_per_step: 64' is no multiple
 use_peft: omit, lora_r: 2                           -> 'lora_r' does nothing without 'use_peft': set that, or
 use_bnb_nested_quant: true                          -> does nothing without 'load_in_4bit'

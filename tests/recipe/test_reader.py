@@ -38,7 +38,7 @@ def test_the_command_line_wins_over_the_file(write_recipe):
 
 def test_null_on_the_command_line_leaves_out_a_key_of_the_file_that_holds_no_null(write_recipe):
     path = write_recipe(gradient_accumulation_steps=2, per_device_train_batch_size=4)
-    with pytest.raises(RecipeError, match="it follows from the comparisons of a step; set it to null"):
+    with pytest.raises(RecipeError, match="the second follows; on the command line null leaves it out"):
         read_recipe(path, ["--comparisons_per_step", "16"])
     recipe = read_recipe(path, ["--comparisons_per_step", "16", "--gradient_accumulation_steps", "null"])
     assert recipe.training.gradient_accumulation_steps == 4
