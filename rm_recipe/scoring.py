@@ -18,6 +18,7 @@ from rm_recipe.data.loading import read_rows, unit
 from rm_recipe.data.tokenization import encode
 from rm_recipe.errors import DataError, RecipeError, TrainingError, UnfitError
 from rm_recipe.files import whole_file
+from rm_recipe.model.lora import in_one_product
 from rm_recipe.model.reward_model import autocast, load_trained
 from rm_recipe.model.row_attention import by_block
 from rm_recipe.model.shared_prefix import decide_sharing, padded_rows, shared_rows
@@ -161,7 +162,7 @@ class RewardModel:
         pad = self.tokenizer.pad_token_id
         rows = shared_rows(batch, pad, by_block(self.model)) if self.sharing.used else padded_rows(batch, pad)
         try:
-            with torch.inference_mode(), autocast(self.model):
+            with torch.inference_mode(), autocast(self.model), in_one_product(self.model):
                 logits = self.model(
                     **{key: value.to(self.model.device) for key, value in rows.items()}
                 ).logits

@@ -259,8 +259,10 @@ class _OneProduct:
         hidden = hidden * module.scaling[active_adapter]
         if hidden.dtype != result.dtype:
             return result + up(hidden)
+        # In place where nothing goes back through it: a view that is changed costs a copy in backward.
+        add = torch.addmm if torch.is_grad_enabled() else torch.Tensor.addmm_
         weight = up.weight.to(hidden.dtype).T
-        return torch.addmm(result.flatten(0, -2), hidden.flatten(0, -2), weight).view_as(result)
+        return add(result.flatten(0, -2), hidden.flatten(0, -2), weight).view_as(result)
 
 
 # --- a base in 4 or 8 bits (QLoRA, arXiv 2305.14314), its head left whole ----------------------

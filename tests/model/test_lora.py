@@ -88,6 +88,10 @@ def test_in_one_product_the_rewards_and_gradients_are_those_of_peft(tiny_llama, 
     expected, expected_gradients = rewards_and_gradients(model)
     with in_one_product(model):
         rewards, gradients = rewards_and_gradients(model)
+        with torch.inference_mode(), autocast(model):  # in place
+            scored = [model(input_ids=IDS).logits for _ in range(2)]
+    assert torch.equal(*scored)
+    assert (scored[0] - expected).abs().max() <= tolerance * expected.abs().max()
     assert (rewards - expected).abs().max() <= tolerance * expected.abs().max()
     assert (gradients - expected_gradients).norm() <= tolerance * expected_gradients.norm()
     assert expected_gradients.norm() > 0
