@@ -21,13 +21,12 @@ from rm_recipe.files import whole_file
 from rm_recipe.model.lora import in_one_product
 from rm_recipe.model.reward_model import autocast, load_trained
 from rm_recipe.model.row_attention import by_block
-from rm_recipe.model.shared_prefix import decide_sharing, padded_rows, shared_rows
+from rm_recipe.model.shared_prefix import TOKENS_ON_CPU, decide_sharing, padded_rows, shared_rows
 from rm_recipe.model.tokenizer import load_tokenizer, positions
 from rm_recipe.processes import is_out_of_memory, this_device
 from rm_recipe.recipe.schema import MODEL_FILES, looks_local
 
-# Tokens scored together: the first fill two cores; on a GPU the second were 1.4 times as fast.
-TOKENS_PER_BATCH, TOKENS_ON_GPU = 4096, 16384
+TOKENS_ON_GPU = 16384  # scored together: 1.4 times as fast as 4,096
 
 
 class RewardModel:
@@ -102,7 +101,7 @@ class RewardModel:
             once, each = (len(whole.prefix), 0) if self.sharing.used else (0, len(whole.prefix))
             sizes = [each + len(rest) for rest in whole.suffixes]
             # On a GPU no more: they stand in one row, whose mask is a square.
-            for part in _batches(range(len(group)), sizes, TOKENS_PER_BATCH, once):
+            for part in _batches(range(len(group)), sizes, TOKENS_ON_CPU, once):
                 members.append([alike[k] for k in part])
                 encoded.append(Encoded(whole.prefix, [whole.suffixes[k] for k in part]))
         rewards = np.full(len(items), unfit or 0.0, np.float32)
@@ -145,7 +144,7 @@ class RewardModel:
         sizes = [c.length if shared else sum(map(len, c.conversations())) for c in comparisons]
         order = sorted(range(len(comparisons)), key=lambda i: -sizes[i])
         with tqdm(total=len(order), desc=progress, unit="prompt", disable=not progress) as bar:
-            most = TOKENS_ON_GPU if next(self.model.parameters()).is_cuda else TOKENS_PER_BATCH
+            most = TOKENS_ON_GPU if next(self.model.parameters()).is_cuda else TOKENS_ON_CPU
             for members in _batches(order, sizes, most):
                 batch = [comparisons[i] for i in members]
                 rewards = self._forward(batch)

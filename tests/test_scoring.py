@@ -70,7 +70,7 @@ def test_many_responses_to_one_prompt_are_split_and_score_the_same(model, monkey
     monkeypatch.setattr(model.model, "forward", recorded)
     together = model.score(items)
     (in_one,) = sizes
-    monkeypatch.setattr("rm_recipe.scoring.TOKENS_PER_BATCH", 30)
+    monkeypatch.setattr("rm_recipe.scoring.TOKENS_ON_CPU", 30)
     assert np.allclose(model.score(items), together, atol=1e-6)
     assert max(sizes[1:]) < in_one / 2
 

@@ -154,7 +154,7 @@ class DataArguments:
     # `per_device_train_batch_size: auto` micro-batches are as large as the device holds.
     comparisons_per_step: int | None = None
     # Tokens of a micro-batch, into which a batch is divided: it changes memory and speed, and no result. Left
-    # out, a batch is divided where the device is too small for the largest one.
+    # out, a batch is divided where the device is too small for the largest one, and on a CPU by 2,048 tokens.
     micro_batch_tokens: int | None = None
     # Share of the prompts to hold out of the train split, all comparisons of a prompt together; 0.1 where a
     # set has a train split only.

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -64,18 +65,18 @@ def measure_training(recipe: Recipe, what: str) -> dict[str, Any]:
     with cheaper_adapters(trainer) if what == "ours" else nullcontext():
         trainer.train()
 
-    micro_batches = recipe.training.gradient_accumulation_steps
-    timed = watch.tokens[micro_batches:]
+    accumulation = recipe.training.gradient_accumulation_steps
     seconds = watch.times[-1] - watch.times[1]
-    tokens, places = (int(sum(counted)) for counted in zip(*timed, strict=True))
+    tokens, places = (int(sum(counted)) for counted in zip(*chain(*watch.tokens[1:]), strict=True))
     flop_per_token = (4 if recipe.model.use_peft else 6) * parameters
+    comparisons = (len(watch.tokens) - 1) * accumulation * recipe.training.train_batch_size
     return {
-        "comparisons_per_s": len(timed) * recipe.training.train_batch_size / seconds,
+        "comparisons_per_s": comparisons / seconds,
         "tokens_per_s": tokens / seconds,
         "padding_share": 1 - tokens / places,
         "peak_memory_bytes": peak_memory(),
         "tflops": tokens / seconds * flop_per_token / 1e12,
-        "losses": torch.stack(watch.losses).double().view(-1, micro_batches).mean(1).tolist(),
+        "losses": [float(torch.stack(step).double().sum()) / accumulation for step in watch.losses],
     }
 
 
@@ -107,26 +108,30 @@ def as_pairs(split: Split) -> Any:
 class Watch(TrainerCallback):
     """Note when training began and each optimizer step ended, so that making the batches counts.
 
-    And of each micro-batch, in order, its loss, and how many of its tokens are real and are there at all.
+    And of each step, by micro-batch, the loss, and how many of its tokens are real and are there at all.
     """
 
     def __init__(self, trainer: Any, pad_token_id: int) -> None:
         self.times: list[float] = []
-        self.losses: list[torch.Tensor] = []
-        self.tokens: list[tuple[torch.Tensor, int]] = []
+        self.losses: list[list[torch.Tensor]] = []
+        self.tokens: list[list[tuple[torch.Tensor, int]]] = []
         compute = trainer.compute_loss
 
         def watched(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             ids = inputs["input_ids"]
-            self.tokens.append(((ids != pad_token_id).sum(), ids.numel()))
+            self.tokens[-1].append(((ids != pad_token_id).sum(), ids.numel()))
             result = compute(model, inputs, *args, **kwargs)
-            self.losses.append((result[0] if isinstance(result, tuple) else result).detach())
+            self.losses[-1].append((result[0] if isinstance(result, tuple) else result).detach())
             return result
 
         trainer.compute_loss = watched
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self.times.append(_now())
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.losses.append([])
+        self.tokens.append([])
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.times.append(_now())

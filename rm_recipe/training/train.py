@@ -26,7 +26,7 @@ from rm_recipe.errors import RecipeError
 from rm_recipe.files import whole_folder
 from rm_recipe.model import lora, memory, reward_model
 from rm_recipe.model.head import check_saved_head
-from rm_recipe.model.shared_prefix import decide_sharing
+from rm_recipe.model.shared_prefix import TOKENS_ON_CPU, decide_sharing
 from rm_recipe.model.tokenizer import check_vocabulary, load_tokenizer
 from rm_recipe.processes import follow_log_level, main_process_first, say, wait_for_main_process, warn
 from rm_recipe.recipe.reader import Recipe
@@ -170,6 +170,8 @@ def make_trainer(
     args.save_total_limit = None  # `Run` removes older ones, once the newest is whole
     trainer = SharedPrefixRewardTrainer(model, args, tokenizer, splits, sharing, modules_to_save)
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # whose processes meet in each forward
+        if recipe.data.micro_batch_tokens is None and training.device.type == "cpu":
+            recipe.data.micro_batch_tokens = TOKENS_ON_CPU
         trainer.data_collator.budget = recipe.data.micro_batch_tokens
     if recipe.data.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(recipe.data.early_stopping_patience))
