@@ -8,11 +8,10 @@ that is a fault of the file, not of the row.
 import json
 import re
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from functools import partial
 from itertools import product
 from typing import Any
 
@@ -91,7 +90,8 @@ WebGPT comparisons | question.full_text | answer_0 answer_1 | score_0 score_1 | 
 HelpSteer 2 | prompt | response_1 response_2 | preference_strength | strength
 HelpSteer 3 | context | response1 response2 | overall_preference | strength
 Chatbot Arena | | conversation_a conversation_b | winner | model_a, model_b, tie, tie (bothbad), both_bad
-Chatbot Arena of one turn | prompt | response_a response_b | winner | model_a, model_b, tie
+two replies and a winner | prompt or question or instruction | response_a response_b | \
+  winner or preferred or preference or choice or label | a/response_a/model_a, b/response_b/model_b, tie/draw
 Chatbot Arena turns | prompt | response_a response_b | winner_model_a winner_model_b | scores
 Unified-Feedback | | conv_A conv_B | conv_A_rating conv_B_rating | scores
 Community Alignment | first_turn_prompt | first_turn_response_a first_turn_response_b \
@@ -108,7 +108,7 @@ two conversations and a verdict | | chosen rejected | verdict | named
 _LINES = [[cell.strip().split(" or ") for cell in line.split("|")] for line in _SHAPES.strip().splitlines()]
 SHAPES = [Shape(*cells) for line in _LINES for cells in product(*line)]
 NEEDED = (
-    "rm_recipe needs two replies or more in a row, and which is better: prompt, chosen and rejected, or "
+    "two replies or more in a row, and which is better: prompt, chosen and rejected, or "
     "prompt, responses and ranks or scores, or the columns of a public set; others are named by 'columns: "
 )
 
@@ -168,11 +168,10 @@ def _turns(row: Row) -> Row:
     return row
 
 
-_ALPACA = ["LLaMA-Factory alpaca", "LLaMA-Factory alpaca of old"]
-OPTIONAL = dict.fromkeys([*_ALPACA, "DPO-En-Zh"], ("history",))
-PREPARED = {
-    **dict.fromkeys([*_ALPACA, "AlpacaFarm"], _alpaca),
-    "DPO-En-Zh": partial(_alpaca, column="question"),
+OPTIONAL = dict.fromkeys(["LLaMA-Factory alpaca", "LLaMA-Factory alpaca of old", "DPO-En-Zh"], ("history",))
+PREPARED: dict[str, Callable[[Row], Row]] = {
+    **dict.fromkeys(["LLaMA-Factory alpaca", "LLaMA-Factory alpaca of old", "AlpacaFarm"], _alpaca),
+    "DPO-En-Zh": lambda row: _alpaca(row, "question"),
     "Math-Step-DPO": _steps,
     "OpenAI preference": _openai,
     "ms-swift": _swift,
@@ -221,13 +220,13 @@ def shape_of(columns: Collection[str], place: str = "a row", named: Mapping[str,
                 ways = [f"{{verdict: {shape.verdict}}}" for shape in found]
         raise DataError(f"{place} fits {fit}; say which one: 'columns: {' or '.join(ways)}'")
     has = ", ".join(columns) or "none"
-    raise DataError(f"{place}: its columns are {has}; {NEEDED}{_suggested(columns)}'")
+    raise DataError(f"{place}: its columns are {has}; rm_recipe needs {NEEDED}{_suggested(columns)}'")
 
 
-# Words in the names of columns: of a better and a worse reply, or of any two; of a prompt; of a verdict.
-_PAIRS = (
-    "chosen rejected, preferred dispreferred, better worse, best worst, good bad, winner loser, a b, 1 2, 0 1"
-)
+# Words in the names of columns: of a better and a worse reply, or of any two, and of what is none of the
+# three; of a prompt; of a verdict.
+_PAIRS = "chosen/rejected preferred/dispreferred better/worse best/worst good/bad winner/loser a/b 1/2 0/1"
+_NO_TEXT = r"\b(id|model|score|rating)\b"
 _PROMPT = r"\b(prompt|question|instruction|query|problem|input|context|messages|conversation)\b"
 _VERDICT = r"\b(winner|preferred|preference|choice|chosen|label|verdict|better|best|comparison)\b"
 
@@ -238,15 +237,16 @@ def _words(name: str) -> list[str]:
 
 def _suggested(columns: Collection[str]) -> str:
     """The value of `columns` that words suggest: only said, for a `winner` may be a reply or its author."""
-    spelt = {" ".join(_words(name)): name for name in columns if not re.search("model|score|rating", name)}
-    for better, worse in map(str.split, _PAIRS.split(", ")):
+    spelt = {text: name for name in columns if not re.search(_NO_TEXT, text := " ".join(_words(name)))}
+    for better, worse in (pair.split("/") for pair in _PAIRS.split()):
         for text, one in spelt.items():
             other = spelt.get(re.sub(rf"\b{better}\b", worse, text), one)
             if other != one:
                 rest = {text: name for text, name in spelt.items() if name not in (one, other)}
                 kinds = [_PROMPT, _VERDICT] if len(better) == 1 else [_PROMPT]
-                found = [next((rest[text] for text in rest if re.search(k, text)), "...") for k in kinds]
-                return _in_columns(found[0], one, other, *found[1:])
+                found = [[rest[text] for text in rest if re.search(kind, text)] for kind in kinds]
+                prompt, *verdict = (min(names, key=len, default="...") for names in found)
+                return _in_columns(prompt, one, other, *verdict)
     return _in_columns("...", "...", "...")
 
 
@@ -407,12 +407,12 @@ def _levels(row: Row, shape: Shape, n: int) -> list[Any]:
     if len(shape.responses.split()) not in (1, n):  # a column holds several
         raise Excluded("ranks_do_not_match")
     if shape.better not in ("ranks", "scores", "strength"):
-        found = (f"{value:g}" if isinstance(value, float) else str(value)).strip().lower()
-        known = [{*values.split("/")} for values in shape.better.lower().split(", ")]
-        meant = [number for number, values in enumerate(known) if {found, found.replace(" ", "_")} & values]
+        found = (f"{value:g}" if isinstance(value, float) else str(value)).strip().lower().replace("_", " ")
+        known = [values.split("/") for values in shape.better.lower().replace("_", " ").split(", ")]
+        meant = [number for number, values in enumerate(known) if found in values]
         if len(meant) != 1:
-            how = "; 'verdict: COLUMN=1/2' says which values mean the first and the second"
-            raise Malformed(column, f"one of {shape.better}{how if column == 'verdict' else ''}", value)
+            how = "what others mean is said by 'columns: {..., verdict: COLUMN=FIRST/SECOND/TIE}'"
+            raise Malformed(column, f"one of {shape.better} ({how})", value)
         return [int(number != meant[0] < n) for number in range(n)]
     values = [value] if shape.better == "strength" else _decoded(value)
     if not isinstance(values, list):
