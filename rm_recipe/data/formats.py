@@ -190,7 +190,7 @@ def shapes_of(columns: Collection[str], named: Mapping[str, str] = {}) -> list[S
         named: names of ours (or `verdict`) and those of columns: only shapes that read all of them.
     """
     asked = {name for name in named if name not in ("verdict", *ALSO_READ[1:])}
-    verdict = "verdict" if {"chosen", "verdict"} <= {*named} else named.get("verdict")
+    verdict = "verdict" if {"chosen", "rejected", "verdict"} <= {*named} else named.get("verdict")
     found = [
         shape
         for shape in SHAPES

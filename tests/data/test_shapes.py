@@ -340,6 +340,8 @@ def test_columns_name_what_a_data_set_calls_otherwise(tmp_path, write_recipe):
     assert [message["content"] for message in split[0].prompt] == ["Be terse.", "q"]
     assert (split[0].responses, split.unread) == (["a", "b"], ["prompt"])
     assert split.shapes == ["TRL preference (by question, best, worst)"]
+    with pytest.raises(DataError, match="its columns are .*; rm_recipe needs"):  # of two replies only one
+        load(path, columns={"chosen": "best", "verdict": "worst"})
     with pytest.raises(DataError, match="and not other"):
         load(path, columns={**named, "chosen": "other"})
     for wrong in ({"chosn": "best"}, {"chosen": "best", "rejected": "best"}, ["chosen"]):
