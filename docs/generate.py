@@ -7,6 +7,7 @@ Such a part stands between `<!-- generated: NAME -->` and `<!-- end -->`; `PARTS
 
 import ast
 import dataclasses
+import itertools
 import re
 import sys
 import typing
@@ -199,18 +200,22 @@ def together() -> str:
 
 
 def shapes() -> str:
-    """The shapes of rows."""
+    """The shapes of rows that are known by their columns."""
     from rm_recipe.data.formats import SHAPES
 
     rows = []
-    for shape in SHAPES:
-        columns = ", ".join(code(name) for name in shape.columns)
-        replies = ", ".join(code(path) for path in shape.responses.split())
-        read = f"{code(shape.prompt)}: {replies}" if shape.prompt else replies
-        verdict = f"{code(shape.verdict)}: {cell(shape.better)}" if shape.verdict else ""
-        rows.append([cell(shape.name), columns, read, verdict])
-    head = "shape | known by its columns | prompt: responses, the best first | verdict: which is better"
-    return table(head, rows)
+    known = (shape for shape in SHAPES if shape.better != "named")
+    for name, group in itertools.groupby(known, lambda shape: shape.name):
+        alike = list(group)
+        prompt, responses, verdict, others = (
+            " or ".join(dict.fromkeys(", ".join(map(code, getattr(s, part).split())) for s in alike))
+            for part in ("prompt", "responses", "verdict", "known")
+        )
+        better = cell(alike[0].better)
+        rows.append([cell(name), prompt, responses, f"{verdict}: {better}" if verdict else "", others])
+    return table(
+        "shape | prompt | responses, the best first | verdict: which is better | known by others", rows
+    )
 
 
 def modules() -> str:

@@ -233,7 +233,7 @@ def texts_of(value: Any, key: str = "") -> Iterator[str]:
         if value.startswith("["):
             yield from texts_of(json.loads(value))
         else:
-            yield from (said.strip() for said in re.split(r"\n\n(?:Human|Assistant):", value))
+            yield from (said.strip() for said in re.split(r"(?:^|\n+)(?:Human|Assistant):", value))
 
 
 def test_every_text_of_a_row_is_in_its_comparison_or_its_column_is_named():

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import product, takewhile
 from typing import Any
 
 import numpy as np
@@ -194,9 +194,21 @@ def check_unicode(texts: Sequence[str]) -> None:
 # The format has no way to quote a speaker's name, so a rule has to say where a turn starts: at a
 # name after a blank line, and only where the speaker changes. `Human:` in the middle of a message,
 # or an `Assistant:` that an assistant's reply wrote itself, is then part of the message.
+# Others' transcripts have other names, or no blank line before any reply.
 
-_ROLES = {"Human": "user", "Assistant": "assistant"}
-_SPEAKER = re.compile(r"\n\n(Human|Assistant):")
+_ROLES = dict.fromkeys(["Human", "User", "prompter"], "user")
+_ROLES |= dict.fromkeys(["Assistant", "Bot", "AI", "assistant"], "assistant")
+_SPEAKERS = [*product(("Human", "User"), ("Assistant", "Bot", "AI"))]
+
+
+def _speakers(text: str) -> tuple[str, str, str]:
+    """What stands before the names of a transcript, and who asks and who answers in it."""
+    for asks, answers in _SPEAKERS:
+        if text.lstrip().startswith(f"{asks}:") and f"\n{answers}:" in text:
+            return "\n\n" if f"\n\n{answers}:" in text else "\n", asks, answers
+    if text.startswith("prompter:"):  # OpenAssistant, which ends where the reply is to come without its name
+        return "\n", "prompter", "assistant"
+    return "\n\n", "Human", "Assistant"
 
 
 def is_transcript(text: str) -> bool:
@@ -205,23 +217,27 @@ def is_transcript(text: str) -> bool:
     It begins with a blank line and a speaker, or with a speaker and ends where the reply is to come.
     """
     text = text.replace("\r\n", "\n")
-    begins = text.lstrip().startswith(("Human:", "Assistant:"))
-    return begins and (text.startswith("\n\n") or text.rstrip().endswith("\n\nAssistant:"))
+    before, *names = _speakers(text)
+    begins = text.lstrip().startswith(tuple(f"{name}:" for name in names))
+    return begins and (
+        text.startswith(("\n\n", "prompter:")) or text.rstrip().endswith(f"{before}{names[1]}:")
+    )
 
 
-def split_turns(text: str) -> list[tuple[str, str]]:
+def split_turns(text: str, before: str = "\n\n", *names: str) -> list[tuple[str, str]]:
     """Split a transcript into (speaker, what follows the colon); joined again it is the same text.
 
     Raises:
         Excluded: `not_a_transcript`: text stands before the first speaker, or there is none.
     """
-    before, *parts = _SPEAKER.split("\n\n" + text.lstrip())
-    if before or not parts:
+    speaker = f"{before}({'|'.join(names or ['Human', 'Assistant'])}):"
+    start, *parts = re.split(speaker, before + text.lstrip())
+    if start or not parts:
         raise Excluded("not_a_transcript")
     turns: list[tuple[str, str]] = []
     for speaker, said in zip(parts[::2], parts[1::2], strict=True):
         if turns and turns[-1][0] == speaker:
-            turns[-1] = (speaker, f"{turns[-1][1]}\n\n{speaker}:{said}")
+            turns[-1] = (speaker, f"{turns[-1][1]}{before}{speaker}:{said}")
         else:
             turns.append((speaker, said))
     return turns
@@ -229,7 +245,8 @@ def split_turns(text: str) -> list[tuple[str, str]]:
 
 def parse_transcript(text: str) -> list[Message]:
     """Read a transcript's messages, each without the white space around it; raises as `split_turns`."""
-    turns = split_turns(text.replace("\r\n", "\n"))
+    text = text.replace("\r\n", "\n")
+    turns = split_turns(text, *_speakers(text))
     return [{"role": _ROLES[speaker], "content": said.strip()} for speaker, said in turns]
 
 

@@ -8,10 +8,11 @@ that is a fault of the file, not of the row.
 import json
 import re
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
+from itertools import product
 from typing import Any
 
 from rm_recipe.data import comparison
@@ -37,8 +38,8 @@ class Shape:
             column, a list of them. What holds a list holds responses that are equally good.
         verdict: the column (or one for each response) that says which response is better, if there is one.
         better: what the verdict is: `ranks` (the lowest is best), `scores` (the highest is), `strength`
-            (below 0 the first of two is better, above it the second), or values: where the first of two
-            responses is better, where the second is, and those of a tie.
+            (below 0 the first of two is better, above it the second), `named` (see `_meanings`), or values:
+            for each response that where it is best, and those of a tie; of equal ones with `/` between them.
         known: the columns that it is known by, where those above are made of them (`PREPARED`).
     """
 
@@ -61,23 +62,20 @@ class Shape:
         return [*self.columns, *OPTIONAL.get(self.name, ()), *ALSO_READ]
 
 
-# One a line, as the attributes of `Shape`.
+# One a line, as the attributes of `Shape`; with `or` between what different sets have.
 _SHAPES = """
 TRL preference | prompt | chosen rejected
 whole conversations (hh-rlhf) | | chosen rejected
 OpenAI preference | input | preferred_output non_preferred_output
-orca_dpo_pairs | question | chosen rejected
-distilabel | input | chosen rejected
-instruction and two replies | instruction | chosen rejected
-messages and two replies | messages | chosen rejected
-LLaMA-Factory sharegpt | conversations | chosen rejected
+two replies | question or input or instruction or messages or conversations or trajectory | chosen rejected
+two replies by other names | prompt or question or instruction or input | \
+  accepted rejected or chosen_response rejected_response or response_j response_k or response_w response_l
+DPO-En-Zh | question | response_chosen response_rejected
+Math-Step-DPO | prompt | chosen rejected | | | prompt initial_reason_steps chosen rejected
 LLaMA-Factory alpaca | instruction | chosen rejected | | | instruction input chosen rejected
 LLaMA-Factory alpaca of old | instruction | output | | | instruction input output
 ms-swift | prompt | chosen rejected | | | messages rejected_response
 ms-swift messages | | messages rejected_messages
-chosen_response | prompt | chosen_response rejected_response
-chosen_response to an instruction | instruction | chosen_response rejected_response
-Stack Exchange paired | question | response_j response_k
 ranking | prompt | responses | ranks | ranks
 ranking by scores | prompt | responses | scores | scores
 UltraFeedback | instruction | completions[response] | completions[overall_score/fine-grained_score] | scores
@@ -86,21 +84,32 @@ Nectar | prompt | answers[answer] | answers[rank] | ranks
 Stack Exchange answers | question | answers[text] | answers[pm_score] | scores
 OpenAssistant tree | prompt | responses | ranks | ranks | message_tree_id prompt
 summarize_from_feedback | info | summaries[text] | choice | 0, 1
-PKU-SafeRLHF by the better | prompt | response_0 response_1 | better_response_id | 0, 1
-PKU-SafeRLHF by the safer | prompt | response_0 response_1 | safer_response_id | 0, 1
+PKU-SafeRLHF | prompt | response_0 response_1 | better_response_id or safer_response_id | 0, 1
 SHP | history | human_ref_A human_ref_B | labels | 1, 0
 WebGPT comparisons | question.full_text | answer_0 answer_1 | score_0 score_1 | scores
 HelpSteer 2 | prompt | response_1 response_2 | preference_strength | strength
 HelpSteer 3 | context | response1 response2 | overall_preference | strength
 Chatbot Arena | | conversation_a conversation_b | winner | model_a, model_b, tie, tie (bothbad), both_bad
+two replies and a winner | prompt or question or instruction | response_a response_b | \
+  winner or preferred or preference or choice or label | a/response_a/model_a, b/response_b/model_b, tie/draw
 Chatbot Arena turns | prompt | response_a response_b | winner_model_a winner_model_b | scores
+Unified-Feedback | | conv_A conv_B | conv_A_rating conv_B_rating | scores
+Community Alignment | first_turn_prompt | first_turn_response_a first_turn_response_b \
+  first_turn_response_c first_turn_response_d | first_turn_preferred_response | \
+  response_a, response_b, response_c, response_d
+Preference Collection | orig_instruction | orig_response_A orig_response_B | orig_preference | A, B
+AlpacaFarm | instruction | output_1 output_2 | preference | 1, 2 | \
+  instruction input output_1 output_2 preference
 JudgeBench | question | response_A response_B | label | A>B, B>A, A=B
-LLMBar | input | output_1 output_2 | label | 1, 2
+LLMBar, OffsetBias | input or instruction | output_1 output_2 | label | 1, 2
+two replies and a verdict | prompt | chosen rejected | verdict | named
+two conversations and a verdict | | chosen rejected | verdict | named
 """
-SHAPES = [Shape(*map(str.strip, line.split("|"))) for line in _SHAPES.strip().splitlines()]
-SHAPES_IN_WORDS = (
-    "prompt, chosen and rejected, or prompt, responses and ranks or scores, or the columns of a public set; "
-    "others are named by 'columns: {prompt: ..., chosen: ..., rejected: ...}'"
+_LINES = [[cell.strip().split(" or ") for cell in line.split("|")] for line in _SHAPES.strip().splitlines()]
+SHAPES = [Shape(*cells) for line in _LINES for cells in product(*line)]
+NEEDED = (
+    "two replies or more in a row, and which is better: prompt, chosen and rejected, or "
+    "prompt, responses and ranks or scores, or the columns of a public set; others are named by 'columns: "
 )
 
 
@@ -110,15 +119,21 @@ SHAPES_IN_WORDS = (
 _SIDES = ("user", "assistant")
 
 
-def _alpaca(row: Row) -> Row:
+def _alpaca(row: Row, column: str = "instruction") -> Row:
     """As LLaMA-Factory joins them: the instruction and on the next line its input, after the `history`."""
-    asked = [row.get("instruction"), row.get("input")]
+    asked = [row.get(column), row.get("input")]
     text = "\n".join(text for text in asked if isinstance(text, str) and text)
     before = _decoded(row.get("history")) or []
     if not all(isinstance(turn, list) and len(turn) == 2 for turn in before):
         raise Malformed("history", "a list of [question, answer]", before)
     turns = [{"role": r, "content": said} for turn in before for r, said in zip(_SIDES, turn, strict=True)]
-    return {**row, "instruction": [*turns, {"role": "user", "content": text}] if turns else text}
+    return {**row, column: [*turns, {"role": "user", "content": text}] if turns else text}
+
+
+def _steps(row: Row) -> Row:
+    """Both replies begin with the steps before them."""
+    steps = row.get("initial_reason_steps") or ""
+    return {**row, **{side: f"{steps}{row[side]}" for side in ("chosen", "rejected") if row.get(side)}}
 
 
 def _swift(row: Row) -> Row:
@@ -153,9 +168,11 @@ def _turns(row: Row) -> Row:
     return row
 
 
-OPTIONAL = dict.fromkeys(["LLaMA-Factory alpaca", "LLaMA-Factory alpaca of old"], ("history",))
-PREPARED = {
-    **dict.fromkeys(["LLaMA-Factory alpaca", "LLaMA-Factory alpaca of old"], _alpaca),
+OPTIONAL = dict.fromkeys(["LLaMA-Factory alpaca", "LLaMA-Factory alpaca of old", "DPO-En-Zh"], ("history",))
+PREPARED: dict[str, Callable[[Row], Row]] = {
+    **dict.fromkeys(["LLaMA-Factory alpaca", "LLaMA-Factory alpaca of old", "AlpacaFarm"], _alpaca),
+    "DPO-En-Zh": lambda row: _alpaca(row, "question"),
+    "Math-Step-DPO": _steps,
     "OpenAI preference": _openai,
     "ms-swift": _swift,
     "summarize_from_feedback": _summary,
@@ -173,10 +190,12 @@ def shapes_of(columns: Collection[str], named: Mapping[str, str] = {}) -> list[S
         named: names of ours (or `verdict`) and those of columns: only shapes that read all of them.
     """
     asked = {name for name in named if name not in ("verdict", *ALSO_READ[1:])}
+    verdict = "verdict" if {"chosen", "rejected", "verdict"} <= {*named} else named.get("verdict")
     found = [
         shape
         for shape in SHAPES
-        if asked <= {*shape.columns} <= {*columns} and named.get("verdict", shape.verdict) == shape.verdict
+        if asked <= {*shape.columns} <= {*columns}
+        and (shape.verdict == verdict if verdict else shape.better != "named")
     ]
     return [shape for shape in found if not any(_beats(other, shape) for other in found)]
 
@@ -191,15 +210,61 @@ def shape_of(columns: Collection[str], place: str = "a row", named: Mapping[str,
     """Find the shape of rows with these columns; raises DataError, with their place, unless there is one."""
     found = shapes_of(columns, named)
     if len(found) == 1:
-        return found[0]
+        return replace(found[0], better=_meanings(named)) if found[0].better == "named" else found[0]
     if found:
         fit = " and ".join(f"{shape.name} ({', '.join(shape.columns)})" for shape in found)
-        ways = " or ".join(f"{{{', '.join(f'{c}: {c}' for c in shape.columns)}}}" for shape in found)
-        if len({shape.responses for shape in found}) == 1 and all(shape.verdict for shape in found):
-            ways = " or ".join(f"{{verdict: {shape.verdict}}}" for shape in found)
-        raise DataError(f"{place} fits {fit}; say which one: 'columns: {ways}'")
+        ways = [f"{{{', '.join(f'{c}: {c}' for c in shape.columns)}}}" for shape in found]
+        if len({shape.responses for shape in found}) == 1:
+            ways = [_in_columns(s.prompt, *s.responses.split(), *s.verdict.split()) for s in found]
+            if len({shape.prompt for shape in found}) == 1:
+                ways = [f"{{verdict: {shape.verdict}}}" for shape in found]
+        raise DataError(f"{place} fits {fit}; say which one: 'columns: {' or '.join(ways)}'")
     has = ", ".join(columns) or "none"
-    raise DataError(f"{place}: its columns are {has}; rm_recipe needs {SHAPES_IN_WORDS}")
+    raise DataError(f"{place}: its columns are {has}; rm_recipe needs {NEEDED}{_suggested(columns)}'")
+
+
+# Words in the names of columns: of a better and a worse reply, or of any two, and of what is none of the
+# three; of a prompt; of a verdict.
+_PAIRS = "chosen/rejected preferred/dispreferred better/worse best/worst good/bad winner/loser a/b 1/2 0/1"
+_NO_TEXT = r"\b(id|model|score|rating)\b"
+_PROMPT = r"\b(prompt|question|instruction|query|problem|input|context|messages|conversation)\b"
+_VERDICT = r"\b(winner|preferred|preference|choice|chosen|label|verdict|better|best|comparison)\b"
+
+
+def _words(name: str) -> list[str]:
+    return [word.lower() for word in re.findall(r"\d+|[A-Z]?[^\W\dA-Z_]+|[A-Z]+", name)]
+
+
+def _suggested(columns: Collection[str]) -> str:
+    """The value of `columns` that words suggest: only said, for a `winner` may be a reply or its author."""
+    spelt = {text: name for name in columns if not re.search(_NO_TEXT, text := " ".join(_words(name)))}
+    for better, worse in (pair.split("/") for pair in _PAIRS.split()):
+        for text, one in spelt.items():
+            other = spelt.get(re.sub(rf"\b{better}\b", worse, text), one)
+            if other != one:
+                rest = {text: name for text, name in spelt.items() if name not in (one, other)}
+                kinds = [_PROMPT, _VERDICT] if len(better) == 1 else [_PROMPT]
+                found = [[rest[text] for text in rest if re.search(kind, text)] for kind in kinds]
+                prompt, *verdict = (min(names, key=len, default="...") for names in found)
+                return _in_columns(prompt, one, other, *verdict)
+    return _in_columns("...", "...", "...")
+
+
+def _in_columns(*names: str) -> str:
+    """The value of `columns` that names a prompt, two replies and perhaps a verdict."""
+    plain = [name if re.fullmatch(r"[\w.]+", name) else json.dumps(name) for name in names]
+    ours = zip(("prompt", "chosen", "rejected", "verdict"), plain, strict=False)
+    return f"{{{', '.join(f'{name}: {column}' for name, column in ours)}}}"
+
+
+def _meanings(named: Mapping[str, str]) -> str:
+    """What a named verdict may be: as said after its column, or a reply's column or what only that has."""
+    if said := named["verdict"].partition("=")[2]:
+        return said.replace("/", ", ")
+    names = [named["chosen"], named["rejected"]]
+    own = ["_".join(word for word in _words(a) if word not in _words(b)) for a, b in (names, names[::-1])]
+    first, second = (f"{name}/{part}/model_{part}" for name, part in zip(names, own, strict=True))
+    return f"{first}, {second}, tie/tied/draw/equal/same/both/neither"
 
 
 def rows_of(row: Row, shape: Shape) -> list[Row]:
@@ -337,14 +402,18 @@ def _levels(row: Row, shape: Shape, n: int) -> list[Any]:
     paths, names = shape.verdict.split(), re.findall(r"\w+", shape.verdict)
     column = names["[" in shape.verdict]
     value = [_get(row, path) for path in paths] if len(paths) > 1 else _get(row, paths[0])
-    if value is None or value == []:
+    if value is None or value in ([], "") or value != value:  # the last: NaN, as a table has it
         raise Excluded(f"missing_{column}")
+    if len(shape.responses.split()) not in (1, n):  # a column holds several
+        raise Excluded("ranks_do_not_match")
     if shape.better not in ("ranks", "scores", "strength"):
-        found = f"{value:g}" if isinstance(value, float) else str(value).strip()
-        known = shape.better.split(", ")
-        if found not in known:
-            raise Malformed(column, f"one of {shape.better}", value)
-        return [[0, 1], [1, 0], [0, 0]][min(known.index(found), 2)]
+        found = (f"{value:g}" if isinstance(value, float) else str(value)).strip().lower().replace("_", " ")
+        known = [values.split("/") for values in shape.better.lower().replace("_", " ").split(", ")]
+        meant = [number for number, values in enumerate(known) if found in values]
+        if len(meant) != 1:
+            how = "what others mean is said by 'columns: {..., verdict: COLUMN=FIRST/SECOND/TIE}'"
+            raise Malformed(column, f"one of {shape.better} ({how})", value)
+        return [int(number != meant[0] < n) for number in range(n)]
     values = [value] if shape.better == "strength" else _decoded(value)
     if not isinstance(values, list):
         raise Malformed(column, "a list of numbers", value)

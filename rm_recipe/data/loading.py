@@ -99,13 +99,19 @@ def _named(
     columns: list[str], source: DatasetConfig, data: DataArguments, margin_column: str | None, place: str
 ) -> dict[str, str]:
     """The columns of a source that may be read, by our names; one that is called so and not meant is not."""
-    given = {ours: theirs for ours, theirs in (data.columns or {}).items() if ours != "verdict"}
-    asked = {*(source.columns or []), *(data.columns or {}).values(), *filter(None, [margin_column])}
+    named = theirs(data.columns)
+    given = {name: column for name, column in named.items() if name != "verdict" or "chosen" in named}
+    asked = {*(source.columns or []), *named.values(), *filter(None, [margin_column])}
     if missing := asked - {*columns}:
         has = f"{place} has the columns {', '.join(columns)}"
         raise DataError(f"{has}, and not {', '.join(sorted(missing))} ('columns', 'margin_column')")
     own = {name: name for name in source.columns or columns if name not in given.values()}
     return own | given | ({margin_column: margin_column} if margin_column else {})
+
+
+def theirs(columns: dict[str, str] | None) -> dict[str, str]:
+    """The columns that `columns` names, without what it says of a verdict's values: `winner=1/2`."""
+    return {k: v.partition("=")[0] if k == "verdict" else v for k, v in (columns or {}).items()}
 
 
 def _sliced(rows: hf_datasets.Dataset, split: str) -> hf_datasets.Dataset:
@@ -190,7 +196,8 @@ def label(source: DatasetConfig, of_mixture: bool) -> str:
 
 def read_name(name: str) -> dict[str, Any]:
     """Read `NAME[:SUBSET][@SPLIT][#REVISION]` as keys of a recipe; a path that exists is one as it stands."""
-    parts = re.fullmatch(r"(.+?)(?::([^:@#]+))?(?:@([^@#]+))?(?:#([^#]+))?", name, re.DOTALL)
+    drive = r"(?:[A-Za-z]:(?=[\\/]))?"
+    parts = re.fullmatch(rf"({drive}.+?)(?::([^:@#]+))?(?:@([^@#]+))?(?:#([^#]+))?", name, re.DOTALL)
     if parts is None or Path(name).exists():
         return {"dataset_name": name}
     path, subset, split, revision = parts.groups()
@@ -347,6 +354,7 @@ def read_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[tupl
                 yield number, row
     except (OSError, EOFError, ValueError, OverflowError, zlib.error, csv.Error, pa.ArrowException) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
+        reason += "; save it as UTF-8 (Excel: 'CSV UTF-8')" if isinstance(error, UnicodeDecodeError) else ""
         raise DataError(f"'{file}' cannot be read: {reason}") from None
     if not number:
         raise DataError(f"'{file}' is empty: it holds no rows")
@@ -368,7 +376,8 @@ def _values(
         rows = (row for batch in batches for row in batch.to_pylist())
         yield from enumerate([dict.fromkeys(names)] if columns == [] else rows, 1)
     elif ending in (".csv", ".tsv"):
-        text, comma = TextIOWrapper(stream, "utf-8-sig", newline=""), "," if ending == ".csv" else "\t"
+        text, head = TextIOWrapper(stream, "utf-8-sig", newline=""), start.partition(b"\n")[0]
+        comma = max([b",", b";", b"\t"], key=head.count).decode()  # Excel writes what the country uses
         yield from enumerate(csv.DictReader(text, restkey="beyond the header", delimiter=comma), 1)
     elif ending == ".json" and start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         yield from enumerate(_decode(stream.read(), f"'{file}', the list"), 1)

@@ -173,7 +173,8 @@ def load_split(data: DataArguments, split: str | None, *, margins: bool = False)
         name = " and ".join(dict.fromkeys(source.path for source in found))
         raise DataError(
             f"{name}{f', split {split!r}' if split else ''}: no comparison in it ({result.why_excluded()}); "
-            f"read as {', '.join(result.shapes)}; a pair of texts without a prompt is of hh-rlhf transcripts"
+            f"read as {', '.join(result.shapes)}; a pair of texts without a prompt is of hh-rlhf transcripts "
+            "('columns: {prompt: ...}' names the prompt's column)"
             + (f"; columns not read: {', '.join(result.unread)}" if result.unread else "")
         )
     shares = [source.fraction for source in found]

@@ -170,7 +170,8 @@ def _data_of(name: str, recipe: Recipe | None, columns: dict[str, str] | None = 
         [source] = loading.sources_of(data)
         splits = loading.splits_of(source, data.dataset_revision)
         there = loading.columns_of(loading.find_split(splits, data.dataset_test_split, source))
-        data.columns = recipe.data.columns if {*recipe.data.columns.values()} <= {*there} else None
+        asked = {*loading.theirs(recipe.data.columns).values()}
+        data.columns = recipe.data.columns if asked <= {*there} else None
     return data
 
 

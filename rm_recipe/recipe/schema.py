@@ -161,7 +161,9 @@ class DataArguments:
     test_split_size: float | None = None
     # Names that the data set has for ours, e.g. `{prompt: question, chosen: best, rejected: worst}`; also
     # `responses`, `ranks`, `scores`, `system`, `tools`, `subset`. `verdict` names the one that counts of
-    # several: `{verdict: safer_response_id}`. (In an entry of `datasets`, `columns` is TRL's list.)
+    # several, `{verdict: safer_response_id}`, or that of any two replies, and after `=` what its values mean:
+    # `{prompt: q, chosen: reply_a, rejected: reply_b, verdict: preferred=0/1}`. (In an entry of `datasets`,
+    # `columns` is TRL's list.)
     columns: dict[str, str] | None = None
     # How much better the chosen response is: a number to subtract from the reward difference in the loss
     # (Llama 2, arXiv 2307.09288, section 3.2.2), or a category of `margin_map`. Rankings may have a number

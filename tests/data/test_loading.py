@@ -113,6 +113,20 @@ def test_a_file_that_is_not_what_it_says_is_named_with_its_fault(tmp_path, name,
     assert str(tmp_path / name) in str(caught.value)
 
 
+@pytest.mark.parametrize("comma", [",", ";", "\t"])
+def test_a_csv_is_read_as_excel_writes_it_in_any_country_or_asked_for_as_utf_8(tmp_path, comma):
+    rows = [["prompt", "chosen", "rejected"], ['"What, why; how?"', "Because. It\u2019s so", "No"]]
+    text = "".join(f"{comma.join(row)}\r\n" for row in rows)
+    path = tmp_path / "x.csv"
+    path.write_bytes(text.encode("utf-8-sig"))
+    found = load(path)[0]
+    assert found.prompt[0]["content"] == "What, why; how?"
+    assert found.responses == ["Because. It\u2019s so", "No"]
+    path.write_bytes(text.encode("cp1252"))
+    with pytest.raises(DataError, match=r"x.csv' cannot be read: .*; save it as UTF-8 .Excel: 'CSV UTF-8'"):
+        load(path)
+
+
 def test_a_missing_split_is_named_with_those_that_are_there(tmp_path, tiny_data):
     assert hold_out_share(DataArguments(dataset_name=str(tiny_data))) is None
     for ask in (lambda data: load_split(data, "validation"), hold_out_share):
@@ -250,7 +264,7 @@ def test_columns_and_rows_that_are_missing_or_of_the_wrong_type_are_named(tmp_pa
     for file, keys, said in (
         (path, {"margin_column": "margin"}, "strength, subset, and not margin"),
         (path, levels | {"margin_map": {"much": 1}}, "line 1: column 'strength' .* one of margin_map's much"),
-        (path, {"columns": pair[:2]}, "its columns are prompt, chosen; rm_recipe needs prompt, chosen and"),
+        (path, {"columns": pair[:2]}, "its columns are prompt, chosen; rm_recipe needs two replies or more"),
         (empty, {}, "none.parquet' is empty"),
         (table, {}, "x.parquet', row 1: column 'chosen' should be a text"),
     ):

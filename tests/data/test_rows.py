@@ -130,6 +130,11 @@ def test_a_row_that_is_no_comparison_says_why(reason):
     assert why(parse_row, REFUSED[reason])[0] == reason
 
 
+def test_a_verdict_on_two_columns_says_nothing_of_a_list_in_one():
+    row = {"input": "p", "output_1": ["a", "c"], "output_2": "b", "label": 2}
+    assert why(parse_row, row)[0] == "ranks_do_not_match"
+
+
 @pytest.mark.parametrize("score", [None, "N/A", True, float("nan"), 10**400])
 def test_a_score_that_is_no_number_leaves_its_row_out_and_is_shown(score):
     row = {"prompt": "p", "responses": ["a", "b"], "scores": [1, score]}
@@ -282,6 +287,24 @@ def test_a_prompts_text_may_be_messages_as_json_or_a_transcript():
     assert as_messages(f"{text}\n\nAssistant: Yes") == [*TURNS, said("assistant", "Yes")]
 
 
+@pytest.mark.parametrize("gap", ["\n", "\n\n", "\r\n"])
+@pytest.mark.parametrize("asks", ["Human", "User"])
+@pytest.mark.parametrize("answers", ["Assistant", "Bot", "AI"])
+def test_a_transcript_of_other_speakers_or_without_blank_lines_is_read_as_one(gap, asks, answers):
+    begin = gap.join([f"{asks}: Hi", f"{answers}: good", f"{asks}: More?", f"{answers}:"])
+    expected = Comparison([USER, REPLY, MORE], ["a", "b"])
+    assert parse_row({"chosen": f"{begin} a", "rejected": f"{begin} b"}) == expected
+    assert parse_row({"prompt": begin, "chosen": " a", "rejected": " b"}) == expected
+
+
+def test_a_transcript_of_openassistant_ends_where_the_reply_is_to_come():
+    """As tasksource/oasst1_pairwise_rlhf_reward joins its messages."""
+    text = "prompter: Hi\nassistant: good\n\nHuman: no\nprompter: More?"
+    expected = [USER, said("assistant", "good\n\nHuman: no"), MORE]
+    assert as_messages(text) == expected
+    assert as_messages("prompter: Hi") == [USER]
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -290,6 +313,7 @@ def test_a_prompts_text_may_be_messages_as_json_or_a_transcript():
         '{"role": "editor", "name": "x"}',
         '[{"title": "a", "content": "the \\"role\\" of b"}]',
         "['role', 'content']",
+        "User: is what I wrote\nBot: and what it said. Which is better?",
     ],
 )
 def test_a_text_that_only_looks_like_messages_is_a_text(text):

@@ -8,13 +8,13 @@ import datasets as hf_datasets
 import pytest
 from conftest import make_rows, make_tokenizer, write_jsonl
 
-from rm_recipe.data.comparison import Comparison, Malformed
+from rm_recipe.data.comparison import Comparison, Excluded, Malformed
 from rm_recipe.data.formats import parse_row, rows_of, shape_of
 from rm_recipe.data.loading import read_name
 from rm_recipe.data.splits import load_split, load_splits
 from rm_recipe.data.tokenization import render, tokenize
 from rm_recipe.errors import DataError, RecipeError, UnfitError
-from rm_recipe.recipe.reader import DataArguments, read_recipe
+from rm_recipe.recipe.reader import DataArguments, read_columns, read_recipe
 from rm_recipe.rl import as_item
 from rm_recipe.scoring import read_items
 
@@ -26,15 +26,16 @@ READ = """
 arena_conversations | Chatbot Arena (by conversation_a, conversation_b, winner) | 4 | all_tied | model_a
 assistant_first | whole conversations (hh-rlhf) (by chosen, rejected) | 4
 chinese | TRL preference | 4 | | | 怎么煮米饭0\uff1f
-chosen_response_cols | chosen_response to an instruction (by instruction, chosen_response, rej | 4
-chosen_swapped_messages | messages and two replies (by messages, chosen, rejected) | 4
+chosen_response_cols | two replies by other names (by instruction, chosen_response, rejected_re | 4
+chosen_swapped_messages | two replies (by messages, chosen, rejected) | 4
 context_col | TRL preference | 4 | | context
 control_tokens | TRL preference | 4 | | | (0)?
 dahoas_rm_static | TRL preference | 4 | | response | The blue one.
-distilabel_orca | distilabel (by input, chosen, rejected) | 4 | | generations
+distilabel_orca | two replies (by input, chosen, rejected) | 4 | | generations
 helpsteer2_preference | HelpSteer 2 | 4 | | preference_statement
+hh_single_newline | whole conversations | 4
 html_entities | TRL preference | 4 | | | </p>
-label_string | LLMBar (by input, output_1, output_2, label) | 4
+label_string | LLMBar, OffsetBias (by input, output_1, output_2, label) | 4
 llamafactory_alpaca | LLaMA-Factory alpaca (by instruction, input, chosen, rejected) | 4
 llamafactory_alpaca_old | LLaMA-Factory alpaca of old | 4
 margin_as_string | TRL preference | 4 | | margin
@@ -43,7 +44,7 @@ nul_and_emoji | TRL preference | 4 | | | \0
 oasst_tree | OpenAssistant tree (by message_tree_id, prompt) | 4 | | tree_state
 one_comparison | TRL preference | 1
 one_prompt | TRL preference | 4 | | | Write a poem.
-orca_dpo_pairs | orca_dpo_pairs (by question, chosen, rejected) | 4
+orca_dpo_pairs | two replies (by question, chosen, rejected) | 4
 prompt_transcript_and_full_transcripts | TRL preference | 4 | | | Hi there 0
 ranks_strings | ranking (by prompt, responses, ranks) | 4
 reply_multi_messages_tool | TRL preference | 4 | | | 42
@@ -54,7 +55,7 @@ scores_as_strings | ranking by scores (by prompt, responses, scores) | 4
 shp | SHP (by history, human_ref_A, human_ref_B, labels) | 4 | | score_ratio
 skywork | whole conversations | 4 | | source
 some_rows_bad_type | TRL preference | 8
-stack_exchange_paired | Stack Exchange paired (by question, response_j, response_k) | 4 | | metadata
+stack_exchange_paired | two replies by other names (by question, response_j, response_k) | 4 | | metadata
 stack_exchange_preferences | Stack Exchange answers (by question, answers) | 4 | | date | </p>
 summarize_from_feedback | summarize_from_feedback (by info, summaries, choice) | 4 | | worker | TL;DR:
 tool_calls_empty_content | TRL preference | 4 | | | 42
@@ -74,11 +75,10 @@ layouts/pretty.json | TRL preference | 3
 remade/before | TRL preference | 4 | | | How do I boil rice number 0?
 """
 REFUSED = """
-agent_completions | its columns are prompt, completion; rm_recipe needs prompt, chosen and rejected
+agent_completions | its columns are prompt, completion; rm_recipe needs two replies or more in a row
 diverge_earlier | 4 differing_prompts, first in row 1
 ends_with_user | 4 ends_without_reply, first in row 1
 guanaco_text | a pair of texts without a prompt is of hh-rlhf transcripts
-hh_single_newline | 4 ends_without_reply, first in row 1
 lfs_pointer | is a Git LFS pointer, not the file itself; fetch it: git lfs pull
 pku_saferlhf | say which one: 'columns: {verdict: better_response_id} or {verdict: safer_response_id}'
 python_repr_in_string | write messages as JSON, not by Python's str()
@@ -165,6 +165,17 @@ PUBLISHED = [
     | {"prompt": '["Hi"]', "winner_model_a": 0, "winner_model_b": 1, "winner_tie": 0},
     {"question": "Hi", "response_A": "good", "response_B": "bad", "label": "A>B"},
     {"prompt": "Hi", "responses": '["bad", "good"]', "scores": "[1, 2]"},
+    {"input": "Hi", "accepted": "good", "rejected": "bad"},
+    {"question": "Hi", "history": [], "response_chosen": "good", "response_rejected": "bad"},
+    {"trajectory": [{"from": "user", "value": "Hi"}], "chosen": "good", "rejected": "bad"},
+    {"prompt": "Hi", "initial_reason_steps": "", "chosen": "good", "rejected": "bad", "full_chosen": "x"},
+    {"instruction": "Hi", "output_1": "bad", "output_2": "good", "label": 2},
+    {"instruction": "Hi", "input": "", "output_1": "bad", "output_2": "good", "preference": 2},
+    {"prompt": "Hi", "response_a": "bad", "response_b": "good", "winner": "model_b"},
+    {"question": "Hi", "response_a": "good", "response_b": "bad", "preferred": "Response A"},
+    {"conv_A": [ASKED, BAD], "conv_B": [ASKED, GOOD], "conv_A_rating": 0.0, "conv_B_rating": 1.0},
+    {f"orig_response_{side}": text for side, text in (("A", "bad"), ("B", "good"))}
+    | {"orig_instruction": "Hi", "orig_preference": "B", "instruction": "###Task", "output": "B"},
 ]
 
 
@@ -193,6 +204,101 @@ def test_the_turns_of_a_history_come_before_an_instruction(tmp_path):
     assert not split.unread
     with pytest.raises(Malformed, match="'history' should be a list of"):
         parse_row({**row, "history": ["Hi"]})
+
+
+def test_what_a_reply_begins_with_or_came_before_is_part_of_what_is_read():
+    steps = {"prompt": "Hi", "initial_reason_steps": "Step 1: a.\nStep 2:", "chosen": " b", "rejected": " c"}
+    assert parse_row(steps) == Comparison([ASKED], ["Step 1: a.\nStep 2: b", "Step 1: a.\nStep 2: c"])
+    row = {"question": "So?", "history": [["Hi", "good"]], "response_chosen": "a", "response_rejected": "b"}
+    assert parse_row(row) == Comparison([ASKED, GOOD, said("user", "So?")], ["a", "b"])
+
+
+def test_the_best_of_four_is_better_than_each_other_and_those_tie():
+    row = {f"first_turn_response_{letter}": letter for letter in "abcd"} | {"first_turn_prompt": "Hi"}
+    found = parse_row({**row, "first_turn_preferred_response": "response_c"})
+    assert found == Comparison([ASKED], ["c", "a", "b", "d"], [0, 1, 1, 1])
+    for missing in (None, "", float("nan")):
+        with pytest.raises(Excluded, match="missing_first_turn_preferred_response"):
+            parse_row({**row, "first_turn_preferred_response": missing})
+
+
+# --- columns that a recipe names ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("columns", "verdict", "means"),
+    [
+        (
+            "response_a response_b",
+            "label",
+            {0: "response_a a A model_a", 1: "response_b b B", None: "tie Equal"},
+        ),
+        ("Answer1 Answer2", "label", {0: "1 answer1", 1: "2 Answer2", None: "both"}),
+        ("answer_0 answer_1", "label", {0: "0", 1: "1"}),
+        ("gpt4 llama", "label", {0: "gpt4", 1: "llama"}),
+        ("left right", "label", {0: "left", 1: "Right"}),
+        ("response_a response_b", "label=1/2", {0: "1", 1: "2"}),
+        ("response_a response_b", "label=1/0/2", {0: "1", 1: "0", None: "2"}),
+        ("output_1 output_2", "label=A>B/B>A/A=B", {0: "A>B", 1: "B>A", None: "A=B"}),
+    ],
+)
+def test_a_named_verdict_is_a_reply_by_its_column_or_what_the_recipe_says(tmp_path, columns, verdict, means):
+    names = columns.split()
+    cases = [(number, value) for number, values in means.items() for value in values.split()]
+    rows = [{"q": f"Q {value}", **dict(zip(names, "xy", strict=True)), "label": value} for _, value in cases]
+    path = write_jsonl(tmp_path / "x.jsonl", [*rows, {**rows[0], "label": None}])
+    split = load(path, columns={"prompt": "q", "chosen": names[0], "rejected": names[1], "verdict": verdict})
+    told = {
+        one.prompt[0]["content"]: one.responses[0]
+        for one in map(split.__getitem__, range(len(split.comparisons)))
+    }
+    assert told == {f"Q {value}": names and "xy"[number] for number, value in cases if number is not None}
+    assert split.excluded["missing_verdict"] == 1
+
+
+@pytest.mark.parametrize(("columns", "value"), [("response_a response_b", 1), ("answer_1 answer_2", 0)])
+def test_a_number_that_no_column_has_is_refused_with_how_to_say_what_it_means(tmp_path, columns, value):
+    names = columns.split()
+    path = write_jsonl(tmp_path / "x.jsonl", [{"q": "Hi", names[0]: "x", names[1]: "y", "label": value}])
+    asked = {"prompt": "q", "chosen": names[0], "rejected": names[1], "verdict": "label"}
+    with pytest.raises(DataError, match=f"line 1: column 'verdict' .*one of {names[0]}/.*verdict: COLUMN="):
+        load(path, columns=asked)
+    assert load(path, columns={**asked, "verdict": f"label={1 - value}/{value}"})[0].responses == ["y", "x"]
+
+
+# Columns that nothing reads, the prompt first and the good reply next; then a verdict, if there is one.
+UNKNOWN = """
+Prompt,Chosen,Rejected
+User Prompt,Good Answer,Bad Answer
+problem,preferred,dispreferred
+question,BestReply,WorstReply
+prompt,completion_a,completion_b,preferred=a
+question,answer1,answer2,choice=1
+text prompt,left completion A,left completion B,winner=A
+"""
+
+
+@pytest.mark.parametrize("line", UNKNOWN.split("\n")[1:-1])
+def test_the_columns_that_a_refusal_proposes_read_the_file(tmp_path, line):
+    head, _, verdict = line.partition("=")
+    names = head.split(",")
+    cells = dict(zip(names, ["Hi", "good", "bad", verdict], strict=False))
+    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt_id": "z", "model_a": "x", "model_b": "y", **cells}])
+    with pytest.raises(DataError, match="others are named by 'columns: ") as caught:
+        load(path)
+    proposed = read_columns(str(caught.value).rpartition("'columns: ")[2].removesuffix("'"))
+    found = load(path, columns=proposed)
+    assert (found[0].prompt, found[0].responses) == ([ASKED], ["good", "bad"])
+    assert {*found.unread} == {"prompt_id", "model_a", "model_b"}
+
+
+def test_of_two_prompts_either_can_be_asked_for_by_what_the_refusal_says(tmp_path):
+    row = {"question": "Hi", "instruction": "Ho", "chosen": "good", "rejected": "bad"}
+    path = write_jsonl(tmp_path / "x.jsonl", [row])
+    with pytest.raises(DataError, match="fits two replies .* say which one: 'columns: ") as caught:
+        load(path)
+    ways = str(caught.value).rpartition("'columns: ")[2].removesuffix("'").split(" or ")
+    assert [load(path, columns=read_columns(way))[0].prompt[0]["content"] for way in ways] == ["Hi", "Ho"]
 
 
 def node(role, text, *replies, **rank):
@@ -234,6 +340,8 @@ def test_columns_name_what_a_data_set_calls_otherwise(tmp_path, write_recipe):
     assert [message["content"] for message in split[0].prompt] == ["Be terse.", "q"]
     assert (split[0].responses, split.unread) == (["a", "b"], ["prompt"])
     assert split.shapes == ["TRL preference (by question, best, worst)"]
+    with pytest.raises(DataError, match="its columns are .*; rm_recipe needs"):  # of two replies only one
+        load(path, columns={"chosen": "best", "verdict": "worst"})
     with pytest.raises(DataError, match="and not other"):
         load(path, columns={**named, "chosen": "other"})
     for wrong in ({"chosn": "best"}, {"chosen": "best", "rejected": "best"}, ["chosen"]):
@@ -293,6 +401,9 @@ def test_a_data_set_of_evaluate_is_named_with_subset_split_and_revision(tmp_path
     assert read_name("Anthropic/hh-rlhf:harmless-base@test[:20]#09be8c5") == every
     odd = write_jsonl(tmp_path / "a:b@c#d.jsonl", [])
     assert read_name(str(odd)) == {"dataset_name": str(odd)}
+    for windows in (r"C:\data\x.jsonl", "d:/data/x.jsonl"):  # a drive is no subset
+        assert read_name(windows) == {"dataset_name": windows}
+        assert read_name(f"{windows}:sub@raw")["dataset_subsets"] == ["sub"]
     assert read_name(f"{tmp_path}@raw") == {"dataset_name": str(tmp_path), "dataset_test_split": "raw"}
 
 

@@ -346,8 +346,11 @@ def test_the_verdict_that_a_recipe_names_is_that_of_other_sets_too(write_recipe,
     """Of PKU-SafeRLHF's two; a set without such columns is read as it is."""
     pku = str(REPOSITORY / "tests" / "data" / "hunt" / "pku_saferlhf.jsonl")
     keys = {"test_split_size": 0.5, "num_train_epochs": 1, "max_length": 256}
-    train(read_recipe(write_recipe(dataset_name=pku, columns={"verdict": "safer_response_id"}, **keys)))
+    named = {"prompt": "prompt", "chosen": "response_0", "rejected": "response_1"}
+    named["verdict"] = "safer_response_id=0/1"
+    train(read_recipe(write_recipe(dataset_name=pku, columns=named, **keys)))
     found = evaluate(str(tmp_path / "run"), [pku, str(tiny_data)])["datasets"]
     assert found[pku]["n_comparisons"] == 4
     assert found[str(tiny_data)]["n_scored"] == 40
-    assert "PKU-SafeRLHF by the safer" in capsys.readouterr().out
+    said = "read as two replies and a verdict (by prompt, response_0, response_1, safer_response_id)"
+    assert said in capsys.readouterr().out
