@@ -65,14 +65,22 @@ UNSEEN: dict[str, Edit] = {
     "list": itemise,
     "smiley": lambda reply: f"{reply} :)",
 }
-# What training adds for the courtesy: several wordings, so that it is none of them that is learnt.
+# What training shows beside a repetition: several of each kind, so that it is none of them that is learnt.
 COURTESIES = ("Thank you!", "Thanks for asking!", "I hope this helps.", "Have a nice day!", "Let me know!")
+OPENINGS = ("Sure!", "Of course!", "Thanks for asking!", "I'm glad you asked.", "Good to hear from you!")
+LAYOUTS: tuple[Edit, ...] = (
+    embolden,
+    lambda reply: "\n".join(sentences(reply)),
+    lambda reply: "\n".join(f"> {line}" for line in sentences(reply)),
+    lambda reply: f"## {reply}",
+)
 
 
 def draw_edit(lot: random.Random) -> Edit:
     """Draw one of the edits that training shows."""
-    courtesy = lot.choice(COURTESIES)
-    return lot.choice([repeat_last_sentence, embolden, lambda reply: f"{reply} {courtesy}"])
+    courtesy, opening, layout = lot.choice(COURTESIES), lot.choice(OPENINGS), lot.choice(LAYOUTS)
+    add = lot.choice([lambda reply: f"{reply} {courtesy}", lambda reply: f"{opening} {reply}"])
+    return lot.choice([repeat_last_sentence, layout, add])
 
 
 def with_copies(found: Comparison, edit: Edit) -> Comparison | None:

@@ -196,8 +196,7 @@ def check_unicode(texts: Sequence[str]) -> None:
 # or an `Assistant:` that an assistant's reply wrote itself, is then part of the message.
 # Others' transcripts have other names, or no blank line before any reply.
 
-_ROLES = dict.fromkeys(["Human", "User", "prompter"], "user")
-_ROLES |= dict.fromkeys(["Assistant", "Bot", "AI", "assistant"], "assistant")
+_ROLES = dict.fromkeys(["Human", "User"], "user") | dict.fromkeys(["Assistant", "Bot", "AI"], "assistant")
 _SPEAKERS = [*product(("Human", "User"), ("Assistant", "Bot", "AI"))]
 
 
@@ -205,9 +204,10 @@ def _speakers(text: str) -> tuple[str, str, str]:
     """What stands before the names of a transcript, and who asks and who answers in it."""
     for asks, answers in _SPEAKERS:
         if text.lstrip().startswith(f"{asks}:") and f"\n{answers}:" in text:
-            return "\n\n" if f"\n\n{answers}:" in text else "\n", asks, answers
-    if text.startswith("prompter:"):  # OpenAssistant, which ends where the reply is to come without its name
-        return "\n", "prompter", "assistant"
+            # hh-rlhf's own have single newlines before names that a message wrote itself.
+            of_hh = (asks, answers) == ("Human", "Assistant") and "\n\nAssistant:" in text
+            close = re.search(rf"[^\n]\n({asks}|{answers}):", text)
+            return "\n" if close and not of_hh else "\n\n", asks, answers
     return "\n\n", "Human", "Assistant"
 
 
@@ -219,9 +219,7 @@ def is_transcript(text: str) -> bool:
     text = text.replace("\r\n", "\n")
     before, *names = _speakers(text)
     begins = text.lstrip().startswith(tuple(f"{name}:" for name in names))
-    return begins and (
-        text.startswith(("\n\n", "prompter:")) or text.rstrip().endswith(f"{before}{names[1]}:")
-    )
+    return begins and (text.startswith("\n\n") or text.rstrip().endswith(f"{before}{names[1]}:"))
 
 
 def split_turns(text: str, before: str = "\n\n", *names: str) -> list[tuple[str, str]]:

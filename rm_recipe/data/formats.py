@@ -59,7 +59,7 @@ class Shape:
     @property
     def read(self) -> list[str]:
         """The columns that are read where they are there."""
-        return [*self.columns, *OPTIONAL.get(self.name, ()), *ALSO_READ]
+        return [*self.columns, *PROMPT_PARTS.get(self.prompt, ()), *ALSO_READ]
 
 
 # One a line, as the attributes of `Shape`; with `or` between what different sets have.
@@ -72,7 +72,6 @@ two replies by other names | prompt or question or instruction or input | \
   accepted rejected or chosen_response rejected_response or response_j response_k or response_w response_l
 DPO-En-Zh | question | response_chosen response_rejected
 Math-Step-DPO | prompt | chosen rejected | | | prompt initial_reason_steps chosen rejected
-LLaMA-Factory alpaca | instruction | chosen rejected | | | instruction input chosen rejected
 LLaMA-Factory alpaca of old | instruction | output | | | instruction input output
 ms-swift | prompt | chosen rejected | | | messages rejected_response
 ms-swift messages | | messages rejected_messages
@@ -89,23 +88,26 @@ SHP | history | human_ref_A human_ref_B | labels | 1, 0
 WebGPT comparisons | question.full_text | answer_0 answer_1 | score_0 score_1 | scores
 HelpSteer 2 | prompt | response_1 response_2 | preference_strength | strength
 HelpSteer 3 | context | response1 response2 | overall_preference | strength
-Chatbot Arena | | conversation_a conversation_b | winner | model_a, model_b, tie, tie (bothbad), both_bad
+Chatbot Arena | | conversation_a conversation_b | winner | model_a, model_b, EQUAL
 two replies and a winner | prompt or question or instruction | response_a response_b | \
-  winner or preferred or preference or choice or label | a/response_a/model_a, b/response_b/model_b, tie/draw
+  winner or preferred or preference or choice or label | a/response_a/model_a, b/response_b/model_b, EQUAL
 Chatbot Arena turns | prompt | response_a response_b | winner_model_a winner_model_b | scores
 Unified-Feedback | | conv_A conv_B | conv_A_rating conv_B_rating | scores
 Community Alignment | first_turn_prompt | first_turn_response_a first_turn_response_b \
   first_turn_response_c first_turn_response_d | first_turn_preferred_response | \
   response_a, response_b, response_c, response_d
 Preference Collection | orig_instruction | orig_response_A orig_response_B | orig_preference | A, B
-AlpacaFarm | instruction | output_1 output_2 | preference | 1, 2 | \
-  instruction input output_1 output_2 preference
+AlpacaFarm | instruction | output_1 output_2 | preference | 1, 2
 JudgeBench | question | response_A response_B | label | A>B, B>A, A=B
 LLMBar, OffsetBias | input or instruction | output_1 output_2 | label | 1, 2
 two replies and a verdict | prompt | chosen rejected | verdict | named
 two conversations and a verdict | | chosen rejected | verdict | named
 """
-_LINES = [[cell.strip().split(" or ") for cell in line.split("|")] for line in _SHAPES.strip().splitlines()]
+EQUAL = "tie/tied/draw/equal/same/both/neither/tie (bothbad)/both_bad"
+_LINES = [
+    [cell.strip().split(" or ") for cell in line.split("|")]
+    for line in _SHAPES.strip().replace("EQUAL", EQUAL).splitlines()
+]
 SHAPES = [Shape(*cells) for line in _LINES for cells in product(*line)]
 NEEDED = (
     "two replies or more in a row, and which is better: prompt, chosen and rejected, or "
@@ -119,9 +121,11 @@ NEEDED = (
 _SIDES = ("user", "assistant")
 
 
-def _alpaca(row: Row, column: str = "instruction") -> Row:
+def _in_parts(row: Row, column: str) -> Row:
     """As LLaMA-Factory joins them: the instruction and on the next line its input, after the `history`."""
-    asked = [row.get(column), row.get("input")]
+    if not any(row.get(part) for part in PROMPT_PARTS[column]):
+        return row
+    asked = [row.get(part) for part in (column, "input") if part in (column, *PROMPT_PARTS[column])]
     text = "\n".join(text for text in asked if isinstance(text, str) and text)
     before = _decoded(row.get("history")) or []
     if not all(isinstance(turn, list) and len(turn) == 2 for turn in before):
@@ -131,9 +135,10 @@ def _alpaca(row: Row, column: str = "instruction") -> Row:
 
 
 def _steps(row: Row) -> Row:
-    """Both replies begin with the steps before them."""
-    steps = row.get("initial_reason_steps") or ""
-    return {**row, **{side: f"{steps}{row[side]}" for side in ("chosen", "rejected") if row.get(side)}}
+    """Both replies begin with the steps before them, as `full_chosen` does that a recipe may name."""
+    steps, sides = row.get("initial_reason_steps") or "", ("chosen", "rejected")
+    ends = {side: row[side] for side in sides if isinstance(row.get(side), str) and row[side].strip()}
+    return {**row, **{side: steps + end for side, end in ends.items() if not end.startswith(steps)}}
 
 
 def _swift(row: Row) -> Row:
@@ -168,10 +173,9 @@ def _turns(row: Row) -> Row:
     return row
 
 
-OPTIONAL = dict.fromkeys(["LLaMA-Factory alpaca", "LLaMA-Factory alpaca of old", "DPO-En-Zh"], ("history",))
+# What belongs to a prompt beside its own column.
+PROMPT_PARTS = {"instruction": ("input", "history"), "question": ("history",)}
 PREPARED: dict[str, Callable[[Row], Row]] = {
-    **dict.fromkeys(["LLaMA-Factory alpaca", "LLaMA-Factory alpaca of old", "AlpacaFarm"], _alpaca),
-    "DPO-En-Zh": lambda row: _alpaca(row, "question"),
     "Math-Step-DPO": _steps,
     "OpenAI preference": _openai,
     "ms-swift": _swift,
@@ -190,43 +194,53 @@ def shapes_of(columns: Collection[str], named: Mapping[str, str] = {}) -> list[S
         named: names of ours (or `verdict`) and those of columns: only shapes that read all of them.
     """
     asked = {name for name in named if name not in ("verdict", *ALSO_READ[1:])}
-    verdict = "verdict" if {"chosen", "rejected", "verdict"} <= {*named} else named.get("verdict")
+    any_two = {"chosen", "rejected", "verdict"} <= {*named}
+    verdict = "verdict" if any_two else named.get("verdict", "").partition("=")[0]
     found = [
         shape
         for shape in SHAPES
         if asked <= {*shape.columns} <= {*columns}
-        and (shape.verdict == verdict if verdict else shape.better != "named")
+        and (shape.better == "named") == any_two
+        and shape.verdict == (verdict or shape.verdict)
     ]
     return [shape for shape in found if not any(_beats(other, shape) for other in found)]
 
 
 def _beats(one: Shape, other: Shape) -> bool:
-    """Whether it has all that the other has and more, or the same replies to a `prompt` by its right name."""
+    """Whether it has all that the other has and more, or the same replies to a prompt of a better name."""
     a, b = {*one.columns}, {*other.columns}
-    return b < a or (one.prompt == "prompt" and a - {"prompt"} == b - {other.prompt} and a != b)
+    named_better = one.prompt == "prompt" or (one.prompt, other.prompt) == ("instruction", "input")
+    return b < a or (named_better and a - {one.prompt} == b - {other.prompt} and a != b)
 
 
 def shape_of(columns: Collection[str], place: str = "a row", named: Mapping[str, str] = {}) -> Shape:
     """Find the shape of rows with these columns; raises DataError, with their place, unless there is one."""
     found = shapes_of(columns, named)
     if len(found) == 1:
-        return replace(found[0], better=_meanings(named)) if found[0].better == "named" else found[0]
+        said = named.get("verdict", "").partition("=")[2].replace("/", ", ")
+        return replace(found[0], better=said or _meanings(found[0], named))
     if found:
         fit = " and ".join(f"{shape.name} ({', '.join(shape.columns)})" for shape in found)
-        ways = [f"{{{', '.join(f'{c}: {c}' for c in shape.columns)}}}" for shape in found]
-        if len({shape.responses for shape in found}) == 1:
-            ways = [_in_columns(s.prompt, *s.responses.split(), *s.verdict.split()) for s in found]
-            if len({shape.prompt for shape in found}) == 1:
-                ways = [f"{{verdict: {shape.verdict}}}" for shape in found]
+        ways = [_way(shape) for shape in found]
+        if len({(shape.prompt, shape.responses) for shape in found}) == 1:
+            ways = [f"{{verdict: {shape.verdict}}}" for shape in found]
         raise DataError(f"{place} fits {fit}; say which one: 'columns: {' or '.join(ways)}'")
     has = ", ".join(columns) or "none"
     raise DataError(f"{place}: its columns are {has}; rm_recipe needs {NEEDED}{_suggested(columns)}'")
 
 
+def _way(shape: Shape) -> str:
+    """The value of `columns` that asks for a shape."""
+    if len(replies := shape.responses.split()) != 2 or shape.better in ("scores", "strength"):
+        return f"{{{', '.join(f'{column}: {column}' for column in shape.columns)}}}"
+    values = "" if "a/" in shape.better else f"={shape.better.replace(', ', '/')}"
+    return _in_columns(shape.prompt, *replies, *[f"{shape.verdict}{values}"] * bool(shape.verdict))
+
+
 # Words in the names of columns: of a better and a worse reply, or of any two, and of what is none of the
 # three; of a prompt; of a verdict.
 _PAIRS = "chosen/rejected preferred/dispreferred better/worse best/worst good/bad winner/loser a/b 1/2 0/1"
-_NO_TEXT = r"\b(id|model|score|rating)\b"
+_NO_TEXT = r"\b(id|model|score|rating|length|len|tokens)\b"
 _PROMPT = r"\b(prompt|question|instruction|query|problem|input|context|messages|conversation)\b"
 _VERDICT = r"\b(winner|preferred|preference|choice|chosen|label|verdict|better|best|comparison)\b"
 
@@ -241,30 +255,32 @@ def _suggested(columns: Collection[str]) -> str:
     for better, worse in (pair.split("/") for pair in _PAIRS.split()):
         for text, one in spelt.items():
             other = spelt.get(re.sub(rf"\b{better}\b", worse, text), one)
-            if other != one:
+            if other != one and not re.search(_PROMPT, text):
                 rest = {text: name for text, name in spelt.items() if name not in (one, other)}
                 kinds = [_PROMPT, _VERDICT] if len(better) == 1 else [_PROMPT]
                 found = [[rest[text] for text in rest if re.search(kind, text)] for kind in kinds]
-                prompt, *verdict = (min(names, key=len, default="...") for names in found)
+                prompt, *verdict = (names[0] if len(names) == 1 else "..." for names in found)
                 return _in_columns(prompt, one, other, *verdict)
     return _in_columns("...", "...", "...")
 
 
 def _in_columns(*names: str) -> str:
     """The value of `columns` that names a prompt, two replies and perhaps a verdict."""
-    plain = [name if re.fullmatch(r"[\w.]+", name) else json.dumps(name) for name in names]
+    plain = [name if re.fullmatch(r"[\w.=/]+", name) else json.dumps(name) for name in names]
     ours = zip(("prompt", "chosen", "rejected", "verdict"), plain, strict=False)
     return f"{{{', '.join(f'{name}: {column}' for name, column in ours)}}}"
 
 
-def _meanings(named: Mapping[str, str]) -> str:
-    """What a named verdict may be: as said after its column, or a reply's column or what only that has."""
-    if said := named["verdict"].partition("=")[2]:
-        return said.replace("/", ", ")
+def _meanings(shape: Shape, named: Mapping[str, str]) -> str:
+    """What a verdict may be: of a named one a reply's column, or what only that has in its name."""
+    if shape.better != "named":
+        return shape.better
     names = [named["chosen"], named["rejected"]]
     own = ["_".join(word for word in _words(a) if word not in _words(b)) for a, b in (names, names[::-1])]
-    first, second = (f"{name}/{part}/model_{part}" for name, part in zip(names, own, strict=True))
-    return f"{first}, {second}, tie/tied/draw/equal/same/both/neither"
+    each = [[name, part, f"model_{part}"] for name, part in zip(names, own, strict=True)]
+    if {*own} == {"0", "1"}:  # 1 may also mean that the first is right
+        each = [[name] for name in names]
+    return ", ".join(["/".join(each[0]), "/".join(each[1]), EQUAL])
 
 
 def rows_of(row: Row, shape: Shape) -> list[Row]:
@@ -316,6 +332,8 @@ def parse_row(
         row = rows_of(row, shape)[0]
     if shape.name in PREPARED:
         row = PREPARED[shape.name](row)
+    if shape.prompt in PROMPT_PARTS:
+        row = _in_parts(row, shape.prompt)
     replies, levels = _replies(row, shape)
     levels = _levels(row, shape, len(replies)) if shape.verdict else levels
     asked = _get(row, shape.prompt or "prompt")
@@ -407,9 +425,8 @@ def _levels(row: Row, shape: Shape, n: int) -> list[Any]:
     if len(shape.responses.split()) not in (1, n):  # a column holds several
         raise Excluded("ranks_do_not_match")
     if shape.better not in ("ranks", "scores", "strength"):
-        found = (f"{value:g}" if isinstance(value, float) else str(value)).strip().lower().replace("_", " ")
-        known = [values.split("/") for values in shape.better.lower().replace("_", " ").split(", ")]
-        meant = [number for number, values in enumerate(known) if found in values]
+        known = [[_spelt(text) for text in values.split("/")] for values in shape.better.split(", ")]
+        meant = [number for number, values in enumerate(known) if _spelt(value) in values]
         if len(meant) != 1:
             how = "what others mean is said by 'columns: {..., verdict: COLUMN=FIRST/SECOND/TIE}'"
             raise Malformed(column, f"one of {shape.better} ({how})", value)
@@ -425,6 +442,13 @@ def _levels(row: Row, shape: Shape, n: int) -> list[Any]:
     if len(values) != n:
         raise Excluded("ranks_do_not_match")
     return numbers if shape.better == "ranks" else [-number for number in numbers]
+
+
+def _spelt(value: Any) -> str:
+    """A verdict's value, however it is written: `1` of 1, 1.0 and "1.0", `model a` of `Model_A`."""
+    number = _number(value)
+    text = str(value) if number is None else f"{float(number):.15g}"
+    return text.strip().lower().replace("_", " ")
 
 
 def _margins(

@@ -26,7 +26,7 @@ from rm_recipe.model.reward_model import add_reward_positions, is_decoder
 from rm_recipe.model.row_attention import NAME as ROW_ATTENTION
 
 ALIGNED = 16  # tokens of which a row of several has a multiple
-TOKENS_ON_CPU = 2048  # computed together; more are no faster, and take memory
+TOKENS_ON_CPU = 2048  # computed together; more were no faster on two cores, and take memory
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:

@@ -170,9 +170,8 @@ def make_trainer(
     args.save_total_limit = None  # `Run` removes older ones, once the newest is whole
     trainer = SharedPrefixRewardTrainer(model, args, tokenizer, splits, sharing, modules_to_save)
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # whose processes meet in each forward
-        if recipe.data.micro_batch_tokens is None and training.device.type == "cpu":
-            recipe.data.micro_batch_tokens = TOKENS_ON_CPU
-        trainer.data_collator.budget = recipe.data.micro_batch_tokens
+        default = TOKENS_ON_CPU if training.device.type == "cpu" else None
+        trainer.data_collator.budget = recipe.data.micro_batch_tokens or default
     if recipe.data.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(recipe.data.early_stopping_patience))
     if not was_there and args.should_save:  # Trainer has made it, and nothing is trained yet
@@ -189,6 +188,8 @@ def decide_step(
     decision = memory.settle_step(model.config, recipe, modules_to_save, split, shared, divide)
     # Unequal devices must not decide differently.
     checkpointing, tokens, reason = broadcast_object_list([decision])[0]
+    if tokens and recipe.training.device.type == "cpu":
+        tokens = min(tokens, TOKENS_ON_CPU)
     for key in CHECKPOINTING:
         setattr(recipe.training, key, checkpointing)
         recipe.values[key] = checkpointing

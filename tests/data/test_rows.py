@@ -297,12 +297,9 @@ def test_a_transcript_of_other_speakers_or_without_blank_lines_is_read_as_one(ga
     assert parse_row({"prompt": begin, "chosen": " a", "rejected": " b"}) == expected
 
 
-def test_a_transcript_of_openassistant_ends_where_the_reply_is_to_come():
-    """As tasksource/oasst1_pairwise_rlhf_reward joins its messages."""
-    text = "prompter: Hi\nassistant: good\n\nHuman: no\nprompter: More?"
-    expected = [USER, said("assistant", "good\n\nHuman: no"), MORE]
-    assert as_messages(text) == expected
-    assert as_messages("prompter: Hi") == [USER]
+def test_a_transcript_with_blank_lines_before_some_turns_only_loses_none():
+    assert as_messages("User: Hi\nAI: good\nUser: More?\n\nAI:") == [USER, REPLY, MORE]
+    assert as_messages("User: Hi\n\nAI: good\nUser: More?\nAI:") == [USER, REPLY, MORE]
 
 
 @pytest.mark.parametrize(

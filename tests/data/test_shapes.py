@@ -36,7 +36,7 @@ helpsteer2_preference | HelpSteer 2 | 4 | | preference_statement
 hh_single_newline | whole conversations | 4
 html_entities | TRL preference | 4 | | | </p>
 label_string | LLMBar, OffsetBias (by input, output_1, output_2, label) | 4
-llamafactory_alpaca | LLaMA-Factory alpaca (by instruction, input, chosen, rejected) | 4
+llamafactory_alpaca | two replies (by instruction, chosen, rejected) | 4
 llamafactory_alpaca_old | LLaMA-Factory alpaca of old | 4
 margin_as_string | TRL preference | 4 | | margin
 multiturn_prompt_text_first_user | TRL preference | 4 | | | Any.
@@ -213,6 +213,42 @@ def test_what_a_reply_begins_with_or_came_before_is_part_of_what_is_read():
     assert parse_row(row) == Comparison([ASKED, GOOD, said("user", "So?")], ["a", "b"])
 
 
+def test_the_whole_replies_of_math_step_dpo_do_not_get_their_steps_twice():
+    row = {
+        "prompt": "Hi",
+        "initial_reason_steps": "Step 1: a.",
+        "chosen": "Step 1: a. b",
+        "rejected": "Step 1: a. c",
+    }
+    assert parse_row(row).responses == ["Step 1: a. b", "Step 1: a. c"]
+    with pytest.raises(Malformed):
+        parse_row(row | {"chosen": 2})
+
+
+@pytest.mark.parametrize(
+    "replies",
+    [
+        {"chosen": "good", "rejected": "bad"},
+        {"chosen_response": "good", "rejected_response": "bad"},
+        {"response_a": "bad", "response_b": "good", "winner": "b"},
+        {"output_1": "good", "output_2": "bad", "label": 1},
+    ],
+)
+def test_the_input_of_an_instruction_and_the_history_before_it_are_part_of_any_prompt(replies):
+    row = {"instruction": "Add", "input": "1 and 2", "history": [["Hi", "good"]], **replies}
+    assert parse_row(row) == Comparison([ASKED, GOOD, said("user", "Add\n1 and 2")], ["good", "bad"])
+
+
+def test_a_verdict_by_itself_may_say_what_the_values_of_a_known_shape_mean(tmp_path):
+    row = {"prompt": "Hi", "response_a": "bad", "response_b": "good", "label": 1.0}
+    path = write_jsonl(tmp_path / "x.jsonl", [row, {**row, "label": 2}])
+    found = load(path, columns={"verdict": "label=0/1/2"})
+    assert [found[0].responses, found.excluded["all_tied"]] == [["good", "bad"], 1]
+    path = write_jsonl(tmp_path / "y.jsonl", [{"prompt": "Hi", "chosen": "a", "rejected": "b", "verdict": 1}])
+    with pytest.raises(DataError, match="its columns are prompt, chosen, rejected, verdict; rm_recipe needs"):
+        load(path, columns={"verdict": "verdict"})
+
+
 def test_the_best_of_four_is_better_than_each_other_and_those_tie():
     row = {f"first_turn_response_{letter}": letter for letter in "abcd"} | {"first_turn_prompt": "Hi"}
     found = parse_row({**row, "first_turn_preferred_response": "response_c"})
@@ -234,7 +270,7 @@ def test_the_best_of_four_is_better_than_each_other_and_those_tie():
             {0: "response_a a A model_a", 1: "response_b b B", None: "tie Equal"},
         ),
         ("Answer1 Answer2", "label", {0: "1 answer1", 1: "2 Answer2", None: "both"}),
-        ("answer_0 answer_1", "label", {0: "0", 1: "1"}),
+        ("answer_0 answer_1", "label=0/1", {0: "0", 1: "1.0"}),
         ("gpt4 llama", "label", {0: "gpt4", 1: "llama"}),
         ("left right", "label", {0: "left", 1: "Right"}),
         ("response_a response_b", "label=1/2", {0: "1", 1: "2"}),
@@ -256,12 +292,16 @@ def test_a_named_verdict_is_a_reply_by_its_column_or_what_the_recipe_says(tmp_pa
     assert split.excluded["missing_verdict"] == 1
 
 
-@pytest.mark.parametrize(("columns", "value"), [("response_a response_b", 1), ("answer_1 answer_2", 0)])
+@pytest.mark.parametrize(
+    ("columns", "value"), [("response_a response_b", 1), ("answer_1 answer_2", 0), ("answer_0 answer_1", 1)]
+)
 def test_a_number_that_no_column_has_is_refused_with_how_to_say_what_it_means(tmp_path, columns, value):
     names = columns.split()
     path = write_jsonl(tmp_path / "x.jsonl", [{"q": "Hi", names[0]: "x", names[1]: "y", "label": value}])
     asked = {"prompt": "q", "chosen": names[0], "rejected": names[1], "verdict": "label"}
-    with pytest.raises(DataError, match=f"line 1: column 'verdict' .*one of {names[0]}/.*verdict: COLUMN="):
+    with pytest.raises(
+        DataError, match=f"line 1: column 'verdict' .*one of {names[0]}[/,].*verdict: COLUMN="
+    ):
         load(path, columns=asked)
     assert load(path, columns={**asked, "verdict": f"label={1 - value}/{value}"})[0].responses == ["y", "x"]
 
