@@ -88,12 +88,14 @@ def test_copies_that_say_nothing_new_or_do_not_fit_are_counted_and_not_used(augm
     found, before = augmented(rows, augmentation=1.0)
     lengths = [len(row["suffixes"]) for row in found]
     assert 2 in lengths[:10]  # repeated as a whole, it exceeds max_length
-    assert lengths[10:] == [4] * 20
+    unchanged = [row["copies"] == "nothing to edit" for row in found]  # its sentence on a line of its own
+    assert lengths[10:] == [2 if own else 4 for own in unchanged[10:]]
     plain = [row["prefix"] for row, n in zip(found, lengths, strict=True) if n == 2]
     assert plain == [row["prefix"] for row, n in zip(before, lengths, strict=True) if n == 2]
     said = capsys.readouterr().out
     assert f"{lengths.count(4)} of 30" in said
-    assert f"{lengths.count(2)} would not have fitted" in said
+    assert f"{sum(unchanged)} had nothing to edit" in said
+    assert f"{lengths.count(2) - sum(unchanged)} would not have fitted" in said
     assert with_copies(Comparison(ASKED, ["yes", "no"]), str.strip) is None
 
 
