@@ -201,7 +201,7 @@ def together() -> str:
 
 def shapes() -> str:
     """The shapes of rows that are known by their columns."""
-    from rm_recipe.data.formats import SHAPES
+    from rm_recipe.data.formats import EQUAL, SHAPES
 
     rows = []
     known = (shape for shape in SHAPES if shape.better != "named")
@@ -211,7 +211,7 @@ def shapes() -> str:
             " or ".join(dict.fromkeys(", ".join(map(code, getattr(s, part).split())) for s in alike))
             for part in ("prompt", "responses", "verdict", "known")
         )
-        better = cell(alike[0].better)
+        better = cell(alike[0].better.replace(EQUAL, "a tie"))
         rows.append([cell(name), prompt, responses, f"{verdict}: {better}" if verdict else "", others])
     return table(
         "shape | prompt | responses, the best first | verdict: which is better | known by others", rows
