@@ -171,10 +171,11 @@ def load_split(data: DataArguments, split: str | None, *, margins: bool = False)
     result = replace(result, unread=list(dict.fromkeys(unread)), shapes=list(dict.fromkeys(shapes)))
     if not len(result.comparisons):
         name = " and ".join(dict.fromkeys(source.path for source in found))
+        hint = "; texts without a prompt are hh-rlhf transcripts ('columns: {prompt: ...}' names it)"
+        of_transcripts = any("conversations" in shape for shape in result.shapes)
         raise DataError(
             f"{name}{f', split {split!r}' if split else ''}: no comparison in it ({result.why_excluded()}); "
-            f"read as {', '.join(result.shapes)}; a pair of texts without a prompt is of hh-rlhf transcripts "
-            "('columns: {prompt: ...}' names the prompt's column)"
+            f"read as {', '.join(result.shapes)}{hint * of_transcripts}"
             + (f"; columns not read: {', '.join(result.unread)}" if result.unread else "")
         )
     shares = [source.fraction for source in found]

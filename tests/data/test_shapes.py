@@ -78,7 +78,7 @@ REFUSED = """
 agent_completions | its columns are prompt, completion; rm_recipe needs two replies or more in a row
 diverge_earlier | 4 differing_prompts, first in row 1
 ends_with_user | 4 ends_without_reply, first in row 1
-guanaco_text | a pair of texts without a prompt is of hh-rlhf transcripts
+guanaco_text | texts without a prompt are hh-rlhf transcripts
 lfs_pointer | is a Git LFS pointer, not the file itself; fetch it: git lfs pull
 pku_saferlhf | say which one: 'columns: {verdict: better_response_id} or {verdict: safer_response_id}'
 python_repr_in_string | write messages as JSON, not by Python's str()
