@@ -123,8 +123,8 @@ _SIDES = ("user", "assistant")
 
 def _in_parts(row: Row, column: str) -> Row:
     """As LLaMA-Factory joins them: the instruction and on the next line its input, after the `history`."""
-    if not any(row.get(part) for part in PROMPT_PARTS[column]):
-        return row
+    if isinstance(row.get(column), list) or not any(row.get(part) for part in PROMPT_PARTS[column]):
+        return row  # of messages, which need no joining, or whole
     asked = [row.get(part) for part in (column, "input") if part in (column, *PROMPT_PARTS[column])]
     text = "\n".join(text for text in asked if isinstance(text, str) and text)
     before = _decoded(row.get("history")) or []
