@@ -69,8 +69,8 @@ whole conversations (hh-rlhf) | | chosen rejected
 OpenAI preference | input | preferred_output non_preferred_output
 two replies | question or input or instruction or messages or conversations or trajectory | chosen rejected
 two replies by other names | prompt or question or instruction or input | \
-  accepted rejected or chosen_response rejected_response or response_j response_k or response_w response_l
-DPO-En-Zh | question | response_chosen response_rejected
+  accepted rejected or chosen_response rejected_response or response_chosen response_rejected or \
+  response_j response_k or response_w response_l
 Math-Step-DPO | prompt | chosen rejected | | | prompt initial_reason_steps chosen rejected
 LLaMA-Factory alpaca of old | instruction | output | | | instruction input output
 ms-swift | prompt | chosen rejected | | | messages rejected_response
