@@ -102,7 +102,7 @@ def saved(folder):
 def an_export_in(run):
     """The weights of an earlier one."""
     (run / "export").mkdir()
-    (run / "export" / "config.json").write_text('{"rm_recipe": {}}')
+    (run / "export" / "proof.json").write_text("{}")
     (run / "export" / "model.safetensors").write_text("old")
     return run / "export" / "model.safetensors"
 
@@ -368,10 +368,11 @@ def test_overwriting_is_asked_for_and_never_removes_what_is_no_export(run, tmp_p
     an_export_in(run)
     with pytest.raises(RecipeError, match="add --overwrite to replace it"):
         export(run)
-    for target in (run, tmp_path):
+    for target in (run, run / "model", tmp_path):
         with pytest.raises(RecipeError, match="is not an export; choose another --output"):
             export(run, target, overwrite=True)
     assert (run / "run.json").is_file()
+    assert RewardModel.from_pretrained(run)  # whose model/ is a model, too, and cannot be made again
 
 
 def test_a_run_without_its_head_is_named(run):
