@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -184,10 +185,19 @@ class Verification:
         }
 
     def _served(self) -> tuple[list[dict[str, str]], list[list[Message]], Rewards]:
-        """The samples that fit the model; the conversations to go through pipeline and TRL; their rewards."""
+        """The samples that the model reads whole; the conversations for pipeline and TRL; their rewards.
+
+        Raises:
+            ExportError: there is no such conversation.
+        """
         items = [{"prompt": prompt, "response": response} for prompt, response in SAMPLES]
-        rewards = self.reward_model.score(items, unfit=np.nan)
+        reader = copy(self.reward_model)
+        reader.truncation = "exclude"  # as neither pipeline nor TRL cuts anything
+        rewards = reader.score(items, unfit=np.nan)
         fit = np.isfinite(rewards)
+        if not (fit.any() or self.texts):
+            fault = f"no conversation fits {reader.max_length} tokens whole, so none can be served"
+            raise ExportError(f"{fault}; train with a larger max_length; nothing was exported")
         samples = [item for item, fits in zip(items, fit, strict=True) if fits]
         texts = [conversation(as_messages(sample["prompt"]), sample["response"]) for sample in samples]
         expected = np.append(rewards[fit], self.now[list(self.texts)])

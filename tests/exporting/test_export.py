@@ -337,6 +337,20 @@ def test_a_template_that_begins_a_reply_otherwise_than_it_asks_is_not_for_ppo(ru
     assert "**Not for PPO trainers**" in (run / "export" / "README.md").read_text()
 
 
+@pytest.mark.parametrize(("max_length", "fit"), [(66, 1), (38, None)])
+def test_a_reply_that_the_model_reads_cut_is_not_held_against_programs_that_cut_nothing(run, max_length, fit):
+    """Of the sample replies one has 64 tokens, the others more; of those that are held out each has 39 or more."""
+    path = run / "model" / "config.json"
+    config = json.loads(path.read_text())
+    config["rm_recipe"] |= {"max_length": max_length, "truncation": "keep_end"}
+    path.write_text(json.dumps(config))
+    (run / "predictions.jsonl").unlink()  # it was not trained so
+    if fit:
+        assert len(export(run)["samples"]) == fit
+    else:
+        refused("no conversation fits 38 tokens whole, so none can be served; train with a larger max_l", run)
+
+
 def test_ctrl_c_leaves_no_half_written_export(run, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
