@@ -29,7 +29,7 @@ LN2 = math.log(2)  # the loss of rewards that are all equal
 NEAR_LN2 = 0.01
 MANY_TIES = 0.05  # of the pairs
 FEW = 30  # comparisons, of which no more is said than that they are few
-MANY_WINS = 0.1  # of the rejected responses, by an edit
+MANY_WINS = 0.1  # of the comparisons that were judged right, by an edit
 OFF_THE_LINE = 0.05  # p-value below which the points of a learning curve are said to lie on no line
 
 Finding = tuple[str, str]  # its kind, good, plain or bad, and a sentence
@@ -47,11 +47,14 @@ def gate_words(result: dict[str, Any] | None) -> dict[str, Any] | None:
     """Whether the gate `passed`, the `verdict`, and `why`; None without a gate."""
     if not result:
         return None
+    target, value, passed = result["target"], result["value"], result["passed"]
     what = "accuracy" if result["statistic"] == "accuracy" else "interval's lower end"
+    # With more digits where rounding takes the value to the other side of the target.
+    digits = 3 if (round(value, 3) >= target) == passed else 6
     return {
-        "passed": result["passed"],
-        "verdict": f"Target {decimal(result['target'], 2)} {'' if result['passed'] else 'not '}reached",
-        "why": f"the {what} is {decimal(result['value'])}",
+        "passed": passed,
+        "verdict": f"Target {target:g} {'' if passed else 'not '}reached",
+        "why": f"the {what} is {decimal(value, digits)}",
     }
 
 
@@ -59,7 +62,7 @@ def curve_words(curve: dict[str, Any]) -> Iterator[str]:
     """What the line of a learning curve says, by the content of `learning_curve.json`."""
     slope = curve["per_doubling"]
     gain = f"{decimal(slope['difference'], signed=True)} ({interval(slope['ci95'], signed=True)})"
-    yield f"Twice the comparisons of the largest run would raise accuracy by {gain}."
+    yield f"Twice the comparisons of the largest run would change accuracy by {gain}."
     if curve["p_value"] is not None and curve["p_value"] < OFF_THE_LINE:
         yield "But the points do not lie on one line: expect nothing from it beyond the largest run."
         return
@@ -123,7 +126,7 @@ def _warnings(figures: dict[str, Any]) -> Iterator[str]:
     if "accuracy" in figures and figures["accuracy_ci95"][1] < 0.5:
         yield "Accuracy is worse than guessing: are chosen and rejected swapped?"
     if (loss := figures.get("loss", 0)) >= LN2 - NEAR_LN2:
-        yield f"The loss, {decimal(loss)}, is no better than that of equal rewards, ln 2 = 0.693."
+        yield f"The loss, {decimal(loss)}, is not clearly below that of equal rewards, ln 2 = 0.693."
     ties, ranking = figures.get("ties", 0), figures.get("ranking")
     pairs = ranking["pairs"] if ranking else figures.get("n_scored", 0)
     if ties > MANY_TIES * pairs:
@@ -132,4 +135,4 @@ def _warnings(figures: dict[str, Any]) -> Iterator[str]:
     for name, moved in (figures.get("consistency", {}) | figures.get("consistency_unseen", {})).items():
         if moved["wins"] > MANY_WINS:
             what = f"With {EDITS.get(name, name)} a rejected response overtakes the chosen one"
-            yield f"{what} in {share(moved['wins'])} of the comparisons tried: a policy will find that."
+            yield f"{what} in {share(moved['wins'])} of those judged right: a policy will find that."

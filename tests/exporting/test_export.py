@@ -339,7 +339,7 @@ def test_a_template_that_begins_a_reply_otherwise_than_it_asks_is_not_for_ppo(ru
 
 @pytest.mark.parametrize(("max_length", "fit"), [(66, 1), (38, None)])
 def test_a_reply_that_the_model_reads_cut_is_not_held_against_programs_that_cut_nothing(run, max_length, fit):
-    """Of the sample replies one has 64 tokens, the others more; of those that are held out each has 39 or more."""
+    """One of the samples has 64 tokens, the others more; each held-out conversation has 39 or more."""
     path = run / "model" / "config.json"
     config = json.loads(path.read_text())
     config["rm_recipe"] |= {"max_length": max_length, "truncation": "keep_end"}
