@@ -106,7 +106,8 @@ def check(
         checks.check_data(parsed)
     if dry_run:
         checks.check_step(parsed)
-    base, unread = str(parsed.model.model_name_or_path), "" if data else " (its data were not read: --data)"
+    base = str(parsed.model.model_name_or_path)
+    unread = "" if data or dry_run else " (its data were not read: --data)"
     print(f"{recipe}: fine{unread}; it would train {base} into {parsed.output_dir}")
     if not Path(base).is_dir():
         print(f"{base} is no folder here, so it comes from the Hugging Face Hub")

@@ -49,6 +49,8 @@ def test_check_says_what_would_be_trained_and_writes_nothing(monkeypatch, capsys
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     out = invoke(monkeypatch, capsys, "check", str(recipe), "--model_name_or_path", "some/base")[1]
     assert "some/base is no folder here, so it comes from the Hugging Face Hub" in out
+    monkeypatch.setattr("rm_recipe.tools.check.check_step", lambda _: None)  # which reads the data
+    assert f"{recipe}: fine; it would" in invoke(monkeypatch, capsys, "check", str(recipe), "--dry-run")[1]
     assert not (tmp_path / "run").exists()
 
 

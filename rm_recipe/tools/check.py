@@ -105,25 +105,25 @@ def check_memory(path: Path, overrides: Sequence[str], gpu_memory: str | None = 
     Raises:
         RecipeError: the recipe is faulty, or the base's configuration cannot be had.
     """
-    if gpu_memory is not None:
-        device, there = torch.device("cuda"), parse_bytes(gpu_memory)
+    if gpu_memory is None:
+        recipe = read_recipe(path, overrides, check_inputs=False)
+        device, there = recipe.training.device, device_memory(recipe.training.device)
     else:
-        device = read_for(path, overrides, torch.device("cpu")).training.device
-        there = device_memory(device)
-    recipe = read_for(path, overrides, device)
+        recipe = read_as_on_gpu(path, overrides)
+        device, there = torch.device("cuda"), parse_bytes(gpu_memory)
     found = fit_by_config(recipe, device, there)
     print_fit(found, recipe, device)
     return found.fits
 
 
-def read_for(path: Path, overrides: Sequence[str], device: torch.device) -> Recipe:
-    """Read a recipe with the precision that it would have on a device, which this machine need not have.
+def read_as_on_gpu(path: Path, overrides: Sequence[str]) -> Recipe:
+    """Read a recipe with the precision that it would have on a GPU, which this machine need not have.
 
     Raises:
         RecipeError: it is faulty.
     """
     recipe = read_recipe(path, overrides, check_inputs=False)
-    if device.type == recipe.training.device.type:
+    if recipe.training.device.type == "cuda":
         return recipe
     given = {word.partition("=")[0] for word in overrides}
     more = [f"--{key}={value}" for key, value in AS_ON_GPU.items() if f"--{key}" not in given]
