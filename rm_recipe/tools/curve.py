@@ -77,8 +77,8 @@ def fit(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
         `line`, (b, a); `expected` accuracy with its interval at `AHEAD` times the largest size;
         `per_doubling`, what the line says that the first doubling from there brings; and `p_value`, how
         probable points this far off the line are if there is one (chi-squared; None of two). All runs are
-        judged by the same held-out comparisons, and each has a seed of its own: take intervals and p-value
-        as rough.
+        judged by the same held-out comparisons, and what another seed would change is not in the intervals:
+        take these and the p-value as rough.
     """
     x = np.log2([point["comparisons"] for point in points])
     ends = np.array([point["accuracy_ci95"] for point in points])
