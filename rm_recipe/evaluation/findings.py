@@ -11,11 +11,7 @@ from rm_recipe.evaluation.format import decimal, interval, p_value, share, whole
 from rm_recipe.recipe.reader import Recipe
 
 HELD_OUT = "held_out"  # the data set that the gate reads
-RULES = {
-    "longer_wins": "the longer response wins",
-    "shorter_wins": "the shorter response wins",
-    "bag_of_words": "bag of words",
-}
+RULES = {"longer_wins": "the longer response wins", "shorter_wins": "the shorter response wins"}
 EDITS = {
     "trailing_space": "a space at its end",
     "repeated_sentence": "its last sentence repeated",
@@ -88,15 +84,16 @@ def readings(figures: dict[str, Any]) -> list[Finding]:
 
     The first says what the model knows beyond the best baseline; the others warn or compare.
     """
-    found = _against_best(figures)
-    if (n := figures.get("n_scored", FEW)) < FEW:
+    if (n := figures["n_scored"]) < FEW:
         found = [("bad", f"{whole(n)} comparisons are too few to say anything of the model: hold out more.")]
+    else:
+        found = [_against_best(figures)]
     found += [("bad", sentence) for sentence in _warnings(figures)]
     if other := figures.get("against"):
-        lead = f"{decimal(other.get('difference'), signed=True)} ({interval(other.get('ci95'), signed=True)})"
-        where = f"on the {whole(other.get('n'))} comparisons that fit both models"
-        theirs = f"{other.get('model')} has accuracy {decimal(other.get('other_accuracy'))} {where}"
-        said = f"{theirs}; this model's minus that is {lead}, McNemar's p {p_value(other.get('p_value'))}."
+        lead = f"{decimal(other['difference'], signed=True)} ({interval(other['ci95'], signed=True)})"
+        where = f"on the {whole(other['n'])} comparisons that fit both models"
+        theirs = f"{other['model']} has accuracy {decimal(other['other_accuracy'])} {where}"
+        said = f"{theirs}; this model's minus that is {lead}, McNemar's p {p_value(other['p_value'])}."
         found.append(("plain", said))
     if own := figures.get("benchmark"):
         parts = "".join(f"; {name} {decimal(score)}" for name, score in own["sections"].items())
@@ -105,34 +102,32 @@ def readings(figures: dict[str, Any]) -> list[Finding]:
     return found
 
 
-def _against_best(figures: dict[str, Any]) -> list[Finding]:
-    if "against_baselines" not in figures:
-        return []
+def _against_best(figures: dict[str, Any]) -> Finding:
     best, accuracy = best_baseline(figures)
     lead, kind, what = figures["against_baselines"][best], "good", "The model beats the best baseline"
-    if not lead["ci95"] or lead["ci95"][0] <= 0:
+    if lead["ci95"][0] <= 0:
         kind, what = "bad", "This model has learnt little that the best baseline does not know"
-    ends = f" (95 % interval {interval(lead['ci95'], signed=True)})" if lead["ci95"] else ""
-    where = f"{decimal(abs(lead['difference']))} {'ahead' if lead['difference'] >= 0 else 'behind'}{ends}"
-    return [(kind, f"{what}: '{rule(best)}' has accuracy {decimal(accuracy)}; the model is {where}.")]
+    where = f"{decimal(abs(lead['difference']))} {'ahead' if lead['difference'] >= 0 else 'behind'}"
+    where += f" (95 % interval {interval(lead['ci95'], signed=True)})"
+    return kind, f"{what}: '{rule(best)}' has accuracy {decimal(accuracy)}; the model is {where}."
 
 
 def _warnings(figures: dict[str, Any]) -> Iterator[str]:
-    if trained := figures.get("trained_prompts"):
+    if trained := figures["trained_prompts"]:
         some = f"{whole(trained)} of {whole(figures['n_scored'])} comparisons"
         yield f"{some} have a prompt that was trained on: this accuracy is no held-out one."
-    if figures.get("n_scored", FEW) < FEW:
+    if figures["n_scored"] < FEW:
         return
-    if "accuracy" in figures and figures["accuracy_ci95"][1] < 0.5:
+    if figures["accuracy_ci95"][1] < 0.5:
         yield "Accuracy is worse than guessing: are chosen and rejected swapped?"
-    if (loss := figures.get("loss", 0)) >= LN2 - NEAR_LN2:
+    if (loss := figures["loss"]) >= LN2 - NEAR_LN2:
         yield f"The loss, {decimal(loss)}, is not clearly below that of equal rewards, ln 2 = 0.693."
-    ties, ranking = figures.get("ties", 0), figures.get("ranking")
-    pairs = ranking["pairs"] if ranking else figures.get("n_scored", 0)
+    ties, ranking = figures["ties"], figures["ranking"]
+    pairs = ranking["pairs"] if ranking else figures["n_scored"]
     if ties > MANY_TIES * pairs:
         why = "both responses got the very same reward, and each tie counts as half right"
         yield f"{share(ties / pairs)} of the pairs are ties: {why}."
-    for name, moved in (figures.get("consistency", {}) | figures.get("consistency_unseen", {})).items():
+    for name, moved in (figures["consistency"] | figures["consistency_unseen"]).items():
         if moved["wins"] > MANY_WINS:
-            what = f"With {EDITS.get(name, name)} a rejected response overtakes the chosen one"
+            what = f"With {EDITS[name]} a rejected response overtakes the chosen one"
             yield f"{what} in {share(moved['wins'])} of those judged right: a policy will find that."

@@ -216,7 +216,7 @@ FIGURES = {
     **{"ties": 0, "loss": 0.6, "ranking": None, "trained_prompts": 0},
     "baselines": {"longer_wins": 0.55, "bag_of_words": 0.61},
     "against_baselines": {"bag_of_words": {"difference": 0.09, "ci95": [0.05, 0.13]}},
-    "consistency": {"thank_you": {"wins": 0.02}},
+    **{"consistency": {"thank_you": {"wins": 0.02}}, "consistency_unseen": {}},
 }
 LITTLE = {"against_baselines": {"bag_of_words": {"difference": -0.02, "ci95": [-0.05, 0.01]}}}
 OTHER = {"model": "other", "n": 980, "other_accuracy": 0.68, "difference": 0.02, "ci95": [-0.01, 0.05]}
