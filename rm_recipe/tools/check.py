@@ -54,9 +54,8 @@ def check_base(recipe: Recipe) -> None:
     if Path(name).is_dir() or (folder / "tokenizer_config.json").is_file():
         template = template if template and Path(template).exists() else None
         tokenizer = load_tokenizer(str(folder), template=template, of_base=True)
-        if (
-            lora.sft_adapter(str(folder)) is None
-        ):  # which may bring tokens that its base has no embeddings for
+        # An SFT adapter may bring tokens that its base has no embeddings for.
+        if lora.sft_adapter(str(folder)) is None:
             check_vocabulary(config, tokenizer, name)
 
 
