@@ -104,12 +104,13 @@ def check_memory(path: Path, overrides: Sequence[str], gpu_memory: str | None = 
     Raises:
         RecipeError: the recipe is faulty, or the base's configuration cannot be had.
     """
-    if gpu_memory is None:
-        recipe = read_recipe(path, overrides, check_inputs=False)
-        device, there = recipe.training.device, device_memory(recipe.training.device)
+    if gpu_memory is not None:
+        recipe, device = read_as_on_gpu(path, overrides), torch.device("cuda")
+        there = parse_bytes(gpu_memory)
     else:
-        recipe = read_as_on_gpu(path, overrides)
-        device, there = torch.device("cuda"), parse_bytes(gpu_memory)
+        recipe = read_recipe(path, overrides, check_inputs=False)
+        device = recipe.training.device
+        there = device_memory(device)
     found = fit_by_config(recipe, device, there)
     print_fit(found, recipe, device)
     return found.fits
