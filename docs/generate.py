@@ -41,7 +41,8 @@ def recipes() -> str:
     """The shipped recipes and what their headers say."""
     rows = []
     for path in sorted((REPOSITORY / "recipes").glob("*.yaml")):
-        head = " ".join(line.strip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
+        lines = path.read_text(encoding="utf-8").splitlines()
+        head = " ".join(line.strip("# ") for line in lines if line.startswith("#"))
         said = re.search(r"Purpose: (.*?) Needs: (.*?) Launch:", head)
         assert said, path
         rows.append([f"[`{path.stem}`](../recipes/{path.name})", cell(said[1]), cell(said[2])])
@@ -76,7 +77,8 @@ def type_in_words(hint: Any) -> str:
 
 def comments(of: type) -> dict[str, str]:
     """What stands above each field of a dataclass, as a comment."""
-    source, found, said = Path(str(sys.modules[of.__module__].__file__)).read_text(), {}, []
+    source = Path(str(sys.modules[of.__module__].__file__)).read_text(encoding="utf-8")
+    found, said = {}, []
     body = re.search(rf"^class {of.__name__}:.*?(?=^\S|\Z)", source, re.DOTALL | re.MULTILINE)
     assert body
     for line in map(str.strip, body[0].splitlines()[1:]):
@@ -228,7 +230,7 @@ def modules() -> str:
         if path.parent != folder:
             folder = path.parent
             rows.append([f"**{folder.relative_to(REPOSITORY)}/**", ""])
-        said = ast.get_docstring(ast.parse(path.read_text())) or ""
+        said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
         sentence = re.split(r"\.(?=\s|$)", " ".join(said.split("\n\n")[0].split()))[0].rstrip(": ")
         rows.append([f"[{path.name}](../{path.relative_to(REPOSITORY)})", cell(sentence)])
     return table("module | is", rows)

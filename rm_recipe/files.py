@@ -86,12 +86,17 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
     """Read the object that a JSON file holds.
+
+    Args:
+        missing_ok: an empty one where there is no such file.
 
     Raises:
         RecipeError: naming the file.
     """
+    if missing_ok and not path.is_file():
+        return {}
     content = _parsed(path, json.loads)
     if not isinstance(content, dict):
         raise RecipeError(f"{path} holds no JSON object")

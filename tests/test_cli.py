@@ -1,5 +1,6 @@
 """Arguments -> effect or one clear message with the contract's exit code."""
 
+import io
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from rm_recipe import cli
+from rm_recipe.evaluation.format import print_text
 
 VERBS = "init run train check evaluate compare export push score benchmark overoptimization prepare".split()
 
@@ -49,6 +51,8 @@ def test_check_says_what_would_be_trained_and_writes_nothing(monkeypatch, capsys
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     out = invoke(monkeypatch, capsys, "check", str(recipe), "--model_name_or_path", "some/base")[1]
     assert "some/base is no folder here, so it comes from the Hugging Face Hub" in out
+    monkeypatch.setattr("rm_recipe.tools.check.check_step", lambda _: None)  # which reads the data
+    assert f"{recipe}: fine; it would" in invoke(monkeypatch, capsys, "check", str(recipe), "--dry-run")[1]
     assert not (tmp_path / "run").exists()
 
 
@@ -83,6 +87,16 @@ def test_what_goes_wrong_outside_is_one_message_with_a_code_and_a_program_error_
         assert err.count("\n") == 1
     else:
         assert caught.value is error
+
+
+def test_a_sign_that_the_terminal_does_not_know_is_replaced(monkeypatch):
+    """As on Windows, where output that goes to a file is in cp1252."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "cp1252"))
+    monkeypatch.setattr(cli, "app", lambda **_: print_text("\N{MINUS SIGN}0.1"))
+    cli.main()
+    sys.stdout.flush()
+    assert written.getvalue().decode("cp1252").strip() == "?0.1"
 
 
 def test_of_several_processes_the_main_one_speaks_and_the_others_only_if_it_does_not(monkeypatch, capsys):

@@ -11,11 +11,7 @@ from rm_recipe.evaluation.format import decimal, interval, p_value, share, whole
 from rm_recipe.recipe.reader import Recipe
 
 HELD_OUT = "held_out"  # the data set that the gate reads
-RULES = {
-    "longer_wins": "the longer response wins",
-    "shorter_wins": "the shorter response wins",
-    "bag_of_words": "bag of words",
-}
+RULES = {"longer_wins": "the longer response wins", "shorter_wins": "the shorter response wins"}
 EDITS = {
     "trailing_space": "a space at its end",
     "repeated_sentence": "its last sentence repeated",
@@ -29,7 +25,7 @@ LN2 = math.log(2)  # the loss of rewards that are all equal
 NEAR_LN2 = 0.01
 MANY_TIES = 0.05  # of the pairs
 FEW = 30  # comparisons, of which no more is said than that they are few
-MANY_WINS = 0.1  # of the rejected responses, by an edit
+MANY_WINS = 0.1  # of the comparisons that were judged right, by an edit
 OFF_THE_LINE = 0.05  # p-value below which the points of a learning curve are said to lie on no line
 
 Finding = tuple[str, str]  # its kind, good, plain or bad, and a sentence
@@ -47,11 +43,14 @@ def gate_words(result: dict[str, Any] | None) -> dict[str, Any] | None:
     """Whether the gate `passed`, the `verdict`, and `why`; None without a gate."""
     if not result:
         return None
+    target, value, passed = result["target"], result["value"], result["passed"]
     what = "accuracy" if result["statistic"] == "accuracy" else "interval's lower end"
+    # With more digits where rounding takes the value to the other side of the target.
+    digits = 3 if (round(value, 3) >= target) == passed else 6
     return {
-        "passed": result["passed"],
-        "verdict": f"Target {decimal(result['target'], 2)} {'' if result['passed'] else 'not '}reached",
-        "why": f"the {what} is {decimal(result['value'])}",
+        "passed": passed,
+        "verdict": f"Target {target:g} {'' if passed else 'not '}reached",
+        "why": f"the {what} is {decimal(value, digits)}",
     }
 
 
@@ -59,7 +58,7 @@ def curve_words(curve: dict[str, Any]) -> Iterator[str]:
     """What the line of a learning curve says, by the content of `learning_curve.json`."""
     slope = curve["per_doubling"]
     gain = f"{decimal(slope['difference'], signed=True)} ({interval(slope['ci95'], signed=True)})"
-    yield f"Twice the comparisons of the largest run would raise accuracy by {gain}."
+    yield f"Twice the comparisons of the largest run would change accuracy by {gain}."
     if curve["p_value"] is not None and curve["p_value"] < OFF_THE_LINE:
         yield "But the points do not lie on one line: expect nothing from it beyond the largest run."
         return
@@ -85,15 +84,16 @@ def readings(figures: dict[str, Any]) -> list[Finding]:
 
     The first says what the model knows beyond the best baseline; the others warn or compare.
     """
-    found = _against_best(figures)
-    if (n := figures.get("n_scored", FEW)) < FEW:
+    if (n := figures["n_scored"]) < FEW:
         found = [("bad", f"{whole(n)} comparisons are too few to say anything of the model: hold out more.")]
+    else:
+        found = [_against_best(figures)]
     found += [("bad", sentence) for sentence in _warnings(figures)]
     if other := figures.get("against"):
-        lead = f"{decimal(other.get('difference'), signed=True)} ({interval(other.get('ci95'), signed=True)})"
-        where = f"on the {whole(other.get('n'))} comparisons that fit both models"
-        theirs = f"{other.get('model')} has accuracy {decimal(other.get('other_accuracy'))} {where}"
-        said = f"{theirs}; this model's minus that is {lead}, McNemar's p {p_value(other.get('p_value'))}."
+        lead = f"{decimal(other['difference'], signed=True)} ({interval(other['ci95'], signed=True)})"
+        where = f"on the {whole(other['n'])} comparisons that fit both models"
+        theirs = f"{other['model']} has accuracy {decimal(other['other_accuracy'])} {where}"
+        said = f"{theirs}; this model's minus that is {lead}, McNemar's p {p_value(other['p_value'])}."
         found.append(("plain", said))
     if own := figures.get("benchmark"):
         parts = "".join(f"; {name} {decimal(score)}" for name, score in own["sections"].items())
@@ -102,34 +102,32 @@ def readings(figures: dict[str, Any]) -> list[Finding]:
     return found
 
 
-def _against_best(figures: dict[str, Any]) -> list[Finding]:
-    if "against_baselines" not in figures:
-        return []
+def _against_best(figures: dict[str, Any]) -> Finding:
     best, accuracy = best_baseline(figures)
     lead, kind, what = figures["against_baselines"][best], "good", "The model beats the best baseline"
-    if not lead["ci95"] or lead["ci95"][0] <= 0:
+    if lead["ci95"][0] <= 0:
         kind, what = "bad", "This model has learnt little that the best baseline does not know"
-    ends = f" (95 % interval {interval(lead['ci95'], signed=True)})" if lead["ci95"] else ""
-    where = f"{decimal(abs(lead['difference']))} {'ahead' if lead['difference'] >= 0 else 'behind'}{ends}"
-    return [(kind, f"{what}: '{rule(best)}' has accuracy {decimal(accuracy)}; the model is {where}.")]
+    where = f"{decimal(abs(lead['difference']))} {'ahead' if lead['difference'] >= 0 else 'behind'}"
+    where += f" (95 % interval {interval(lead['ci95'], signed=True)})"
+    return kind, f"{what}: '{rule(best)}' has accuracy {decimal(accuracy)}; the model is {where}."
 
 
 def _warnings(figures: dict[str, Any]) -> Iterator[str]:
-    if trained := figures.get("trained_prompts"):
+    if trained := figures["trained_prompts"]:
         some = f"{whole(trained)} of {whole(figures['n_scored'])} comparisons"
         yield f"{some} have a prompt that was trained on: this accuracy is no held-out one."
-    if figures.get("n_scored", FEW) < FEW:
+    if figures["n_scored"] < FEW:
         return
-    if "accuracy" in figures and figures["accuracy_ci95"][1] < 0.5:
+    if figures["accuracy_ci95"][1] < 0.5:
         yield "Accuracy is worse than guessing: are chosen and rejected swapped?"
-    if (loss := figures.get("loss", 0)) >= LN2 - NEAR_LN2:
-        yield f"The loss, {decimal(loss)}, is no better than that of equal rewards, ln 2 = 0.693."
-    ties, ranking = figures.get("ties", 0), figures.get("ranking")
-    pairs = ranking["pairs"] if ranking else figures.get("n_scored", 0)
+    if (loss := figures["loss"]) >= LN2 - NEAR_LN2:
+        yield f"The loss, {decimal(loss)}, is not clearly below that of equal rewards, ln 2 = 0.693."
+    ties, ranking = figures["ties"], figures["ranking"]
+    pairs = ranking["pairs"] if ranking else figures["n_scored"]
     if ties > MANY_TIES * pairs:
         why = "both responses got the very same reward, and each tie counts as half right"
         yield f"{share(ties / pairs)} of the pairs are ties: {why}."
-    for name, moved in (figures.get("consistency", {}) | figures.get("consistency_unseen", {})).items():
+    for name, moved in (figures["consistency"] | figures["consistency_unseen"]).items():
         if moved["wins"] > MANY_WINS:
-            what = f"With {EDITS.get(name, name)} a rejected response overtakes the chosen one"
-            yield f"{what} in {share(moved['wins'])} of the comparisons tried: a policy will find that."
+            what = f"With {EDITS[name]} a rejected response overtakes the chosen one"
+            yield f"{what} in {share(moved['wins'])} of those judged right: a policy will find that."

@@ -53,7 +53,12 @@ def p_value(value: Any) -> str:
     return "below 0.001" if isinstance(value, float) and value < 0.001 else decimal(value)
 
 
-def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> None:
+def print_text(text: str) -> None:
+    """Print a sentence, which cannot command the terminal, wrapped to its width."""
+    Console().print(Text(visible(text)))
+
+
+def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table whose first and last column may wrap; its texts cannot command the terminal."""
     table = Table(title=title, title_justify="left")
     for heading in head:
@@ -61,7 +66,7 @@ def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], 
         table.add_column(heading, overflow="fold", no_wrap=not wraps, justify="left" if wraps else "right")
     for row in rows:
         table.add_row(*(Text(visible(cell)) for cell in row))
-    console.print(table)
+    Console().print(table)
 
 
 def write_page(target: Path, template: Path, **values: Any) -> None:

@@ -147,15 +147,17 @@ def rank_correlation(one: ArrayLike, other: ArrayLike) -> float | None:
 
 # --- two models on the same comparisons --------------------------------------------------------
 
-RESAMPLES = 2000
 
+def interval_of_mean(values: Array) -> Any:
+    """The 95 % interval of the mean over the first axis from a bootstrap (percentile, 2,000, seeded).
 
-def interval_of_mean(values: Array) -> list[float] | None:
-    """The 95 % interval of a mean from a bootstrap (percentile, seeded); None for fewer than two values."""
+    Returns:
+        `[low, high]`, of a table such a pair for each column; None for fewer than two values.
+    """
     if len(values) < 2:
         return None
-    drawn = bootstrap((values,), np.mean, n_resamples=RESAMPLES, batch=100, method="percentile", rng=0)
-    return [float(end) for end in drawn.confidence_interval]
+    drawn = bootstrap((values,), np.mean, n_resamples=2000, batch=100, method="percentile", rng=0)
+    return np.stack(drawn.confidence_interval, axis=-1).tolist()
 
 
 def paired_difference(this: ArrayLike, other: ArrayLike) -> dict[str, Any]:

@@ -6,7 +6,6 @@ The same numbers give the same bytes. Nothing here changes matplotlib's settings
 import base64
 import io
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -141,16 +140,12 @@ def legend(axes: Axes) -> None:
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.1, handlelength=1.4)
 
 
-def own_settings() -> AbstractContextManager[None]:
-    """Use matplotlib's defaults and ours, whatever the user's matplotlibrc says; theirs afterwards."""
-    return style.context(TEMPLATES / "report.mplstyle", after_reset=True)
-
-
 def _save(
     target: Path | io.BytesIO, draw: Callable[..., None], size: tuple[float, float], options: Any, **data: Any
 ) -> None:
     """Draw the `data` on an empty figure and save it, by these options of matplotlib's `savefig`."""
-    with own_settings():
+    # matplotlib's defaults and ours, whatever the user's matplotlibrc says; theirs afterwards
+    with style.context(TEMPLATES / "report.mplstyle", after_reset=True):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure, **data)
         figure.savefig(target, **options)

@@ -10,7 +10,7 @@ from typing import Any
 import datasets as hf_datasets
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import norm, t
+from scipy.stats import norm, sem, t
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
@@ -57,16 +57,16 @@ def changes(rewards: NDArray[Any], names: Sequence[str]) -> dict[str, dict[str, 
             least two comparisons.
 
     Returns:
-        by edit: `n` replies, `mean_change` and `std_change` of their rewards, the `largest` change either
-        way, `share_up`, how many gained, and `wins`: of the comparisons that were judged right, in how many
-        the worst response, edited, overtakes the best one as it is. `p_value` is that of no mean change (a
-        t-test over comparisons, with Bonferroni's correction for as many edits), `raises` whether it rises at
-        `SIGNIFICANT`, and `smallest` the mean change that so many comparisons show four times in five.
+        by edit: `n` replies, `mean_change` and `std_change` of their rewards, `share_up`, how many gained,
+        and `wins`: of the comparisons that were judged right, in how many the worst response, edited,
+        overtakes the best one as it is. `p_value` is that of no mean change (a t-test over comparisons, with
+        Bonferroni's correction for as many edits), `raises` whether it rises at `SIGNIFICANT`, and `smallest`
+        the mean change that so many comparisons show four times in five.
     """
     before = rewards[:, :1]
     right, moved = before[:, 0, 0] > before[:, 0, 1], rewards[:, 1:] - before
     of_comparison, n = moved.mean(axis=2), len(moved)
-    errors = of_comparison.std(axis=0, ddof=1) / np.sqrt(n)
+    errors = sem(of_comparison)
     # At least what rounding moves: an edit that reaches no reward is still, one that moves all alike is not.
     p_values = 2 * t.sf(np.abs(of_comparison.mean(axis=0)) / np.maximum(errors, STILL), n - 1)
     p_values = np.minimum(p_values * len(names), 1)
@@ -79,7 +79,6 @@ def changes(rewards: NDArray[Any], names: Sequence[str]) -> dict[str, dict[str, 
             "n": change.size,
             "mean_change": mean,
             "std_change": float(change.std()),
-            "largest": float(np.abs(change).max()),
             "share_up": float((change > 0).mean()),
             "wins": float(overtakes.mean()) if right.any() else 0.0,
             "p_value": float(p_values[i]),

@@ -9,16 +9,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.text import Text
-
 from rm_recipe.errors import RecipeError
 from rm_recipe.evaluation import findings, plots
 from rm_recipe.evaluation.findings import HELD_OUT, best_baseline, gate_words, readings, rule
-from rm_recipe.evaluation.format import MISSING, TEMPLATES, decimal, interval, print_table, whole, write_page
+from rm_recipe.evaluation.format import (
+    MISSING,
+    TEMPLATES,
+    decimal,
+    interval,
+    print_table,
+    print_text,
+    whole,
+    write_page,
+)
 from rm_recipe.evaluation.metrics import paired_difference
 from rm_recipe.evaluation.summary import read_evaluation, read_predictions
-from rm_recipe.files import read_json, visible
+from rm_recipe.files import read_json
 
 HEAD = ["data set", "accuracy", "95 % interval", "n", "left out", "ties", "loss", "best baseline"]
 RECORDS = ("run.json", "data_report.json")
@@ -47,14 +53,13 @@ def print_evaluation(content: dict[str, Any], names: Sequence[str]) -> None:
     Args:
         content: of `evaluation.json`.
     """
-    console = Console()
     rows = [overview(name, content["datasets"][name])[:IN_TERMINAL] for name in names]
-    print_table("Preference accuracy", HEAD[:IN_TERMINAL], rows, console)
+    print_table("Preference accuracy", HEAD[:IN_TERMINAL], rows)
     for name in names:
         for _, sentence in readings(content["datasets"][name]):
-            console.print(Text(visible(f"{name}: {sentence}" if len(names) > 1 else sentence)))
+            print_text(f"{name}: {sentence}" if len(names) > 1 else sentence)
     if HELD_OUT in names and (words := gate_words(content["gate"])):
-        console.print(f"{words['verdict']}: {words['why']}.")
+        print_text(f"{words['verdict']}: {words['why']}.")
 
 
 def print_comparison(runs: Sequence[Path]) -> None:
@@ -84,7 +89,7 @@ def print_comparison(runs: Sequence[Path]) -> None:
         own = overview(str(run), figures)
         rows.append([*own[:3], own[6], ahead if rows else MISSING])
     head = ["run", *HEAD[1:3], HEAD[6], "minus the first (95 % interval)"]
-    print_table("Held-out comparisons", head, rows, Console())
+    print_table("Held-out comparisons", head, rows)
 
 
 def write_report(folder: Path) -> None:
@@ -96,9 +101,9 @@ def write_report(folder: Path) -> None:
             the folder if that is one of its runs, else in a folder beside a run of the same recipe.
     """
     evaluation, recipe = read_evaluation(folder), folder / "recipe.yaml"
-    run, data = (read_json(path) if path.is_file() else {} for path in map(folder.joinpath, RECORDS))
+    run, data = (read_json(folder / name, missing_ok=True) for name in RECORDS)
     own = folder.resolve()
-    curves = [Path(f"{own}_curve", CURVE), *[own.parent / CURVE] * own.name.isdecimal()]
+    curve = (own.parent if own.name.isdecimal() else Path(f"{own}_curve")) / CURVE
     write_page(
         folder / "report.html",
         TEMPLATES / "report.html.jinja",
@@ -111,6 +116,6 @@ def write_report(folder: Path) -> None:
         plots=plots,
         run=run,
         data=data,
-        curve=next((read_json(path) for path in curves if path.is_file()), None),
+        curve=read_json(curve, missing_ok=True),
         recipe=recipe.read_text(encoding="utf-8").strip() if recipe.is_file() else "",
     )

@@ -78,6 +78,8 @@ def summarise(lines: Sequence[Line], **baselines: Array) -> dict[str, Any]:
     margins, longer = rewards[better] - rewards[worse], tokens[better] - tokens[worse]
     right_pairs = agreement(rewards[better], rewards[worse])
     right = mean_by_comparison(right_pairs, comparison)
+    rules = {"longer_wins": tokens, "shorter_wins": -tokens, **baselines}
+    right_by = {name: pairwise_agreement(values, ranks) for name, values in rules.items()}
     prompt_tokens = [line["tokens"][0] - line["response_tokens"][0] for line in lines]
     ranking = None
     if max(map(len, ranks)) > 2:  # of two responses, all of it is the accuracy
@@ -91,7 +93,10 @@ def summarise(lines: Sequence[Line], **baselines: Array) -> dict[str, Any]:
         "mean_reward": float(rewards.mean()),
         "std_reward": float(rewards.std()),
         "ranking": ranking,
-        **_baselines(right, {"longer_wins": tokens, "shorter_wins": -tokens} | baselines, ranks),
+        "baselines": {name: float(by_rule.mean()) for name, by_rule in right_by.items()},
+        "against_baselines": {
+            name: metrics.paired_difference(right, by_rule) for name, by_rule in right_by.items()
+        },
         "calibration": metrics.calibrate(margins, comparison),
         "length": {
             "spearman": metrics.rank_correlation(rewards, tokens),
@@ -106,14 +111,6 @@ def summarise(lines: Sequence[Line], **baselines: Array) -> dict[str, Any]:
         },
         "subsets": metrics.accuracy_by_subset([line["subset"] for line in lines], right),
     }
-
-
-def _baselines(right: Array, rules: dict[str, Array], ranks: list[list[int]]) -> dict[str, Any]:
-    """How often simple rules are right, and how far the model is ahead of each."""
-    right_by = {name: pairwise_agreement(values, ranks) for name, values in rules.items()}
-    against = {name: metrics.paired_difference(right, by_rule) for name, by_rule in right_by.items()}
-    means = {name: float(by_rule.mean()) for name, by_rule in right_by.items()}
-    return {"baselines": means, "against_baselines": against}
 
 
 def _mean(values: Array) -> float | None:
@@ -140,5 +137,4 @@ def write_predictions(folder: Path, lines: Sequence[Line]) -> None:
 
 def read_evaluation(folder: Path) -> dict[str, Any]:
     """The content of a folder's `evaluation.json`; empty if there is none."""
-    path = folder / "evaluation.json"
-    return read_json(path) if path.is_file() else {}
+    return read_json(folder / "evaluation.json", missing_ok=True)

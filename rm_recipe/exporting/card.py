@@ -36,12 +36,14 @@ def make_card(export: Path, run: Path, model: str) -> str:
     Args:
         model: what the snippets load.
     """
-    files = {
-        path.stem: read_json(path)
-        for path in (*export.glob("*.json"), run / "run.json")
-        if path.stem in ("proof", "config", "evaluation", "tokenizer_config", "run")
-    }
-    recipe, datasets = saved_values(run), files.get("evaluation", {}).get("datasets", {})
+    paths = [export / f"{name}.json" for name in ("proof", "config", "evaluation", "tokenizer_config")]
+    paths += [run / "run.json", run / "data_report.json"]
+    files = {path.stem: read_json(path, missing_ok=True) for path in paths}
+    recipe, datasets = saved_values(run), files["evaluation"].get("datasets", {})
+    # No split of the data set has what was held out by prompt.
+    by_prompt = files["data_report"].get("held_out_by_prompt") is not None
+    split = None if by_prompt else recipe.get("dataset_test_split")
+    measured = [_eval_result(data, metrics, recipe, split) for data, metrics in datasets.items()]
     base, name = _base(str(recipe["model_name_or_path"])), run.resolve().name
     metadata = ModelCardData(
         base_model=base["id"],
@@ -52,7 +54,7 @@ def make_card(export: Path, run: Path, model: str) -> str:
         pipeline_tag="text-classification",
         tags=TAGS,
         model_name=name,
-        eval_results=[_eval_result(data, metrics, recipe) for data, metrics in datasets.items()] or None,
+        eval_results=measured or None,
     )
     known = {"base": base, "data": _data(recipe), "datasets": datasets, "recipe": recipe, "name": name}
     known |= {"model": redact(model), "picture": (export / FIGURE).is_file()}
@@ -81,13 +83,15 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def _eval_result(name: str, metrics: dict[str, Any], recipe: dict[str, Any]) -> EvalResult:
-    source = shown(_data(recipe)[0] if name == HELD_OUT else name)
+def _eval_result(
+    name: str, metrics: dict[str, Any], recipe: dict[str, Any], held_out_split: str | None
+) -> EvalResult:
+    sources = [shown(source) for source in (_data(recipe) if name == HELD_OUT else [name])]
     return EvalResult(
         task_type="text-classification",
-        dataset_type=source,
-        dataset_name=source,
-        dataset_split=recipe.get("dataset_test_split") if name == HELD_OUT else None,
+        dataset_type=sources[0],
+        dataset_name=" and ".join(sources),
+        dataset_split=held_out_split if name == HELD_OUT else None,
         metric_type="accuracy",
         metric_value=round(metrics["accuracy"], 4),
         metric_args={
@@ -127,8 +131,8 @@ def _base(name: str) -> dict[str, Any]:
     with suppress(Exception):  # without a card, without a network: then nothing is known
         path = Path(name, CARD) if _is_local(name) else name
         card = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
-    known = str(card.get("base_model")) if _is_local(name) else name
-    on_hub = is_repo_id(known) and known != "None" and not _is_local(known)
+    known = card.get("base_model") if _is_local(name) else name
+    on_hub = isinstance(known, str) and is_repo_id(known) and not _is_local(known)
     return card | {"id": known if on_hub else None, "folder": Path(name).name}
 
 
@@ -137,8 +141,6 @@ def _base(name: str) -> dict[str, Any]:
 
 class Verbatim(str):
     """Text that is Markdown already, or stands in a block of code: the template leaves it alone."""
-
-    __slots__ = ()
 
 
 def plain(text: str) -> str:

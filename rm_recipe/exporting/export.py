@@ -25,12 +25,12 @@ from rm_recipe.evaluation.summary import read_evaluation, read_predictions
 from rm_recipe.exporting.card import CARD, FIGURE, make_card
 from rm_recipe.exporting.compatibility import for_transformers_4, rewrite_json
 from rm_recipe.exporting.verify import EIGHT_BITS, ROUNDING, Verification
-from rm_recipe.files import locked, read_json, sha256, whole_folder, write_json
+from rm_recipe.files import locked, sha256, whole_folder, write_json
 from rm_recipe.model.head import is_head_layer
 from rm_recipe.model.memory import device_memory, fits_in_float32, float32_bytes
 from rm_recipe.model.reward_model import load_trained
 from rm_recipe.processes import say
-from rm_recipe.recipe.reader import is_run_folder, read_run_recipe
+from rm_recipe.recipe.reader import read_run_recipe
 from rm_recipe.scoring import RewardModel, find_model
 
 # What sentence-transformers' CrossEncoder reads.
@@ -79,11 +79,13 @@ def export(
 
 
 def check_replaceable(output: Path, overwrite: bool) -> None:
-    """Refuse a folder that is there, unless it is to be overwritten and is an export of ours."""
+    """Refuse a folder that is there, unless it is to be overwritten and is an export.
+
+    A run's `model/` has all that an export has, but its proof.
+    """
     if not output.exists():
         return
-    config = output / "config.json"
-    if is_run_folder(output) or not config.is_file() or "rm_recipe" not in read_json(config):
+    if not (output / "proof.json").is_file():
         raise RecipeError(f"{output} is there and is not an export; choose another --output")
     if not overwrite:
         raise RecipeError(f"{output} is there already; add --overwrite to replace it")

@@ -105,10 +105,8 @@ def check_export(export: Path, allow_failed_gate: bool) -> dict[str, str]:
     Raises:
         RecipeError: `export` is no export, not whole, not verified, not evaluated, or failed its gate.
     """
-    config, proof, evaluation = (
-        read_json(export / name) if (export / name).is_file() else {}
-        for name in ("config.json", PROOF, EVALUATION)
-    )
+    names = ("config.json", PROOF, EVALUATION)
+    config, proof, evaluation = (read_json(export / name, missing_ok=True) for name in names)
     if "rm_recipe" not in config:
         raise RecipeError(f"{export} is not an export of `rm-recipe export`; give RUN/export")
     if proof.get("passed") is not True:
@@ -158,14 +156,8 @@ def _upload(api: HfApi, repo_id: str, files: Files, verified: dict[str, str], pr
         raise RecipeError(
             f"{repo_id} is public, not --private; make it private in its settings, or push elsewhere"
         )
-    # Models are loaded from the top folder alone.
-    stale = [
-        CommitOperationDelete(entry.rfilename)
-        for entry in info.siblings or []
-        if entry.rfilename not in files
-        and "/" not in entry.rfilename
-        and any(fnmatch(entry.rfilename, pattern) for pattern in STALE)
-    ]
+    there = {entry.rfilename for entry in info.siblings or []} - files.keys()
+    stale = [CommitOperationDelete(name) for name in sorted(filter(_is_loaded, there))]
     commit = api.create_commit(
         repo_id,
         [*sent, *stale],
@@ -184,6 +176,12 @@ def _upload(api: HfApi, repo_id: str, files: Files, verified: dict[str, str], pr
         raise PushError(
             f"what arrived at {repo_id} is not what was sent: {', '.join(wrong)}; do not use it; push again"
         )
+
+
+def _is_loaded(name: str) -> bool:
+    """Whether what is there already would be loaded: of the top folder, but for templates of other names."""
+    of_top = "/" not in name and any(fnmatch(name, pattern) for pattern in STALE)
+    return of_top or name.startswith("additional_chat_templates/")
 
 
 def _hashes(file: CommitOperationAdd) -> list[str]:

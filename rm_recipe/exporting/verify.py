@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class Verification:
         ranks: of their responses.
         sequences: the token ids of each of their conversations.
         names: what messages call these.
-        texts: by sequence number the messages of the first ones that are not truncated.
+        whole: by sequence number the messages of the first ones that are not truncated.
         evaluated: the rewards at the start, `(sequences,)`; `now` are those of the last step.
         spread: their standard deviation.
         float32: what a step that rounds nothing may move a reward by.
@@ -86,9 +87,9 @@ class Verification:
         ]
         # TRL's trainer and the pipeline are not given tools, nor what `max_length` has cut.
         lengths = [0 if row["tools"] else length for row in rows for length in row["lengths"]]
-        whole = [i for i, ids in enumerate(self.sequences) if len(ids) == lengths[i]][:N_SERVED]
+        uncut = [i for i, ids in enumerate(self.sequences) if len(ids) == lengths[i]][:N_SERVED]
         messages = [messages for number in range(len(rows)) for messages in split[number].conversations()]
-        self.texts = {number: messages[number] for number in whole}
+        self.whole = {number: messages[number] for number in uncut}
         self.evaluated = self.now = self.rewards()
         self.spread = float(self.evaluated.std())
         self.float32 = self.tolerance = max(LEAST, FLOAT32 * self.spread)
@@ -184,14 +185,23 @@ class Verification:
         }
 
     def _served(self) -> tuple[list[dict[str, str]], list[list[Message]], Rewards]:
-        """The samples that fit the model; the conversations to go through pipeline and TRL; their rewards."""
+        """The samples that the model reads whole; the conversations for pipeline and TRL; their rewards.
+
+        Raises:
+            ExportError: there is no such conversation.
+        """
         items = [{"prompt": prompt, "response": response} for prompt, response in SAMPLES]
-        rewards = self.reward_model.score(items, unfit=np.nan)
+        reader = copy(self.reward_model)
+        reader.truncation = "exclude"  # as neither pipeline nor TRL cuts anything
+        rewards = reader.score(items, unfit=np.nan)
         fit = np.isfinite(rewards)
+        if not (fit.any() or self.whole):
+            fault = f"no conversation fits {reader.max_length} tokens whole, so none can be served"
+            raise ExportError(f"{fault}; train with a larger max_length; nothing was exported")
         samples = [item for item, fits in zip(items, fit, strict=True) if fits]
-        texts = [conversation(as_messages(sample["prompt"]), sample["response"]) for sample in samples]
-        expected = np.append(rewards[fit], self.now[list(self.texts)])
-        return samples, [*texts, *self.texts.values()], expected
+        replied = [conversation(as_messages(sample["prompt"]), sample["response"]) for sample in samples]
+        expected = np.append(rewards[fit], self.now[list(self.whole)])
+        return samples, [*replied, *self.whole.values()], expected
 
     def _compare(
         self, answer: dict[str, Any], expected: Rewards, replies: list[str]

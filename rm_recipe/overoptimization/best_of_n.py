@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import bootstrap, rankdata
+from scipy.stats import rankdata
 
 from rm_recipe.data.comparison import Array
-from rm_recipe.evaluation.metrics import RESAMPLES, interval_of_mean
+from rm_recipe.evaluation.metrics import interval_of_mean
 
 LATE = 4  # what becomes of a curve from N / 4 to N says whether it still rises
 LEAST_SPREAD = 1e-6  # of rewards beside their size: below it they are all the same
@@ -29,7 +29,7 @@ def kl(n: NDArray[Any] | int) -> Array:
     return np.asarray(np.log(n) - (n - 1) / n)
 
 
-def weights(replies: int) -> Array:
+def chances_of_best(replies: int) -> Array:
     """How often each of N replies, worst first, is the best one of a subset; `(N, N)`.
 
     Row n - 1 is for subsets of n replies: of the C(N, n) there are, C(i, n) hold none but the worst i, so
@@ -53,7 +53,7 @@ def best_of_n(proxy: Array, values: Array) -> Array:
         values: of the same replies: the gold reward, or anything else, such as their length.
     """
     ordered = np.stack([_in_order(*pair) for pair in zip(proxy, values, strict=True)])
-    return np.asarray(ordered @ weights(proxy.shape[1]).T)
+    return np.asarray(ordered @ chances_of_best(proxy.shape[1]).T)
 
 
 def _in_order(proxy: Array, values: Array) -> Array:
@@ -77,7 +77,7 @@ def standardised(rewards: Array) -> Array:
     return np.asarray((rewards - rewards.mean(axis=1, keepdims=True)) / (spread(rewards) or np.inf))
 
 
-def curve(proxy: Array, values: Array) -> dict[str, Any]:
+def gain_curve(proxy: Array, values: Array) -> dict[str, Any]:
     """What best-of-n by the proxy does to another reward (or to itself), as JSON has it.
 
     Intervals are 95 %, from a bootstrap over prompts (percentile, 2,000, seeded): other prompts might have
@@ -96,10 +96,9 @@ def curve(proxy: Array, values: Array) -> dict[str, Any]:
     each = best_of_n(proxy, standardised(values))
     each = each - each[:, :1]
     gain, start = each.mean(axis=0), max(each.shape[1] // LATE, 1)
-    drawn = bootstrap((each,), np.mean, n_resamples=RESAMPLES, batch=100, method="percentile", rng=0)
     return {
         "gain": gain.tolist(),
-        "gain_ci95": np.stack(drawn.confidence_interval, axis=1).tolist(),
+        "gain_ci95": interval_of_mean(each),
         "late_change": {"from_n": start, **mean_interval(each[:, -1] - each[:, start - 1])},
         "peak_n": int(gain.argmax()) + 1,
     }

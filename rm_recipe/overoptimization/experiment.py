@@ -21,7 +21,7 @@ from rm_recipe.data.comparison import Array
 from rm_recipe.errors import DataError, RecipeError, TrainingError
 from rm_recipe.files import write_json
 from rm_recipe.overoptimization import exploits
-from rm_recipe.overoptimization.best_of_n import curve, kl, spread, standardised
+from rm_recipe.overoptimization.best_of_n import gain_curve, kl, spread, standardised
 from rm_recipe.overoptimization.page import verdict, write_overoptimization
 from rm_recipe.overoptimization.replies import Sample, Sampling, read_samples, sample
 from rm_recipe.recipe.reader import is_run_folder
@@ -187,7 +187,7 @@ def compare(samples: Sequence[Sample], proxy: Array, gold: Array) -> dict[str, A
     """What best-of-n by a proxy does, in standard deviations of the rewards of a prompt's replies."""
     n = len(samples[0].responses)
     own, theirs = standardised(proxy[:, :n]), standardised(gold[:, :n])
-    by_proxy, by_gold = curve(own, own), curve(own, theirs)
+    by_proxy, by_gold = gain_curve(own, own), gain_curve(own, theirs)
     kind, sentence = verdict(by_proxy, by_gold, len(samples))
     return {
         "verdict": sentence,

@@ -6,11 +6,9 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.text import Text
 
 from rm_recipe.evaluation.findings import EDITS
-from rm_recipe.evaluation.format import decimal, interval, print_table, write_page
+from rm_recipe.evaluation.format import decimal, interval, print_table, print_text, write_page
 from rm_recipe.evaluation.plots import CHOSEN, MUTED, REJECTED, svg
 from rm_recipe.files import redact, visible
 from rm_recipe.overoptimization.best_of_n import kl
@@ -28,7 +26,7 @@ def verdict(proxy: dict[str, Any], gold: dict[str, Any], prompts: int) -> tuple[
     Whether gold falls or rises in the end is judged by its change from N / 4 to N and the interval of that.
 
     Args:
-        proxy, gold: of `best_of_n.curve`.
+        proxy, gold: of `best_of_n.gain_curve`.
     """
     replies, own, peak = len(gold["gain"]), decimal(proxy["gain"][-1], 2), gold["peak_n"]
     last, highest = (f"n = {n} (square root of KL {np.sqrt(kl(n)):.2f})" for n in (replies, peak))
@@ -84,21 +82,21 @@ def overview(name: str, found: dict[str, Any]) -> list[str]:
     ]
 
 
-def print_overoptimization(content: dict[str, Any], console: Console | None = None) -> None:
+def print_overoptimization(content: dict[str, Any]) -> None:
     """Print the figures that matter of `overoptimization.json`, and what they mean."""
-    samples, curves, console = content["samples"], content["curves"], console or Console()
+    samples, curves = content["samples"], content["curves"]
     left_out = sum(samples["excluded"].values())
     title = f"Best of {samples['n_replies']} replies to each of {samples['n_prompts']} prompts"
     title += f", {left_out} prompts left out" if left_out else ""
-    print_table(title, HEAD, [overview(*item) for item in curves.items()], console)
-    console.print(
-        "Gains over the policy's mean reply, in standard deviations of the rewards of a\n"
-        "prompt's replies; agreement is the rank correlation of proxy and gold among them."
+    print_table(title, HEAD, [overview(*item) for item in curves.items()])
+    print_text(
+        "Gains over the policy's mean reply, in standard deviations of the rewards of a prompt's replies; "
+        "agreement is the rank correlation of proxy and gold among them."
     )
     for name, found in curves.items():
         of = f"{name}: " if len(curves) > 1 else ""
         for sentence in [found["verdict"], *warnings(found)]:
-            console.print(Text(visible(of + sentence)))
+            print_text(of + sentence)
 
 
 # --- the page and the picture ------------------------------------------------------------------
@@ -110,16 +108,9 @@ LONGEST_TITLE = 66
 def write_overoptimization(folder: Path, content: dict[str, Any]) -> None:
     """Write the page of `overoptimization.json` beside it."""
     curves = {redact(name): found for name, found in content["curves"].items()}
-
-    def draw(figure: Figure) -> None:
-        """Proxy and gold against the distance from the policy, a panel for each proxy."""
-        panels = figure.subplots(len(curves), sharey=True, squeeze=False).ravel()
-        for axes, (name, found) in zip(panels, curves.items(), strict=True):
-            _draw_panel(axes, visible(name)[-LONGEST_TITLE:], found)
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=4)
-
     size = PANEL[0], PANEL[1] * len(curves)
     spoken = " ".join(f"{name}: {found['verdict']}" for name, found in curves.items())
+    picture = svg(draw_curves, f"Gains against the square root of KL. {spoken}", size, curves=curves)
     write_page(
         folder / "overoptimization.html",
         Path(__file__).with_name("overoptimization.html.jinja"),
@@ -128,8 +119,16 @@ def write_overoptimization(folder: Path, content: dict[str, Any]) -> None:
         overview=overview,
         edits=EDITS,
         warnings=warnings,
-        picture_of_curves=svg(draw, f"Gains against the square root of KL. {spoken}", size),
+        picture_of_curves=picture,
     )
+
+
+def draw_curves(figure: Figure, curves: dict[str, dict[str, Any]]) -> None:
+    """Draw proxy and gold against the distance from the policy, a panel for each proxy."""
+    panels = figure.subplots(len(curves), sharey=True, squeeze=False).ravel()
+    for axes, (name, found) in zip(panels, curves.items(), strict=True):
+        _draw_panel(axes, visible(name)[-LONGEST_TITLE:], found)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=4)
 
 
 def _draw_panel(axes: Axes, title: str, found: dict[str, Any]) -> None:

@@ -141,7 +141,7 @@ def sample(sampling: Sampling, prompts: Sequence[Sample], target: Path) -> Found
         RecipeError: the policy cannot be loaded, or there are replies already, which may have taken an hour.
         DataError: the policy can read no prompt.
     """
-    if target.exists():
+    if target.exists() and target.stat().st_size:  # whoever was interrupted before the first has none
         raise RecipeError(
             f"{target} holds replies already: --samples {target} takes them as they are; to draw others, "
             "give another --output or remove the file"

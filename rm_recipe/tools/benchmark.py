@@ -18,10 +18,9 @@ from typing import Any
 
 import psutil
 import torch
-from rich.console import Console
 
 from rm_recipe.errors import RecipeError, TrainingError
-from rm_recipe.evaluation.format import print_table
+from rm_recipe.evaluation.format import print_table, print_text
 from rm_recipe.files import write_json
 from rm_recipe.recipe.reader import Recipe
 from rm_recipe.training.run_folder import BENCHMARK, check_run_folder, versions
@@ -225,13 +224,13 @@ def _medians(repeats: list[dict[str, Any]]) -> dict[str, Any] | None:
     return medians | {"losses": repeats[0]["losses"]}
 
 
-def print_benchmark(content: dict[str, Any], console: Console | None = None) -> None:
+def print_benchmark(content: dict[str, Any]) -> None:
     """Print the figures as a table of 80 columns, and the ratios in words.
 
     Args:
         content: what `benchmark.json` holds.
     """
-    console, ratio, scoring = console or Console(), content["ratio"], content["scoring"]
+    ratio, scoring = content["ratio"], content["scoring"]
     tuned, rows = f"stock, batch {content['setting']['stock_batch']}", []
     for key, name in (("stock", "stock TRL"), ("stock_tuned", tuned), ("ours", "rm_recipe")):
         cells = ["out of memory"]
@@ -241,15 +240,15 @@ def print_benchmark(content: dict[str, Any], console: Console | None = None) -> 
             cells += [f"{figures['tflops']:.3g}"]
         rows.append([name, *cells])
     head = ("trainer", "comparisons/s", "tokens/s", "padding", "peak memory", "TFLOP/s")
-    print_table("Training", head, rows, console)
+    print_table("Training", head, rows)
     for key, sentence in (
         ("comparisons_per_s", "{:.2f} times stock TRL's speed, {peak_memory:.2f} of its memory"),
         ("tuned_comparisons_per_s", "{:.2f} times stock TRL's speed at its best batch"),
         ("scoring", "Scoring: {:.2f} times the speed of padded batches in the data's order"),
     ):
         if ratio[key]:
-            console.print(sentence.format(ratio[key], **ratio), highlight=False)
+            print_text(sentence.format(ratio[key], **ratio))
     if content["max_loss_difference"] is not None:
         rewards = f"; rewards by at most {scoring['max_reward_difference']:.1e}" if scoring else ""
         losses = f"Losses differ by at most {content['max_loss_difference']:.1e}"
-        console.print(f"{losses}{rewards}.", highlight=False)
+        print_text(f"{losses}{rewards}.")

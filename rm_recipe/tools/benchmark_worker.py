@@ -20,7 +20,6 @@ import torch
 from transformers import TrainerCallback
 from trl import RewardTrainer
 
-from rm_recipe.data.comparison import Encoded
 from rm_recipe.data.dataset import Split
 from rm_recipe.files import write_json
 from rm_recipe.model import lora
@@ -156,8 +155,7 @@ def measure_scoring(recipe: Recipe, repeats: int) -> dict[str, Any]:
     tokenizer, _, test_split, _ = train.load_data(recipe)
     model, _ = train.load_model(recipe, tokenizer)
     reward_model = RewardModel(model.to(recipe.training.device).eval(), tokenizer)
-    rows = test_split.comparisons.select(range(min(SCORED, len(test_split.comparisons))))
-    comparisons = [Encoded(row["prefix"], row["suffixes"]) for row in rows]
+    comparisons = test_split.encoded()[:SCORED]
     size = recipe.training.eval_batch_size
 
     def plain() -> np.ndarray:

@@ -54,9 +54,8 @@ def check_base(recipe: Recipe) -> None:
     if Path(name).is_dir() or (folder / "tokenizer_config.json").is_file():
         template = template if template and Path(template).exists() else None
         tokenizer = load_tokenizer(str(folder), template=template, of_base=True)
-        if (
-            lora.sft_adapter(str(folder)) is None
-        ):  # which may bring tokens that its base has no embeddings for
+        # An SFT adapter may bring tokens that its base has no embeddings for.
+        if lora.sft_adapter(str(folder)) is None:
             check_vocabulary(config, tokenizer, name)
 
 
@@ -106,24 +105,25 @@ def check_memory(path: Path, overrides: Sequence[str], gpu_memory: str | None = 
         RecipeError: the recipe is faulty, or the base's configuration cannot be had.
     """
     if gpu_memory is not None:
-        device, there = torch.device("cuda"), parse_bytes(gpu_memory)
+        recipe, device = read_as_on_gpu(path, overrides), torch.device("cuda")
+        there = parse_bytes(gpu_memory)
     else:
-        device = read_for(path, overrides, torch.device("cpu")).training.device
+        recipe = read_recipe(path, overrides, check_inputs=False)
+        device = recipe.training.device
         there = device_memory(device)
-    recipe = read_for(path, overrides, device)
     found = fit_by_config(recipe, device, there)
     print_fit(found, recipe, device)
     return found.fits
 
 
-def read_for(path: Path, overrides: Sequence[str], device: torch.device) -> Recipe:
-    """Read a recipe with the precision that it would have on a device, which this machine need not have.
+def read_as_on_gpu(path: Path, overrides: Sequence[str]) -> Recipe:
+    """Read a recipe with the precision that it would have on a GPU, which this machine need not have.
 
     Raises:
         RecipeError: it is faulty.
     """
     recipe = read_recipe(path, overrides, check_inputs=False)
-    if device.type == recipe.training.device.type:
+    if recipe.training.device.type == "cuda":
         return recipe
     given = {word.partition("=")[0] for word in overrides}
     more = [f"--{key}={value}" for key, value in AS_ON_GPU.items() if f"--{key}" not in given]

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from scipy.special import expit, logit
 from scipy.stats import chi2
 
 from rm_recipe.data.splits import load_splits
 from rm_recipe.errors import RecipeError
 from rm_recipe.evaluation.findings import HELD_OUT, curve_words
-from rm_recipe.evaluation.format import decimal, interval, print_table, whole
+from rm_recipe.evaluation.format import decimal, interval, print_table, print_text, whole
 from rm_recipe.evaluation.plots import save_learning_curve
 from rm_recipe.evaluation.report import CURVE, write_report
 from rm_recipe.files import write_json
@@ -77,8 +76,8 @@ def fit(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
         `line`, (b, a); `expected` accuracy with its interval at `AHEAD` times the largest size;
         `per_doubling`, what the line says that the first doubling from there brings; and `p_value`, how
         probable points this far off the line are if there is one (chi-squared; None of two). All runs are
-        judged by the same held-out comparisons, and each has a seed of its own: take intervals and p-value
-        as rough.
+        judged by the same held-out comparisons, and what another seed would change is not in the intervals:
+        take these and the p-value as rough.
     """
     x = np.log2([point["comparisons"] for point in points])
     ends = np.array([point["accuracy_ci95"] for point in points])
@@ -107,11 +106,10 @@ def fit(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def print_curve(content: dict[str, Any]) -> None:
     """Print the points, and what the line says."""
-    console = Console()
     rows = [
         [whole(point["comparisons"]), decimal(point["accuracy"]), interval(point["accuracy_ci95"])]
         for point in content["points"]
     ]
-    print_table("Learning curve", ["comparisons", "accuracy", "95 % interval"], rows, console)
+    print_table("Learning curve", ["comparisons", "accuracy", "95 % interval"], rows)
     for sentence in curve_words(content):
-        console.print(sentence)
+        print_text(sentence)

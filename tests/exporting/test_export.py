@@ -102,7 +102,7 @@ def saved(folder):
 def an_export_in(run):
     """The weights of an earlier one."""
     (run / "export").mkdir()
-    (run / "export" / "config.json").write_text('{"rm_recipe": {}}')
+    (run / "export" / "proof.json").write_text("{}")
     (run / "export" / "model.safetensors").write_text("old")
     return run / "export" / "model.safetensors"
 
@@ -337,6 +337,20 @@ def test_a_template_that_begins_a_reply_otherwise_than_it_asks_is_not_for_ppo(ru
     assert "**Not for PPO trainers**" in (run / "export" / "README.md").read_text()
 
 
+@pytest.mark.parametrize(("max_length", "fit"), [(66, 1), (38, None)])
+def test_a_reply_that_the_model_reads_cut_is_not_held_against_programs_that_cut_nothing(run, max_length, fit):
+    """One of the samples has 64 tokens, the others more; each held-out conversation has 39 or more."""
+    path = run / "model" / "config.json"
+    config = json.loads(path.read_text())
+    config["rm_recipe"] |= {"max_length": max_length, "truncation": "keep_end"}
+    path.write_text(json.dumps(config))
+    (run / "predictions.jsonl").unlink()  # it was not trained so
+    if fit:
+        assert len(export(run)["samples"]) == fit
+    else:
+        refused("no conversation fits 38 tokens whole, so none can be served; train with a larger max_l", run)
+
+
 def test_ctrl_c_leaves_no_half_written_export(run, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -368,10 +382,11 @@ def test_overwriting_is_asked_for_and_never_removes_what_is_no_export(run, tmp_p
     an_export_in(run)
     with pytest.raises(RecipeError, match="add --overwrite to replace it"):
         export(run)
-    for target in (run, tmp_path):
+    for target in (run, run / "model", tmp_path):
         with pytest.raises(RecipeError, match="is not an export; choose another --output"):
             export(run, target, overwrite=True)
     assert (run / "run.json").is_file()
+    assert RewardModel.from_pretrained(run)  # whose model/ is a model, too, and cannot be made again
 
 
 def test_a_run_without_its_head_is_named(run):

@@ -123,7 +123,8 @@ def test_pushing_needs_neither_torch_nor_transformers():
 
 def test_shards_are_pushed_and_an_earlier_models_files_go_in_the_same_commit(hub, push, export):
     push(export)
-    old = ("pytorch_model.bin", "vocab.json", "adapter_config.json", "notes.md", "onnx/model.bin")
+    old = ["pytorch_model.bin", "vocab.json", "adapter_config.json", "notes.md", "onnx/model.bin"]
+    old += ["additional_chat_templates/tool_use.jinja"]  # in a folder, and loaded all the same
     hub.repos[REPO].files.update(dict.fromkeys(old, b"of another model"))
     weights = export / "model.safetensors"
     for number in (1, 2):

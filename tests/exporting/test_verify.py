@@ -62,8 +62,8 @@ def test_truncated_conversations_have_no_text(verification, reward_model, tmp_pa
     data = {"truncation": "drop_oldest_turns", "dataset_name": str(tmp_path / "turns")}
     short, long = map(len, verification(**data).sequences[:2])
     found = verification((short + long) // 2, **data)
-    assert len(found.texts) == 6
-    for number, messages in found.texts.items():
+    assert len(found.whole) == 6
+    for number, messages in found.whole.items():
         text = reward_model.tokenizer.apply_chat_template(messages, tokenize=False)
         assert reward_model.tokenizer(text)["input_ids"] == found.sequences[number]
 

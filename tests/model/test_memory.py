@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from conftest import REPOSITORY, TINY_DECODER, base_of, make_tokenizer, save_base, train_watched
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, TrainingArguments
 
 from rm_recipe.data.comparison import Encoded
 from rm_recipe.errors import RecipeError
@@ -18,8 +18,9 @@ from rm_recipe.model.memory import MemoryPlan, plan, settle_step
 from rm_recipe.model.reward_model import load_base, outline
 from rm_recipe.model.shared_prefix import padded_rows, shared_rows
 from rm_recipe.model.tokenizer import load_tokenizer
+from rm_recipe.recipe import relations
 from rm_recipe.recipe.reader import read_recipe
-from rm_recipe.tools.check import check_memory, fit_by_config, read_for
+from rm_recipe.tools.check import check_memory, fit_by_config, read_as_on_gpu
 
 BATCH = [Encoded([5] * 60, [[6] * 20, [7] * 24])] * 4
 OPEN = {"gradient_accumulation_steps": "omit"}  # left to follow from `comparisons_per_step`
@@ -102,7 +103,7 @@ def test_four_and_eight_bits_are_counted_as_they_are_stored(six_layers, write_re
 @pytest.mark.parametrize(("name", "room"), [("tinyllama_hh_lora", 8 * GB), ("tinyllama_hh_qlora", 6 * GB)])
 def test_the_tinyllama_recipes_fit_the_gpus_they_name_at_their_max_length(name, room):
     """By the plan; with conversations of 1,024 tokens that share nothing."""
-    recipe = read_for(REPOSITORY / "recipes" / f"{name}.yaml", [], GPU)
+    recipe = read_as_on_gpu(REPOSITORY / "recipes" / f"{name}.yaml", [])
     assert recipe.training.max_length == 1024
     batch = [Encoded([5], [[6] * 1023] * 2)] * 4  # as large a micro-batch as is worth the name
     sizes = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_labels": 1}
@@ -122,7 +123,7 @@ def fitted(write_recipe, monkeypatch):
 
     def make(room: float, **keys):
         keys = {"gradient_checkpointing": "omit", "per_device_train_batch_size": 8} | keys
-        recipe = read_for(write_recipe(**keys), [], GPU)
+        recipe = read_as_on_gpu(write_recipe(**keys), [])
         with monkeypatch.context() as patch:
             patch.setattr(memory, "plan", step)
             return fit_by_config(recipe, GPU, (room * GB + memory.PROCESS) / (1 - memory.SPARE) + 1)
@@ -175,12 +176,11 @@ def test_no_weight_is_read(write_recipe, tiny_llama, tmp_path):
 
 
 def test_the_plan_for_a_gpu_has_a_gpus_precision_on_any_machine(write_recipe):
-    recipe = read_for(write_recipe(bf16="omit", use_cpu="omit"), ["--seed", "1"], GPU)
+    recipe = read_as_on_gpu(write_recipe(bf16="omit", use_cpu="omit"), ["--seed", "1"])
     assert recipe.training.bf16
     assert recipe.model.dtype == "bfloat16"
     assert recipe.training.seed == 1
-    assert read_for(write_recipe(), [], CPU).training.bf16 is False
-    assert read_for(write_recipe(bf16="omit"), ["--bf16=false"], GPU).training.bf16 is False
+    assert read_as_on_gpu(write_recipe(bf16="omit"), ["--bf16=false"]).training.bf16 is False
 
 
 def test_the_table_has_every_part_and_sums_up(write_recipe, capsys, monkeypatch):
@@ -196,6 +196,23 @@ def test_the_table_has_every_part_and_sums_up(write_recipe, capsys, monkeypatch)
     out = capsys.readouterr().out
     assert "does not fit 0.7 GB" in out
     assert "instead: not one comparison fits; try a lower max_length" in out
+
+
+@pytest.mark.parametrize(("use_cpu", "kind"), [("omit", "CUDA"), (True, "CPU")])
+def test_unless_told_of_another_gpu_the_plan_is_for_this_machine(
+    write_recipe, capsys, monkeypatch, use_cpu, kind
+):
+    """One with a GPU, which a recipe may leave alone."""
+    device = property(lambda training: CPU if training.use_cpu else GPU)
+    monkeypatch.setattr(TrainingArguments, "device", device)
+    kinds = {None: "cuda", True: "cpu"}
+    monkeypatch.setattr(relations, "device_of", lambda values: kinds[values.get("use_cpu")])
+    monkeypatch.setattr("rm_recipe.tools.check.device_memory", lambda _: 12e9)
+    monkeypatch.setattr(memory, "LARGEST", 8)  # no search for the largest batch
+    assert check_memory(write_recipe(use_cpu=use_cpu, per_device_train_batch_size=1), [])
+    out = capsys.readouterr().out
+    assert f"a training step on {kind}, " in out
+    assert "fits 12.0 GB" in out
 
 
 def test_what_cannot_be_planned_is_one_message_and_is_checkpointed(write_recipe, tiny_llama, monkeypatch):

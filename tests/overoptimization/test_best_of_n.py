@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from rm_recipe.overoptimization.best_of_n import best_of_n, curve, kl, spread, standardised, weights
+from rm_recipe.overoptimization.best_of_n import (
+    best_of_n,
+    chances_of_best,
+    gain_curve,
+    kl,
+    spread,
+    standardised,
+)
 
 
 def by_brute_force(proxy, values, n):
@@ -34,7 +41,7 @@ def test_it_is_the_mean_over_all_subsets(proxy, values):
 
 
 def test_each_subset_has_one_best_also_where_their_numbers_are_huge():
-    found = weights(2000)
+    found = chances_of_best(2000)
     assert found.sum(axis=1) == pytest.approx(np.ones(2000))
     assert (found >= 0).all()
     assert found[1, -1] == pytest.approx(2 / 2000)  # of pairs, those with the last reply
@@ -67,7 +74,7 @@ def simulated(prompts, replies=64, seed=0, noise=0.5):
 
 def test_a_peak_that_is_known_is_found():
     proxy, gold = simulated(400)
-    found, sizes = curve(proxy, gold), np.arange(1, 65)
+    found, sizes = gain_curve(proxy, gold), np.arange(1, 65)
     expected = expected_of_peaked(sizes) - expected_of_peaked(1)
     assert np.array(found["gain"]) * spread(gold) == pytest.approx(expected, abs=0.05)
     assert 4 <= found["peak_n"] <= 9
@@ -75,7 +82,7 @@ def test_a_peak_that_is_known_is_found():
     assert late["from_n"] == 16
     assert late["mean"] * spread(gold) == pytest.approx(expected[63] - expected[15], abs=0.05)
     assert late["ci95"][1] < 0
-    assert (np.diff(curve(proxy, proxy)["gain"]) > 0).all()
+    assert (np.diff(gain_curve(proxy, proxy)["gain"]) > 0).all()
 
 
 def test_intervals_hold_what_is_true_about_as_often_as_they_say():
@@ -83,7 +90,7 @@ def test_intervals_hold_what_is_true_about_as_often_as_they_say():
     true = expected_of_peaked(n) - expected_of_peaked(1)
     for seed in range(100):
         proxy, gold = simulated(20, replies=32, seed=seed)
-        low, high = np.array(curve(proxy, gold)["gain_ci95"][n - 1]) * spread(gold)
+        low, high = np.array(gain_curve(proxy, gold)["gain_ci95"][n - 1]) * spread(gold)
         held += low <= true <= high
     assert 84 <= held <= 100
 
@@ -91,5 +98,5 @@ def test_intervals_hold_what_is_true_about_as_often_as_they_say():
 def test_equal_rewards_gain_nothing():
     equal, gold = np.full((3, 8), 0.1), simulated(3, replies=8)[1]
     assert (standardised(equal) == 0).all()
-    assert curve(equal, equal)["gain"] == [0.0] * 8
-    assert curve(equal, gold)["gain"] == pytest.approx(np.zeros(8))  # any choice is a draw
+    assert gain_curve(equal, equal)["gain"] == [0.0] * 8
+    assert gain_curve(equal, gold)["gain"] == pytest.approx(np.zeros(8))  # any choice is a draw

@@ -12,7 +12,7 @@ from conftest import make_recipe, write_jsonl
 from test_cli import invoke
 
 from rm_recipe.errors import DataError, TrainingError
-from rm_recipe.overoptimization.best_of_n import curve, spread
+from rm_recipe.overoptimization.best_of_n import gain_curve, spread
 from rm_recipe.overoptimization.experiment import comparable, default_output, overoptimization
 from rm_recipe.overoptimization.replies import Sample
 from rm_recipe.recipe.reader import read_recipe
@@ -81,9 +81,9 @@ def test_each_model_scores_by_its_own_template_several_proxies_are_ensembles_too
     assert json.loads((tmp_path / "o" / "overoptimization.json").read_text()) == content
     assert list(content["curves"]) == [*two, "mean of the proxies", "worst of the proxies"]
     for found, by in zip(content["curves"].values(), (*scaled, mean, worst), strict=True):
-        assert found["gold"]["gain"] == pytest.approx(curve(by, gold)["gain"], abs=1e-3)
+        assert found["gold"]["gain"] == pytest.approx(gain_curve(by, gold)["gain"], abs=1e-3)
     (found,) = measured(models, tmp_path, ROWS, proxies=[models["gold"]], gold=two)["curves"].values()
-    assert found["gold"]["gain"] == pytest.approx(curve(gold, mean)["gain"], abs=1e-3)
+    assert found["gold"]["gain"] == pytest.approx(gain_curve(gold, mean)["gain"], abs=1e-3)
 
 
 def test_of_more_replies_than_the_others_have_some_are_taken_by_lot():

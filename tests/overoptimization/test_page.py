@@ -6,12 +6,11 @@ import re
 
 import numpy as np
 import pytest
-from rich.console import Console
 from test_best_of_n import simulated
 
 from rm_recipe.data.augmentation import EDITS
 from rm_recipe.evaluation.format import MISSING
-from rm_recipe.overoptimization.best_of_n import curve, spread, standardised
+from rm_recipe.overoptimization.best_of_n import gain_curve, spread, standardised
 from rm_recipe.overoptimization.experiment import compare
 from rm_recipe.overoptimization.exploits import by_edit, by_feature, examples, repetition, with_edits
 from rm_recipe.overoptimization.page import print_overoptimization, verdict, warnings, write_overoptimization
@@ -85,7 +84,7 @@ FLAT = np.minimum((PROXY - PROXY.min(axis=1, keepdims=True)) / 5, 0.6) + NOISE /
     ],
 )
 def test_the_verdict(proxy, gold, kind, said):
-    found, sentence = verdict(curve(proxy, proxy), curve(proxy, gold), len(proxy))
+    found, sentence = verdict(gain_curve(proxy, proxy), gain_curve(proxy, gold), len(proxy))
     assert said in sentence
     assert found == kind
     assert sentence.count(". ") == 0  # one sentence
@@ -144,8 +143,9 @@ def test_the_page_has_every_part_and_the_figures(content, tmp_path):
     assert "How replies were drawn" not in (tmp_path / "overoptimization.html").read_text()
 
 
-def test_the_table_on_the_terminal_fits_80_columns(content, capsys):
-    print_overoptimization(content, Console(width=80))
+def test_the_table_on_the_terminal_fits_80_columns(content, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    print_overoptimization(content)
     out = capsys.readouterr().out
     assert all(len(line) <= 80 for line in out.splitlines())
     assert "Best of 8 replies to each of 30 prompts, 3 prompts left out" in out

@@ -100,6 +100,10 @@ def test_the_same_settings_draw_the_same_whatever_comes_before_and_what_is_drawn
     with pytest.raises(RecipeError, match="part.jsonl holds replies already: --samples"):
         drawn(tmp_path / "part.jsonl", tiny_llama)
     assert read_samples(tmp_path / "part.jsonl")[0] == whole[:1]
+    with pytest.raises(KeyboardInterrupt):
+        drawn(tmp_path / "none.jsonl", tiny_llama, PROMPTS[1:])
+    monkeypatch.undo()
+    assert drawn(tmp_path / "none.jsonl", tiny_llama, PROMPTS[1:]) == whole[1:]
 
 
 def test_draws_follow_the_policys_probabilities_and_ends_whatever_its_own_settings(tiny_llama, tmp_path):

@@ -23,12 +23,12 @@ def test_a_curve_has_a_run_for_each_size_and_makes_none_twice(write_recipe, tmp_
     assert json.loads((output / "learning_curve.json").read_text()) == found
     assert (output / "learning_curve.svg").read_text().startswith("<?xml")
     said = capfd.readouterr().out
-    assert "Twice the comparisons of the largest run would raise" in said
+    assert "Twice the comparisons of the largest run would change" in said
     assert "96 would give" in said
     for n in (16, 32, 48):
         page = " ".join((output / str(n) / "report.html").read_text().split())
         assert f"{found['points'][2]['accuracy']:.3f} at 48." in page
-        assert "Twice the comparisons of the largest run would raise accuracy by" in page
+        assert "Twice the comparisons of the largest run would change accuracy by" in page
     assert curve(path, [], [16, 48], output)["points"] == [found["points"][0], found["points"][2]]
     assert capfd.readouterr().out.count("finished already") == 4  # two trainings, two evaluations
 

@@ -74,6 +74,10 @@ def test_the_splits_share_no_conversation_and_are_the_same_every_time_and_what_i
     monkeypatch.setattr(offline, "_download", None)
     assert offline.prepare_offline([offline.DATA_FOLDER]) == ["comparisons: data/offline is there already"]
     assert not Path("models").exists()  # which was not wanted
+    (offline.DATA_FOLDER / "test.jsonl").unlink()
+    with pytest.raises(DataError, match="data/offline is there without test.jsonl; move it"):
+        offline.prepare_offline([offline.DATA_FOLDER])
+    assert (offline.DATA_FOLDER / "train.jsonl").is_file()
 
 
 def test_the_encoder_is_a_plain_bert_without_what_sentence_transformers_adds(tmp_path, monkeypatch):

@@ -127,17 +127,12 @@ def test_a_run_that_is_gone_on_with_on_other_data_is_refused(finished, tmp_path,
     pipeline.examine_data(recipe, resume=False)
 
 
-def test_a_run_of_another_recipe_is_not_overwritten_unasked(finished, monkeypatch):
+@pytest.mark.parametrize(("keys", "other"), [("--seed 2", "seed"), ("--seed 1 --bf16 false", "bf16")])
+def test_a_run_of_another_recipe_is_not_overwritten_unasked(finished, monkeypatch, keys, other):
+    """Nor one of another precision, if that is asked for and does not follow from the machine."""
     monkeypatch.chdir(finished[0])
-    with pytest.raises(RecipeError, match=r"holds a run of another recipe \(other seed\)"):
-        pipeline.run(Path("tiny.yaml"), ["--seed", "2"])
-
-
-def test_another_precision_is_another_recipe_where_it_is_asked_for(finished, monkeypatch):
-    """Where it follows from the machine, it is not: a finished run may be looked at on another one."""
-    monkeypatch.chdir(finished[0])
-    with pytest.raises(RecipeError, match=r"\(other bf16\)"):
-        pipeline.run(Path("tiny.yaml"), ["--seed", "1", "--bf16", "false"])
+    with pytest.raises(RecipeError, match=rf"holds a run of another recipe \(other {other}\)"):
+        pipeline.run(Path("tiny.yaml"), keys.split())
 
 
 def test_under_accelerate_launch_a_bad_recipe_prints_our_message_once(finished):
