@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForSequenceClassification
+from transformers.pytorch_utils import Conv1D
 from trl import ModelConfig, RewardConfig
 from trl.trainer import disable_dropout_in_model
 
@@ -133,7 +134,7 @@ def plan(
     outline = partial(_outline, config, model, training, modules_to_save)
     step = partial(_measure_step, training, batch, shared, checkpointing)
     whole = outline()
-    weights, dequantised = _weights(whole, model)
+    weights, dequantised = _weights(whole, config, model)
     trained = [p for p in whole.parameters() if p.requires_grad]
     if lora.selects_layers(model):
         bytes_of_step: float = step(outline())
@@ -178,15 +179,17 @@ def _outline(
         return outline.train()
 
 
-def _weights(whole: Any, model: ModelConfig) -> tuple[float, float]:
+def _weights(whole: Any, config: Any, model: ModelConfig) -> tuple[float, float]:
     """Bytes of all parameters as stored, and of the largest one that is de-quantised on the way."""
     stored = sum(p.nbytes for p in whole.parameters())
-    if not (model.load_in_4bit or model.load_in_8bit):
+    comes = config.to_dict().get("quantization_config", {})
+    bits = next((n for n in (4, 8) if getattr(model, f"load_in_{n}bit") or comes.get(f"load_in_{n}bit")), 0)
+    if not bits:
         return stored, 0
-    each = FOUR_BITS if model.load_in_4bit else 1.0
-    modules = whole.base_model.modules()
-    linear = [layer for layer in modules if isinstance(layer, nn.Linear) and not head.is_head_layer(layer)]
-    quantised = [layer.weight for layer in linear if not layer.weight.requires_grad]
+    each = FOUR_BITS if bits == 4 else 1.0
+    layers = [layer for layer in whole.base_model.modules() if isinstance(layer, (nn.Linear, Conv1D))]
+    body = [layer.weight for layer in layers if not head.is_head_layer(layer)]
+    quantised = [weight for weight in body if not weight.requires_grad]
     saved = sum(weight.nbytes - weight.numel() * each for weight in quantised)
     return stored - saved, max(weight.nbytes for weight in quantised)
 

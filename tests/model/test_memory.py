@@ -85,18 +85,29 @@ def test_the_plan_is_what_a_real_step_takes(six_layers, write_recipe, keys, shar
     assert found.step == pytest.approx(step, rel=0.03)
 
 
-def test_four_and_eight_bits_are_counted_as_they_are_stored(six_layers, write_recipe):
-    def weights(**keys) -> int:
-        recipe = read_recipe(write_recipe(model_name_or_path=six_layers, dtype="bfloat16", **keys))
-        config = outline(lora.load_config(six_layers), six_layers).config
+# Of the bodies' linear layers.
+LINEAR = {"llama": 2 * (32 * 32 * 2 + 32 * 16 * 2 + 32 * 64 * 3), "gpt2": 2 * 32 * 32 * (3 + 1 + 4 + 4)}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_four_and_eight_bits_are_counted_as_they_are_stored(tiny_base, write_recipe, name):
+    """Also where a base comes in them."""
+    base = str(tiny_base(name))
+
+    def weights(comes: dict | None = None, **keys) -> int:
+        recipe = read_recipe(write_recipe(model_name_or_path=base, dtype="bfloat16", **keys))
+        config = outline(lora.load_config(base), base).config
         config.pad_token_id = 0
+        if comes:
+            config.quantization_config = comes
         return planned(config, recipe, shared=True, checkpointing=False).weights
 
     whole = weights()
-    linear = 6 * (32 * 32 * 2 + 32 * 16 * 2 + 32 * 64 * 3)
-    for bits, each in (("8", 1.0), ("4", 0.5 + 4 / 64)):
-        found = weights(**{f"load_in_{bits}bit": True})
-        assert found == pytest.approx(whole - linear * (2 - each), abs=1)
+    for bits, each in ((8, 1.0), (4, 0.5 + 4 / 64)):
+        quantised = {f"load_in_{bits}bit": True}
+        expected = whole - LINEAR[name] * (2 - each)
+        assert weights(**quantised) == pytest.approx(expected, abs=1)
+        assert weights({"quant_method": "bitsandbytes", **quantised}) == pytest.approx(expected, abs=1)
 
 
 @pytest.mark.parametrize(("name", "room"), [("tinyllama_hh_lora", 8 * GB), ("tinyllama_hh_qlora", 6 * GB)])
