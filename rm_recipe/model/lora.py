@@ -66,10 +66,10 @@ def adapter_config(name: str, revision: str = "main") -> PeftConfig | None:
         RecipeError: it cannot be read, the Hub has nothing under that name, or a file of the folder is not
             there but a Git LFS pointer to it.
     """
-    for path in filter(Path.is_file, sorted(Path(name).glob("*"))):
-        if is_lfs_pointer(path):
-            raise RecipeError(f"'{path}' {LFS_POINTER}")
     with readable(f"'model_name_or_path: {name}' cannot be loaded"):
+        for path in filter(Path.is_file, sorted(Path(name).glob("*"))):
+            if is_lfs_pointer(path):
+                raise RecipeError(f"'{path}' {LFS_POINTER}")
         found = holds(name, "adapter_config.json", revision)
         return PeftConfig.from_pretrained(name, revision=revision) if found else None
 

@@ -143,7 +143,9 @@ def _load(name: str, revision: str = "main", **kwargs: Any) -> tuple[PreTrainedM
         model, info = AutoModelForSequenceClassification.from_pretrained(name, **kwargs)
     heads = tuple(f"{head}." for head in head_names(model))
     mismatched = [key for key, *_ in info["mismatched_keys"]]
-    other = [key for key in mismatched if not key.startswith(heads)]
+    lacking = sorted([*info["missing_keys"], *mismatched])
+    # Of a body a language model has all but what reads a classifier's reward.
+    other = [key for key in lacking if not key.startswith(heads) and "pooler" not in key]
     if other:
         raise RecipeError(f"'{name}': its weights do not fit its config.json ({', '.join(other[:3])})")
     if model.device.type != "meta":  # a head was loaded in the body's precision
@@ -154,7 +156,7 @@ def _load(name: str, revision: str = "main", **kwargs: Any) -> tuple[PreTrainedM
             if key not in mismatched and value.is_floating_point()  # not quantised
         }
         model.load_state_dict(kept, strict=False, assign=True)
-    return model, sorted({key.rpartition(".")[0] for key in [*info["missing_keys"], *mismatched]})
+    return model, sorted({key.rpartition(".")[0] for key in lacking})
 
 
 @contextmanager

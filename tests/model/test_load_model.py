@@ -113,6 +113,13 @@ def test_a_model_that_cannot_be_had_or_read_is_named(tiny_llama, tmp_path, monke
         load_config("user/behind-a-proxy")
 
 
+def test_a_base_that_lacks_weights_of_its_body_is_refused_and_not_trained_with_random_ones(tiny_llama, save):
+    causal = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    causal.model.layers = causal.model.layers[:1]
+    with pytest.raises(RecipeError, match=r"do not fit its config.json \(model.layers.1.input_layernorm.w"):
+        base(save(causal))
+
+
 def test_a_model_that_there_is_no_memory_for_is_not_called_a_wrong_one(tiny_llama, monkeypatch):
     def raise_it(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.")
