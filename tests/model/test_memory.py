@@ -14,12 +14,13 @@ from rm_recipe.data.comparison import Encoded
 from rm_recipe.errors import RecipeError
 from rm_recipe.files import read_json
 from rm_recipe.model import lora, memory, row_attention
-from rm_recipe.model.memory import MemoryPlan, plan, settle_step
+from rm_recipe.model.memory import MemoryPlan, plan
 from rm_recipe.model.reward_model import load_base, outline
 from rm_recipe.model.shared_prefix import padded_rows, shared_rows
 from rm_recipe.model.tokenizer import load_tokenizer
 from rm_recipe.recipe.reader import read_recipe
 from rm_recipe.tools.check import check_memory, fit_by_config, read_for
+from rm_recipe.training.train import decide_step
 
 BATCH = [Encoded([5] * 60, [[6] * 20, [7] * 24])] * 4
 OPEN = {"gradient_accumulation_steps": "omit"}  # left to follow from `comparisons_per_step`
@@ -46,11 +47,8 @@ def really(model, recipe, shared: bool, checkpointing: bool) -> tuple[int, int, 
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     rows = shared_rows(BATCH, 0, by_block) if shared else padded_rows(BATCH, 0)
-    rows.pop("last_token_positions", None)
     if by_block:
         row_attention.announce_rows(rows["attention_mask"])
-    elif shared:
-        rows["attention_mask"] = row_attention.row_mask(rows["attention_mask"])
     live = memory._LiveBytes()
     for parameter in model.parameters():
         live.count(parameter)
@@ -176,6 +174,8 @@ def test_what_is_advised_out_of_memory_is_accepted_and_changes_no_step(write_rec
     assert after.per_device_train_batch_size * after.gradient_accumulation_steps == 12
     divided = read_recipe(path, ["--micro_batch_tokens", "900"])
     assert "take micro_batch_tokens: 450;" in memory.too_little(divided)
+    one = write_recipe(per_device_train_batch_size=1, gradient_checkpointing=True)
+    assert "take a lower max_length;" in memory.too_little(read_recipe(one))
 
 
 def test_no_weight_is_read(write_recipe, tiny_llama, tmp_path):
@@ -209,7 +209,7 @@ def test_the_table_has_every_part_and_sums_up(write_recipe, capsys, monkeypatch)
     assert "instead: not one comparison fits; try a lower max_length" in out
 
 
-def test_what_cannot_be_planned_is_one_message_and_is_checkpointed(write_recipe, tiny_llama, monkeypatch):
+def test_what_cannot_be_planned_is_one_message_and_is_checkpointed(write_recipe, monkeypatch, capsys):
     def fails(*_, **__):
         raise RuntimeError("no such kernel. Really")
 
@@ -219,9 +219,9 @@ def test_what_cannot_be_planned_is_one_message_and_is_checkpointed(write_recipe,
         check_memory(write_recipe(), [], "8GB")
     recipe, split = read_recipe(write_recipe(gradient_checkpointing="omit")), SimpleNamespace(longest=None)
     split.longest = lambda n, shared: BATCH[:n]
-    needed, _, reason = settle_step(LlamaConfig(), recipe, ["score"], split, True)
-    assert needed
-    assert said in reason
+    decide_step(recipe, SimpleNamespace(config=LlamaConfig()), ["score"], split, shared=True)
+    assert recipe.training.gradient_checkpointing
+    assert re.search(said, capsys.readouterr().out)
 
 
 def test_what_is_decided_is_said_and_recorded_and_changes_nothing_that_is_learnt(
