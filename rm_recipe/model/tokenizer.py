@@ -64,6 +64,10 @@ def load_tokenizer(
         if not tokenizer.is_fast:
             raise ValueError("it has no fast version, which rm_recipe needs")
         own = _read_template(template) if template else _own_template(tokenizer)
+    if not (of_base or template or tokenizer.chat_template):
+        _warn(
+            f"{name}: it has no chat template; it gets a plain one, which it may not have been trained with"
+        )
     tokenizer.chat_template = chat_template.fixed_date(own)
     if tokenizer.chat_template != own:
         date = f"{chat_template.FIXED_DATE:%d %b %Y}"

@@ -42,8 +42,14 @@ def test_special_tokens_come_once_also_after_saving_and_loading(fixture, request
         assert cut == expected[-4:]  # whoever cuts what is too long keeps the reply
 
 
-def test_a_model_without_a_template_gets_a_plain_one(save, tiny_distilbert):
-    assert render(load_tokenizer(save("t", None)), MESSAGES) == "<s>User: hello\n\nAssistant: good cat</s>"
+def test_a_model_without_a_template_gets_a_plain_one_and_of_a_trained_one_it_is_said(
+    save, tiny_distilbert, capsys
+):
+    folder, plain = save("t", None), "<s>User: hello\n\nAssistant: good cat</s>"
+    assert render(load_tokenizer(folder, of_base=True), MESSAGES) == plain
+    assert "chat template" not in capsys.readouterr().err
+    assert render(load_tokenizer(folder), MESSAGES) == plain
+    assert "warning: " + folder + ": it has no chat template; it gets a plain" in capsys.readouterr().err
     encoder = load_tokenizer(str(tiny_distilbert))
     tokens = encoder.convert_ids_to_tokens(encoder(render(encoder, MESSAGES))["input_ids"])
     assert tokens.count("[CLS]") == 1
