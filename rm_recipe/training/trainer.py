@@ -24,7 +24,7 @@ from trl import RewardConfig, RewardTrainer
 
 from rm_recipe.data.comparison import Encoded, pair_indices
 from rm_recipe.data.dataset import Split, row_name
-from rm_recipe.errors import TrainingError
+from rm_recipe.errors import RecipeError, TrainingError
 from rm_recipe.model.head import head_of
 from rm_recipe.model.lora import in_one_product
 from rm_recipe.model.row_attention import by_block
@@ -336,9 +336,15 @@ def keep_precision(accelerator: Any, training: RewardConfig) -> bool:
 
     Returns:
         whether the caller has to give that autocast (`autocast_of`), because Accelerate does not.
+
+    Raises:
+        RecipeError: FSDP1 was asked for, which is Accelerate's default.
     """
     sharded = getattr(accelerator.state, "fsdp_plugin", None)
-    if sharded is not None and sharded.fsdp_version == 2:
+    if sharded is not None:
+        if sharded.fsdp_version != 2:
+            fault = "FSDP1 flattens a layer into one tensor, which takes no frozen bf16 beside trained fp32"
+            raise RecipeError(f"{fault}: set 'fsdp_version: 2' in the file for `accelerate launch`")
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
         sharded.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
