@@ -28,7 +28,7 @@ class Float32Linear(nn.Linear):
 def head_names(model: PreTrainedModel) -> list[str]:
     """The modules beside the backbone that hold parameters: `score`, or an encoder's `classifier`."""
     beside = {name: child for name, child in model.named_children() if name != model.base_model_prefix}
-    return [name for name, child in beside.items() if any(True for _ in child.parameters())]
+    return [name for name, child in beside.items() if [*child.parameters()]]
 
 
 def outermost(names: list[str]) -> list[str]:

@@ -373,7 +373,7 @@ def autocast_of(training: RewardConfig) -> torch.autocast:
 def without_random_numbers(device: torch.device) -> AbstractContextManager[None]:
     """What happens within takes no random number from what comes after."""
     there = [] if device.type in ("cpu", "mps") else [device]
-    return torch.random.fork_rng(there, device_type=device.type if there else "cuda")
+    return torch.random.fork_rng(there, device_type=device.type)
 
 
 def cheaper_adapters(trainer: Any) -> AbstractContextManager[None]:
