@@ -91,7 +91,8 @@ class RewardModel:
         for number, item in enumerate(items):
             try:
                 ids = tuple(self._encode(item, named[number] if named else f"item {number + 1}"))
-                groups.setdefault(json.dumps(item["prompt"]), {}).setdefault(ids, []).append(number)
+                prompt = json.dumps(item["prompt"], default=str)  # of a table: dates
+                groups.setdefault(prompt, {}).setdefault(ids, []).append(number)
             except UnfitError:
                 if unfit is None:
                     raise

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from datetime import UTC, datetime
 from itertools import permutations
 
 import numpy as np
@@ -50,6 +51,13 @@ def test_rewards_are_those_of_plain_transformers(model):
         ids = model.tokenizer(text, return_tensors="pt")["input_ids"]
         with torch.no_grad():
             assert model.model(input_ids=ids).logits.item() == pytest.approx(reward, abs=1e-6)
+
+
+def test_a_message_may_hold_more_than_a_prompt_needs(model):
+    """A table's has dates, which are no JSON."""
+    message = {"role": "user", "content": "hello", "timestamp": datetime(2026, 1, 1, tzinfo=UTC)}
+    rewards = model.score([{"prompt": [message], "response": "good cat"}])
+    assert rewards[0] == pytest.approx(model.score(ITEMS)[0], abs=1e-6)
 
 
 def test_the_order_and_the_company_of_an_item_do_not_matter(model):

@@ -1,5 +1,6 @@
 """The reward head: found on any architecture, kept in fp32, drawn from the seed, proven saved."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ class Float32Linear(nn.Linear):
 def head_names(model: PreTrainedModel) -> list[str]:
     """The modules beside the backbone that hold parameters: `score`, or an encoder's `classifier`."""
     beside = {name: child for name, child in model.named_children() if name != model.base_model_prefix}
-    return [name for name, child in beside.items() if any(True for _ in child.parameters())]
+    return [name for name, child in beside.items() if [*child.parameters()]]
 
 
 def outermost(names: list[str]) -> list[str]:
@@ -89,12 +90,15 @@ def head_of(model: torch.nn.Module, names: list[str]) -> dict[str, torch.Tensor]
     }
 
 
-def saved_tensors(folder: Path, starts: tuple[str, ...] = ("",)) -> dict[str, torch.Tensor]:
-    """Read the tensors on disk in a model's or adapter's folder, of names that start in one of these ways."""
+def saved_tensors(folder: Path, pattern: str = "") -> dict[str, torch.Tensor]:
+    """Read the tensors of a model's or adapter's folder in whose names a regular expression is found.
+
+    The others stay on disk: a model that was trained in full may be as large as the memory.
+    """
     saved: dict[str, torch.Tensor] = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
-            names = (name for name in file.keys() if name.startswith(starts))  # noqa: SIM118 - no mapping
+            names = (name for name in file.keys() if re.search(pattern, name))  # noqa: SIM118 - no mapping
             saved |= {name: file.get_tensor(name) for name in names}
     return saved
 
@@ -105,14 +109,14 @@ def check_saved_head(folder: Path, start: dict[str, torch.Tensor]) -> None:
     Raises:
         TrainingError: naming one that is not, or does not.
     """
-    saved = saved_tensors(folder)
     for name, before in start.items():
-        plain = name.replace("modules_to_save.default.", "").replace("original_module.", "")
-        found = [value for key, value in saved.items() if f".{key}".endswith(f".{plain}")]
-        if not found:
+        plain = name.replace("modules_to_save.default.", "")
+        saved = saved_tensors(folder, rf"(^|\.){re.escape(plain)}$")
+        if not saved:
             raise TrainingError(f"the head's {plain} is missing from what was saved in {folder}")
         # A bias of the reward itself cancels in every comparison, so only weights have to move.
-        if name.endswith("weight") and torch.equal(found[0].float(), before.float()):
+        unmoved = any(torch.equal(after.float(), before.float()) for after in saved.values())
+        if unmoved and name.endswith("weight"):
             raise TrainingError(
                 f"the head's {plain} did not move in training: is the learning_rate 0, or all of it warm-up? "
                 "Start anew with --overwrite"

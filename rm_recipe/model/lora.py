@@ -66,10 +66,10 @@ def adapter_config(name: str, revision: str = "main") -> PeftConfig | None:
         RecipeError: it cannot be read, the Hub has nothing under that name, or a file of the folder is not
             there but a Git LFS pointer to it.
     """
-    for path in filter(Path.is_file, sorted(Path(name).glob("*"))):
-        if is_lfs_pointer(path):
-            raise RecipeError(f"'{path}' {LFS_POINTER}")
     with readable(f"'model_name_or_path: {name}' cannot be loaded"):
+        for path in filter(Path.is_file, sorted(Path(name).glob("*"))):
+            if is_lfs_pointer(path):
+                raise RecipeError(f"'{path}' {LFS_POINTER}")
         found = holds(name, "adapter_config.json", revision)
         return PeftConfig.from_pretrained(name, revision=revision) if found else None
 
@@ -100,10 +100,11 @@ def add_lora(
     """
     settings = lora_config(config, modules_to_save)
     settings.exclude_modules = _beside_text(model)
+    linear_layers = _linear_layers(model)  # before PEFT puts others in their places
     try:
         wrapped = get_peft_model(model, settings, revision=config.model_revision)
     except (ValueError, re.error) as error:
-        advice = "set 'lora_dropout: 0'" if "lora_dropout" in str(error) else _linear_layers(model)
+        advice = "set 'lora_dropout: 0'" if "lora_dropout" in str(error) else linear_layers
         pattern = f" by 'lora_target_modules: {config.lora_target_modules}'" * isinstance(error, re.error)
         raise RecipeError(f"LoRA cannot be added{pattern}: {one_line(error)}; {advice}") from None
     train_in_float32(wrapped)
@@ -186,7 +187,7 @@ def untrained_layers(folder: Path) -> list[str]:
     Raises:
         TrainingError: there are adapters, and all are like that; sharded training saved such (trl#939).
     """
-    saved = {name: up for name, up in saved_tensors(folder).items() if ".lora_B." in name}
+    saved = saved_tensors(folder, r"\.lora_B\.")
     untrained = [name for name, up in saved.items() if not up.any()]
     if untrained and len(untrained) == len(saved):
         raise TrainingError(f"every LoRA adapter saved in {folder} is zero or empty: nothing was learnt")
@@ -268,7 +269,7 @@ class _OneProduct:
 # --- a base in 4 or 8 bits (QLoRA, arXiv 2305.14314), its head left whole ----------------------
 
 
-def settings(config: ModelConfig, skip: list[str]) -> BitsAndBytesConfig:
+def quantization_config(config: ModelConfig, skip: list[str]) -> BitsAndBytesConfig:
     """bitsandbytes' settings by TRL's keys, the modules in `skip` left as they are."""
     found = cast(BitsAndBytesConfig, get_quantization_config(config))
     found.llm_int8_skip_modules = skip

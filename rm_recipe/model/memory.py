@@ -16,7 +16,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 from torch import nn
@@ -24,13 +23,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForSequenceClassification
+from transformers.pytorch_utils import Conv1D
 from trl import ModelConfig, RewardConfig
 from trl.trainer import disable_dropout_in_model
 
 from rm_recipe.data.comparison import Encoded
-from rm_recipe.data.dataset import Split
 from rm_recipe.errors import RecipeError, one_line
 from rm_recipe.model import head, lora, row_attention
+from rm_recipe.model.reward_model import add_reward_positions
 from rm_recipe.model.shared_prefix import padded_rows, shared_rows
 from rm_recipe.recipe.reader import Recipe
 from rm_recipe.recipe.schema import CHECKPOINTING
@@ -104,7 +104,8 @@ class Fit:
 
     def __str__(self) -> str:
         needed = f"{self.plan.peak / 1e9:.1f} of {self.memory / 1e9:.1f} GB"
-        return f"the largest micro-batch needs about {needed} by the plan"
+        said = f"the largest micro-batch needs about {needed} by the plan"
+        return said if self.fits else f"{said}; {self.lower}"
 
 
 # --- one step -----------------------------------------------------------------------------------
@@ -133,7 +134,7 @@ def plan(
     outline = partial(_outline, config, model, training, modules_to_save)
     step = partial(_measure_step, training, batch, shared, checkpointing)
     whole = outline()
-    weights, dequantised = _weights(whole, model)
+    weights, dequantised = _weights(whole, config, model)
     trained = [p for p in whole.parameters() if p.requires_grad]
     if lora.selects_layers(model):
         bytes_of_step: float = step(outline())
@@ -172,21 +173,24 @@ def _outline(
             disable_dropout_in_model(outline)
         for name in new:
             head.to_float32(outline, name)
+        add_reward_positions(outline)
         if model.use_peft:
             half = training.bf16 or training.fp16
             outline = lora.add_lora(outline, model, list(new), autocast=half)
         return outline.train()
 
 
-def _weights(whole: Any, model: ModelConfig) -> tuple[float, float]:
+def _weights(whole: Any, config: Any, model: ModelConfig) -> tuple[float, float]:
     """Bytes of all parameters as stored, and of the largest one that is de-quantised on the way."""
     stored = sum(p.nbytes for p in whole.parameters())
-    if not (model.load_in_4bit or model.load_in_8bit):
+    comes = config.to_dict().get("quantization_config", {})
+    bits = next((n for n in (4, 8) if getattr(model, f"load_in_{n}bit") or comes.get(f"load_in_{n}bit")), 0)
+    if not bits:
         return stored, 0
-    each = FOUR_BITS if model.load_in_4bit else 1.0
-    modules = whole.base_model.modules()
-    linear = [layer for layer in modules if isinstance(layer, nn.Linear) and not head.is_head_layer(layer)]
-    quantised = [layer.weight for layer in linear if not layer.weight.requires_grad]
+    each = FOUR_BITS if bits == 4 else 1.0
+    layers = [layer for layer in whole.base_model.modules() if isinstance(layer, (nn.Linear, Conv1D))]
+    body = [layer.weight for layer in layers if not head.is_head_layer(layer)]
+    quantised = [weight for weight in body if not weight.requires_grad]
     saved = sum(weight.nbytes - weight.numel() * each for weight in quantised)
     return stored - saved, max(weight.nbytes for weight in quantised)
 
@@ -197,10 +201,7 @@ def _measure_step(
     """Peak bytes of two micro-batches' forward and backward beside the weights."""
     by_block = row_attention.by_block(outline)
     rows = shared_rows(batch, 0, by_block) if shared else padded_rows(batch, 0)
-    rows.pop("last_token_positions", None)  # the reward head weighs nothing
     blocks = row_attention.blocks_of(rows["attention_mask"]) if shared and by_block else []
-    if shared and not by_block:
-        rows["attention_mask"] = row_attention.row_mask(rows["attention_mask"])
     if checkpointing:
         outline.gradient_checkpointing_enable({"use_reentrant": False})
     half = torch.bfloat16 if training.bf16 else torch.float16
@@ -320,33 +321,6 @@ def _what_to_lower(recipe: Recipe, checkpointing: bool) -> str:
     return f"not one comparison fits; try a lower max_length{or_smaller}"
 
 
-def settle_step(
-    config: Any,
-    recipe: Recipe,
-    modules_to_save: Sequence[str],
-    split: Split,
-    shared: bool,
-    divide: bool = True,
-) -> tuple[bool, int | None, str]:
-    """Whether a step takes gradient checkpointing, a micro-batch's tokens if batches are divided, and why.
-
-    Checkpointing makes a step about a third slower, dividing a batch hardly; so it is used where not even the
-    longest comparison fits without, and where nothing is known.
-    """
-    n, device = recipe.training.per_device_train_batch_size, recipe.training.device
-    parts = (config, recipe, modules_to_save, lambda size: split.longest(size, shared))
-    where = {"device": device, "memory_bytes": device_memory(device), "divide": divide}
-    try:
-        found = fit(*parts, shared=shared, **where, larger=False)
-    except RecipeError as error:
-        return True, None, str(error)
-    sizes = np.sort(split.sizes(shared, padded=not shared))[::-1][: max(found.largest, 1)]
-    tokens = int(sizes.sum() if shared else len(sizes) * sizes[0])
-    divided = divide and found.largest < min(n, len(split.comparisons))
-    reason = str(found) if found.fits else f"{found}; {found.lower}"
-    return found.checkpointing, tokens if divided else None, reason
-
-
 def too_little(recipe: Recipe, alone: bool = False) -> str:
     """Say, where a step has found no memory, what to lower; with it the run can be resumed.
 
@@ -355,18 +329,15 @@ def too_little(recipe: Recipe, alone: bool = False) -> str:
     """
     training, data = recipe.training, recipe.data
     n, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
-    checkpointing = any(getattr(training, key) for key in CHECKPOINTING)
-    if alone:
-        smaller = (
-            "a lower max_length" if checkpointing else "gradient_checkpointing: true or a lower max_length"
-        )
-    elif data.micro_batch_tokens:  # a smaller batch would have micro-batches as large
+    if data.micro_batch_tokens and not alone:  # a smaller batch would have micro-batches as large
         smaller = f"micro_batch_tokens: {max(data.micro_batch_tokens // 2, 1)}"
-    elif n > 1:
+    elif n > 1 and not alone:
         batch = next(size for size in range(n - 1, 0, -1) if n * accumulation % size == 0)
         smaller = f"per_device_train_batch_size: {batch}"
         if not data.comparisons_per_step:  # from which the accumulation follows
             smaller += f" with gradient_accumulation_steps: {n * accumulation // batch}"
+    elif any(getattr(training, key) for key in CHECKPOINTING):
+        smaller = "a lower max_length"
     else:
         smaller = "gradient_checkpointing: true or a lower max_length"
     said = f"{training.device.type.upper()} out of memory: take {smaller}"

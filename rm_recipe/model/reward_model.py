@@ -7,6 +7,7 @@ fp32, trained in full and saved with the adapter.
 
 import copy
 import gc
+import re
 import tempfile
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -107,7 +108,9 @@ def load_base(
         elif config.load_in_4bit or config.load_in_8bit:
             # Without weights first: which modules are new has to be known, or the head is quantised too.
             empty, new = _load(folder, revision, device_map="meta", **kwargs)
-            kwargs["quantization_config"] = lora.settings(config, outermost([*new, *head_names(empty)]))
+            kwargs["quantization_config"] = lora.quantization_config(
+                config, outermost([*new, *head_names(empty)])
+            )
             kwargs["device_map"] = lora.on_this_device()
         model, new = _load(folder, revision, dtype=dtype, **kwargs)
     lora.check_head_is_whole(model, new, name)
@@ -141,9 +144,11 @@ def _load(name: str, revision: str = "main", **kwargs: Any) -> tuple[PreTrainedM
     check_safetensors(name, revision)
     with readable(f"'{name}' cannot be loaded as a classifier"), quietly():
         model, info = AutoModelForSequenceClassification.from_pretrained(name, **kwargs)
-    heads = tuple(f"{head}." for head in head_names(model))
+    heads = rf"^({'|'.join(map(re.escape, head_names(model)))})\."
     mismatched = [key for key, *_ in info["mismatched_keys"]]
-    other = [key for key in mismatched if not key.startswith(heads)]
+    lacking = sorted([*info["missing_keys"], *mismatched])
+    # Of a body a language model has all but what reads a classifier's reward.
+    other = [key for key in lacking if not re.search(heads, key) and "pooler" not in key]
     if other:
         raise RecipeError(f"'{name}': its weights do not fit its config.json ({', '.join(other[:3])})")
     if model.device.type != "meta":  # a head was loaded in the body's precision
@@ -154,7 +159,7 @@ def _load(name: str, revision: str = "main", **kwargs: Any) -> tuple[PreTrainedM
             if key not in mismatched and value.is_floating_point()  # not quantised
         }
         model.load_state_dict(kept, strict=False, assign=True)
-    return model, sorted({key.rpartition(".")[0] for key in [*info["missing_keys"], *mismatched]})
+    return model, sorted({key.rpartition(".")[0] for key in lacking})
 
 
 @contextmanager
@@ -292,14 +297,31 @@ def _load_adapter(
     model.config.rm_recipe = getattr(config, "rm_recipe", None)
     if quantised and dequantize_on:
         lora.dequantize(model, dequantize_on)
-    saved = load_peft_weights(path, str(model.device))
-    _fit_embeddings(model, saved)
     prepare_for_rewards(model, tokenizer, new)
-    wrapped = PeftModel.from_pretrained(model, path)
+    with readable(f"the adapter '{path}' cannot be loaded"):
+        wrapped, saved = _with_adapter(model, path)
     lora.train_in_float32(wrapped)
     set_peft_model_state_dict(wrapped, saved)  # again: what is fp32 now was read in the base's precision
     lora.keep_activations_in_half(wrapped)
     return wrapped.eval()
+
+
+def _with_adapter(
+    model: PreTrainedModel, name: str, revision: str = "main"
+) -> tuple[PeftModel, dict[str, Tensor]]:
+    """A model with an adapter, from a folder or the Hub, and the adapter's saved weights.
+
+    Raises:
+        RecipeError: they are not those of such an adapter on this model, which PEFT passes over.
+    """
+    saved = load_peft_weights(name, str(model.device), revision=revision)
+    _fit_embeddings(model, saved)
+    wrapped = PeftModel.from_pretrained(model, name, revision=revision)
+    loaded = set_peft_model_state_dict(wrapped, saved)
+    lost = [*loaded.unexpected_keys, *(key for key in loaded.missing_keys if ".lora_" in key)]
+    if lost:
+        raise RecipeError(f"the adapter '{name}' does not fit its base ({', '.join(lost[:3])})")
+    return wrapped, saved
 
 
 def _fit_embeddings(model: PreTrainedModel, saved: dict[str, Tensor]) -> None:
@@ -355,6 +377,5 @@ def _merge(name: str, revision: str, adapter: PeftConfig) -> PreTrainedModel:
     base = transformers.AutoModelForCausalLM.from_pretrained(base_name, revision=base_revision, **safely)
     if hasattr(base.config, "quantization_config"):  # SFT was QLoRA on a base that comes quantised
         lora.dequantize(base)
-    _fit_embeddings(base, load_peft_weights(name, "cpu", revision=revision))
-    model = PeftModel.from_pretrained(base, name, revision=revision)
+    model, _ = _with_adapter(base, name, revision)
     return cast(PreTrainedModel, model.merge_and_unload(progressbar=False))

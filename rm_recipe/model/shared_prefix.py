@@ -123,6 +123,9 @@ TOLERANCE = 1e-5
 VOCABULARY = 64
 FEED_FORWARD = 64  # width, of which nothing that is proven depends
 WIDTHS = ("intermediate_size", "moe_intermediate_size", "ffn_dim", "n_inner")
+# How far a token may look. A row may be longer: a copy that looks no further than a conversation shows
+# whether the row's mask takes the place of these, or is cut by them, as it is by GPT-Neo's `window_size`.
+REACHES = ("max_position_embeddings", "sliding_window", "window_size")
 
 
 @dataclass(frozen=True)
@@ -205,7 +208,7 @@ def _small(config: Any, longest: int) -> Any:
     """The one-label configuration of a small copy: a layer of each kind, two at least, and few tokens.
 
     Args:
-        longest: conversation; none may exceed the sliding window, as rows may.
+        longest: conversation, which sets `REACHES`.
     """
     small = copy.deepcopy(config)
     small.num_labels = 1
@@ -216,8 +219,9 @@ def _small(config: Any, longest: int) -> Any:
         kinds = list(dict.fromkeys(text.layer_types))
         text.layer_types = kinds if len(kinds) > 1 else kinds * 2
         text.num_hidden_layers = len(text.layer_types)
-    if getattr(text, "sliding_window", None):
-        text.sliding_window = longest
+    for key in REACHES:
+        if getattr(text, key, None):
+            setattr(text, key, longest)
     for key in WIDTHS:
         if not isinstance(getattr(text, key, []), list):  # as Gemma 3n's are, by layer
             setattr(text, key, FEED_FORWARD)

@@ -64,6 +64,10 @@ def load_tokenizer(
         if not tokenizer.is_fast:
             raise ValueError("it has no fast version, which rm_recipe needs")
         own = _read_template(template) if template else _own_template(tokenizer)
+    if not (of_base or template or tokenizer.chat_template):
+        _warn(
+            f"{name}: it has no chat template; it gets a plain one, which it may not have been trained with"
+        )
     tokenizer.chat_template = chat_template.fixed_date(own)
     if tokenizer.chat_template != own:
         date = f"{chat_template.FIXED_DATE:%d %b %Y}"
@@ -154,12 +158,19 @@ def _without_added_specials(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 def positions(model: Any) -> int | None:
     """How many tokens a model has positions for; None where its config sets no limit.
 
+    Of LongRoPE, Phi-3.5's, those that count: past them the longest conversation decides how all of its batch
+    are read.
+
     Args:
         model: with or without weights. Some begin after the padding token's position, as RoBERTa does.
     """
-    number = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    number = getattr(config, "max_position_embeddings", None)
     if number is None or number <= 0:  # XLNet's -1: its positions are relative
         return None
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        number = min(number, rope["original_max_position_embeddings"])
     embeddings = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
     padding = [getattr(module, "padding_idx", None) for module in embeddings]
     return int(number) - max((index + 1 for index in padding if index is not None), default=0)

@@ -165,8 +165,8 @@ def as_before(trainer: SharedPrefixRewardTrainer) -> Iterator[None]:
 def check_gradients(model: torch.nn.Module, modules_to_save: list[str]) -> None:
     """Refuse a step in which an adapter or the head has no gradient.
 
-    Of an adapter B counts: at the start B is 0, and A's gradient with it. An expert that no token was
-    sent to has none, so where there are experts they are left out.
+    Of an adapter that factor counts that is 0 at the start, where it leaves the other without a gradient: B,
+    and of embeddings A. An expert that no token was sent to has none, so experts are left out.
 
     Raises:
         TrainingError: naming them.
@@ -175,8 +175,8 @@ def check_gradients(model: torch.nn.Module, modules_to_save: list[str]) -> None:
     without = []
     for name, layer in base.named_modules():
         if isinstance(layer, LoraLayer) and "experts" not in name:
-            ups = [*layer.lora_B.parameters(), *layer.lora_embedding_B.parameters()]
-            if not any(has_gradient(parameter) for parameter in ups):
+            zero_at_start = [*layer.lora_B.parameters(), *layer.lora_embedding_A.parameters()]
+            if not any(has_gradient(parameter) for parameter in zero_at_start):
                 without.append(name)
     for name in modules_to_save:
         trained = [p for p in base.get_submodule(name).parameters() if p.requires_grad]

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from copy import copy
 from typing import Any
 
+import numpy as np
 from accelerate import PartialState
 from accelerate.utils import DistributedType, broadcast_object_list
 from safetensors import SafetensorError
@@ -182,19 +183,35 @@ def make_trainer(
 def decide_step(
     recipe: Recipe, model: Any, modules_to_save: list[str], split: Split, shared: bool, divide: bool = True
 ) -> None:
-    """Settle `gradient_checkpointing` and `micro_batch_tokens` by the memory plan, unless the recipe does."""
+    """Settle `gradient_checkpointing` and `micro_batch_tokens` by the memory plan, unless the recipe does.
+
+    Checkpointing makes a step about a third slower, dividing a batch hardly; so it is used where not even the
+    longest comparison fits without, and where nothing is known.
+
+    Args:
+        divide: take micro-batches where whole batches do not fit; stock TRL cannot.
+    """
     if any(key in recipe.values for key in CHECKPOINTING):
         return
-    decision = memory.settle_step(model.config, recipe, modules_to_save, split, shared, divide)
+    training, on_cpu = recipe.training, recipe.training.device.type == "cpu"
+    parts = (model.config, recipe, modules_to_save, lambda n: split.longest(n, shared))
+    where = {"device": training.device, "memory_bytes": memory.device_memory(training.device)}
+    checkpointing, tokens = True, None
+    try:
+        found = memory.fit(*parts, shared=shared, **where, larger=False, divide=divide)
+        checkpointing, reason = found.checkpointing, str(found)
+        if divide and found.largest < min(training.per_device_train_batch_size, len(split.comparisons)):
+            sizes = np.sort(split.sizes(shared, padded=not shared))[-max(found.largest, 1) :]
+            tokens = int(sizes.sum() if shared else len(sizes) * sizes[-1])
+            tokens = min(tokens, TOKENS_ON_CPU) if on_cpu else tokens
+    except RecipeError as error:
+        reason = str(error)
     # Unequal devices must not decide differently.
-    checkpointing, tokens, reason = broadcast_object_list([decision])[0]
-    if tokens and recipe.training.device.type == "cpu":
-        tokens = min(tokens, TOKENS_ON_CPU)
+    checkpointing, tokens, reason = broadcast_object_list([checkpointing, tokens, reason])
     for key in CHECKPOINTING:
-        setattr(recipe.training, key, checkpointing)
+        setattr(training, key, checkpointing)
         recipe.values[key] = checkpointing
-    tokens = recipe.values.setdefault("micro_batch_tokens", tokens)
-    recipe.data.micro_batch_tokens = tokens
+    tokens = recipe.data.micro_batch_tokens = recipe.values.setdefault("micro_batch_tokens", tokens)
     divided = f", micro-batches of up to {tokens} tokens" if tokens else ""
     say(f"gradient checkpointing: {'on' if checkpointing else 'off'}{divided} ({reason})")
 

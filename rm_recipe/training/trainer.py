@@ -5,7 +5,6 @@ Ours are the collator (rows), `compute_loss` (rewards at the ends, one loss per 
 metrics, which count comparisons instead of averaging batches.
 """
 
-import itertools
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -25,7 +24,7 @@ from trl import RewardConfig, RewardTrainer
 
 from rm_recipe.data.comparison import Encoded, pair_indices
 from rm_recipe.data.dataset import Split, row_name
-from rm_recipe.errors import TrainingError
+from rm_recipe.errors import RecipeError, TrainingError
 from rm_recipe.model.head import head_of
 from rm_recipe.model.lora import in_one_product
 from rm_recipe.model.row_attention import by_block
@@ -37,6 +36,8 @@ TIED = 1e-6  # rewards that differ by no more say nothing of a comparison
 SORTED_AMONG = 50  # batches, within which comparisons are sorted by length; as many as in transformers
 FAULTY_NAMED = 5  # comparisons whose loss is not finite, in the message
 COLUMNS = ["prefix", "suffixes", "ranks", "margins", "subset", "row"]
+# What a micro-batch has beside the rows that the model reads: see `RowCollator`.
+BESIDE_ROWS = ("names", "numbers", "of_batch", "num_tokens", "pairs", "pairs_each", "margins")
 
 
 @dataclass
@@ -56,6 +57,8 @@ class RowCollator:
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The `micro_batches` of a batch: one, or as many as keep to the budget.
+
+        Each has `rows`, the `numbers` of its comparisons in the batch, and what share `of_batch` they are.
 
         In a data loader's worker SIGTERM does nothing from now on: who stops a job sends it to all its
         processes, and the training has a step to finish. The worker ends when the training does.
@@ -95,7 +98,7 @@ class RowCollator:
         return int(sizes.sum() if self.share else len(sizes) * sizes.max())
 
     def rows(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The rows of a micro-batch and what `compute_loss` takes out of it again.
+        """The rows of a micro-batch, and what its loss is made of.
 
         That is `pairs` (pairs, 2) int64, numbers of the better and the worse response of each untied
         pair; `margins` (pairs,); `pairs_each` (comparisons,) int64; `num_tokens` (), the real tokens;
@@ -195,9 +198,8 @@ class SharedPrefixRewardTrainer(RewardTrainer):
                 parameter.data = exact[name].to(parameter.device)
         self.initial_head = head_of(self.model, modules_to_save)
         self._signature_columns = COLUMNS  # what Trainer keeps of a data set
-        # Of micro-batches: what each comparison is called and its number in the batch, the tokens, and values
-        # by comparison.
-        self._uncounted: list[tuple[list[str], list[int], torch.Tensor, dict[str, torch.Tensor]]] = []
+        # Micro-batches, each with its metrics: `(comparisons,)` by name.
+        self._uncounted: list[tuple[dict[str, Any], dict[str, torch.Tensor]]] = []
         self._needs_autocast = keep_precision(self.accelerator, self.args)
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -259,15 +261,13 @@ class SharedPrefixRewardTrainer(RewardTrainer):
         loss = sum(losses[1:], losses[0])
         return (loss, {"rewards": torch.cat(rewards)}) if return_outputs else loss
 
-    def _loss(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _loss(self, model: Any, part: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """A micro-batch's part () of its batch's loss, and its rewards (responses,)."""
-        inputs = dict(inputs)
-        names, num_tokens, of_batch = (inputs.pop(key) for key in ("names", "num_tokens", "of_batch"))
-        numbers = inputs.pop("numbers")
-        pairs, margins, pairs_each = (inputs.pop(key) for key in ("pairs", "margins", "pairs_each"))
-        rewards = model(**inputs).logits.squeeze(-1)
+        rows = {key: value for key, value in part.items() if key not in BESIDE_ROWS}
+        rewards = model(**rows).logits.squeeze(-1)
+        pairs, pairs_each = part["pairs"], part["pairs_each"]
         chosen, rejected = rewards[pairs[:, 0]], rewards[pairs[:, 1]]
-        of_pairs = -logsigmoid(chosen - rejected - margins)
+        of_pairs = -logsigmoid(chosen - rejected - part["margins"])
         if self.args.center_rewards_coefficient is not None:
             of_pairs = of_pairs + self.args.center_rewards_coefficient * (chosen + rejected) ** 2
         losses = mean_of_pairs(of_pairs, pairs_each)
@@ -279,8 +279,8 @@ class SharedPrefixRewardTrainer(RewardTrainer):
             "ties": (difference.abs() <= TIED).to(difference.dtype),
         }
         means = {key: mean_of_pairs(values, pairs_each) for key, values in metrics.items()}
-        self._uncounted.append((names, numbers, num_tokens, {"loss": losses.detach(), **means}))
-        return losses.mean() * of_batch, rewards
+        self._uncounted.append((part, {"loss": losses.detach(), **means}))
+        return losses.mean() * part["of_batch"], rewards
 
     def count_comparisons(self) -> None:
         """Remember one value per comparison since the last time; TRL's `log` takes their mean.
@@ -294,16 +294,17 @@ class SharedPrefixRewardTrainer(RewardTrainer):
             TrainingError: a loss is not finite, on all processes, so that they stop together.
         """
         training = self.model.training
-        names, numbers, num_tokens, parts = zip(*self._uncounted, strict=True)
+        parts, metrics_of_parts = zip(*self._uncounted, strict=True)
         self._uncounted.clear()
-        order = np.argsort([*itertools.chain(*numbers)])
-        called = np.array([*itertools.chain(*names)], object)[order]
-        values = {key: torch.cat([part[key] for part in parts])[order] for key in parts[0]}
+        order = np.argsort([number for part in parts for number in part["numbers"]])
+        names = [name for part in parts for name in part["names"]]
+        values = {
+            key: torch.cat([own[key] for own in metrics_of_parts])[order] for key in metrics_of_parts[0]
+        }
         gathered = (self.accelerator.gather if training else self.accelerator.gather_for_metrics)(values)
         if not torch.isfinite(gathered["loss"]).all():
             finite = torch.isfinite(values["loss"]).tolist()
-            own = zip(called, finite, strict=True)
-            faulty = gather_object([name for name, good in own if not good])
+            faulty = gather_object([names[i] for i, good in zip(order, finite, strict=True) if not good])
             more = f" and {len(faulty) - FAULTY_NAMED} more" if len(faulty) > FAULTY_NAMED else ""
             raise TrainingError(
                 f"the loss is not a finite number in step {self.state.global_step + 1}, of row "
@@ -311,7 +312,8 @@ class SharedPrefixRewardTrainer(RewardTrainer):
             )
         metrics = self._metrics["train" if training else "eval"]
         if training:
-            self._total_train_tokens += int(self.accelerator.gather(torch.stack(num_tokens).sum()).sum())
+            num_tokens = torch.stack([part["num_tokens"] for part in parts]).sum()
+            self._total_train_tokens += int(self.accelerator.gather(num_tokens).sum())
             del gathered["loss"]  # which Trainer logs; in evaluation it would weigh batches by their rows
         metrics["num_tokens"] = [self._total_train_tokens]
         for key, each in gathered.items():
@@ -334,9 +336,15 @@ def keep_precision(accelerator: Any, training: RewardConfig) -> bool:
 
     Returns:
         whether the caller has to give that autocast (`autocast_of`), because Accelerate does not.
+
+    Raises:
+        RecipeError: FSDP1 was asked for, which is Accelerate's default.
     """
     sharded = getattr(accelerator.state, "fsdp_plugin", None)
-    if sharded is not None and sharded.fsdp_version == 2:
+    if sharded is not None:
+        if sharded.fsdp_version != 2:
+            fault = "FSDP1 flattens a layer into one tensor, which takes no frozen bf16 beside trained fp32"
+            raise RecipeError(f"{fault}: set 'fsdp_version: 2' in the file for `accelerate launch`")
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
         sharded.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -365,7 +373,7 @@ def autocast_of(training: RewardConfig) -> torch.autocast:
 def without_random_numbers(device: torch.device) -> AbstractContextManager[None]:
     """What happens within takes no random number from what comes after."""
     there = [] if device.type in ("cpu", "mps") else [device]
-    return torch.random.fork_rng(there, device_type=device.type if there else "cuda")
+    return torch.random.fork_rng(there, device_type=device.type)
 
 
 def cheaper_adapters(trainer: Any) -> AbstractContextManager[None]:

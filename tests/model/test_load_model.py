@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from conftest import CHAT_TEMPLATE, make_tokenizer
 from datasets import Dataset
 from huggingface_hub.utils import httpx
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoModelForCausalLM,
@@ -26,7 +28,7 @@ from rm_recipe import RewardModel
 from rm_recipe.data.comparison import split_at_common_prefix
 from rm_recipe.errors import RecipeError, TrainingError
 from rm_recipe.exporting.export import export
-from rm_recipe.model import lora
+from rm_recipe.model import head, lora
 from rm_recipe.model.head import Float32Linear, check_saved_head, outermost
 from rm_recipe.model.lora import check_head_is_whole, load_config
 from rm_recipe.model.reward_model import READ_PADDING, check_base, is_decoder, load_base
@@ -81,6 +83,26 @@ def test_the_heads_start_comes_from_the_seed(tiny_llama):
     assert not torch.equal(first, other)
 
 
+def test_of_a_saved_model_the_head_alone_is_read_back(tmp_path, monkeypatch):
+    """One that was trained in full may fill the memory."""
+    read = []
+
+    @contextmanager
+    def opened(*args, **keys):
+        with safe_open(*args, **keys) as file:
+            yield SimpleNamespace(
+                keys=file.keys, get_tensor=lambda name: read.append(name) or file.get_tensor(name)
+            )
+
+    monkeypatch.setattr(head, "safe_open", opened)
+    save_file(
+        {"model.q.weight": torch.ones(2), "score.weight": torch.ones(2)}, tmp_path / "model.safetensors"
+    )
+    check_saved_head(tmp_path, {"score.weight": torch.zeros(2)})
+    assert lora.untrained_layers(tmp_path) == []
+    assert read == ["score.weight"]
+
+
 def test_a_saved_head_that_is_missing_or_did_not_move_is_noticed(tmp_path):
     for name, fault in {"pre_classifier": "is missing", "classifier": "did not move"}.items():
         saved = {f"base_model.model.{name}.weight": torch.ones(1, 2)}
@@ -113,6 +135,13 @@ def test_a_model_that_cannot_be_had_or_read_is_named(tiny_llama, tmp_path, monke
         load_config("user/behind-a-proxy")
 
 
+def test_a_base_that_lacks_weights_of_its_body_is_refused_and_not_trained_with_random_ones(tiny_llama, save):
+    causal = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    causal.model.layers = causal.model.layers[:1]
+    with pytest.raises(RecipeError, match=r"do not fit its config.json \(model.layers.1.input_layernorm.w"):
+        base(save(causal))
+
+
 def test_a_model_that_there_is_no_memory_for_is_not_called_a_wrong_one(tiny_llama, monkeypatch):
     def raise_it(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -129,6 +158,7 @@ def test_a_model_that_there_is_no_memory_for_is_not_called_a_wrong_one(tiny_llam
         ({"lora_target_modules": ["*q_proj"]}, "by 'lora_target_modules: .* nothing to repeat"),
         ({"lora_target_modules": [".*mlp.query"]}, "LoRA cannot be added: No modules .* are down_proj"),
         ({"lora_target_modules": ["self_attn"]}, "LoRA cannot be added: Target module LlamaAttention"),
+        ({"lora_target_parameters": ["q_proj.weight"]}, "LoRA cannot be added: Trying .* are down_proj"),
     ],
 )
 def test_what_lora_cannot_adapt_is_refused_before_weights_are_read(tiny_llama, keys, fault):
@@ -305,6 +335,26 @@ def test_an_adapter_without_a_tokenizer_takes_its_bases_and_with_one_its_own(sft
     own.chat_template = "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
     own.save_pretrained(sft)
     assert load_tokenizer(str(sft)).chat_template == own.chat_template
+
+
+def test_an_adapter_whose_weights_do_not_fit_its_base_is_refused(sft, tiny_llama, tmp_path):
+    """PEFT warns, and leaves the layers without it as they were."""
+    settings = LoraConfig(task_type="SEQ_CLS", r=4, target_modules="all-linear")
+    classifier = AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=1)
+    get_peft_model(classifier, settings).save_pretrained(tmp_path / "reward")
+
+    def lose(part: str, folder) -> None:
+        saved = load_file(folder / "adapter_model.safetensors")
+        kept = {key: value for key, value in saved.items() if part not in key}
+        save_file(kept, folder / "adapter_model.safetensors")
+
+    for folder, read in ((sft, base), (tmp_path / "reward", RewardModel.from_pretrained)):
+        lose("q_proj", folder)
+        with pytest.raises(RecipeError, match=r"does not fit its base \(.*q_proj"):
+            read(folder)
+    lose("score", tmp_path / "reward")
+    with pytest.raises(RecipeError, match="the adapter .* cannot be loaded: .*score"):
+        RewardModel.from_pretrained(tmp_path / "reward")
 
 
 def test_an_adapter_of_the_wrong_kind_or_without_its_base_is_refused(write_recipe, tiny_llama, tmp_path, sft):

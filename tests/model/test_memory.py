@@ -14,13 +14,14 @@ from rm_recipe.data.comparison import Encoded
 from rm_recipe.errors import RecipeError
 from rm_recipe.files import read_json
 from rm_recipe.model import lora, memory, row_attention
-from rm_recipe.model.memory import MemoryPlan, plan, settle_step
+from rm_recipe.model.memory import MemoryPlan, plan
 from rm_recipe.model.reward_model import load_base, outline
 from rm_recipe.model.shared_prefix import padded_rows, shared_rows
 from rm_recipe.model.tokenizer import load_tokenizer
 from rm_recipe.recipe import relations
 from rm_recipe.recipe.reader import read_recipe
 from rm_recipe.tools.check import check_memory, fit_by_config, read_as_on_gpu
+from rm_recipe.training.train import decide_step
 
 BATCH = [Encoded([5] * 60, [[6] * 20, [7] * 24])] * 4
 OPEN = {"gradient_accumulation_steps": "omit"}  # left to follow from `comparisons_per_step`
@@ -47,11 +48,8 @@ def really(model, recipe, shared: bool, checkpointing: bool) -> tuple[int, int, 
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     rows = shared_rows(BATCH, 0, by_block) if shared else padded_rows(BATCH, 0)
-    rows.pop("last_token_positions", None)
     if by_block:
         row_attention.announce_rows(rows["attention_mask"])
-    elif shared:
-        rows["attention_mask"] = row_attention.row_mask(rows["attention_mask"])
     live = memory._LiveBytes()
     for parameter in model.parameters():
         live.count(parameter)
@@ -86,18 +84,29 @@ def test_the_plan_is_what_a_real_step_takes(six_layers, write_recipe, keys, shar
     assert found.step == pytest.approx(step, rel=0.03)
 
 
-def test_four_and_eight_bits_are_counted_as_they_are_stored(six_layers, write_recipe):
-    def weights(**keys) -> int:
-        recipe = read_recipe(write_recipe(model_name_or_path=six_layers, dtype="bfloat16", **keys))
-        config = outline(lora.load_config(six_layers), six_layers).config
+# Of the bodies' linear layers.
+LINEAR = {"llama": 2 * (32 * 32 * 2 + 32 * 16 * 2 + 32 * 64 * 3), "gpt2": 2 * 32 * 32 * (3 + 1 + 4 + 4)}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_four_and_eight_bits_are_counted_as_they_are_stored(tiny_base, write_recipe, name):
+    """Also where a base comes in them."""
+    base = str(tiny_base(name))
+
+    def weights(comes: dict | None = None, **keys) -> int:
+        recipe = read_recipe(write_recipe(model_name_or_path=base, dtype="bfloat16", **keys))
+        config = outline(lora.load_config(base), base).config
         config.pad_token_id = 0
+        if comes:
+            config.quantization_config = comes
         return planned(config, recipe, shared=True, checkpointing=False).weights
 
     whole = weights()
-    linear = 6 * (32 * 32 * 2 + 32 * 16 * 2 + 32 * 64 * 3)
-    for bits, each in (("8", 1.0), ("4", 0.5 + 4 / 64)):
-        found = weights(**{f"load_in_{bits}bit": True})
-        assert found == pytest.approx(whole - linear * (2 - each), abs=1)
+    for bits, each in ((8, 1.0), (4, 0.5 + 4 / 64)):
+        quantised = {f"load_in_{bits}bit": True}
+        expected = whole - LINEAR[name] * (2 - each)
+        assert weights(**quantised) == pytest.approx(expected, abs=1)
+        assert weights({"quant_method": "bitsandbytes", **quantised}) == pytest.approx(expected, abs=1)
 
 
 @pytest.mark.parametrize(("name", "room"), [("tinyllama_hh_lora", 8 * GB), ("tinyllama_hh_qlora", 6 * GB)])
@@ -166,6 +175,8 @@ def test_what_is_advised_out_of_memory_is_accepted_and_changes_no_step(write_rec
     assert after.per_device_train_batch_size * after.gradient_accumulation_steps == 12
     divided = read_recipe(path, ["--micro_batch_tokens", "900"])
     assert "take micro_batch_tokens: 450;" in memory.too_little(divided)
+    one = write_recipe(per_device_train_batch_size=1, gradient_checkpointing=True)
+    assert "take a lower max_length;" in memory.too_little(read_recipe(one))
 
 
 def test_no_weight_is_read(write_recipe, tiny_llama, tmp_path):
@@ -215,7 +226,7 @@ def test_unless_told_of_another_gpu_the_plan_is_for_this_machine(
     assert "fits 12.0 GB" in out
 
 
-def test_what_cannot_be_planned_is_one_message_and_is_checkpointed(write_recipe, tiny_llama, monkeypatch):
+def test_what_cannot_be_planned_is_one_message_and_is_checkpointed(write_recipe, monkeypatch, capsys):
     def fails(*_, **__):
         raise RuntimeError("no such kernel. Really")
 
@@ -225,9 +236,9 @@ def test_what_cannot_be_planned_is_one_message_and_is_checkpointed(write_recipe,
         check_memory(write_recipe(), [], "8GB")
     recipe, split = read_recipe(write_recipe(gradient_checkpointing="omit")), SimpleNamespace(longest=None)
     split.longest = lambda n, shared: BATCH[:n]
-    needed, _, reason = settle_step(LlamaConfig(), recipe, ["score"], split, True)
-    assert needed
-    assert said in reason
+    decide_step(recipe, SimpleNamespace(config=LlamaConfig()), ["score"], split, shared=True)
+    assert recipe.training.gradient_checkpointing
+    assert re.search(said, capsys.readouterr().out)
 
 
 def test_what_is_decided_is_said_and_recorded_and_changes_nothing_that_is_learnt(

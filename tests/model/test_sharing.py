@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     Gemma3TextConfig,
     GPT2Config,
+    GPTNeoConfig,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
@@ -102,6 +103,22 @@ def test_a_row_may_exceed_the_sliding_window_and_a_conversation_may_not(name, at
     sharing = decide_sharing(model, "auto", max_length=13)
     assert not sharing.used
     assert "longer than the sliding window of 8 tokens" in sharing.reason
+
+
+def test_a_window_that_cuts_the_mask_of_a_row_is_not_shared():
+    """GPT-Neo's own, of 256 tokens, shortened what replies saw of their prompt, without a word."""
+    layers = {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
+    config = GPTNeoConfig(
+        vocab_size=50, hidden_size=32, **layers, pad_token_id=0, num_labels=1, window_size=8
+    )
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    add_reward_positions(model)
+    shared, padded, alone = rewards(model, [Encoded([5, 6, 7], [[8, 9], [4, 3], [6, 9, 4]])])
+    assert (padded - alone).abs().max() <= 1e-5
+    assert (shared - alone).abs().max() > 1e-4
+    config.window_size = 256
+    assert not decide_sharing(model, "auto", max_length=64).used
 
 
 def test_sharing_is_proven_for_a_mixture_of_experts():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TINY, make_tokenizer
+from conftest import ENDS, TINY, make_tokenizer
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from rm_recipe.data.tokenization import render
@@ -42,8 +42,14 @@ def test_special_tokens_come_once_also_after_saving_and_loading(fixture, request
         assert cut == expected[-4:]  # whoever cuts what is too long keeps the reply
 
 
-def test_a_model_without_a_template_gets_a_plain_one(save, tiny_distilbert):
-    assert render(load_tokenizer(save("t", None)), MESSAGES) == "<s>User: hello\n\nAssistant: good cat</s>"
+def test_a_model_without_a_template_gets_a_plain_one_and_of_a_trained_one_it_is_said(
+    save, tiny_distilbert, capsys
+):
+    folder, plain = save("t", None), "<s>User: hello\n\nAssistant: good cat</s>"
+    assert render(load_tokenizer(folder, of_base=True), MESSAGES) == plain
+    assert "chat template" not in capsys.readouterr().err
+    assert render(load_tokenizer(folder), MESSAGES) == plain
+    assert "warning: " + folder + ": it has no chat template; it gets a plain" in capsys.readouterr().err
     encoder = load_tokenizer(str(tiny_distilbert))
     tokens = encoder.convert_ids_to_tokens(encoder(render(encoder, MESSAGES))["input_ids"])
     assert tokens.count("[CLS]") == 1
@@ -83,6 +89,25 @@ def test_a_model_runs_on_as_many_tokens_as_it_is_said_to_have_positions_for(kind
         if kind != "llama":
             with pytest.raises((IndexError, RuntimeError)):
                 model(input_ids=torch.full((1, expected + 1), 5))
+
+
+def test_of_longrope_the_positions_are_those_in_which_a_reward_does_not_depend_on_its_batch():
+    """Phi-3.5's: one conversation past 4,096 tokens changed the rewards of all others beside it."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    sizes = {"max_position_embeddings": 64, "original_max_position_embeddings": 20, "vocab_size": 60}
+    keys = {**TINY, **ENDS, **sizes, "pad_token_id": 0, "num_labels": 1}
+    config = AutoConfig.for_model("phi3", **keys, rope_parameters={**rope, "rope_theta": 1e4})
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    assert positions(model) == 20
+    short, rewards = torch.arange(5, 10), {}
+    for length in (5, 20, 21):
+        batch = torch.zeros(2, length, dtype=torch.long)
+        batch[0, :5], batch[1] = short, 7
+        with torch.no_grad():
+            rewards[length] = model(input_ids=batch, attention_mask=(batch != 0).long()).logits[0].item()
+    assert rewards[20] == pytest.approx(rewards[5], abs=1e-6)
+    assert abs(rewards[21] - rewards[5]) > 1e-5
 
 
 def test_a_tokenizer_of_another_model_is_refused_with_both_sizes(tiny_llama, tmp_path):

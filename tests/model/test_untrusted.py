@@ -9,7 +9,8 @@ import pytest
 from conftest import run_cli
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from test_load_model import save_adapter
+from transformers import AutoConfig, AutoModelForSequenceClassification
 from trl import ModelConfig
 
 from rm_recipe import RewardModel
@@ -73,15 +74,10 @@ def test_an_index_of_safetensors_that_names_a_pickle_is_refused(base):
     assert not marker.exists()
 
 
-def save_adapter(folder: Path, base: Path) -> Path:
-    settings = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
-    get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("part", ["adapter", "base"])
 def test_an_sft_adapter_that_is_a_pickle_is_refused_and_one_on_such_a_base(base, tmp_path, part):
-    sft, tokenizer = save_adapter(tmp_path / "sft", base), load_tokenizer(str(base))
+    sft, tokenizer = tmp_path / "sft", load_tokenizer(str(base))
+    save_adapter(sft, base)
     marker = spring(sft, "adapter_model.bin") if part == "adapter" else spring(base, "pytorch_model.bin")
     with pytest.raises(RecipeError, match=CONVERT):
         load_base(ModelConfig(str(sft)), tokenizer, 0)
@@ -165,7 +161,8 @@ def test_a_judge_of_a_kind_without_a_classifier_is_refused_without_a_question(ba
 
 
 def test_an_sft_adapters_tokenizer_runs_no_code_of_its_own(base, tmp_path, willing):
-    tokenizer, sft = load_tokenizer(str(base)), save_adapter(tmp_path / "sft", base)
+    tokenizer, sft = load_tokenizer(str(base)), tmp_path / "sft"
+    save_adapter(sft, base)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(base / name, sft / name)
     marker = give_code(sft, model_type="own")

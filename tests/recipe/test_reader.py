@@ -101,7 +101,7 @@ def test_precision_follows_what_the_device_can_do(monkeypatch, kind, has_bf16, d
     assert relations.resolve({})["dtype"] == "float32"  # trained in full
     quantised = relations.resolve({"use_peft": True, "load_in_4bit": True, "dtype": "auto"})
     config = ModelConfig(load_in_4bit=True, dtype=quantised["dtype"])
-    assert lora.settings(config, skip=[]).bnb_4bit_compute_dtype == getattr(torch, dtype)
+    assert lora.quantization_config(config, skip=[]).bnb_4bit_compute_dtype == getattr(torch, dtype)
 
 
 def test_a_precision_that_the_device_has_not_is_refused(monkeypatch, write_recipe):

@@ -184,6 +184,13 @@ def test_deepspeed_is_zero3_with_autocast_in_place_of_a_bf16_model(monkeypatch):
     assert not config["bf16"]["enabled"]
 
 
+def test_fsdp1_is_refused_in_one_message():
+    """It is Accelerate's default, and fails once the model is loaded."""
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1))
+    with pytest.raises(RecipeError, match=r"FSDP1 .* set 'fsdp_version: 2'"):
+        keep_precision(SimpleNamespace(state=state), SimpleNamespace(bf16=True, fp16=False))
+
+
 # --- training ------------------------------------------------------------------------------------
 
 

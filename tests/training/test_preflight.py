@@ -84,6 +84,13 @@ def test_a_gradient_that_is_missing_stops_a_run(write_recipe):
             preflight.check_gradients(trainer.model, trainer.modules_to_save)
 
 
+def test_adapters_of_embeddings_pass_and_learn(write_recipe):
+    """There PEFT starts A at 0, so that B has no gradient in the first step."""
+    result = train_watched(write_recipe(lora_target_modules=["q_proj", "embed_tokens"], max_steps=2))
+    (learnt,) = (value for name, value in result.saved().items() if name.endswith("lora_embedding_A"))
+    assert learnt.abs().max() > 1e-3
+
+
 # --- out of memory -------------------------------------------------------------------------------
 
 
