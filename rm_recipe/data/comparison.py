@@ -34,7 +34,7 @@ class Excluded(Exception):  # noqa: N818 - a verdict on a row, no error of the p
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
-        self.reason, self.detail = reason, detail
+        self.reason, self.detail = reason, detail.encode(errors="replace").decode()  # half a surrogate pair
 
 
 class Malformed(Exception):  # noqa: N818 - becomes a DataError with file and row
@@ -128,9 +128,14 @@ def tools_of(row: Mapping[str, Any]) -> str:
             tools = json.loads(tools or "null")
     if not tools:
         return ""
-    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+    if not isinstance(tools, list) or not all(map(_is_tool, tools)):
         raise Malformed("tools", "a list of mappings, or one as JSON", tools)
     return json.dumps(tools, default=str)  # of a table: dates
+
+
+def _is_tool(tool: Any) -> bool:
+    """Whether it describes a function, by itself or under `function`."""
+    return isinstance(tool, Mapping) and isinstance(tool.get("function") or tool, Mapping)
 
 
 def _message(message: Mapping[str, Any]) -> Message:

@@ -8,7 +8,7 @@ that is a fault of the file, not of the row.
 import json
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -73,7 +73,7 @@ two replies by other names | prompt or question or instruction or input | \
   response_j response_k or response_w response_l
 Math-Step-DPO | prompt | chosen rejected | | | prompt initial_reason_steps chosen rejected
 LLaMA-Factory alpaca of old | instruction | output | | | instruction input output
-ms-swift | prompt | chosen rejected | | | messages rejected_response
+ms-swift | | messages rejected_response
 ms-swift messages | | messages rejected_messages
 ranking | prompt | responses | ranks | ranks
 ranking by scores | prompt | responses | scores | scores
@@ -118,59 +118,65 @@ NEEDED = (
 # --- columns that have to be made of others ----------------------------------------------------
 
 
-_SIDES = ("user", "assistant")
+def _exchanges(pairs: Iterable[Sequence[Any]]) -> list[dict[str, Any]]:
+    """Messages of [question, answer], one pair after the other."""
+    sides = ("user", "assistant")
+    return [{"role": role, "content": text} for pair in pairs for role, text in zip(sides, pair, strict=True)]
 
 
 def _in_parts(row: Row, column: str) -> Row:
     """As LLaMA-Factory joins them: the instruction and on the next line its input, after the `history`."""
-    if isinstance(row.get(column), list) or not any(row.get(part) for part in PROMPT_PARTS[column]):
-        return row  # of messages, which need no joining, or whole
-    asked = [row.get(part) for part in (column, "input") if part in (column, *PROMPT_PARTS[column])]
-    text = "\n".join(text for text in asked if isinstance(text, str) and text)
+    asked = row.get(column)
+    if "input" in PROMPT_PARTS[column] and row.get("input"):
+        texts = [text for text in (asked, row["input"]) if text]
+        if not all(isinstance(text, str) for text in texts):
+            raise Malformed("input", f"a text, and '{column}' too", row["input"])
+        asked = "\n".join(texts)
     before = _decoded(row.get("history")) or []
-    if not all(isinstance(turn, list) and len(turn) == 2 for turn in before):
+    if not isinstance(before, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in before):
         raise Malformed("history", "a list of [question, answer]", before)
-    turns = [{"role": r, "content": said} for turn in before for r, said in zip(_SIDES, turn, strict=True)]
-    return {**row, column: [*turns, {"role": "user", "content": text}] if turns else text}
+    if before:
+        asked = [*_exchanges(before), *as_messages(asked or "", column)]
+    return {**row, column: asked}
 
 
 def _steps(row: Row) -> Row:
     """Both replies begin with the steps before them, as `full_chosen` does that a recipe may name."""
-    steps, sides = row.get("initial_reason_steps") or "", ("chosen", "rejected")
-    ends = {side: row[side] for side in sides if isinstance(row.get(side), str) and row[side].strip()}
-    return {**row, **{side: steps + end for side, end in ends.items() if not end.startswith(steps)}}
-
-
-def _swift(row: Row) -> Row:
-    """`messages` end in the chosen reply."""
-    messages = as_messages(row.get("messages"), "messages")
-    return {**row, "prompt": messages[:-1], "chosen": messages[-1:], "rejected": row.get("rejected_response")}
+    steps = row.get("initial_reason_steps") or ""
+    if not isinstance(steps, str):
+        raise Malformed("initial_reason_steps", "a text", steps)
+    ends = {side: row.get(side) for side in ("chosen", "rejected")}
+    for side, end in ends.items():
+        if isinstance(end, str) and end.strip() and not end.startswith(steps):
+            ends[side] = steps + end
+    return {**row, **ends}
 
 
 def _openai(row: Row) -> Row:
     """`input` holds the messages, and tools if there are any."""
-    asked = row["input"] if isinstance(row.get("input"), Mapping) else {}
-    return {**row, "input": asked.get("messages"), "tools": asked.get("tools")}
+    return {**row, "input": _get(row, "input.messages"), "tools": _get(row, "input.tools")}
 
 
 def _summary(row: Row) -> Row:
     """The query of Stiennon et al. 2020 (arXiv 2009.01325, appendix B.5): a Reddit post or an article."""
     info = row["info"] if isinstance(row.get("info"), Mapping) else {}
-    about = f"SUBREDDIT: r/{info.get('subreddit')}\n\nTITLE: {info.get('title')}\n\nPOST: {info.get('post')}"
-    about = about if info.get("post") else f"Article: {info.get('article')}"
-    return {**row, "info": f"{about}\n\nTL;DR:"}
+    post, article = info.get("post"), info.get("article")
+    if not post and not article:
+        return {**row, "info": None}
+    about = f"SUBREDDIT: r/{info.get('subreddit')}\n\nTITLE: {info.get('title')}\n\nPOST: {post}"
+    return {**row, "info": f"{about if post else f'Article: {article}'}\n\nTL;DR:"}
 
 
 def _turns(row: Row) -> Row:
-    """Each column is a list of texts as JSON, one a turn."""
-    with suppress(ValueError, TypeError):
-        asked, *sides = (json.loads(row[name]) for name in ("prompt", "response_a", "response_b"))
-        found: dict[str, Any] = {}
-        for name, side in zip(("response_a", "response_b"), sides, strict=True):
-            turns = (zip(_SIDES, turn, strict=True) for turn in zip(asked, side, strict=True))
-            found[name] = [{"role": role, "content": text} for turn in turns for role, text in turn]
-        return {**row, "prompt": [], **found}
-    return row
+    """Each column is a list of texts as JSON, one a turn; or a text, of one turn."""
+    names = ("prompt", "response_a", "response_b")
+    asked, *sides = (_decoded(row.get(name)) for name in names)
+    if not all(isinstance(turns, list) for turns in (asked, *sides)):
+        return row
+    if any(len(turns) != len(asked) for turns in sides):
+        raise Excluded("not_messages", "a question or a reply is missing")
+    a, b = (_exchanges(zip(asked, turns, strict=True)) for turns in sides)
+    return {**row, "prompt": [], "response_a": a, "response_b": b}
 
 
 # What belongs to a prompt beside its own column.
@@ -178,7 +184,6 @@ PROMPT_PARTS = {"instruction": ("input", "history"), "question": ("history",)}
 PREPARED: dict[str, Callable[[Row], Row]] = {
     "Math-Step-DPO": _steps,
     "OpenAI preference": _openai,
-    "ms-swift": _swift,
     "summarize_from_feedback": _summary,
     "Chatbot Arena turns": _turns,
 }
@@ -208,9 +213,11 @@ def shapes_of(columns: Collection[str], named: Mapping[str, str] = {}) -> list[S
 
 def _beats(one: Shape, other: Shape) -> bool:
     """Whether it has all that the other has and more, or the same replies to a prompt of a better name."""
-    a, b = {*one.columns}, {*other.columns}
-    named_better = one.prompt == "prompt" or (one.prompt, other.prompt) == ("instruction", "input")
-    return b < a or (named_better and a - {one.prompt} == b - {other.prompt} and a != b)
+    if {*other.columns} < {*one.columns}:
+        return True
+    alike = (one.responses, one.verdict) == (other.responses, other.verdict)
+    names = (one.prompt, other.prompt)
+    return alike and (names == ("instruction", "input") or names[0] == "prompt" != names[1])
 
 
 def shape_of(columns: Collection[str], place: str = "a row", named: Mapping[str, str] = {}) -> Shape:
@@ -294,7 +301,9 @@ def _questions(node: Any, before: list[Any]) -> Iterator[Row]:
     if not isinstance(node, Mapping):
         return
     messages: list[Any] = [*before, {"role": node.get("role"), "content": node.get("text")}]
-    replies = [reply for reply in node.get("replies") or [] if isinstance(reply, Mapping)]
+    replies = node.get("replies") or []
+    if not isinstance(replies, list) or not all(isinstance(reply, Mapping) for reply in replies):
+        raise Malformed("replies", "a list of messages", replies)
     ranked = [reply for reply in replies if reply.get("rank") is not None]
     if node.get("role") == "prompter" and len(ranked) > 1:
         texts, ranks = [reply.get("text") for reply in ranked], [reply["rank"] for reply in ranked]
@@ -347,7 +356,7 @@ def parse_row(
     order, responses, ranks = _ordered(responses, levels)
     if margin_column is None:
         return Comparison(prompt, responses, ranks, tools=tools)
-    margin = row.get(margin_column)
+    margin = _decoded(row.get(margin_column))
     if shape.better == "strength" and margin_column == shape.verdict:
         margin = abs(_number(margin))
     margins = _margins(margin_column, margin, margin_map, order, ranks)
@@ -384,7 +393,7 @@ def _get(row: Row, path: str) -> Any:
 
 def _decoded(value: Any) -> Any:
     """A list that is written as JSON, as a .csv has to; anything else as it is."""
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         return json.loads(value) if isinstance(value, str) and value.startswith("[") else value
     return value
 
@@ -507,7 +516,9 @@ def prompts_differ(row: Row) -> bool:
 
 
 def _split_replies(prompt: Any, responses: Sequence[tuple[str, Any]]) -> tuple[list[Message], list[str]]:
-    """The prompt and the replies to it, each with its column; without a prompt, texts are transcripts.
+    """The prompt and the replies to it, each with its column.
+
+    Without a prompt, texts are transcripts, or replies in place of the last one of messages that come first.
 
     Raises:
         Excluded: `prompt_ends_with_reply` where the column holds a reply already.
@@ -520,6 +531,8 @@ def _split_replies(prompt: Any, responses: Sequence[tuple[str, Any]]) -> tuple[l
             said = as_messages(value, column)
         elif (messages := comparison.messages_of_text(value)) is not None:
             said = messages
+        elif prompt is None and conversations and not isinstance(responses[0][1], str):
+            said = [*conversations[0][:-1], {"role": "assistant", "content": value}]
         elif prompt is None:
             said = comparison.parse_transcript(value)
         else:

@@ -211,6 +211,22 @@ def test_what_a_reply_begins_with_or_came_before_is_part_of_what_is_read():
     assert parse_row(steps) == Comparison([ASKED], ["Step 1: a.\nStep 2: b", "Step 1: a.\nStep 2: c"])
     row = {"question": "So?", "history": [["Hi", "good"]], "response_chosen": "a", "response_rejected": "b"}
     assert parse_row(row) == Comparison([ASKED, GOOD, said("user", "So?")], ["a", "b"])
+    assert parse_row({**row, "question": [said("user", "So?")]}) == parse_row(row)
+
+
+def test_what_no_question_can_be_made_of_is_no_question():
+    summaries = {"summaries": [{"text": "a"}, {"text": "b"}], "choice": 0}
+    with pytest.raises(Excluded, match="empty_prompt"):
+        parse_row({"info": {"id": "x"}, **summaries})
+    arena = {"prompt": '["Hi", "And?"]', "winner_model_a": 1, "winner_model_b": 0}
+    with pytest.raises(Excluded, match="not_messages"):
+        parse_row({**arena, "response_a": '["a", "b"]', "response_b": '["c"]'})
+
+
+def test_a_prompt_beside_other_sets_answers_does_not_make_them_another_sets():
+    row = {"prompt": "Hi", "question": "Hi", "answers": []}
+    with pytest.raises(DataError, match="fits Nectar .* and Stack Exchange answers "):
+        shape_of(row)
 
 
 def test_the_whole_replies_of_math_step_dpo_do_not_get_their_steps_twice():
