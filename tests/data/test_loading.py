@@ -153,6 +153,10 @@ def test_a_path_that_holds_no_data_is_named(tmp_path, tiny_data):
     ):
         with pytest.raises(DataError, match=said):
             splits_of(entry)
+    with pytest.raises(
+        DataError, match="train.jsonl' is no data set of the Hub: leave out 'dataset_revision"
+    ):
+        load(path, dataset_revision="09be8c5")
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match="has no split 'train'; it has none"):
         load(tmp_path / "none")
