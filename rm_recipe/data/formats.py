@@ -510,7 +510,7 @@ def _split_replies(prompt: Any, responses: Sequence[tuple[str, Any]]) -> tuple[l
     """
     empty = prompt is None or (isinstance(prompt, str) and not prompt.strip())
     before = [] if empty else as_messages(prompt)
-    conversations = []
+    conversations: list[list[Message]] = []
     for column, value in responses:
         if not isinstance(value, str):
             said = as_messages(value, column)
