@@ -206,8 +206,7 @@ def shapes() -> str:
     from rm_recipe.data.formats import EQUAL, SHAPES
 
     rows = []
-    known = (shape for shape in SHAPES if shape.better != "named")
-    for name, group in itertools.groupby(known, lambda shape: shape.name):
+    for name, group in itertools.groupby(SHAPES, lambda shape: shape.name):
         alike = list(group)
         prompt, responses, verdict, others = (
             " or ".join(dict.fromkeys(", ".join(map(code, getattr(s, part).split())) for s in alike))

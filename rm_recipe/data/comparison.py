@@ -34,7 +34,7 @@ class Excluded(Exception):  # noqa: N818 - a verdict on a row, no error of the p
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
-        self.reason, self.detail = reason, detail
+        self.reason, self.detail = reason, detail.encode(errors="replace").decode()  # half a surrogate pair
 
 
 class Malformed(Exception):  # noqa: N818 - becomes a DataError with file and row
@@ -43,6 +43,14 @@ class Malformed(Exception):  # noqa: N818 - becomes a DataError with file and ro
     def __str__(self) -> str:
         column, expected, value = self.args
         return f"column '{column}' should be {expected}, not {type(value).__name__} {str(value)[:60]!r}"
+
+
+def from_json(value: Any) -> Any:
+    """What a text says as JSON, which a list in a .csv has to be; anything else as it is."""
+    if isinstance(value, str):
+        with suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
 
 
 def conversation(prompt: list[Message], response: str) -> list[Message]:
@@ -61,8 +69,7 @@ def as_messages(value: Any, column: str = "prompt") -> list[Message]:
         messages = messages_of_text(value)
         if messages is None:
             return [{"role": "user", "content": value}]
-        asked = is_transcript(value) and messages[-1] == {"role": "assistant", "content": ""}
-        return messages[:-1] if asked else messages
+        return messages[:-1] if messages[-1:] == [{"role": "assistant", "content": ""}] else messages
     several: Any = [value] if isinstance(value, Mapping) else value
     if not isinstance(several, list) or not all(isinstance(m, Mapping) for m in several):
         raise Malformed(column, "a text or a list of messages", value)
@@ -122,15 +129,17 @@ def in_context(prompt: list[Message], row: Mapping[str, Any]) -> list[Message]:
 
 def tools_of(row: Mapping[str, Any]) -> str:
     """Return the tools that a row's prompt offers, as JSON; raises Malformed where they are no list."""
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        with suppress(ValueError):
-            tools = json.loads(tools or "null")
+    tools = from_json(row.get("tools"))
     if not tools:
         return ""
-    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+    if not isinstance(tools, list) or not all(map(_is_tool, tools)):
         raise Malformed("tools", "a list of mappings, or one as JSON", tools)
     return json.dumps(tools, default=str)  # of a table: dates
+
+
+def _is_tool(tool: Any) -> bool:
+    """Whether it describes a function, by itself or under `function`."""
+    return isinstance(tool, Mapping) and isinstance(tool.get("function") or tool, Mapping)
 
 
 def _message(message: Mapping[str, Any]) -> Message:
@@ -155,12 +164,12 @@ def _message(message: Mapping[str, Any]) -> Message:
 def _calls(calls: Any) -> str:
     """Calls of tools as JSON, their arguments too where they are a text, as OpenAI writes them."""
     try:
-        calls = json.loads(calls) if isinstance(calls, str) else json.loads(json.dumps(calls))
+        calls = json.loads(json.dumps(from_json(calls)))
         for call in calls:
             function = call.get("function") or call
             if isinstance(function["arguments"], str):
                 function["arguments"] = json.loads(function["arguments"])
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise Excluded("tool_calls", "calls of tools that cannot be decoded") from None
     return json.dumps(calls)
 

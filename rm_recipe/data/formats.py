@@ -8,7 +8,7 @@ that is a fault of the file, not of the row.
 import json
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -16,7 +16,7 @@ from itertools import product
 from typing import Any
 
 from rm_recipe.data import comparison
-from rm_recipe.data.comparison import Comparison, Excluded, Malformed, Message, as_messages, untied_pairs
+from rm_recipe.data.comparison import Comparison, Excluded, Malformed, Message, as_messages, from_json
 from rm_recipe.errors import DataError
 
 Row = Mapping[str, Any]
@@ -38,8 +38,8 @@ class Shape:
             column, a list of them. What holds a list holds responses that are equally good.
         verdict: the column (or one for each response) that says which response is better, if there is one.
         better: what the verdict is: `ranks` (the lowest is best), `scores` (the highest is), `strength`
-            (below 0 the first of two is better, above it the second), `named` (see `_meanings`), or values:
-            for each response that where it is best, and those of a tie; of equal ones with `/` between them.
+            (below 0 the first of two is better, above it the second), or values: for each response that
+            where it is best, and those of a tie; of equal ones with `/` between them.
         known: the columns that it is known by, where those above are made of them (`PREPARED`).
     """
 
@@ -73,7 +73,7 @@ two replies by other names | prompt or question or instruction or input | \
   response_j response_k or response_w response_l
 Math-Step-DPO | prompt | chosen rejected | | | prompt initial_reason_steps chosen rejected
 LLaMA-Factory alpaca of old | instruction | output | | | instruction input output
-ms-swift | prompt | chosen rejected | | | messages rejected_response
+ms-swift | | messages rejected_response
 ms-swift messages | | messages rejected_messages
 ranking | prompt | responses | ranks | ranks
 ranking by scores | prompt | responses | scores | scores
@@ -100,8 +100,6 @@ Preference Collection | orig_instruction | orig_response_A orig_response_B | ori
 AlpacaFarm | instruction | output_1 output_2 | preference | 1, 2
 JudgeBench | question | response_A response_B | label | A>B, B>A, A=B
 LLMBar, OffsetBias | input or instruction | output_1 output_2 | label | 1, 2
-two replies and a verdict | prompt | chosen rejected | verdict | named
-two conversations and a verdict | | chosen rejected | verdict | named
 """
 EQUAL = "tie/tied/draw/equal/same/both/neither/tie (bothbad)/both_bad"
 _LINES = [
@@ -109,6 +107,11 @@ _LINES = [
     for line in _SHAPES.strip().replace("EQUAL", EQUAL).splitlines()
 ]
 SHAPES = [Shape(*cells) for line in _LINES for cells in product(*line)]
+# Of columns that a recipe names.
+ANY_TWO = [
+    Shape("two replies and a verdict", "prompt", "chosen rejected", "verdict"),
+    Shape("two conversations and a verdict", "", "chosen rejected", "verdict"),
+]
 NEEDED = (
     "two replies or more in a row, and which is better: prompt, chosen and rejected, or "
     "prompt, responses and ranks or scores, or the columns of a public set; others are named by 'columns: "
@@ -118,59 +121,66 @@ NEEDED = (
 # --- columns that have to be made of others ----------------------------------------------------
 
 
-_SIDES = ("user", "assistant")
+def _exchanges(pairs: Iterable[Sequence[Any]]) -> list[dict[str, Any]]:
+    """Messages of [question, answer], one pair after the other."""
+    sides = ("user", "assistant")
+    return [{"role": role, "content": text} for pair in pairs for role, text in zip(sides, pair, strict=True)]
 
 
 def _in_parts(row: Row, column: str) -> Row:
     """As LLaMA-Factory joins them: the instruction and on the next line its input, after the `history`."""
-    if isinstance(row.get(column), list) or not any(row.get(part) for part in PROMPT_PARTS[column]):
-        return row  # of messages, which need no joining, or whole
-    asked = [row.get(part) for part in (column, "input") if part in (column, *PROMPT_PARTS[column])]
-    text = "\n".join(text for text in asked if isinstance(text, str) and text)
-    before = _decoded(row.get("history")) or []
-    if not all(isinstance(turn, list) and len(turn) == 2 for turn in before):
+    asked = row.get(column)
+    if "input" in PROMPT_PARTS[column] and row.get("input"):
+        texts = [text for text in (asked, row["input"]) if text]
+        if not all(isinstance(text, str) for text in texts):
+            raise Malformed("input", f"a text, and '{column}' too", row["input"])
+        asked = "\n".join(texts)
+    before = from_json(row.get("history")) or []
+    if not isinstance(before, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in before):
         raise Malformed("history", "a list of [question, answer]", before)
-    turns = [{"role": r, "content": said} for turn in before for r, said in zip(_SIDES, turn, strict=True)]
-    return {**row, column: [*turns, {"role": "user", "content": text}] if turns else text}
+    if before:
+        asked = [*_exchanges(before), *as_messages(asked or "", column)]
+    return {**row, column: asked}
 
 
 def _steps(row: Row) -> Row:
     """Both replies begin with the steps before them, as `full_chosen` does that a recipe may name."""
-    steps, sides = row.get("initial_reason_steps") or "", ("chosen", "rejected")
-    ends = {side: row[side] for side in sides if isinstance(row.get(side), str) and row[side].strip()}
-    return {**row, **{side: steps + end for side, end in ends.items() if not end.startswith(steps)}}
-
-
-def _swift(row: Row) -> Row:
-    """`messages` end in the chosen reply."""
-    messages = as_messages(row.get("messages"), "messages")
-    return {**row, "prompt": messages[:-1], "chosen": messages[-1:], "rejected": row.get("rejected_response")}
+    steps = row.get("initial_reason_steps") or ""
+    if not isinstance(steps, str):
+        raise Malformed("initial_reason_steps", "a text", steps)
+    ends = {side: row.get(side) for side in ("chosen", "rejected")}
+    for side, end in ends.items():
+        if isinstance(end, str) and end.strip() and not end.startswith(steps):
+            ends[side] = steps + end
+    return {**row, **ends}
 
 
 def _openai(row: Row) -> Row:
     """`input` holds the messages, and tools if there are any."""
-    asked = row["input"] if isinstance(row.get("input"), Mapping) else {}
-    return {**row, "input": asked.get("messages"), "tools": asked.get("tools")}
+    return {**row, "input": _get(row, "input.messages"), "tools": _get(row, "input.tools")}
 
 
 def _summary(row: Row) -> Row:
     """The query of Stiennon et al. 2020 (arXiv 2009.01325, appendix B.5): a Reddit post or an article."""
-    info = row["info"] if isinstance(row.get("info"), Mapping) else {}
-    about = f"SUBREDDIT: r/{info.get('subreddit')}\n\nTITLE: {info.get('title')}\n\nPOST: {info.get('post')}"
-    about = about if info.get("post") else f"Article: {info.get('article')}"
+    subreddit, title, post, article = (
+        _get(row, f"info.{key}") for key in ("subreddit", "title", "post", "article")
+    )
+    if not post and not article:
+        raise Excluded("empty_prompt")
+    about = f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}" if post else f"Article: {article}"
     return {**row, "info": f"{about}\n\nTL;DR:"}
 
 
 def _turns(row: Row) -> Row:
-    """Each column is a list of texts as JSON, one a turn."""
-    with suppress(ValueError, TypeError):
-        asked, *sides = (json.loads(row[name]) for name in ("prompt", "response_a", "response_b"))
-        found: dict[str, Any] = {}
-        for name, side in zip(("response_a", "response_b"), sides, strict=True):
-            turns = (zip(_SIDES, turn, strict=True) for turn in zip(asked, side, strict=True))
-            found[name] = [{"role": role, "content": text} for turn in turns for role, text in turn]
-        return {**row, "prompt": [], **found}
-    return row
+    """Each column is a list of texts as JSON, one a turn; or a text, of one turn."""
+    names = ("prompt", "response_a", "response_b")
+    asked, *sides = (from_json(row.get(name)) for name in names)
+    if not all(isinstance(turns, list) for turns in (asked, *sides)):
+        return row
+    if any(len(turns) != len(asked) for turns in sides):
+        raise Excluded("not_messages", "a question or a reply is missing")
+    a, b = (_exchanges(zip(asked, turns, strict=True)) for turns in sides)
+    return {**row, "prompt": [], "response_a": a, "response_b": b}
 
 
 # What belongs to a prompt beside its own column.
@@ -178,7 +188,6 @@ PROMPT_PARTS = {"instruction": ("input", "history"), "question": ("history",)}
 PREPARED: dict[str, Callable[[Row], Row]] = {
     "Math-Step-DPO": _steps,
     "OpenAI preference": _openai,
-    "ms-swift": _swift,
     "summarize_from_feedback": _summary,
     "Chatbot Arena turns": _turns,
 }
@@ -187,41 +196,43 @@ PREPARED: dict[str, Callable[[Row], Row]] = {
 # --- which shape rows have -------------------------------------------------------------------
 
 
-def shapes_of(columns: Collection[str], named: Mapping[str, str] = {}) -> list[Shape]:
-    """Find the shapes that rows with these columns have, but for those that have a part of another's.
-
-    Args:
-        named: names of ours (or `verdict`) and those of columns: only shapes that read all of them.
-    """
-    asked = {name for name in named if name not in ("verdict", *ALSO_READ[1:])}
-    any_two = {"chosen", "rejected", "verdict"} <= {*named}
-    verdict = "verdict" if any_two else named.get("verdict", "").partition("=")[0]
-    found = [
-        shape
-        for shape in SHAPES
-        if asked <= {*shape.columns} <= {*columns}
-        and (shape.better == "named") == any_two
-        and shape.verdict == (verdict or shape.verdict)
-    ]
+def shapes_of(columns: Collection[str], known: Sequence[Shape] = SHAPES) -> list[Shape]:
+    """Find the shapes that rows with these columns have, but for those that have a part of another's."""
+    found = [shape for shape in known if {*shape.columns} <= {*columns}]
     return [shape for shape in found if not any(_beats(other, shape) for other in found)]
 
 
 def _beats(one: Shape, other: Shape) -> bool:
     """Whether it has all that the other has and more, or the same replies to a prompt of a better name."""
-    a, b = {*one.columns}, {*other.columns}
-    named_better = one.prompt == "prompt" or (one.prompt, other.prompt) == ("instruction", "input")
-    return b < a or (named_better and a - {one.prompt} == b - {other.prompt} and a != b)
+    if {*other.columns} < {*one.columns}:
+        return True
+    alike = (one.responses, one.verdict) == (other.responses, other.verdict)
+    names = (one.prompt, other.prompt)
+    return alike and (names == ("instruction", "input") or names[0] == "prompt" != names[1])
 
 
 def shape_of(columns: Collection[str], place: str = "a row", named: Mapping[str, str] = {}) -> Shape:
-    """Find the shape of rows with these columns; raises DataError, with their place, unless there is one."""
-    found = shapes_of(columns, named)
+    """Find the shape of rows with these columns.
+
+    Args:
+        place: of the rows, for messages.
+        named: names of ours and those of columns, as the recipe key `columns` has them: only a shape that
+            reads them all.
+
+    Raises:
+        DataError: the rows have none, or several.
+    """
+    verdict, _, values = named.get("verdict", "").partition("=")
+    known = [shape for shape in SHAPES if verdict in ("", shape.verdict)]
+    if {"chosen", "rejected", "verdict"} <= {*named}:
+        known = [replace(shape, better=_meanings(named["chosen"], named["rejected"])) for shape in ANY_TWO]
+    asked = {name for name in named if name not in ("verdict", *ALSO_READ[1:])}
+    found = shapes_of(columns, [shape for shape in known if asked <= {*shape.columns}])
     if len(found) == 1:
-        said = named.get("verdict", "").partition("=")[2].replace("/", ", ")
-        return replace(found[0], better=said or _meanings(found[0], named))
+        return replace(found[0], better=values.replace("/", ", ")) if values else found[0]
     if found:
         fit = " and ".join(f"{shape.name} ({', '.join(shape.columns)})" for shape in found)
-        ways = [_way(shape) for shape in found]
+        ways = ["{prompt: ..., chosen: ..., rejected: ...}", "{prompt: ..., responses: ..., scores: ...}"]
         if len({(shape.prompt, shape.responses) for shape in found}) == 1:
             ways = [f"{{verdict: {shape.verdict}}}" for shape in found]
         raise DataError(f"{place} fits {fit}; say which one: 'columns: {' or '.join(ways)}'")
@@ -229,53 +240,37 @@ def shape_of(columns: Collection[str], place: str = "a row", named: Mapping[str,
     raise DataError(f"{place}: its columns are {has}; rm_recipe needs {NEEDED}{_suggested(columns)}'")
 
 
-def _way(shape: Shape) -> str:
-    """The value of `columns` that asks for a shape."""
-    if len(replies := shape.responses.split()) != 2 or shape.better in ("scores", "strength"):
-        return f"{{{', '.join(f'{column}: {column}' for column in shape.columns)}}}"
-    values = "" if "a/" in shape.better else f"={shape.better.replace(', ', '/')}"
-    return _in_columns(shape.prompt, *replies, *[f"{shape.verdict}{values}"] * bool(shape.verdict))
+# What columns are called that hold a prompt, a better and a worse reply, or any two and a verdict.
+_PROMPT = "prompt|question|instruction|query|problem|input|context|messages|conversation"
+_BETTER, _WORSE = (
+    "chosen|(?<!dis)preferred|better|best|good|winner",
+    "rejected|dispreferred|worse|worst|bad|loser",
+)
+_VERDICT = "winner|prefer|choice|chosen|label|verdict|better|best|comparison"
+_CALLED = (
+    {"prompt": _PROMPT, "chosen": _BETTER, "rejected": _WORSE},
+    {"prompt": _PROMPT, "chosen": "(?<![a-z])a$|1$", "rejected": "(?<![a-z])b$|2$", "verdict": _VERDICT},
+)
+_NO_TEXT = "(?<![a-z])(id|model|score|rating|length|len|tokens)(?![a-z])"
 
 
-# Words in the names of columns: of a better and a worse reply, or of any two, and of what is none of the
-# three; of a prompt; of a verdict.
-_PAIRS = "chosen/rejected preferred/dispreferred better/worse best/worst good/bad winner/loser a/b 1/2 0/1"
-_NO_TEXT = r"\b(id|model|score|rating|length|len|tokens)\b"
-_PROMPT = r"\b(prompt|question|instruction|query|problem|input|context|messages|conversation)\b"
-_VERDICT = r"\b(winner|preferred|preference|choice|chosen|label|verdict|better|best|comparison)\b"
+def _suggested(columns: Collection[str]) -> str:
+    """The value of `columns` that names suggest: only said, for a `winner` may be a reply or its author."""
+    texts = [name for name in columns if not re.search(_NO_TEXT, name, re.IGNORECASE)]
+    for called in _CALLED:
+        found = {ours: [n for n in texts if re.search(words, n, re.I)] for ours, words in called.items()}
+        if len(found["chosen"]) == len(found["rejected"]) == 1:
+            named = {ours: names[0] if len(names) == 1 else "..." for ours, names in found.items()}
+            return json.dumps(named, ensure_ascii=False)
+    return json.dumps(dict.fromkeys(_CALLED[0], "..."))
 
 
 def _words(name: str) -> list[str]:
     return [word.lower() for word in re.findall(r"\d+|[A-Z]?[^\W\dA-Z_]+|[A-Z]+", name)]
 
 
-def _suggested(columns: Collection[str]) -> str:
-    """The value of `columns` that words suggest: only said, for a `winner` may be a reply or its author."""
-    spelt = {text: name for name in columns if not re.search(_NO_TEXT, text := " ".join(_words(name)))}
-    for better, worse in (pair.split("/") for pair in _PAIRS.split()):
-        for text, one in spelt.items():
-            other = spelt.get(re.sub(rf"\b{better}\b", worse, text), one)
-            if other != one and not re.search(_PROMPT, text):
-                rest = {text: name for text, name in spelt.items() if name not in (one, other)}
-                kinds = [_PROMPT, _VERDICT] if len(better) == 1 else [_PROMPT]
-                found = [[rest[text] for text in rest if re.search(kind, text)] for kind in kinds]
-                prompt, *verdict = (names[0] if len(names) == 1 else "..." for names in found)
-                return _in_columns(prompt, one, other, *verdict)
-    return _in_columns("...", "...", "...")
-
-
-def _in_columns(*names: str) -> str:
-    """The value of `columns` that names a prompt, two replies and perhaps a verdict."""
-    plain = [name if re.fullmatch(r"[\w.=/]+", name) else json.dumps(name) for name in names]
-    ours = zip(("prompt", "chosen", "rejected", "verdict"), plain, strict=False)
-    return f"{{{', '.join(f'{name}: {column}' for name, column in ours)}}}"
-
-
-def _meanings(shape: Shape, named: Mapping[str, str]) -> str:
-    """What a verdict may be: of a named one a reply's column, or what only that has in its name."""
-    if shape.better != "named":
-        return shape.better
-    names = [named["chosen"], named["rejected"]]
+def _meanings(*names: str) -> str:
+    """What a verdict on any two replies may be: a reply's column, or what only that has in its name."""
     own = ["_".join(word for word in _words(a) if word not in _words(b)) for a, b in (names, names[::-1])]
     each = [[name, part, f"model_{part}"] for name, part in zip(names, own, strict=True)]
     if {*own} == {"0", "1"}:  # 1 may also mean that the first is right
@@ -294,7 +289,9 @@ def _questions(node: Any, before: list[Any]) -> Iterator[Row]:
     if not isinstance(node, Mapping):
         return
     messages: list[Any] = [*before, {"role": node.get("role"), "content": node.get("text")}]
-    replies = [reply for reply in node.get("replies") or [] if isinstance(reply, Mapping)]
+    replies = node.get("replies") or []
+    if not isinstance(replies, list) or not all(isinstance(reply, Mapping) for reply in replies):
+        raise Malformed("replies", "a list of messages", replies)
     ranked = [reply for reply in replies if reply.get("rank") is not None]
     if node.get("role") == "prompter" and len(ranked) > 1:
         texts, ranks = [reply.get("text") for reply in ranked], [reply["rank"] for reply in ranked]
@@ -345,12 +342,12 @@ def parse_row(
     if not all(response.strip() for response in responses):
         raise Excluded("empty_response")
     order, responses, ranks = _ordered(responses, levels)
-    if margin_column is None:
-        return Comparison(prompt, responses, ranks, tools=tools)
-    margin = row.get(margin_column)
-    if shape.better == "strength" and margin_column == shape.verdict:
-        margin = abs(_number(margin))
-    margins = _margins(margin_column, margin, margin_map, order, ranks)
+    margins: list[float] = []
+    if margin_column is not None:
+        margin = from_json(row.get(margin_column))
+        if shape.better == "strength" and margin_column == shape.verdict:
+            margin = abs(_number(margin))
+        margins = _margins(margin_column, margin, margin_map, order, ranks)
     return Comparison(prompt, responses, ranks, margins, tools=tools)
 
 
@@ -374,7 +371,7 @@ def _get(row: Row, path: str) -> Any:
     value, keys = row.get(column), key.split("/")
     if value is None:
         return None
-    items = _decoded(value) if bracket == "[" else [value]
+    items = from_json(value) if bracket == "[" else [value]
     if not isinstance(items, list) or not all(isinstance(item, Mapping) for item in items):
         kind = "a list of mappings" if bracket == "[" else "a mapping"
         raise Malformed(column, f"{kind} with {keys[0]}", value)
@@ -382,19 +379,12 @@ def _get(row: Row, path: str) -> Any:
     return found if bracket == "[" else found[0]
 
 
-def _decoded(value: Any) -> Any:
-    """A list that is written as JSON, as a .csv has to; anything else as it is."""
-    with suppress(ValueError):
-        return json.loads(value) if isinstance(value, str) and value.startswith("[") else value
-    return value
-
-
 def _replies(row: Row, shape: Shape) -> tuple[list[tuple[str, Any]], list[Any]]:
     """The responses of a row as they are written there, each with its column; and their order."""
     columns = shape.responses.split()
     values = [_get(row, column) for column in columns]
     if len(columns) == 1 and values != [None]:
-        values = _decoded(values[0])
+        values = from_json(values[0])
         if not isinstance(values, list):
             raise Malformed(columns[0], "a list", values)
         columns *= len(values)
@@ -416,32 +406,36 @@ def _is_several(value: Any) -> bool:
 
 
 def _levels(row: Row, shape: Shape, n: int) -> list[Any]:
-    """A number for each response, the lower, the better."""
-    paths, names = shape.verdict.split(), re.findall(r"\w+", shape.verdict)
-    column = names["[" in shape.verdict]
+    """A number for each of n responses, the lower, the better."""
+    paths = shape.verdict.split()
+    column = re.findall(r"\w+(?=[/\]]|$)", paths[0])[0]  # of what a list holds, its key
     value = [_get(row, path) for path in paths] if len(paths) > 1 else _get(row, paths[0])
     if value is None or value in ([], "") or value != value:  # the last: NaN, as a table has it
         raise Excluded(f"missing_{column}")
-    if len(shape.responses.split()) not in (1, n):  # a column holds several
-        raise Excluded("ranks_do_not_match")
     if shape.better not in ("ranks", "scores", "strength"):
-        known = [[_spelt(text) for text in values.split("/")] for values in shape.better.split(", ")]
-        meant = [number for number, values in enumerate(known) if _spelt(value) in values]
-        if len(meant) != 1:
-            how = "what others mean is said by 'columns: {..., verdict: COLUMN=FIRST/SECOND/TIE}'"
-            raise Malformed(column, f"one of {shape.better} ({how})", value)
-        return [int(number != meant[0] < n) for number in range(n)]
-    values = [value] if shape.better == "strength" else _decoded(value)
+        if len(shape.responses.split()) not in (1, n):  # a column holds several
+            raise Excluded("ranks_do_not_match")
+        best = _best(column, value, shape.better)
+        return [0 if number == best or best >= n else 1 for number in range(n)]
+    values = [value, 0] if shape.better == "strength" else from_json(value)
     if not isinstance(values, list):
         raise Malformed(column, "a list of numbers", value)
     numbers = [_number(element) for element in values]
     if None in numbers:
         raise Excluded(f"missing_{column}", f"{column}: {str(value)[:60]}")
-    if shape.better == "strength":
-        return [numbers[0], 0]
-    if len(values) != n:
+    if len(numbers) != n:
         raise Excluded("ranks_do_not_match")
-    return numbers if shape.better == "ranks" else [-number for number in numbers]
+    return [-number for number in numbers] if shape.better == "scores" else numbers
+
+
+def _best(column: str, verdict: Any, better: str) -> int:
+    """Which response a verdict means, by the values that it may have; one more than there are for a tie."""
+    known = [[_spelt(text) for text in values.split("/")] for values in better.split(", ")]
+    meant = [number for number, values in enumerate(known) if _spelt(verdict) in values]
+    if len(meant) != 1:
+        how = "what others mean is said by 'columns: {..., verdict: COLUMN=FIRST/SECOND/TIE}'"
+        raise Malformed(column, f"one of {better} ({how})", verdict)
+    return meant[0]
 
 
 def _spelt(value: Any) -> str:
@@ -459,14 +453,14 @@ def _margins(
     ranks: Sequence[int],
 ) -> list[float]:
     if categories is not None and value is not None:
-        found = [m for name, m in categories.items() if name == value or str(name) == str(value)]
-        if not found:
+        known = {_spelt(name): margin for name, margin in categories.items()}
+        if _spelt(value) not in known:
             raise Malformed(column, f"one of margin_map's {', '.join(map(str, categories))}", value)
-        value = found[0]
+        value = known[_spelt(value)]
     each = value if isinstance(value, list) else [value]
     if any(isinstance(x, str | bool) and x != "" and _number(x) is None for x in each):
         raise Malformed(column, "a number, or a category and 'margin_map' in the recipe", value)
-    numbers, pairs = [_number(element) for element in each], untied_pairs(ranks)
+    numbers, pairs = [_number(element) for element in each], comparison.untied_pairs(ranks)
     if None in numbers or (isinstance(value, list) and len(value) != len(order)):
         raise Excluded("missing_margin")
     margins = numbers * len(pairs)
@@ -507,19 +501,23 @@ def prompts_differ(row: Row) -> bool:
 
 
 def _split_replies(prompt: Any, responses: Sequence[tuple[str, Any]]) -> tuple[list[Message], list[str]]:
-    """The prompt and the replies to it, each with its column; without a prompt, texts are transcripts.
+    """The prompt and the replies to it, each with its column.
+
+    Without a prompt, texts are transcripts, or replies in place of the last one of messages that come first.
 
     Raises:
         Excluded: `prompt_ends_with_reply` where the column holds a reply already.
     """
     empty = prompt is None or (isinstance(prompt, str) and not prompt.strip())
     before = [] if empty else as_messages(prompt)
-    conversations = []
+    conversations: list[list[Message]] = []
     for column, value in responses:
         if not isinstance(value, str):
             said = as_messages(value, column)
         elif (messages := comparison.messages_of_text(value)) is not None:
             said = messages
+        elif prompt is None and conversations and not isinstance(responses[0][1], str):
+            said = [*conversations[0][:-1], {"role": "assistant", "content": value}]
         elif prompt is None:
             said = comparison.parse_transcript(value)
         else:

@@ -67,11 +67,12 @@ def load_rows(
     place = f"'{file}'" if file and len(found) == 1 else f"'{source.path}', split '{split}'"
     ours = _named(columns, source, data, margin_column, place)
     shape = formats.shape_of(ours, place, data.columns or {})
-    read = [*shape.read, *filter(None, [margin_column])]
-    complete = not (source.columns or data.columns)  # then a row may have a column that the first ones lack
-    wanted = {name: ours.get(name, name) for name in read if name in ours or complete}
+    margin = next((name for name, column in ours.items() if column == margin_column), None)
+    wanted = {name: column for name, column in ours.items() if name in (*shape.read, margin)}
+    if not source.columns:  # a row may have a column that the first ones lack
+        wanted |= {name: name for name in shape.read if name not in (*ours, *ours.values())}
     scores = formats.score_columns(source.columns or columns)
-    options = (margin_column, data.margin_map, shape)
+    options = (margin, data.margin_map, shape)
 
     def parse() -> Iterator[dict[str, Any]]:
         """The columns of `_PARSED`, row by row."""
@@ -100,13 +101,12 @@ def _named(
 ) -> dict[str, str]:
     """The columns of a source that may be read, by our names; one that is called so and not meant is not."""
     named = theirs(data.columns)
-    given = {name: column for name, column in named.items() if name != "verdict" or "chosen" in named}
-    asked = {*(source.columns or []), *named.values(), *filter(None, [margin_column])}
-    if missing := asked - {*columns}:
+    asked = [*(source.columns or columns), *filter(None, [margin_column])]
+    if missing := {*asked, *named.values()} - {*columns}:
         has = f"{place} has the columns {', '.join(columns)}"
         raise DataError(f"{has}, and not {', '.join(sorted(missing))} ('columns', 'margin_column')")
-    own = {name: name for name in source.columns or columns if name not in given.values()}
-    return own | given | ({margin_column: margin_column} if margin_column else {})
+    given = {name: column for name, column in named.items() if name != "verdict" or "chosen" in named}
+    return {name: name for name in asked if name not in given.values()} | given
 
 
 def theirs(columns: dict[str, str] | None) -> dict[str, str]:
@@ -215,6 +215,8 @@ def splits_of(source: DatasetConfig, revision: str | None = None) -> dict[str, A
         DataError: there is no such file, folder or data set.
     """
     place = Path(source.path, source.data_dir or "", str(source.data_files or ""))
+    if revision and place.exists():
+        raise DataError(f"'{place}' is no data set of the Hub: leave out 'dataset_revision: {revision}'")
     if place.is_file():
         if data_format(place) not in DATA_FORMATS:
             raise DataError(f"'{place}' is no data file; expected {', '.join(DATA_FORMATS)} (.gz too)")
@@ -289,7 +291,11 @@ def find_split(splits: dict[str, Any], split: str, source: DatasetConfig) -> Any
 
 def no_split(splits: dict[str, Any], split: str, source: DatasetConfig) -> DataError:
     """Say that a source has no such split, and what can be done."""
-    place, others = "/".join(filter(None, [source.path, source.data_dir])), ", ".join(filter(None, splits))
+    place = Path(source.path, source.data_dir or "")
+    folders = [part.name for part in sorted(place.glob("*/")) if _splits_in(part)]
+    if folders and not splits:
+        return DataError(f"'{place}' has folders of data: name them in 'dataset_subsets': {folders}")
+    others = ", ".join(filter(None, splits))
     return DataError(
         f"'{place}' has no split '{split}'; it has {others or 'none'}; set 'dataset_train_split' and "
         "'dataset_test_split', or 'test_split_size' to hold out that share of all prompts"

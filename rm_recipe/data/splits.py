@@ -118,8 +118,8 @@ def hold_out_share(data: DataArguments) -> float | None:
         return data.test_split_size
     found = loading.sources_of(data)
     splits = [loading.splits_of(source, data.dataset_revision) for source in found]
-    test = data.dataset_test_split.partition("[")[0]
-    without = [n for n, names in enumerate(splits) if not {test, f"{test}_prefs"} & {*names}]
+    test = {data.dataset_test_split, f"{data.dataset_test_split}_prefs"}
+    without = [n for n, names in enumerate(splits) if not test & {*names}]
     if without and any(len(names) > 1 for names in splits):  # nobody can say which was meant
         raise loading.no_split(splits[without[0]], data.dataset_test_split, found[without[0]])
     return HELD_OUT_SHARE if without else None

@@ -173,6 +173,7 @@ def _texts(tokenizer: Tokenizer, comparison: Comparison) -> list[str]:
         texts = [render(tokenizer, messages, comparison.tools) for messages in comparison.conversations()]
     except (jinja2.TemplateError, TypeError) as error:  # such as one that wants roles to alternate
         raise Excluded("refused_by_template", f"the template says: {one_line(error)}") from None
+    comparison_module.check_unicode(texts)  # of tools
     for tool in (tool for text in tools for tool in json.loads(text)):
         name = str((tool.get("function") or tool).get("name"))
         said = [*(message["content"] for message in comparison.prompt), comparison.responses[0]]

@@ -33,10 +33,10 @@ def source(path, **keys) -> DatasetConfig:
     return DatasetConfig(path=str(path), **keys)
 
 
-def load(path, split="train", columns=None, **keys) -> Split:
+def load(path, split="train", selected=None, **keys) -> Split:
     """A split of a set, of which TRL's `columns` may select some."""
     keys |= (
-        {"datasets": [{"path": str(path), "columns": columns}]} if columns else {"dataset_name": str(path)}
+        {"datasets": [{"path": str(path), "columns": selected}]} if selected else {"dataset_name": str(path)}
     )
     return load_split(DataArguments(**keys), split, margins="margin_column" in keys)
 
@@ -153,8 +153,17 @@ def test_a_path_that_holds_no_data_is_named(tmp_path, tiny_data):
     ):
         with pytest.raises(DataError, match=said):
             splits_of(entry)
+    with pytest.raises(
+        DataError, match="train.jsonl' is no data set of the Hub: leave out 'dataset_revision"
+    ):
+        load(path, dataset_revision="09be8c5")
+    (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match="has no split 'train'; it has none"):
-        load(tmp_path)
+        load(tmp_path / "none")
+    for name in ("helpful-base", "harmless-base"):  # of a clone
+        write_jsonl(tmp_path / "clone" / name / "train.jsonl", ROWS)
+    with pytest.raises(DataError, match=r"'dataset_subsets': \['harmless-base', 'helpful-base'\]"):
+        load(tmp_path / "clone")
 
 
 def test_sources_are_the_subsets_of_a_set_or_the_entries_of_trls_mixtures(tmp_path, tiny_data):
@@ -242,7 +251,9 @@ def test_a_rows_type_and_columns_are_its_own_however_far_down_it_stands(tmp_path
     rows += [{"prompt": "p", "chosen": chosen, "rejected": "b", "m": 2} for chosen in ("a", reply)]
     rows += [{**row, "m": m, "later": 1} for row, m in zip(make_rows(2, seed=2), (1, 0.5), strict=True)]
     rows += [{**make_rows(1, seed=3)[0], "subset": 1, "m": "2"}]
-    split = load(write_jsonl(tmp_path / "x.jsonl", rows), margin_column="m")
+    path = write_jsonl(tmp_path / "x.jsonl", rows)
+    split = load(path, margin_column="m")
+    assert load(path, columns={"chosen": "chosen"}, margin_column="m").comparisons["subset"][-1] == "1"
     assert split.excluded == {}
     assert split[4_000] == split[4_001]
     assert split.comparisons["subset"][-2:] == ["", "1"]
@@ -257,14 +268,14 @@ def test_columns_and_rows_that_are_missing_or_of_the_wrong_type_are_named(tmp_pa
     path = write_jsonl(tmp_path / "x.jsonl", rows)
     pair, levels = ["prompt", "chosen", "rejected"], {"margin_column": "strength"}
     assert load(path, **levels, margin_map={"slightly": 0.3})[1].margins == [0.3]
-    assert load(path, columns=pair).comparisons["subset"][0] != "theirs"
+    assert load(path, selected=pair).comparisons["subset"][0] != "theirs"
     table = write_parquet(tmp_path / "x.parquet", [{**row, "chosen": 5} for row in rows])
     empty = tmp_path / "none.parquet"
     hf_datasets.Dataset.from_list(rows).select([]).to_parquet(empty)
     for file, keys, said in (
         (path, {"margin_column": "margin"}, "strength, subset, and not margin"),
         (path, levels | {"margin_map": {"much": 1}}, "line 1: column 'strength' .* one of margin_map's much"),
-        (path, {"columns": pair[:2]}, "its columns are prompt, chosen; rm_recipe needs two replies or more"),
+        (path, {"selected": pair[:2]}, "its columns are prompt, chosen; rm_recipe needs two replies or more"),
         (empty, {}, "none.parquet' is empty"),
         (table, {}, "x.parquet', row 1: column 'chosen' should be a text"),
     ):
@@ -290,11 +301,10 @@ def test_prompts_that_differ_are_counted_whatever_became_of_them(tmp_path):
 
 def test_half_a_surrogate_pair_is_counted_in_a_text_and_replaced_in_a_name(tmp_path):
     row = make_rows(1, seed=1)[0]
-    split = load(
-        write_jsonl(tmp_path / "x.jsonl", [{**row, "subset": "\ud800"}, {**row, "chosen": "\ud800"}])
-    )
+    half = [{"subset": "\ud800"}, {"chosen": "\ud800"}, {"prompt": [{"role": "\ud800", "content": "a"}]}]
+    split = load(write_jsonl(tmp_path / "x.jsonl", [{**row, **change} for change in half]))
     assert split.comparisons["subset"][:] == ["?"]
-    assert split.excluded == {"invalid_text": 1}
+    assert split.first_rows == {"invalid_text": ["2"], "unknown_role": ["3 (role '?')"]}
 
 
 @needs_hh_rlhf
@@ -349,6 +359,9 @@ def test_a_csv_has_margins_labels_and_long_fields(tmp_path):
     assert load(file, margin_column="margin").comparisons["margins"][:] == [[0.5]]
     file.write_text("input,output_1,output_2,label\na,b,c,2\n")
     assert load(file).comparisons["responses"][:] == [["c", "b"]]  # the best first
+    file.write_text('prompt,responses,order\nq,"[""a"", ""b""]","[4, 1]"\n')
+    found = load(file, columns={"ranks": "order"}, margin_column="order")[0]
+    assert (found.responses, found.margins) == (["b", "a"], [3.0])
 
 
 def test_of_a_table_only_the_columns_of_a_comparison_are_read(tmp_path):

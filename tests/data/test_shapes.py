@@ -8,7 +8,7 @@ import datasets as hf_datasets
 import pytest
 from conftest import make_rows, make_tokenizer, write_jsonl
 
-from rm_recipe.data.comparison import Comparison, Excluded, Malformed
+from rm_recipe.data.comparison import Comparison, Excluded
 from rm_recipe.data.formats import parse_row, rows_of, shape_of
 from rm_recipe.data.loading import read_name
 from rm_recipe.data.splits import load_split, load_splits
@@ -191,38 +191,45 @@ def test_tools_of_openai_stand_beside_the_messages():
     assert json.loads(found.tools) == tools
 
 
-def test_the_turns_of_a_history_come_before_an_instruction(tmp_path):
+def test_a_history_that_only_later_rows_have_is_read(tmp_path):
     row = {"instruction": "And", "input": "you?", "chosen": "good", "rejected": "bad"}
-    before = said("user", "Hi"), said("assistant", "Hello")
-    found = parse_row({**row, "history": [["Hi", "Hello"]]})
-    assert found.prompt == [*before, said("user", "And\nyou?")]
-    path = write_jsonl(
-        tmp_path / "rows.jsonl", [row, {**row, "instruction": "So", "history": [["Hi", "Hello"]]}]
-    )
-    split = load_split(DataArguments(dataset_name=str(path)), "test")
-    assert [len(one.prompt) for one in (split[0], split[1])] == [1, 3]
+    rows = [row, {**row, "history": [["Hi", "Hello"]]}]
+    split = load(write_jsonl(tmp_path / "rows.jsonl", rows))
+    assert [len(prompt) for prompt in split.comparisons["prompt"]] == [1, 3]
     assert not split.unread
-    with pytest.raises(Malformed, match="'history' should be a list of"):
-        parse_row({**row, "history": ["Hi"]})
 
 
-def test_what_a_reply_begins_with_or_came_before_is_part_of_what_is_read():
-    steps = {"prompt": "Hi", "initial_reason_steps": "Step 1: a.\nStep 2:", "chosen": " b", "rejected": " c"}
-    assert parse_row(steps) == Comparison([ASKED], ["Step 1: a.\nStep 2: b", "Step 1: a.\nStep 2: c"])
+def test_a_history_comes_before_a_question_of_text_or_of_messages():
     row = {"question": "So?", "history": [["Hi", "good"]], "response_chosen": "a", "response_rejected": "b"}
     assert parse_row(row) == Comparison([ASKED, GOOD, said("user", "So?")], ["a", "b"])
+    assert parse_row({**row, "question": [said("user", "So?")]}) == parse_row(row)
 
 
-def test_the_whole_replies_of_math_step_dpo_do_not_get_their_steps_twice():
+@pytest.mark.parametrize("written", ["", "Step 1: a.\nStep 2:"])
+def test_both_replies_of_math_step_dpo_begin_with_their_steps_once(written):
+    steps = "Step 1: a.\nStep 2:"
     row = {
         "prompt": "Hi",
-        "initial_reason_steps": "Step 1: a.",
-        "chosen": "Step 1: a. b",
-        "rejected": "Step 1: a. c",
+        "initial_reason_steps": steps,
+        "chosen": f"{written} b",
+        "rejected": f"{written} c",
     }
-    assert parse_row(row).responses == ["Step 1: a. b", "Step 1: a. c"]
-    with pytest.raises(Malformed):
-        parse_row(row | {"chosen": 2})
+    assert parse_row(row) == Comparison([ASKED], [f"{steps} b", f"{steps} c"])
+
+
+def test_what_no_question_can_be_made_of_is_no_question():
+    summaries = {"summaries": [{"text": "a"}, {"text": "b"}], "choice": 0}
+    with pytest.raises(Excluded, match="empty_prompt"):
+        parse_row({"info": {"id": "x"}, **summaries})
+    arena = {"prompt": '["Hi", "And?"]', "winner_model_a": 1, "winner_model_b": 0}
+    with pytest.raises(Excluded, match="not_messages"):
+        parse_row({**arena, "response_a": '["a", "b"]', "response_b": '["c"]'})
+
+
+def test_a_prompt_beside_other_sets_answers_does_not_make_them_another_sets():
+    row = {"prompt": "Hi", "question": "Hi", "answers": []}
+    with pytest.raises(DataError, match="fits Nectar .* and Stack Exchange answers "):
+        shape_of(row)
 
 
 @pytest.mark.parametrize(
@@ -332,13 +339,16 @@ def test_the_columns_that_a_refusal_proposes_read_the_file(tmp_path, line):
     assert {*found.unread} == {"prompt_id", "model_a", "model_b"}
 
 
-def test_of_two_prompts_either_can_be_asked_for_by_what_the_refusal_says(tmp_path):
+def test_of_two_prompts_either_can_be_asked_for(tmp_path):
     row = {"question": "Hi", "instruction": "Ho", "chosen": "good", "rejected": "bad"}
     path = write_jsonl(tmp_path / "x.jsonl", [row])
-    with pytest.raises(DataError, match="fits two replies .* say which one: 'columns: ") as caught:
+    with pytest.raises(
+        DataError, match="fits two replies .* say which one: 'columns: {prompt: ..., chosen: "
+    ):
         load(path)
-    ways = str(caught.value).rpartition("'columns: ")[2].removesuffix("'").split(" or ")
-    assert [load(path, columns=read_columns(way))[0].prompt[0]["content"] for way in ways] == ["Hi", "Ho"]
+    for name in ("question", "instruction"):
+        asked = load(path, columns={"prompt": name, "chosen": "chosen", "rejected": "rejected"})[0].prompt
+        assert asked[0]["content"] == row[name]
 
 
 def node(role, text, *replies, **rank):
@@ -363,7 +373,7 @@ def test_the_strength_of_a_preference_can_be_its_margin():
 def test_a_file_that_fits_two_shapes_names_both_and_columns_say_which_is_meant(tmp_path):
     row = {"prompt": "q", "chosen": "a", "rejected": "b", "responses": ["c", "d"], "scores": [1, 2]}
     path = write_jsonl(tmp_path / "x.jsonl", [row])
-    with pytest.raises(DataError, match=r"fits TRL preference .* and ranking by scores .*\{prompt: prompt, "):
+    with pytest.raises(DataError, match=r"fits TRL preference .* and ranking by scores .* or \{prompt: "):
         load(path)
     assert load(path, columns={"scores": "scores"})[0].responses == ["d", "c"]
     assert load(path, columns={"chosen": "rejected", "rejected": "chosen"})[0].responses == ["b", "a"]

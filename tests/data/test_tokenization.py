@@ -149,6 +149,13 @@ def test_a_text_that_would_be_read_as_a_control_token_is_left_out(tokenizer):
             encode(tokenizer, Comparison(turns(prompt), [reply, "bad"]), 60)
 
 
+def test_half_a_surrogate_pair_in_a_call_of_a_tool_is_left_out(tokenizer):
+    tokenizer.chat_template += "{% for m in messages if m.tool_calls %}{{ m.tool_calls[0].name }}{% endfor %}"
+    call = {"role": "assistant", "content": "", "tool_calls": r'[{"name": "f\ud800"}]'}
+    with pytest.raises(Excluded, match="invalid_text"):
+        encode(tokenizer, Comparison([*turns("hello"), call], ["good", "bad"]), None)
+
+
 def test_what_a_template_does_not_show_is_counted_by_whose_it_is(tmp_path, tokenizer, caplog):
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m['role'] != 'tool' %}{{ '<|' + m['role'] + '|>' + "
