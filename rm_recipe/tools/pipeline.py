@@ -204,8 +204,8 @@ def print_export(proof: dict[str, Any]) -> None:
     print(
         f"{proof['n_sequences']} held-out replies scored again by plain transformers from the exported\n"
         f"files: equal to {moved['fresh_process']:.0e}. Its pipeline and TRL's RLOOTrainer get the same.\n"
-        f"Merging in fp32 moved rewards by at most {steps['merge']:.0e}; half precision, in the "
-        f"evaluation\nand in the merged weights, by {moved['merged']:.3f}."
+        f"Merging in fp32 moved rewards by at most {steps['merge']:.0e}; rounding, in the evaluation\n"
+        f"and in the merged weights, by {moved['merged']:.3f}."
     )
 
 
