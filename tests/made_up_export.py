@@ -71,8 +71,7 @@ def prove(export: Path, **keys: Any) -> None:
 def evaluation(passed: bool = True) -> dict[str, Any]:
     gate = {"target": 0.65, "statistic": "ci_low", "value": 0.7 if passed else 0.6123, "passed": passed}
     metrics = {"accuracy": 0.75, "accuracy_ci95": [0.7, 0.8], "n_scored": 40, "excluded": {"too_long": 2}}
-    metrics |= {"trained_prompts": 0, "loss": 0.5, "ties": 0, "ranking": None}
-    metrics |= {"consistency": {}, "consistency_unseen": {}, "baselines": {"longer_wins": 0.6}}
+    metrics |= {"baselines": {"longer_wins": 0.6}}
     metrics |= {"against_baselines": {"longer_wins": {"difference": 0.15, "ci95": [0.05, 0.25]}}}
     return {"datasets": {"held_out": metrics}, "gate": gate}
 

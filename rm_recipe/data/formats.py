@@ -131,10 +131,11 @@ def _in_parts(row: Row, column: str) -> Row:
     """As LLaMA-Factory joins them: the instruction and on the next line its input, after the `history`."""
     asked = row.get(column)
     if "input" in PROMPT_PARTS[column] and row.get("input"):
-        texts = [text for text in (asked, row["input"]) if text]
-        if not all(isinstance(text, str) for text in texts):
-            raise Malformed("input", f"a text, and '{column}' too", row["input"])
-        asked = "\n".join(texts)
+        texts = {name: row[name] for name in (column, "input") if row.get(name)}
+        for name, text in texts.items():
+            if not isinstance(text, str):
+                raise Malformed(name, f"a text, as '{column}' and 'input' are joined", text)
+        asked = "\n".join(texts.values())
     before = from_json(row.get("history")) or []
     if not isinstance(before, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in before):
         raise Malformed("history", "a list of [question, answer]", before)
@@ -232,7 +233,7 @@ def shape_of(columns: Collection[str], place: str = "a row", named: Mapping[str,
         return replace(found[0], better=values.replace("/", ", ")) if values else found[0]
     if found:
         fit = " and ".join(f"{shape.name} ({', '.join(shape.columns)})" for shape in found)
-        ways = ["{prompt: ..., chosen: ..., rejected: ...}", "{prompt: ..., responses: ..., scores: ...}"]
+        ways = [_way(shape) for shape in found]
         if len({(shape.prompt, shape.responses) for shape in found}) == 1:
             ways = [f"{{verdict: {shape.verdict}}}" for shape in found]
         raise DataError(f"{place} fits {fit}; say which one: 'columns: {' or '.join(ways)}'")
@@ -240,33 +241,44 @@ def shape_of(columns: Collection[str], place: str = "a row", named: Mapping[str,
     raise DataError(f"{place}: its columns are {has}; rm_recipe needs {NEEDED}{_suggested(columns)}'")
 
 
-# What columns are called that hold a prompt, a better and a worse reply, or any two and a verdict.
-_PROMPT = "prompt|question|instruction|query|problem|input|context|messages|conversation"
-_BETTER, _WORSE = (
-    "chosen|(?<!dis)preferred|better|best|good|winner",
-    "rejected|dispreferred|worse|worst|bad|loser",
-)
-_VERDICT = "winner|prefer|choice|chosen|label|verdict|better|best|comparison"
-_CALLED = (
-    {"prompt": _PROMPT, "chosen": _BETTER, "rejected": _WORSE},
-    {"prompt": _PROMPT, "chosen": "(?<![a-z])a$|1$", "rejected": "(?<![a-z])b$|2$", "verdict": _VERDICT},
-)
-_NO_TEXT = "(?<![a-z])(id|model|score|rating|length|len|tokens)(?![a-z])"
+def _way(shape: Shape) -> str:
+    """The value of `columns` that asks for a shape; where that cannot name its lists, the form."""
+    replies = shape.responses.split()
+    named = dict.fromkeys(("prompt", "responses", "scores"), "...")
+    if len(replies) == 2 and not shape.verdict:
+        named = {"prompt": shape.prompt, "chosen": replies[0], "rejected": replies[1]}
+    elif {shape.responses, shape.verdict} <= {"responses", "ranks", "scores"}:
+        named = {name: name for name in shape.columns}
+    return json.dumps(named)
 
 
-def _suggested(columns: Collection[str]) -> str:
-    """The value of `columns` that names suggest: only said, for a `winner` may be a reply or its author."""
-    texts = [name for name in columns if not re.search(_NO_TEXT, name, re.IGNORECASE)]
-    for called in _CALLED:
-        found = {ours: [n for n in texts if re.search(words, n, re.I)] for ours, words in called.items()}
-        if len(found["chosen"]) == len(found["rejected"]) == 1:
-            named = {ours: names[0] if len(names) == 1 else "..." for ours, names in found.items()}
-            return json.dumps(named, ensure_ascii=False)
-    return json.dumps(dict.fromkeys(_CALLED[0], "..."))
+# Words in the names of columns: of a better and a worse reply, or of any two, and of what is none of the
+# three; of a prompt; of a verdict.
+_PAIRS = "chosen/rejected preferred/dispreferred better/worse best/worst good/bad winner/loser a/b 1/2 0/1"
+_NO_TEXT = r"\b(id|model|score|rating|length|len|tokens)\b"
+_PROMPT = r"\b(prompt|question|instruction|query|problem|input|context|messages|conversation)\b"
+_VERDICT = r"\b(winner|preferred|preference|choice|chosen|label|verdict|better|best|comparison)\b"
 
 
 def _words(name: str) -> list[str]:
     return [word.lower() for word in re.findall(r"\d+|[A-Z]?[^\W\dA-Z_]+|[A-Z]+", name)]
+
+
+def _suggested(columns: Collection[str]) -> str:
+    """The value of `columns` that words suggest: only said, for a `winner` may be a reply or its author."""
+    spelt = {text: name for name in columns if not re.search(_NO_TEXT, text := " ".join(_words(name)))}
+    for better, worse in (pair.split("/") for pair in _PAIRS.split()):
+        for text, one in spelt.items():
+            other = spelt.get(re.sub(rf"\b{better}\b", worse, text), one)
+            if other != one and not re.search(_PROMPT, text):
+                rest = {text: name for text, name in spelt.items() if name not in (one, other)}
+                asked = [rest[text] for text in rest if re.search(_PROMPT, text)]
+                said = [rest[text] for text in rest if re.search(_VERDICT, text)]
+                named = {"prompt": asked[0] if len(asked) == 1 else "...", "chosen": one, "rejected": other}
+                if len(better) == 1:
+                    named["verdict"] = said[0] if len(said) == 1 else "..."
+                return json.dumps(named, ensure_ascii=False)
+    return json.dumps(dict.fromkeys(("prompt", "chosen", "rejected"), "..."))
 
 
 def _meanings(*names: str) -> str:
@@ -327,13 +339,14 @@ def parse_row(
     if shape is None:
         shape = shape_of(row)
         row = rows_of(row, shape)[0]
+    row = {name: value for name, value in row.items() if value == value}  # NaN, as a table has it, is nothing
     if shape.name in PREPARED:
         row = PREPARED[shape.name](row)
     if shape.prompt in PROMPT_PARTS:
         row = _in_parts(row, shape.prompt)
     replies, levels = _replies(row, shape)
     levels = _levels(row, shape, len(replies)) if shape.verdict else levels
-    asked = _get(row, shape.prompt or "prompt")
+    asked = _get(row, shape.prompt) if shape.prompt else None
     if asked is None and shape.prompt and shape.verdict:
         raise Excluded("empty_prompt")
     prompt, responses = _split_replies(asked, replies)
@@ -344,7 +357,7 @@ def parse_row(
     order, responses, ranks = _ordered(responses, levels)
     margins: list[float] = []
     if margin_column is not None:
-        margin = from_json(row.get(margin_column))
+        margin = row.get(margin_column)
         if shape.better == "strength" and margin_column == shape.verdict:
             margin = abs(_number(margin))
         margins = _margins(margin_column, margin, margin_map, order, ranks)
@@ -410,7 +423,7 @@ def _levels(row: Row, shape: Shape, n: int) -> list[Any]:
     paths = shape.verdict.split()
     column = re.findall(r"\w+(?=[/\]]|$)", paths[0])[0]  # of what a list holds, its key
     value = [_get(row, path) for path in paths] if len(paths) > 1 else _get(row, paths[0])
-    if value is None or value in ([], "") or value != value:  # the last: NaN, as a table has it
+    if value is None or value in ([], ""):
         raise Excluded(f"missing_{column}")
     if shape.better not in ("ranks", "scores", "strength"):
         if len(shape.responses.split()) not in (1, n):  # a column holds several
@@ -453,10 +466,11 @@ def _margins(
     ranks: Sequence[int],
 ) -> list[float]:
     if categories is not None and value is not None:
-        known = {_spelt(name): margin for name, margin in categories.items()}
-        if _spelt(value) not in known:
+        known = {spell(name): m for spell in (_spelt, str) for name, m in categories.items()}
+        if _spelt(value) not in known and str(value) not in known:
             raise Malformed(column, f"one of margin_map's {', '.join(map(str, categories))}", value)
-        value = known[_spelt(value)]
+        value = known.get(str(value), known.get(_spelt(value)))
+    value = from_json(value)
     each = value if isinstance(value, list) else [value]
     if any(isinstance(x, str | bool) and x != "" and _number(x) is None for x in each):
         raise Malformed(column, "a number, or a category and 'margin_map' in the recipe", value)

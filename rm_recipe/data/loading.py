@@ -68,6 +68,11 @@ def load_rows(
     ours = _named(columns, source, data, margin_column, place)
     shape = formats.shape_of(ours, place, data.columns or {})
     margin = next((name for name, column in ours.items() if column == margin_column), None)
+    if margin_column and not margin:
+        theirs_now = f"'columns' gives its name to '{ours[margin_column]}'"
+        raise DataError(
+            f"{place}: 'margin_column: {margin_column}' is not read, since {theirs_now}; rename it"
+        )
     wanted = {name: column for name, column in ours.items() if name in (*shape.read, margin)}
     if not source.columns:  # a row may have a column that the first ones lack
         wanted |= {name: name for name in shape.read if name not in (*ours, *ours.values())}

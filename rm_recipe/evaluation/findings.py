@@ -82,12 +82,13 @@ def best_baseline(figures: dict[str, Any]) -> tuple[str, float]:
 def readings(figures: dict[str, Any]) -> list[Finding]:
     """Sentences on the figures, each with its kind: good, plain or bad.
 
-    The first says what the model knows beyond the best baseline; the others warn or compare.
+    The first says what the model knows beyond the best baseline; the others warn or compare. Of figures that
+    an earlier version wrote some may be missing.
     """
     if (n := figures["n_scored"]) < FEW:
         found = [("bad", f"{whole(n)} comparisons are too few to say anything of the model: hold out more.")]
     else:
-        found = [_against_best(figures)]
+        found = [_against_best(figures)] if "against_baselines" in figures else []
     found += [("bad", sentence) for sentence in _warnings(figures)]
     if other := figures.get("against"):
         lead = f"{decimal(other['difference'], signed=True)} ({interval(other['ci95'], signed=True)})"
@@ -113,21 +114,21 @@ def _against_best(figures: dict[str, Any]) -> Finding:
 
 
 def _warnings(figures: dict[str, Any]) -> Iterator[str]:
-    if trained := figures["trained_prompts"]:
+    if trained := figures.get("trained_prompts"):
         some = f"{whole(trained)} of {whole(figures['n_scored'])} comparisons"
         yield f"{some} have a prompt that was trained on: this accuracy is no held-out one."
     if figures["n_scored"] < FEW:
         return
     if figures["accuracy_ci95"][1] < 0.5:
         yield "Accuracy is worse than guessing: are chosen and rejected swapped?"
-    if (loss := figures["loss"]) >= LN2 - NEAR_LN2:
+    if (loss := figures.get("loss", 0)) >= LN2 - NEAR_LN2:
         yield f"The loss, {decimal(loss)}, is not clearly below that of equal rewards, ln 2 = 0.693."
-    ties, ranking = figures["ties"], figures["ranking"]
+    ties, ranking = figures.get("ties", 0), figures.get("ranking")
     pairs = ranking["pairs"] if ranking else figures["n_scored"]
     if ties > MANY_TIES * pairs:
         why = "both responses got the very same reward, and each tie counts as half right"
         yield f"{share(ties / pairs)} of the pairs are ties: {why}."
-    for name, moved in (figures["consistency"] | figures["consistency_unseen"]).items():
+    for name, moved in (figures.get("consistency", {}) | figures.get("consistency_unseen", {})).items():
         if moved["wins"] > MANY_WINS:
             what = f"With {EDITS[name]} a rejected response overtakes the chosen one"
             yield f"{what} in {share(moved['wins'])} of those judged right: a policy will find that."

@@ -103,7 +103,7 @@ def write_report(folder: Path) -> None:
     evaluation, recipe = read_evaluation(folder), folder / "recipe.yaml"
     run, data = (read_json(folder / name, missing_ok=True) for name in RECORDS)
     own = folder.resolve()
-    curve = (own.parent if own.name.isdecimal() else Path(f"{own}_curve")) / CURVE
+    curves = [Path(f"{own}_curve", CURVE), *[own.parent / CURVE] * own.name.isdecimal()]
     write_page(
         folder / "report.html",
         TEMPLATES / "report.html.jinja",
@@ -116,6 +116,6 @@ def write_report(folder: Path) -> None:
         plots=plots,
         run=run,
         data=data,
-        curve=read_json(curve, missing_ok=True),
+        curve=next((read_json(path) for path in curves if path.is_file()), None),
         recipe=recipe.read_text(encoding="utf-8").strip() if recipe.is_file() else "",
     )

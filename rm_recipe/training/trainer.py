@@ -343,7 +343,7 @@ def keep_precision(accelerator: Any, training: RewardConfig) -> bool:
     sharded = getattr(accelerator.state, "fsdp_plugin", None)
     if sharded is not None:
         if sharded.fsdp_version != 2:
-            fault = "FSDP1 flattens a layer into one tensor, which takes no frozen bf16 beside trained fp32"
+            fault = "FSDP1 is not supported: it makes a layer one tensor, which takes no bf16 beside fp32"
             raise RecipeError(f"{fault}: set 'fsdp_version: 2' in the file for `accelerate launch`")
         from torch.distributed.fsdp import MixedPrecisionPolicy
 

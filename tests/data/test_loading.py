@@ -274,6 +274,11 @@ def test_columns_and_rows_that_are_missing_or_of_the_wrong_type_are_named(tmp_pa
     hf_datasets.Dataset.from_list(rows).select([]).to_parquet(empty)
     for file, keys, said in (
         (path, {"margin_column": "margin"}, "strength, subset, and not margin"),
+        (
+            path,
+            {"margin_column": "subset", "columns": {"subset": "strength"}},
+            "its name to 'strength'; rename",
+        ),
         (path, levels | {"margin_map": {"much": 1}}, "line 1: column 'strength' .* one of margin_map's much"),
         (path, {"selected": pair[:2]}, "its columns are prompt, chosen; rm_recipe needs two replies or more"),
         (empty, {}, "none.parquet' is empty"),

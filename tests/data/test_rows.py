@@ -141,6 +141,12 @@ def test_a_score_that_is_no_number_leaves_its_row_out_and_is_shown(score):
     assert why(parse_row, row) == ("missing_scores", f"scores: {[1, score]}"[:68])
 
 
+def test_a_category_of_a_margin_is_the_one_that_is_spelt_alike_before_one_that_is_meant():
+    levels = {"big": 1, "BIG": 3, "null": 2, 4: 5}
+    for said, margin in (("big", 1), ("BIG", 3), ("null", 2), ("4.0", 5)):
+        assert parse_row({**PAIR, "m": said}, "m", levels).margins == [margin]
+
+
 @pytest.mark.parametrize(
     ("row", "column"),
     [
@@ -153,7 +159,7 @@ def test_a_score_that_is_no_number_leaves_its_row_out_and_is_shown(score):
         ({"prompt": "p", "responses": "[" * 5000, "ranks": [1, 2]}, "responses"),
         ({"instruction": "p", "completions": ["a", "b"]}, "completions"),
         ({"instruction": "p", "input": 5, "chosen": "a", "rejected": "b"}, "input"),
-        ({"instruction": [USER], "input": "p", "chosen": "a", "rejected": "b"}, "input"),
+        ({"instruction": [USER], "input": "p", "chosen": "a", "rejected": "b"}, "instruction"),
         ({"question": "p", "history": 5, "chosen": "a", "rejected": "b"}, "history"),
         ({**PAIR, "initial_reason_steps": 5}, "initial_reason_steps"),
         ({"input": "p", "preferred_output": [REPLY], "non_preferred_output": "b"}, "input"),

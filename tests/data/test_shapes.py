@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 from pathlib import Path
 
 import datasets as hf_datasets
@@ -152,6 +153,8 @@ CHOICE, SCORES = {"response_0": "bad", "response_1": "good"}, {"score_0": -0.5, 
 PUBLISHED = [
     {"prompt": "Hi", "chosen_response": "good", "rejected_response": "bad"},
     {"messages": [ASKED, GOOD], "rejected_response": "bad"},
+    {"prompt": "Ho", "messages": [ASKED, GOOD], "rejected_response": "bad"},
+    {"instruction": "Hi", "input": math.nan, "chosen": "good", "rejected": "bad"},
     {"input": {"messages": [ASKED]}, "preferred_output": [GOOD], "non_preferred_output": [BAD]},
     {"messages": [ASKED, GOOD], "rejected_messages": [ASKED, BAD]},
     {"conversations": [{"from": "human", "value": "Hi"}], "chosen": GOOD, "rejected": BAD},
@@ -322,6 +325,8 @@ question,BestReply,WorstReply
 prompt,completion_a,completion_b,preferred=a
 question,answer1,answer2,choice=1
 text prompt,left completion A,left completion B,winner=A
+prompt,reply0,reply1,label=reply0
+prompt,chosen_text,rejected_text
 """
 
 
@@ -339,16 +344,13 @@ def test_the_columns_that_a_refusal_proposes_read_the_file(tmp_path, line):
     assert {*found.unread} == {"prompt_id", "model_a", "model_b"}
 
 
-def test_of_two_prompts_either_can_be_asked_for(tmp_path):
+def test_of_two_prompts_either_can_be_asked_for_by_what_the_refusal_says(tmp_path):
     row = {"question": "Hi", "instruction": "Ho", "chosen": "good", "rejected": "bad"}
     path = write_jsonl(tmp_path / "x.jsonl", [row])
-    with pytest.raises(
-        DataError, match="fits two replies .* say which one: 'columns: {prompt: ..., chosen: "
-    ):
+    with pytest.raises(DataError, match="fits two replies .* say which one: 'columns: ") as caught:
         load(path)
-    for name in ("question", "instruction"):
-        asked = load(path, columns={"prompt": name, "chosen": "chosen", "rejected": "rejected"})[0].prompt
-        assert asked[0]["content"] == row[name]
+    ways = str(caught.value).rpartition("'columns: ")[2].removesuffix("'").split(" or ")
+    assert [load(path, columns=read_columns(way))[0].prompt[0]["content"] for way in ways] == ["Hi", "Ho"]
 
 
 def node(role, text, *replies, **rank):
@@ -373,7 +375,7 @@ def test_the_strength_of_a_preference_can_be_its_margin():
 def test_a_file_that_fits_two_shapes_names_both_and_columns_say_which_is_meant(tmp_path):
     row = {"prompt": "q", "chosen": "a", "rejected": "b", "responses": ["c", "d"], "scores": [1, 2]}
     path = write_jsonl(tmp_path / "x.jsonl", [row])
-    with pytest.raises(DataError, match=r"fits TRL preference .* and ranking by scores .* or \{prompt: "):
+    with pytest.raises(DataError, match=r"fits TRL preference .* and ranking by scores .* or \{.prompt.: "):
         load(path)
     assert load(path, columns={"scores": "scores"})[0].responses == ["d", "c"]
     assert load(path, columns={"chosen": "rejected", "rejected": "chosen"})[0].responses == ["b", "a"]
