@@ -68,11 +68,6 @@ def load_rows(
     ours = _named(columns, source, data, margin_column, place)
     shape = formats.shape_of(ours, place, data.columns or {})
     margin = next((name for name, column in ours.items() if column == margin_column), None)
-    if margin_column and not margin:
-        theirs_now = f"'columns' gives its name to '{ours[margin_column]}'"
-        raise DataError(
-            f"{place}: 'margin_column: {margin_column}' is not read, since {theirs_now}; rename it"
-        )
     wanted = {name: column for name, column in ours.items() if name in (*shape.read, margin)}
     if not source.columns:  # a row may have a column that the first ones lack
         wanted |= {name: name for name in shape.read if name not in (*ours, *ours.values())}
@@ -111,7 +106,11 @@ def _named(
         has = f"{place} has the columns {', '.join(columns)}"
         raise DataError(f"{has}, and not {', '.join(sorted(missing))} ('columns', 'margin_column')")
     given = {name: column for name, column in named.items() if name != "verdict" or "chosen" in named}
-    return {name: name for name in asked if name not in given.values()} | given
+    ours = {name: name for name in asked if name not in given.values()} | given
+    if margin_column and margin_column not in ours.values():
+        reason = f"'columns' gives its name to '{ours[margin_column]}'"
+        raise DataError(f"{place}: 'margin_column: {margin_column}' is not read, since {reason}; rename it")
+    return ours
 
 
 def theirs(columns: dict[str, str] | None) -> dict[str, str]:
