@@ -1,6 +1,5 @@
 """Edited copies of replies: which comparisons get them, what they teach, and what they leave alone."""
 
-import numpy as np
 import pytest
 from conftest import make_rows, write_jsonl
 
@@ -115,5 +114,6 @@ def test_a_model_that_was_shown_copies_is_fooled_less(write_recipe, tmp_path):
         assert figures["accuracy"] > 0.9
         assert figures["consistency"].keys() == EDITS.keys()
         assert figures["consistency_unseen"].keys() == UNSEEN.keys()
-        assert np.abs(figures["consistency"]["trailing_space"]["largest"]) < 1e-5
+        space = figures["consistency"]["trailing_space"]
+        assert abs(space["mean_change"]) + space["std_change"] < 1e-5
     assert moved[0.8] < 0.5 * moved["omit"]

@@ -124,7 +124,7 @@ def test_what_no_trainer_of_the_tests_shows_is_handed_on_to_peft_and_bitsandbyte
     config = ModelConfig(use_peft=True, lora_target_parameters=["k_proj.weight"])
     assert lora_module.lora_config(config, ["score"]).target_parameters == ["k_proj.weight"]
     config = ModelConfig(load_in_4bit=True, bnb_4bit_quant_storage="bfloat16")
-    assert lora_module.settings(config, skip=["score"]).bnb_4bit_quant_storage == torch.bfloat16
+    assert lora_module.quantization_config(config, skip=["score"]).bnb_4bit_quant_storage == torch.bfloat16
 
 
 # --- what is refused ------------------------------------------------------------------------------
