@@ -8,7 +8,6 @@ import shutil
 import signal
 import string
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cli import invoke
 
-from rm_recipe.data.comparison import Excluded, Malformed
 from rm_recipe.data.formats import parse_row
 from rm_recipe.data.splits import load_split
 from rm_recipe.errors import DataError, RecipeError
@@ -209,9 +207,11 @@ def test_a_mutated_recipe_is_read_or_refused(tmp_path_factory, seed):
 
 @pytest.mark.parametrize("piece", ["\n\nHuman:", " \n\n"])
 def test_a_long_transcript_takes_no_longer_than_its_length(piece):
-    text = "\n\nHuman: a" + piece * (300_000 // len(piece)) + "\n\nAssistant: b"
-    with suppress(Excluded, Malformed):
-        parse_row({"chosen": text, "rejected": text + "c"})
+    asked = "a" + piece * (300_000 // len(piece))
+    text = f"\n\nHuman: {asked}\n\nAssistant: b"
+    found = parse_row({"chosen": text, "rejected": text + "c"})
+    assert found.responses == ["b", "bc"]
+    assert [message["content"] for message in found.prompt] == [asked.rstrip()]
 
 
 # --- nothing vanishes: the files of test_shapes, in the shapes that people have -------------------------

@@ -467,9 +467,10 @@ def _margins(
 ) -> list[float]:
     if categories is not None and value is not None:
         known = {spell(name): m for spell in (_spelt, str) for name, m in categories.items()}
-        if _spelt(value) not in known and str(value) not in known:
+        found = known.get(str(value), known.get(_spelt(value)))  # as it is spelt, or as it is meant
+        if found is None:
             raise Malformed(column, f"one of margin_map's {', '.join(map(str, categories))}", value)
-        value = known.get(str(value), known.get(_spelt(value)))
+        value = found
     value = from_json(value)
     each = value if isinstance(value, list) else [value]
     if any(isinstance(x, str | bool) and x != "" and _number(x) is None for x in each):
