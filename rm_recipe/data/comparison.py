@@ -18,10 +18,21 @@ Message = dict[str, str]  # {"role": one of ROLES, "content": text}, and perhaps
 ROLES = ("system", "user", "assistant", "tool")
 # What others call them; capitals do not matter.
 ROLE_NAMES = {role: role for role in ROLES} | {"developer": "system", "human": "user", "prompter": "user"}
-ROLE_NAMES |= {"gpt": "assistant", "bot": "assistant", "observation": "tool", "function": "tool"}
-MEDIA = ("images", "image", "videos", "audios")  # columns of what no text model can read
+ROLE_NAMES |= dict.fromkeys(("gpt", "bot", "model"), "assistant")
+ROLE_NAMES |= {"observation": "tool", "function": "tool"}
+# Columns of what no text model can read.
+MEDIA = ("images", "image", "image_path", "videos", "video", "audios", "audio")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys of what a `Message` has no place for
+CALLS = ("tool_calls", "function_calls", "functions")  # the last two are OLMo's, whose texts are not read
 _WRITTEN_OUT = re.compile(r"""\s*(array\()?\[?\s*\{\s*(['"])""")  # messages as text, by Python or as JSON
+# How a text begins, or begins and ends, that holds turns in a form that is not read: a chat template's, or
+# speakers that do not begin lines.
+_UNREAD_TURNS = re.compile(
+    r"\s*((<s>|<bos>)?\s*(<[|\uff5c][^<>]+[|\uff5c]>|<start_of_turn>|\[INST\]|<extra_id_\d>)|prompter:"
+    r"|(BEGINNING OF CONVERSATION:|#+)?\s*(Human|User):.*\b(Assistant|AI|Bot|GPT):\s*$)",
+    re.DOTALL | re.IGNORECASE,
+)
+_NVIDIA_TURN = re.compile(r"\n<extra_id_1>(User|Assistant)\n")  # after the first one of HelpSteer's prompts
 
 
 class Excluded(Exception):  # noqa: N818 - a verdict on a row, no error of the program
@@ -62,13 +73,17 @@ def as_messages(value: Any, column: str = "prompt") -> list[Message]:
     """Read a prompt; a text means one user message, unless it is itself messages or a transcript.
 
     Raises:
-        Excluded: see `messages_of_text`; a message that has no role or text, or says more than its text.
+        Excluded: see `messages_of_text`; `unread_turns` where a text holds turns of another form; a message
+            that has no role or text, or says more than its text.
         Malformed: neither a text nor a list of messages.
     """
     if isinstance(value, str):
         messages = messages_of_text(value)
         if messages is None:
-            return [{"role": "user", "content": value}]
+            _check_turns(value)
+            turns = _NVIDIA_TURN.split(f"\n<extra_id_1>User\n{value}")[1:]
+            sides = zip(turns[::2], turns[1::2], strict=True)
+            messages = [{"role": role.lower(), "content": text} for role, text in sides]
         return messages[:-1] if messages[-1:] == [{"role": "assistant", "content": ""}] else messages
     several: Any = [value] if isinstance(value, Mapping) else value
     if not isinstance(several, list) or not all(isinstance(m, Mapping) for m in several):
@@ -101,9 +116,22 @@ def messages_of_text(text: str) -> list[Message] | None:
     return parse_transcript(text) if is_transcript(text) else None
 
 
+def _check_turns(text: str) -> None:
+    of_hh = "\n\nHuman:" in text.partition("\n\nAssistant:")[2]  # without the first speaker
+    if of_hh or _UNREAD_TURNS.match(text):
+        raise Excluded("unread_turns", "a text with turns of a chat template or of speakers; give messages")
+
+
 def as_reply(prompt: Any, text: str) -> str:
-    """Return a reply's text: after a transcript without the white space around it, as those are read."""
-    return text.strip() if isinstance(prompt, str) and is_transcript(prompt) else text
+    """Return a reply's text: after a transcript without the white space around it, as those are read.
+
+    Raises:
+        Excluded: `unread_turns` where it begins with the name that a text like `Human: ...` lacks.
+    """
+    if not isinstance(prompt, str) or is_transcript(prompt):
+        return text.strip() if isinstance(prompt, str) else text
+    _check_turns(f"{prompt} {text.lstrip()[: len('Assistant:')]}")
+    return text
 
 
 def in_context(prompt: list[Message], row: Mapping[str, Any]) -> list[Message]:
@@ -132,6 +160,8 @@ def tools_of(row: Mapping[str, Any]) -> str:
     tools = from_json(row.get("tools"))
     if not tools:
         return ""
+    if isinstance(tools, list):
+        tools = [from_json(tool) for tool in tools]
     if not isinstance(tools, list) or not all(map(_is_tool, tools)):
         raise Malformed("tools", "a list of mappings, or one as JSON", tools)
     return json.dumps(tools, default=str)  # of a table: dates
@@ -145,8 +175,9 @@ def _is_tool(tool: Any) -> bool:
 def _message(message: Mapping[str, Any]) -> Message:
     if any(map(message.get, THOUGHTS)):
         raise Excluded("reasoning_content", f"a message has {next(filter(message.get, THOUGHTS))}")
-    role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-    calls = message.get("tool_calls") or []
+    role = message.get("role", message.get("from"))
+    content = message.get("content", message.get("value", message.get("text")))
+    calls: Any = next(filter(None, map(message.get, CALLS)), [])
     if message.get("function_call"):  # as OpenAI had it before
         calls = [{"type": "function", "function": message["function_call"]}]
     if isinstance(content, list):

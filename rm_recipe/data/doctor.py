@@ -135,7 +135,7 @@ SKETCH = 64  # numbers a sketch: Jaccard to within 0.05 (one standard error) at 
 BAND = 4  # numbers that have to agree before two sketches are compared: misses 2 in 10,000 at 0.8
 _NUMBER = hf_datasets.Value("int64")
 _SKETCH = hf_datasets.List(hf_datasets.Value("uint32"), length=SKETCH)
-_MARKS = {"key": _NUMBER, "verdict": _NUMBER, "sketch": _SKETCH}
+_MARKS = {"key": _NUMBER, "verdict": _NUMBER, "sketch": _SKETCH, "again": hf_datasets.Value("bool")}
 
 # Copied for each text: making one draws its random numbers anew. CRC-32 takes a tenth of the time of
 # datasketch's own SHA-1 and spreads short texts as well.
@@ -150,7 +150,8 @@ def count_duplicates(split: Split, num_proc: int | None = None) -> dict[str, int
     Returns:
         `exact`: same prompt and same responses, case and white space apart; `near`: other than
         those, a text like an earlier one's; `contradictory`: exact ones that prefer another
-        response; `repeated_prompts`: any that has an earlier one's prompt.
+        response; `repeated_prompts`: any that has an earlier one's prompt; `prompt_in_replies`: those whose
+        responses all begin with the prompt's last message, and so perhaps hold the prompt a second time.
     """
     columns = split.comparisons.select_columns(["prompt", "responses", "ranks"])
     code = [sys.modules[__name__], loading, datasketch.__version__]
@@ -164,6 +165,7 @@ def count_duplicates(split: Split, num_proc: int | None = None) -> dict[str, int
         "near": int(near.sum()),
         "contradictory": int((exact & ~same_verdict).sum()),
         "repeated_prompts": int(_repeats(split.column("prompt_key")).sum()),
+        "prompt_in_replies": int(pc.sum(arrow_column(marked, "again")).as_py()),
     }
 
 
@@ -177,6 +179,7 @@ def _mark(row: dict[str, Any]) -> dict[str, Any]:
         "key": loading.text_key([*prompt, *sorted(responses)]),
         "verdict": loading.text_key([*prompt, *sorted(ranked)]),
         "sketch": minhash.hashvalues,
+        "again": all(text.startswith(loading.normalise(row["prompt"][-1]["content"])) for text in responses),
     }
 
 

@@ -68,7 +68,7 @@ TRL preference | prompt | chosen rejected
 whole conversations (hh-rlhf) | | chosen rejected
 OpenAI preference | input | preferred_output non_preferred_output
 two replies | question or input or instruction or messages or conversations or trajectory | chosen rejected
-two replies by other names | prompt or question or instruction or input | \
+two replies by other names | prompt or question or instruction or input or messages | \
   accepted rejected or chosen_response rejected_response or response_chosen response_rejected or \
   response_j response_k or response_w response_l
 Math-Step-DPO | prompt | chosen rejected | | | prompt initial_reason_steps chosen rejected
@@ -79,6 +79,7 @@ ranking | prompt | responses | ranks | ranks
 ranking by scores | prompt | responses | scores | scores
 UltraFeedback | instruction | completions[response] | completions[overall_score/fine-grained_score] | scores
 distilabel ratings | instruction | generations | ratings | scores
+NeMo RL | context | completions[completion] | completions[rank] | ranks
 Nectar | prompt | answers[answer] | answers[rank] | ranks
 Stack Exchange answers | question | answers[text] | answers[pm_score] | scores
 OpenAssistant tree | prompt | responses | ranks | ranks | message_tree_id prompt
@@ -137,10 +138,14 @@ def _in_parts(row: Row, column: str) -> Row:
                 raise Malformed(name, f"a text, as '{column}' and 'input' are joined", text)
         asked = "\n".join(texts.values())
     before = from_json(row.get("history")) or []
-    if not isinstance(before, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in before):
-        raise Malformed("history", "a list of [question, answer]", before)
-    if before:
-        asked = [*_exchanges(before), *as_messages(asked or "", column)]
+    turns = before if isinstance(before, list) else [before]
+    if all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
+        turns = _exchanges(turns)
+    if not all(isinstance(turn, Mapping) for turn in turns):
+        raise Malformed("history", "a list of [question, answer] or of messages", before)
+    if turns:
+        turns, asked = as_messages(turns, "history"), as_messages(asked, column) if asked else []
+        asked = asked if _same(asked[: len(turns)], turns) else [*turns, *asked]
     return {**row, column: asked}
 
 
@@ -185,7 +190,7 @@ def _turns(row: Row) -> Row:
 
 
 # What belongs to a prompt beside its own column.
-PROMPT_PARTS = {"instruction": ("input", "history"), "question": ("history",)}
+PROMPT_PARTS = {"instruction": ("input", "history"), "question": ("history",), "prompt": ("history",)}
 PREPARED: dict[str, Callable[[Row], Row]] = {
     "Math-Step-DPO": _steps,
     "OpenAI preference": _openai,
@@ -254,8 +259,9 @@ def _way(shape: Shape) -> str:
 
 # Words in the names of columns: of a better and a worse reply, or of any two, and of what is none of the
 # three; of a prompt; of a verdict.
-_PAIRS = "chosen/rejected preferred/dispreferred better/worse best/worst good/bad winner/loser a/b 1/2 0/1"
-_NO_TEXT = r"\b(id|model|score|rating|length|len|tokens)\b"
+_PAIRS = "chosen/rejected preferred/dispreferred better/worse best/worst good/bad winner/loser"
+_PAIRS += " positive/negative a/b 1/2 0/1"
+_NO_TEXT = r"\b(id|ids|mask|model|score|rating|length|len|tokens)\b"
 _PROMPT = r"\b(prompt|question|instruction|query|problem|input|context|messages|conversation)\b"
 _VERDICT = r"\b(winner|preferred|preference|choice|chosen|label|verdict|better|best|comparison)\b"
 
@@ -270,7 +276,7 @@ def _suggested(columns: Collection[str]) -> str:
     for better, worse in (pair.split("/") for pair in _PAIRS.split()):
         for text, one in spelt.items():
             other = spelt.get(re.sub(rf"\b{better}\b", worse, text), one)
-            if other != one and not re.search(_PROMPT, text):
+            if other != one and (len(better) > 1 or not re.search(_PROMPT, text)):
                 rest = {text: name for text, name in spelt.items() if name not in (one, other)}
                 asked = [rest[text] for text in rest if re.search(_PROMPT, text)]
                 said = [rest[text] for text in rest if re.search(_VERDICT, text)]
@@ -399,7 +405,7 @@ def _replies(row: Row, shape: Shape) -> tuple[list[tuple[str, Any]], list[Any]]:
     if len(columns) == 1 and values != [None]:
         values = from_json(values[0])
         if not isinstance(values, list):
-            raise Malformed(columns[0], "a list", values)
+            raise Malformed(columns[0], "a list of replies", values)
         columns *= len(values)
     replies, levels = [], []
     for level, (column, value) in enumerate(zip(columns, values, strict=True)):

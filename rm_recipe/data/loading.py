@@ -365,7 +365,9 @@ def read_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[tupl
     except (OSError, EOFError, ValueError, OverflowError, zlib.error, csv.Error, pa.ArrowException) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         reason += "; save it as UTF-8 (Excel: 'CSV UTF-8')" if isinstance(error, UnicodeDecodeError) else ""
-        raise DataError(f"'{file}' cannot be read: {reason}") from None
+        reason += "; in a quoted text a quote is written twice" if isinstance(error, csv.Error) else ""
+        after = f" after {unit(file)} {number}" if number else ""
+        raise DataError(f"'{file}' cannot be read{after}: {reason}") from None
     if not number:
         raise DataError(f"'{file}' is empty: it holds no rows")
 
@@ -388,7 +390,15 @@ def _values(
     elif ending in (".csv", ".tsv"):
         text, head = TextIOWrapper(stream, "utf-8-sig", newline=""), start.partition(b"\n")[0]
         comma = max([b",", b";", b"\t"], key=head.count).decode()  # Excel writes what the country uses
-        yield from enumerate(csv.DictReader(text, restkey="beyond the header", delimiter=comma), 1)
+        reader = csv.DictReader(text, delimiter=comma, strict=True)
+        names = list(filter(None, reader.fieldnames or ()))
+        if len({*names}) < len(names):
+            raise DataError(f"'{file}' has two columns of the same name: {', '.join(names)}")
+        for number, row in enumerate(reader, 1):
+            if any(row.pop(None, [])):
+                hint = "a text that holds the separator is written in quotes"
+                raise DataError(f"'{file}', row {number}: more cells than the header has; {hint}")
+            yield number, row
     elif ending == ".json" and start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         yield from enumerate(_decode(stream.read(), f"'{file}', the list"), 1)
     else:

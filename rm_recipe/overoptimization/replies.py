@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
 from rm_recipe.data.comparison import Excluded, Malformed, Message, as_reply, check_unicode
-from rm_recipe.data.formats import ALSO_READ, parse_row, shapes_of
+from rm_recipe.data.formats import ALSO_READ, PROMPT_PARTS, parse_row, shapes_of
 from rm_recipe.data.loading import read_rows, unit
 from rm_recipe.errors import DataError, RecipeError
 from rm_recipe.model.lora import load_config, readable
@@ -99,7 +99,8 @@ def _parse(row: dict[str, Any], replies: bool) -> Sample:
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise Malformed("responses", "a list of texts (or 'response' one text)", texts)
     # A prompt is read as that of a comparison is: for want of another one, of this one.
-    asked = {name: row.get(name) for name in ALSO_READ} | {"chosen": "yes", "rejected": "no"}
+    asked = {name: row.get(name) for name in (*ALSO_READ, *PROMPT_PARTS["prompt"])}
+    asked |= {"chosen": "yes", "rejected": "no"}
     prompt = parse_row(row if as_it_is else asked).prompt
     check_unicode(texts)
     cut = row["cut"] if isinstance(row.get("cut"), int) else None

@@ -36,7 +36,8 @@ def test_every_flaw_is_counted_with_its_row(write_recipe, flawed):
     assert figures["excluded"] == dict.fromkeys(rows, 1)
     assert figures["first_rows"] == {reason: [row] for reason, row in rows.items()}
     assert (figures["rows"], figures["comparisons"]) == (13, 9)
-    assert figures["duplicates"] == {"exact": 2, "near": 0, "contradictory": 0, "repeated_prompts": 2}
+    found = {"exact": 2, "near": 0, "contradictory": 0, "repeated_prompts": 2, "prompt_in_replies": 0}
+    assert figures["duplicates"] == found
     assert figures["truncated"] == 1
     leakage = {"prompts": 1, "comparisons": 1, "first_turns": 1, "first_rows": ["6"], "policy": "allow"}
     assert leakage.items() <= report["leakage"].items()
@@ -175,8 +176,10 @@ def test_each_kind_of_repetition_is_counted_once(tmp_path):
         row("how are you", "bad", "fine"),  # exact, the other way round
         row("how are you", "thanks", "no"),  # the prompt only
         row("who are they", "cats", "dogs"),
+        row("who is it", "Who is it\nme", "who is it you"),  # the prompt in both replies
+        row("where is it", "where is it", "here"),  # in one
     ]
-    found = {"exact": 2, "near": 0, "contradictory": 1, "repeated_prompts": 3}
+    found = {"exact": 2, "near": 0, "contradictory": 1, "repeated_prompts": 3, "prompt_in_replies": 1}
     assert count_duplicates(split_of(tmp_path / "x.jsonl", rows)) == found
 
 

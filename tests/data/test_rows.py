@@ -115,7 +115,7 @@ REFUSED = {
     "reply_of_several_messages": {**PAIR, "chosen": [*CALLED, REPLY], "rejected": [REPLY]},
     "prompt_ends_with_reply": {**PAIR, "prompt": [USER, REPLY]},
     "two_system_messages": {**PAIR, "prompt": [SYSTEM, USER], "system": "Be kind."},
-    "not_text": {**PAIR, "images": ["a.png"]},
+    "not_text": {**PAIR, "image_path": "a.png"},
     "invalid_text": {**PAIR, "chosen": "a\ud800"},
     "single_response": {"prompt": "p", "responses": ["a"], "ranks": [1]},
     "ranks_do_not_match": {"prompt": "p", "responses": ["a", "b"], "ranks": [1]},
@@ -245,9 +245,15 @@ def test_a_margin_that_is_neither_names_its_column(value):
 
 
 def test_roles_by_other_names_are_read_as_what_they_are_and_unknown_ones_named():
-    for theirs, ours in {"human": "user", "gpt": "assistant", "developer": "system", "Tool ": "tool"}.items():
+    for theirs, ours in {
+        "human": "user",
+        "gpt": "assistant",
+        "developer": "system",
+        "MODEL": "assistant",
+    }.items():
         assert as_messages([{**said(theirs, "a"), "name": "x"}]) == [said(ours, "a")]
         assert as_messages({"from": theirs, "value": "a"}) == [said(ours, "a")]
+        assert as_messages({"role": theirs, "text": "a"}) == [said(ours, "a")]
     assert why(as_messages, [USER, said("narrator", "q")]) == ("unknown_role", "role 'narrator'")
 
 
@@ -266,6 +272,8 @@ def test_parts_of_text_are_joined_and_another_kind_of_part_is_named():
         ({"tool_calls": [{"function": {"name": "f"}}]}, "tool_calls"),
         ({"reasoning_content": "hm"}, "reasoning_content"),
         ({"thinking": "hm"}, "reasoning_content"),
+        ({"function_calls": "f(n=1)"}, "tool_calls"),
+        ({"functions": '[{"name": "f"}]'}, "tool_calls"),
         ({"content": None}, "not_messages"),
         ({"role": None}, "not_messages"),
     ],
@@ -281,6 +289,7 @@ def test_calls_of_tools_are_kept_as_json_however_they_are_written():
     as_text = {"type": "function", "function": {"name": "f", "arguments": '{"n": 1}'}}
     for written in ({"tool_calls": [as_text]}, {"function_call": call}):
         assert as_messages([{**REPLY, "content": None, **written}]) == [kept]
+    assert json.loads(tools_of({"tools": [json.dumps(call)]})) == [call]  # one text each, as a table has them
     assert "2024-07-26" in tools_of({"tools": [{"name": "f", "since": date(2024, 7, 26)}]})  # of a table
 
 
@@ -329,6 +338,40 @@ def test_a_transcript_with_blank_lines_before_some_turns_only_loses_none():
 )
 def test_a_text_that_only_looks_like_messages_is_a_text(text):
     assert as_messages(text) == [said("user", text)]
+
+
+# As chat templates and others' transcripts write what is asked; each ends where a reply is to come.
+OTHER_TURNS = [
+    "<|im_start|>system\nBe terse.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+    "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>",
+    "<s>[INST] Hi [/INST]",
+    "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n",
+    "<\uff5cUser\uff5c>Hi<\uff5cAssistant\uff5c>",
+    "<extra_id_0>System\n\n<extra_id_1>User\nHi\n<extra_id_1>Assistant\n",
+    "BEGINNING OF CONVERSATION: USER: Hi ASSISTANT:",
+    "### Human: Hi### Assistant:",
+    "Human: Hi Assistant: good Human: More? Assistant:",
+    "prompter: Hi",
+    transcript("Hi", "good", "More?").removeprefix("\n\nHuman: "),
+]
+
+
+@pytest.mark.parametrize("text", OTHER_TURNS)
+def test_turns_that_are_not_read_as_such_are_never_one_message(text):
+    assert why(as_messages, text)[0] == why(parse_row, {**PAIR, "prompt": text})[0] == "unread_turns"
+    assert parse_row({**PAIR, "chosen": text}).responses[0] == text  # a model may have written it
+
+
+def test_a_reply_that_bears_the_name_which_the_prompt_lacks_is_not_read():
+    named = {"chosen": "Assistant: good", "rejected": "\nAssistant: bad"}
+    assert why(parse_row, {"prompt": "Human: Hi", **named})[0] == "unread_turns"
+    assert parse_row({"prompt": "Hi", **named}).responses == list(named.values())
+
+
+def test_a_prompt_of_helpsteer_is_its_turns():
+    text = "Hi\n<extra_id_1>Assistant\ngood\n<extra_id_1>User\nAnd you?\n\nReally?"
+    assert as_messages(text) == TURNS
+    assert as_messages(f"{text}\n<extra_id_1>Assistant\n") == TURNS
 
 
 def test_messages_as_text_that_cannot_be_decoded_are_never_a_text():

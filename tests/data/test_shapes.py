@@ -152,6 +152,11 @@ CHOICE, SCORES = {"response_0": "bad", "response_1": "good"}, {"score_0": -0.5, 
 # Published shapes of which no file is in `hunt/`; in each `good` is better than `bad`.
 PUBLISHED = [
     {"prompt": "Hi", "chosen_response": "good", "rejected_response": "bad"},
+    {"messages": [ASKED], "chosen_response": GOOD, "rejected_response": BAD},
+    {
+        "context": [ASKED],
+        "completions": [{"rank": 1, "completion": [BAD]}, {"rank": 0, "completion": [GOOD]}],
+    },
     {"messages": [ASKED, GOOD], "rejected_response": "bad"},
     {"prompt": "Ho", "messages": [ASKED, GOOD], "rejected_response": "bad"},
     {"instruction": "Hi", "input": math.nan, "chosen": "good", "rejected": "bad"},
@@ -204,8 +209,15 @@ def test_a_history_that_only_later_rows_have_is_read(tmp_path):
 
 def test_a_history_comes_before_a_question_of_text_or_of_messages():
     row = {"question": "So?", "history": [["Hi", "good"]], "response_chosen": "a", "response_rejected": "b"}
-    assert parse_row(row) == Comparison([ASKED, GOOD, said("user", "So?")], ["a", "b"])
-    assert parse_row({**row, "question": [said("user", "So?")]}) == parse_row(row)
+    expected = Comparison([ASKED, GOOD, said("user", "So?")], ["a", "b"])
+    assert parse_row(row) == parse_row({**row, "question": [said("user", "So?")]}) == expected
+    ours = {"prompt": "So?", "history": [ASKED, GOOD], "chosen": "a", "rejected": "b"}
+    assert parse_row(ours) == parse_row({**ours, "prompt": expected.prompt}) == expected  # once
+    for unasked in (None, ""):
+        with pytest.raises(Excluded, match="prompt_ends_with_reply"):
+            parse_row({**ours, "prompt": unasked})
+    for empty in (None, "", [], "[]"):
+        assert parse_row({**ours, "history": empty}).prompt == expected.prompt[-1:]
 
 
 @pytest.mark.parametrize("written", ["", "Step 1: a.\nStep 2:"])
@@ -327,6 +339,8 @@ question,answer1,answer2,choice=1
 text prompt,left completion A,left completion B,winner=A
 prompt,reply0,reply1,label=reply0
 prompt,chosen_text,rejected_text
+prompt,chosen_messages,rejected_messages
+query,positive,negative
 """
 
 
@@ -444,6 +458,29 @@ def test_an_ending_may_be_in_capitals_and_a_table_of_tabs(tmp_path):
     (tmp_path / "b.tsv").write_text("prompt\tchosen\trejected\na, b\tc\td\n")
     assert load(tmp_path / "A.JSONL.GZ").rows == 1
     assert load(tmp_path / "b.tsv")[0].prompt == [{"role": "user", "content": "a, b"}]
+
+
+@pytest.mark.parametrize(
+    ("table", "refusal"),
+    [
+        ("prompt,chosen,rejected\na,b,c\nHi,Yes, sure,No\n", "row 2: more cells than the header has"),
+        ("prompt,chosen,rejected,chosen\na,b,c,d\n", "two columns of the same name: prompt, chosen, rej"),
+        (
+            'prompt,chosen,rejected\na,b,c\nHi,"a \\"b\\" c",d\n',
+            "cannot be read after row 1: .* written twice",
+        ),
+        ('prompt,chosen,rejected\nHi,"b,c\nHo,d,e\n', "cannot be read: unexpected end of data"),
+    ],
+)
+def test_a_table_whose_cells_are_not_under_their_columns_is_refused(tmp_path, table, refusal):
+    (tmp_path / "x.csv").write_text(table)
+    with pytest.raises(DataError, match=refusal):
+        load(tmp_path / "x.csv")
+
+
+def test_empty_cells_beyond_a_tables_header_are_none(tmp_path):
+    (tmp_path / "x.csv").write_text("prompt,chosen,rejected,,\nHi,a,b,,,,\n")
+    assert load(tmp_path / "x.csv")[0].responses == ["a", "b"]
 
 
 def test_a_data_set_of_evaluate_is_named_with_subset_split_and_revision(tmp_path):
