@@ -142,6 +142,8 @@ def split_faults(values: dict[str, Any]) -> Iterator[str]:
         yield f"'datasets': 'split: {test}' is what is held out ('dataset_test_split')"
     if train == test:
         yield f"'dataset_test_split: {test}' must differ from 'dataset_train_split'"
+    if get("test_split_size") is not None and test != schema.DataArguments.dataset_test_split:
+        yield f"'dataset_test_split: {test}' does nothing beside 'test_split_size': leave one of them out"
     if get("dataset_subsets") and Path(get("dataset_name") or "").is_file():
         yield f"'dataset_subsets' are folders, and '{get('dataset_name')}' is a file"
 
