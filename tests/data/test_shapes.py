@@ -280,7 +280,7 @@ def test_the_best_of_four_is_better_than_each_other_and_those_tie():
             {0: "response_a a A model_a", 1: "response_b b B", None: "tie Equal"},
         ),
         ("Answer1 Answer2", "label", {0: "1 answer1", 1: "2 Answer2", None: "both"}),
-        ("answer_0 answer_1", "label=0/1", {0: "0", 1: "1.0"}),
+        ("answer_0 answer_1", "label=0/1", {0: "0", 1: "1.0", None: "Tie both"}),
         ("gpt4 llama", "label", {0: "gpt4", 1: "llama"}),
         ("left right", "label", {0: "left", 1: "Right"}),
         ("response_a response_b", "label=1/2", {0: "1", 1: "2"}),
