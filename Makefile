@@ -57,7 +57,7 @@ gpu: ## On a machine with a GPU: its tests and measurements, in ten minutes [OUT
 	@if $(PYTHON) -c 'import trl, peft, bitsandbytes' 2> /dev/null; then python=$(PYTHON); \
 		else $(MAKE) --no-print-directory setup && python=$(BIN)/python || exit 1; fi; \
 	test -d $(MODELS)/smollm2-135m-instruct || $$python -m rm_recipe prepare offline || exit 1; \
-	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} HF_HUB_OFFLINE=1 \
+	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} HF_HUB_OFFLINE=1 PYTHONPATH="$(CURDIR)" \
 		$$python tests/gpu/measure.py --output $(OUTPUT) --data $(GPU_DATA) --models $(MODELS) $(GPU_ARGUMENTS)
 
 benchmark: setup ## Speed and memory against stock TRL (about half an hour each on two cores)

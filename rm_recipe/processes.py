@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from accelerate.utils.memory import should_reduce_batch_size
 
 from rm_recipe.errors import TrainingError
 
 logger = logging.getLogger("rm_recipe")
+
+# How one says that there was no memory: CUDA's allocator, its driver, cuBLAS, torch's on a CPU, Python, C++.
+NO_MEMORY = "OutOfMemoryError|out of memory|ALLOC_FAILED|can't allocate memory|MemoryError|bad_alloc"
 
 
 def processes() -> Any:
@@ -38,7 +41,8 @@ def this_device() -> torch.device:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device had no memory left; a kernel that kills a process on a CPU raises nothing."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or should_reduce_batch_size(error)
+    said = f"{type(error).__name__}: {error}"
+    return isinstance(error, RuntimeError | MemoryError) and re.search(NO_MEMORY, said) is not None
 
 
 def say(message: str) -> None:

@@ -19,6 +19,7 @@ from rm_recipe.data.tokenization import encode
 from rm_recipe.errors import DataError, RecipeError, TrainingError, UnfitError
 from rm_recipe.files import whole_file
 from rm_recipe.model.lora import in_one_product
+from rm_recipe.model.memory import free_unused
 from rm_recipe.model.reward_model import autocast, load_trained
 from rm_recipe.model.row_attention import by_block
 from rm_recipe.model.shared_prefix import TOKENS_ON_CPU, decide_sharing, padded_rows, shared_rows
@@ -171,7 +172,7 @@ class RewardModel:
         except (RuntimeError, MemoryError) as error:
             if sum(len(c.suffixes) for c in batch) == 1 or not is_out_of_memory(error):
                 raise
-        torch.cuda.empty_cache()
+        free_unused()
         parts: Sequence[Encoded] = batch
         if len(batch) == 1:  # many replies to one prompt
             parts = [Encoded(batch[0].prefix, [suffix]) for suffix in batch[0].suffixes]

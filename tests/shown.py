@@ -1,5 +1,6 @@
 """What README, docs/ and CONTRIBUTING.md show, and a small stand-in of a reader's folder to run it in."""
 
+import csv
 import re
 import shlex
 import shutil
@@ -98,7 +99,12 @@ def fill(root: Path, model: Path, data: Path) -> None:
     export(run)
     shutil.copytree(run / "export", root / "outputs" / "gold" / "export")
     write_jsonl(root / "replies.jsonl", [{"prompt": "hello", "response": "good"}])
-    write_jsonl(root / "comparisons.jsonl", make_rows(6, seed=3))
+    rows = make_rows(6, seed=3)
+    write_jsonl(root / "comparisons.jsonl", rows)
+    with (root / "mine.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["question", "reply_a", "reply_b", "better"])
+        table.writerows([row["prompt"][0]["content"], row["rejected"], row["chosen"], "B"] for row in rows)
 
 
 @pytest.fixture

@@ -63,6 +63,8 @@ def test_check_says_what_would_be_trained_and_writes_nothing(monkeypatch, capsys
         (1, "No space left on device: model.bin", OSError(28, "No space left on device", "model.bin")),
         (2, "a package is missing: none", ModuleNotFoundError("none", name="nil")),
         (1, "out of memory (CUDA out", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")),
+        (1, "out of memory (CUDA error: out", torch.AcceleratorError("CUDA error: out of memory\nCUDA")),
+        (1, "out of memory (CUDA error: CUBLAS", RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when")),
         (1, "out of memory (DefaultCPU", RuntimeError("DefaultCPUAllocator: can't allocate memory")),
         (1, "out of memory ()", MemoryError()),
         (None, "peft is there", ModuleNotFoundError("No module named 'peft.nothing'", name="peft.nothing")),

@@ -235,7 +235,10 @@ def shape_of(columns: Collection[str], place: str = "a row", named: Mapping[str,
     asked = {name for name in named if name not in ("verdict", *ALSO_READ[1:])}
     found = shapes_of(columns, [shape for shape in known if asked <= {*shape.columns}])
     if len(found) == 1:
-        return replace(found[0], better=values.replace("/", ", ")) if values else found[0]
+        means = values.split("/")
+        if len(means) == len(found[0].responses.split()):  # which says nothing of ties
+            means.append(EQUAL)
+        return replace(found[0], better=", ".join(means)) if values else found[0]
     if found:
         fit = " and ".join(f"{shape.name} ({', '.join(shape.columns)})" for shape in found)
         ways = [_way(shape) for shape in found]

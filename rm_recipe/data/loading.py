@@ -83,7 +83,9 @@ def load_rows(
                 for part in formats.rows_of(row, shape):
                     yield _parsed(part, number, subset, *options) | {"scored_lower": lower}
             except Malformed as fault:
-                raise DataError(f"{place}, {unit(file)} {number}: {fault}") from None
+                name, *rest = fault.args
+                told = Malformed(wanted.get(name, name), *rest)  # by the name that the file has for it
+                raise DataError(f"{place}, {unit(file)} {number}: {told}") from None
 
     settings = [subset, margin_column, data.margin_map, source.columns, data.columns]
     features, key = hf_datasets.Features(_PARSED), cache_key(content, *settings, *CODE)

@@ -274,16 +274,14 @@ def _train_split(recipe: Recipe | None) -> Split | None:
 
 def _figures(scored: Scored, train: Split | None, words: Scorer | None) -> Content:
     """What `evaluation.json` says of a data set."""
-    split, trained, baselines = scored.split, None, {}
-    if train is not None:
-        trained = int(np.isin(split.column("prompt_key"), train.column("prompt_key")).sum())
+    split, baselines = scored.split, {}
     if words is not None:
         responses = [response for own in split.comparisons["responses"][:] for response in own]
         baselines["bag_of_words"] = words(responses)
     figures = {
         "n_comparisons": split.rows,
         "excluded": dict(split.excluded),
-        "trained_prompts": trained,
+        "trained_prompts": None if train is None else _trained_prompts(split, train),
         "baselines_missing": [] if words else ["bag_of_words"],
         **summary.summarise(list(scored.lines.values()), **baselines),
         **scored.edits,
@@ -291,6 +289,15 @@ def _figures(scored: Scored, train: Split | None, words: Scorer | None) -> Conte
     if scored.benchmark:
         figures["benchmark"] = benchmark_result(scored.benchmark, split, scored.lines)
     return figures
+
+
+def _trained_prompts(split: Split, train: Split) -> int:
+    """How many comparisons have a prompt that was trained on.
+
+    Where every row asks the same question, that says nothing, and whole ones that were trained on count.
+    """
+    key = "prompt_key" if len(np.unique(train.column("prompt_key"))) > 1 else "key"
+    return int(np.isin(split.column(key), train.column(key)).sum())
 
 
 def _compare(one: dict[int, summary.Line], other: dict[int, summary.Line]) -> Content:

@@ -5,7 +5,6 @@ has to agree with the one before, to within a share of the rewards' standard dev
 only rewrites numbers (the merge in fp32, the files, another batch or padding), `ROUNDING` where it rounds.
 """
 
-import gc
 import json
 import re
 import subprocess
@@ -29,6 +28,7 @@ from rm_recipe.data.dataset import Split
 from rm_recipe.data.tokenization import render
 from rm_recipe.errors import ExportError
 from rm_recipe.evaluation.findings import HELD_OUT
+from rm_recipe.model.memory import free_unused
 from rm_recipe.model.reward_model import is_decoder, quietly
 from rm_recipe.scoring import RewardModel
 
@@ -134,9 +134,7 @@ class Verification:
     def free_model(self) -> None:
         """Free the reward model's model: it and the one that is loaded next may not fit a device together."""
         self.reward_model.model = None
-        gc.collect()  # its own forward is bound to it, a circle
-        if torch.accelerator.is_available():
-            torch.accelerator.empty_cache()
+        free_unused()
 
     def read_back(self, folder: Path) -> dict[str, Any]:
         """Score with the files alone; return what `proof.json` says of it all.

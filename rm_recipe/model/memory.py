@@ -6,6 +6,7 @@ model with a few of its layers, on tensors that have shapes and no content (torc
 every storage that comes alive is counted. All layers cost the same, so two sizes give any other.
 """
 
+import gc
 import os
 import re
 import weakref
@@ -386,9 +387,9 @@ def _free_in_containers() -> list[int]:
 
 
 def peak_memory() -> int:
-    """Peak memory of this process in bytes: the accelerator's where it counts it, else resident memory."""
-    if _counts_memory():
-        return int(torch.accelerator.max_memory_allocated())
+    """Peak memory of this process in bytes: the accelerator's where it counts and has any, else resident."""
+    if _counts_memory() and (peak := torch.accelerator.max_memory_allocated()):
+        return int(peak)
     with suppress(OSError):  # other than `getrusage`, it can be reset, and knows nothing of who started us
         found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
         if found:
@@ -404,9 +405,15 @@ def reset_peak_memory() -> None:
     """Make what is taken now the peak from here on, where the system can do that."""
     if _counts_memory():
         torch.accelerator.reset_peak_memory_stats()
-    else:
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def free_unused() -> None:
+    """Give back what nothing uses any more: a dropped model is a circle, its own forward bound to it."""
+    gc.collect()
+    if _counts_memory():
+        torch.accelerator.empty_cache()
 
 
 def _counts_memory() -> bool:

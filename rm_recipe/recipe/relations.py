@@ -84,7 +84,7 @@ def relation_faults(values: dict[str, Any], given: dict[str, Any]) -> Iterator[s
     """
     device = device_of(values)
     known = USUAL | best_values(values) | values | {"use_cpu": device == "cpu"}
-    known |= {name.lower(): is_sharded(name, values.get(name.lower())) for name in SHARDING}
+    known |= {name.lower(): is_asked_for(name, values.get(name.lower())) for name in SHARDING}
 
     def holds(term: str) -> bool:
         key, _, wanted = term.partition("=")
@@ -123,9 +123,9 @@ def relation_faults(values: dict[str, Any], given: dict[str, Any]) -> Iterator[s
     yield from split_faults(values)
 
 
-def is_sharded(by: str, key: Any) -> bool:
-    """Whether one of `SHARDING` is asked for: by its key, or by `accelerate launch`."""
-    return bool(key) or os.environ.get(f"ACCELERATE_USE_{by.upper()}", "false").lower() == "true"
+def is_asked_for(name: str, key: Any) -> bool:
+    """Whether the CPU or one of `SHARDING` is asked for: by its key, or by `accelerate launch`."""
+    return bool(key) or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true"
 
 
 def split_faults(values: dict[str, Any]) -> Iterator[str]:
@@ -142,6 +142,8 @@ def split_faults(values: dict[str, Any]) -> Iterator[str]:
         yield f"'datasets': 'split: {test}' is what is held out ('dataset_test_split')"
     if train == test:
         yield f"'dataset_test_split: {test}' must differ from 'dataset_train_split'"
+    if get("test_split_size") is not None and test != schema.DataArguments.dataset_test_split:
+        yield f"'dataset_test_split: {test}' does nothing beside 'test_split_size': leave one of them out"
     if get("dataset_subsets") and Path(get("dataset_name") or "").is_file():
         yield f"'dataset_subsets' are folders, and '{get('dataset_name')}' is a file"
 
@@ -234,7 +236,8 @@ def resolve(values: dict[str, Any]) -> dict[str, Any]:
     if values.get("report_to", "") is None:
         found["report_to"] = "none"
     # A GPU is fed by a process of its own; on a CPU that would take a core from the training.
-    feeding = {"dataloader_pin_memory": device != "cpu", "dataloader_num_workers": int(device == "cuda")}
+    feeding = {"dataloader_num_workers": int(device == "cuda")}
+    feeding["dataloader_pin_memory"] = device not in ("cpu", "mps")  # whose memory is the machine's
     return feeding | {"disable_tqdm": False} | found
 
 
@@ -268,7 +271,8 @@ def device_of(values: dict[str, Any]) -> str:
     import torch
 
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return "cpu" if accelerator is None or values.get("use_cpu") else str(accelerator.type)
+    on_cpu = is_asked_for("CPU", values.get("use_cpu"))
+    return "cpu" if accelerator is None or on_cpu else str(accelerator.type)
 
 
 def has_bf16(device: str) -> bool:

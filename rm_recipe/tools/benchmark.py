@@ -22,6 +22,7 @@ import torch
 from rm_recipe.errors import RecipeError, TrainingError
 from rm_recipe.evaluation.format import print_table, print_text
 from rm_recipe.files import write_json
+from rm_recipe.processes import NO_MEMORY
 from rm_recipe.recipe.reader import Recipe
 from rm_recipe.training.run_folder import BENCHMARK, check_run_folder, versions
 from rm_recipe.training.train import load_data
@@ -33,8 +34,6 @@ OVERRIDES = """
     --load_best_model_at_end false --dataloader_num_workers 0 --dataloader_persistent_workers false
     --train_sampling_strategy random
 """
-# How a process says that it found no memory: CUDA's, torch's on a CPU, Python's, C++'s.
-NO_MEMORY = "OutOfMemoryError|out of memory|ALLOC_FAILED|can't allocate memory|MemoryError|bad_alloc"
 
 
 def benchmark(

@@ -5,7 +5,6 @@ random numbers and counts are as they were, so a run is the same with it and wit
 """
 
 import contextlib
-import gc
 import math
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from rm_recipe.errors import RecipeError, TrainingError
-from rm_recipe.model.memory import device_memory, peak_memory, reset_peak_memory, too_little
+from rm_recipe.model.memory import device_memory, free_unused, peak_memory, reset_peak_memory, too_little
 from rm_recipe.processes import is_out_of_memory, say
 from rm_recipe.recipe.reader import Recipe
 from rm_recipe.training.trainer import (
@@ -57,11 +56,10 @@ def preflight(recipe: Recipe, trainer: SharedPrefixRewardTrainer) -> dict[str, A
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+        free_unused()  # NCCL takes memory beside torch's
         if not all(gather_object([found is not None])):  # all processes halve, or none
             found = None
             halve_micro_batches(recipe, trainer)
-            gc.collect()
-            torch.cuda.empty_cache()
             reset_peak_memory()
     seconds, there = found["seconds"], device_memory(recipe.training.device)
     time_needed = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{max(seconds, 1):.0f} s"

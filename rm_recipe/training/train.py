@@ -31,7 +31,7 @@ from rm_recipe.model.shared_prefix import TOKENS_ON_CPU, decide_sharing
 from rm_recipe.model.tokenizer import check_vocabulary, load_tokenizer
 from rm_recipe.processes import follow_log_level, main_process_first, say, wait_for_main_process, warn
 from rm_recipe.recipe.reader import Recipe
-from rm_recipe.recipe.relations import is_sharded
+from rm_recipe.recipe.relations import is_asked_for
 from rm_recipe.recipe.schema import CHECKPOINTING, GROUPED
 from rm_recipe.training.checkpoints import ended_well, not_written, open_run, remove_unread
 from rm_recipe.training.preflight import preflight
@@ -89,7 +89,7 @@ def check_sharding(recipe: Recipe) -> None:
         "DeepSpeed": (training.deepspeed, state.distributed_type == DistributedType.DEEPSPEED),
     }
     for name, (key, given) in engines.items():
-        if is_sharded(name, key) and not given:
+        if is_asked_for(name, key) and not given:
             here = f"here are {state.num_processes} process(es) on {state.device.type}"
             raise RecipeError(f"{name} was asked for and would not be given: it shards over GPUs, and {here}")
 

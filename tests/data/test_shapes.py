@@ -292,7 +292,7 @@ def test_the_best_of_four_is_better_than_each_other_and_those_tie():
             {0: "response_a a A model_a", 1: "response_b b B", None: "tie Equal"},
         ),
         ("Answer1 Answer2", "label", {0: "1 answer1", 1: "2 Answer2", None: "both"}),
-        ("answer_0 answer_1", "label=0/1", {0: "0", 1: "1.0"}),
+        ("answer_0 answer_1", "label=0/1", {0: "0", 1: "1.0", None: "Tie both"}),
         ("gpt4 llama", "label", {0: "gpt4", 1: "llama"}),
         ("left right", "label", {0: "left", 1: "Right"}),
         ("response_a response_b", "label=1/2", {0: "1", 1: "2"}),
@@ -322,7 +322,7 @@ def test_a_number_that_no_column_has_is_refused_with_how_to_say_what_it_means(tm
     path = write_jsonl(tmp_path / "x.jsonl", [{"q": "Hi", names[0]: "x", names[1]: "y", "label": value}])
     asked = {"prompt": "q", "chosen": names[0], "rejected": names[1], "verdict": "label"}
     with pytest.raises(
-        DataError, match=f"line 1: column 'verdict' .*one of {names[0]}[/,].*verdict: COLUMN="
+        DataError, match=f"line 1: column 'label' .*one of {names[0]}[/,].*verdict: COLUMN="
     ):
         load(path, columns=asked)
     assert load(path, columns={**asked, "verdict": f"label={1 - value}/{value}"})[0].responses == ["y", "x"]

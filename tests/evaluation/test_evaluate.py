@@ -13,8 +13,9 @@ from test_benchmarks import save_classifier
 from test_cli import invoke
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from rm_recipe.data.splits import load_split
 from rm_recipe.errors import RecipeError, TrainingError
-from rm_recipe.evaluation.evaluate import _data_of, evaluate, weights_of
+from rm_recipe.evaluation.evaluate import _data_of, _trained_prompts, evaluate, weights_of
 from rm_recipe.evaluation.findings import HELD_OUT
 from rm_recipe.evaluation.format import MISSING, decimal, interval
 from rm_recipe.evaluation.metrics import paired_difference
@@ -120,6 +121,20 @@ def test_other_data_sets_are_added_and_the_held_out_figures_stay(run, other_set,
     seen = str(tiny_data / "train.jsonl")
     assert evaluate(str(run), [other_set, seen, other_set])["datasets"][seen]["trained_prompts"] == 64
     assert len((run / "predictions.jsonl").read_text().splitlines()) == 43 + 64
+
+
+def test_where_every_row_asks_the_same_it_is_whole_comparisons_that_were_trained_on(tmp_path):
+    rows = [
+        {"prompt": "How nice is it?", "chosen": f"a rose {i}", "rejected": f"a wasp {i}"} for i in range(6)
+    ]
+    other = {"prompt": "And this?", "chosen": "a rose", "rejected": "a wasp"}
+    paths = (
+        write_jsonl(tmp_path / f"{n}.jsonl", own)
+        for n, own in enumerate((rows[:4], rows[3:], [*rows[:4], other]))
+    )
+    train, test, mixed = (load_split(DataArguments(dataset_name=str(path)), None) for path in paths)
+    assert _trained_prompts(test, train) == 1
+    assert _trained_prompts(test, mixed) == 3
 
 
 def test_columns_of_other_names_are_given_on_the_command_line(run, tmp_path, monkeypatch, capsys):

@@ -9,7 +9,6 @@ counts even where time runs out. `--tiny` makes small shapes, to try this file o
 
 import argparse
 import atexit
-import gc
 import json
 import shutil
 import subprocess
@@ -33,7 +32,6 @@ from transformers import (
 )
 
 from rm_recipe.model import memory
-from rm_recipe.model.memory import reset_peak_memory
 from rm_recipe.processes import is_out_of_memory
 from rm_recipe.recipe.reader import Recipe, read_recipe
 from rm_recipe.tools.benchmark import machine
@@ -53,8 +51,8 @@ CUDA = torch.cuda.is_available()
 class Measure:
     """What all measurements share: where models, data and results are."""
 
-    def __init__(self, output: Path, data: Path, models: Path, tiny: bool) -> None:
-        self.output, self.data, self.models, self.tiny = output, data, models, tiny
+    def __init__(self, output: Path, data: Path, models: Path, tiny: bool, minutes: float) -> None:
+        self.output, self.data, self.models, self.tiny, self.minutes = output, data, models, tiny, minutes
         self.results: dict[str, Any] = {"machine": machine(), "tiny": tiny}
         self.began = time.monotonic()
         self.scratch = Path(tempfile.mkdtemp(prefix="rm-recipe-gpu-"))
@@ -62,10 +60,14 @@ class Measure:
         output.mkdir(parents=True, exist_ok=True)
 
     def attempt(self, step: str, name: str, measurement: Callable[[], Any]) -> None:
-        """Writes what it returns, None where memory is not enough, or how it fails; the rest goes on."""
-        gc.collect()
-        torch.cuda.empty_cache()
-        reset_peak_memory()
+        """Writes what it returns, None where memory is not enough, or how it fails; the rest goes on.
+
+        Once time is up, nothing is measured any more.
+        """
+        if time.monotonic() - self.began > self.minutes * 60:
+            return
+        memory.free_unused()
+        memory.reset_peak_memory()
         try:
             result = measurement()
         except Exception as error:
@@ -126,9 +128,9 @@ class Measure:
 
 
 def run_tests(m: Measure) -> dict[str, Any]:
-    """The tests that need a GPU, in eight processes."""
+    """The tests that need a GPU, in eight processes; one that hangs does not keep the rest from its turn."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-n", "8", "--tb=short", "tests/gpu"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=300)
     (m.output / "tests.log").write_text(done.stdout + done.stderr)
     return {"exit_code": done.returncode, "said": done.stdout.strip().splitlines()[-3:]}
 
@@ -212,8 +214,8 @@ def within(m: Measure, name: str, card: float) -> dict[str, Any]:
 def score(m: Measure) -> None:
     """Conversations a second, against a plain padded loop of so many comparisons."""
     for size in (8, 32, 64):
-        recipe = m.recipe(LORA, per_device_eval_batch_size=size)
-        m.attempt("scoring", f"plain loop of {size}", partial(measure_scoring, recipe, 2))
+        recipe = partial(m.recipe, LORA, per_device_eval_batch_size=size)
+        m.attempt("scoring", f"plain loop of {size}", lambda recipe=recipe: measure_scoring(recipe(), 2))
 
 
 STEPS: dict[str, Callable[[Measure], None]] = {
@@ -236,12 +238,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data/offline"), help="comparisons to measure on")
     parser.add_argument("--models", type=Path, default=Path("models"), help="where the tokenizers are")
     parser.add_argument("--only", nargs="*", choices=STEPS, default=list(STEPS), help="these steps")
-    parser.add_argument("--minutes", type=float, default=9, help="no step begins later (default 9)")
+    parser.add_argument("--minutes", type=float, default=9, help="nothing begins later (default 9)")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to try this file on a CPU")
     arguments = parser.parse_args()
-    m = Measure(arguments.output, arguments.data, arguments.models, arguments.tiny)
+    where = arguments.output, arguments.data, arguments.models
+    m = Measure(*where, arguments.tiny, arguments.minutes)
     for name, step in STEPS.items():
-        if name in arguments.only and time.monotonic() - m.began < arguments.minutes * 60:
+        if name in arguments.only:
             step(m)
 
 

@@ -303,3 +303,20 @@ def test_memory_is_what_is_free_and_what_a_container_allows(monkeypatch, tmp_pat
     assert memory.device_memory(CPU) == (free + 1) * GB
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert memory.device_memory(CPU) == (free / 2 + 1) * GB
+
+
+def test_what_a_gpu_beside_it_takes_is_not_the_peak_of_a_training_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: GPU)
+    monkeypatch.setattr(torch.accelerator, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda: 0)
+    memory.reset_peak_memory()
+    assert memory.peak_memory() > 1e8
+    monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda: 5)
+    assert memory.peak_memory() == 5
+
+
+def test_apples_memory_which_torch_has_no_such_count_of_is_left_alone(monkeypatch):
+    """torch to 2.12 fails there: 'Allocator for mps is not a DeviceAllocator'."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("mps"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    memory.free_unused()  # on this machine, too, torch's own would raise

@@ -28,6 +28,7 @@ fp16: true, bf16: omit                              -> leave 'fp16' out
 optim: lomo                                         -> 'optim: lomo' makes its steps in backward
 model_name_or_path: omit                            -> 'model_name_or_path' is missing
 dataset_name: omit                                  -> 'dataset_name' is missing
+test_split_size: 0.1, dataset_test_split: other     -> 'dataset_test_split: other' does nothing beside 'test_s
 load_in_4bit: true, use_peft: false                 -> 'load_in_4bit' needs 'use_peft'
 push_to_hub: true                                   -> 'push_to_hub' needs 'hub_model_id': set that, too
 margin_column: m, margin_map: {worse: -1}           -> a margin below 0 would reward being wrong

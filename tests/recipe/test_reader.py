@@ -104,6 +104,14 @@ def test_precision_follows_what_the_device_can_do(monkeypatch, kind, has_bf16, d
     assert lora.quantization_config(config, skip=[]).bnb_4bit_compute_dtype == getattr(torch, dtype)
 
 
+def test_a_configuration_of_accelerates_for_the_cpu_counts_where_there_is_a_gpu(monkeypatch):
+    """Trainer would take the GPU, whose fp16 and pinned batches a CPU has not, and Accelerate the CPU."""
+    on_machine(monkeypatch, "cuda", has_bf16=False)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    values = relations.resolve({})
+    assert (values["use_cpu"], values["fp16"], values["dataloader_pin_memory"]) == (True, False, False)
+
+
 def test_a_precision_that_the_device_has_not_is_refused(monkeypatch, write_recipe):
     on_machine(monkeypatch, "cuda", has_bf16=False)
     with pytest.raises(RecipeError, match="this GPU has no bfloat16"):
