@@ -69,6 +69,7 @@ def test_the_report_has_the_contracts_keys_and_its_sums_and_the_table_fits(write
     print_report(report_of(write_recipe(dataset_name=str(path), test_split_size=0.5)), console)
     printed = console.export_text()
     assert "Held out: 50% of the prompts" in printed
+    assert "Accuracy on 14 held-out comparisons will be known to about 0.26 either way (95 %)." in printed
     assert "train, unknown_role: row [/INST] [red]:1 (role 'judge')" in printed
     assert printed.count("Columns not read: context.") == 1
 

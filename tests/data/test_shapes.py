@@ -321,9 +321,7 @@ def test_a_number_that_no_column_has_is_refused_with_how_to_say_what_it_means(tm
     names = columns.split()
     path = write_jsonl(tmp_path / "x.jsonl", [{"q": "Hi", names[0]: "x", names[1]: "y", "label": value}])
     asked = {"prompt": "q", "chosen": names[0], "rejected": names[1], "verdict": "label"}
-    with pytest.raises(
-        DataError, match=f"line 1: column 'label' .*one of {names[0]}[/,].*verdict: COLUMN="
-    ):
+    with pytest.raises(DataError, match=f"line 1: column 'label' .*one of {names[0]}[/,].*verdict: COLUMN="):
         load(path, columns=asked)
     assert load(path, columns={**asked, "verdict": f"label={1 - value}/{value}"})[0].responses == ["y", "x"]
 
