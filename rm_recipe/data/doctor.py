@@ -102,9 +102,7 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
         by = leakage["by"].replace("_", " ")
         say(f"Held out: {report['held_out_by_prompt']:.0%} of the {by}s, with all their comparisons.")
     held_out = [*splits.values()][-1]["comparisons"]
-    known = (
-        f"{0.98 / held_out**0.5:.2f}"  # 1.96 standard errors of a share of one half
-    )
+    known = f"{0.98 / held_out**0.5:.2f}"  # 1.96 standard errors of a share of one half
     say(f"Accuracy on {held_out} held-out comparisons will be known to about {known} either way (95 %).")
     if leakage["first_turns"]:  # as many at least as prompts
         n, rows = leakage["comparisons"], _named(leakage["first_rows"], leakage["comparisons"])
