@@ -82,9 +82,8 @@ def load_rows(
             try:
                 for part in formats.rows_of(row, shape):
                     yield _parsed(part, number, subset, *options) | {"scored_lower": lower}
-            except Malformed as fault:
-                name, *rest = fault.args
-                told = Malformed(wanted.get(name, name), *rest)  # by the name that the file has for it
+            except Malformed as fault:  # which is told by the name that the file has for the column
+                told = Malformed(wanted.get(fault.args[0], fault.args[0]), *fault.args[1:])
                 raise DataError(f"{place}, {unit(file)} {number}: {told}") from None
 
     settings = [subset, margin_column, data.margin_map, source.columns, data.columns]
