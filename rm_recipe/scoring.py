@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from rm_recipe.data import comparison
 from rm_recipe.data.comparison import Comparison, Encoded, Excluded, Malformed, split_at_common_prefix
+from rm_recipe.data.formats import in_parts
 from rm_recipe.data.loading import read_rows, unit
 from rm_recipe.data.tokenization import encode
 from rm_recipe.errors import DataError, RecipeError, TrainingError, UnfitError
@@ -117,8 +118,9 @@ class RewardModel:
         _check_item(item, name)
         response = item["response"]
         try:
-            messages = comparison.in_context(comparison.as_messages(item["prompt"]), item)
-            reply = comparison.as_reply(item["prompt"], response)
+            prompt = in_parts(item, "prompt")["prompt"]  # after its `history`
+            messages = comparison.in_context(comparison.as_messages(prompt), item)
+            reply = comparison.as_reply(prompt, response)
             one = Comparison(messages, [reply], tools=comparison.tools_of(item))
             comparison.check_unicode([*(message["content"] for message in messages), response])
             encoded = encode(self.tokenizer, one, self.max_length, self.truncation)

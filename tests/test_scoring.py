@@ -53,6 +53,15 @@ def test_rewards_are_those_of_plain_transformers(model):
             assert model.model(input_ids=ids).logits.item() == pytest.approx(reward, abs=1e-6)
 
 
+def test_a_history_before_a_prompt_is_read_as_in_training(model):
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good cat"}]
+    asked = {"prompt": "how are you", "response": "bad dog"}
+    whole = {"prompt": [*turns, {"role": "user", "content": "how are you"}], "response": "bad dog"}
+    alone, before, expected = model.score([asked, {**asked, "history": [["hello", "good cat"]]}, whole])
+    assert before == pytest.approx(expected, abs=1e-6)
+    assert abs(alone - expected) > 1e-6
+
+
 def test_a_message_may_hold_more_than_a_prompt_needs(model):
     """A table's has dates, which are no JSON."""
     message = {"role": "user", "content": "hello", "timestamp": datetime(2026, 1, 1, tzinfo=UTC)}

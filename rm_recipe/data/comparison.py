@@ -28,8 +28,8 @@ _WRITTEN_OUT = re.compile(r"""\s*(array\()?\[?\s*\{\s*(['"])""")  # messages as 
 # How a text begins, or begins and ends, that holds turns in a form that is not read: a chat template's, or
 # speakers that do not begin lines.
 _UNREAD_TURNS = re.compile(
-    r"\s*((<s>|<bos>)?\s*(<[|\uff5c][^<>]+[|\uff5c]>|<start_of_turn>|\[INST\]|<extra_id_\d>)|prompter:"
-    r"|(BEGINNING OF CONVERSATION:|#+)?\s*(Human|User):.*\b(Assistant|AI|Bot|GPT):\s*$)",
+    r"(<s>|<bos>)?\s*(<[|\uff5c][^<>]+[|\uff5c]>|<start_of_turn>\w|\[INST\].*\[/INST\]|<extra_id_\d>\w)"
+    r"|(?-i:prompter:)|(BEGINNING OF CONVERSATION:|#+)?\s*(Human|User):.*\b(Assistant|AI|Bot|GPT):\s*$",
     re.DOTALL | re.IGNORECASE,
 )
 _NVIDIA_TURN = re.compile(r"\n<extra_id_1>(User|Assistant)\n")  # after the first one of HelpSteer's prompts
@@ -81,9 +81,7 @@ def as_messages(value: Any, column: str = "prompt") -> list[Message]:
         messages = messages_of_text(value)
         if messages is None:
             _check_turns(value)
-            turns = _NVIDIA_TURN.split(f"\n<extra_id_1>User\n{value}")[1:]
-            sides = zip(turns[::2], turns[1::2], strict=True)
-            messages = [{"role": role.lower(), "content": text} for role, text in sides]
+            messages = _turns_of_helpsteer(value)
         return messages[:-1] if messages[-1:] == [{"role": "assistant", "content": ""}] else messages
     several: Any = [value] if isinstance(value, Mapping) else value
     if not isinstance(several, list) or not all(isinstance(m, Mapping) for m in several):
@@ -116,9 +114,18 @@ def messages_of_text(text: str) -> list[Message] | None:
     return parse_transcript(text) if is_transcript(text) else None
 
 
+def _turns_of_helpsteer(text: str) -> list[Message]:
+    """The turns of a prompt of HelpSteer 1 and 2, whose first speaker is not named; of any other text one."""
+    first, *turns = _NVIDIA_TURN.split(text)
+    sides = zip(["User", *turns[::2]], [first, *turns[1::2]], strict=True)
+    return [{"role": role.lower(), "content": said} for role, said in sides]
+
+
 def _check_turns(text: str) -> None:
-    of_hh = "\n\nHuman:" in text.partition("\n\nAssistant:")[2]  # without the first speaker
-    if of_hh or _UNREAD_TURNS.match(text):
+    before, name, after = text.partition("\n\nAssistant:")
+    # hh-rlhf's without the first speaker; whoever quotes a dialogue quotes him, too.
+    headless = name and "\n\nHuman:" not in before and ("\n\nHuman:" in after or not after.strip())
+    if headless or _UNREAD_TURNS.match(text.lstrip()):
         raise Excluded("unread_turns", "a text with turns of a chat template or of speakers; give messages")
 
 
@@ -128,8 +135,10 @@ def as_reply(prompt: Any, text: str) -> str:
     Raises:
         Excluded: `unread_turns` where it begins with the name that a text like `Human: ...` lacks.
     """
-    if not isinstance(prompt, str) or is_transcript(prompt):
-        return text.strip() if isinstance(prompt, str) else text
+    if not isinstance(prompt, str):
+        return text
+    if is_transcript(prompt):
+        return text.strip()
     _check_turns(f"{prompt} {text.lstrip()[: len('Assistant:')]}")
     return text
 
@@ -177,7 +186,7 @@ def _message(message: Mapping[str, Any]) -> Message:
         raise Excluded("reasoning_content", f"a message has {next(filter(message.get, THOUGHTS))}")
     role = message.get("role", message.get("from"))
     content = message.get("content", message.get("value", message.get("text")))
-    calls: Any = next(filter(None, map(message.get, CALLS)), [])
+    calls: Any = next(filter(None, (from_json(message.get(key)) for key in CALLS)), [])
     if message.get("function_call"):  # as OpenAI had it before
         calls = [{"type": "function", "function": message["function_call"]}]
     if isinstance(content, list):
@@ -195,7 +204,7 @@ def _message(message: Mapping[str, Any]) -> Message:
 def _calls(calls: Any) -> str:
     """Calls of tools as JSON, their arguments too where they are a text, as OpenAI writes them."""
     try:
-        calls = json.loads(json.dumps(from_json(calls)))
+        calls = json.loads(json.dumps(calls))
         for call in calls:
             function = call.get("function") or call
             if isinstance(function["arguments"], str):

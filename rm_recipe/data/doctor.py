@@ -134,6 +134,7 @@ def _figures(report: dict[str, Any], within: str = "") -> Iterator[tuple[str, st
 # and are compared band by band: for a million texts datasketch's own MinHashLSH takes gigabytes.
 
 SIMILAR = 0.8
+GREETING = 20  # characters: a reply may well begin as a shorter prompt does
 SKETCH = 64  # numbers a sketch: Jaccard to within 0.05 (one standard error) at 0.8
 BAND = 4  # numbers that have to agree before two sketches are compared: misses 2 in 10,000 at 0.8
 _NUMBER = hf_datasets.Value("int64")
@@ -178,11 +179,12 @@ def _mark(row: dict[str, Any]) -> dict[str, Any]:
     minhash = _EMPTY.copy()
     minhash.update_batch(list(shingles(" ".join([*prompt, *sorted(responses)]))))
     ranked = [f"{rank} {response}" for rank, response in zip(row["ranks"], responses, strict=True)]
+    asked = loading.normalise(row["prompt"][-1]["content"])
     return {
         "key": loading.text_key([*prompt, *sorted(responses)]),
         "verdict": loading.text_key([*prompt, *sorted(ranked)]),
         "sketch": minhash.hashvalues,
-        "again": all(text.startswith(loading.normalise(row["prompt"][-1]["content"])) for text in responses),
+        "again": len(asked) >= GREETING and all(text.startswith(asked) for text in responses),
     }
 
 

@@ -128,7 +128,7 @@ def _exchanges(pairs: Iterable[Sequence[Any]]) -> list[dict[str, Any]]:
     return [{"role": role, "content": text} for pair in pairs for role, text in zip(sides, pair, strict=True)]
 
 
-def _in_parts(row: Row, column: str) -> Row:
+def in_parts(row: Row, column: str) -> Row:
     """As LLaMA-Factory joins them: the instruction and on the next line its input, after the `history`."""
     asked = row.get(column)
     if "input" in PROMPT_PARTS[column] and row.get("input"):
@@ -138,11 +138,13 @@ def _in_parts(row: Row, column: str) -> Row:
                 raise Malformed(name, f"a text, as '{column}' and 'input' are joined", text)
         asked = "\n".join(texts.values())
     before = from_json(row.get("history")) or []
+    if before == asked:  # SHP's question, of which a prompt was made
+        before = []
     turns = before if isinstance(before, list) else [before]
     if all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
         turns = _exchanges(turns)
     if not all(isinstance(turn, Mapping) for turn in turns):
-        raise Malformed("history", "a list of [question, answer] or of messages", before)
+        raise Malformed("history", "a list of [question, answer] or of messages (else rename it)", before)
     if turns:
         turns, asked = as_messages(turns, "history"), as_messages(asked, column) if asked else []
         asked = asked if _same(asked[: len(turns)], turns) else [*turns, *asked]
@@ -352,7 +354,7 @@ def parse_row(
     if shape.name in PREPARED:
         row = PREPARED[shape.name](row)
     if shape.prompt in PROMPT_PARTS:
-        row = _in_parts(row, shape.prompt)
+        row = in_parts(row, shape.prompt)
     replies, levels = _replies(row, shape)
     levels = _levels(row, shape, len(replies)) if shape.verdict else levels
     asked = _get(row, shape.prompt) if shape.prompt else None

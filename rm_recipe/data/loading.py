@@ -366,7 +366,11 @@ def read_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[tupl
     except (OSError, EOFError, ValueError, OverflowError, zlib.error, csv.Error, pa.ArrowException) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         reason += "; save it as UTF-8 (Excel: 'CSV UTF-8')" if isinstance(error, UnicodeDecodeError) else ""
-        reason += "; in a quoted text a quote is written twice" if isinstance(error, csv.Error) else ""
+        reason += (
+            "; in a quoted text a quote is written twice, and it ends at the separator"
+            if isinstance(error, csv.Error)
+            else ""
+        )
         after = f" after {unit(file)} {number}" if number else ""
         raise DataError(f"'{file}' cannot be read{after}: {reason}") from None
     if not number:
@@ -392,13 +396,14 @@ def _values(
         text, head = TextIOWrapper(stream, "utf-8-sig", newline=""), start.partition(b"\n")[0]
         comma = max([b",", b";", b"\t"], key=head.count).decode()  # Excel writes what the country uses
         reader = csv.DictReader(text, delimiter=comma, strict=True)
-        names = list(filter(None, reader.fieldnames or ()))
-        if len({*names}) < len(names):
-            raise DataError(f"'{file}' has two columns of the same name: {', '.join(names)}")
+        names = [name for name in reader.fieldnames or () if name.strip()]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise DataError(f"'{file}' has two columns of the same name: {', '.join(twice)}")
         for number, row in enumerate(reader, 1):
-            if any(row.pop(None, [])):
-                hint = "a text that holds the separator is written in quotes"
-                raise DataError(f"'{file}', row {number}: more cells than the header has; {hint}")
+            if any(cell.strip() for cell in row.pop(None, [])):
+                hint = "a text that holds the separator is written in quotes, without a space before them"
+                there = f"more cells than the header has ({', '.join(names)})"
+                raise DataError(f"'{file}', row {number}: {there}; {hint}")
             yield number, row
     elif ending == ".json" and start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         yield from enumerate(_decode(stream.read(), f"'{file}', the list"), 1)

@@ -294,10 +294,12 @@ def _figures(scored: Scored, train: Split | None, words: Scorer | None) -> Conte
 def _trained_prompts(split: Split, train: Split) -> int:
     """How many comparisons have a prompt that was trained on.
 
-    Where every row asks the same question, that says nothing, and whole ones that were trained on count.
+    Where every one asks the same question, that says nothing, and those whose replies were trained on count.
     """
-    key = "prompt_key" if len(np.unique(train.column("prompt_key"))) > 1 else "key"
-    return int(np.isin(split.column(key), train.column(key)).sum())
+    if len(np.unique(split.column("prompt_key"))) > 1:
+        return int(np.isin(split.column("prompt_key"), train.column("prompt_key")).sum())
+    seen = {tuple(replies) for replies in train.comparisons["responses"][:]}
+    return sum(tuple(replies) in seen for replies in split.comparisons["responses"][:])
 
 
 def _compare(one: dict[int, summary.Line], other: dict[int, summary.Line]) -> Content:

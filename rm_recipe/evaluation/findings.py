@@ -116,7 +116,7 @@ def _against_best(figures: dict[str, Any]) -> Finding:
 def _warnings(figures: dict[str, Any]) -> Iterator[str]:
     if trained := figures.get("trained_prompts"):
         some = f"{whole(trained)} of {whole(figures['n_scored'])} comparisons"
-        yield f"{some} have a prompt that was trained on: this accuracy is no held-out one."
+        yield f"{some}, or their prompts, were trained on: this accuracy is no held-out one."
     if figures["n_scored"] < FEW:
         return
     if figures["accuracy_ci95"][1] < 0.5:

@@ -125,7 +125,8 @@ def relation_faults(values: dict[str, Any], given: dict[str, Any]) -> Iterator[s
 
 def is_asked_for(name: str, key: Any) -> bool:
     """Whether the CPU or one of `SHARDING` is asked for: by its key, or by `accelerate launch`."""
-    return bool(key) or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true"
+    said = os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower()
+    return bool(key) or said in ("1", "on", "true", "yes")
 
 
 def split_faults(values: dict[str, Any]) -> Iterator[str]:

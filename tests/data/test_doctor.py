@@ -177,8 +177,11 @@ def test_each_kind_of_repetition_is_counted_once(tmp_path):
         row("how are you", "bad", "fine"),  # exact, the other way round
         row("how are you", "thanks", "no"),  # the prompt only
         row("who are they", "cats", "dogs"),
-        row("who is it", "Who is it\nme", "who is it you"),  # the prompt in both replies
-        row("where is it", "where is it", "here"),  # in one
+        row(
+            "who was it that rang?", "Who was it that rang?\nI", "who was it that rang? you"
+        ),  # prompt in both
+        row("where was it found then?", "where was it found then?", "here"),  # in one
+        row("hi", "hi there", "high time"),  # no more than a greeting
     ]
     found = {"exact": 2, "near": 0, "contradictory": 1, "repeated_prompts": 3, "prompt_in_replies": 1}
     assert count_duplicates(split_of(tmp_path / "x.jsonl", rows)) == found

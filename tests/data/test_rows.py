@@ -281,6 +281,7 @@ def test_parts_of_text_are_joined_and_another_kind_of_part_is_named():
 def test_what_a_message_says_beside_its_text_is_no_silent_loss(more, reason):
     assert why(as_messages, [USER, {**REPLY, **more}])[0] == reason
     assert as_messages([{**REPLY, "tool_calls": [], "reasoning_content": None, "weight": 1}]) == [REPLY]
+    assert as_messages([{**REPLY, "function_calls": "[]", "functions": "null"}]) == [REPLY]
 
 
 def test_calls_of_tools_are_kept_as_json_however_they_are_written():
@@ -334,6 +335,10 @@ def test_a_transcript_with_blank_lines_before_some_turns_only_loses_none():
         '[{"title": "a", "content": "the \\"role\\" of b"}]',
         "['role', 'content']",
         "User: is what I wrote\nBot: and what it said. Which is better?",
+        "Rate this:\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: And you?\n\nAssistant: Fine",
+        "[INST] is what kind of tag?",
+        "<start_of_turn> is a token of Gemma's?",
+        "Prompter: one who prompts actors",
     ],
 )
 def test_a_text_that_only_looks_like_messages_is_a_text(text):
@@ -353,6 +358,7 @@ OTHER_TURNS = [
     "Human: Hi Assistant: good Human: More? Assistant:",
     "prompter: Hi",
     transcript("Hi", "good", "More?").removeprefix("\n\nHuman: "),
+    "Hi\n\nAssistant:",
 ]
 
 

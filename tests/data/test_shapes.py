@@ -216,7 +216,7 @@ def test_a_history_comes_before_a_question_of_text_or_of_messages():
     for unasked in (None, ""):
         with pytest.raises(Excluded, match="prompt_ends_with_reply"):
             parse_row({**ours, "prompt": unasked})
-    for empty in (None, "", [], "[]"):
+    for empty in (None, "", [], "[]", "So?"):  # the last as SHP's, of which a prompt was made
         assert parse_row({**ours, "history": empty}).prompt == expected.prompt[-1:]
 
 
@@ -462,7 +462,7 @@ def test_an_ending_may_be_in_capitals_and_a_table_of_tabs(tmp_path):
     ("table", "refusal"),
     [
         ("prompt,chosen,rejected\na,b,c\nHi,Yes, sure,No\n", "row 2: more cells than the header has"),
-        ("prompt,chosen,rejected,chosen\na,b,c,d\n", "two columns of the same name: prompt, chosen, rej"),
+        ("prompt,chosen,rejected,chosen\na,b,c,d\n", "two columns of the same name: chosen"),
         (
             'prompt,chosen,rejected\na,b,c\nHi,"a \\"b\\" c",d\n',
             "cannot be read after row 1: .* written twice",

@@ -125,16 +125,17 @@ def test_other_data_sets_are_added_and_the_held_out_figures_stay(run, other_set,
 
 def test_where_every_row_asks_the_same_it_is_whole_comparisons_that_were_trained_on(tmp_path):
     rows = [
-        {"prompt": "How nice is it?", "chosen": f"a rose {i}", "rejected": f"a wasp {i}"} for i in range(6)
+        {"prompt": "How nice is it?", "chosen": f"a rose {i}", "rejected": f"a wasp {i}", "margin": i}
+        for i in range(6)
     ]
-    other = {"prompt": "And this?", "chosen": "a rose", "rejected": "a wasp"}
-    paths = (
-        write_jsonl(tmp_path / f"{n}.jsonl", own)
-        for n, own in enumerate((rows[:4], rows[3:], [*rows[:4], other]))
-    )
-    train, test, mixed = (load_split(DataArguments(dataset_name=str(path)), None) for path in paths)
-    assert _trained_prompts(test, train) == 1
-    assert _trained_prompts(test, mixed) == 3
+    other = {"prompt": "And this?", "chosen": "a rose", "rejected": "a wasp", "margin": 1}
+    parts = [rows[:4], rows[3:], [*rows[:4], other], [*rows[3:], other]]
+    paths = [write_jsonl(tmp_path / f"{number}.jsonl", own) for number, own in enumerate(parts)]
+    with_margins = [DataArguments(dataset_name=str(path), margin_column="margin") for path in paths]
+    train, test, mixed, mixed_test = (load_split(data, None) for data in with_margins)
+    trained = load_split(with_margins[0], None, margins=True)
+    assert [_trained_prompts(test, own) for own in (train, trained, mixed)] == [1, 1, 1]
+    assert _trained_prompts(mixed_test, mixed) == 4
 
 
 def test_columns_of_other_names_are_given_on_the_command_line(run, tmp_path, monkeypatch, capsys):
