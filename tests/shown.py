@@ -66,7 +66,13 @@ def overrides_for(words: list[str]) -> list[str]:
         return []
     if words[0] == "curve":
         return [*SMALL, "--warmup_steps", "0"]
-    return [*SMALLER, "--output_dir", "outputs/by_run"] if words[0] == "run" else SMALL
+    more = [*SMALLER, "--output_dir", "outputs/by_run"] if words[0] == "run" else SMALL
+    return [
+        word
+        for key, value in zip(more[::2], more[1::2], strict=True)
+        if key not in words
+        for word in (key, value)
+    ]
 
 
 @pytest.fixture(scope="session")
