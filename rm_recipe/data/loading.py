@@ -366,11 +366,8 @@ def read_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[tupl
     except (OSError, EOFError, ValueError, OverflowError, zlib.error, csv.Error, pa.ArrowException) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         reason += "; save it as UTF-8 (Excel: 'CSV UTF-8')" if isinstance(error, UnicodeDecodeError) else ""
-        reason += (
-            "; in a quoted text a quote is written twice, and it ends at the separator"
-            if isinstance(error, csv.Error)
-            else ""
-        )
+        quotes = "; in a quoted text a quote is written twice, and the last one stands before the separator"
+        reason += quotes if isinstance(error, csv.Error) else ""
         after = f" after {unit(file)} {number}" if number else ""
         raise DataError(f"'{file}' cannot be read{after}: {reason}") from None
     if not number:
