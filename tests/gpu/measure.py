@@ -214,8 +214,11 @@ def within(m: Measure, name: str, card: float) -> dict[str, Any]:
 def score(m: Measure) -> None:
     """Conversations a second, against a plain padded loop of so many comparisons."""
     for size in (8, 32, 64):
-        recipe = partial(m.recipe, LORA, per_device_eval_batch_size=size)
-        m.attempt("scoring", f"plain loop of {size}", lambda recipe=recipe: measure_scoring(recipe(), 2))
+        m.attempt(
+            "scoring",
+            f"plain loop of {size}",
+            lambda size=size: measure_scoring(m.recipe(LORA, per_device_eval_batch_size=size), 2),
+        )
 
 
 STEPS: dict[str, Callable[[Measure], None]] = {
@@ -241,8 +244,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9, help="nothing begins later (default 9)")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to try this file on a CPU")
     arguments = parser.parse_args()
-    where = arguments.output, arguments.data, arguments.models
-    m = Measure(*where, arguments.tiny, arguments.minutes)
+    m = Measure(arguments.output, arguments.data, arguments.models, arguments.tiny, arguments.minutes)
     for name, step in STEPS.items():
         if name in arguments.only:
             step(m)
