@@ -46,13 +46,12 @@ _PARSED = {
 
 
 def load_rows(
-    source: DatasetConfig, split: str, subset: str, data: DataArguments, margin_column: str | None
+    source: DatasetConfig, split: str, data: DataArguments, margin_column: str | None
 ) -> tuple[hf_datasets.Dataset, list[str], str]:
     """Read one split of one source: every row a comparison, or the reason why not. Cached by content.
 
     Args:
         split: its name, perhaps with a slice as `datasets` has them: `train[:20]`.
-        subset: the name that rows without a `subset` of their own get.
 
     Returns:
         the rows (`_PARSED`), the columns of the source that are not read, and its shape in words.
@@ -61,7 +60,7 @@ def load_rows(
         DataError: there is no such split, the source cannot be read, its columns are not those of
             comparisons, or a row is malformed; with the row.
     """
-    found = find_split(splits_of(source, data.dataset_revision), split, source)
+    found, subset = find_split(source, split, data.dataset_revision), label(source, bool(data.datasets))
     columns, file = columns_of(found), found[0] if isinstance(found, list) else None
     content = [sha256(part) for part in found] if file else found._fingerprint
     place = f"'{file}'" if file and len(found) == 1 else f"'{source.path}', split '{split}'"
@@ -193,7 +192,7 @@ def sources_of(data: DataArguments) -> list[DatasetConfig]:
 
 
 def label(source: DatasetConfig, of_mixture: bool) -> str:
-    """Name a subset in reports: the folder or configuration, in a mixture also the data set."""
+    """Name what rows without a `subset` get: the folder or configuration, in a mixture also the data set."""
     path = Path(source.path)
     name = "/".join(path.parts[-2:] if path.is_file() else path.parts[-1:]) if of_mixture else ""
     return "/".join(filter(None, [name, source.data_dir or source.name]))
@@ -278,13 +277,14 @@ def _may_be_a_split(path: Path) -> bool:
         return False
 
 
-def find_split(splits: dict[str, Any], split: str, source: DatasetConfig) -> Any:
-    """Find a split among those of a source; raises DataError where it has only others.
+def find_split(source: DatasetConfig, split: str, revision: str | None = None) -> Any:
+    """Find a split of a source, as `splits_of` has it; raises DataError where there is none.
 
     `train` is also `train_prefs`, and `test` `test_prefs`, or the only split that there is; but what is there
     for testing alone is not trained on.
     """
-    name, only = split.partition("[")[0], next(iter(splits), "")
+    splits, name = splits_of(source, revision), split.partition("[")[0]
+    only = next(iter(splits), "")
     names = [name, f"{name}_prefs", ""]
     if len(splits) == 1 and (name == "test" or (name == "train" and not only.startswith("test"))):
         names.append(only)
