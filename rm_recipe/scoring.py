@@ -169,8 +169,7 @@ class RewardModel:
                 logits = self.model(
                     **{key: value.to(self.model.device) for key, value in rows.items()}
                 ).logits
-            rewards: NDArray[np.float32] = logits.float().squeeze(-1).cpu().numpy()
-            return rewards
+            return np.asarray(logits.float().squeeze(-1).cpu().numpy())
         except (RuntimeError, MemoryError) as error:
             if sum(len(c.suffixes) for c in batch) == 1 or not is_out_of_memory(error):
                 raise

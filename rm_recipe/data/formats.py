@@ -516,7 +516,8 @@ def scored_lower(row: Row, columns: Sequence[str]) -> bool:
 def prompts_differ(row: Row) -> bool:
     """Tell whether two transcripts differ before the last `Assistant:` of either.
 
-    Such a row is a comparison all the same where the name stands inside a reply (`comparison.split_turns`).
+    Such a row is a comparison all the same where the name stands inside a reply
+    (`comparison.parse_transcript`).
     """
     sides = [row.get("chosen"), row.get("rejected")]
     texts = [side.rpartition("\n\nAssistant:")[0] for side in sides if isinstance(side, str)]

@@ -71,10 +71,10 @@ def refuse_leakage(leakage: dict[str, Any]) -> None:
     """Raise DataError where train prompts are also held out and the policy is `error`."""
     n, rows, by = leakage["comparisons"], leakage["first_rows"], leakage["by"].replace("_", " ")
     if n and leakage["policy"] == "error":
+        fault = f"{n} of {leakage['of_comparisons']} train comparisons (row {first_of(rows, n)}) have a {by}"
         raise DataError(
-            f"{n} of {leakage['of_comparisons']} train comparisons (row {first_of(rows, n)}) have a {by} that "
-            "is also held out, so held-out accuracy would be too high; set 'leakage: drop' to leave them out "
-            "of training, or 'leakage: allow'"
+            f"{fault} that is also held out, so held-out accuracy would be too high; "
+            "set 'leakage: drop' to leave them out of training, or 'leakage: allow'"
         )
 
 
