@@ -312,15 +312,14 @@ class Encoded:
         return [self.prefix + rest for rest in self.suffixes]
 
 
-def split_at_common_prefix(conversations: Sequence[Sequence[int]]) -> Encoded:
-    """Split K tokenised conversations at their longest common token prefix.
+def split_at_common_prefix(conversations: Sequence[Sequence[Any]]) -> tuple[list[Any], list[list[Any]]]:
+    """Split K conversations, of messages or of tokens, into their longest common prefix and the K rests.
 
-    The prefix is shortened where a conversation would be left without a token of its own, which
-    is where its reward is read.
+    The prefix is shortened where a rest would be empty: that is the reply, and at its end the reward is read.
     """
-    places = zip(*(ids[:-1] for ids in conversations), strict=False)
-    prefix = [ids[0] for ids in takewhile(lambda ids: len({*ids}) == 1, places)]
-    return Encoded(prefix, [list(ids[len(prefix) :]) for ids in conversations])
+    places = zip(*(each[:-1] for each in conversations), strict=False)
+    prefix = [place[0] for place in takewhile(lambda place: place.count(place[0]) == len(place), places)]
+    return prefix, [list(each[len(prefix) :]) for each in conversations]
 
 
 @dataclass(frozen=True)

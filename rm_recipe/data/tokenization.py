@@ -102,8 +102,8 @@ def encode_all(
                 each = [replace(comparison, responses=[text], ranks=[0]) for text in comparison.responses]
                 fitted = [truncate(one, [ids])[0] for one, ids in zip(each, whole, strict=True)]
             _check_ranks(fitted, comparison.ranks)
-            encoded = split_at_common_prefix(fitted)
-            row |= {"prefix": encoded.prefix, "suffixes": encoded.suffixes, "truncated": fitted != whole}
+            prefix, suffixes = split_at_common_prefix(fitted)
+            row |= {"prefix": prefix, "suffixes": suffixes, "truncated": fitted != whole}
         except Excluded as excluded:
             row |= {"excluded": excluded.reason, "detail": excluded.detail}
     return rows
@@ -245,10 +245,10 @@ def _prompt_tokens(tokenizer: Tokenizer, comparison: Comparison, conversations: 
     try:
         text = render(tokenizer, comparison.prompt, comparison.tools, add_generation_prompt=True)
     except (jinja2.TemplateError, TypeError):  # one that takes no prompt without its reply
-        common = len(split_at_common_prefix(conversations).prefix)
+        common = len(split_at_common_prefix(conversations)[0])
         return common, common
     [alone] = _ids(tokenizer, [text])
-    return len(alone), len(split_at_common_prefix([[*alone, -1], *conversations]).prefix)
+    return len(alone), len(split_at_common_prefix([[*alone, -1], *conversations])[0])
 
 
 def _cut_front(tokenizer: Tokenizer, conversations: _Ids, prompt_tokens: int, over: int) -> _Ids:
