@@ -185,10 +185,8 @@ def _mark(row: dict[str, Any]) -> dict[str, Any]:
 def shingles(text: str) -> set[bytes]:
     """List the three-word sequences of a text; a shorter text is one of its own."""
     words = _WORD.findall(text)
-    if len(words) < 3:
-        return {text.encode("utf-8", "surrogatepass")}
-    threes = zip(words, words[1:], words[2:], strict=False)
-    return {" ".join(three).encode("utf-8", "surrogatepass") for three in threes}
+    threes = [" ".join(three) for three in zip(words, words[1:], words[2:], strict=False)]
+    return {three.encode() for three in threes or [text]}
 
 
 def _repeats(keys: NDArray[Any]) -> NDArray[np.bool_]:

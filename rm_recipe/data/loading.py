@@ -161,7 +161,7 @@ def normalised_prompt(prompt: list[Message]) -> list[str]:
 
 def text_key(texts: Sequence[str]) -> int:
     """Hash texts to a 64-bit number, the same on every machine."""
-    digest = hashlib.blake2b("\x00".join(texts).encode("utf-8", "surrogatepass"), digest_size=8)
+    digest = hashlib.blake2b("\x00".join(texts).encode(), digest_size=8)
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 

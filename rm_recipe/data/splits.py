@@ -150,8 +150,8 @@ def load_split(data: DataArguments, split: str | None, *, margins: bool = False)
     # Their own infos are other ones once they come from the cache, and would change the fingerprint.
     rows = hf_datasets.concatenate_datasets(parts, info=hf_datasets.DatasetInfo())
     differing = int(pc.sum(arrow_column(rows, "prompts_differ")).as_py())
-    once = {"unread": [*dict.fromkeys(chain(*unread))], "shapes": [*dict.fromkeys(shapes)]}
-    result = set_aside(Split(rows, len(rows), differing_prompts=differing, **once))
+    unread, shapes = (list(dict.fromkeys(names)) for names in (chain(*unread), shapes))
+    result = set_aside(Split(rows, len(rows), differing_prompts=differing, unread=unread, shapes=shapes))
     if not len(result.comparisons):
         name = " and ".join(dict.fromkeys(source.path for source in found))
         hint = "; texts without a prompt are hh-rlhf transcripts ('columns: {prompt: ...}' names it)"

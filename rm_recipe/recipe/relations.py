@@ -225,7 +225,8 @@ def resolve(values: dict[str, Any]) -> dict[str, Any]:
     if bf16 is None and not fp16:
         bf16 = has_bf16(device)
         fp16 = not bf16 and device not in ("cpu", "mps")  # which have no gradient scaler
-    found |= {"use_cpu": device == "cpu", "bf16": bool(bf16), "fp16": fp16} | batch_values(values)
+    found |= {"use_cpu": device == "cpu", "bf16": bool(bf16), "fp16": fp16}
+    found |= batch_values(values)
     quantised = values.get("load_in_4bit") or values.get("load_in_8bit")
     if not values.get("use_peft"):
         found["dtype"] = "float32"
