@@ -28,7 +28,6 @@ from rm_recipe.files import LFS_POINTER, is_lfs_pointer, sha256
 from rm_recipe.recipe.schema import DATA_FORMATS, DataArguments, looks_local
 
 CODE = [sys.modules[__name__], formats, comparison]  # that a comparison follows from
-_as_json = json.JSONEncoder(sort_keys=True).encode
 PEEK = 1000  # rows of a JSON file in which its columns have to be found
 
 csv.field_size_limit(2**31 - 1)  # a long conversation is a field
@@ -147,7 +146,7 @@ def _parsed(row: formats.Row, number: int, subset: str, *options: Any) -> dict[s
         "row": number,
         "prompt_key": text_key(turns),
         "first_turn_key": text_key([next((turn for turn in turns if turn.startswith("user ")), "")]),
-        "key": text_key([_as_json(content)]),
+        "key": text_key([json.dumps(content, sort_keys=True)]),
         "prompts_differ": formats.prompts_differ(row) or reason == "differing_prompts",
         "excluded": reason,
         "detail": detail,
