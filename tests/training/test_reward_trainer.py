@@ -11,7 +11,7 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, GPT2Config, LlamaConfig
 from trl import RewardConfig, RewardTrainer
 
-from rm_recipe.data.comparison import Encoded, conversation, split_at_common_prefix, untied_pairs
+from rm_recipe.data.comparison import conversation, split_at_common_prefix, untied_pairs
 from rm_recipe.data.dataset import Split
 from rm_recipe.model.reward_model import add_reward_positions
 from rm_recipe.model.row_attention import NAME as ROW_ATTENTION
@@ -36,8 +36,8 @@ def make_model(name: str):
 def encoded(prompt, replies, **rest) -> dict:
     """One row of tokenised replies to a prompt."""
     whole = [TOKENIZER.apply_chat_template(conversation(prompt, r), return_dict=False) for r in replies]
-    split = Encoded(*split_at_common_prefix(whole))
-    return {"prefix": split.prefix, "suffixes": split.suffixes, "margins": [], "subset": "", **rest}
+    prefix, suffixes = split_at_common_prefix(whole)
+    return {"prefix": prefix, "suffixes": suffixes, "margins": [], "subset": "", **rest}
 
 
 def pairs(n: int = 24, margin: float | None = None) -> Dataset:
