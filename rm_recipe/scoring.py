@@ -100,13 +100,13 @@ class RewardModel:
                     raise
         members, encoded = [], []
         for group in groups.values():
-            whole, alike = split_at_common_prefix([*group]), [*group.values()]
-            once, each = (len(whole.prefix), 0) if self.sharing.used else (0, len(whole.prefix))
-            sizes = [each + len(rest) for rest in whole.suffixes]
+            (prefix, suffixes), alike = split_at_common_prefix([*group]), [*group.values()]
+            once, each = (len(prefix), 0) if self.sharing.used else (0, len(prefix))
+            sizes = [each + len(rest) for rest in suffixes]
             # On a GPU no more: they stand in one row, whose mask is a square.
             for part in _batches(range(len(group)), sizes, TOKENS_ON_CPU, once):
                 members.append([alike[k] for k in part])
-                encoded.append(Encoded(whole.prefix, [whole.suffixes[k] for k in part]))
+                encoded.append(Encoded(prefix, [suffixes[k] for k in part]))
         rewards = np.full(len(items), unfit or 0.0, np.float32)
         found = self.score_encoded(encoded, "Scoring" if progress is True else progress or "")
         for together, values in zip(members, found, strict=True):
@@ -169,8 +169,7 @@ class RewardModel:
                 logits = self.model(
                     **{key: value.to(self.model.device) for key, value in rows.items()}
                 ).logits
-            rewards: NDArray[np.float32] = logits.float().squeeze(-1).cpu().numpy()
-            return rewards
+            return np.asarray(logits.float().squeeze(-1).cpu().numpy())
         except (RuntimeError, MemoryError) as error:
             if sum(len(c.suffixes) for c in batch) == 1 or not is_out_of_memory(error):
                 raise

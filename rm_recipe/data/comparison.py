@@ -18,7 +18,7 @@ Message = dict[str, str]  # {"role": one of ROLES, "content": text}, and perhaps
 ROLES = ("system", "user", "assistant", "tool")
 # What others call them; capitals do not matter.
 ROLE_NAMES = {role: role for role in ROLES} | {"developer": "system", "human": "user", "prompter": "user"}
-ROLE_NAMES |= dict.fromkeys(("gpt", "bot", "model"), "assistant")
+ROLE_NAMES |= dict.fromkeys(("gpt", "bot", "ai", "model"), "assistant")
 ROLE_NAMES |= {"observation": "tool", "function": "tool"}
 # Columns of what no text model can read.
 MEDIA = ("images", "image", "image_path", "videos", "video", "audios", "audio")
@@ -150,8 +150,8 @@ def in_context(prompt: list[Message], row: Mapping[str, Any]) -> list[Message]:
         Excluded: `two_system_messages` that differ, or pictures and the like (`MEDIA`).
         Malformed: it is no text.
     """
-    if any(map(row.get, MEDIA)):
-        raise Excluded("not_text", f"'{next(filter(row.get, MEDIA))}' holds what no text model can read")
+    if media := next(filter(row.get, MEDIA), ""):
+        raise Excluded("not_text", f"'{media}' holds what no text model can read")
     system = row.get("system")
     if not system:
         return prompt
@@ -182,8 +182,8 @@ def _is_tool(tool: Any) -> bool:
 
 
 def _message(message: Mapping[str, Any]) -> Message:
-    if any(map(message.get, THOUGHTS)):
-        raise Excluded("reasoning_content", f"a message has {next(filter(message.get, THOUGHTS))}")
+    if thoughts := next(filter(message.get, THOUGHTS), ""):
+        raise Excluded("reasoning_content", f"a message has {thoughts}")
     role = message.get("role", message.get("from"))
     content = message.get("content", message.get("value", message.get("text")))
     calls: Any = next(filter(None, (from_json(message.get(key)) for key in CALLS)), [])
@@ -245,7 +245,6 @@ def check_unicode(texts: Sequence[str]) -> None:
 # or an `Assistant:` that an assistant's reply wrote itself, is then part of the message.
 # Others' transcripts have other names, or no blank line before any reply.
 
-_ROLES = dict.fromkeys(["Human", "User"], "user") | dict.fromkeys(["Assistant", "Bot", "AI"], "assistant")
 _SPEAKERS = [*product(("Human", "User"), ("Assistant", "Bot", "AI"))]
 
 
@@ -271,14 +270,15 @@ def is_transcript(text: str) -> bool:
     return begins and (text.startswith("\n\n") or text.rstrip().endswith(f"{before}{names[1]}:"))
 
 
-def split_turns(text: str, before: str = "\n\n", *names: str) -> list[tuple[str, str]]:
-    """Split a transcript into (speaker, what follows the colon); joined again it is the same text.
+def parse_transcript(text: str) -> list[Message]:
+    """Read a transcript's messages, each without the white space around it.
 
     Raises:
         Excluded: `not_a_transcript`: text stands before the first speaker, or there is none.
     """
-    speaker = f"{before}({'|'.join(names or ['Human', 'Assistant'])}):"
-    start, *parts = re.split(speaker, before + text.lstrip())
+    text = text.replace("\r\n", "\n")
+    before, *names = _speakers(text)
+    start, *parts = re.split(f"{before}({'|'.join(names)}):", before + text.lstrip())
     if start or not parts:
         raise Excluded("not_a_transcript")
     turns: list[tuple[str, str]] = []
@@ -287,14 +287,7 @@ def split_turns(text: str, before: str = "\n\n", *names: str) -> list[tuple[str,
             turns[-1] = (speaker, f"{turns[-1][1]}{before}{speaker}:{said}")
         else:
             turns.append((speaker, said))
-    return turns
-
-
-def parse_transcript(text: str) -> list[Message]:
-    """Read a transcript's messages, each without the white space around it; raises as `split_turns`."""
-    text = text.replace("\r\n", "\n")
-    turns = split_turns(text, *_speakers(text))
-    return [{"role": _ROLES[speaker], "content": said.strip()} for speaker, said in turns]
+    return [{"role": ROLE_NAMES[speaker.lower()], "content": said.strip()} for speaker, said in turns]
 
 
 @dataclass(frozen=True)
@@ -319,15 +312,14 @@ class Encoded:
         return [self.prefix + rest for rest in self.suffixes]
 
 
-def split_at_common_prefix(conversations: Sequence[Sequence[int]]) -> Encoded:
-    """Split K tokenised conversations at their longest common token prefix.
+def split_at_common_prefix(conversations: Sequence[Sequence[Any]]) -> tuple[list[Any], list[list[Any]]]:
+    """Split K conversations, of messages or of tokens, into their longest common prefix and the K rests.
 
-    The prefix is shortened where a conversation would be left without a token of its own, which
-    is where its reward is read.
+    The prefix is shortened where a rest would be empty: that is the reply, and at its end the reward is read.
     """
-    places = zip(*(ids[:-1] for ids in conversations), strict=False)
-    prefix = [ids[0] for ids in takewhile(lambda ids: len({*ids}) == 1, places)]
-    return Encoded(prefix, [list(ids[len(prefix) :]) for ids in conversations])
+    places = zip(*(each[:-1] for each in conversations), strict=False)
+    prefix = [place[0] for place in takewhile(lambda place: place.count(place[0]) == len(place), places)]
+    return prefix, [list(each[len(prefix) :]) for each in conversations]
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,16 @@ def row_name(row: dict[str, Any]) -> str:
     return f"{row['subset']}:{row['row']}" if row["subset"] else str(row["row"])
 
 
+def first_of(rows: list[str], n: int) -> str:
+    """Name the first rows of `n`."""
+    return ", ".join(rows) + (" ..." if n > len(rows) else "")
+
+
 def as_comparisons(rows: Mapping[str, Any]) -> list[Comparison]:
     """Read comparisons from the columns that `loading` wrote, where every message has all keys."""
-    names = [field.name for field in fields(Comparison) if field.name in rows]
-    prompts = [[{k: v for k, v in m.items() if v is not None} for m in prompt] for prompt in rows["prompt"]]
-    columns = (prompts if name == "prompt" else rows[name] for name in names)
-    return [Comparison(**dict(zip(names, values, strict=True))) for values in zip(*columns, strict=True)]
+    columns = {field.name: rows[field.name] for field in fields(Comparison)}
+    columns["prompt"] = [[{k: v for k, v in m.items() if v is not None} for m in p] for p in rows["prompt"]]
+    return [Comparison(*values) for values in zip(*columns.values(), strict=True)]
 
 
 @dataclass
@@ -73,8 +77,7 @@ class Split:
 
     def encoded(self) -> list[Encoded]:
         """Return the tokenised comparisons, in order."""
-        columns = (self.comparisons["prefix"][:], self.comparisons["suffixes"][:])
-        return [Encoded(prefix, suffixes) for prefix, suffixes in zip(*columns, strict=True)]
+        return [*map(Encoded, self.comparisons["prefix"][:], self.comparisons["suffixes"][:])]
 
     def sizes(self, shared: bool, padded: bool = False) -> NDArray[np.int64]:
         """Count the tokens of each comparison, `(comparisons,)`.
@@ -121,10 +124,7 @@ class Split:
 
     def select(self, indices: NDArray[np.int64], reason: str) -> "Split":
         """Keep the comparisons with these numbers; the others count under `reason`."""
-        left_out = len(self.comparisons) - len(indices)
-        if not left_out:
-            return self
-        excluded = self.excluded + Counter({reason: left_out})
+        excluded = self.excluded + Counter({reason: len(self.comparisons) - len(indices)})
         return replace(self, comparisons=self.comparisons.select(indices), excluded=excluded)
 
 
@@ -139,8 +139,7 @@ def set_aside(split: Split) -> Split:
             first = numbers[:FIRST_ROWS]
             details = (f" ({detail})" if detail else "" for detail in split.comparisons[first]["detail"])
             first_rows[reason] = [*map(str.__add__, split.names(first), details)]
-    kept = np.flatnonzero(pc.equal(reasons, "").to_numpy())
-    comparisons = split.comparisons if len(kept) == len(reasons) else split.comparisons.select(kept)
+    comparisons = split.comparisons.select(np.flatnonzero(pc.equal(reasons, "").to_numpy()))
     return replace(split, comparisons=comparisons, excluded=excluded, first_rows=first_rows)
 
 

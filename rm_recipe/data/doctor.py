@@ -7,7 +7,6 @@ the comparisons that the recipe would use: after sampling, with the model's own 
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -23,12 +22,12 @@ from rich.console import Console
 from rich.table import Table
 
 from rm_recipe.data import comparison, loading
-from rm_recipe.data.dataset import FIRST_ROWS, Split, arrow_column, run_pass
-from rm_recipe.data.splits import Leakage, hold_out_share
+from rm_recipe.data.dataset import FIRST_ROWS, Split, arrow_column, first_of, run_pass
+from rm_recipe.data.splits import hold_out_share
 from rm_recipe.recipe.reader import Recipe
 
 
-def examine(recipe: Recipe, train: Split, test: Split, leakage: Leakage) -> dict[str, Any]:
+def examine(recipe: Recipe, train: Split, test: Split, leakage: dict[str, Any]) -> dict[str, Any]:
     """Count the content of `data_report.json` for a recipe's tokenised splits."""
     data = recipe.data
     splits = {data.dataset_train_split: train, data.dataset_test_split: test}
@@ -38,7 +37,7 @@ def examine(recipe: Recipe, train: Split, test: Split, leakage: Leakage) -> dict
         "truncation": data.truncation,
         "splits": {n: _examine_split(split, recipe.training.dataset_num_proc) for n, split in splits.items()},
         "held_out_by_prompt": hold_out_share(data),
-        "leakage": asdict(leakage) | {"policy": data.leakage, "by": data.leakage_by},
+        "leakage": leakage,
     }
 
 
@@ -94,7 +93,7 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
     console.print(table)
     for name, split in splits.items():
         for reason, rows in split["first_rows"].items():
-            say(f"{name}, {reason}: row {_named(rows, split['excluded'][reason])}")
+            say(f"{name}, {reason}: row {first_of(rows, split['excluded'][reason])}")
     say(f"Read as {', '.join(dict.fromkeys(chain(*(split['shapes'] for split in splits.values()))))}.")
     if unread := dict.fromkeys(chain(*(split["columns_not_read"] for split in splits.values()))):
         say(f"Columns not read: {', '.join(unread)}.")
@@ -105,17 +104,12 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
     known = f"{0.98 / held_out**0.5:.2f}"  # 1.96 standard errors of a share of one half
     say(f"Accuracy on {held_out} held-out comparisons will be known to about {known} either way (95 %).")
     if leakage["first_turns"]:  # as many at least as prompts
-        n, rows = leakage["comparisons"], _named(leakage["first_rows"], leakage["comparisons"])
+        n, rows = leakage["comparisons"], first_of(leakage["first_rows"], leakage["comparisons"])
         say(
             f"Leakage: {leakage['prompts']} prompts and {leakage['first_turns']} first turns of train are "
             f"held out too; 'leakage: {leakage['policy']}' with 'leakage_by: {leakage['by']}' concerns {n} "
             f"comparisons{f' (row {rows})' if rows else ''}."
         )
-
-
-def _named(rows: list[str], n: int) -> str:
-    """The first rows of `n`."""
-    return ", ".join(rows) + (" ..." if n > len(rows) else "")
 
 
 def _figures(report: dict[str, Any], within: str = "") -> Iterator[tuple[str, str]]:
@@ -191,10 +185,8 @@ def _mark(row: dict[str, Any]) -> dict[str, Any]:
 def shingles(text: str) -> set[bytes]:
     """List the three-word sequences of a text; a shorter text is one of its own."""
     words = _WORD.findall(text)
-    if len(words) < 3:
-        return {text.encode("utf-8", "surrogatepass")}
-    threes = zip(words, words[1:], words[2:], strict=False)
-    return {" ".join(three).encode("utf-8", "surrogatepass") for three in threes}
+    threes = [" ".join(three) for three in zip(words, words[1:], words[2:], strict=False)]
+    return {three.encode() for three in threes or [text]}
 
 
 def _repeats(keys: NDArray[Any]) -> NDArray[np.bool_]:

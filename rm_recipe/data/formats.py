@@ -516,7 +516,8 @@ def scored_lower(row: Row, columns: Sequence[str]) -> bool:
 def prompts_differ(row: Row) -> bool:
     """Tell whether two transcripts differ before the last `Assistant:` of either.
 
-    Such a row is a comparison all the same where the name stands inside a reply (`comparison.split_turns`).
+    Such a row is a comparison all the same where the name stands inside a reply
+    (`comparison.parse_transcript`).
     """
     sides = [row.get("chosen"), row.get("rejected")]
     texts = [side.rpartition("\n\nAssistant:")[0] for side in sides if isinstance(side, str)]
@@ -577,15 +578,13 @@ def _same(one: list[Message], other: list[Message]) -> bool:
 
 def _shared(conversations: Sequence[list[Message]]) -> tuple[list[Message], list[str]]:
     """What whole conversations have in common, and the one reply in which each ends."""
-    first, n = conversations[0], 0
-    while n < min(map(len, conversations)) - 1 and all(m[n] == first[n] for m in conversations):
-        n += 1
-    if any(len(messages) > n + 1 for messages in conversations):
-        asked = any(message["role"] in ("user", "system") for m in conversations for message in m[n:])
+    prompt, rests = comparison.split_at_common_prefix(conversations)
+    if any(len(rest) > 1 for rest in rests):
+        asked = any(message["role"] in ("user", "system") for rest in rests for message in rest)
         raise Excluded("differing_prompts" if asked else "reply_of_several_messages")
-    if any("tool_calls" in messages[-1] for messages in conversations):
+    if any("tool_calls" in reply for [reply] in rests):
         raise Excluded("tool_calls", "a reply is a call of a tool")
-    return conversations[0][:n], [messages[-1]["content"] for messages in conversations]
+    return prompt, [reply["content"] for [reply] in rests]
 
 
 def _number(value: Any) -> Any:

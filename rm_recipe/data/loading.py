@@ -28,7 +28,6 @@ from rm_recipe.files import LFS_POINTER, is_lfs_pointer, sha256
 from rm_recipe.recipe.schema import DATA_FORMATS, DataArguments, looks_local
 
 CODE = [sys.modules[__name__], formats, comparison]  # that a comparison follows from
-_as_json = json.JSONEncoder(sort_keys=True).encode
 PEEK = 1000  # rows of a JSON file in which its columns have to be found
 
 csv.field_size_limit(2**31 - 1)  # a long conversation is a field
@@ -46,13 +45,12 @@ _PARSED = {
 
 
 def load_rows(
-    source: DatasetConfig, split: str, subset: str, data: DataArguments, margin_column: str | None
+    source: DatasetConfig, split: str, data: DataArguments, margin_column: str | None
 ) -> tuple[hf_datasets.Dataset, list[str], str]:
     """Read one split of one source: every row a comparison, or the reason why not. Cached by content.
 
     Args:
         split: its name, perhaps with a slice as `datasets` has them: `train[:20]`.
-        subset: the name that rows without a `subset` of their own get.
 
     Returns:
         the rows (`_PARSED`), the columns of the source that are not read, and its shape in words.
@@ -61,7 +59,7 @@ def load_rows(
         DataError: there is no such split, the source cannot be read, its columns are not those of
             comparisons, or a row is malformed; with the row.
     """
-    found = find_split(splits_of(source, data.dataset_revision), split, source)
+    found, subset = find_split(source, split, data.dataset_revision), label(source, bool(data.datasets))
     columns, file = columns_of(found), found[0] if isinstance(found, list) else None
     content = [sha256(part) for part in found] if file else found._fingerprint
     place = f"'{file}'" if file and len(found) == 1 else f"'{source.path}', split '{split}'"
@@ -148,7 +146,7 @@ def _parsed(row: formats.Row, number: int, subset: str, *options: Any) -> dict[s
         "row": number,
         "prompt_key": text_key(turns),
         "first_turn_key": text_key([next((turn for turn in turns if turn.startswith("user ")), "")]),
-        "key": text_key([_as_json(content)]),
+        "key": text_key([json.dumps(content, sort_keys=True)]),
         "prompts_differ": formats.prompts_differ(row) or reason == "differing_prompts",
         "excluded": reason,
         "detail": detail,
@@ -162,7 +160,7 @@ def normalised_prompt(prompt: list[Message]) -> list[str]:
 
 def text_key(texts: Sequence[str]) -> int:
     """Hash texts to a 64-bit number, the same on every machine."""
-    digest = hashlib.blake2b("\x00".join(texts).encode("utf-8", "surrogatepass"), digest_size=8)
+    digest = hashlib.blake2b("\x00".join(texts).encode(), digest_size=8)
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 
@@ -193,7 +191,7 @@ def sources_of(data: DataArguments) -> list[DatasetConfig]:
 
 
 def label(source: DatasetConfig, of_mixture: bool) -> str:
-    """Name a subset in reports: the folder or configuration, in a mixture also the data set."""
+    """Name what rows without a `subset` get: the folder or configuration, in a mixture also the data set."""
     path = Path(source.path)
     name = "/".join(path.parts[-2:] if path.is_file() else path.parts[-1:]) if of_mixture else ""
     return "/".join(filter(None, [name, source.data_dir or source.name]))
@@ -278,13 +276,14 @@ def _may_be_a_split(path: Path) -> bool:
         return False
 
 
-def find_split(splits: dict[str, Any], split: str, source: DatasetConfig) -> Any:
-    """Find a split among those of a source; raises DataError where it has only others.
+def find_split(source: DatasetConfig, split: str, revision: str | None = None) -> Any:
+    """Find a split of a source, as `splits_of` has it; raises DataError where there is none.
 
     `train` is also `train_prefs`, and `test` `test_prefs`, or the only split that there is; but what is there
     for testing alone is not trained on.
     """
-    name, only = split.partition("[")[0], next(iter(splits), "")
+    splits, name = splits_of(source, revision), split.partition("[")[0]
+    only = next(iter(splits), "")
     names = [name, f"{name}_prefs", ""]
     if len(splits) == 1 and (name == "test" or (name == "train" and not only.startswith("test"))):
         names.append(only)

@@ -4,8 +4,10 @@ What is held out by prompt depends on the prompt alone, what is sampled on the s
 Everything is memory-mapped; `loading` and `tokenization` have the two passes over the rows.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import datasets as hf_datasets
 import numpy as np
@@ -13,7 +15,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from rm_recipe.data import loading
-from rm_recipe.data.dataset import FIRST_ROWS, Split, arrow_column, fingerprint, set_aside
+from rm_recipe.data.dataset import FIRST_ROWS, Split, arrow_column, fingerprint, first_of, set_aside
 from rm_recipe.errors import DataError, RecipeError
 from rm_recipe.files import read_json
 from rm_recipe.recipe.reader import Recipe
@@ -22,32 +24,16 @@ from rm_recipe.recipe.schema import DataArguments
 HELD_OUT_SHARE = 0.1  # of the prompts, where a set has a train split only
 
 
-@dataclass(frozen=True)
-class Leakage:
-    """Train comparisons whose prompt, or its first question, is also held out.
-
-    Attributes:
-        prompts: how many different prompts.
-        first_turns: how many different first questions (hh-rlhf's dialogues recur at several depths).
-        comparisons: how many `leakage` acts on, by `leakage_by`, of `of_comparisons` before sampling.
-        first_rows: the first of them, `SUBSET:ROW`.
-    """
-
-    prompts: int
-    first_turns: int
-    comparisons: int
-    of_comparisons: int
-    first_rows: list[str]
-
-
-# --- splits ----------------------------------------------------------------------------------
-
-
-def load_splits(recipe: Recipe) -> tuple[Split, Split, Leakage]:
+def load_splits(recipe: Recipe) -> tuple[Split, Split, dict[str, Any]]:
     """Load the recipe's train and held-out comparisons, sampled, and what the two have in common.
 
     With `leakage: drop` it is left out of train. With `error` it is not: the caller has the
     counts to show, and raises by `refuse_leakage`.
+
+    Returns:
+        train, test, and `leakage` of `data_report.json`: how many different `prompts` and first questions
+        (`first_turns`: hh-rlhf's dialogues recur at several depths) are also held out, how many `comparisons`
+        `policy` acts on, going by `by`, of how many before sampling, and the `first_rows` of them.
 
     Raises:
         DataError: a source cannot be read, or a split is missing or holds no comparison.
@@ -63,13 +49,15 @@ def load_splits(recipe: Recipe) -> tuple[Split, Split, Leakage]:
     keys = {by: train.column(f"{by}_key") for by in ("prompt", "first_turn")}
     common = {by: np.isin(own, test.column(f"{by}_key")) for by, own in keys.items()}
     leaked = common[data.leakage_by]
-    leakage = Leakage(
-        prompts=len(np.unique(keys["prompt"][common["prompt"]])),
-        first_turns=len(np.unique(keys["first_turn"][common["first_turn"]])),
-        comparisons=int(leaked.sum()),
-        of_comparisons=len(leaked),
-        first_rows=train.names(np.flatnonzero(leaked)[:FIRST_ROWS]),
-    )
+    leakage = {
+        "prompts": len(np.unique(keys["prompt"][common["prompt"]])),
+        "first_turns": len(np.unique(keys["first_turn"][common["first_turn"]])),
+        "comparisons": int(leaked.sum()),
+        "of_comparisons": len(leaked),
+        "first_rows": train.names(np.flatnonzero(leaked)[:FIRST_ROWS]),
+        "policy": data.leakage,
+        "by": data.leakage_by,
+    }
     if data.leakage == "drop":
         train = train.select(np.flatnonzero(~leaked), f"leaked_{data.leakage_by}")
     if not len(train.comparisons):
@@ -79,14 +67,14 @@ def load_splits(recipe: Recipe) -> tuple[Split, Split, Leakage]:
     return train, sample(test, data.max_eval_samples, seed), leakage
 
 
-def refuse_leakage(recipe: Recipe, leakage: Leakage) -> None:
-    """Raise DataError where train prompts are also held out and `leakage` is `error`."""
-    if leakage.comparisons and recipe.data.leakage == "error":
+def refuse_leakage(leakage: dict[str, Any]) -> None:
+    """Raise DataError where train prompts are also held out and the policy is `error`."""
+    n, rows, by = leakage["comparisons"], leakage["first_rows"], leakage["by"].replace("_", " ")
+    if n and leakage["policy"] == "error":
+        fault = f"{n} of {leakage['of_comparisons']} train comparisons (row {first_of(rows, n)}) have a {by}"
         raise DataError(
-            f"{leakage.comparisons} of {leakage.of_comparisons} train comparisons (row "
-            f"{', '.join(leakage.first_rows)}{' ...' if leakage.comparisons > FIRST_ROWS else ''}) have a "
-            f"{recipe.data.leakage_by.replace('_', ' ')} that is also held out, so held-out accuracy would "
-            "be too high; set 'leakage: drop' to leave them out of training, or 'leakage: allow'"
+            f"{fault} that is also held out, so held-out accuracy would be too high; "
+            "set 'leakage: drop' to leave them out of training, or 'leakage: allow'"
         )
 
 
@@ -157,18 +145,13 @@ def load_split(data: DataArguments, split: str | None, *, margins: bool = False)
     """
     found = loading.sources_of(data)
     column = data.margin_column if margins else None
-    parts, unread, shapes = [], [], []
-    for source in found:
-        name = loading.label(source, of_mixture=bool(data.datasets))
-        rows, others, shape = loading.load_rows(source, split or source.split, name, data, column)
-        parts.append(rows)
-        unread += others
-        shapes.append(shape)
+    loaded = [loading.load_rows(source, split or source.split, data, column) for source in found]
+    parts, unread, shapes = map(list, zip(*loaded, strict=True))
     # Their own infos are other ones once they come from the cache, and would change the fingerprint.
     rows = hf_datasets.concatenate_datasets(parts, info=hf_datasets.DatasetInfo())
     differing = int(pc.sum(arrow_column(rows, "prompts_differ")).as_py())
-    result = set_aside(Split(rows, len(rows), differing_prompts=differing))
-    result = replace(result, unread=list(dict.fromkeys(unread)), shapes=list(dict.fromkeys(shapes)))
+    unread, shapes = (list(dict.fromkeys(names)) for names in (chain(*unread), shapes))
+    result = set_aside(Split(rows, len(rows), differing_prompts=differing, unread=unread, shapes=shapes))
     if not len(result.comparisons):
         name = " and ".join(dict.fromkeys(source.path for source in found))
         hint = "; texts without a prompt are hh-rlhf transcripts ('columns: {prompt: ...}' names it)"
@@ -193,15 +176,10 @@ def _by_fraction(parts: list[hf_datasets.Dataset], shares: list[float]) -> NDArr
     return np.concatenate([start + np.arange(size) for start, size in zip(starts, sizes, strict=True)])
 
 
-def changed_data(run: Path, **now: str) -> list[str]:
-    """Name the splits whose fingerprints are not those that a finished run was trained with."""
-    record = run / "run.json"
-    then = read_json(record)["data_fingerprints"] if record.is_file() else now
-    return [name for name in now if then[name] != now[name]]
-
-
-def check_held_out(run: Path, split: Split) -> None:
-    """Raise RecipeError where the held-out comparisons are not those that were held out from training."""
-    if changed_data(run, held_out=split.fingerprint):
-        fault = f"the held-out comparisons are not those that {run} was trained with: it may have seen them"
-        raise RecipeError(f"{fault}; restore the data, or train anew with --overwrite")
+def refuse_other_data(run: Path, **fingerprints: str) -> None:
+    """Raise RecipeError where `train` or `held_out` is not what a finished run was trained with."""
+    then = read_json(run / "run.json", missing_ok=True).get("data_fingerprints", fingerprints)
+    for name, now in fingerprints.items():
+        if then[name] != now:
+            fault = f"the {name.replace('_', '-')} comparisons are not those that {run} was trained with"
+            raise RecipeError(f"{fault}; restore the data, or train anew with --overwrite")

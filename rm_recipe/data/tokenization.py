@@ -102,8 +102,8 @@ def encode_all(
                 each = [replace(comparison, responses=[text], ranks=[0]) for text in comparison.responses]
                 fitted = [truncate(one, [ids])[0] for one, ids in zip(each, whole, strict=True)]
             _check_ranks(fitted, comparison.ranks)
-            encoded = split_at_common_prefix(fitted)
-            row |= {"prefix": encoded.prefix, "suffixes": encoded.suffixes, "truncated": fitted != whole}
+            prefix, suffixes = split_at_common_prefix(fitted)
+            row |= {"prefix": prefix, "suffixes": suffixes, "truncated": fitted != whole}
         except Excluded as excluded:
             row |= {"excluded": excluded.reason, "detail": excluded.detail}
     return rows
@@ -154,9 +154,7 @@ def follows_from(tokenizer: Tokenizer) -> list[Any]:
 
 def render(tokenizer: Tokenizer, messages: list[Message], tools: str = "", **options: Any) -> str:
     """Render the text that is scored: a conversation, with the tools it offers, by the chat template."""
-    called = [m for m in messages if isinstance(m.get("tool_calls"), str)]
-    if called:
-        messages = [m | {"tool_calls": json.loads(m["tool_calls"])} if m in called else m for m in messages]
+    messages = [m | {"tool_calls": json.loads(m["tool_calls"])} if "tool_calls" in m else m for m in messages]
     if tools:
         options["tools"] = json.loads(tools)
     return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
@@ -212,13 +210,10 @@ def _truncate(
     if max_length is None:
         return conversations
     room = max_length - int(max_length * REPLY_SHARE)  # for the prompt
-    if max(map(len, conversations)) <= room:
-        return conversations
-    while True:
-        longest = max(map(len, conversations))
+    while (longest := max(map(len, conversations))) > room:
         prompt_tokens, prompt_tokens_kept = _prompt_tokens(tokenizer, comparison, conversations)
         if longest <= max_length and (prompt_tokens <= room or truncation == "exclude"):  # which cuts nothing
-            return conversations
+            break
         if longest - prompt_tokens_kept > max_length:
             raise Excluded("response_too_long")
         if truncation == "keep_end":
@@ -228,9 +223,10 @@ def _truncate(
         if shorter is None and longest > max_length:
             raise Excluded("too_long")
         if shorter is None:
-            return conversations
+            break
         comparison = replace(comparison, prompt=shorter)
         conversations = _ids(tokenizer, _texts(tokenizer, comparison))
+    return conversations
 
 
 def _drop_oldest_turn(prompt: list[Message]) -> list[Message] | None:
@@ -249,10 +245,10 @@ def _prompt_tokens(tokenizer: Tokenizer, comparison: Comparison, conversations: 
     try:
         text = render(tokenizer, comparison.prompt, comparison.tools, add_generation_prompt=True)
     except (jinja2.TemplateError, TypeError):  # one that takes no prompt without its reply
-        common = len(split_at_common_prefix(conversations).prefix)
+        common = len(split_at_common_prefix(conversations)[0])
         return common, common
     [alone] = _ids(tokenizer, [text])
-    return len(alone), len(split_at_common_prefix([[*alone, -1], *conversations]).prefix)
+    return len(alone), len(split_at_common_prefix([[*alone, -1], *conversations])[0])
 
 
 def _cut_front(tokenizer: Tokenizer, conversations: _Ids, prompt_tokens: int, over: int) -> _Ids:

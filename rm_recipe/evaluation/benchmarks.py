@@ -164,7 +164,7 @@ Benchmark = tuple[str, dict[int, Row]]  # one that a data set is: its name, and 
 def find_benchmark(data: DataArguments) -> Benchmark | None:
     """Find out whether a data set is a benchmark; a slice of one is none."""
     [source], split = loading.sources_of(data), data.dataset_test_split
-    found = loading.find_split(loading.splits_of(source, data.dataset_revision), split, source)
+    found = loading.find_split(source, split, data.dataset_revision)
     columns = loading.columns_of(found)
     for name, (known, _) in BENCHMARKS.items():
         if {*known.split()} <= {*columns} and "[" not in split:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from rm_recipe.data import loading
 from rm_recipe.data.augmentation import EDITS, UNSEEN
 from rm_recipe.data.dataset import Split, arrow_column
-from rm_recipe.data.splits import changed_data, check_held_out, load_held_out_split, load_split, load_splits
+from rm_recipe.data.splits import load_held_out_split, load_split, load_splits, refuse_other_data
 from rm_recipe.data.tokenization import tokenize
 from rm_recipe.errors import DataError, RecipeError, TrainingError, one_line
 from rm_recipe.evaluation import summary
@@ -168,8 +168,8 @@ def _data_of(name: str, recipe: Recipe | None, columns: dict[str, str] | None = 
     data = DataArguments(**(usual | loading.read_name(name)), columns=columns)
     if recipe and recipe.data.columns and not columns:
         [source] = loading.sources_of(data)
-        splits = loading.splits_of(source, data.dataset_revision)
-        there = loading.columns_of(loading.find_split(splits, data.dataset_test_split, source))
+        found = loading.find_split(source, data.dataset_test_split, data.dataset_revision)
+        there = loading.columns_of(found)
         asked = {*loading.theirs(recipe.data.columns).values()}
         data.columns = recipe.data.columns if asked <= {*there} else None
     return data
@@ -181,7 +181,7 @@ def _load(name: str, recipe: Recipe | None, columns: dict[str, str] | None) -> t
     with main_process_first():
         if name == HELD_OUT and recipe is not None:
             split = load_held_out_split(recipe)
-            check_held_out(recipe.output_dir, split)
+            refuse_other_data(recipe.output_dir, held_out=split.fingerprint)
         else:
             data = _data_of(name, recipe, columns)
             split, benchmark = load_split(data, data.dataset_test_split), find_benchmark(data)
@@ -263,11 +263,10 @@ def _train_split(recipe: Recipe | None) -> Split | None:
     if recipe is not None:
         try:
             train = load_splits(recipe)[0]
-            if not changed_data(recipe.output_dir, train=train.fingerprint):
-                return train
-            reason = f"the train comparisons are not those that {recipe.output_dir} was trained with"
-        except DataError as error:
-            reason = f"what the recipe trains on cannot be read: {error}"
+            refuse_other_data(recipe.output_dir, train=train.fingerprint)
+            return train
+        except (DataError, RecipeError) as error:
+            reason = f"what the recipe trains on is not to be had: {error}"
     warn(f"no bag-of-words baseline, nor a count of prompts that were trained on, as {reason}")
     return None
 

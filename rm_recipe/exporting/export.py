@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 
-from rm_recipe.data.splits import check_held_out, load_held_out_split
+from rm_recipe.data.splits import load_held_out_split, refuse_other_data
 from rm_recipe.data.tokenization import tokenize
 from rm_recipe.errors import ExportError, RecipeError, one_line
 from rm_recipe.evaluation.evaluate import weights_of
@@ -59,7 +59,7 @@ def export(
     output = output or run / "export"
     check_replaceable(output, overwrite)
     held_out = load_held_out_split(recipe)
-    check_held_out(run, held_out)
+    refuse_other_data(run, held_out=held_out.fingerprint)
     with locked(run), whole_folder(output) as folder:  # nothing trains the run anew meanwhile
         reward_model = RewardModel.from_pretrained(run)
         evaluation = evaluation_of(run)

@@ -164,10 +164,8 @@ def copy_shipped(folder: Path) -> Iterator[str]:
 def is_run_folder(folder: Path) -> bool:
     """Whether a run was started in this folder: its recipe.yaml is one that `Recipe.save` wrote."""
     path = folder / RUN_RECIPE
-    if not path.is_file():
-        return False
-    with path.open(encoding="utf-8", errors="replace") as file:
-        return file.readline().rstrip().endswith(RUN_HEADER)
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    return text.partition("\n")[0].endswith(RUN_HEADER)
 
 
 def read_run_recipe(run: Path) -> Recipe:

@@ -111,9 +111,8 @@ _LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("seed data_seed", lambda x: 0 <= x < 2**32, f"must lie between 0 and {2**32 - 1}"),  # as NumPy's
     ("center_rewards_coefficient dataloader_num_workers weight_decay", lambda x: x >= 0, "must be 0 or more"),
     ("max_steps", lambda x: x > 0 or x == -1, "must be above 0; leave it out to train 'num_train_epochs'"),
-    ("augmentation", lambda x: 0 <= x <= 1, "must lie between 0 and 1"),
+    ("augmentation target_accuracy", lambda x: 0 <= x <= 1, "must lie between 0 and 1"),
     ("test_split_size", lambda x: 0 < x < 1, "must lie between 0 and 1"),
-    ("target_accuracy", lambda x: 0 <= x <= 1, "must lie between 0 and 1"),
     ("save_total_limit", lambda x: x >= 2, "must be 2 or more: one is left where the newest is cut off"),
     ("margin_map", lambda x: min(x.values(), default=0) >= 0, "a margin below 0 would reward being wrong"),
     ("train_sampling_strategy", lambda x: x != "batch_rebalance", f"sorts rows of one text; take {GROUPED}"),

@@ -76,7 +76,7 @@ def check_data(recipe: Recipe) -> None:
     else:
         write_json(folder / DATA_REPORT, report)
         print(f"report: {folder / DATA_REPORT}")
-    refuse_leakage(recipe, leakage)
+    refuse_leakage(leakage)
 
 
 def check_step(recipe: Recipe) -> None:
@@ -89,7 +89,7 @@ def check_step(recipe: Recipe) -> None:
     check_run_folder(recipe, resume=False, overwrite=is_run_folder(recipe.output_dir))
     tokenizer, train_split, test_split, leakage = load_data(recipe)
     report_data(recipe, train_split, test_split, leakage)
-    refuse_leakage(recipe, leakage)
+    refuse_leakage(leakage)
     train_split = augment(recipe, tokenizer, train_split)
     model, modules_to_save = load_model(recipe, tokenizer)
     preflight(recipe, make_trainer(recipe, tokenizer, model, modules_to_save, train_split, test_split))

@@ -118,7 +118,7 @@ def examine_data(recipe: Recipe, *, resume: bool) -> None:
         RecipeError, DataError: as `train` does.
     """
     tokenizer, train, test, leakage = load_data(recipe)
-    refuse_leakage(recipe, leakage)
+    refuse_leakage(leakage)
     manifest = newest_manifest(recipe.output_dir) if resume else None
     if manifest:
         now = identity_of(augment(recipe, tokenizer, train), test)

@@ -12,7 +12,7 @@ from accelerate import PartialState
 
 from rm_recipe import __version__
 from rm_recipe.data.dataset import Split, fingerprint_of_tokens
-from rm_recipe.data.splits import changed_data, check_held_out, load_splits
+from rm_recipe.data.splits import load_splits, refuse_other_data
 from rm_recipe.errors import DataError, RecipeError
 from rm_recipe.files import is_scratch
 from rm_recipe.processes import warn
@@ -123,10 +123,7 @@ def check_data(run: Path, recipe: Recipe) -> None:
     except DataError as error:
         warn(f"whether the data of {run} changed since training cannot be told: {error}")
         return
-    check_held_out(run, held_out)
-    if changed_data(run, train=trained.fingerprint):
-        fault = f"the train comparisons are not those that {run} was trained with: the data changed since"
-        raise RecipeError(f"{fault}; restore the data, or train anew with --overwrite")
+    refuse_other_data(run, held_out=held_out.fingerprint, train=trained.fingerprint)
 
 
 def adopt(recipe: Recipe, run: Path) -> None:

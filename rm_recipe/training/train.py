@@ -21,7 +21,7 @@ from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, set_see
 from rm_recipe.data.augmentation import augment
 from rm_recipe.data.dataset import Split
 from rm_recipe.data.doctor import examine, print_report
-from rm_recipe.data.splits import Leakage, load_splits, refuse_leakage
+from rm_recipe.data.splits import load_splits, refuse_leakage
 from rm_recipe.data.tokenization import tokenize
 from rm_recipe.errors import RecipeError
 from rm_recipe.files import whole_folder
@@ -57,7 +57,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> N
     with open_run(recipe, resume=resume, overwrite=overwrite) as run:  # locked; which checkpoint
         tokenizer, train_split, test_split, leakage = load_data(recipe)  # parsed, tokenised, counted
         report = report_data(recipe, train_split, test_split, leakage)
-        refuse_leakage(recipe, leakage)
+        refuse_leakage(leakage)
         train_split = augment(recipe, tokenizer, train_split)  # edited replies, if the recipe says so
         model, modules_to_save = load_model(recipe, tokenizer)  # one label, fp32 head, 4 bits
         # LoRA, shared prefixes, gradient checkpointing
@@ -94,7 +94,7 @@ def check_sharding(recipe: Recipe) -> None:
             raise RecipeError(f"{name} was asked for and would not be given: it shards over GPUs, and {here}")
 
 
-def load_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Split, Split, Leakage]:
+def load_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Split, Split, dict[str, Any]]:
     """The tokenizer, train and held-out comparisons with their token ids, cached, and the leakage.
 
     Raises:
@@ -116,7 +116,7 @@ def load_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Split, Split, Le
     return tokenizer, train_split, test_split, leakage
 
 
-def report_data(recipe: Recipe, train: Split, test: Split, leakage: Leakage) -> dict[str, Any] | None:
+def report_data(recipe: Recipe, train: Split, test: Split, leakage: dict[str, Any]) -> dict[str, Any] | None:
     """Print the doctor's table and return its report; None but on the main process, which speaks first."""
     report = None
     if PartialState().is_main_process:

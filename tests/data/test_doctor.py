@@ -104,7 +104,7 @@ def test_genuine_hh_rlhf_is_as_it_was_counted_before(write_recipe, tiny_llama, s
     keys = {"dataset_name": str(HH_RLHF), "dataset_subsets": [subset], "max_train_samples": 500}
     recipe = read_recipe(write_recipe(**keys))
     train_split, test_split, leakage = load_splits(recipe)
-    assert leakage.comparisons == 0
+    assert leakage["comparisons"] == 0
     tokenizer = load_tokenizer(str(tiny_llama))
     splits = [tokenize(split, tokenizer, None, "exclude") for split in (train_split, test_split)]
     for figures in examine(recipe, *splits, leakage)["splits"].values():
@@ -155,7 +155,7 @@ def test_by_first_turn_a_dialogue_is_held_out_with_all_its_depths(write_recipe, 
         keys = {"dataset_name": str(path), "test_split_size": 0.5, "leakage": "allow", "leakage_by": by}
         train, test, leakage = load_splits(read_recipe(write_recipe(**keys)))
         assert len(train.comparisons) + len(test.comparisons) == 60
-        assert (leakage.first_turns == 0) == (by == "first_turn")
+        assert (leakage["first_turns"] == 0) == (by == "first_turn")
 
 
 # --- comparisons that come again: exactly, nearly, or with the opposite verdict ----------------

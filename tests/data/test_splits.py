@@ -116,10 +116,10 @@ def test_a_train_prompt_that_is_also_held_out_is_dropped_let_pass_or_refused(
     train, test, found = load_splits(recipe)
     assert (len(train.comparisons), len(test.comparisons)) == (left, 1)
     assert train.excluded["leaked_prompt"] == 8 - left
-    assert (found.prompts, found.comparisons) == (1, 1)
+    assert (found["prompts"], found["comparisons"]) == (1, 1)
     refused = pytest.raises(DataError, match="1 of 8 train comparisons .row 4. have a prompt that is also")
     with refused if leakage == "error" else nullcontext():
-        refuse_leakage(recipe, found)
+        refuse_leakage(found)
 
 
 def test_data_that_all_leaks_is_refused_with_the_counts(write_recipe, tmp_path):
@@ -154,7 +154,7 @@ def test_a_set_without_a_test_split_is_split_by_prompt_and_never_by_row(write_re
     assert len(of_train | of_test) == 200
     assert len(test.comparisons) == 3 * len(of_test)
     assert len(of_test) == 20  # a tenth
-    assert leakage.comparisons == 0
+    assert leakage["comparisons"] == 0
     assert train.rows == 601
     assert train.excluded == {"empty_response": 1, "held_out": len(test.comparisons)}
     assert train.rows == len(train.comparisons) + train.excluded.total()
@@ -194,7 +194,7 @@ def test_one_prompt_cannot_be_held_out_and_the_advice_works(write_recipe, tmp_pa
     write_jsonl(tmp_path / "own" / "test.jsonl", rows[4:])
     recipe = read_recipe(write_recipe(dataset_name=str(tmp_path / "own"), leakage="allow"))
     train, test, leakage = load_splits(recipe)
-    refuse_leakage(recipe, leakage)
+    refuse_leakage(leakage)
     assert (len(train.comparisons), len(test.comparisons)) == (4, 2)
 
 
@@ -257,7 +257,7 @@ def test_a_comparison_without_its_margin_may_be_held_out_and_is_not_trained_on(w
     train, test, leakage = load_splits(recipe)
     assert train.rows == 60 == len(train.comparisons) + train.excluded.total()
     assert train.excluded["missing_margin"] == 30
-    assert leakage.comparisons == 0
+    assert leakage["comparisons"] == 0
     assert all(row % 2 for row in train.comparisons["row"][:])
     assert any(row % 2 == 0 for row in test.comparisons["row"][:])
     assert (train.comparisons["margins"][0], test.comparisons["margins"][0]) == ([1.0], [])  # not needed

@@ -196,7 +196,7 @@ def test_where_the_train_rows_changed_or_are_gone_nothing_is_said_of_them(run, d
         check_data(run, read_run_recipe(run))  # nor is the run taken for finished
     shutil.rmtree(data)
     assert evaluate(str(run), [other_set])["datasets"][other_set]["n_scored"] == 3
-    assert "cannot be read" in capsys.readouterr().err
+    assert "is not to be had" in capsys.readouterr().err
 
 
 # --- which model -------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from transformers import (
 from trl import ModelConfig, RewardConfig, RewardTrainer
 
 from rm_recipe import RewardModel
-from rm_recipe.data.comparison import split_at_common_prefix
+from rm_recipe.data.comparison import Encoded, split_at_common_prefix
 from rm_recipe.errors import RecipeError, TrainingError
 from rm_recipe.exporting.export import export
 from rm_recipe.model import head, lora
@@ -238,7 +238,7 @@ def test_a_reward_adapter_of_trls_on_gpt2_gives_the_rewards_that_it_was_trained_
     assert loaded.model.get_input_embeddings().num_embeddings == 318
     with torch.no_grad():
         expected = trainer.model.eval()(input_ids=torch.tensor([[5, 6, 7, 8]])).logits.item()
-    found = loaded.score_encoded([split_at_common_prefix([[5, 6, 7, 8], [5, 6, 9]])])[0][0]
+    found = loaded.score_encoded([Encoded(*split_at_common_prefix([[5, 6, 7, 8], [5, 6, 9]]))])[0][0]
     assert found == pytest.approx(expected, abs=1e-6)
 
 

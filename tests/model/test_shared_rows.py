@@ -21,14 +21,14 @@ batches = st.lists(comparisons, min_size=1, max_size=4) | st.lists(comparisons, 
 
 @given(st.lists(tokens, min_size=1, max_size=4))
 def test_splitting_keeps_every_conversation_and_leaves_each_a_token_of_its_own(conversations):
-    encoded = split_at_common_prefix(conversations)
+    encoded = Encoded(*split_at_common_prefix(conversations))
     assert encoded.conversations() == conversations
     assert all(encoded.suffixes)
 
 
 @given(st.lists(tokens, min_size=2, max_size=4))
 def test_the_prefix_is_the_longest_possible(conversations):
-    encoded = split_at_common_prefix(conversations)
+    encoded = Encoded(*split_at_common_prefix(conversations))
     first_tokens = {rest[0] for rest in encoded.suffixes}
     assert len(first_tokens) > 1 or min(map(len, encoded.suffixes)) == 1
 

@@ -90,7 +90,9 @@ def test_a_forward_that_ignores_positions_fails_the_proof(monkeypatch):
 @pytest.mark.parametrize("name", ["mistral", "gemma3"])
 def test_a_row_may_exceed_the_sliding_window_and_a_conversation_may_not(name, attention):
     model = classifier(name, attention, sliding_window=8)
-    short = [split_at_common_prefix([[t, *range(6, 13)], [t, 6, 7, 8, 13, 14, 15, 16]]) for t in range(5)]
+    short = [
+        Encoded(*split_at_common_prefix([[t, *range(6, 13)], [t, 6, 7, 8, 13, 14, 15, 16]])) for t in range(5)
+    ]
     assert shared_rows(short, 0)["input_ids"].shape[1] > 8
     shared, _, alone = rewards(model, short)
     assert (shared - alone).abs().max() <= 1e-5

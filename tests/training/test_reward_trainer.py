@@ -36,8 +36,8 @@ def make_model(name: str):
 def encoded(prompt, replies, **rest) -> dict:
     """One row of tokenised replies to a prompt."""
     whole = [TOKENIZER.apply_chat_template(conversation(prompt, r), return_dict=False) for r in replies]
-    split = split_at_common_prefix(whole)
-    return {"prefix": split.prefix, "suffixes": split.suffixes, "margins": [], "subset": "", **rest}
+    prefix, suffixes = split_at_common_prefix(whole)
+    return {"prefix": prefix, "suffixes": suffixes, "margins": [], "subset": "", **rest}
 
 
 def pairs(n: int = 24, margin: float | None = None) -> Dataset:
