@@ -42,7 +42,7 @@ from transformers import (
 
 
 def pytest_collection_finish() -> None:
-    """Leaves what was imported out of each later `gc.collect()`, of which a training makes four: half of its time."""
+    """Keeps what was imported out of `gc.collect()`, of which a training makes four: half of its time."""
     gc.collect()
     gc.freeze()
 
