@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import PartialState
 from bitsandbytes.nn.modules import Linear4bit
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
-from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config
 
 from rm_recipe.errors import RecipeError, RmRecipeError, TrainingError, one_line
 from rm_recipe.files import LFS_POINTER, holds, is_lfs_pointer
@@ -267,19 +266,6 @@ class _OneProduct:
 
 
 # --- a base in 4 or 8 bits (QLoRA, arXiv 2305.14314), its head left whole ----------------------
-
-
-def quantization_config(config: ModelConfig, skip: list[str]) -> BitsAndBytesConfig:
-    """bitsandbytes' settings by TRL's keys, the modules in `skip` left as they are."""
-    found = cast(BitsAndBytesConfig, get_quantization_config(config))
-    found.llm_int8_skip_modules = skip
-    return found
-
-
-def on_this_device() -> dict[str, str | int]:
-    """A `device_map` for the whole model: what is quantised is so where it is to stay."""
-    device = PartialState().device
-    return {"": (device.index or 0) if device.type == "cuda" else str(device)}
 
 
 def keep_layout(model: nn.Module) -> None:

@@ -17,19 +17,18 @@ from typing import Any, cast
 
 import torch
 import transformers
+from accelerate import PartialState
 from peft import PeftConfig, PeftModel, TaskType, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import cached_file, logging
-from trl import ModelConfig
+from trl import ModelConfig, get_quantization_config
 
 from rm_recipe.errors import RecipeError
 from rm_recipe.files import pickle_fault
-from rm_recipe.model import lora
+from rm_recipe.model import lora, row_attention
 from rm_recipe.model.head import head_names, initialise, outermost, saved_tensors, to_float32
-from rm_recipe.model.lora import adapter_config, load_config, readable, sft_adapter
-from rm_recipe.model.row_attention import announce_rows, by_block, row_mask
 from rm_recipe.model.tokenizer import check_lengths
 
 LABEL = "reward"
@@ -78,7 +77,7 @@ def outline(base: Any, name: str, attn_implementation: str | None = None) -> Pre
         )
     base = copy.deepcopy(base)
     base.num_labels = 1
-    with readable(f"'{name}' cannot be loaded as a classifier"), torch.device("meta"):
+    with lora.readable(f"'{name}' cannot be loaded as a classifier"), torch.device("meta"):
         return AutoModelForSequenceClassification.from_config(base, attn_implementation=attn_implementation)
 
 
@@ -103,15 +102,13 @@ def load_base(
     # What is trained is fp32: in bf16 a step of 1e-5 leaves five of six weights as they are.
     dtype = getattr(torch, str(config.dtype), "auto") if config.use_peft else torch.float32
     with as_one_model(name, revision) as folder:
-        if hasattr(load_config(folder, revision), "quantization_config"):
-            kwargs["device_map"] = lora.on_this_device()
-        elif config.load_in_4bit or config.load_in_8bit:
+        if hasattr(lora.load_config(folder, revision), "quantization_config"):
+            kwargs["device_map"] = PartialState().device.type
+        elif quantization := get_quantization_config(config):
             # Without weights first: which modules are new has to be known, or the head is quantised too.
             empty, new = _load(folder, revision, device_map="meta", **kwargs)
-            kwargs["quantization_config"] = lora.quantization_config(
-                config, outermost([*new, *head_names(empty)])
-            )
-            kwargs["device_map"] = lora.on_this_device()
+            quantization.llm_int8_skip_modules = outermost([*new, *head_names(empty)])
+            kwargs |= {"quantization_config": quantization, "device_map": PartialState().device.type}
         model, new = _load(folder, revision, dtype=dtype, **kwargs)
     lora.check_head_is_whole(model, new, name)
     model.name_or_path = model.config._name_or_path = name  # where the adapter will look for its base
@@ -128,7 +125,7 @@ def check_safetensors(name: str, revision: str = "main", *, adapter: bool = Fals
     Raises:
         RecipeError: saying how to convert it, or why nobody can look.
     """
-    with readable(f"'{name}' cannot be loaded"):
+    with lora.readable(f"'{name}' cannot be loaded"):
         if fault := pickle_fault(name, revision, adapter=adapter):
             raise RecipeError(fault)
 
@@ -142,7 +139,7 @@ def _load(name: str, revision: str = "main", **kwargs: Any) -> tuple[PreTrainedM
     kwargs |= {"revision": revision, "trust_remote_code": False, "use_safetensors": True}
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     check_safetensors(name, revision)
-    with readable(f"'{name}' cannot be loaded as a classifier"), quietly():
+    with lora.readable(f"'{name}' cannot be loaded as a classifier"), quietly():
         model, info = AutoModelForSequenceClassification.from_pretrained(name, **kwargs)
     heads = rf"^({'|'.join(map(re.escape, head_names(model)))})\."
     mismatched = [key for key, *_ in info["mismatched_keys"]]
@@ -230,10 +227,10 @@ def add_reward_positions(model: PreTrainedModel) -> None:
             return original(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         kwargs = {key: value for key, value in kwargs.items() if value is not None}
         kwargs["use_cache"] = False
-        if attention_mask is not None and by_block(self):
-            announce_rows(attention_mask)
+        if attention_mask is not None and row_attention.by_block(self):
+            row_attention.announce_rows(attention_mask)
         elif attention_mask is not None:
-            attention_mask = mask = row_mask(attention_mask)
+            attention_mask = mask = row_attention.row_mask(attention_mask)
             if self.config._attn_implementation == "eager":
                 lowest = torch.finfo(self.dtype).min  # eager attention adds what it is given
                 attention_mask = torch.zeros_like(mask, dtype=self.dtype).masked_fill(~mask, lowest)
@@ -257,9 +254,9 @@ def load_trained(
         RecipeError: it cannot be loaded, has not exactly one label, or lacks a trained head.
     """
     gc.collect()  # frees models that were dropped: with its own forward bound to it each is a circle
-    if adapter := adapter_config(path):
+    if adapter := lora.adapter_config(path):
         return _load_adapter(path, adapter, tokenizer, dequantize_on)
-    config = load_config(path)
+    config = lora.load_config(path)
     if config.num_labels != 1:
         kind = ", ".join(config.architectures or ["unknown architecture"])
         what = "is a language model" if "LM" in kind else f"has {config.num_labels} labels"
@@ -279,14 +276,14 @@ def _load_adapter(
     check_safetensors(path, adapter=True)
     # By the base's own config: the saved one may have a pad token more than the base's checkpoint,
     # and names a quantisation that the checkpoint does not have.
-    config = load_config(path)
+    config = lora.load_config(path)
     name, revision = str(adapter.base_model_name_or_path), adapter.revision or "main"
     kwargs: dict[str, Any] = {"num_labels": 1, "dtype": config.dtype or "auto"}
     quantised = config.to_dict().get("quantization_config")
     if quantised:
-        kwargs["device_map"] = lora.on_this_device()
+        kwargs["device_map"] = PartialState().device.type
     with as_one_model(name, revision) as folder:
-        comes_quantised = hasattr(load_config(folder, revision), "quantization_config")
+        comes_quantised = hasattr(lora.load_config(folder, revision), "quantization_config")
         if quantised and not comes_quantised:
             kwargs["quantization_config"] = transformers.BitsAndBytesConfig.from_dict(quantised)
         model, new = _load(folder, revision, **kwargs)
@@ -298,7 +295,7 @@ def _load_adapter(
     if quantised and dequantize_on:
         lora.dequantize(model, dequantize_on)
     prepare_for_rewards(model, tokenizer, new)
-    with readable(f"the adapter '{path}' cannot be loaded"):
+    with lora.readable(f"the adapter '{path}' cannot be loaded"):
         wrapped, saved = _with_adapter(model, path)
     lora.train_in_float32(wrapped)
     set_peft_model_state_dict(wrapped, saved)  # again: what is fp32 now was read in the base's precision
@@ -358,12 +355,12 @@ def as_one_model(name: str, revision: str = "main") -> Iterator[str]:
         RecipeError: the adapter is not one of a language model, it or its base is a pickle, or
             its base cannot be loaded.
     """
-    adapter = sft_adapter(name, revision)
+    adapter = lora.sft_adapter(name, revision)
     if adapter is None:
         yield name
         return
     with tempfile.TemporaryDirectory(prefix="rm-recipe-sft-", ignore_cleanup_errors=True) as folder:
-        with readable(f"the SFT adapter '{name}' cannot be loaded"):
+        with lora.readable(f"the SFT adapter '{name}' cannot be loaded"):
             # Not in the format of a base that came quantised, which transformers cannot go back to.
             _merge(name, revision, adapter).save_pretrained(folder, save_original_format=False)
         yield folder
