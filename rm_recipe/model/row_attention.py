@@ -72,7 +72,8 @@ def attend_by_comparison(
     """What transformers calls in every layer.
 
     Args:
-        query: (rows, heads, length, head size); `key` and `value` may have fewer heads.
+        query: (rows, heads, length, head size), one row where the mask was announced; `key` and `value` may
+            have fewer heads.
         attention_mask: a tensor or None; block by block if it was announced.
         kwargs: among others `dropout` and `scaling`.
 
@@ -84,18 +85,14 @@ def attend_by_comparison(
     if attention_mask is None or attention_mask not in _blocks:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     blocks, dropout, scale = _blocks[attention_mask], kwargs.get("dropout"), kwargs.get("scaling")
-    rows, heads, length, size = query.shape
-    # (heads, tokens of all rows, head size), in the precision in which autocast left the values.
-    query, key, value = (
-        each.transpose(0, 1).reshape(each.shape[1], rows * length, -1).to(value.dtype)
-        for each in (query, key, value)
-    )
-    scale = size**-0.5 if scale is None else scale
+    # (heads, tokens of the one row, head size), in the precision in which autocast left the values.
+    query, key, value = (each[0].to(value.dtype) for each in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     # With dropout torch's own backward, which knows what was dropped.
     kernel = partial(_fused, dropout=dropout) if dropout else _BlockAttention.apply
     with torch.autocast("cpu", enabled=False):  # the precision is chosen already
         output = kernel(query * scale, key, value, blocks)
-    return output.transpose(0, 1).reshape(rows, length, heads, -1), None
+    return output.transpose(0, 1)[None], None
 
 
 def _by_block(blocks: list[Tensor], *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
