@@ -18,21 +18,19 @@ from safetensors import SafetensorError
 from rm_recipe.data.splits import load_held_out_split, refuse_other_data
 from rm_recipe.data.tokenization import tokenize
 from rm_recipe.errors import ExportError, RecipeError, one_line
-from rm_recipe.evaluation.evaluate import weights_of
-from rm_recipe.evaluation.findings import HELD_OUT
-from rm_recipe.evaluation.plots import save_reliability
-from rm_recipe.evaluation.summary import read_evaluation, read_predictions
+from rm_recipe.evaluation import evaluate, findings, plots, summary
 from rm_recipe.exporting.card import CARD, FIGURE, make_card
 from rm_recipe.exporting.compatibility import for_transformers_4, rewrite_json
 from rm_recipe.exporting.verify import EIGHT_BITS, ROUNDING, Verification
 from rm_recipe.files import locked, sha256, whole_folder, write_json
 from rm_recipe.model.head import is_head_layer
-from rm_recipe.model.memory import device_memory, fits_in_float32, float32_bytes
+from rm_recipe.model.memory import SPARE, device_memory
 from rm_recipe.model.reward_model import load_trained
 from rm_recipe.processes import say
 from rm_recipe.recipe.reader import read_run_recipe
 from rm_recipe.scoring import RewardModel, find_model
 
+SCORING = 1e9  # bytes for the activations of a batch without gradients, in fp32
 # What sentence-transformers' CrossEncoder reads.
 NO_SIGMOID = {"activation_fn": "torch.nn.modules.linear.Identity"}
 
@@ -70,7 +68,7 @@ def export(
         n = len(verification.sequences)
         say(f"{n} held-out replies are scored at each step from the run to the exported files")
         compute_in_float32(verification, run)
-        verification.check_recorded(read_predictions(run))
+        verification.check_recorded(summary.read_predictions(run))
         merge(verification)
         save(verification, folder, body, head, evaluation)
         proof = verification.read_back(folder) | {"dtype": dtype}
@@ -97,8 +95,8 @@ def evaluation_of(run: Path) -> dict[str, Any]:
     Raises:
         RecipeError: it is another model's.
     """
-    evaluation = read_evaluation(run)
-    if evaluation and evaluation.get("weights") != weights_of(str(run)):
+    evaluation = summary.read_evaluation(run)
+    if evaluation and evaluation.get("weights") != evaluate.weights_of(str(run)):
         raise RecipeError(f"{run / 'evaluation.json'} is of another model; first `rm-recipe evaluate {run}`")
     return evaluation
 
@@ -127,10 +125,11 @@ def compute_in_float32(verification: Verification, run: Path) -> None:
     verification.check_step("precision", claim, share, "" if quantised else why)
 
 
-def float32_device(model: torch.nn.Module) -> torch.device:
+def float32_device(model: Any) -> torch.device:
     """Where a model is verified in fp32: where it is, or, said, on the CPU if it does not fit there."""
-    device, weights = next(model.parameters()).device, float32_bytes(model)
-    if device.type == "cpu" or fits_in_float32(weights, device_memory(device)):
+    device = next(model.parameters()).device
+    weights = 4 * int(model.num_parameters())  # those in 4 or 8 bits de-quantised
+    if device.type == "cpu" or weights * (1 + SPARE) + SCORING <= device_memory(device):
         return device
     kind = device.type.upper()
     say(f"{weights / 1e9:.1f} GB in fp32 do not fit the {kind}: verified on the CPU, which takes longer")
@@ -164,7 +163,7 @@ def save(
     except SafetensorError as error:  # how it names a full disk, among others
         raise ExportError(f"the export cannot be written: {one_line(error)}; nothing was exported") from None
     tokenizer.save_pretrained(folder)
-    metrics, rewards = evaluation.get("datasets", {}).get(HELD_OUT, {}), verification.evaluated
+    metrics, rewards = evaluation.get("datasets", {}).get(findings.HELD_OUT, {}), verification.evaluated
     said = {
         "dtype": str(head).removeprefix("torch."),
         "sentence_transformers": NO_SIGMOID,
@@ -198,9 +197,9 @@ def describe(
     write_json(folder / "proof.json", proof)
     if evaluation:
         write_json(folder / "evaluation.json", evaluation)
-    calibration = evaluation.get("datasets", {}).get(HELD_OUT, {}).get("calibration", {})
+    calibration = evaluation.get("datasets", {}).get(findings.HELD_OUT, {}).get("calibration", {})
     if bins := calibration.get("bins"):
-        save_reliability(bins, folder / FIGURE)
+        plots.save_reliability(bins, folder / FIGURE)
     # As it is called from here, so that the card need not name the user's own folders.
     called = output.relative_to(Path.cwd()) if output.is_relative_to(Path.cwd()) else output
     (folder / CARD).write_text(make_card(folder, run, str(called)), encoding="utf-8")

@@ -30,9 +30,7 @@ from trl.trainer import disable_dropout_in_model
 
 from rm_recipe.data.comparison import Encoded
 from rm_recipe.errors import RecipeError, one_line
-from rm_recipe.model import head, lora, row_attention
-from rm_recipe.model.reward_model import add_reward_positions
-from rm_recipe.model.shared_prefix import padded_rows, shared_rows
+from rm_recipe.model import head, lora, reward_model, row_attention, shared_prefix
 from rm_recipe.recipe.reader import Recipe
 from rm_recipe.recipe.schema import CHECKPOINTING
 
@@ -43,7 +41,6 @@ FOUR_BITS = 0.5 + 4 / 64  # bytes of a weight: in bitsandbytes' 4 bits 64 share 
 PROCESS = 0.7e9
 # Without and with checkpointing: measured as resident memory on SmolLM2-135M and MiniLM, glibc's heap.
 HEAP_ON_CPU = (1.25, 4.5)
-SCORING = 1e9  # for the activations of a batch without gradients, in fp32
 # Of a device's memory, for what an allocator cannot use: torch's was seen to hold 1.18 times what was in use.
 SPARE = 0.15
 OWN_ATTENTION = ("eager", row_attention.NAME)  # what is planned otherwise than by transformers' default
@@ -106,7 +103,7 @@ class Fit:
     def __str__(self) -> str:
         needed = f"{self.plan.peak / 1e9:.1f} of {self.memory / 1e9:.1f} GB"
         said = f"the largest micro-batch needs about {needed} by the plan"
-        return said if self.fits else f"{said}; {self.lower}"
+        return said if self.fits else f"{said}; take {self.lower}"
 
 
 # --- one step -----------------------------------------------------------------------------------
@@ -174,7 +171,7 @@ def _outline(
             disable_dropout_in_model(outline)
         for name in new:
             head.to_float32(outline, name)
-        add_reward_positions(outline)
+        reward_model.add_reward_positions(outline)
         if model.use_peft:
             half = training.bf16 or training.fp16
             outline = lora.add_lora(outline, model, list(new), autocast=half)
@@ -201,7 +198,7 @@ def _measure_step(
 ) -> int:
     """Peak bytes of two micro-batches' forward and backward beside the weights."""
     by_block = row_attention.by_block(outline)
-    rows = shared_rows(batch, 0, by_block) if shared else padded_rows(batch, 0)
+    rows = shared_prefix.shared_rows(batch, 0, by_block) if shared else shared_prefix.padded_rows(batch, 0)
     blocks = row_attention.blocks_of(rows["attention_mask"]) if shared and by_block else []
     if checkpointing:
         outline.gradient_checkpointing_enable({"use_reentrant": False})
@@ -315,11 +312,11 @@ def _largest(fits: Callable[[int], bool], n: int, larger: bool) -> int:
 
 
 def _what_to_lower(recipe: Recipe, checkpointing: bool) -> str:
+    """What to take where not one comparison fits."""
     if not checkpointing:
-        return "take gradient_checkpointing: true, which keeps less for the backward"
+        return "gradient_checkpointing: true or a lower max_length"
     smaller = "load_in_4bit: true" if recipe.model.use_peft else "use_peft: true"
-    or_smaller = "" if recipe.model.load_in_4bit else f" or {smaller}"
-    return f"not one comparison fits; try a lower max_length{or_smaller}"
+    return "a lower max_length" if recipe.model.load_in_4bit else f"a lower max_length or {smaller}"
 
 
 def too_little(recipe: Recipe, alone: bool = False) -> str:
@@ -337,22 +334,10 @@ def too_little(recipe: Recipe, alone: bool = False) -> str:
         smaller = f"per_device_train_batch_size: {batch}"
         if not data.comparisons_per_step:  # from which the accumulation follows
             smaller += f" with gradient_accumulation_steps: {n * accumulation // batch}"
-    elif any(getattr(training, key) for key in CHECKPOINTING):
-        smaller = "a lower max_length"
     else:
-        smaller = "gradient_checkpointing: true or a lower max_length"
+        smaller = _what_to_lower(recipe, any(getattr(training, key) for key in CHECKPOINTING))
     said = f"{training.device.type.upper()} out of memory: take {smaller}"
     return f"{said}; `rm-recipe check --plan` says what fits"
-
-
-def float32_bytes(model: Any) -> int:
-    """What a model's weights take in fp32, those in 4 or 8 bits de-quantised."""
-    return 4 * int(model.num_parameters())
-
-
-def fits_in_float32(weights: int, memory: float) -> bool:
-    """Whether so many bytes of memory hold the weights and what scoring a batch by them takes besides."""
-    return weights * (1 + SPARE) + SCORING <= memory
 
 
 # --- what a device has, and what was taken of it -------------------------------------------------

@@ -22,8 +22,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rm_recipe.data.comparison import Encoded
 from rm_recipe.errors import one_line
-from rm_recipe.model.reward_model import add_reward_positions, is_decoder
-from rm_recipe.model.row_attention import NAME as ROW_ATTENTION
+from rm_recipe.model import reward_model, row_attention
 
 ALIGNED = 16  # tokens of which a row of several has a multiple
 TOKENS_ON_CPU = 2048  # computed together; more were no faster on two cores, and take memory
@@ -154,9 +153,9 @@ def decide_sharing(
     attention = config._attn_implementation
     if wanted == "off":
         return Sharing(False, "prefix_sharing is off")
-    if not is_decoder(model):
+    if not reward_model.is_decoder(model):
         return Sharing(False, f"{config.model_type} has no causal classifier")
-    if attention not in ("sdpa", "eager", ROW_ATTENTION):
+    if attention not in ("sdpa", "eager", row_attention.NAME):
         return Sharing(False, f"{attention} attention takes no such mask")
     window = getattr(config.get_text_config(), "sliding_window", None)
     if window and (max_length is None or max_length > window):
@@ -164,7 +163,7 @@ def decide_sharing(
     on_cpu = (device or model.device).type == "cpu"
     simple = config.get_text_config() is config and model._can_set_attn_implementation()
     if attention == "sdpa" and on_cpu and simple:
-        attention = ROW_ATTENTION
+        attention = row_attention.NAME
     try:
         difference = measure_sharing(config, attention)
     except Exception as error:  # whatever a foreign architecture raises: it is not proven
@@ -181,7 +180,7 @@ def measure_sharing(config: Any, attention: str) -> float:
 
     One sequence at a time is computed by transformers' own attention, rows by `row_attention`.
     """
-    own_attention = "sdpa" if attention == ROW_ATTENTION else attention
+    own_attention = "sdpa" if attention == row_attention.NAME else attention
     batch = _random_comparisons()
     conversations = [ids for comparison in batch for ids in comparison.conversations()]
     small = _small(config, max(map(len, conversations)))
@@ -192,12 +191,12 @@ def measure_sharing(config: Any, attention: str) -> float:
         torch.manual_seed(0)
         model = AutoModelForSequenceClassification.from_config(small, dtype=torch.float32, **chosen)
     model.double().eval()
-    add_reward_positions(model)
+    reward_model.add_reward_positions(model)
     with torch.no_grad():
         alone = torch.stack([model(input_ids=torch.tensor([ids])).logits[0, 0] for ids in conversations])
     if attention != own_attention:
         model.set_attn_implementation(attention)
-    rows = shared_rows(batch, 0, one_row=attention == ROW_ATTENTION)
+    rows = shared_rows(batch, 0, one_row=attention == row_attention.NAME)
     trained = model(**rows).logits[:, 0].detach()  # with gradients attention takes another way
     with torch.no_grad():
         scored = model(**rows).logits[:, 0]
