@@ -22,13 +22,10 @@ from trl import RewardTrainer
 
 from rm_recipe.data.dataset import Split
 from rm_recipe.files import write_json
-from rm_recipe.model import lora
-from rm_recipe.model.memory import peak_memory
-from rm_recipe.model.shared_prefix import padded_rows
+from rm_recipe.model import lora, memory, shared_prefix
 from rm_recipe.recipe.reader import Recipe, read_recipe
 from rm_recipe.scoring import RewardModel
 from rm_recipe.training import train
-from rm_recipe.training.trainer import cheaper_adapters
 
 SCORED = 256  # comparisons: enough that their lengths are the data's
 
@@ -61,7 +58,7 @@ def measure_training(recipe: Recipe, what: str) -> dict[str, Any]:
     start_alike(trainer.model, recipe.training.seed)
     watch = Watch(trainer, tokenizer.pad_token_id)
     trainer.add_callback(watch)
-    with cheaper_adapters(trainer) if what == "ours" else nullcontext():
+    with trainer.cheaper_adapters() if what == "ours" else nullcontext():
         trainer.train()
 
     accumulation = recipe.training.gradient_accumulation_steps
@@ -73,7 +70,7 @@ def measure_training(recipe: Recipe, what: str) -> dict[str, Any]:
         "comparisons_per_s": comparisons / seconds,
         "tokens_per_s": tokens / seconds,
         "padding_share": 1 - tokens / places,
-        "peak_memory_bytes": peak_memory(),
+        "peak_memory_bytes": memory.peak_memory(),
         "tflops": tokens / seconds * flop_per_token / 1e12,
         "losses": [float(torch.stack(step).double().sum()) / accumulation for step in watch.losses],
     }
@@ -117,7 +114,7 @@ class Watch(TrainerCallback):
         compute = trainer.compute_loss
 
         def watched(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            ids = inputs["input_ids"]
+            ids = inputs.get("rows", inputs)["input_ids"]
             self.tokens[-1].append(((ids != pad_token_id).sum(), ids.numel()))
             result = compute(model, inputs, *args, **kwargs)
             self.losses[-1].append((result[0] if isinstance(result, tuple) else result).detach())
@@ -161,7 +158,7 @@ def measure_scoring(recipe: Recipe, repeats: int) -> dict[str, Any]:
     def plain() -> np.ndarray:
         rewards = []
         for start in range(0, len(comparisons), size):
-            batch = padded_rows(comparisons[start : start + size], tokenizer.pad_token_id)
+            batch = shared_prefix.padded_rows(comparisons[start : start + size], tokenizer.pad_token_id)
             batch = {key: value.to(model.device) for key, value in batch.items()}
             with torch.inference_mode():
                 rewards.append(model(**batch).logits.float().squeeze(-1).cpu().numpy())

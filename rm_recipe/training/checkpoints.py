@@ -24,8 +24,7 @@ from rm_recipe.files import locked, read_json, sha256, tidy, write_json
 from rm_recipe.model.memory import peak_memory, reset_peak_memory, too_little
 from rm_recipe.processes import is_out_of_memory, say, warn
 from rm_recipe.recipe.reader import RUN_RECIPE, Recipe, saved_values
-from rm_recipe.training import run_folder
-from rm_recipe.training.monitoring import EarlySigns
+from rm_recipe.training import monitoring, run_folder
 from rm_recipe.training.trainer import SharedPrefixRewardTrainer
 
 MANIFEST = "manifest.json"
@@ -166,7 +165,7 @@ class Run(TrainerCallback):
         of_step = trainer.get_total_train_batch_size(trainer.args)
         # Without margins and centring, the loss of an untrained model is ln 2.
         plain = recipe.training.center_rewards_coefficient is None and recipe.data.margin_column is None
-        trainer.add_callback(EarlySigns(of_step, plain))
+        trainer.add_callback(monitoring.EarlySigns(of_step, plain))
         trainer.add_callback(self)
 
     def finish(self) -> None:

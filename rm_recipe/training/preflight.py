@@ -21,12 +21,7 @@ from rm_recipe.errors import RecipeError, TrainingError
 from rm_recipe.model.memory import device_memory, free_unused, peak_memory, reset_peak_memory, too_little
 from rm_recipe.processes import is_out_of_memory, say
 from rm_recipe.recipe.reader import Recipe
-from rm_recipe.training.trainer import (
-    SharedPrefixRewardTrainer,
-    autocast_of,
-    cheaper_adapters,
-    without_random_numbers,
-)
+from rm_recipe.training.trainer import SharedPrefixRewardTrainer, autocast_of, without_random_numbers
 
 TIMED = 3  # batches, as they come, whose time is measured
 
@@ -51,7 +46,7 @@ def preflight(recipe: Recipe, trainer: SharedPrefixRewardTrainer) -> dict[str, A
     found = None
     while found is None:
         try:
-            with as_before(trainer), cheaper_adapters(trainer):
+            with as_before(trainer), trainer.cheaper_adapters():
                 found = measure(trainer)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):

@@ -6,27 +6,23 @@
 `train` reads in the order in which things happen; what it calls stands below it in the same order.
 """
 
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from typing import Any
 
-import numpy as np
 from accelerate import PartialState
 from accelerate.utils import DistributedType, broadcast_object_list
 from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, set_seed
 
+from rm_recipe.data import doctor, tokenization
 from rm_recipe.data.augmentation import augment
 from rm_recipe.data.dataset import Split
-from rm_recipe.data.doctor import examine, print_report
 from rm_recipe.data.splits import load_splits, refuse_leakage
-from rm_recipe.data.tokenization import tokenize
 from rm_recipe.errors import RecipeError
 from rm_recipe.files import whole_folder
-from rm_recipe.model import lora, memory, reward_model
-from rm_recipe.model.head import check_saved_head
+from rm_recipe.model import head, lora, memory, reward_model
 from rm_recipe.model.shared_prefix import TOKENS_ON_CPU, decide_sharing
 from rm_recipe.model.tokenizer import check_vocabulary, load_tokenizer
 from rm_recipe.processes import follow_log_level, main_process_first, say, wait_for_main_process, warn
@@ -35,7 +31,7 @@ from rm_recipe.recipe.relations import is_asked_for
 from rm_recipe.recipe.schema import CHECKPOINTING, GROUPED
 from rm_recipe.training.checkpoints import ended_well, not_written, open_run, remove_unread
 from rm_recipe.training.preflight import preflight
-from rm_recipe.training.trainer import SharedPrefixRewardTrainer, cheaper_adapters
+from rm_recipe.training.trainer import RowCollator, SharedPrefixRewardTrainer
 
 
 def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -64,7 +60,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> N
         trainer = make_trainer(recipe, tokenizer, model, modules_to_save, train_split, test_split)
         preflight(recipe, trainer)  # one step, undone; until here nothing is left behind
         run.begin(trainer, report)  # from here on the folder is this run's
-        with ended_well(recipe, trainer), cheaper_adapters(trainer):
+        with ended_well(recipe, trainer), trainer.cheaper_adapters():
             trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
         save_model(recipe, trainer)  # and read the head back
         run.finish()
@@ -111,8 +107,8 @@ def load_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Split, Split, di
     settings = (tokenizer, training.max_length, data.truncation, training.dataset_num_proc)
     with main_process_first():
         train_split, test_split, leakage = load_splits(recipe)
-        train_split = tokenize(train_split, *settings, alike=True)
-        test_split = tokenize(test_split, *settings)
+        train_split = tokenization.tokenize(train_split, *settings, alike=True)
+        test_split = tokenization.tokenize(test_split, *settings)
     return tokenizer, train_split, test_split, leakage
 
 
@@ -120,8 +116,8 @@ def report_data(recipe: Recipe, train: Split, test: Split, leakage: dict[str, An
     """Print the doctor's table and return its report; None but on the main process, which speaks first."""
     report = None
     if PartialState().is_main_process:
-        report = examine(recipe, train, test, leakage)
-        print_report(report)
+        report = doctor.examine(recipe, train, test, leakage)
+        doctor.print_report(report)
     wait_for_main_process()  # or another would end it before it has said what is wrong
     return report
 
@@ -201,8 +197,8 @@ def decide_step(
         found = memory.fit(*parts, shared=shared, **where, larger=False, divide=divide)
         checkpointing, reason = found.checkpointing, str(found)
         if divide and found.largest < min(training.per_device_train_batch_size, len(split.comparisons)):
-            sizes = np.sort(split.sizes(shared, padded=not shared))[-max(found.largest, 1) :]
-            tokens = int(sizes.sum() if shared else len(sizes) * sizes[-1])
+            largest = split.largest(max(found.largest, 1), shared)
+            tokens = RowCollator(0, shared).cost(split.sizes(shared, padded=not shared)[largest])
             tokens = min(tokens, TOKENS_ON_CPU) if on_cpu else tokens
     except RecipeError as error:
         reason = str(error)
@@ -254,7 +250,7 @@ def save_model(recipe: Recipe, trainer: SharedPrefixRewardTrainer) -> None:
             trainer.save_model(str(folder))
             trainer.accelerator.unwrap_model(trainer.model).config.save_pretrained(folder)
             remove_unread(folder)
-            check_saved_head(folder, trainer.initial_head)
+            head.check_saved_head(folder, trainer.initial_head)
             untrained = lora.untrained_layers(folder)
     except (OSError, RuntimeError, SafetensorError) as error:  # each names a full disk in its own way
         raise not_written(target, error) from error
@@ -271,5 +267,5 @@ def end(trainer: Any) -> None:
     """
     trainer.model_wrapped = trainer.model
     trainer.accelerator.free_memory()
-    gc.collect()
+    memory.free_unused()
     trainer.end()

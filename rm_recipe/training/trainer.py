@@ -9,7 +9,6 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,9 +24,7 @@ from trl import RewardConfig, RewardTrainer
 from rm_recipe.data.comparison import Encoded, pair_indices
 from rm_recipe.data.dataset import Split, row_name
 from rm_recipe.errors import RecipeError, TrainingError
-from rm_recipe.model.head import head_of
-from rm_recipe.model.lora import in_one_product
-from rm_recipe.model.row_attention import by_block
+from rm_recipe.model import head, lora, row_attention
 from rm_recipe.model.shared_prefix import Sharing, padded_rows, shared_rows
 from rm_recipe.recipe.schema import GROUPED
 from rm_recipe.training.monitoring import LogLines
@@ -36,8 +33,6 @@ TIED = 1e-6  # rewards that differ by no more say nothing of a comparison
 SORTED_AMONG = 50  # batches, within which comparisons are sorted by length; as many as in transformers
 FAULTY_NAMED = 5  # comparisons whose loss is not finite, in the message
 COLUMNS = ["prefix", "suffixes", "ranks", "margins", "subset", "row"]
-# What a micro-batch has beside the rows that the model reads: see `RowCollator`.
-BESIDE_ROWS = ("names", "numbers", "of_batch", "num_tokens", "pairs", "pairs_each", "margins")
 
 
 @dataclass
@@ -58,7 +53,8 @@ class RowCollator:
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The `micro_batches` of a batch: one, or as many as keep to the budget.
 
-        Each has `rows`, the `numbers` of its comparisons in the batch, and what share `of_batch` they are.
+        Each has what `micro_batch` says, the `numbers` of its comparisons in the batch, and what share
+        `of_batch` they are.
 
         In a data loader's worker SIGTERM does nothing from now on: who stops a job sends it to all its
         processes, and the training has a step to finish. The worker ends when the training does.
@@ -68,8 +64,8 @@ class RowCollator:
         sizes = np.array([self.size(example) for example in examples])
         parts = []
         for numbers in self.split(sizes):
-            rows = self.rows([examples[i] for i in numbers])
-            parts.append(rows | {"numbers": numbers, "of_batch": len(numbers) / len(examples)})
+            part = self.micro_batch([examples[i] for i in numbers])
+            parts.append(part | {"numbers": numbers, "of_batch": len(numbers) / len(examples)})
         return {"micro_batches": parts}
 
     def size(self, example: dict[str, Any]) -> int:
@@ -97,22 +93,23 @@ class RowCollator:
         """Tokens of a micro-batch of comparisons with these sizes, padding included."""
         return int(sizes.sum() if self.share else len(sizes) * sizes.max())
 
-    def rows(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The rows of a micro-batch, and what its loss is made of.
+    def micro_batch(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The `rows` that the model reads, and what the loss is made of.
 
         That is `pairs` (pairs, 2) int64, numbers of the better and the worse response of each untied
         pair; `margins` (pairs,); `pairs_each` (comparisons,) int64; `num_tokens` (), the real tokens;
         and `names`, a list of what to call each comparison.
         """
         batch = [Encoded(example["prefix"], example["suffixes"]) for example in examples]
-        make = partial(shared_rows, one_row=self.one_row) if self.share else padded_rows
-        rows: dict[str, Any] = make(batch, self.pad_token_id)
+        pad = self.pad_token_id
+        rows = shared_rows(batch, pad, self.one_row) if self.share else padded_rows(batch, pad)
         better, worse, owner = pair_indices([example["ranks"] for example in examples])
         pairs_each = np.bincount(owner, minlength=len(examples))
         margins = [example["margins"] or [0.0] * n for example, n in zip(examples, pairs_each, strict=True)]
-        return rows | {
+        return {
+            "rows": rows,
             "names": [row_name(example) for example in examples],
-            "num_tokens": (rows["input_ids"] != self.pad_token_id).sum(),
+            "num_tokens": (rows["input_ids"] != pad).sum(),
             "pairs": torch.from_numpy(np.stack([better, worse], axis=1)),
             "pairs_each": torch.from_numpy(pairs_each),
             "margins": torch.tensor([margin for own in margins for margin in own]),
@@ -148,10 +145,8 @@ class GroupedByLength(Sampler[int]):
 
 def mean_of_pairs(values: torch.Tensor, pairs_each: torch.Tensor) -> torch.Tensor:
     """The mean of (pairs,) values over the pairs of each comparison; (comparisons,)."""
-    n = len(pairs_each)
-    numbers = torch.arange(n, device=values.device)
-    owner = numbers.repeat_interleave(pairs_each, output_size=len(values))
-    return values.new_zeros(n).index_add(0, owner, values) / pairs_each
+    owner = torch.repeat_interleave(pairs_each, output_size=len(values))
+    return values.new_zeros(len(pairs_each)).index_add(0, owner, values) / pairs_each
 
 
 class SharedPrefixRewardTrainer(RewardTrainer):
@@ -191,12 +186,12 @@ class SharedPrefixRewardTrainer(RewardTrainer):
             processing_class=tokenizer,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            data_collator=RowCollator(tokenizer.pad_token_id, sharing.used, one_row=by_block(model)),
+            data_collator=RowCollator(tokenizer.pad_token_id, sharing.used, row_attention.by_block(model)),
         )
         for name, parameter in self.model.named_parameters():
             if name in exact and parameter.dtype != exact[name].dtype:
                 parameter.data = exact[name].to(parameter.device)
-        self.initial_head = head_of(self.model, modules_to_save)
+        self.initial_head = head.head_of(self.model, modules_to_save)
         self._signature_columns = COLUMNS  # what Trainer keeps of a data set
         # Micro-batches, each with its metrics: `(comparisons,)` by name.
         self._uncounted: list[tuple[dict[str, Any], dict[str, torch.Tensor]]] = []
@@ -263,8 +258,7 @@ class SharedPrefixRewardTrainer(RewardTrainer):
 
     def _loss(self, model: Any, part: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """A micro-batch's part () of its batch's loss, and its rewards (responses,)."""
-        rows = {key: value for key, value in part.items() if key not in BESIDE_ROWS}
-        rewards = model(**rows).logits.squeeze(-1)
+        rewards = model(**part["rows"]).logits.squeeze(-1)
         pairs, pairs_each = part["pairs"], part["pairs_each"]
         chosen, rejected = rewards[pairs[:, 0]], rewards[pairs[:, 1]]
         of_pairs = -logsigmoid(chosen - rejected - part["margins"])
@@ -323,8 +317,13 @@ class SharedPrefixRewardTrainer(RewardTrainer):
             found = proportion_confint(sum(right), len(right), alpha=0.05, method="wilson")
             metrics.update((name, [float(end)]) for name, end in zip(ends, found, strict=True))
 
+    def cheaper_adapters(self) -> AbstractContextManager[None]:
+        """`lora.in_one_product`, except where the adapters' weights are sharded: it reads them whole."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return nullcontext() if sharded else lora.in_one_product(self.model)
 
-# --- precision, adapters and random numbers, whatever engine trains -----------------------------
+
+# --- precision and random numbers, whatever engine trains ----------------------------------------
 
 
 def keep_precision(accelerator: Any, training: RewardConfig) -> bool:
@@ -374,9 +373,3 @@ def without_random_numbers(device: torch.device) -> AbstractContextManager[None]
     """What happens within takes no random number from what comes after."""
     there = [] if device.type in ("cpu", "mps") else [device]
     return torch.random.fork_rng(there, device_type=device.type)
-
-
-def cheaper_adapters(trainer: Any) -> AbstractContextManager[None]:
-    """`lora.in_one_product`, except where the adapters' weights are sharded: it reads them whole."""
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    return nullcontext() if sharded else in_one_product(trainer.model)

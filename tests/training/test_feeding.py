@@ -33,14 +33,14 @@ def test_a_worker_makes_the_same_batches_and_a_gpu_gets_one(write_recipe, tmp_pa
 
 
 def test_a_worker_that_is_lost_ends_the_run_with_one_message(write_recipe, monkeypatch):
-    rows = RowCollator.rows
+    micro_batch = RowCollator.micro_batch
 
     def killed(self, examples):
         if get_worker_info() is not None:
             os.kill(os.getpid(), signal.SIGKILL)
-        return rows(self, examples)
+        return micro_batch(self, examples)
 
-    monkeypatch.setattr(RowCollator, "rows", killed)
+    monkeypatch.setattr(RowCollator, "micro_batch", killed)
     with pytest.raises(TrainingError, match="a process that makes batches was lost"):
         train(read_recipe(write_recipe(dataloader_num_workers=1)))
 
