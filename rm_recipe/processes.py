@@ -86,9 +86,11 @@ def wait_for_main_process() -> None:
 
 
 def each_once(items: Sequence[Any], function: Callable[[Sequence[Any]], Sequence[Any]]) -> list[Any]:
-    """What `function` makes of the items, in their order, each of the processes given a part of them.
+    """What `function` makes of the items, in their order, each item given to one of the processes.
 
     Every process gets all results. With one process this is `function(items)`.
     """
-    with PartialState().split_between_processes(list(items)) as own:
-        return list(gather_object(list(function(own))))
+    state = PartialState()
+    own = range(state.process_index, len(items), state.num_processes)
+    made = zip(own, function([items[i] for i in own]), strict=True)
+    return [result for _, result in sorted(gather_object(list(made)), key=lambda numbered: numbered[0])]
