@@ -266,7 +266,7 @@ def _train_split(recipe: Recipe | None) -> Split | None:
             refuse_other_data(recipe.output_dir, train=train.fingerprint)
             return train
         except (DataError, RecipeError) as error:
-            reason = f"what the recipe trains on is not to be had: {error}"
+            reason = f"what the recipe trains on is not to be had: {str(error).partition(';')[0]}"
     warn(f"no bag-of-words baseline, nor a count of prompts that were trained on, as {reason}")
     return None
 

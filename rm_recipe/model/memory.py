@@ -315,12 +315,14 @@ def _what_to_lower(recipe: Recipe, checkpointing: bool) -> str:
     """What to take where not one comparison fits."""
     if not checkpointing:
         return "gradient_checkpointing: true or a lower max_length"
-    smaller = "load_in_4bit: true" if recipe.model.use_peft else "use_peft: true"
-    return "a lower max_length" if recipe.model.load_in_4bit else f"a lower max_length or {smaller}"
+    model = recipe.model
+    if model.load_in_4bit or model.load_in_8bit:
+        return "a lower max_length"
+    return f"a lower max_length or {'load_in_4bit' if model.use_peft else 'use_peft'}: true"
 
 
 def too_little(recipe: Recipe, alone: bool = False) -> str:
-    """Say, where a step has found no memory, what to lower; with it the run can be resumed.
+    """Say, where a step has found no memory, what to lower.
 
     Args:
         alone: the step was of one comparison.
@@ -334,8 +336,10 @@ def too_little(recipe: Recipe, alone: bool = False) -> str:
         smaller = f"per_device_train_batch_size: {batch}"
         if not data.comparisons_per_step:  # from which the accumulation follows
             smaller += f" with gradient_accumulation_steps: {n * accumulation // batch}"
+    elif any(getattr(training, key) for key in CHECKPOINTING):
+        smaller = "a lower max_length"
     else:
-        smaller = _what_to_lower(recipe, any(getattr(training, key) for key in CHECKPOINTING))
+        smaller = "gradient_checkpointing: true or a lower max_length"
     said = f"{training.device.type.upper()} out of memory: take {smaller}"
     return f"{said}; `rm-recipe check --plan` says what fits"
 

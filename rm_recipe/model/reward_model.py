@@ -103,12 +103,12 @@ def load_base(
     dtype = getattr(torch, str(config.dtype), "auto") if config.use_peft else torch.float32
     with as_one_model(name, revision) as folder:
         if hasattr(lora.load_config(folder, revision), "quantization_config"):
-            kwargs["device_map"] = PartialState().device.type
+            kwargs["device_map"] = PartialState().device
         elif quantization := get_quantization_config(config):
             # Without weights first: which modules are new has to be known, or the head is quantised too.
             empty, new = _load(folder, revision, device_map="meta", **kwargs)
             quantization.llm_int8_skip_modules = outermost([*new, *head_names(empty)])
-            kwargs |= {"quantization_config": quantization, "device_map": PartialState().device.type}
+            kwargs |= {"quantization_config": quantization, "device_map": PartialState().device}
         model, new = _load(folder, revision, dtype=dtype, **kwargs)
     lora.check_head_is_whole(model, new, name)
     model.name_or_path = model.config._name_or_path = name  # where the adapter will look for its base
@@ -281,7 +281,7 @@ def _load_adapter(
     kwargs: dict[str, Any] = {"num_labels": 1, "dtype": config.dtype or "auto"}
     quantised = config.to_dict().get("quantization_config")
     if quantised:
-        kwargs["device_map"] = PartialState().device.type
+        kwargs["device_map"] = PartialState().device
     with as_one_model(name, revision) as folder:
         comes_quantised = hasattr(lora.load_config(folder, revision), "quantization_config")
         if quantised and not comes_quantised:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from copy import copy
 from typing import Any
 
+import numpy as np
 from accelerate import PartialState
 from accelerate.utils import DistributedType, broadcast_object_list
 from safetensors import SafetensorError
@@ -31,7 +32,7 @@ from rm_recipe.recipe.relations import is_asked_for
 from rm_recipe.recipe.schema import CHECKPOINTING, GROUPED
 from rm_recipe.training.checkpoints import ended_well, not_written, open_run, remove_unread
 from rm_recipe.training.preflight import preflight
-from rm_recipe.training.trainer import RowCollator, SharedPrefixRewardTrainer
+from rm_recipe.training.trainer import SharedPrefixRewardTrainer
 
 
 def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -197,8 +198,8 @@ def decide_step(
         found = memory.fit(*parts, shared=shared, **where, larger=False, divide=divide)
         checkpointing, reason = found.checkpointing, str(found)
         if divide and found.largest < min(training.per_device_train_batch_size, len(split.comparisons)):
-            largest = split.largest(max(found.largest, 1), shared)
-            tokens = RowCollator(0, shared).cost(split.sizes(shared, padded=not shared)[largest])
+            sizes = np.sort(split.sizes(shared, padded=not shared))[-max(found.largest, 1) :]
+            tokens = int(sizes.sum() if shared else len(sizes) * sizes[-1])
             tokens = min(tokens, TOKENS_ON_CPU) if on_cpu else tokens
     except RecipeError as error:
         reason = str(error)

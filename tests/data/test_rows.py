@@ -249,6 +249,7 @@ def test_roles_by_other_names_are_read_as_what_they_are_and_unknown_ones_named()
         "gpt": "assistant",
         "developer": "system",
         "MODEL": "assistant",
+        "AI": "assistant",
     }.items():
         assert as_messages([{**said(theirs, "a"), "name": "x"}]) == [said(ours, "a")]
         assert as_messages({"from": theirs, "value": "a"}) == [said(ours, "a")]
@@ -389,7 +390,7 @@ def test_messages_as_text_that_cannot_be_decoded_are_never_a_text():
 
 
 @given(TEXTS)
-def test_a_transcript_that_is_taken_apart_and_joined_is_the_same_text_but_for_white_space(text):
+def test_a_transcript_that_is_taken_apart_and_joined_is_the_same_but_for_what_stands_around_its_messages(text):
     try:
         messages = parse_transcript(text)
     except Excluded:
@@ -398,6 +399,7 @@ def test_a_transcript_that_is_taken_apart_and_joined_is_the_same_text_but_for_wh
         names = {"user": "Human:", "assistant": "Assistant:"}
         joined = "".join(names[message["role"]] + message["content"] for message in messages)
         assert "".join(joined.split()) == "".join(text.split())
+        assert all(message["content"] in text.replace("\r\n", "\n") for message in messages)
         assert all(a["role"] != b["role"] for a, b in itertools.pairwise(messages))
 
 

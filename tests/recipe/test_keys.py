@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from conftest import make_recipe, ready_trainer
-from trl import ModelConfig, RewardConfig
+from trl import ModelConfig, RewardConfig, get_quantization_config
 
 from rm_recipe.model import lora as lora_module
 from rm_recipe.recipe.reader import read_recipe
@@ -124,7 +124,7 @@ def test_what_no_trainer_of_the_tests_shows_is_handed_on_to_peft_and_bitsandbyte
     config = ModelConfig(use_peft=True, lora_target_parameters=["k_proj.weight"])
     assert lora_module.lora_config(config, ["score"]).target_parameters == ["k_proj.weight"]
     config = ModelConfig(load_in_4bit=True, bnb_4bit_quant_storage="bfloat16")
-    assert lora_module.quantization_config(config, skip=["score"]).bnb_4bit_quant_storage == torch.bfloat16
+    assert get_quantization_config(config).bnb_4bit_quant_storage == torch.bfloat16
 
 
 # --- what is refused ------------------------------------------------------------------------------

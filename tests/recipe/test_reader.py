@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY
-from trl import ModelConfig
+from trl import ModelConfig, get_quantization_config
 
 from rm_recipe.errors import RecipeError
-from rm_recipe.model import lora
 from rm_recipe.recipe import relations
 from rm_recipe.recipe.reader import read_recipe, read_run_recipe, saved_values
 from rm_recipe.recipe.relations import batch_values, relation_faults
@@ -101,7 +100,7 @@ def test_precision_follows_what_the_device_can_do(monkeypatch, kind, has_bf16, d
     assert relations.resolve({})["dtype"] == "float32"  # trained in full
     quantised = relations.resolve({"use_peft": True, "load_in_4bit": True, "dtype": "auto"})
     config = ModelConfig(load_in_4bit=True, dtype=quantised["dtype"])
-    assert lora.quantization_config(config, skip=[]).bnb_4bit_compute_dtype == getattr(torch, dtype)
+    assert get_quantization_config(config).bnb_4bit_compute_dtype == getattr(torch, dtype)
 
 
 def test_a_configuration_of_accelerates_for_the_cpu_counts_where_there_is_a_gpu(monkeypatch):
