@@ -390,7 +390,7 @@ def test_messages_as_text_that_cannot_be_decoded_are_never_a_text():
 
 
 @given(TEXTS)
-def test_a_transcript_that_is_taken_apart_and_joined_is_the_same_but_for_what_stands_around_its_messages(text):
+def test_a_transcript_taken_apart_and_joined_is_the_same_but_for_what_stands_around_its_messages(text):
     try:
         messages = parse_transcript(text)
     except Excluded:
