@@ -116,7 +116,7 @@ def make_lines(rewards, lengths=None, subsets=None):
         {
             "prompt": [{"role": "user", "content": "hi"}],
             "responses": [f"reply {i} {k}" for k in range(len(own))],
-            **{"ranks": list(range(len(own))), "margins": [], "row": 10 + i},
+            **{"ranks": list(range(len(own))), "margins": [], "row": 10 + i, "tools": ""},
             "subset": subsets[i] if subsets else "",
             **{"prefix": [1] * (i + 1), "suffixes": [[2] * n for n in lengths[i]]},
         }
