@@ -78,11 +78,12 @@ def exported(trained):
 
     def proof_of(kind):
         if kind not in proofs:
-            models.clear()  # of another run's export, which the first loader of this one frees
+            run = trained(kind)
+            models.clear()  # another export's last, which the first loader of this one frees
             with pytest.MonkeyPatch.context() as patch:
                 for module, name in LOADERS:
                     patch.setattr(module, name, alone(getattr(module, name)))
-                proofs[kind] = export(trained(kind))
+                proofs[kind] = export(run)
         return proofs[kind], trained(kind)
 
     return proof_of
