@@ -26,7 +26,7 @@ MEDIA = ("images", "image", "image_path", "videos", "video", "audios", "audio")
 TEXTS = ("content", "value", "text", "parts")  # keys of the text; the last is Gemini's
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys of what a `Message` has no place for
 CALLS = ("tool_calls", "function_calls", "functions")  # the last two are OLMo's, whose texts are not read
-_WRITTEN_OUT = re.compile(r"""\s*(array\()?\[?\s*\{\s*(['"])""")  # messages as text, by Python or as JSON
+_WRITTEN_OUT = re.compile(r"""(array\()?\[?\s*\{\s*(['"])""")  # messages as text, by Python or as JSON
 # How a text begins, or begins and ends, that holds turns in a form that is not read: a chat template's, or
 # speakers that do not begin lines.
 _UNREAD_TURNS = re.compile(
@@ -103,7 +103,7 @@ def messages_of_text(text: str) -> list[Message] | None:
         Excluded: `python_repr` where Python wrote a list into the text, which says less than JSON does;
             `not_messages` for JSON that is not whole.
     """
-    start = _WRITTEN_OUT.match(text)
+    start = _WRITTEN_OUT.match(text.lstrip())
     keys = [{"role", "content"}, {"from", "value"}]
     if start and any(all(f"{start[2]}{key}{start[2]}" in text for key in pair) for pair in keys):
         if start[2] == "'":
