@@ -214,6 +214,12 @@ def test_a_long_transcript_takes_no_longer_than_its_length(piece):
     assert [message["content"] for message in found.prompt] == [asked.rstrip()]
 
 
+@pytest.mark.parametrize("field", ["prompt", "chosen"])
+def test_white_space_before_a_text_takes_no_longer_than_its_length(field):
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    assert parse_row({**row, field: " " * 300_000 + row[field]}).responses[1] == "c"
+
+
 # --- nothing vanishes: the files of test_shapes, in the shapes that people have -------------------------
 
 HUNT = Path(__file__).parent / "data" / "hunt"

@@ -20,16 +20,20 @@ ROLES = ("system", "user", "assistant", "tool")
 ROLE_NAMES = {role: role for role in ROLES} | {"developer": "system", "human": "user", "prompter": "user"}
 ROLE_NAMES |= dict.fromkeys(("gpt", "bot", "ai", "model"), "assistant")
 ROLE_NAMES |= {"observation": "tool", "function": "tool"}
+SYSTEM = ("system", "system_prompt", "system_instruction")  # columns; the last is Gemini's
 # Columns of what no text model can read.
 MEDIA = ("images", "image", "image_path", "videos", "video", "audios", "audio")
+TEXTS = ("content", "value", "text", "parts")  # keys of the text; the last is Gemini's
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys of what a `Message` has no place for
 CALLS = ("tool_calls", "function_calls", "functions")  # the last two are OLMo's, whose texts are not read
-_WRITTEN_OUT = re.compile(r"""\s*(array\()?\[?\s*\{\s*(['"])""")  # messages as text, by Python or as JSON
+_WRITTEN_OUT = re.compile(r"""(array\()?\[?\s*\{\s*(['"])""")  # messages as text, by Python or as JSON
 # How a text begins, or begins and ends, that holds turns in a form that is not read: a chat template's, or
 # speakers that do not begin lines.
 _UNREAD_TURNS = re.compile(
-    r"(<s>|<bos>)?\s*(<[|\uff5c][^<>]+[|\uff5c]>|<start_of_turn>\w|\[INST\].*\[/INST\]|<extra_id_\d>\w)"
-    r"|(?-i:prompter:)|(BEGINNING OF CONVERSATION:|#+)?\s*(Human|User):.*\b(Assistant|AI|Bot|GPT):\s*$",
+    r"(<s>|<bos>|<BOS_TOKEN>|\[gMASK\]<sop>)?\s*"
+    r"(<[|\uff5c][^<>]+[|\uff5c]>|<start_of_turn>\w|\[INST\].*\[/INST\]|<extra_id_\d>\w)"
+    r"|(?-i:prompter:|[^\n]{0,300}USER:.*ASSISTANT:\s*$)"
+    r"|(BEGINNING OF CONVERSATION:|#+)?\s*(Human|User):.*\b(Assistant|AI|Bot|GPT):\s*$",
     re.DOTALL | re.IGNORECASE,
 )
 _NVIDIA_TURN = re.compile(r"\n<extra_id_1>(User|Assistant)\n")  # after the first one of HelpSteer's prompts
@@ -99,7 +103,7 @@ def messages_of_text(text: str) -> list[Message] | None:
         Excluded: `python_repr` where Python wrote a list into the text, which says less than JSON does;
             `not_messages` for JSON that is not whole.
     """
-    start = _WRITTEN_OUT.match(text)
+    start = _WRITTEN_OUT.match(text.lstrip())
     keys = [{"role", "content"}, {"from", "value"}]
     if start and any(all(f"{start[2]}{key}{start[2]}" in text for key in pair) for pair in keys):
         if start[2] == "'":
@@ -124,8 +128,8 @@ def _turns_of_helpsteer(text: str) -> list[Message]:
 def _check_turns(text: str) -> None:
     before, name, after = text.partition("\n\nAssistant:")
     # hh-rlhf's without the first speaker; whoever quotes a dialogue quotes him, too.
-    headless = name and "\n\nHuman:" not in before and ("\n\nHuman:" in after or not after.strip())
-    if headless or _UNREAD_TURNS.match(text.lstrip()):
+    headless = name and "\n\nHuman:" not in before and "\n\nHuman:" in after
+    if headless or text.rstrip().endswith("\n\nAssistant:") or _UNREAD_TURNS.match(text.lstrip()):
         raise Excluded("unread_turns", "a text with turns of a chat template or of speakers; give messages")
 
 
@@ -144,7 +148,7 @@ def as_reply(prompt: Any, text: str) -> str:
 
 
 def in_context(prompt: list[Message], row: Mapping[str, Any]) -> list[Message]:
-    """Put the system message of a row's `system` before its prompt.
+    """Put the system message of a row, in one of `SYSTEM`, before its prompt.
 
     Raises:
         Excluded: `two_system_messages` that differ, or pictures and the like (`MEDIA`).
@@ -152,15 +156,18 @@ def in_context(prompt: list[Message], row: Mapping[str, Any]) -> list[Message]:
     """
     if media := next(filter(row.get, MEDIA), ""):
         raise Excluded("not_text", f"'{media}' holds what no text model can read")
-    system = row.get("system")
-    if not system:
+    column = next(filter(row.get, SYSTEM), "")
+    if not column:
         return prompt
+    system = row[column]
+    if isinstance(system, Mapping):
+        [system] = [message["content"] for message in as_messages({"role": "system", **system})]
     if not isinstance(system, str):
-        raise Malformed("system", "a text", system)
+        raise Malformed(column, "a text", system)
     if not prompt or prompt[0]["role"] != "system":
         return [{"role": "system", "content": system}, *prompt]
     if prompt[0]["content"].strip() != system.strip():
-        raise Excluded("two_system_messages", "one in 'system', another in the messages")
+        raise Excluded("two_system_messages", f"one in '{column}', another in the messages")
     return prompt
 
 
@@ -185,7 +192,7 @@ def _message(message: Mapping[str, Any]) -> Message:
     if thoughts := next(filter(message.get, THOUGHTS), ""):
         raise Excluded("reasoning_content", f"a message has {thoughts}")
     role = message.get("role", message.get("from"))
-    content = message.get("content", message.get("value", message.get("text")))
+    content = next((message[key] for key in TEXTS if key in message), None)
     calls: Any = next(filter(None, (from_json(message.get(key)) for key in CALLS)), [])
     if message.get("function_call"):  # as OpenAI had it before
         calls = [{"type": "function", "function": message["function_call"]}]
@@ -194,7 +201,7 @@ def _message(message: Mapping[str, Any]) -> Message:
     elif content is None and calls:
         content = ""
     if not isinstance(role, str) or not isinstance(content, str):
-        raise Excluded("not_messages", "a message's role or content is no text")
+        raise Excluded("not_messages", f"a message's role or content is no text: {str(message)[:60]}")
     if role.strip().lower() not in ROLE_NAMES:  # a template may pass over it and its text
         raise Excluded("unknown_role", f"role '{role[:40]}'")
     read = {"role": ROLE_NAMES[role.strip().lower()], "content": content}
@@ -217,8 +224,9 @@ def _calls(calls: Any) -> str:
 def _joined(parts: list[Any]) -> str:
     """The text of a content in parts, as templates write it: one part after the other."""
     for part in parts:
-        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-        if kind != "text" or not isinstance(part.get("text"), str):
+        keys = part if isinstance(part, Mapping) else {type(part).__name__: part}
+        kind = keys.get("type") or next(filter(keys.get, keys), None)  # Gemini has a key for each type
+        if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
             raise Excluded("not_text", f"a part of type '{str(kind)[:40]}'")
     return "".join(part["text"] for part in parts)
 

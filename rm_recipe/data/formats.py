@@ -20,7 +20,9 @@ from rm_recipe.data.comparison import Comparison, Excluded, Malformed, Message, 
 from rm_recipe.errors import DataError
 
 Row = Mapping[str, Any]
-ALSO_READ = ("prompt", "system", "tools", "subset", *comparison.MEDIA)  # beside the columns of a shape
+ORDERS = ("ranks", "scores", "strength")  # what a verdict of numbers is
+# Beside the columns of a shape.
+ALSO_READ = ("prompt", *comparison.SYSTEM, "tools", "subset", *comparison.MEDIA)
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Shape:
         verdict: the column (or one for each response) that says which response is better, if there is one.
         better: what the verdict is: `ranks` (the lowest is best), `scores` (the highest is), `strength`
             (below 0 the first of two is better, above it the second), or values: for each response that
-            where it is best, and those of a tie; of equal ones with `/` between them.
+            where it is best, and those of a tie; of equal ones with `/` between them. One that names a
+            column also stands for what that holds: `model_a` for the model's name.
         known: the columns that it is known by, where those above are made of them (`PREPARED`).
     """
 
@@ -59,7 +62,8 @@ class Shape:
     @property
     def read(self) -> list[str]:
         """The columns that are read where they are there."""
-        return [*self.columns, *PROMPT_PARTS.get(self.prompt, ()), *ALSO_READ]
+        named = [] if self.better in ORDERS else re.split("[/,] ?", self.better)
+        return [*self.columns, *PROMPT_PARTS.get(self.prompt, ()), *ALSO_READ, *named]
 
 
 # One a line, as the attributes of `Shape`; with `or` between what different sets have.
@@ -78,8 +82,9 @@ ms-swift messages | | messages rejected_messages
 ranking | prompt | responses | ranks | ranks
 ranking by scores | prompt | responses | scores | scores
 UltraFeedback | instruction | completions[response] | completions[overall_score/fine-grained_score] | scores
-distilabel ratings | instruction | generations | ratings | scores
+distilabel ratings | instruction or prompt or messages | generations | ratings | scores
 NeMo RL | context | completions[completion] | completions[rank] | ranks
+Gemini preference | contents | completions[completion] | completions[score] | scores
 Nectar | prompt | answers[answer] | answers[rank] | ranks
 Stack Exchange answers | question | answers[text] | answers[pm_score] | scores
 OpenAssistant tree | prompt | responses | ranks | ranks | message_tree_id prompt
@@ -102,7 +107,7 @@ AlpacaFarm | instruction | output_1 output_2 | preference | 1, 2
 JudgeBench | question | response_A response_B | label | A>B, B>A, A=B
 LLMBar, OffsetBias | input or instruction | output_1 output_2 | label | 1, 2
 """
-EQUAL = "tie/tied/draw/equal/same/both/neither/tie (bothbad)/both_bad"
+EQUAL = "tie/tied/draw/equal/same/both/neither/tie (bothbad)/both_bad/both_good"
 _LINES = [
     [cell.strip().split(" or ") for cell in line.split("|")]
     for line in _SHAPES.strip().replace("EQUAL", EQUAL).splitlines()
@@ -234,10 +239,10 @@ def shape_of(columns: Collection[str], place: str = "a row", named: Mapping[str,
     known = [shape for shape in SHAPES if verdict in ("", shape.verdict)]
     if {"chosen", "rejected", "verdict"} <= {*named}:
         known = [replace(shape, better=_meanings(named["chosen"], named["rejected"])) for shape in ANY_TWO]
-    asked = {name for name in named if name not in ("verdict", *ALSO_READ[1:])}
+    asked = {name for name in named if name not in ("verdict", "history", *ALSO_READ[1:])}
     found = shapes_of(columns, [shape for shape in known if asked <= {*shape.columns}])
     if len(found) == 1:
-        means = values.split("/")
+        means = [mean.replace("|", "/") for mean in values.split("/")]
         if len(means) == len(found[0].responses.split()):  # which says nothing of ties
             means.append(EQUAL)
         return replace(found[0], better=", ".join(means)) if values else found[0]
@@ -247,8 +252,8 @@ def shape_of(columns: Collection[str], place: str = "a row", named: Mapping[str,
         if len({(shape.prompt, shape.responses) for shape in found}) == 1:
             ways = [f"{{verdict: {shape.verdict}}}" for shape in found]
         raise DataError(f"{place} fits {fit}; say which one: 'columns: {' or '.join(ways)}'")
-    has = ", ".join(columns) or "none"
-    raise DataError(f"{place}: its columns are {has}; rm_recipe needs {NEEDED}{_suggested(columns)}'")
+    has = ", ".join(columns)[:500] or "none"  # the texts of a table without names
+    raise DataError(f"{place}: its columns are {has}; rm_recipe needs {NEEDED}{suggested(columns)}'")
 
 
 def _way(shape: Shape) -> str:
@@ -263,32 +268,43 @@ def _way(shape: Shape) -> str:
 
 
 # Words in the names of columns: of a better and a worse reply, or of any two, and of what is none of the
-# three; of a prompt; of a verdict.
-_PAIRS = "chosen/rejected preferred/dispreferred better/worse best/worst good/bad winner/loser"
-_PAIRS += " positive/negative a/b 1/2 0/1"
+# three; of a prompt; of a verdict; of a list of replies and of one of numbers for them.
+_PAIRS = "chosen/rejected preferred/dispreferred better/worse best/worst good/bad winner/loser win/lose"
+_PAIRS += " positive/negative pos/neg correct/incorrect"
+_EITHER = "a/b 1/2 0/1 left/right"
 _NO_TEXT = r"\b(id|ids|mask|model|score|rating|length|len|tokens)\b"
 _PROMPT = r"\b(prompt|question|instruction|query|problem|input|context|messages|conversation)\b"
-_VERDICT = r"\b(winner|preferred|preference|choice|chosen|label|verdict|better|best|comparison)\b"
+_VERDICT = r"\b(winner|preferred|preference|choice|chosen|label|verdict|better|best|comparison|result)\b"
+_SEVERAL = r"\b(responses|completions|generations|answers|outputs|candidates|replies)$"
+_NUMBERS = r"\b(scores|ratings|rewards|ranks)$"
 
 
 def _words(name: str) -> list[str]:
     return [word.lower() for word in re.findall(r"\d+|[A-Z]?[^\W\dA-Z_]+|[A-Z]+", name)]
 
 
-def _suggested(columns: Collection[str]) -> str:
+def suggested(columns: Collection[str]) -> str:
     """The value of `columns` that words suggest: only said, for a `winner` may be a reply or its author."""
     spelt = {text: name for name in columns if not re.search(_NO_TEXT, text := " ".join(_words(name)))}
-    for better, worse in (pair.split("/") for pair in _PAIRS.split()):
+
+    def like(words: str, *others: str) -> str:
+        found = [name for text, name in spelt.items() if re.search(words, text) and name not in others]
+        return found[0] if len(found) == 1 else "..."
+
+    for pair in f"{_PAIRS} {_EITHER}".split():
+        better, worse = pair.split("/")
         for text, one in spelt.items():
-            other = spelt.get(re.sub(rf"\b{better}\b", worse, text), one)
-            if other != one and (len(better) > 1 or not re.search(_PROMPT, text)):
-                rest = {text: name for text, name in spelt.items() if name not in (one, other)}
-                asked = [rest[text] for text in rest if re.search(_PROMPT, text)]
-                said = [rest[text] for text in rest if re.search(_VERDICT, text)]
-                named = {"prompt": asked[0] if len(asked) == 1 else "...", "chosen": one, "rejected": other}
-                if len(better) == 1:
-                    named["verdict"] = said[0] if len(said) == 1 else "..."
-                return json.dumps(named, ensure_ascii=False)
+            swapped = re.sub(rf"\b{better}\b", worse, text)
+            # Others call them `response` and `rejected_response`.
+            other = spelt.get(swapped if swapped != text else f"{worse} {text}")
+            if other and (pair not in _EITHER or not re.search(_PROMPT, text)):
+                said = {"verdict": like(_VERDICT, one, other)} if pair in _EITHER else {}
+                named = {"prompt": like(_PROMPT, one, other), "chosen": one, "rejected": other}
+                return json.dumps(named | said, ensure_ascii=False)
+    several, numbers = like(_SEVERAL), like(_NUMBERS)
+    if "..." not in (several, numbers):
+        kind = "ranks" if numbers.lower().endswith("ranks") else "scores"
+        return json.dumps({"prompt": like(_PROMPT), "responses": several, kind: numbers})
     return json.dumps(dict.fromkeys(("prompt", "chosen", "rejected"), "..."))
 
 
@@ -436,10 +452,10 @@ def _levels(row: Row, shape: Shape, n: int) -> list[Any]:
     value = [_get(row, path) for path in paths] if len(paths) > 1 else _get(row, paths[0])
     if value is None or value in ([], ""):
         raise Excluded(f"missing_{column}")
-    if shape.better not in ("ranks", "scores", "strength"):
+    if shape.better not in ORDERS:
         if len(shape.responses.split()) not in (1, n):  # a column holds several
             raise Excluded("ranks_do_not_match")
-        best = _best(column, value, shape.better)
+        best = _best(row, shape, column, value)
         return [0 if number == best or best >= n else 1 for number in range(n)]
     values = [value, 0] if shape.better == "strength" else from_json(value)
     if not isinstance(values, list):
@@ -452,13 +468,19 @@ def _levels(row: Row, shape: Shape, n: int) -> list[Any]:
     return [-number for number in numbers] if shape.better == "scores" else numbers
 
 
-def _best(column: str, verdict: Any, better: str) -> int:
+def _best(row: Row, shape: Shape, column: str, verdict: Any) -> int:
     """Which response a verdict means, by the values that it may have; one more than there are for a tie."""
-    known = [[_spelt(text) for text in values.split("/")] for values in better.split(", ")]
-    meant = [number for number, values in enumerate(known) if _spelt(verdict) in values]
-    if len(meant) != 1:
-        how = "what others mean is said by 'columns: {..., verdict: COLUMN=FIRST/SECOND/TIE}'"
-        raise Malformed(column, f"one of {better} ({how})", verdict)
+    known = [values.split("/") for values in shape.better.split(", ")]
+    meant = [number for number, values in enumerate(known) if _spelt(verdict) in map(_spelt, values)]
+    if not meant:  # it may be what stands in a column that they name, or in the reply's own
+        for values, reply in zip(known, shape.responses.split(), strict=False):
+            values.append(reply)
+        meant = [number for number, values in enumerate(known) if verdict in map(row.get, values)]
+    if len(meant) > 1:
+        raise Excluded("verdict_fits_both", f"{column}: {str(verdict)[:60]}")
+    if not meant:
+        how = "what others mean is said by 'columns: {..., verdict: COLUMN=FIRST/SECOND/TIE}', each A or A|B"
+        raise Malformed(column, f"one of {shape.better} ({how})", verdict)
     return meant[0]
 
 

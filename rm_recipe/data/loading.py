@@ -9,6 +9,7 @@ import re
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from io import BufferedReader, TextIOWrapper
 from itertools import islice
 from pathlib import Path
@@ -28,6 +29,7 @@ from rm_recipe.files import LFS_POINTER, is_lfs_pointer, sha256
 from rm_recipe.recipe.schema import DATA_FORMATS, DataArguments, looks_local
 
 CODE = [sys.modules[__name__], formats, comparison]  # that a comparison follows from
+AS_UTF_8 = "; save it as UTF-8 (Excel: 'CSV UTF-8')"
 PEEK = 1000  # rows of a JSON file in which its columns have to be found
 
 csv.field_size_limit(2**31 - 1)  # a long conversation is a field
@@ -42,6 +44,7 @@ _PARSED = {
     **dict.fromkeys(["subset", "tools", "excluded", "detail"], _TEXT),
     **dict.fromkeys(["row", "prompt_key", "first_turn_key", "key"], hf_datasets.Value("int64")),
 }
+_FEATURES = hf_datasets.Features(_PARSED)
 
 
 def load_rows(
@@ -65,6 +68,8 @@ def load_rows(
     place = f"'{file}'" if file and len(found) == 1 else f"'{source.path}', split '{split}'"
     ours = _named(columns, source, data, margin_column, place)
     shape = formats.shape_of(ours, place, data.columns or {})
+    if shape.prompt == "prompt" and not shape.known and (asked := ours["prompt"]) in formats.PROMPT_PARTS:
+        shape, ours[asked] = replace(shape, prompt=asked), asked  # with its `input` and the like
     margin = next((name for name, column in ours.items() if column == margin_column), None)
     wanted = {name: column for name, column in ours.items() if name in (*shape.read, margin)}
     if not source.columns:  # a row may have a column that the first ones lack
@@ -84,13 +89,12 @@ def load_rows(
                 told = Malformed(wanted.get(fault.args[0], fault.args[0]), *fault.args[1:])
                 raise DataError(f"{place}, {unit(file)} {number}: {told}") from None
 
-    settings = [subset, margin_column, data.margin_map, source.columns, data.columns]
-    features, key = hf_datasets.Features(_PARSED), cache_key(content, *settings, *CODE)
+    key = cache_key(content, subset, margin_column, data.margin_map, source.columns, data.columns, *CODE)
     try:
-        parsed = hf_datasets.Dataset.from_generator(parse, features=features, fingerprint=key)
+        parsed = hf_datasets.Dataset.from_generator(parse, features=_FEATURES, fingerprint=key)
     except DatasetGenerationError as error:
         raise (error.__cause__ or error) from None
-    unread = [] if source.columns else [name for name in columns if name not in wanted.values()]
+    unread = [] if source.columns else [name for name in columns if name and name not in wanted.values()]
     known = f"{shape.name} (by {', '.join(ours[name] for name in shape.columns)})"
     return _sliced(parsed, split), unread, known
 
@@ -241,6 +245,7 @@ def splits_of(source: DatasetConfig, revision: str | None = None) -> dict[str, A
         raise DataError(f"data set '{source.path}' cannot be loaded from the Hub: {reason}") from None
 
 
+_SPLIT = "(train|test|validation|valid|val|dev|eval)"
 _SHARD = re.compile(r"-\d{5}-of-\d{5}(-\w+)?$")  # of a data set that came from the Hub
 
 
@@ -254,21 +259,28 @@ def _splits_in(folder: Path) -> dict[str, Any]:
     if (folder / "dataset_dict.json").is_file():
         return {part.name: sorted(part.glob("*.arrow")) for part in folder.iterdir() if part.is_dir()}
     splits: dict[str, Any] = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and data_format(path) in DATA_FORMATS and _may_be_a_split(path):
-            stem = path.name[: path.name.lower().rindex(data_format(path))]
-            name = _SHARD.sub("", stem)
-            if name in splits and name == stem:
-                raise DataError(f"'{folder}' has two files for the split '{name}'")
-            splits.setdefault(name, []).append(path)
+    for path in filter(_may_be_a_split, _data_files(folder)):
+        stem = path.name[: path.name.lower().rindex(data_format(path))]
+        name = _SHARD.sub("", stem)
+        if name in splits and name == stem:
+            raise DataError(f"'{folder}' has two files for the split '{name}'")
+        splits.setdefault(name, []).append(path)
     if not splits and (folder / "data").is_dir():
         return _splits_in(folder / "data")
-    return splits
+    # As the Hub converts a data set: train/0000.parquet.
+    parts = [part for part in sorted(folder.iterdir()) if part.is_dir() and re.fullmatch(_SPLIT, part.name)]
+    return splits or {part.name: files for part in parts if (files := _data_files(part))}
+
+
+def _data_files(folder: Path) -> list[Path]:
+    """The files of a folder that can be read, but for hidden ones, as macOS leaves them."""
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name[0] != "."]
+    return [path for path in files if data_format(path) in DATA_FORMATS]
 
 
 def _may_be_a_split(path: Path) -> bool:
     """Tell whether a file holds comparisons; a .json, .csv or .arrow beside them may say something else."""
-    if data_format(path) in (".jsonl", ".ndjson", ".parquet") or re.match("(train|test)[.-]", path.name):
+    if data_format(path) in (".jsonl", ".ndjson", ".parquet") or re.match(f"{_SPLIT}[.-]", path.name):
         return True
     try:
         return bool(formats.shapes_of(columns_of([path])))
@@ -296,9 +308,12 @@ def find_split(source: DatasetConfig, split: str, revision: str | None = None) -
 def no_split(splits: dict[str, Any], split: str, source: DatasetConfig) -> DataError:
     """Say that a source has no such split, and what can be done."""
     place = Path(source.path, source.data_dir or "")
-    folders = [part.name for part in sorted(place.glob("*/")) if _splits_in(part)]
+    parts = [*sorted(place.glob("*/")), *sorted(place.glob("data/*/"))]
+    folders = [str(part.relative_to(place)) for part in parts if _splits_in(part)]
     if folders and not splits:
         return DataError(f"'{place}' has folders of data: name them in 'dataset_subsets': {folders}")
+    if place.is_dir() and not splits:
+        return DataError(f"'{place}' holds no data file: it needs train{' or train'.join(DATA_FORMATS)}")
     others = ", ".join(filter(None, splits))
     return DataError(
         f"'{place}' has no split '{split}'; it has {others or 'none'}; set 'dataset_train_split' and "
@@ -364,7 +379,7 @@ def read_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[tupl
                 yield number, row
     except (OSError, EOFError, ValueError, OverflowError, zlib.error, csv.Error, pa.ArrowException) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
-        reason += "; save it as UTF-8 (Excel: 'CSV UTF-8')" if isinstance(error, UnicodeDecodeError) else ""
+        reason += AS_UTF_8 if isinstance(error, UnicodeDecodeError) else ""
         quotes = "; in a quoted text a quote is written twice, and the last one stands before the separator"
         reason += quotes if isinstance(error, csv.Error) else ""
         after = f" after {unit(file)} {number}" if number else ""
@@ -390,7 +405,7 @@ def _values(
         yield from enumerate([dict.fromkeys(names)] if columns == [] else rows, 1)
     elif ending in (".csv", ".tsv"):
         text, head = TextIOWrapper(stream, "utf-8-sig", newline=""), start.partition(b"\n")[0]
-        comma = max([b",", b";", b"\t"], key=head.count).decode()  # Excel writes what the country uses
+        comma = max([b",", b";", b"\t", b"|"], key=head.count).decode()  # Excel writes what the country uses
         reader = csv.DictReader(text, delimiter=comma, strict=True)
         names = [name for name in reader.fieldnames or () if name.strip()]
         if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -414,4 +429,6 @@ def _decode(content: bytes, place: str) -> Any:
     try:
         return json.loads(content.decode("utf-8-sig").rstrip())
     except (ValueError, RecursionError) as error:  # no UTF-8, or a number or thousands of brackets too many
-        raise DataError(f"{place}: not JSON: {error}") from None
+        lines = "; a row is one line, or an element of the one list that a .json file is"
+        hint = AS_UTF_8 if isinstance(error, UnicodeDecodeError) else lines
+        raise DataError(f"{place}: not JSON: {error}{hint}") from None

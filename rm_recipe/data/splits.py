@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from rm_recipe.data import loading
+from rm_recipe.data import formats, loading
 from rm_recipe.data.dataset import FIRST_ROWS, Split, arrow_column, fingerprint, first_of, set_aside
 from rm_recipe.errors import DataError, RecipeError
 from rm_recipe.files import read_json
@@ -154,8 +154,9 @@ def load_split(data: DataArguments, split: str | None, *, margins: bool = False)
     result = set_aside(Split(rows, len(rows), differing_prompts=differing, unread=unread, shapes=shapes))
     if not len(result.comparisons):
         name = " and ".join(dict.fromkeys(source.path for source in found))
-        hint = "; texts without a prompt are hh-rlhf transcripts ('columns: {prompt: ...}' names it)"
-        of_transcripts = any("conversations" in shape for shape in result.shapes)
+        named = formats.suggested([*result.unread, "chosen", "rejected"])
+        hint = f"; texts without a prompt are hh-rlhf transcripts; 'columns: {named}' names it"
+        of_transcripts = any("(hh-rlhf)" in shape for shape in result.shapes)
         raise DataError(
             f"{name}{f', split {split!r}' if split else ''}: no comparison in it ({result.why_excluded()}); "
             f"read as {', '.join(result.shapes)}{hint * of_transcripts}"

@@ -95,7 +95,7 @@ overwrite_output_dir: `rm-recipe train RECIPE --overwrite`
 GROUPED = "group_by_length"  # a value of `train_sampling_strategy`
 
 # What `columns` can give a name to.
-COLUMNS = "prompt chosen rejected responses ranks scores verdict system tools subset"
+COLUMNS = "prompt history chosen rejected responses ranks scores verdict system tools subset"
 _POSITIVE = """
 learning_rate per_device_eval_batch_size gradient_accumulation_steps max_length comparisons_per_step lora_r
 lora_alpha num_train_epochs max_train_samples max_eval_samples dataset_num_proc micro_batch_tokens
@@ -159,10 +159,10 @@ class DataArguments:
     # set has a train split only.
     test_split_size: float | None = None
     # Names that the data set has for ours, e.g. `{prompt: question, chosen: best, rejected: worst}`; also
-    # `responses`, `ranks`, `scores`, `system`, `tools`, `subset`. `verdict` names the one that counts of
-    # several, `{verdict: safer_response_id}`, or that of any two replies, and after `=` what its values mean:
-    # `{prompt: q, chosen: reply_a, rejected: reply_b, verdict: preferred=0/1}`. (In an entry of `datasets`,
-    # `columns` is TRL's list.)
+    # `history`, `responses`, `ranks`, `scores`, `system`, `tools`, `subset`. `verdict` names the one that
+    # counts of several, `{verdict: safer_response_id}`, or that of any two replies, and after `=` what its
+    # values mean: `{prompt: q, chosen: reply_a, rejected: reply_b, verdict: preferred=0/1}`. (In an entry of
+    # `datasets`, `columns` is TRL's list.)
     columns: dict[str, str] | None = None
     # How much better the chosen response is: a number to subtract from the reward difference in the loss
     # (Llama 2, arXiv 2307.09288, section 3.2.2), or a category of `margin_map`. Rankings may have a number

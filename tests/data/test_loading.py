@@ -158,7 +158,7 @@ def test_a_path_that_holds_no_data_is_named(tmp_path, tiny_data):
     ):
         load(path, dataset_revision="09be8c5")
     (tmp_path / "none").mkdir()
-    with pytest.raises(DataError, match="has no split 'train'; it has none"):
+    with pytest.raises(DataError, match="none' holds no data file: it needs train.jsonl or "):
         load(tmp_path / "none")
     for name in ("helpful-base", "harmless-base"):  # of a clone
         write_jsonl(tmp_path / "clone" / name / "train.jsonl", ROWS)

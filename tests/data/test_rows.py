@@ -101,7 +101,9 @@ def test_a_system_column_is_the_system_message():
     expected = Comparison([SYSTEM, USER], ["good", "bad"])
     assert parse_row({**PAIR, "system": "Be terse."}) == expected
     assert parse_row({**PAIR, "prompt": [SYSTEM, USER], "system": "Be terse.\n"}) == expected
-    assert parse_row({**PAIR, "system": ""}) == EXPECTED
+    assert parse_row({**PAIR, "system_prompt": "Be terse."}) == expected
+    assert parse_row({**PAIR, "system": "Be terse.", "system_prompt": "Judge."}) == expected
+    assert parse_row({**PAIR, "system": "", "system_prompt": None}) == EXPECTED
     with pytest.raises(Malformed, match="column 'system' should be a text"):
         parse_row({**PAIR, "system": 5})
 
@@ -163,7 +165,7 @@ def test_a_category_of_a_margin_is_the_one_that_is_spelt_alike_before_one_that_i
         ({**PAIR, "initial_reason_steps": 5}, "initial_reason_steps"),
         ({"input": "p", "preferred_output": [REPLY], "non_preferred_output": "b"}, "input"),
         ({"message_tree_id": 1, "prompt": {"role": "prompter", "text": "p", "replies": 5}}, "replies"),
-        ({"input": "Hi", "output_1": "good", "output_2": "bad", "label": "good"}, "label"),
+        ({"input": "Hi", "output_1": "good", "output_2": "bad", "label": "fine"}, "label"),
     ],
 )
 def test_a_value_of_the_wrong_type_names_its_column(row, column):
@@ -262,7 +264,11 @@ def test_parts_of_text_are_joined_and_another_kind_of_part_is_named():
     # As Parquet has them: every key that a part of the column has.
     padded = [{**text, "image_url": None}, {"type": "text", "text": "you", "image_url": None}]
     assert as_messages([said("user", padded)]) == [said("user", "Hi, you")]
-    for part, kind in (({"type": "image_url", "image_url": "x"}, "image_url"), ("Hi", "str"), ({}, "None")):
+    gemini = [{"text": "Hi, "}, {"text": "you"}]
+    assert as_messages([{"role": "model", "parts": gemini}]) == [said("assistant", "Hi, you")]
+    assert as_messages([said("user", [{"type": "input_text", "text": "Hi"}])]) == [USER]
+    others = [({"type": "image_url", "image_url": "x"}, "image_url"), ({"fileData": "x"}, "fileData")]
+    for part, kind in (*others, ("Hi", "str"), ({}, "None")):
         assert why(as_messages, [said("user", [text, part])]) == ("not_text", f"a part of type '{kind}'")
 
 
@@ -330,7 +336,6 @@ def test_a_transcript_with_blank_lines_before_some_turns_only_loses_none():
     "text",
     [
         "Human: is it 'Human:' or\n\nAssistant: that comes first?",
-        "Which\n\nHuman: and\n\nAssistant:",
         '{"role": "editor", "name": "x"}',
         '[{"title": "a", "content": "the \\"role\\" of b"}]',
         "['role', 'content']",
@@ -359,6 +364,10 @@ OTHER_TURNS = [
     "prompter: Hi",
     transcript("Hi", "good", "More?").removeprefix("\n\nHuman: "),
     "Hi\n\nAssistant:",
+    "Be terse.\n\nHuman: Hi\n\nAssistant: good\n\nHuman: More?\n\nAssistant:",
+    "A chat between a user and an assistant. USER: Hi ASSISTANT: good</s>USER: More? ASSISTANT:",
+    "<BOS_TOKEN><|START_OF_TURN_TOKEN|><|USER_TOKEN|>Hi<|END_OF_TURN_TOKEN|>",
+    "[gMASK]<sop><|user|>\nHi<|assistant|>\n",
 ]
 
 

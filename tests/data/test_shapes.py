@@ -24,7 +24,7 @@ HUNT = Path(__file__).parent / "hunt"
 # File; the shape taken; comparisons; why rows are left out; a column not read; what the first prompt ends in.
 # All other files are TRL preferences, 4 comparisons on how to cook rice.
 READ = """
-arena_conversations | Chatbot Arena (by conversation_a, conversation_b, winner) | 4 | all_tied | model_a
+arena_conversations | Chatbot Arena (by conversation_a, conversation_b, winner) | 4 | all_tied | judge
 assistant_first | whole conversations (hh-rlhf) (by chosen, rejected) | 4
 chinese | TRL preference | 4 | | | 怎么煮米饭0\uff1f
 chosen_response_cols | two replies by other names (by instruction, chosen_response, rejected_re | 4
@@ -93,7 +93,7 @@ layouts/list_in | a file that is one list is named .json
 layouts/noext | is no data file; expected .jsonl, .ndjson, .json, .parquet, .csv, .tsv, .arrow (.gz too)
 layouts/pretty_objects | line 1: not JSON
 layouts/trailing_comma.json | the list: not JSON
-layouts/utf16 | line 1: not JSON: 'utf-8' codec
+layouts/utf16 | 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte; save it as UTF-8
 """
 # Templates, and what the tests below or others' try: input of `score`, data made anew.
 ELSEWHERE = {"score", "layouts", "remade", "gemma_template.jinja", "r1_template.jinja", "date_template.jinja"}
@@ -164,6 +164,14 @@ PUBLISHED = [
     {"messages": [ASKED, GOOD], "rejected_messages": [ASKED, BAD]},
     {"conversations": [{"from": "human", "value": "Hi"}], "chosen": GOOD, "rejected": BAD},
     {"instruction": "Hi", "generations": ["bad", "good"], "ratings": [1, 4]},
+    {"messages": [ASKED], "generations": ["bad", "good"], "ratings": [1, 4]},
+    {
+        "contents": [{"role": "user", "parts": [{"text": "Hi"}]}],
+        "completions": [
+            {"score": score, "completion": {"role": "model", "parts": [{"text": text}]}}
+            for score, text in enumerate(("bad", "good"))
+        ],
+    },
     {"prompt": "Hi", "answers": [{"answer": "bad", "rank": 2.0}, {"answer": "good", "rank": 1.0}]},
     {"prompt": "Hi", **CHOICE, "better_response_id": 1},
     {"question": {"full_text": "Hi"}, "answer_0": "bad", "answer_1": "good", **SCORES},
@@ -197,6 +205,12 @@ def test_tools_of_openai_stand_beside_the_messages():
     row = {"input": {"messages": [ASKED], "tools": tools}}
     found = parse_row({**row, "preferred_output": [GOOD], "non_preferred_output": [BAD]})
     assert json.loads(found.tools) == tools
+
+
+def test_a_system_instruction_of_gemini_is_the_system_message():
+    row = next(row for row in PUBLISHED if "contents" in row)
+    found = parse_row({**row, "system_instruction": {"parts": [{"text": "Be "}, {"text": "terse."}]}})
+    assert found.prompt == [said("system", "Be terse."), ASKED]
 
 
 def test_a_history_that_only_later_rows_have_is_read(tmp_path):
@@ -280,6 +294,20 @@ def test_the_best_of_four_is_better_than_each_other_and_those_tie():
             parse_row({**row, "first_turn_preferred_response": missing})
 
 
+def test_a_verdict_may_be_the_model_or_the_text_of_the_better_reply(tmp_path):
+    pair = {"prompt": "Hi", "response_a": "bad", "response_b": "good"}
+    conversations = {"conversation_a": [ASKED, BAD], "conversation_b": [ASKED, GOOD]}
+    models = {"model_a": "gpt-4", "model_b": "llama_3", "winner": "llama_3"}
+    expected = Comparison([ASKED], ["good", "bad"])
+    assert parse_row({**pair, **models}) == parse_row({**conversations, **models}) == expected
+    assert parse_row({**pair, "preferred": "good"}) == expected
+    with pytest.raises(Excluded, match="verdict_fits_both"):
+        parse_row({**pair, **models, "model_a": "llama_3"})
+    path = write_jsonl(tmp_path / "x.jsonl", [{**pair, "name_a": "x", "name_b": "y", "best": "y"}])
+    replies = {"prompt": "prompt", "chosen": "response_a", "rejected": "response_b"}
+    assert load(path, columns={**replies, "verdict": "best=name_a/name_b"})[0].responses == ["good", "bad"]
+
+
 # --- columns that a recipe names ------------------------------------------------------------------
 
 
@@ -298,6 +326,8 @@ def test_the_best_of_four_is_better_than_each_other_and_those_tie():
         ("response_a response_b", "label=1/2", {0: "1", 1: "2"}),
         ("response_a response_b", "label=1/0/2", {0: "1", 1: "0", None: "2"}),
         ("output_1 output_2", "label=A>B/B>A/A=B", {0: "A>B", 1: "B>A", None: "A=B"}),
+        ("response_a response_b", "label=1|2|3/5|6|7/4", {0: "1 2 3", 1: "5 6 7", None: "4"}),
+        ("response_a response_b", "label=strength", {0: "-3 -0.5", 1: "2", None: "0"}),
     ],
 )
 def test_a_named_verdict_is_a_reply_by_its_column_or_what_the_recipe_says(tmp_path, columns, verdict, means):
@@ -339,6 +369,10 @@ prompt,reply0,reply1,label=reply0
 prompt,chosen_text,rejected_text
 prompt,chosen_messages,rejected_messages
 query,positive,negative
+query,response,rejected_response
+prompt,pos_resp,neg_resp
+instruction,left_answer,right_answer,result=left
+problem,correct_solution,incorrect_solution
 """
 
 
@@ -347,13 +381,39 @@ def test_the_columns_that_a_refusal_proposes_read_the_file(tmp_path, line):
     head, _, verdict = line.partition("=")
     names = head.split(",")
     cells = dict(zip(names, ["Hi", "good", "bad", verdict], strict=False))
-    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt_id": "z", "model_a": "x", "model_b": "y", **cells}])
+    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt_id": "z", "a_id": "x", "b_id": "y", **cells}])
     with pytest.raises(DataError, match="others are named by 'columns: ") as caught:
         load(path)
     proposed = read_columns(str(caught.value).rpartition("'columns: ")[2].removesuffix("'"))
     found = load(path, columns=proposed)
     assert (found[0].prompt, found[0].responses) == ([ASKED], ["good", "bad"])
-    assert {*found.unread} == {"prompt_id", "model_a", "model_b"}
+    assert {*found.unread} == {"prompt_id", "a_id", "b_id"}
+
+
+def proposed_in(error) -> dict[str, str]:
+    return read_columns(str(error.value).rpartition("'columns: ")[2].partition("'")[0])
+
+
+def test_a_ranking_by_other_names_and_an_unread_prompt_are_proposed_too(tmp_path):
+    row = {"messages": [ASKED], "model": "x", "completions": ["bad", "good"]}
+    for name, numbers in (("rewards", [0, 1]), ("ranks", [2, 1])):
+        path = write_jsonl(tmp_path / f"{name}.jsonl", [{**row, name: numbers}])
+        with pytest.raises(DataError, match="others are named by 'columns: ") as caught:
+            load(path)
+        assert load(path, columns=proposed_in(caught))[0] == Comparison([ASKED], ["good", "bad"])
+    path = write_jsonl(tmp_path / "x.jsonl", [{"context": [ASKED], "chosen": GOOD, "rejected": BAD}])
+    with pytest.raises(DataError, match="1 empty_prompt, .*columns not read: context") as caught:
+        load(path)
+    assert load(path, columns=proposed_in(caught))[0] == Comparison([ASKED], ["good", "bad"])
+
+
+def test_a_prompt_by_another_name_keeps_its_input_and_has_a_history(tmp_path):
+    row = {"instruction": "Add", "input": "1 and 2", "before": [ASKED, GOOD], "best": "a", "worst": "b"}
+    path = write_jsonl(tmp_path / "x.jsonl", [row])
+    named = {"prompt": "instruction", "history": "before", "chosen": "best", "rejected": "worst"}
+    found = load(path, columns=named)
+    assert found[0] == Comparison([ASKED, GOOD, said("user", "Add\n1 and 2")], ["a", "b"])
+    assert not found.unread
 
 
 def test_of_two_prompts_either_can_be_asked_for_by_what_the_refusal_says(tmp_path):
@@ -440,6 +500,25 @@ def test_splits_have_other_names_shards_and_slices(tmp_path):
     with pytest.raises(DataError, match="no split 'train'; it has test"):
         load(tmp_path / "held", "train")
     assert load(HUNT / "rewardbench_folder", "raw").rows == 4
+
+
+def test_folders_of_the_splits_names_are_splits_and_others_are_named(tmp_path, write_recipe):
+    rows = make_rows(10, seed=1)
+    for place, part in {"train/0000": rows[:4], "train/0001": rows[4:8], "test/0000": rows[8:]}.items():
+        path = tmp_path / "sets" / "data" / "en" / f"{place}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        hf_datasets.Dataset.from_list(part).to_parquet(path)
+    with pytest.raises(DataError, match=r"name them in 'dataset_subsets': \['data/en'\]"):
+        load(tmp_path / "sets")
+    recipe = write_recipe(dataset_name=str(tmp_path / "sets"), dataset_subsets=["data/en"])
+    assert [len(split.comparisons) for split in load_splits(read_recipe(recipe))[:2]] == [8, 2]
+
+
+def test_what_macos_leaves_beside_a_file_is_no_split(tmp_path, write_recipe):
+    path = write_jsonl(tmp_path / "data" / "train.jsonl", make_rows(10, seed=1))
+    path.with_name("._train.jsonl").write_bytes(b"\0\5")
+    train, test, _ = load_splits(read_recipe(write_recipe(dataset_name=str(path.parent))))
+    assert len(train.comparisons) + len(test.comparisons) == 10
 
 
 def test_slices_of_one_file_are_what_is_trained_on_and_what_is_held_out(tmp_path, write_recipe):
