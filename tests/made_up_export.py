@@ -11,13 +11,8 @@ from safetensors.numpy import save_file
 
 from rm_recipe.recipe.reader import RUN_HEADER
 
-MODEL_FILES = {
-    "config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-}
+MODEL_FILES = {"config.json", "model.safetensors", "chat_template.jinja"}
+MODEL_FILES |= {"tokenizer.json", "tokenizer_config.json"}
 PROOF = {
     "passed": True,
     "n_sequences": 64,
@@ -45,16 +40,8 @@ gradient_accumulation_steps: 2
 learning_rate: 0.0001
 max_length: 512
 """
-RECORD = {
-    "seed": 0,
-    "comparisons": {"train": 100},
-    "steps": 7,
-    "processes": 1,
-    "train_seconds": 60.0,
-    "device": "cpu",
-    "peak_memory_bytes": 10**9,
-    "versions": {"torch": "2.13.0"},
-}
+RECORD = {"seed": 0, "comparisons": {"train": 100}, "steps": 7, "processes": 1, "train_seconds": 60.0}
+RECORD |= {"device": "cpu", "peak_memory_bytes": 10**9, "versions": {"torch": "2.13.0"}}
 
 
 def write(path: Path, content: str | dict[str, Any]) -> None:

@@ -10,8 +10,7 @@ from html.parser import HTMLParser
 import matplotlib
 import numpy as np
 import pytest
-from conftest import make_recipe, write_jsonl
-from test_benchmarks import save_classifier
+from conftest import make_recipe, save_classifier, write_jsonl
 
 from rm_recipe.evaluation import plots
 from rm_recipe.evaluation.evaluate import evaluate
@@ -168,9 +167,7 @@ def test_pictures_are_images_that_say_in_words_what_they_show(full):
     assert label == '"a &#34;quoted&#34; &lt;label&gt; [U+202E]">'
 
 
-@pytest.mark.parametrize(
-    "values", [[-7.1, 0.2, 3.3], [0.0], [3.0, 3.0], [-1e-9, 1e9], [0.3, 0.7], [-5.0, -4.9]]
-)
+@pytest.mark.parametrize("values", [[-7, 0.2, 3], [0.0], [3.0, 3.0], [-1e-9, 1e9], [0.3, 0.7], [-5, -4.9]])
 def test_every_value_is_in_a_bar_and_no_bar_holds_both_signs(values):
     edges = np.array(plots.edges_of(values))
     assert np.histogram(values, edges)[0].sum() == len(values)

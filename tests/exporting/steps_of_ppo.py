@@ -42,25 +42,12 @@ def main(export: str, policy: str, scratch: str) -> None:
         return answer
 
     ppo_trainer.get_reward = watch
-    settings = PPOConfig(
-        scratch,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=1,
-        num_mini_batches=1,
-        num_ppo_epochs=1,
-        total_episodes=8,
-        response_length=12,
-        stop_token="eos",
-        missing_eos_penalty=1.0,
-        num_sample_generations=0,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-    )
+    two_steps = {"total_episodes": 8, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    two_steps |= {"num_mini_batches": 1, "num_ppo_epochs": 1, "num_sample_generations": 0}
+    sampled = {"response_length": 12, "stop_token": "eos", "missing_eos_penalty": 1.0}
+    quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True}
     trainer = PPOTrainer(
-        settings,
+        PPOConfig(scratch, use_cpu=True, bf16=False, **two_steps, **sampled, **quiet),
         tokenizer,
         policy_of(policy, tokenizer.pad_token_id),
         policy_of(policy, tokenizer.pad_token_id),

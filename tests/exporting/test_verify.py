@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from conftest import make_rows, write_jsonl
+from conftest import make_rows, write_splits
 from transformers import AutoModel, AutoModelForSequenceClassification
 from trl import RLOOConfig
 
@@ -57,9 +57,8 @@ def test_truncated_conversations_have_no_text(verification, reward_model, tmp_pa
     """Of a short reply beside a long one, too: both read the same prompt, cut for the long one."""
     turns = [{"role": role, "content": "hello " * 12} for role in ("user", "assistant", "user")]
     rows = [{"prompt": turns, "chosen": "good", "rejected": "bad " * 30}, *make_rows(3, seed=2)]
-    for name in ("train", "test"):
-        write_jsonl(tmp_path / "turns" / f"{name}.jsonl", rows if name == "test" else make_rows(4, seed=1))
-    data = {"truncation": "drop_oldest_turns", "dataset_name": str(tmp_path / "turns")}
+    folder = write_splits(tmp_path / "turns", make_rows(4, seed=1), rows)
+    data = {"truncation": "drop_oldest_turns", "dataset_name": str(folder)}
     short, long = map(len, verification(**data).sequences[:2])
     found = verification((short + long) // 2, **data)
     assert len(found.whole) == 6

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from conftest import REPOSITORY, run_cli, write_jsonl
@@ -162,13 +163,9 @@ def test_a_signal_is_passed_on_and_a_second_one_as_well():
 
 
 def test_where_no_interrupt_can_be_sent_as_on_windows_its_end_is_waited_for(monkeypatch):
-    """There the console has given Ctrl-C to the training already."""
-
-    def refuse(_):
-        raise ValueError("only SIGTERM, CTRL_C_EVENT and CTRL_BREAK_EVENT signals are supported on Windows")
-
+    """There the console has given Ctrl-C to the training already, and psutil refuses to."""
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)"]) as process:
-        monkeypatch.setattr(pipeline.psutil.Process, "send_signal", lambda _, number: refuse(number))
+        monkeypatch.setattr(pipeline.psutil.Process, "send_signal", Mock(side_effect=ValueError))
         pipeline.pass_on(signal.SIGINT, process)
         assert process.returncode == 0
 
@@ -178,15 +175,9 @@ def test_a_signal_while_training_saves_and_says_how_to_go_on(finished, tmp_path,
     folder, _ = finished
     where = ["--output_dir", str(tmp_path / "run")]
     arguments = ["tiny.yaml", *where, "--num_train_epochs", "500", "--save_steps", "100000"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "rm_recipe", "run", *arguments, "--logging_steps", "1"],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )
+    command = [sys.executable, "-m", "rm_recipe", "run", *arguments, "--logging_steps", "1"]
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen(command, cwd=folder, env={**os.environ, "PYTHONUNBUFFERED": "1"}, **piped)
     for line in process.stdout:
         if line.lstrip("\r").startswith("step "):  # it is at it
             break

@@ -2,20 +2,17 @@
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, logged, make_recipe, weights
+from conftest import REPOSITORY, each_trainer, filling_up, logged, make_recipe, set_keys, weights
 from transformers import TrainerCallback
 
-import rm_recipe.training.train
 from rm_recipe.errors import Interrupted, RecipeError, TrainingError
 from rm_recipe.files import tidy
 from rm_recipe.recipe.reader import read_recipe
@@ -101,19 +98,9 @@ def ctrl_c_at(step: int) -> At:
     return At(step, lambda _: signal.raise_signal(signal.SIGINT))
 
 
-@contextmanager
 def watched_by(callback: TrainerCallback):
     """Within it, trainers have one more callback."""
-    make = rm_recipe.training.train.make_trainer
-
-    def make_with(*args):
-        trainer = make(*args)
-        trainer.add_callback(callback)
-        return trainer
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rm_recipe.training.train, "make_trainer", make_with)
-        yield
+    return each_trainer(lambda trainer: trainer.add_callback(callback))
 
 
 @pytest.mark.parametrize(
@@ -226,9 +213,8 @@ def test_other_data_tokens_or_number_of_processes_are_refused_and_a_copy_is_not(
 def test_a_resumed_run_counts_time_speed_and_memory_of_the_whole_run(interrupted):
     run, recipe = interrupted
     path = run / "checkpoint-8" / MANIFEST
-    manifest = json.loads(path.read_text())
-    assert 0 < manifest["cost"]["train_seconds"] < 100
-    path.write_text(json.dumps({**manifest, "cost": {"train_seconds": 1e4, "peak_memory_bytes": 10**15}}))
+    assert 0 < json.loads(path.read_text())["cost"]["train_seconds"] < 100
+    set_keys(path, cost={"train_seconds": 1e4, "peak_memory_bytes": 10**15})
     train(read_recipe(recipe), resume=True)
     record = json.loads((run / "run.json").read_text())
     assert 1e4 < record["train_seconds"] < 1.1e4
@@ -241,22 +227,12 @@ def test_a_resumed_run_counts_time_speed_and_memory_of_the_whole_run(interrupted
 # --- full disks, and what is no number -------------------------------------------------------
 
 
-@contextmanager
-def filling_up():
-    """A function after which, within it, files may not grow further than 2,000 bytes."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        yield lambda *_, **__: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 @pytest.mark.parametrize(("step", "unfinished", "kept"), [(6, "checkpoint-6", [3]), (23, "model", [22, 21])])
 def test_a_full_disk_ends_with_one_message_and_loses_no_checkpoint(
     write_recipe, tmp_path, whole, step, unfinished, kept
 ):
     recipe, run = write_recipe(**KEYS), tmp_path / "run"
-    with filling_up() as fill:
+    with filling_up(2000) as fill:
         callback = At(step, fill)
         callback.on_train_end = fill
         said = f"{run}/{unfinished} could not be written, with "

@@ -5,6 +5,7 @@ import logging
 import math
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -186,10 +187,7 @@ def test_two_processes_do_not_work_in_one_folder(run, write_recipe):
 
 
 def test_a_run_that_is_removed_half_way_is_neither_finished_nor_foreign(run, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(shutil, "rmtree", interrupt)
+    monkeypatch.setattr(shutil, "rmtree", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         empty(run)
     assert not (run / "run.json").exists()
@@ -224,8 +222,7 @@ def test_when_and_on_what_is_evaluated_matters_where_checkpoint_or_learning_rate
 
 
 def test_a_single_step_learns_although_a_share_of_it_is_warm_up_and_is_logged(write_recipe, tmp_path):
-    keys = {"warmup_steps": 0.03, "max_steps": 1, "logging_steps": 10, "save_strategy": "no"}
-    train(read_recipe(write_recipe(**keys, output_dir=str(tmp_path / "run"))))  # or the head has not moved
+    train(read_recipe(write_recipe(warmup_steps=0.03, max_steps=1, logging_steps=10)))  # or no head moves
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["steps"] == 1
     assert 0.5 < record["final_loss"] < 1
