@@ -17,15 +17,8 @@ from trl import RLOOConfig
 from rm_recipe.data.splits import load_held_out_split
 from rm_recipe.data.tokenization import tokenize
 from rm_recipe.errors import ExportError
+from rm_recipe.exporting import verify
 from rm_recipe.exporting.plain_scoring import ppo_reward
-from rm_recipe.exporting.verify import (
-    EIGHT_BITS,
-    PLAIN_SCORING,
-    ROUNDING,
-    Verification,
-    pads_left,
-    trl_rewards,
-)
 from rm_recipe.model.reward_model import prepare_for_rewards
 from rm_recipe.model.tokenizer import load_tokenizer
 from rm_recipe.recipe.reader import read_recipe
@@ -48,7 +41,7 @@ def verification(reward_model, write_recipe):
     def of(max_length=512, truncation="keep_end", **keys):
         split = load_held_out_split(read_recipe(write_recipe(**keys)))
         split = tokenize(split, reward_model.tokenizer, max_length, truncation)
-        return Verification(reward_model, split)
+        return verify.Verification(reward_model, split)
 
     return of
 
@@ -70,12 +63,12 @@ def test_truncated_conversations_have_no_text(verification, reward_model, tmp_pa
 @pytest.mark.parametrize(
     ("moved", "share", "said"),
     [
-        ({}, ROUNDING, None),
-        ({5: 2}, ROUNDING, None),  # a single reward may move far
+        ({}, verify.ROUNDING, None),
+        ({5: 2}, verify.ROUNDING, None),  # a single reward may move far
         ({5: 2}, 0, "it moved: held-out comparison 3, response 2 .* went from .* is allo"),
         ({5: 1, 6: 0.5}, 0, "3, response 2 "),
-        ({7: np.nan}, EIGHT_BITS, "4, response 2 "),
-        (dict.fromkeys(range(0, 64, 2), 2), EIGHT_BITS, "went from"),
+        ({7: np.nan}, verify.EIGHT_BITS, "4, response 2 "),
+        (dict.fromkeys(range(0, 64, 2), 2), verify.EIGHT_BITS, "went from"),
     ],
 )
 def test_a_step_may_round_rewards_or_leaves_them_as_they_are(verification, monkeypatch, moved, share, said):
@@ -104,7 +97,7 @@ def test_models_that_may_be_padded_on_the_left_are_known(tiny_base, base, either
     padded, mask = torch.tensor([[0, 0, 5, 6, 7, 8]]), torch.tensor([[0, 0, 1, 1, 1, 1]])
     with torch.no_grad():
         moved = model(padded, attention_mask=mask).logits - model(ids).logits
-    assert pads_left(model) == either == bool(moved.abs().max() < 1e-5)
+    assert verify.pads_left(model) == either == bool(moved.abs().max() < 1e-5)
 
 
 def test_trl_gives_the_rewards_of_score_where_it_sees_two_gpus(reward_model, tmp_path, monkeypatch):
@@ -121,7 +114,8 @@ def test_trl_gives_the_rewards_of_score_where_it_sees_two_gpus(reward_model, tmp
     pairs = [("hello", "good good"), ("the cat sat on the mat", "no")]
     expected = reward_model.score([{"prompt": prompt, "response": reply} for prompt, reply in pairs])
     chats = [[{"role": "user", "content": p}, {"role": "assistant", "content": r}] for p, r in pairs]
-    assert trl_rewards(tmp_path, chats, torch.device("cpu")) == pytest.approx(expected.tolist(), abs=1e-6)
+    found = verify.trl_rewards(tmp_path, chats, torch.device("cpu"))
+    assert found == pytest.approx(expected.tolist(), abs=1e-6)
 
 
 def test_a_reply_that_no_policy_samples_so_has_no_reward_for_ppo(tiny_llama):
@@ -136,5 +130,5 @@ def test_a_reply_that_no_policy_samples_so_has_no_reward_for_ppo(tiny_llama):
 
 
 def test_a_fresh_process_needs_no_module_of_ours():
-    imported = re.findall(r"^(?:from|import) (\w+)", PLAIN_SCORING.read_text(), re.MULTILINE)
+    imported = re.findall(r"^(?:from|import) (\w+)", verify.PLAIN_SCORING.read_text(), re.MULTILINE)
     assert set(imported) - sys.stdlib_module_names == {"torch", "transformers"}

@@ -11,7 +11,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from conftest import REPOSITORY, run_cli, write_jsonl
+from conftest import run_cli, write_jsonl
 
 from rm_recipe.errors import DataError, RecipeError
 from rm_recipe.evaluation.evaluate import evaluate
@@ -134,15 +134,6 @@ def test_a_run_of_another_recipe_is_not_overwritten_unasked(finished, monkeypatc
     monkeypatch.chdir(finished[0])
     with pytest.raises(RecipeError, match=rf"holds a run of another recipe \(other {other}\)"):
         pipeline.run(Path("tiny.yaml"), keys.split())
-
-
-def test_under_accelerate_launch_a_bad_recipe_prints_our_message_once(finished):
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(REPOSITORY / "accelerate_configs" / "cpu.yaml")]
-    command += ["-m", "rm_recipe", "train", "tiny.yaml", "--lerning_rate", "1"]
-    result = subprocess.run(command, cwd=finished[0], capture_output=True, text=True, check=False)
-    assert result.returncode != 0
-    assert result.stderr.count("unknown key 'lerning_rate'") == 1
 
 
 @pytest.mark.usefixtures("as_in_a_terminal")

@@ -63,17 +63,6 @@ def test_a_run_that_was_killed_ends_with_the_same_bits_and_losses(write_recipe, 
     assert report["kills"]  # the random moment may come after its end
 
 
-@pytest.mark.parametrize("keys", [{}, BEST], ids=["plain", "best"])
-def test_a_run_that_was_killed_behind_its_last_checkpoint_logs_the_same_end(write_recipe, tmp_path, keys):
-    path = write_recipe(**KEYS | keys)
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    train(read_recipe(path, ["--output_dir", str(whole)]))
-    shutil.copytree(whole, killed, ignore=shutil.ignore_patterns("run.json", "model"))
-    train(read_recipe(path, ["--output_dir", str(killed)]), resume=True)
-    assert json.loads((killed / "run.json").read_text())["resumed_from_step"] == 22
-    assert same(killed, whole)
-
-
 @pytest.mark.slow
 def test_no_kill_at_any_change_of_the_run_folder_or_at_random_moments_loses_anything(write_recipe, tmp_path):
     report = kill(tmp_path, write_recipe(**KEYS | BEST), times=24, change="all")
