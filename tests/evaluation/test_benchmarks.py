@@ -71,9 +71,8 @@ def test_rm_bench_is_easy_where_the_right_response_is_the_more_elaborate():
         ("chat", [1, 2, 3], [0.5, 1.5, 2.5]),
         *[("safety-refuse", [9, 9, 9], [0, 0, 0]), ("safety-response", NAN, NAN)],
     )
-    assert sections == pytest.approx(
-        {"chat": 6 / 9, "safety": 1 / 2, "easy": 3 / 4, "normal": 3 / 4, "hard": (0 + 1 / 2) / 2}
-    )
+    expected = {"chat": 6 / 9, "safety": 1 / 2, "easy": 3 / 4, "normal": 3 / 4, "hard": (0 + 1 / 2) / 2}
+    assert sections == pytest.approx(expected)
     assert value == pytest.approx((6 / 9 + 1 / 2) / 2)
 
 

@@ -265,9 +265,7 @@ NO_RUN = "other is no run that was evaluated: rm-recipe evaluate RUN"
         ("run.json", None, NO_RUN),
     ],
 )
-def test_runs_that_were_not_evaluated_on_the_same_comparisons_are_refused(
-    run, tmp_path, compare, file, change, fault
-):
+def test_runs_of_other_comparisons_or_no_evaluation_are_refused(run, tmp_path, compare, file, change, fault):
     path = shutil.copytree(run, tmp_path / "other") / file
     if change:
         path.write_text(change(path.read_text()))

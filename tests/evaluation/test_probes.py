@@ -51,9 +51,7 @@ def test_changes_are_those_of_scoring_the_edited_replies_alone(model, tmp_path):
         assert found[name]["wins"] == (overtakes.mean() if right.any() else 0)
 
 
-def test_a_large_data_set_is_sampled_and_comparisons_that_an_edit_makes_too_long_are_left_out(
-    model, tmp_path
-):
+def test_a_large_data_set_is_sampled_and_what_an_edit_makes_too_long_is_left_out(model, tmp_path):
     score = partial(model.score, unfit=np.nan)
     split = make_split(model, tmp_path, make_rows(N_COMPARISONS + 40, seed=3))
     assert consistency(split, score, EDITS)["markdown"]["n"] == 2 * N_COMPARISONS

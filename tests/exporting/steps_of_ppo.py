@@ -26,18 +26,14 @@ def main(export: str, policy: str, scratch: str) -> None:
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(export, padding_side="left")
     reward_model = AutoModelForSequenceClassification.from_pretrained(export)
-    ids = [
-        tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"] for prompt in prompts
-    ]
+    ids = [tokenizer.apply_chat_template(one, add_generation_prompt=True)["input_ids"] for one in prompts]
     seen = {"ids": [], "rewards": []}
     get_reward = ppo_trainer.get_reward
 
     def watch(model, query_responses, pad_token_id, context_length):
         answer = get_reward(model, query_responses, pad_token_id, context_length)
         if model is reward_model:
-            seen["ids"] += [
-                [token for token in row if token != pad_token_id] for row in query_responses.tolist()
-            ]
+            seen["ids"] += [[x for x in row if x != pad_token_id] for row in query_responses.tolist()]
             seen["rewards"] += answer[1].tolist()
         return answer
 

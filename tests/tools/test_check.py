@@ -13,9 +13,7 @@ from rm_recipe.tools.check import check_base, check_data, parse_bytes
 from rm_recipe.training.train import load_data, train
 
 
-def test_check_writes_the_report_and_training_may_follow_whose_report_is_left_alone(
-    write_recipe, tmp_path, capsys
-):
+def test_check_writes_a_report_and_training_may_follow_whose_report_it_leaves(write_recipe, tmp_path, capsys):
     recipe = read_recipe(write_recipe(num_train_epochs=1))
     check_data(recipe)
     target = tmp_path / "run" / "data_report.json"

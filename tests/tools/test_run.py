@@ -55,9 +55,7 @@ def test_a_recipe_becomes_a_run_an_evaluation_and_an_export_and_says_where_they_
     assert "Traceback" not in result.stderr
 
 
-def test_a_mixture_of_pairs_and_rankings_with_margins_is_trained_on_and_evaluated(
-    write_recipe, tmp_path, tiny_data
-):
+def test_a_mixture_of_pairs_and_rankings_with_margins_is_learnt_and_judged(write_recipe, tmp_path, tiny_data):
     """One file of rankings and one of pairs, no test split: held out by prompt."""
     pairs = [json.loads(line) for line in (tiny_data / "train.jsonl").read_text().splitlines()]
     pairs = [row | {"strength": ("better", "much better")[n % 2]} for n, row in enumerate(pairs)]
@@ -95,9 +93,7 @@ def test_a_second_run_skips_what_is_finished_and_says_so(finished, monkeypatch, 
     assert Path("outputs/tiny/run.json").stat().st_mtime_ns == before
 
 
-def test_by_another_gate_or_sample_it_is_evaluated_and_exported_anew_without_training(
-    finished, tmp_path, monkeypatch
-):
+def test_by_another_gate_or_sample_it_is_only_evaluated_and_exported_anew(finished, tmp_path, monkeypatch):
     run_folder = shutil.copytree(finished[0] / "outputs" / "tiny", tmp_path / "run")
     monkeypatch.chdir(finished[0])
     monkeypatch.setattr(pipeline, "launch_training", None)
@@ -120,9 +116,8 @@ def test_a_run_that_is_gone_on_with_on_other_data_is_refused(finished, tmp_path,
     data = shutil.copytree(tiny_data, tmp_path / "data")
     (data / "train.jsonl").write_text("".join(rows[1:]))
     keys = ["--output_dir", str(run_folder), "--dataset_name", str(data)]
-    recipe = read_recipe(
-        finished[0] / "tiny.yaml", [*keys, "--model_name_or_path", str(finished[0] / "le modèle")]
-    )
+    keys += ["--model_name_or_path", str(finished[0] / "le modèle")]
+    recipe = read_recipe(finished[0] / "tiny.yaml", keys)
     with pytest.raises(RecipeError, match="the train comparisons are not those that .* was started with"):
         pipeline.examine_data(recipe, resume=True)
     pipeline.examine_data(recipe, resume=False)

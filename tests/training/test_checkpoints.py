@@ -101,9 +101,7 @@ def watched_by(callback: TrainerCallback):
         (13, {"max_steps": 13}),  # the last, amid an epoch: there is no step to be made after it
     ],
 )
-def test_ctrl_c_finishes_the_step_saves_it_and_the_resumed_run_is_the_same(
-    write_recipe, tmp_path, capfd, step, keys
-):
+def test_ctrl_c_ends_and_saves_the_step_and_the_run_resumes_alike(write_recipe, tmp_path, capfd, step, keys):
     train(read_recipe(write_recipe(**KEYS | keys, output_dir=str(tmp_path / "whole"))))
     path = write_recipe(**KEYS | keys, output_dir=str(tmp_path / "resumed"))
     saved = rf"after step {step} of \d+, which is saved in .*-{step}$"
@@ -145,6 +143,7 @@ def interrupted(runs, write_recipe, tmp_path):
 
 
 BROKEN = "it was not finished, or its manifest.json is broken"
+CUT = "optimizer.pt is missing or not as it was written"
 FROM_6 = "resuming from {run}/checkpoint-6\n"
 
 
@@ -157,11 +156,7 @@ def unfinished(run: Path) -> None:
     ("damage", "fault", "said"),
     [
         (lambda run: (run / "checkpoint-8" / MANIFEST).write_text("{"), BROKEN, FROM_6),
-        (
-            lambda run: os.truncate(run / "checkpoint-8" / "optimizer.pt", 500),
-            "optimizer.pt is missing or not as it was written",
-            FROM_6,
-        ),
+        (lambda run: os.truncate(run / "checkpoint-8" / "optimizer.pt", 500), CUT, FROM_6),
         (unfinished, BROKEN, "no checkpoint to resume from: starting anew\n"),
     ],
 )
@@ -178,9 +173,7 @@ def test_a_checkpoint_that_is_not_as_it_was_finished_is_named_and_the_one_before
     assert [path.name for path in checkpoints(run)] == [path.name for path in checkpoints(whole)]
 
 
-def test_other_data_tokens_or_number_of_processes_are_refused_and_a_copy_is_not(
-    interrupted, tmp_path, tiny_data
-):
+def test_other_data_tokens_or_process_counts_are_refused_and_a_copy_is_not(interrupted, tmp_path, tiny_data):
     run, recipe = interrupted
     manifest = json.loads((run / "checkpoint-8" / MANIFEST).read_text())
     for what in ("processes", "token ids that tokenizer and chat template give"):
@@ -216,15 +209,13 @@ def test_a_resumed_run_counts_time_speed_and_memory_of_the_whole_run(interrupted
 # --- full disks, and what is no number -------------------------------------------------------
 
 
-@pytest.mark.parametrize(("step", "unfinished", "kept"), [(6, "checkpoint-6", [3]), (23, "model", [22, 21])])
-def test_a_full_disk_ends_with_one_message_and_loses_no_checkpoint(
-    write_recipe, tmp_path, whole, step, unfinished, kept
-):
+@pytest.mark.parametrize(("step", "broken", "kept"), [(6, "checkpoint-6", [3]), (23, "model", [22, 21])])
+def test_a_full_disk_is_told_once_and_loses_no_checkpoint(write_recipe, tmp_path, whole, step, broken, kept):
     recipe, run = write_recipe(**KEYS), tmp_path / "run"
     with filling_up(2000) as fill:
         callback = At(step, fill)
         callback.on_train_end = fill
-        said = f"{run}/{unfinished} could not be written, with "
+        said = f"{run}/{broken} could not be written, with "
         with watched_by(callback), pytest.raises(TrainingError, match=said):
             train(read_recipe(recipe))
     names = {"recipe.yaml", "data_report.json", *(f"checkpoint-{number}" for number in kept)}
@@ -240,9 +231,7 @@ def test_how_often_is_evaluated_changes_nothing(write_recipe, tmp_path, whole):
     assert all(torch.equal(never[key], often[key]) for key in never)
 
 
-def test_a_loss_that_is_no_number_names_step_and_rows_and_leaves_the_checkpoint_before(
-    write_recipe, tmp_path, whole
-):
+def test_a_nan_loss_names_step_and_rows_and_leaves_the_checkpoint_before(write_recipe, tmp_path, whole):
     def overflow(model):
         next(p for p in model.parameters() if p.requires_grad).data.fill_(float("nan"))
 

@@ -37,10 +37,7 @@ from rm_recipe.training.trainer import keep_precision
 
 CONFIGS = {path.stem: path for path in (REPOSITORY / "accelerate_configs").glob("*.yaml")}
 SHARDED = Path(__file__).parent / "two_ranks_sharded.py"
-needs_deepspeed = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
-)
-
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="no deepspeed")
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONUNBUFFERED": "1"}

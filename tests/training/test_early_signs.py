@@ -75,9 +75,7 @@ STOPPING = {"early_stopping_patience": 2, "save_steps": 2, "num_train_epochs": 2
 STOPPING |= {"logging_steps": 3, "save_strategy": "omit"}
 
 
-def test_early_stopping_keeps_the_best_and_a_run_that_was_interrupted_or_had_stopped_ends_the_same(
-    write_recipe, tmp_path
-):
+def test_early_stopping_keeps_the_best_and_a_run_interrupted_or_stopped_ends_the_same(write_recipe, tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
     train(read_recipe(write_recipe(**STOPPING, output_dir=str(whole))))
     accuracies = logged(whole, "eval_accuracy")

@@ -43,9 +43,7 @@ def test_a_small_step_moves_nearly_every_weight_of_a_bf16_base_trained_in_full(r
 
 
 @pytest.mark.parametrize(("name", "bits"), [("llama", 4), ("deberta", 8)])
-def test_a_head_that_the_base_brings_starts_with_its_checkpoints_numbers(
-    reward_base, write_recipe, name, bits
-):
+def test_a_head_that_the_base_has_starts_with_its_checkpoints_numbers(reward_base, write_recipe, name, bits):
     """It was rounded to bf16 where it was loaded, and by TRL on a quantised base."""
     folder, base = reward_base(name)
     keys = {"model_name_or_path": str(folder), "max_steps": 1, "learning_rate": 1e-5}
@@ -58,9 +56,7 @@ def test_a_head_that_the_base_brings_starts_with_its_checkpoints_numbers(
     assert trained_dtypes(result.model) == {torch.float32}
 
 
-def test_layers_trained_in_full_beside_lora_are_fp32_and_read_back_as_trained(
-    write_recipe, rewards_elsewhere
-):
+def test_layers_trained_in_full_with_lora_are_fp32_and_read_back_as_trained(write_recipe, rewards_elsewhere):
     keys = {"lora_modules_to_save": ["embed_tokens"], "lora_target_modules": ["up_proj"]}
     result = train_watched(write_recipe(max_steps=2, learning_rate=1e-5, **keys, **HALF))
     assert trained_dtypes(result.model) == {torch.float32}

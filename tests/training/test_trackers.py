@@ -27,9 +27,7 @@ def test_held_out_accuracy_is_logged_with_the_interval_of_an_evaluation(write_re
     assert not logged(run, ENDS[0])  # a step of training has too few for one
 
 
-def test_tensorboard_gets_loss_accuracy_margin_and_held_out_accuracy_with_its_interval(
-    write_recipe, tmp_path, monkeypatch
-):
+def test_tensorboard_gets_the_figures_of_training_and_of_evaluation(write_recipe, tmp_path, monkeypatch):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     train(read_recipe(write_recipe(**KEYS, report_to="tensorboard")))

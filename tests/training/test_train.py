@@ -74,9 +74,7 @@ RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
     "path",
     [pytest.param(p, id=p.stem, marks=[] if "offline" in p.stem else pytest.mark.slow) for p in RECIPES],
 )
-def test_every_recipe_trains_evaluates_and_exports_on_a_tiny_model_of_its_kind(
-    path, tiny_base, tiny_data, tmp_path
-):
+def test_every_recipe_trains_evaluates_and_exports_a_model_of_its_kind(path, tiny_base, tiny_data, tmp_path):
     """With its own keys, but for the model, the data and how long: what a recipe says works together."""
     encoder = "distilbert" if "distilbert" in path.stem else "bert" if "minilm" in path.stem else None
     overrides = {
@@ -88,9 +86,7 @@ def test_every_recipe_trains_evaluates_and_exports_on_a_tiny_model_of_its_kind(
     }
     if path.stem == "smollm2_offline":
         overrides["lora_target_modules"] = r".*layers\.1\..*_proj"  # its upper half
-    recipe = read_recipe(
-        path, [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
-    )
+    recipe = read_recipe(path, [word for key, own in overrides.items() for word in (f"--{key}", str(own))])
     train(recipe)
     run = recipe.output_dir
     assert json.loads((run / "run.json").read_text())["prefix_sharing"]["used"] is (encoder is None)
