@@ -7,12 +7,14 @@ import logging
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -144,15 +146,15 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory, tiny_distilbert: Path) -
     return folder
 
 
-def save_classifier(folder: Path, base: Path, labels: int = 1, **config: Any) -> Any:
-    """A classifier whose head is random, with its base's tokenizer, as a model folder; the model."""
+def save_classifier(folder: Path, base: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Path:
+    """A one-label model whose head is random, as a model folder that says how it was trained."""
     torch.manual_seed(1)
-    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    model.config.update({"pad_token_id": tokenizer.pad_token_id, **config})
+    model.config.pad_token_id, model.config.rm_recipe = tokenizer.pad_token_id, settings
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return model
+    return folder
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -201,24 +203,47 @@ def ready_trainer(recipe: Any) -> Any:
     return make_trainer(recipe, tokenizer, *load_model(recipe, tokenizer), *splits)
 
 
-def train_watched(recipe: Path) -> Trained:
-    """`rm_recipe.training.train.train`, keeping what it trained."""
-    import rm_recipe.training.train
-    from rm_recipe.recipe.reader import read_recipe
+@contextmanager
+def each_trainer(look: Callable[[Any], Any]) -> Iterator[None]:
+    """Within it, a function is shown each trainer of `train` before it is used."""
+    import rm_recipe.training.train as module
 
-    make_trainer, kept = rm_recipe.training.train.make_trainer, []
+    make_trainer = module.make_trainer
 
-    def watch(*args: Any, **kwargs: Any) -> Any:
-        trainer = make_trainer(*args, **kwargs)
-        start = {key: value.detach().clone() for key, value in trainer.model.state_dict().items()}
-        kept.append((trainer.model, trainer.processing_class, start))
+    def make_and_show(*args: Any) -> Any:
+        trainer = make_trainer(*args)
+        look(trainer)
         return trainer
 
-    parsed = read_recipe(recipe)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rm_recipe.training.train, "make_trainer", watch)
-        rm_recipe.training.train.train(parsed)
-    return Trained(parsed.output_dir, *kept[0])
+        patch.setattr(module, "make_trainer", make_and_show)
+        yield
+
+
+def train_watched(recipe: Path) -> Trained:
+    """`rm_recipe.training.train.train`, keeping what it trained."""
+    from rm_recipe.recipe.reader import read_recipe
+    from rm_recipe.training.train import train
+
+    parsed, kept = read_recipe(recipe), []
+
+    def keep(trainer: Any) -> None:
+        start = {key: value.detach().clone() for key, value in trainer.model.state_dict().items()}
+        kept.extend([trainer.model, trainer.processing_class, start])
+
+    with each_trainer(keep):
+        train(parsed)
+    return Trained(parsed.output_dir, *kept)
+
+
+@contextmanager
+def filling_up(size: int) -> Iterator[Callable[..., None]]:
+    """A function after which, within it, no file may grow further: what a full disk does, without one."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        yield lambda *_, **__: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 FRESH_PROCESS = """
@@ -266,12 +291,22 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def set_keys(path: Path, **keys: Any) -> None:
+    """Of a file that holds a JSON object."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+
+def write_splits(folder: Path, train: list[dict[str, Any]], test: list[dict[str, Any]]) -> Path:
+    """The folder, with its two files."""
+    write_jsonl(folder / "train.jsonl", train)
+    return write_jsonl(folder / "test.jsonl", test).parent
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with 64 train and 40 test comparisons."""
     folder = tmp_path_factory.mktemp("data") / "preferences"
-    write_jsonl(folder / "train.jsonl", make_rows(64, seed=1))
-    return write_jsonl(folder / "test.jsonl", make_rows(40, seed=2)).parent
+    return write_splits(folder, make_rows(64, seed=1), make_rows(40, seed=2))
 
 
 def make_recipe(folder: Path, model: Path, data: Path, **keys: Any) -> Path:
@@ -332,8 +367,7 @@ def flawed(tmp_path):
         {"prompt": words(90), "chosen": "good", "rejected": "bad"},  # 11: only cutting tokens would
         *make_rows(2, seed=1),  # the first two again
     ]
-    write_jsonl(tmp_path / "flawed" / "test.jsonl", [*make_rows(4, seed=2), make_rows(6, seed=1)[5]])
-    folder = write_jsonl(tmp_path / "flawed" / "train.jsonl", rows).parent
+    folder = write_splits(tmp_path / "flawed", rows, [*make_rows(4, seed=2), make_rows(6, seed=1)[5]])
     return {"dataset_name": str(folder), "max_length": 80}
 
 

@@ -11,13 +11,8 @@ from safetensors.numpy import save_file
 
 from rm_recipe.recipe.reader import RUN_HEADER
 
-MODEL_FILES = {
-    "config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-}
+MODEL_FILES = {"config.json", "model.safetensors", "chat_template.jinja"}
+MODEL_FILES |= {"tokenizer.json", "tokenizer_config.json"}
 PROOF = {
     "passed": True,
     "n_sequences": 64,
@@ -31,30 +26,12 @@ PROOF = {
     "ppo_reason": None,
     "end_token": "</s>",
 }
-RECIPE = """
-model_name_or_path: bob/base
-dataset_name: ann/pairs
-dataset_test_split: test
-use_peft: true
-lora_r: 8
-lora_alpha: 16
-load_in_4bit: false
-load_in_8bit: false
-per_device_train_batch_size: 8
-gradient_accumulation_steps: 2
-learning_rate: 0.0001
-max_length: 512
-"""
-RECORD = {
-    "seed": 0,
-    "comparisons": {"train": 100},
-    "steps": 7,
-    "processes": 1,
-    "train_seconds": 60.0,
-    "device": "cpu",
-    "peak_memory_bytes": 10**9,
-    "versions": {"torch": "2.13.0"},
-}
+RECIPE = {"model_name_or_path": "bob/base", "dataset_name": "ann/pairs", "dataset_test_split": "test"}
+RECIPE |= {"use_peft": True, "lora_r": 8, "lora_alpha": 16, "load_in_4bit": False, "load_in_8bit": False}
+RECIPE |= {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+RECIPE |= {"learning_rate": 1e-4, "max_length": 512}
+RECORD = {"seed": 0, "comparisons": {"train": 100}, "steps": 7, "processes": 1, "train_seconds": 60.0}
+RECORD |= {"device": "cpu", "peak_memory_bytes": 10**9, "versions": {"torch": "2.13.0"}}
 
 
 def write(path: Path, content: str | dict[str, Any]) -> None:
@@ -88,7 +65,7 @@ def make_export(parent: Path) -> Path:
     write(folder / "chat_template.jinja", "{{ messages }}")
     for name in ("training_args.bin", "predictions.jsonl", "report.html", ".DS_Store"):
         write(folder / name, "not to be uploaded")
-    write(folder.parent / "recipe.yaml", f"# a run{RUN_HEADER}\n{RECIPE}")
+    write(folder.parent / "recipe.yaml", f"# a run{RUN_HEADER}\n{json.dumps(RECIPE)}\n")
     write(folder.parent / "run.json", RECORD)
     write(folder / "README.md", f'---\ntags: [rm]\n---\n```python\nmodel = "{folder}"\n```\n')
     (folder / "reliability.png").write_bytes(b"\x89PNG\r\n\0\1\2")

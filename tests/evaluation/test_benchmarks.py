@@ -5,8 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import write_jsonl
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from conftest import save_classifier, write_jsonl
 
 from rm_recipe.data.loading import read_name
 from rm_recipe.evaluation.benchmarks import BENCHMARKS, find_benchmark, in_full, ties
@@ -72,9 +71,8 @@ def test_rm_bench_is_easy_where_the_right_response_is_the_more_elaborate():
         ("chat", [1, 2, 3], [0.5, 1.5, 2.5]),
         *[("safety-refuse", [9, 9, 9], [0, 0, 0]), ("safety-response", NAN, NAN)],
     )
-    assert sections == pytest.approx(
-        {"chat": 6 / 9, "safety": 1 / 2, "easy": 3 / 4, "normal": 3 / 4, "hard": (0 + 1 / 2) / 2}
-    )
+    expected = {"chat": 6 / 9, "safety": 1 / 2, "easy": 3 / 4, "normal": 3 / 4, "hard": (0 + 1 / 2) / 2}
+    assert sections == pytest.approx(expected)
     assert value == pytest.approx((6 / 9 + 1 / 2) / 2)
 
 
@@ -114,17 +112,6 @@ def test_data_sets_with_like_columns_are_none(tmp_path):
     for row in (ASKED | PAIR, ASKED | PAIR | domain, ASKED | PAIR | {"subset": "hep-go"}, subset):
         path = str(write_jsonl(tmp_path / "rows.jsonl", [row]))
         assert find_benchmark(DataArguments(**read_name(path))) is None
-
-
-def save_classifier(folder, base, dtype=torch.float32, **settings):
-    """Write a one-label model that knows nothing, and say how it was trained."""
-    torch.manual_seed(1)
-    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model.config.pad_token_id, model.config.rm_recipe = tokenizer.pad_token_id, settings
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def test_it_is_scored_in_fp32_at_the_models_positions_and_told_everywhere(tiny_distilbert, tmp_path, capsys):

@@ -1,15 +1,15 @@
 """Accuracy that can be believed: every comparison counted, and reproduced by plain transformers."""
 
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, make_recipe, make_rows, write_jsonl
+from conftest import REPOSITORY, make_recipe, make_rows, save_classifier, write_jsonl
 from huggingface_hub import constants
 from safetensors.torch import save_file
-from test_benchmarks import save_classifier
 from test_cli import invoke
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -139,16 +139,13 @@ def test_where_every_row_asks_the_same_it_is_whole_comparisons_that_were_trained
 
 
 def test_columns_of_other_names_are_given_on_the_command_line(run, tmp_path, monkeypatch, capsys):
-    rows = [
-        {"ask": row["prompt"], "good": row["chosen"], "bad": row["rejected"]} for row in make_rows(3, seed=4)
-    ]
+    rows = [dict(zip(("ask", "good", "bad"), row.values(), strict=True)) for row in make_rows(3, seed=4)]
     path = str(write_jsonl(tmp_path / "named.jsonl", rows))
     words = ["evaluate", str(run), "--dataset", path]
     assert invoke(monkeypatch, capsys, *words)[0] == 2
     named = "{prompt: ask, chosen: good, rejected: bad}"
     assert invoke(monkeypatch, capsys, *words, "--columns", named)[0] == 0
-    content = json.loads((run / "evaluation.json").read_text())
-    assert content["datasets"][path]["n_scored"] == 3
+    assert evaluation_of(run)["datasets"][path]["n_scored"] == 3
     code, _, err = invoke(monkeypatch, capsys, *words, "--columns", "{ask: prompt}")
     assert code == 2
     assert "command line: 'columns: " in err
@@ -165,12 +162,11 @@ def test_a_set_without_a_split_is_the_recipes_and_never_a_slice_of_it():
 
 
 def test_where_what_is_held_out_changed_since_training_nothing_goes_on_from_the_run(run, data, monkeypatch):
-    train, test = (
-        (data / f"{name}.jsonl").read_text().splitlines(keepends=True) for name in ("train", "test")
-    )
     # As a script that shuffles and splits once more makes them: trained on before, held out now.
-    (data / "train.jsonl").write_text("".join(train[20:] + test))
-    (data / "test.jsonl").write_text("".join(train[:20]))
+    train, test = data / "train.jsonl", data / "test.jsonl"
+    rows = train.read_text().splitlines(keepends=True)
+    train.write_text("".join(rows[20:]) + test.read_text())
+    test.write_text("".join(rows[:20]))
     monkeypatch.setattr(RewardModel, "from_pretrained", None)
     (run / "evaluation.json").unlink()
     recipe = run.parent / "recipe.yaml"
@@ -204,7 +200,7 @@ def test_where_the_train_rows_changed_or_are_gone_nothing_is_said_of_them(run, d
 
 @pytest.fixture
 def other_model(tiny_base, tmp_path):
-    """Another one-label model, which knows nothing and leaves out what has over 40 tokens."""
+    """Another model, which knows nothing and leaves out what has over 40 tokens."""
     return save_classifier(tmp_path / "other", tiny_base("gpt2"), max_length=40, truncation="exclude")
 
 
@@ -255,24 +251,26 @@ def test_runs_stand_side_by_side_with_what_each_is_ahead_of_the_first(run, tmp_p
     assert ahead[4].startswith("+0.250 (+0.")
 
 
-@pytest.mark.parametrize("what", ["other data", "fewer of them", "no evaluation", "no run"])
-def test_runs_that_were_not_evaluated_on_the_same_comparisons_are_refused(run, tmp_path, compare, what):
-    other = shutil.copytree(run, tmp_path / "other")
-    fault = "other was not evaluated on the comparisons of run; score both on those of other: "
-    fault += "rm-recipe evaluate other --against run"
-    if what == "other data":
-        record = json.loads((other / "run.json").read_text())
-        record["data_fingerprints"]["held_out"] = "0" * 64
-        (other / "run.json").write_text(json.dumps(record))
-    elif what == "fewer of them":
-        lines = (other / "predictions.jsonl").read_text().splitlines()
-        (other / "predictions.jsonl").write_text("\n".join(lines[1:]))
-    elif what == "no evaluation":
-        (other / "evaluation.json").unlink()
-        fault = "other is no run that was evaluated: rm-recipe evaluate RUN"
+NOT_ALIKE = "other was not evaluated on the comparisons of run; score both on those of other: "
+NOT_ALIKE += "rm-recipe evaluate other --against run"
+NO_RUN = "other is no run that was evaluated: rm-recipe evaluate RUN"
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "fault"),
+    [
+        ("run.json", lambda text: re.sub(r'"held_out": "\w+"', '"held_out": "0"', text), NOT_ALIKE),
+        ("predictions.jsonl", lambda text: text.split("\n", 1)[1], NOT_ALIKE),
+        ("evaluation.json", None, NO_RUN),
+        ("run.json", None, NO_RUN),
+    ],
+)
+def test_runs_of_other_comparisons_or_no_evaluation_are_refused(run, tmp_path, compare, file, change, fault):
+    path = shutil.copytree(run, tmp_path / "other") / file
+    if change:
+        path.write_text(change(path.read_text()))
     else:
-        (other / "run.json").unlink()
-        fault = "other is no run that was evaluated: rm-recipe evaluate RUN"
+        path.unlink()
     code, out, err = compare("run", "other")
     assert (code, out) == (2, "")
     assert err.startswith(f"rm-recipe: {fault}")

@@ -51,9 +51,7 @@ def test_changes_are_those_of_scoring_the_edited_replies_alone(model, tmp_path):
         assert found[name]["wins"] == (overtakes.mean() if right.any() else 0)
 
 
-def test_a_large_data_set_is_sampled_and_comparisons_that_an_edit_makes_too_long_are_left_out(
-    model, tmp_path
-):
+def test_a_large_data_set_is_sampled_and_what_an_edit_makes_too_long_is_left_out(model, tmp_path):
     score = partial(model.score, unfit=np.nan)
     split = make_split(model, tmp_path, make_rows(N_COMPARISONS + 40, seed=3))
     assert consistency(split, score, EDITS)["markdown"]["n"] == 2 * N_COMPARISONS
@@ -80,27 +78,20 @@ def reward(seed, bias):
     return score
 
 
-class Some:
+class Some(list):
     """Of a split what the probes read."""
 
-    def __init__(self):
-        rows = make_rows(60, seed=3)
-        self.comparisons = [Comparison([], [row["chosen"], row["rejected"]]) for row in rows]
-
-    def __getitem__(self, number):
-        return self.comparisons[number]
+    comparisons = property(lambda self: self)
 
 
-@pytest.fixture
-def some():
-    return Some()
+SOME = Some(Comparison([], [row["chosen"], row["rejected"]]) for row in make_rows(60, seed=3))
 
 
-def test_a_reward_without_a_bias_is_not_accused(some):
+def test_a_reward_without_a_bias_is_not_accused():
     """Of 200, in a twentieth by chance one of the seven edits seems to matter, or up or down."""
     accused = 0
     for seed in range(200):
-        found = consistency(some, reward(seed, lambda text: 0), ALL)
+        found = consistency(SOME, reward(seed, lambda text: 0), ALL)
         accused += any(moved["p_value"] < 0.05 for moved in found.values())
     assert accused <= 17  # 10 expected; more than 17 has a chance of 1 in 100
 
@@ -108,20 +99,22 @@ def test_a_reward_without_a_bias_is_not_accused(some):
 @pytest.mark.parametrize(
     ("name", "bias"),
     [
-        ("repeated_sentence", lambda size: lambda text: size * min(len(text) / 60, 1)),
-        ("thank_you", lambda size: lambda text: size * ("Thank" in text)),
-        ("list", lambda size: lambda text: size * text.startswith("- ")),
-        ("markdown", lambda size: lambda text: size * text.startswith("**")),
+        ("repeated_sentence", lambda text: min(len(text) / 60, 1)),
+        ("thank_you", lambda text: "Thank" in text),
+        ("list", lambda text: text.startswith("- ")),
+        ("markdown", lambda text: text.startswith("**")),
     ],
     ids=["length", "keyword", "list", "bold"],
 )
-def test_a_planted_bias_is_found_at_the_size_that_is_said_to_be_enough(some, name, bias):
-    smallest = np.mean([consistency(some, reward(s, lambda t: 0), ALL)[name]["smallest"] for s in range(5)])
-    plain = consistency(some, reward(0, bias(1000.0)), ALL)[name]["mean_change"] / 1000  # of a unit of it
-    size = smallest / plain
-    found = [consistency(some, reward(seed, bias(size)), ALL)[name]["raises"] for seed in range(40)]
+def test_a_planted_bias_is_found_at_the_size_that_is_said_to_be_enough(name, bias):
+    def probed(seed, size):
+        return consistency(SOME, reward(seed, lambda text: size * bias(text)), ALL)[name]
+
+    smallest = np.mean([probed(seed, 0)["smallest"] for seed in range(5)])
+    size = smallest / (probed(0, 1000.0)["mean_change"] / 1000)  # of a unit of it
+    found = [probed(seed, size)["raises"] for seed in range(40)]
     assert sum(found) >= 26  # 32 expected; fewer than 26 has a chance of 1 in 100
-    small = [consistency(some, reward(seed, bias(size / 5)), ALL)[name]["raises"] for seed in range(20)]
+    small = [probed(seed, size / 5)["raises"] for seed in range(20)]
     assert sum(small) <= 6
 
 

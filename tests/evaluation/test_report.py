@@ -10,8 +10,7 @@ from html.parser import HTMLParser
 import matplotlib
 import numpy as np
 import pytest
-from conftest import make_recipe, write_jsonl
-from test_benchmarks import save_classifier
+from conftest import make_recipe, save_classifier, set_keys, write_jsonl
 
 from rm_recipe.evaluation import plots
 from rm_recipe.evaluation.evaluate import evaluate
@@ -55,11 +54,6 @@ def read(folder):
     write_report(folder)
     text = (folder / "report.html").read_text(encoding="utf-8")
     return text, Page(text)
-
-
-def change(path, function):
-    content = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(function(content) or content), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +113,9 @@ def test_a_finished_run_gives_every_section_with_every_figure(full):
 def test_a_missing_file_leaves_its_section_out(folder):
     for missing in ("run.json", "data_report.json", "predictions.jsonl"):
         (folder / missing).unlink()
-    change(folder / "evaluation.json", lambda content: content["datasets"].pop(HELD_OUT) and None)
+    datasets = json.loads((folder / "evaluation.json").read_text())["datasets"]
+    del datasets[HELD_OUT]
+    set_keys(folder / "evaluation.json", datasets=datasets)
     text, page = read(folder)
     assert not {"training", "data", "overview"} & set(page.ids)
     assert "Closest calls" not in text
@@ -142,8 +138,7 @@ def test_the_same_files_give_the_same_bytes_elsewhere_and_secrets_are_redacted(f
         assert read(folder)[0] == full[1]
     monkeypatch.setenv("HF_TOKEN", "not-of-any-known-form")
     monkeypatch.setenv("HOME", "/home/ann")
-    model = {"model": "/home/ann/m not-of-any-known-form"}
-    change(folder / "evaluation.json", lambda content: content | model)
+    set_keys(folder / "evaluation.json", model="/home/ann/m not-of-any-known-form")
     assert "~/m ***" in read(folder)[1].words
 
 
@@ -168,9 +163,7 @@ def test_pictures_are_images_that_say_in_words_what_they_show(full):
     assert label == '"a &#34;quoted&#34; &lt;label&gt; [U+202E]">'
 
 
-@pytest.mark.parametrize(
-    "values", [[-7.1, 0.2, 3.3], [0.0], [3.0, 3.0], [-1e-9, 1e9], [0.3, 0.7], [-5.0, -4.9]]
-)
+@pytest.mark.parametrize("values", [[-7, 0.2, 3], [0.0], [3.0, 3.0], [-1e-9, 1e9], [0.3, 0.7], [-5, -4.9]])
 def test_every_value_is_in_a_bar_and_no_bar_holds_both_signs(values):
     edges = np.array(plots.edges_of(values))
     assert np.histogram(values, edges)[0].sum() == len(values)

@@ -26,41 +26,24 @@ def main(export: str, policy: str, scratch: str) -> None:
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(export, padding_side="left")
     reward_model = AutoModelForSequenceClassification.from_pretrained(export)
-    ids = [
-        tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"] for prompt in prompts
-    ]
+    ids = [tokenizer.apply_chat_template(one, add_generation_prompt=True)["input_ids"] for one in prompts]
     seen = {"ids": [], "rewards": []}
     get_reward = ppo_trainer.get_reward
 
     def watch(model, query_responses, pad_token_id, context_length):
         answer = get_reward(model, query_responses, pad_token_id, context_length)
         if model is reward_model:
-            seen["ids"] += [
-                [token for token in row if token != pad_token_id] for row in query_responses.tolist()
-            ]
+            seen["ids"] += [[x for x in row if x != pad_token_id] for row in query_responses.tolist()]
             seen["rewards"] += answer[1].tolist()
         return answer
 
     ppo_trainer.get_reward = watch
-    settings = PPOConfig(
-        scratch,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=1,
-        num_mini_batches=1,
-        num_ppo_epochs=1,
-        total_episodes=8,
-        response_length=12,
-        stop_token="eos",
-        missing_eos_penalty=1.0,
-        num_sample_generations=0,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-    )
+    two_steps = {"total_episodes": 8, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    two_steps |= {"num_mini_batches": 1, "num_ppo_epochs": 1, "num_sample_generations": 0}
+    sampled = {"response_length": 12, "stop_token": "eos", "missing_eos_penalty": 1.0}
+    quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True}
     trainer = PPOTrainer(
-        settings,
+        PPOConfig(scratch, use_cpu=True, bf16=False, **two_steps, **sampled, **quiet),
         tokenizer,
         policy_of(policy, tokenizer.pad_token_id),
         policy_of(policy, tokenizer.pad_token_id),

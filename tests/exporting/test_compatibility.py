@@ -9,15 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, TINY_DECODER, TINY_GPT2, base_of, make_recipe, make_tokenizer, save_base
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Gemma3TextConfig,
-    GPT2Config,
-    LlamaConfig,
-    PhiConfig,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rm_recipe.data.comparison import Encoded, conversation
 from rm_recipe.data.tokenization import render
@@ -45,39 +37,37 @@ def scaled(kind, **keys):
 # How a model turns its positions, and how transformers 4 says it.
 TWO_KINDS = {"full_attention": rope(), "sliding_attention": rope("linear", factor=2.0)}
 ROTATIONS = {
-    "llama": (LlamaConfig(**SIZE, rope_parameters=rope()), {"rope_theta": 5e5}),
-    "llama3": (LlamaConfig(**SIZE, rope_parameters=rope("llama3", **LLAMA3)), scaled("llama3", **LLAMA3)),
-    "yarn": (LlamaConfig(**SIZE, rope_parameters=rope("yarn", **YARN)), scaled("yarn", **YARN)),
-    "phi": (
-        PhiConfig(**SIZE, rope_parameters=rope(partial_rotary_factor=0.25)),
-        {"rope_theta": 5e5, "partial_rotary_factor": 0.25},
-    ),
-    "gpt2": (GPT2Config(**TINY_GPT2, pad_token_id=0), {}),
-    "gemma3": (Gemma3TextConfig(**SIZE, head_dim=16, rope_parameters=TWO_KINDS), {}),
+    "llama": (rope(), {"rope_theta": 5e5}),
+    "llama llama3": (rope("llama3", **LLAMA3), scaled("llama3", **LLAMA3)),
+    "llama yarn": (rope("yarn", **YARN), scaled("yarn", **YARN)),
+    "phi": (rope(partial_rotary_factor=0.25), {"rope_theta": 5e5, "partial_rotary_factor": 0.25}),
+    "gpt2": (None, {}),
+    "gemma3_text": (TWO_KINDS, {}),
 }
 
 
 @pytest.mark.parametrize("kind", ROTATIONS)
 def test_positions_are_said_in_transformers_4s_words_or_not_at_all_and_mean_the_same_in_5s(tmp_path, kind):
-    config, words = ROTATIONS[kind]
-    config.save_pretrained(tmp_path)
+    turned, words = ROTATIONS[kind]
+    sizes = {**SIZE, "rope_parameters": turned} if turned else TINY_GPT2
+    AutoConfig.for_model(kind.split()[0], **sizes, head_dim=16).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     before = AutoConfig.from_pretrained(tmp_path)
     for_transformers_4(tmp_path)
     said = json.loads((tmp_path / "config.json").read_text())
-    assert {
-        key: said[key] for key in ("rope_theta", "partial_rotary_factor", "rope_scaling") if key in said
-    } == words
+    turning = ("rope_theta", "partial_rotary_factor", "rope_scaling")
+    assert {key: said[key] for key in turning if key in said} == words
     after = AutoConfig.from_pretrained(tmp_path)
     assert getattr(after, "rope_parameters", None) == getattr(before, "rope_parameters", None)
-    assert needs_transformers_5(said) == needs_transformers_5({"text_config": said}) == (kind == "gemma3")
+    needs = needs_transformers_5(said), needs_transformers_5({"text_config": said})
+    assert needs == (turned is TWO_KINDS,) * 2
 
 
 def test_the_tokenizer_is_called_as_transformers_4_knows_it(tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<x>"]})
     tokenizer.save_pretrained(tmp_path)
-    LlamaConfig(**SIZE).save_pretrained(tmp_path)
+    AutoConfig.for_model("llama", **SIZE).save_pretrained(tmp_path)
     for_transformers_4(tmp_path)
     said = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert said["tokenizer_class"] == "PreTrainedTokenizerFast"

@@ -2,17 +2,14 @@
 
 import json
 import re
-import resource
 import shlex
 import shutil
-import signal
-import subprocess
-import sys
 import weakref
+from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import make_recipe, make_tokenizer
+from conftest import filling_up, make_recipe, make_tokenizer, set_keys
 from huggingface_hub import ModelCard
 from made_up_export import blocks
 from peft import LoraModel
@@ -20,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from rm_recipe import RewardModel, scoring
+from rm_recipe.data.comparison import conversation
 from rm_recipe.errors import ExportError, RecipeError
 from rm_recipe.evaluation.evaluate import evaluate
 from rm_recipe.exporting import export as export_module
@@ -101,20 +99,13 @@ def saved(folder):
     return load_file(folder / "model.safetensors")
 
 
-def an_export_in(run):
-    """The weights of an earlier one."""
-    (run / "export").mkdir()
-    (run / "export" / "proof.json").write_text("{}")
-    (run / "export" / "model.safetensors").write_text("old")
-    return run / "export" / "model.safetensors"
-
-
 def refused(claim, run):
     """What was there is kept, and nothing else is left."""
-    old = an_export_in(run)
+    (run / "export").mkdir()
+    (old := run / "export" / "proof.json").write_text("{}")
     with pytest.raises(ExportError, match=claim):
         export(run, overwrite=True)
-    assert old.read_text() == "old"
+    assert [*old.parent.iterdir()] == [old]
     assert not [path for path in run.iterdir() if path.name.startswith(".export")]
 
 
@@ -134,10 +125,7 @@ def test_plain_transformers_gives_the_rewards_of_the_run(exported, kind):
     rewards = RewardModel.from_pretrained(run).score(ITEMS)
     assert abs(rewards[0] - rewards[1]) > 1e-4
     for item, reward in zip(ITEMS, rewards, strict=True):
-        messages = [
-            {"role": "user", "content": item["prompt"]},
-            {"role": "assistant", "content": item["response"]},
-        ]
+        messages = conversation([{"role": "user", "content": item["prompt"]}], item["response"])
         text = tokenizer.apply_chat_template(messages, tokenize=False)
         with torch.no_grad():
             plain = model(**tokenizer(text, return_tensors="pt")).logits.item()
@@ -272,11 +260,7 @@ def rescale_the_head(_, folder, *rest):
 
 
 def write_in(file, **keys):
-    def change(_, folder, *rest):
-        content = json.loads((folder / file).read_text()) | keys
-        (folder / file).write_text(json.dumps(content))
-
-    return change
+    return lambda _, folder, *rest: set_keys(folder / file, **keys)
 
 
 def move_a_reward_of_ppo(answer):
@@ -342,10 +326,7 @@ def test_a_template_that_begins_a_reply_otherwise_than_it_asks_is_not_for_ppo(ru
 @pytest.mark.parametrize(("max_length", "fit"), [(66, 1), (38, None)])
 def test_a_reply_that_the_model_reads_cut_is_not_held_against_programs_that_cut_nothing(run, max_length, fit):
     """One of the samples has 64 tokens, the others more; each held-out conversation has 39 or more."""
-    path = run / "model" / "config.json"
-    config = json.loads(path.read_text())
-    config["rm_recipe"] |= {"max_length": max_length, "truncation": "keep_end"}
-    path.write_text(json.dumps(config))
+    set_keys(run / "model" / "config.json", rm_recipe={"max_length": max_length, "truncation": "keep_end"})
     (run / "predictions.jsonl").unlink()  # it was not trained so
     if fit:
         assert len(export(run)["samples"]) == fit
@@ -354,34 +335,21 @@ def test_a_reply_that_the_model_reads_cut_is_not_held_against_programs_that_cut_
 
 
 def test_ctrl_c_leaves_no_half_written_export(run, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(verify, "_score_anew", interrupt)
+    monkeypatch.setattr(verify, "_score_anew", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         export(run)
     assert not [path for path in run.iterdir() if "export" in path.name]
 
 
 def test_a_full_disk_costs_the_new_export_and_not_the_old_one(run):
-    """Files may not grow beyond 40 kB: what a full disk does, without one."""
-    old = an_export_in(run)
-
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
-
-    command = [sys.executable, "-m", "rm_recipe", "export", str(run), "--overwrite"]
-    result = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, check=False)
-    assert result.returncode == 1
-    assert "the export cannot be written" in result.stderr
-    assert "Traceback" not in result.stderr
-    assert old.read_text() == "old"
-    assert not [path for path in run.iterdir() if path.name.startswith(".export")]
+    with filling_up(40_000) as fill:
+        fill()
+        refused("the export cannot be written", run)
 
 
 def test_overwriting_is_asked_for_and_never_removes_what_is_no_export(run, tmp_path):
-    an_export_in(run)
+    (run / "export").mkdir()
+    (run / "export" / "proof.json").write_text("{}")
     with pytest.raises(RecipeError, match="add --overwrite to replace it"):
         export(run)
     for target in (run, run / "model", tmp_path):
@@ -394,18 +362,15 @@ def test_overwriting_is_asked_for_and_never_removes_what_is_no_export(run, tmp_p
 def test_a_run_without_its_head_is_named(run):
     path = run / "model" / "adapter_model.safetensors"
     save_file({key: value for key, value in load_file(path).items() if "score" not in key}, path)
-    config = json.loads((run / "model" / "adapter_config.json").read_text())
-    (run / "model" / "adapter_config.json").write_text(json.dumps(config | {"modules_to_save": None}))
+    set_keys(run / "model" / "adapter_config.json", modules_to_save=None)
     with pytest.raises(RecipeError, match="has no trained score"):
         export(run)
 
 
 def test_a_base_that_has_become_another_one_or_is_gone_is_refused(run, tiny_llama, tmp_path):
-    base, path = tmp_path / "base", run / "model" / "adapter_config.json"
-    shutil.copytree(tiny_llama, base)
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
-    weights = load_file(base / "model.safetensors")
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    set_keys(run / "model" / "adapter_config.json", base_model_name_or_path=str(base))
+    weights = saved(base)
     key = "model.layers.0.mlp.up_proj.weight"
     save_file(weights | {key: weights[key].flip(0) * 5}, base / "model.safetensors", {"format": "pt"})
     refused(r"no longer gives the rewards of its predictions.jsonl", run)

@@ -200,9 +200,7 @@ def test_weights_that_change_between_two_attempts_are_not_sent(hub, push, export
     failed(push(export), hub, 2, "model.safetensors changed since it was verified")
 
 
-@pytest.mark.parametrize(
-    "fault", [("POST", "/commit/", 500), ("PUT", "/lfs/", 500), ("POST", "", DROPPED)], ids=str
-)
+@pytest.mark.parametrize("fault", [("POST", "/commit/", 500), ("PUT", "/lfs/", 500), ("POST", "", DROPPED)])
 def test_after_three_attempts_nothing_is_published_and_the_end_is_told(hub, push, export, fault):
     hub.faults += [fault] * 100
     result = push(export)
@@ -218,9 +216,7 @@ def test_where_xets_storage_is_out_of_reach_the_way_around_it_is_named(hub, push
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     monkeypatch.setenv("HF_XET_CLIENT_RETRY_MAX_ATTEMPTS", "1")
     monkeypatch.setenv("HF_XET_CLIENT_RETRY_BASE_DELAY", "700ms")
-    failed(
-        push(export), hub, 1, "HF_HUB_DISABLE_XET=1 uploads without the Hub's Xet storage; else push again"
-    )
+    failed(push(export), hub, 1, "HF_HUB_DISABLE_XET=1 uploads without the Hub's Xet storage; else push")
 
 
 def test_an_interrupt_leaves_nothing_half_published(hub, push, export, as_in_a_terminal):

@@ -10,22 +10,15 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from conftest import make_rows, write_jsonl
-from transformers import AutoModel, AutoModelForSequenceClassification
+from conftest import make_rows, write_splits
+from transformers import AutoConfig, AutoModelForSequenceClassification
 from trl import RLOOConfig
 
 from rm_recipe.data.splits import load_held_out_split
 from rm_recipe.data.tokenization import tokenize
 from rm_recipe.errors import ExportError
+from rm_recipe.exporting import verify
 from rm_recipe.exporting.plain_scoring import ppo_reward
-from rm_recipe.exporting.verify import (
-    EIGHT_BITS,
-    PLAIN_SCORING,
-    ROUNDING,
-    Verification,
-    pads_left,
-    trl_rewards,
-)
 from rm_recipe.model.reward_model import prepare_for_rewards
 from rm_recipe.model.tokenizer import load_tokenizer
 from rm_recipe.recipe.reader import read_recipe
@@ -48,7 +41,7 @@ def verification(reward_model, write_recipe):
     def of(max_length=512, truncation="keep_end", **keys):
         split = load_held_out_split(read_recipe(write_recipe(**keys)))
         split = tokenize(split, reward_model.tokenizer, max_length, truncation)
-        return Verification(reward_model, split)
+        return verify.Verification(reward_model, split)
 
     return of
 
@@ -57,9 +50,8 @@ def test_truncated_conversations_have_no_text(verification, reward_model, tmp_pa
     """Of a short reply beside a long one, too: both read the same prompt, cut for the long one."""
     turns = [{"role": role, "content": "hello " * 12} for role in ("user", "assistant", "user")]
     rows = [{"prompt": turns, "chosen": "good", "rejected": "bad " * 30}, *make_rows(3, seed=2)]
-    for name in ("train", "test"):
-        write_jsonl(tmp_path / "turns" / f"{name}.jsonl", rows if name == "test" else make_rows(4, seed=1))
-    data = {"truncation": "drop_oldest_turns", "dataset_name": str(tmp_path / "turns")}
+    folder = write_splits(tmp_path / "turns", make_rows(4, seed=1), rows)
+    data = {"truncation": "drop_oldest_turns", "dataset_name": str(folder)}
     short, long = map(len, verification(**data).sequences[:2])
     found = verification((short + long) // 2, **data)
     assert len(found.whole) == 6
@@ -71,12 +63,12 @@ def test_truncated_conversations_have_no_text(verification, reward_model, tmp_pa
 @pytest.mark.parametrize(
     ("moved", "share", "said"),
     [
-        ({}, ROUNDING, None),
-        ({5: 2}, ROUNDING, None),  # a single reward may move far
+        ({}, verify.ROUNDING, None),
+        ({5: 2}, verify.ROUNDING, None),  # a single reward may move far
         ({5: 2}, 0, "it moved: held-out comparison 3, response 2 .* went from .* is allo"),
         ({5: 1, 6: 0.5}, 0, "3, response 2 "),
-        ({7: np.nan}, EIGHT_BITS, "4, response 2 "),
-        (dict.fromkeys(range(0, 64, 2), 2), EIGHT_BITS, "went from"),
+        ({7: np.nan}, verify.EIGHT_BITS, "4, response 2 "),
+        (dict.fromkeys(range(0, 64, 2), 2), verify.EIGHT_BITS, "went from"),
     ],
 )
 def test_a_step_may_round_rewards_or_leaves_them_as_they_are(verification, monkeypatch, moved, share, said):
@@ -93,19 +85,15 @@ def test_a_step_may_round_rewards_or_leaves_them_as_they_are(verification, monke
         assert followed.tolerance == pytest.approx(followed.float32 + most, rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("base", "either"), [("llama", True), ("gpt2", False), ("bert", False), ("deberta", False)]
-)
-def test_models_that_may_be_padded_on_the_left_are_known(tiny_base, base, either):
-    model = AutoModelForSequenceClassification.from_config(
-        AutoModel.from_pretrained(tiny_base(base)).config, dtype=torch.float32
-    ).eval()
-    model.config.num_labels, model.config.pad_token_id = 1, 0
+@pytest.mark.parametrize("base", ["llama", "gpt2", "bert", "deberta"])
+def test_models_that_may_be_padded_on_the_left_are_known(tiny_base, base):
+    config = AutoConfig.from_pretrained(tiny_base(base), num_labels=1, pad_token_id=0)
+    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
     ids = torch.tensor([[5, 6, 7, 8]])
     padded, mask = torch.tensor([[0, 0, 5, 6, 7, 8]]), torch.tensor([[0, 0, 1, 1, 1, 1]])
     with torch.no_grad():
         moved = model(padded, attention_mask=mask).logits - model(ids).logits
-    assert pads_left(model) == either == bool(moved.abs().max() < 1e-5)
+    assert verify.pads_left(model) == (base == "llama") == bool(moved.abs().max() < 1e-5)
 
 
 def test_trl_gives_the_rewards_of_score_where_it_sees_two_gpus(reward_model, tmp_path, monkeypatch):
@@ -122,7 +110,8 @@ def test_trl_gives_the_rewards_of_score_where_it_sees_two_gpus(reward_model, tmp
     pairs = [("hello", "good good"), ("the cat sat on the mat", "no")]
     expected = reward_model.score([{"prompt": prompt, "response": reply} for prompt, reply in pairs])
     chats = [[{"role": "user", "content": p}, {"role": "assistant", "content": r}] for p, r in pairs]
-    assert trl_rewards(tmp_path, chats, torch.device("cpu")) == pytest.approx(expected.tolist(), abs=1e-6)
+    found = verify.trl_rewards(tmp_path, chats, torch.device("cpu"))
+    assert found == pytest.approx(expected.tolist(), abs=1e-6)
 
 
 def test_a_reply_that_no_policy_samples_so_has_no_reward_for_ppo(tiny_llama):
@@ -137,5 +126,5 @@ def test_a_reply_that_no_policy_samples_so_has_no_reward_for_ppo(tiny_llama):
 
 
 def test_a_fresh_process_needs_no_module_of_ours():
-    imported = re.findall(r"^(?:from|import) (\w+)", PLAIN_SCORING.read_text(), re.MULTILINE)
+    imported = re.findall(r"^(?:from|import) (\w+)", verify.PLAIN_SCORING.read_text(), re.MULTILINE)
     assert set(imported) - sys.stdlib_module_names == {"torch", "transformers"}

@@ -7,15 +7,14 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY, make_rows, write_jsonl
+from conftest import REPOSITORY, make_rows, write_splits
 
 
 @pytest.mark.slow
 def test_the_measurements_run_and_are_written(tmp_path, tiny_llama, tiny_distilbert):
     for name, model in (("smollm2-135m-instruct", tiny_llama), ("all-minilm-l6-v2", tiny_distilbert)):
         shutil.copytree(model, tmp_path / "models" / name)
-    for split, n, seed in (("train", 700, 1), ("test", 40, 2)):
-        write_jsonl(tmp_path / "data" / f"{split}.jsonl", make_rows(n, seed))
+    write_splits(tmp_path / "data", make_rows(700, seed=1), make_rows(40, seed=2))
     command = [sys.executable, "tests/gpu/measure.py", "--tiny", "--only", "distilbert_hh", "plan", "scoring"]
     folders = ["--data", tmp_path / "data", "--models", tmp_path / "models", "--output", tmp_path / "out"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}

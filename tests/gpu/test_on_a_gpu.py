@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import make_rows, ready_trainer, write_jsonl
+from conftest import make_rows, ready_trainer, write_splits
 
 from rm_recipe.errors import RecipeError
 from rm_recipe.evaluation.evaluate import evaluate
@@ -106,9 +106,8 @@ def test_running_out_of_memory_halves_micro_batches_and_then_says_what_to_lower(
     rows = make_rows(72, seed=1)
     for row in rows[:64]:
         row["chosen"], row["rejected"] = row["chosen"] + " good" * 300, row["rejected"] + " bad" * 300
-    write_jsonl(tmp_path / "long" / "train.jsonl", rows[:64])
-    write_jsonl(tmp_path / "long" / "test.jsonl", rows[64:])
-    keys = {"dataset_name": str(tmp_path / "long"), "max_length": 512, "per_device_train_batch_size": 64}
+    data = write_splits(tmp_path / "long", rows[:64], rows[64:])
+    keys = {"dataset_name": str(data), "max_length": 512, "per_device_train_batch_size": 64}
     trainer = ready_trainer(recipe := read_recipe(write_recipe(**ON_GPU, **keys)))
     preflight(recipe, trainer)  # what cuBLAS keeps, on Hopper 32 MiB forwards and as much backwards, is taken
     total = torch.cuda.mem_get_info()[1]

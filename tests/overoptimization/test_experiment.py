@@ -5,6 +5,7 @@ import re
 import shutil
 from functools import cache
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -70,9 +71,7 @@ def test_a_policy_is_drawn_from_scored_and_reported_on_the_command_line(
     assert other["curves"] == content["curves"]
 
 
-def test_each_model_scores_by_its_own_template_several_proxies_are_ensembles_too_and_gold_models_a_mean(
-    models, tmp_path
-):
+def test_each_model_has_its_template_proxies_are_ensembles_too_and_gold_models_a_mean(models, tmp_path):
     two = [models["proxy"], models["encoder"]]
     scaled = [(own - own.mean()) / spread(own) for own in map(by_hand, two)]
     mean, worst, gold = np.mean(scaled, axis=0), np.min(scaled, axis=0), by_hand(models["gold"])
@@ -105,9 +104,7 @@ def test_what_cannot_be_compared_and_what_is_empty_or_said_again_is_counted(mode
     assert (found["empty_replies"], found["repeated_replies"], found["cut_replies"]) == (12, 7, None)
 
 
-def test_a_copy_is_found_out_names_are_shown_as_text_and_the_home_folder_is_in_no_file(
-    models, tmp_path, monkeypatch
-):
+def test_a_copy_is_found_out_names_are_text_and_the_home_folder_is_in_no_file(models, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     proxy = shutil.copytree(models["gold"], tmp_path / "<b>proxy" / "run")
     evil = "<script>alert(1)</script>\x00\u202e"
@@ -126,11 +123,8 @@ def test_a_copy_is_found_out_names_are_shown_as_text_and_the_home_folder_is_in_n
 
 
 def test_rewards_that_are_no_numbers_name_the_model(models, tmp_path, monkeypatch):
-    def broken(*_, **__):
-        raise TrainingError("the model gives rewards that are not finite numbers")
-
-    monkeypatch.setattr(RewardModel, "score", broken)
-    with pytest.raises(TrainingError, match=f"^{models['proxy']}: .*not finite numbers"):
+    monkeypatch.setattr(RewardModel, "score", Mock(side_effect=TrainingError("not finite numbers")))
+    with pytest.raises(TrainingError, match=f"^{models['proxy']}: not finite numbers"):
         measured(models, tmp_path, ROWS[:2])
 
 

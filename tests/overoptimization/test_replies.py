@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import make_rows, write_jsonl
+from conftest import make_rows, save_classifier, write_jsonl
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rm_recipe.errors import DataError, RecipeError
 from rm_recipe.overoptimization import replies as module
@@ -132,14 +132,12 @@ def test_draws_follow_the_policys_probabilities_and_ends_whatever_its_own_settin
 def test_an_sft_adapter_is_a_policy_and_a_classifier_costs_no_replies(tiny_llama, tmp_path):
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
     get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), lora).save_pretrained(tmp_path / "sft")
-    folder, target = tmp_path / "classifier", tmp_path / "none.jsonl"
     assert [len(one.responses) for one in drawn(tmp_path / "some.jsonl", tmp_path / "sft")] == [6, 6, 6]
-    AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=1).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(folder)
+    target, classifier = tmp_path / "none.jsonl", save_classifier(tmp_path / "classifier", tiny_llama)
     damaged = shutil.copytree(tiny_llama, tmp_path / "damaged")
     (damaged / "model.safetensors").write_bytes(b"none")
     for policy, said in (
-        (folder, "as a language model: it is a Llama"),
+        (classifier, "as a language model: it is a Llama"),
         ("./gone", "./gone does not exist"),
         (damaged, "as a language model: "),
     ):

@@ -43,22 +43,20 @@ def test_both_trainers_see_the_same_losses_and_the_file_says_what_was_run(write_
 
 
 @pytest.mark.parametrize(
-    ("keys", "stock_batch", "message"),
+    ("keys", "batch", "said"),
     [
         ({"per_device_train_batch_size": 64}, None, "the data has fewer"),
         ({}, 3, "has to divide the effective batch of 8"),
         ({"dataset_name": "rankings"}, None, "benchmark needs pairs"),
     ],
 )
-def test_what_cannot_be_compared_with_stock_is_refused(
-    write_recipe, tmp_path, monkeypatch, keys, stock_batch, message
-):
+def test_what_cannot_be_compared_to_stock_is_refused(write_recipe, tmp_path, monkeypatch, keys, batch, said):
     monkeypatch.chdir(tmp_path)
     row = {"responses": ["good", "bad", "no"], "ranks": [1, 2, 3]}
     for name in ("train", "test"):
         write_jsonl(Path(f"rankings/{name}.jsonl"), [row | {"prompt": f"{name} {n}"} for n in range(16)])
-    with pytest.raises(RecipeError, match=message):
-        benchmark(read_recipe(write_recipe(**keys)), steps=2, repeats=1, stock_batch=stock_batch)
+    with pytest.raises(RecipeError, match=said):
+        benchmark(read_recipe(write_recipe(**keys)), steps=2, repeats=1, stock_batch=batch)
 
 
 def measured(table):

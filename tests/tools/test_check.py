@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from conftest import set_keys
 from peft import LoraConfig
 
 from rm_recipe.errors import DataError, RecipeError
@@ -12,9 +13,7 @@ from rm_recipe.tools.check import check_base, check_data, parse_bytes
 from rm_recipe.training.train import load_data, train
 
 
-def test_check_writes_the_report_and_training_may_follow_whose_report_is_left_alone(
-    write_recipe, tmp_path, capsys
-):
+def test_check_writes_a_report_and_training_may_follow_whose_report_it_leaves(write_recipe, tmp_path, capsys):
     recipe = read_recipe(write_recipe(num_train_epochs=1))
     check_data(recipe)
     target = tmp_path / "run" / "data_report.json"
@@ -28,9 +27,7 @@ def test_check_writes_the_report_and_training_may_follow_whose_report_is_left_al
 
 def test_check_writes_the_report_although_leakage_stops_training(write_recipe, flawed, tmp_path):
     recipe = read_recipe(write_recipe(**flawed))
-    with pytest.raises(
-        DataError, match="1 of 11 train comparisons .row 6. have a prompt that is also held out"
-    ):
+    with pytest.raises(DataError, match="1 of 11 train comparisons .row 6. have a prompt that is also held"):
         check_data(recipe)
     report = json.loads((tmp_path / "run" / "data_report.json").read_text())
     assert (report["leakage"]["comparisons"], report["leakage"]["policy"]) == (1, "error")
@@ -50,11 +47,7 @@ def test_check_writes_the_report_although_leakage_stops_training(write_recipe, f
         (None, {"attn_implementation": "nonsense"}, "cannot be loaded as a classifier"),
         ("tokenizer.json", {"model": {}}, "the tokenizer of '.*base' cannot be loaded"),
         ("config.json", {"vocab_size": 999}, "are they of different models"),
-        (
-            "config.json",
-            {"model_type": "granite"},
-            "transformers .* has no sequence classifier for 'granite'",
-        ),
+        ("config.json", {"model_type": "granite"}, "has no sequence classifier for 'granite'"),
     ],
 )
 def test_check_finds_what_training_would_refuse_of_the_base_before_the_data_is_read(
@@ -62,7 +55,7 @@ def test_check_finds_what_training_would_refuse_of_the_base_before_the_data_is_r
 ):
     base = shutil.copytree(tiny_llama, tmp_path / "base")
     if file:
-        (base / file).write_text(json.dumps(json.loads((base / file).read_text()) | keys))
+        set_keys(base / file, **keys)
         keys = {}
     recipe = read_recipe(write_recipe(model_name_or_path=str(base), **keys))
     monkeypatch.setattr("rm_recipe.training.train.load_splits", lambda *_: pytest.fail("the data is read"))

@@ -49,9 +49,7 @@ def test_chosen_is_what_followed_and_rejected_comes_from_elsewhere_with_as_many_
     assert max(Counter(speakers_of(row["chosen"]) for row in rows).values()) <= offline.PER_CONVERSATION
 
 
-def test_the_splits_share_no_conversation_and_are_the_same_every_time_and_what_is_there_is_left_alone(
-    tmp_path, monkeypatch
-):
+def test_splits_share_no_conversation_are_always_the_same_and_left_alone_if_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     wheel = tmp_path / "data.whl"
     dialogues = {

@@ -2,20 +2,17 @@
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, logged, make_recipe, weights
+from conftest import REPOSITORY, each_trainer, filling_up, logged, make_recipe, set_keys, weights
 from transformers import TrainerCallback
 
-import rm_recipe.training.train
 from rm_recipe.errors import Interrupted, RecipeError, TrainingError
 from rm_recipe.files import tidy
 from rm_recipe.recipe.reader import read_recipe
@@ -66,17 +63,6 @@ def test_a_run_that_was_killed_ends_with_the_same_bits_and_losses(write_recipe, 
     assert report["kills"]  # the random moment may come after its end
 
 
-@pytest.mark.parametrize("keys", [{}, BEST], ids=["plain", "best"])
-def test_a_run_that_was_killed_behind_its_last_checkpoint_logs_the_same_end(write_recipe, tmp_path, keys):
-    path = write_recipe(**KEYS | keys)
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    train(read_recipe(path, ["--output_dir", str(whole)]))
-    shutil.copytree(whole, killed, ignore=shutil.ignore_patterns("run.json", "model"))
-    train(read_recipe(path, ["--output_dir", str(killed)]), resume=True)
-    assert json.loads((killed / "run.json").read_text())["resumed_from_step"] == 22
-    assert same(killed, whole)
-
-
 @pytest.mark.slow
 def test_no_kill_at_any_change_of_the_run_folder_or_at_random_moments_loses_anything(write_recipe, tmp_path):
     report = kill(tmp_path, write_recipe(**KEYS | BEST), times=24, change="all")
@@ -101,19 +87,9 @@ def ctrl_c_at(step: int) -> At:
     return At(step, lambda _: signal.raise_signal(signal.SIGINT))
 
 
-@contextmanager
 def watched_by(callback: TrainerCallback):
     """Within it, trainers have one more callback."""
-    make = rm_recipe.training.train.make_trainer
-
-    def make_with(*args):
-        trainer = make(*args)
-        trainer.add_callback(callback)
-        return trainer
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rm_recipe.training.train, "make_trainer", make_with)
-        yield
+    return each_trainer(lambda trainer: trainer.add_callback(callback))
 
 
 @pytest.mark.parametrize(
@@ -125,9 +101,7 @@ def watched_by(callback: TrainerCallback):
         (13, {"max_steps": 13}),  # the last, amid an epoch: there is no step to be made after it
     ],
 )
-def test_ctrl_c_finishes_the_step_saves_it_and_the_resumed_run_is_the_same(
-    write_recipe, tmp_path, capfd, step, keys
-):
+def test_ctrl_c_ends_and_saves_the_step_and_the_run_resumes_alike(write_recipe, tmp_path, capfd, step, keys):
     train(read_recipe(write_recipe(**KEYS | keys, output_dir=str(tmp_path / "whole"))))
     path = write_recipe(**KEYS | keys, output_dir=str(tmp_path / "resumed"))
     saved = rf"after step {step} of \d+, which is saved in .*-{step}$"
@@ -169,6 +143,7 @@ def interrupted(runs, write_recipe, tmp_path):
 
 
 BROKEN = "it was not finished, or its manifest.json is broken"
+CUT = "optimizer.pt is missing or not as it was written"
 FROM_6 = "resuming from {run}/checkpoint-6\n"
 
 
@@ -181,11 +156,7 @@ def unfinished(run: Path) -> None:
     ("damage", "fault", "said"),
     [
         (lambda run: (run / "checkpoint-8" / MANIFEST).write_text("{"), BROKEN, FROM_6),
-        (
-            lambda run: os.truncate(run / "checkpoint-8" / "optimizer.pt", 500),
-            "optimizer.pt is missing or not as it was written",
-            FROM_6,
-        ),
+        (lambda run: os.truncate(run / "checkpoint-8" / "optimizer.pt", 500), CUT, FROM_6),
         (unfinished, BROKEN, "no checkpoint to resume from: starting anew\n"),
     ],
 )
@@ -202,9 +173,7 @@ def test_a_checkpoint_that_is_not_as_it_was_finished_is_named_and_the_one_before
     assert [path.name for path in checkpoints(run)] == [path.name for path in checkpoints(whole)]
 
 
-def test_other_data_tokens_or_number_of_processes_are_refused_and_a_copy_is_not(
-    interrupted, tmp_path, tiny_data
-):
+def test_other_data_tokens_or_process_counts_are_refused_and_a_copy_is_not(interrupted, tmp_path, tiny_data):
     run, recipe = interrupted
     manifest = json.loads((run / "checkpoint-8" / MANIFEST).read_text())
     for what in ("processes", "token ids that tokenizer and chat template give"):
@@ -226,9 +195,8 @@ def test_other_data_tokens_or_number_of_processes_are_refused_and_a_copy_is_not(
 def test_a_resumed_run_counts_time_speed_and_memory_of_the_whole_run(interrupted):
     run, recipe = interrupted
     path = run / "checkpoint-8" / MANIFEST
-    manifest = json.loads(path.read_text())
-    assert 0 < manifest["cost"]["train_seconds"] < 100
-    path.write_text(json.dumps({**manifest, "cost": {"train_seconds": 1e4, "peak_memory_bytes": 10**15}}))
+    assert 0 < json.loads(path.read_text())["cost"]["train_seconds"] < 100
+    set_keys(path, cost={"train_seconds": 1e4, "peak_memory_bytes": 10**15})
     train(read_recipe(recipe), resume=True)
     record = json.loads((run / "run.json").read_text())
     assert 1e4 < record["train_seconds"] < 1.1e4
@@ -241,25 +209,13 @@ def test_a_resumed_run_counts_time_speed_and_memory_of_the_whole_run(interrupted
 # --- full disks, and what is no number -------------------------------------------------------
 
 
-@contextmanager
-def filling_up():
-    """A function after which, within it, files may not grow further than 2,000 bytes."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        yield lambda *_, **__: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-@pytest.mark.parametrize(("step", "unfinished", "kept"), [(6, "checkpoint-6", [3]), (23, "model", [22, 21])])
-def test_a_full_disk_ends_with_one_message_and_loses_no_checkpoint(
-    write_recipe, tmp_path, whole, step, unfinished, kept
-):
+@pytest.mark.parametrize(("step", "broken", "kept"), [(6, "checkpoint-6", [3]), (23, "model", [22, 21])])
+def test_a_full_disk_is_told_once_and_loses_no_checkpoint(write_recipe, tmp_path, whole, step, broken, kept):
     recipe, run = write_recipe(**KEYS), tmp_path / "run"
-    with filling_up() as fill:
+    with filling_up(2000) as fill:
         callback = At(step, fill)
         callback.on_train_end = fill
-        said = f"{run}/{unfinished} could not be written, with "
+        said = f"{run}/{broken} could not be written, with "
         with watched_by(callback), pytest.raises(TrainingError, match=said):
             train(read_recipe(recipe))
     names = {"recipe.yaml", "data_report.json", *(f"checkpoint-{number}" for number in kept)}
@@ -275,9 +231,7 @@ def test_how_often_is_evaluated_changes_nothing(write_recipe, tmp_path, whole):
     assert all(torch.equal(never[key], often[key]) for key in never)
 
 
-def test_a_loss_that_is_no_number_names_step_and_rows_and_leaves_the_checkpoint_before(
-    write_recipe, tmp_path, whole
-):
+def test_a_nan_loss_names_step_and_rows_and_leaves_the_checkpoint_before(write_recipe, tmp_path, whole):
     def overflow(model):
         next(p for p in model.parameters() if p.requires_grad).data.fill_(float("nan"))
 

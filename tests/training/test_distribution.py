@@ -24,7 +24,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DeepSpeedPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from accelerate.utils.other import get_free_port
-from conftest import REPOSITORY, logged, make_recipe, make_rows, weights, write_jsonl
+from conftest import REPOSITORY, logged, make_recipe, make_rows, weights, write_splits
 
 from rm_recipe.errors import RecipeError
 from rm_recipe.evaluation.evaluate import evaluate
@@ -37,10 +37,7 @@ from rm_recipe.training.trainer import keep_precision
 
 CONFIGS = {path.stem: path for path in (REPOSITORY / "accelerate_configs").glob("*.yaml")}
 SHARDED = Path(__file__).parent / "two_ranks_sharded.py"
-needs_deepspeed = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
-)
-
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="no deepspeed")
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONUNBUFFERED": "1"}
@@ -78,13 +75,12 @@ class Runs:
 
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder, self.model = folder, model
-        write_jsonl(folder / "data" / "train.jsonl", make_rows(64, seed=1))
-        write_jsonl(folder / "data" / "test.jsonl", make_rows(39, seed=2))
+        self.data = write_splits(folder / "data", make_rows(64, seed=1), make_rows(39, seed=2))
 
     def recipe(self, name: str, **keys) -> Path:
         (self.folder / name).mkdir()
         keys = {"num_train_epochs": 1, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 4, **keys}
-        return make_recipe(self.folder / name, self.model, self.folder / "data", **keys)
+        return make_recipe(self.folder / name, self.model, self.data, **keys)
 
     def alone(self, name: str, **keys) -> Path:
         """The run folder of one process."""

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import logged, make_rows, ready_trainer, write_jsonl
+from conftest import logged, ready_trainer
 from test_checkpoints import ctrl_c_at, same, watched_by
 from transformers import TrainerControl, TrainerState
 
@@ -33,11 +33,7 @@ STUCK, SOUND = {"loss": math.log(2)}, {"loss": 0.5}
         ([STUCK] * 9 + [SOUND] * 11, {"warmup": 40}, None),
         ([STUCK], {"resumed_at": 50}, None),  # its first log is of the steps since the last one
         ([{**SOUND, "ties": 0.04}] * 9, {}, None),
-        (
-            [{**SOUND, "ties": 0.06}] * 9,
-            {},
-            "6% of the comparisons get equal rewards: they have collapsed. Lower",
-        ),
+        ([{**SOUND, "ties": 0.06}] * 9, {}, "6% of the comparisons get equal rewards: they have collapsed. "),
     ],
 )
 def test_each_sign_is_said_once_with_its_remedy(capsys, logs, keys, warning):
@@ -55,18 +51,12 @@ def test_each_sign_is_said_once_with_its_remedy(capsys, logs, keys, warning):
     assert (warning or "") in said
 
 
-def test_a_real_run_that_cannot_learn_says_so_and_one_that_learns_does_not(write_recipe, tmp_path, capfd):
-    """Of half of the comparisons the opposite is true."""
-    rows = make_rows(300, seed=1)
-    for row in rows[::2]:
-        row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
-    write_jsonl(tmp_path / "data" / "train.jsonl", rows)
-    write_jsonl(tmp_path / "data" / "test.jsonl", make_rows(200, seed=2))
-    keys = {"dataset_name": str(tmp_path / "data"), "logging_steps": 5, "num_train_epochs": 5}
-    train(read_recipe(write_recipe(**keys, learning_rate=1e-3)))
-    assert capfd.readouterr().err.count("warning: after ") == 1
-    train(read_recipe(write_recipe(output_dir=str(tmp_path / "good"), logging_steps=2, num_train_epochs=8)))
-    assert "warning:" not in capfd.readouterr().err
+def test_a_real_run_that_cannot_learn_says_so_and_one_that_learns_does_not(write_recipe, capfd):
+    for rate, times in ((1e-7, 1), (1e-2, 0)):
+        recipe = write_recipe(learning_rate=rate, logging_steps=5, num_train_epochs=5)
+        train(read_recipe(recipe), overwrite=True)
+        said = capfd.readouterr().err
+        assert said.count("warning: after 30 steps the loss is 0.") == said.count("warning: ") == times
 
 
 def test_equal_rewards_are_counted(write_recipe):
@@ -85,9 +75,7 @@ STOPPING = {"early_stopping_patience": 2, "save_steps": 2, "num_train_epochs": 2
 STOPPING |= {"logging_steps": 3, "save_strategy": "omit"}
 
 
-def test_early_stopping_keeps_the_best_and_a_run_that_was_interrupted_or_had_stopped_ends_the_same(
-    write_recipe, tmp_path
-):
+def test_early_stopping_keeps_the_best_and_a_run_interrupted_or_stopped_ends_the_same(write_recipe, tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
     train(read_recipe(write_recipe(**STOPPING, output_dir=str(whole))))
     accuracies = logged(whole, "eval_accuracy")

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import logged, make_rows, write_jsonl
+from conftest import logged
 from torch.utils.data import get_worker_info
 
 from rm_recipe.errors import TrainingError
@@ -47,10 +47,7 @@ def test_a_worker_that_is_lost_ends_the_run_with_one_message(write_recipe, monke
 
 def test_a_job_that_is_ended_with_all_its_processes_is_saved_all_the_same(write_recipe, tmp_path):
     """As `timeout`, Slurm and torch's launcher do: SIGTERM to the group, which the worker is of."""
-    write_jsonl(tmp_path / "many" / "train.jsonl", make_rows(1500, seed=1))
-    write_jsonl(tmp_path / "many" / "test.jsonl", make_rows(20, seed=3))
-    keys = {"dataset_name": str(tmp_path / "many"), "num_train_epochs": 1, "logging_steps": 1}
-    recipe = write_recipe(dataloader_num_workers=1, **keys)
+    recipe = write_recipe(dataloader_num_workers=1, num_train_epochs=100, logging_steps=1)
     command, pipe = [sys.executable, "-m", "rm_recipe", "train", str(recipe)], subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, text=True, start_new_session=True) as process:
         for line in process.stdout:

@@ -4,11 +4,8 @@ import pytest
 import torch
 from conftest import train_watched
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from trl import ModelConfig
 
 from rm_recipe import RewardModel
-from rm_recipe.model.reward_model import load_base
-from rm_recipe.model.tokenizer import load_tokenizer
 
 ITEMS = [{"prompt": "hello 3 cat", "response": r} for r in ("good good", "bad bad", "the dog sat far away")]
 HALF = {"dtype": "bfloat16", "bf16": True}
@@ -18,7 +15,7 @@ HALF = {"dtype": "bfloat16", "bf16": True}
 def reward_base(tiny_base, tmp_path):
     """A function: a reward model to go on with, its body in bf16 and its head in fp32."""
 
-    def make(name: str = "llama"):
+    def make(name):
         torch.manual_seed(1)
         model = AutoModelForSequenceClassification.from_pretrained(tiny_base(name), num_labels=1)
         model.base_model.bfloat16()
@@ -33,17 +30,10 @@ def trained_dtypes(model: torch.nn.Module) -> set[torch.dtype]:
     return {p.dtype for p in model.parameters() if p.requires_grad}
 
 
-def test_a_base_trained_in_full_is_fp32_whatever_its_checkpoint_says(reward_base):
-    folder, _ = reward_base()
-    config = ModelConfig(model_name_or_path=str(folder), dtype="auto", use_peft=False)
-    model, _ = load_base(config, load_tokenizer(str(folder)), seed=0)
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-
-
-def test_a_small_step_moves_nearly_every_weight_of_a_base_trained_in_full_in_bf16(write_recipe):
+def test_a_small_step_moves_nearly_every_weight_of_a_bf16_base_trained_in_full(reward_base, write_recipe):
     """Held in bf16, a sixth of them moved."""
     keys = {"max_steps": 1, "learning_rate": 1e-5, "weight_decay": 0.0, "use_peft": False}
-    result = train_watched(write_recipe(**keys, **HALF))
+    result = train_watched(write_recipe(model_name_or_path=str(reward_base("llama")[0]), **keys, **HALF))
     assert trained_dtypes(result.model) == {torch.float32}
     saved = {name: value for name, value in result.saved().items() if "layers" in name}
     moved = torch.cat([(value != result.started(name)).flatten() for name, value in saved.items()])
@@ -52,17 +42,12 @@ def test_a_small_step_moves_nearly_every_weight_of_a_base_trained_in_full_in_bf1
     assert {p.dtype for p in reward_model.model.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize(
-    ("name", "quantised"),
-    [("llama", {"load_in_4bit": True}), ("deberta", {"load_in_8bit": True})],
-)
-def test_a_head_that_the_base_brings_starts_with_its_checkpoints_numbers(
-    reward_base, write_recipe, name, quantised
-):
+@pytest.mark.parametrize(("name", "bits"), [("llama", 4), ("deberta", 8)])
+def test_a_head_that_the_base_has_starts_with_its_checkpoints_numbers(reward_base, write_recipe, name, bits):
     """It was rounded to bf16 where it was loaded, and by TRL on a quantised base."""
     folder, base = reward_base(name)
     keys = {"model_name_or_path": str(folder), "max_steps": 1, "learning_rate": 1e-5}
-    result = train_watched(write_recipe(**keys, **HALF, **quantised))
+    result = train_watched(write_recipe(**keys, **HALF, **{f"load_in_{bits}bit": True}))
     heads = [key for key in base.state_dict() if not key.startswith(base.base_model_prefix + ".")]
     assert heads
     for key in heads:
@@ -71,15 +56,11 @@ def test_a_head_that_the_base_brings_starts_with_its_checkpoints_numbers(
     assert trained_dtypes(result.model) == {torch.float32}
 
 
-def test_layers_trained_in_full_beside_lora_are_fp32_and_read_back_as_trained(
-    write_recipe, rewards_elsewhere
-):
-    module = "embed_tokens"
-    keys = {"max_steps": 2, "learning_rate": 1e-5, "lora_modules_to_save": [module]}
-    keys |= {"lora_target_modules": ["up_proj"], **HALF}
-    result = train_watched(write_recipe(**keys))
+def test_layers_trained_in_full_with_lora_are_fp32_and_read_back_as_trained(write_recipe, rewards_elsewhere):
+    keys = {"lora_modules_to_save": ["embed_tokens"], "lora_target_modules": ["up_proj"]}
+    result = train_watched(write_recipe(max_steps=2, learning_rate=1e-5, **keys, **HALF))
     assert trained_dtypes(result.model) == {torch.float32}
-    saved = {key: value for key, value in result.saved().items() if module in key}
+    saved = {key: value for key, value in result.saved().items() if "embed_tokens" in key}
     assert saved
     for key, value in saved.items():
         assert value.dtype == torch.float32

@@ -1,6 +1,5 @@
 """A step that is undone shows what a run will cost, and stops one that cannot finish or cannot learn."""
 
-import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +9,7 @@ from conftest import logged, ready_trainer, train_watched
 
 import rm_recipe.training.train
 from rm_recipe.errors import RecipeError, TrainingError
+from rm_recipe.files import read_json
 from rm_recipe.model import memory
 from rm_recipe.model.shared_prefix import TOKENS_ON_CPU
 from rm_recipe.recipe.reader import read_recipe, read_run_recipe
@@ -32,9 +32,7 @@ def test_a_run_is_the_same_with_it_and_without(write_recipe, tmp_path, monkeypat
         assert logged(with_it.run, key) == logged(without.run, key)
 
 
-def test_it_makes_the_step_on_the_largest_batch_twice_as_training_keeps_gradients_and_state(
-    write_recipe, monkeypatch
-):
+def test_it_makes_the_largest_step_twice_as_training_keeps_gradients_and_state(write_recipe, monkeypatch):
     made, kept, step = [], [], preflight.step
 
     def watch_step(trainer, rows):
@@ -121,9 +119,7 @@ def test_out_of_memory_in_the_preflight_halves_micro_batches_and_no_loss_changes
     halved = train_watched(write_recipe(logging_steps=1))
     monkeypatch.undo()
     whole = train_watched(write_recipe(logging_steps=1, output_dir=str(tmp_path / "whole")))
-    tokens = [
-        json.loads((run / "run.json").read_text())["micro_batch_tokens"] for run in (halved.run, whole.run)
-    ]
+    tokens = [read_json(one.run / "run.json")["micro_batch_tokens"] for one in (halved, whole)]
     assert 0 < tokens[0] < tokens[1] == TOKENS_ON_CPU
     assert read_run_recipe(halved.run).values["micro_batch_tokens"] == tokens[0]  # for a resume
     assert logged(halved.run, "loss") == pytest.approx(logged(whole.run, "loss"), abs=1e-5)

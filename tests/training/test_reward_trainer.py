@@ -113,16 +113,14 @@ def rewards_alone(model, row) -> list[torch.Tensor]:
     return [model(input_ids=torch.tensor([row["prefix"] + rest])).logits[0, 0] for rest in row["suffixes"]]
 
 
-@pytest.mark.parametrize(
-    ("name", "tolerance", "share"), [("llama", 1e-7, True), ("gpt2", 1e-12, True), ("gpt2", 1e-12, False)]
-)
-def test_every_loss_and_the_final_weights_equal_stock_trl(tmp_path, name, tolerance, share):
+@pytest.mark.parametrize(("name", "share"), [("llama", True), ("gpt2", True), ("gpt2", False)])
+def test_every_loss_and_the_final_weights_equal_stock_trl(tmp_path, name, share):
     """With margins (Llama 2, equation 2) and centred rewards."""
     keys = {"data": pairs(margin=0.1), "center_rewards_coefficient": 0.01}
     stock = trained(tmp_path, name, trainer_class=RewardTrainer, **keys)
     ours = trained(tmp_path, name, share=share, **keys)
     assert len(stock[1]) == 2 * STEPS
-    assert_same(ours, stock, tolerance)
+    assert_same(ours, stock, 1e-7 if name == "llama" else 1e-12)
     assert (ours[0].model.score.weight - make_model(name).score.weight).abs().max() > 1e-3  # it did move
 
 

@@ -5,6 +5,7 @@ import logging
 import math
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -73,9 +74,7 @@ RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
     "path",
     [pytest.param(p, id=p.stem, marks=[] if "offline" in p.stem else pytest.mark.slow) for p in RECIPES],
 )
-def test_every_recipe_trains_evaluates_and_exports_on_a_tiny_model_of_its_kind(
-    path, tiny_base, tiny_data, tmp_path
-):
+def test_every_recipe_trains_evaluates_and_exports_a_model_of_its_kind(path, tiny_base, tiny_data, tmp_path):
     """With its own keys, but for the model, the data and how long: what a recipe says works together."""
     encoder = "distilbert" if "distilbert" in path.stem else "bert" if "minilm" in path.stem else None
     overrides = {
@@ -87,9 +86,7 @@ def test_every_recipe_trains_evaluates_and_exports_on_a_tiny_model_of_its_kind(
     }
     if path.stem == "smollm2_offline":
         overrides["lora_target_modules"] = r".*layers\.1\..*_proj"  # its upper half
-    recipe = read_recipe(
-        path, [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
-    )
+    recipe = read_recipe(path, [word for key, own in overrides.items() for word in (f"--{key}", str(own))])
     train(recipe)
     run = recipe.output_dir
     assert json.loads((run / "run.json").read_text())["prefix_sharing"]["used"] is (encoder is None)
@@ -186,10 +183,7 @@ def test_two_processes_do_not_work_in_one_folder(run, write_recipe):
 
 
 def test_a_run_that_is_removed_half_way_is_neither_finished_nor_foreign(run, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(shutil, "rmtree", interrupt)
+    monkeypatch.setattr(shutil, "rmtree", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         empty(run)
     assert not (run / "run.json").exists()
@@ -224,8 +218,7 @@ def test_when_and_on_what_is_evaluated_matters_where_checkpoint_or_learning_rate
 
 
 def test_a_single_step_learns_although_a_share_of_it_is_warm_up_and_is_logged(write_recipe, tmp_path):
-    keys = {"warmup_steps": 0.03, "max_steps": 1, "logging_steps": 10, "save_strategy": "no"}
-    train(read_recipe(write_recipe(**keys, output_dir=str(tmp_path / "run"))))  # or the head has not moved
+    train(read_recipe(write_recipe(warmup_steps=0.03, max_steps=1, logging_steps=10)))  # or no head moves
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["steps"] == 1
     assert 0.5 < record["final_loss"] < 1
