@@ -186,7 +186,6 @@ class Run(TrainerCallback):
         self._trainer._globalstep_last_logged = since["step"]
         self._trainer._total_train_tokens = since["tokens"]
         self._trainer._metrics["train"].update(since["metrics"])
-        self._trainer.model.train(since["training"])  # TRL logs by it, also where no step is left to be made
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -218,7 +217,6 @@ class Run(TrainerCallback):
             remove_unread(checkpoint)
             since = {"step": trainer._globalstep_last_logged, "loss": loss}
             since |= {"tokens": trainer._total_train_tokens, "metrics": trainer._metrics["train"]}
-            since["training"] = trainer.model.training
             counted = {"step": state.global_step, "since_last_log": since, "cost": self._cost()}
             write_manifest(checkpoint, counted | self.identity)
             self._remove_older(args, state)

@@ -234,6 +234,12 @@ def test_two_processes_that_fail_in_training_end_with_one_message(runs):
     assert result.stderr.count("rm-recipe: the loss is not a finite number in step") == 1
 
 
+def test_a_bad_recipe_under_accelerate_launch_is_told_once(runs):
+    result = start("cpu", "-m", "rm_recipe", "train", str(runs.recipe("misspelt", lerning_rate=1)))
+    assert result.returncode != 0
+    assert result.stderr.count("unknown key 'lerning_rate'") == 1
+
+
 def stop(recipe: Path, signalled: str) -> tuple[float, int, str]:
     """Two processes at work are told to stop: seconds until they have, the launcher's code, what was said.
 
