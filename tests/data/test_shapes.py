@@ -103,9 +103,8 @@ def table(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in f"{line} | | | |".split(" |")] for line in text.strip().splitlines()]
 
 
-FILES = {
-    f"{path.relative_to(HUNT)}".removesuffix(".jsonl") for path in (*HUNT.glob("*"), *HUNT.glob("layouts/*"))
-}
+PATHS = (*HUNT.glob("*"), *HUNT.glob("layouts/*"))
+FILES = {str(path.relative_to(HUNT)).removesuffix(".jsonl") for path in PATHS}
 OTHERS = sorted(FILES - ELSEWHERE - {row[0] for row in table(READ + REFUSED.lstrip())})
 
 
