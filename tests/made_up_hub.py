@@ -91,12 +91,10 @@ class MadeUpHub:
     def handle(self, request: httpx2.Request) -> httpx2.Response:
         path, body = request.url.path, request.read()
         self.timeouts.add(request.extensions["timeout"]["read"])
-        fault = next(
-            (fault for fault in self.faults if fault[0] == request.method and fault[1] in path), None
-        )
-        what = fault and fault[2]
-        if fault:
+        what = None
+        for fault in [each for each in self.faults if each[0] == request.method and each[1] in path][:1]:
             self.faults.remove(fault)
+            what = fault[2]
         if isinstance(what, Exception):
             self.log.append(f"{request.method} {path} -> {what!r}")
             raise what
@@ -126,7 +124,8 @@ class MadeUpHub:
         if path == "/api/repos/create":
             return self.create(json.loads(body))
         if path == "/api/validate-yaml":
-            return validate(json.loads(body)["content"])
+            yaml.safe_load(json.loads(body)["content"].split("---\n")[1])  # the card's front matter
+            return httpx2.Response(200, json={"errors": [], "warnings": []})
         if path.endswith(".git/info/lfs/objects/batch"):
             return self.batch(json.loads(body)["objects"])
         if found := re.fullmatch(rf"{REPOSITORY}(?:/([\w-]+)/(\w+))?", path):
@@ -137,9 +136,8 @@ class MadeUpHub:
             if method == "POST":
                 return answers[what](self.repos[repo_id], revision, body)
             if what == "xet-write-token":  # nobody is there
-                return httpx2.Response(
-                    200, json={"casUrl": "http://127.0.0.1:9", "exp": 2**32, "accessToken": "xet"}
-                )
+                token = {"casUrl": "http://127.0.0.1:9", "exp": 2**32, "accessToken": "xet"}
+                return httpx2.Response(200, json=token)
             return self.info(repo_id)
         raise Refused(404, f"Not found: {method} {path}")
 
@@ -201,12 +199,5 @@ class MadeUpHub:
         for path in self.corrupt & files.keys():
             files[path] += b"\n"
         repo.commits.append(files)
-        return httpx2.Response(
-            200, json={"commitOid": repo.head, "commitUrl": f"{URL}/a/b/commit/{repo.head}"}
-        )
-
-
-def validate(card: str) -> httpx2.Response:
-    """The card's front matter."""
-    yaml.safe_load(card.split("---\n")[1])
-    return httpx2.Response(200, json={"errors": [], "warnings": []})
+        made = {"commitOid": repo.head, "commitUrl": f"{URL}/a/b/commit/{repo.head}"}
+        return httpx2.Response(200, json=made)

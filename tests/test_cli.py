@@ -10,8 +10,6 @@ import torch
 from rm_recipe import cli
 from rm_recipe.evaluation.format import print_text
 
-VERBS = "init run train check evaluate compare export push score benchmark overoptimization prepare".split()
-
 
 def invoke(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
     """The verb in this process: exit code, stdout, stderr."""
@@ -23,7 +21,8 @@ def invoke(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
 
 
 def test_every_verb_explains_itself_with_the_defaults_of_its_options(monkeypatch, capsys):
-    for verb in VERBS:
+    verbs = "init run train check evaluate compare export push score benchmark overoptimization prepare"
+    for verb in verbs.split():
         code, out, _ = invoke(monkeypatch, capsys, verb, "--help")
         assert code == 0
         assert "Usage: rm-recipe" in out
@@ -114,9 +113,7 @@ def test_of_several_processes_the_main_one_speaks_and_the_others_only_if_it_does
 
 
 @pytest.mark.parametrize("flags", [[], ["--overwrite"]])
-def test_an_interrupt_before_training_began_says_the_same_command_again(
-    write_recipe, monkeypatch, capsys, flags
-):
+def test_an_interrupt_before_training_says_the_same_command_again(write_recipe, monkeypatch, capsys, flags):
     """`--resume` would have nothing to go on from, or take up the run that was to be overwritten."""
 
     def interrupted(*_):

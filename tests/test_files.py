@@ -38,9 +38,7 @@ JSON = st.recursive(LEAVES, lambda inner: st.lists(inner) | st.dictionaries(st.t
 
 
 @given(st.dictionaries(st.text(), JSON))
-def test_what_has_nothing_to_hide_is_read_back_as_it_was_and_nan_leaves_the_old_file(
-    tmp_path_factory, content
-):
+def test_what_has_nothing_to_hide_is_read_back_as_it_is_and_nan_leaves_the_old(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "written" / "a.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", "/home/nobody-has-this-name")
@@ -54,9 +52,7 @@ def test_what_has_nothing_to_hide_is_read_back_as_it_was_and_nan_leaves_the_old_
     path.with_suffix(".jsonl").unlink()
 
 
-@pytest.mark.parametrize(
-    ("content", "fault"), [(b"{", "is not JSON"), (b"[1]", "holds no"), (b"\xff", "utf-8")]
-)
+@pytest.mark.parametrize(("content", "fault"), [(b"{", "not JSON"), (b"[1]", "holds no"), (b"\xff", "utf-8")])
 def test_a_file_that_holds_no_json_object_is_named(tmp_path, content, fault):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(RecipeError, match=f"a.json .*{fault}"):

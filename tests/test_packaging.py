@@ -78,11 +78,9 @@ def test_init_writes_what_is_shipped_and_leaves_what_a_user_has_changed(installe
     mine.write_text("seed: 1\n")
     gone.unlink()
     *said, _ = run_installed(installed, tmp_path, *init).splitlines()
+    changes = [line for line in said if not line.endswith("there already")]
     kept = "recipes/smollm2_offline.yaml: kept, as it differs from what is shipped"
-    assert [line for line in said if not line.endswith("there already")] == [
-        kept,
-        "accelerate_configs/cpu.yaml: written",
-    ]
+    assert changes == [kept, "accelerate_configs/cpu.yaml: written"]
     assert mine.read_text() == "seed: 1\n"
     own = run_installed(installed, tmp_path, "-c", FROM_ELSEWHERE).split()
     assert own[:2] == ["recipes/smollm2_offline.yaml"] * 2  # which a name means from now on

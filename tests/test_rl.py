@@ -55,17 +55,15 @@ def test_two_steps_of_trls_trainers_see_the_rewards_of_score(
 
     monkeypatch.setattr(trainer, "_calculate_rewards", watch)
     torch.manual_seed(0)
-    policy = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-    tokenizer = make_tokenizer()
     lengths = {"num_generations": 2, "max_completion_length": 8, "max_steps": 2}
     quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "bf16": False}
     settings = config(str(tmp_path), per_device_train_batch_size=4, use_cpu=True, seed=0, **lengths, **quiet)
     trainer(
-        model=policy,
+        model=AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32),
         reward_funcs=str(run / "export") if kind == "folder" else reward_function(run / "export"),
         args=settings,
         train_dataset=Dataset.from_list([{"prompt": as_messages(prompt)} for prompt in PROMPTS]),
-        processing_class=tokenizer,
+        processing_class=make_tokenizer(),
     ).train()
     reward_model = RewardModel.from_pretrained(run / "export")
     assert len(seen) == 2
@@ -131,20 +129,17 @@ def test_a_completion_that_is_no_reply_has_no_reward_and_is_no_exception(run, wi
     prompt, answer = as_messages("six times seven?"), as_messages("It is 42.", "assistant")
     none: list = [[], None, 5, [{}], [*as_messages("42", "assistant"), *as_messages("and then?")]]
     none += [[CALLING], [CALLING, RESULT], [RESULT, {"role": "assistant", "content": None}], "good " * 200]
-    none += [
-        [{"role": "assistant", **said}]
-        for said in (
-            {"content": None},
-            {"content": [{"type": "image"}]},
-            {"content": "", "tool_calls": ["no call"]},
-            {"content": "good</s>"},
-            {"content": "42", "reasoning_content": "six times seven"},
-        )
-    ]
+    for said in (
+        {"content": None},
+        {"content": [{"type": "image"}]},
+        {"content": "", "tool_calls": ["no call"]},
+        {"content": "good</s>"},
+        {"content": "42", "reasoning_content": "six times seven"},
+    ):
+        none.append([{"role": "assistant", **said}])
     reward = reward_function(with_tools)
-    *rewards, text, messages = reward(
-        [prompt] * (len(none) + 2), [*none, "good", as_messages("good", "assistant")]
-    )
+    good = as_messages("good", "assistant")
+    *rewards, text, messages = reward([prompt] * (len(none) + 2), [*none, "good", good])
     assert np.isnan(rewards).all()
     assert text == pytest.approx(messages, abs=1e-6)
     assert math.isnan(reward([[]], [answer])[0])

@@ -54,9 +54,8 @@ def test_rewards_are_those_of_plain_transformers(model):
 
 
 def test_a_history_before_a_prompt_is_read_as_in_training(model):
-    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good cat"}]
     asked = {"prompt": "how are you", "response": "bad dog"}
-    whole = {"prompt": [*turns, {"role": "user", "content": "how are you"}], "response": "bad dog"}
+    whole = {"prompt": turns("hello", "good cat", "how are you"), "response": "bad dog"}
     alone, before, expected = model.score([asked, {**asked, "history": [["hello", "good cat"]]}, whole])
     assert before == pytest.approx(expected, abs=1e-6)
     assert abs(alone - expected) > 1e-6
@@ -115,10 +114,8 @@ def test_evaluation_and_score_agree_on_prompts_near_max_length(model):
     """One by one, in batches and as evaluation reads them: a reply's context follows from its prompt."""
     model.max_length = limit = 60
     model.truncation = "keep_end" if not model.sharing.used else "drop_oldest_turns"
-    comparisons = [
-        Comparison(turns("cat " * words, "yes", "far"), ["good", "bad cat", "dog " * 20])
-        for words in range(0, 40, 3)
-    ]
+    prompts = [turns("cat " * words, "yes", "far") for words in range(0, 40, 3)]
+    comparisons = [Comparison(prompt, ["good", "bad cat", "dog " * 20]) for prompt in prompts]
     found = encode_all(model.tokenizer, comparisons, limit, model.truncation)
     fitting = [(c, row) for c, row in zip(comparisons, found, strict=True) if not row["excluded"]]
     assert len(fitting) > 5

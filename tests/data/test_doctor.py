@@ -19,8 +19,8 @@ from rm_recipe.recipe.schema import DataArguments
 from rm_recipe.training.train import load_data
 
 # Of a split, by the contract.
-FIGURES = """rows comparisons excluded duplicates differing_prompts truncated identical_after_truncation
-baselines shared_prefix_share tokens"""
+FIGURES = "rows comparisons excluded duplicates differing_prompts truncated identical_after_truncation "
+FIGURES += "baselines shared_prefix_share tokens"
 
 
 def report_of(recipe_path):
@@ -116,15 +116,13 @@ def test_genuine_hh_rlhf_is_as_it_was_counted_before(write_recipe, tiny_llama, s
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
 def test_chosen_replies_with_the_lower_score_are_counted_and_named(write_recipe, tmp_path, suffix):
     rows = [row | {"score_chosen": 8, "score_rejected": 3.5} for row in make_rows(9, seed=1)]
-    for number in (1, 4):
-        rows[number]["score_chosen"] = 2
+    rows[1]["score_chosen"] = rows[4]["score_chosen"] = 2
     rows[5]["score_rejected"] = None
+    table = Dataset.from_list([row | {"prompt": row["prompt"][0]["content"]} for row in rows])
+    write = table.to_json if suffix == "jsonl" else table.to_csv
     for name in ("train", "test"):
-        hf_rows = Dataset.from_list([row | {"prompt": row["prompt"][0]["content"]} for row in rows])
-        write = hf_rows.to_json if suffix == "jsonl" else hf_rows.to_csv
-        (tmp_path / "scored").mkdir(exist_ok=True)
-        write(str(tmp_path / "scored" / f"{name}.{suffix}"))
-    report = report_of(write_recipe(dataset_name=str(tmp_path / "scored"), leakage="allow"))
+        write(str(tmp_path / f"{name}.{suffix}"))
+    report = report_of(write_recipe(dataset_name=str(tmp_path), leakage="allow"))
     assert report["splits"]["train"]["scored_lower"] == {"comparisons": 2, "first_rows": ["2", "5"]}
 
 
@@ -146,21 +144,6 @@ def test_dialogues_of_several_depths_leak_by_their_first_turn(write_recipe, tmp_
     assert report["splits"]["train"]["excluded"] == {f"leaked_{by}": comparisons}
 
 
-def test_by_first_turn_a_dialogue_is_held_out_with_all_its_depths(write_recipe, tmp_path):
-    rows = make_rows(30, seed=1)
-    goes_on = [{"role": "assistant", "content": "yes"}, {"role": "user", "content": "far"}]
-    rows += [row | {"prompt": row["prompt"] + goes_on} for row in rows]
-    path = write_jsonl(tmp_path / "deep.jsonl", rows)
-    for by in ("prompt", "first_turn"):
-        keys = {"dataset_name": str(path), "test_split_size": 0.5, "leakage": "allow", "leakage_by": by}
-        train, test, leakage = load_splits(read_recipe(write_recipe(**keys)))
-        assert len(train.comparisons) + len(test.comparisons) == 60
-        assert (leakage["first_turns"] == 0) == (by == "first_turn")
-
-
-# --- comparisons that come again: exactly, nearly, or with the opposite verdict ----------------
-
-
 def split_of(path, rows):
     return load_split(DataArguments(dataset_name=str(write_jsonl(path, rows))), "train")
 
@@ -170,16 +153,13 @@ def row(prompt: str, chosen: str, rejected: str) -> dict[str, str]:
 
 
 def test_each_kind_of_repetition_is_counted_once(tmp_path):
-    first = row("how are you", "fine", "bad")
     rows = [
-        first,
+        row("how are you", "fine", "bad"),
         row("How  are you", "Fine", "bad"),  # exact: case and white space are no difference
         row("how are you", "bad", "fine"),  # exact, the other way round
         row("how are you", "thanks", "no"),  # the prompt only
         row("who are they", "cats", "dogs"),
-        row(
-            "who was it that rang?", "Who was it that rang?\nI", "who was it that rang? you"
-        ),  # prompt in both
+        row("who was it that rang?", "Who was it that rang?\nI", "who was it that rang? you"),  # in both
         row("where was it found then?", "where was it found then?", "here"),  # in one
         row("hi", "hi there", "high time"),  # no more than a greeting
     ]
@@ -206,10 +186,7 @@ def test_near_duplicates_are_those_that_share_their_three_word_sequences(tmp_pat
     rows = [row(" ".join(text[:40]), " ".join(text[40:80]), " ".join(text[80:])) for text in texts]
     found = count_duplicates(split_of(tmp_path / "x.jsonl", rows))
     sets = [shingles(" ".join(["user", *text])) for text in texts]
-    similar = [
-        len(sets[100 + number] & sets[number]) / len(sets[100 + number] | sets[number])
-        for number in range(60)
-    ]
+    similar = [len(one & other) / len(one | other) for one, other in zip(sets, sets[100:], strict=False)]
     clearly = sum(value >= SIMILAR + 0.1 for value in similar)
     perhaps = sum(value >= SIMILAR - 0.15 for value in similar)
     assert found["exact"] == 5  # nothing changed

@@ -35,9 +35,8 @@ def source(path, **keys) -> DatasetConfig:
 
 def load(path, split="train", selected=None, **keys) -> Split:
     """A split of a set, of which TRL's `columns` may select some."""
-    keys |= (
-        {"datasets": [{"path": str(path), "columns": selected}]} if selected else {"dataset_name": str(path)}
-    )
+    some = {"datasets": [{"path": str(path), "columns": selected}]}
+    keys |= some if selected else {"dataset_name": str(path)}
     return load_split(DataArguments(**keys), split, margins="margin_column" in keys)
 
 
@@ -127,6 +126,18 @@ def test_a_csv_is_read_as_excel_writes_it_in_any_country_or_asked_for_as_utf_8(t
         load(path)
 
 
+def test_a_csv_has_margins_labels_and_long_fields(tmp_path):
+    file = tmp_path / "train.csv"
+    long = "word " * 40_000
+    file.write_text(f"prompt,chosen,rejected,margin\na,{long},c,0.5\nd,e,f,\n")
+    assert load(file, margin_column="margin").comparisons["margins"][:] == [[0.5]]
+    file.write_text("input,output_1,output_2,label\na,b,c,2\n")
+    assert load(file).comparisons["responses"][:] == [["c", "b"]]  # the best first
+    file.write_text('prompt,responses,order\nq,"[""a"", ""b""]","[4, 1]"\n')
+    found = load(file, columns={"ranks": "order"}, margin_column="order")[0]
+    assert (found.responses, found.margins) == (["b", "a"], [3.0])
+
+
 def test_a_missing_split_is_named_with_those_that_are_there(tmp_path, tiny_data):
     assert hold_out_share(DataArguments(dataset_name=str(tiny_data))) is None
     for ask in (lambda data: load_split(data, "validation"), hold_out_share):
@@ -153,9 +164,7 @@ def test_a_path_that_holds_no_data_is_named(tmp_path, tiny_data):
     ):
         with pytest.raises(DataError, match=said):
             splits_of(entry)
-    with pytest.raises(
-        DataError, match="train.jsonl' is no data set of the Hub: leave out 'dataset_revision"
-    ):
+    with pytest.raises(DataError, match="train.jsonl' is no data set of the Hub: leave out 'dataset_revis"):
         load(path, dataset_revision="09be8c5")
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match="none' holds no data file: it needs train.jsonl or "):
@@ -272,13 +281,10 @@ def test_columns_and_rows_that_are_missing_or_of_the_wrong_type_are_named(tmp_pa
     table = write_parquet(tmp_path / "x.parquet", [{**row, "chosen": 5} for row in rows])
     empty = tmp_path / "none.parquet"
     hf_datasets.Dataset.from_list(rows).select([]).to_parquet(empty)
+    renamed = {"margin_column": "subset", "columns": {"subset": "strength"}}
     for file, keys, said in (
         (path, {"margin_column": "margin"}, "strength, subset, and not margin"),
-        (
-            path,
-            {"margin_column": "subset", "columns": {"subset": "strength"}},
-            "its name to 'strength'; rename",
-        ),
+        (path, renamed, "its name to 'strength'; rename"),
         (path, levels | {"margin_map": {"much": 1}}, "line 1: column 'strength' .* one of margin_map's much"),
         (path, {"selected": pair[:2]}, "its columns are prompt, chosen; rm_recipe needs two replies or more"),
         (empty, {}, "none.parquet' is empty"),
@@ -355,18 +361,6 @@ def test_a_process_that_is_killed_is_one_message():
 
     with pytest.raises(TrainingError, match="dying: a process was killed"):
         run_pass(NUMBERS, die, "Dying", NUMBERS.features, ["die"], 2)
-
-
-def test_a_csv_has_margins_labels_and_long_fields(tmp_path):
-    file = tmp_path / "train.csv"
-    long = "word " * 40_000
-    file.write_text(f"prompt,chosen,rejected,margin\na,{long},c,0.5\nd,e,f,\n")
-    assert load(file, margin_column="margin").comparisons["margins"][:] == [[0.5]]
-    file.write_text("input,output_1,output_2,label\na,b,c,2\n")
-    assert load(file).comparisons["responses"][:] == [["c", "b"]]  # the best first
-    file.write_text('prompt,responses,order\nq,"[""a"", ""b""]","[4, 1]"\n')
-    found = load(file, columns={"ranks": "order"}, margin_column="order")[0]
-    assert (found.responses, found.margins) == (["b", "a"], [3.0])
 
 
 def test_of_a_table_only_the_columns_of_a_comparison_are_read(tmp_path):

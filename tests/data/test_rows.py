@@ -62,10 +62,8 @@ def why(function, *arguments) -> tuple[str, str]:
 )
 def test_every_way_to_write_a_pair_gives_the_same_comparison(row):
     assert parse_row(row) == EXPECTED
-    windows = {
-        key: value.replace("\n", "\r\n") if isinstance(value, str) else value for key, value in row.items()
-    }
-    assert parse_row(windows) == EXPECTED
+    texts = {key: value.replace("\n", "\r\n") for key, value in row.items() if isinstance(value, str)}
+    assert parse_row(row | texts) == EXPECTED  # as on Windows
 
 
 @pytest.mark.parametrize(
@@ -120,6 +118,7 @@ REFUSED = {
     "invalid_text": {**PAIR, "chosen": "a\ud800"},
     "single_response": {"prompt": "p", "responses": ["a"], "ranks": [1]},
     "ranks_do_not_match": {"prompt": "p", "responses": ["a", "b"], "ranks": [1]},
+    "ranks_do_not_match of two columns": {"input": "p", "output_1": ["a", "c"], "output_2": "b", "label": 2},
     "missing_ranks": {"prompt": "p", "responses": ["a", "b"], "ranks": None},
     "all_tied": {"prompt": "p", "responses": ["a", "b", "c"], "ranks": [2, 2, 2]},
     "missing_label": {"input": "p", "output_1": "a", "output_2": "b", "label": None},
@@ -128,24 +127,13 @@ REFUSED = {
 
 @pytest.mark.parametrize("reason", REFUSED)
 def test_a_row_that_is_no_comparison_says_why(reason):
-    assert why(parse_row, REFUSED[reason])[0] == reason
-
-
-def test_a_verdict_on_two_columns_says_nothing_of_a_list_in_one():
-    row = {"input": "p", "output_1": ["a", "c"], "output_2": "b", "label": 2}
-    assert why(parse_row, row)[0] == "ranks_do_not_match"
+    assert why(parse_row, REFUSED[reason])[0] == reason.partition(" ")[0]
 
 
 @pytest.mark.parametrize("score", [None, "N/A", True, float("nan"), 10**400])
 def test_a_score_that_is_no_number_leaves_its_row_out_and_is_shown(score):
     row = {"prompt": "p", "responses": ["a", "b"], "scores": [1, score]}
     assert why(parse_row, row) == ("missing_scores", f"scores: {[1, score]}"[:68])
-
-
-def test_a_category_of_a_margin_is_the_one_that_is_spelt_alike_before_one_that_is_meant():
-    levels = {"big": 1, "BIG": 3, "null": 2, 4: 5}
-    for said, margin in (("big", 1), ("BIG", 3), ("null", 2), ("4.0", 5)):
-        assert parse_row({**PAIR, "m": said}, "m", levels).margins == [margin]
 
 
 @pytest.mark.parametrize(
@@ -174,20 +162,15 @@ def test_a_value_of_the_wrong_type_names_its_column(row, column):
 
 
 # Pieces in which markers, white space and other scripts meet.
-PIECES = st.sampled_from(
-    ["\n\nHuman:", "\n\nAssistant:", "Human:", "Assistant: ", "\n", " ", "hi", "你好", "é", "\u2028", "\n\n"]
-)
-TEXTS = st.one_of(st.text(), st.lists(PIECES).map("".join))
-VALUES = st.one_of(st.none(), TEXTS, st.integers(), st.lists(st.sampled_from([USER, REPLY, {}])))
-ROWS = st.one_of(
-    st.fixed_dictionaries({"chosen": VALUES, "rejected": VALUES}, optional={"prompt": VALUES}),
-    st.fixed_dictionaries(
-        {"prompt": VALUES, "responses": st.lists(VALUES), "ranks": st.lists(st.integers(0, 3))}
-    ),
-)
+MARKERS = ["\n\nHuman:", "\n\nAssistant:", "Human:", "Assistant: "]
+PIECES = [*MARKERS, "\n", " ", "hi", "你好", "é", "\u2028", "\n\n"]
+TEXTS = st.text() | st.lists(st.sampled_from(PIECES)).map("".join)
+VALUES = st.none() | TEXTS | st.integers() | st.lists(st.sampled_from([USER, REPLY, {}]))
+PAIRS = st.fixed_dictionaries({"chosen": VALUES, "rejected": VALUES}, optional={"prompt": VALUES})
+RANKINGS = {"prompt": VALUES, "responses": st.lists(VALUES), "ranks": st.lists(st.integers(0, 3))}
 
 
-@given(ROWS)
+@given(PAIRS | st.fixed_dictionaries(RANKINGS))
 def test_any_row_is_a_comparison_or_has_a_reason(row):
     try:
         comparison = parse_row(row)
@@ -210,18 +193,19 @@ def test_a_ranking_is_one_comparison_best_first_whichever_way_it_is_written():
     assert parse_row({"prompt": "Hi", "responses": ["y", "z", "x"], "ranks": [2, 3, 1]}) == expected
     scores = [Decimal("0.5"), -1, 7]
     assert parse_row({"prompt": "Hi", "responses": ["y", "z", "x"], "scores": scores}) == expected
-    published = [
-        {"response": text, "overall_score": score} for text, score in zip("zxy", (1, 9, 5), strict=True)
-    ]
+    published = [{"response": text, "overall_score": score} for text, score in (("z", 1), ("x", 9), ("y", 5))]
     assert parse_row({"instruction": "Hi", "completions": published}) == expected
 
 
-def test_a_margin_is_a_number_a_category_or_the_difference_of_a_rankings_numbers():
+def test_a_category_of_a_margin_is_the_one_that_is_spelt_alike_before_one_that_is_meant():
+    levels = {"much better": 1, "MUCH BETTER": 3, "null": 2, 4: 5}
+    found = {"much better": 1, "MUCH BETTER": 3, "null": 2, 4.0: 5, "4": 5, "4.0": 5}
+    for value, margin in found.items():
+        assert parse_row({**PAIR, "m": value}, "m", levels).margins == [margin]
+
+
+def test_a_margin_is_a_number_or_the_difference_of_a_rankings_numbers():
     assert parse_row({**PAIR, "m": 0.5}, "m").margins == [0.5]
-    levels = {"significantly better": 1, 3: 0.7}
-    assert parse_row({**PAIR, "m": "significantly better"}, "m", levels).margins == [1]
-    for three in (3, 3.0, "3"):
-        assert parse_row({**PAIR, "m": three}, "m", levels).margins == [0.7]
     row = {"prompt": "p", "responses": ["a", "b", "c"], "scores": [1, 4, 2]}
     assert parse_row(row, "scores").margins == [2, 3, 1]  # b-c, b-a, c-a
     assert parse_row({**row, "m": 0.5}, "m").margins == [0.5] * 3
@@ -246,13 +230,8 @@ def test_a_margin_that_is_neither_names_its_column(value):
 
 
 def test_roles_by_other_names_are_read_as_what_they_are_and_unknown_ones_named():
-    for theirs, ours in {
-        "human": "user",
-        "gpt": "assistant",
-        "developer": "system",
-        "MODEL": "assistant",
-        "AI": "assistant",
-    }.items():
+    roles = {"human": "user", "developer": "system", **dict.fromkeys(("gpt", "MODEL", "AI"), "assistant")}
+    for theirs, ours in roles.items():
         assert as_messages([{**said(theirs, "a"), "name": "x"}]) == [said(ours, "a")]
         assert as_messages({"from": theirs, "value": "a"}) == [said(ours, "a")]
         assert as_messages({"role": theirs, "text": "a"}) == [said(ours, "a")]
@@ -303,8 +282,9 @@ def test_calls_of_tools_are_kept_as_json_however_they_are_written():
 TURNS = [USER, REPLY, said("user", "And you?\n\nReally?")]
 
 
-def test_a_prompts_text_may_be_messages_as_json_or_a_transcript():
+def test_a_prompts_text_may_be_messages_as_json_a_transcript_or_helpsteers_turns():
     text = transcript("Hi", "good", "And you?\n\nReally?")
+    helpsteer = "Hi\n<extra_id_1>Assistant\ngood\n<extra_id_1>User\nAnd you?\n\nReally?"
     for prompt in (
         json.dumps(TURNS),
         " " + json.dumps(TURNS, indent=1),
@@ -312,6 +292,8 @@ def test_a_prompts_text_may_be_messages_as_json_or_a_transcript():
         f"{text}\n\nAssistant:",
         f"{text}\n\nAssistant: ".lstrip(),
         text.replace("\n", "\r\n"),
+        helpsteer,
+        f"{helpsteer}\n<extra_id_1>Assistant\n",
     ):
         assert as_messages(prompt) == TURNS
     assert as_messages(f"{text}\n\nAssistant: Yes") == [*TURNS, said("assistant", "Yes")]
@@ -383,19 +365,10 @@ def test_a_reply_that_bears_the_name_which_the_prompt_lacks_is_not_read():
     assert parse_row({"prompt": "Hi", **named}).responses == list(named.values())
 
 
-def test_a_prompt_of_helpsteer_is_its_turns():
-    text = "Hi\n<extra_id_1>Assistant\ngood\n<extra_id_1>User\nAnd you?\n\nReally?"
-    assert as_messages(text) == TURNS
-    assert as_messages(f"{text}\n<extra_id_1>Assistant\n") == TURNS
-
-
 def test_messages_as_text_that_cannot_be_decoded_are_never_a_text():
     assert why(as_messages, str(TURNS))[0] == "python_repr"
     assert why(as_messages, f"array([{USER},\n       {REPLY}], dtype=object)")[0] == "python_repr"
     assert why(as_messages, json.dumps(TURNS)[:-5])[0] == "not_messages"
-
-
-# --- transcripts -----------------------------------------------------------------------------
 
 
 @given(TEXTS)

@@ -103,9 +103,8 @@ def table(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in f"{line} | | | |".split(" |")] for line in text.strip().splitlines()]
 
 
-FILES = {
-    f"{path.relative_to(HUNT)}".removesuffix(".jsonl") for path in (*HUNT.glob("*"), *HUNT.glob("layouts/*"))
-}
+PATHS = (*HUNT.glob("*"), *HUNT.glob("layouts/*"))
+FILES = {str(path.relative_to(HUNT)).removesuffix(".jsonl") for path in PATHS}
 OTHERS = sorted(FILES - ELSEWHERE - {row[0] for row in table(READ + REFUSED.lstrip())})
 
 
@@ -127,7 +126,7 @@ def test_a_file_in_a_shape_that_people_have_is_read(row):
     assert unread in split.unread if unread else not split.unread
     asked = split[0].prompt[-1]["content"]
     assert asked.endswith(end.replace("\\0", "\0")) if end else "How do I cook rice number 0?" in asked
-    told = [comparison.responses for comparison in map(split.__getitem__, range(int(n)))]
+    told = [comparison.responses for comparison in split]
     if "Start slowly" in told[0][0] + told[0][-1] and name not in ("accuracy_zero", "arena_conversations"):
         assert all("Start slowly" in replies[0] and "Start slowly" not in replies[-1] for replies in told)
 
@@ -153,10 +152,7 @@ CHOICE, SCORES = {"response_0": "bad", "response_1": "good"}, {"score_0": -0.5, 
 PUBLISHED = [
     {"prompt": "Hi", "chosen_response": "good", "rejected_response": "bad"},
     {"messages": [ASKED], "chosen_response": GOOD, "rejected_response": BAD},
-    {
-        "context": [ASKED],
-        "completions": [{"rank": 1, "completion": [BAD]}, {"rank": 0, "completion": [GOOD]}],
-    },
+    {"context": [ASKED], "completions": [{"rank": n, "completion": [m]} for n, m in ((1, BAD), (0, GOOD))]},
     {"messages": [ASKED, GOOD], "rejected_response": "bad"},
     {"prompt": "Ho", "messages": [ASKED, GOOD], "rejected_response": "bad"},
     {"instruction": "Hi", "input": math.nan, "chosen": "good", "rejected": "bad"},
@@ -237,13 +233,8 @@ def test_a_history_comes_before_a_question_of_text_or_of_messages():
 @pytest.mark.parametrize("written", ["", "Step 1: a.\nStep 2:"])
 def test_both_replies_of_math_step_dpo_begin_with_their_steps_once(written):
     steps = "Step 1: a.\nStep 2:"
-    row = {
-        "prompt": "Hi",
-        "initial_reason_steps": steps,
-        "chosen": f"{written} b",
-        "rejected": f"{written} c",
-    }
-    assert parse_row(row) == Comparison([ASKED], [f"{steps} b", f"{steps} c"])
+    row = {"initial_reason_steps": steps, "chosen": f"{written} b", "rejected": f"{written} c"}
+    assert parse_row({"prompt": "Hi", **row}) == Comparison([ASKED], [f"{steps} b", f"{steps} c"])
 
 
 def test_what_no_question_can_be_made_of_is_no_question():
@@ -314,11 +305,7 @@ def test_a_verdict_may_be_the_model_or_the_text_of_the_better_reply(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "verdict", "means"),
     [
-        (
-            "response_a response_b",
-            "label",
-            {0: "response_a a A model_a", 1: "response_b b B", None: "tie Equal"},
-        ),
+        ("response_a response_b", "label", {0: "response_a a A model_a", 1: "b B", None: "tie Equal"}),
         ("Answer1 Answer2", "label", {0: "1 answer1", 1: "2 Answer2", None: "both"}),
         ("answer_0 answer_1", "label=0/1", {0: "0", 1: "1.0", None: "Tie both"}),
         ("gpt4 llama", "label", {0: "gpt4", 1: "llama"}),
@@ -336,11 +323,8 @@ def test_a_named_verdict_is_a_reply_by_its_column_or_what_the_recipe_says(tmp_pa
     rows = [{"q": f"Q {value}", **dict(zip(names, "xy", strict=True)), "label": value} for _, value in cases]
     path = write_jsonl(tmp_path / "x.jsonl", [*rows, {**rows[0], "label": None}])
     split = load(path, columns={"prompt": "q", "chosen": names[0], "rejected": names[1], "verdict": verdict})
-    told = {
-        one.prompt[0]["content"]: one.responses[0]
-        for one in map(split.__getitem__, range(len(split.comparisons)))
-    }
-    assert told == {f"Q {value}": names and "xy"[number] for number, value in cases if number is not None}
+    told = {one.prompt[0]["content"]: one.responses[0] for one in split}
+    assert told == {f"Q {value}": "xy"[number] for number, value in cases if number is not None}
     assert split.excluded["missing_verdict"] == 1
 
 
@@ -482,16 +466,12 @@ def test_columns_name_what_a_data_set_calls_otherwise(tmp_path, write_recipe):
 
 def test_splits_have_other_names_shards_and_slices(tmp_path):
     rows = make_rows(10, seed=1)
+    (tmp_path / "clone" / "data").mkdir(parents=True)
     for number, part in enumerate((rows[:6], rows[6:])):
         name = f"train_prefs-0000{number}-of-00002-abc.parquet"
-        (tmp_path / "clone" / "data").mkdir(parents=True, exist_ok=True)
         hf_datasets.Dataset.from_list(part).to_parquet(tmp_path / "clone" / "data" / name)
-    assert load(tmp_path / "clone", "train").column("row").tolist() == list(range(1, 11))
-    for spec, numbers in {
-        "train[:4]": [1, 2, 3, 4],
-        "train[-20%:]": [9, 10],
-        "train_prefs[3:5]": [4, 5],
-    }.items():
+    slices = {"train": [*range(1, 11)], "train[:4]": [1, 2, 3, 4], "train[-20%:]": [9, 10]}
+    for spec, numbers in {**slices, "train_prefs[3:5]": [4, 5]}.items():
         assert load(tmp_path / "clone", spec).column("row").tolist() == numbers
     with pytest.raises(DataError, match="split 'train.:x.' cannot be read"):
         load(tmp_path / "clone", "train[:x]")
@@ -542,10 +522,7 @@ def test_an_ending_may_be_in_capitals_and_a_table_of_tabs(tmp_path):
     [
         ("prompt,chosen,rejected\na,b,c\nHi,Yes, sure,No\n", "row 2: more cells than the header has"),
         ("prompt,chosen,rejected,chosen\na,b,c,d\n", "two columns of the same name: chosen"),
-        (
-            'prompt,chosen,rejected\na,b,c\nHi,"a \\"b\\" c",d\n',
-            "cannot be read after row 1: .* written twice",
-        ),
+        ('prompt,chosen,rejected\na,b,c\nHi,"a \\"b\\" c",d\n', "read after row 1: .* written twice"),
         ('prompt,chosen,rejected\nHi,"b,c\nHo,d,e\n', "cannot be read: unexpected end of data"),
     ],
 )

@@ -29,11 +29,14 @@ def data(path, **keys) -> DataArguments:
     return DataArguments(dataset_name=str(path), **keys)
 
 
+@pytest.fixture
+def splits_by(write_recipe):
+    """A function: the train split, the held-out one and the leakage by a recipe with these keys."""
+    return lambda **keys: load_splits(read_recipe(write_recipe(**keys)))
+
+
 def prompts(split) -> set[str]:
     return {prompt[-1]["content"] for prompt in split.comparisons["prompt"]}
-
-
-# --- counts ----------------------------------------------------------------------------------
 
 
 @given(st.lists(st.sampled_from(["", "", "empty_response", "too_long"]), min_size=1, max_size=30))
@@ -52,11 +55,11 @@ def test_rows_are_comparisons_and_counted_reasons_and_nothing_else(reasons):
     assert some.rows == n == len(some.comparisons) + some.excluded.total() - 2
 
 
-def test_a_fingerprint_is_of_what_is_compared_in_its_order_and_nothing_else(write_recipe, tmp_path):
+def test_a_fingerprint_is_of_what_is_compared_in_its_order_and_nothing_else(splits_by, tmp_path):
     def fingerprints(rows, **keys):
         write_jsonl(tmp_path / "train.jsonl", rows)
         write_jsonl(tmp_path / "test.jsonl", make_rows(9, seed=2))
-        train, held_out, _ = load_splits(read_recipe(write_recipe(dataset_name=str(tmp_path), **keys)))
+        train, held_out, _ = splits_by(dataset_name=str(tmp_path), **keys)
         return train.fingerprint, held_out.fingerprint
 
     rows = make_rows(30, seed=1)
@@ -94,9 +97,6 @@ def test_the_largest_batch_is_by_what_its_rows_take():
     assert len(split.longest(99, shared=True)) == 4
 
 
-# --- leakage ---------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def leaky(tmp_path):
     """Eight train rows, one of which is held out too, in capitals and with white space."""
@@ -108,12 +108,9 @@ def leaky(tmp_path):
 
 
 @pytest.mark.parametrize(("leakage", "left"), [("drop", 7), ("allow", 8), ("error", 8)])
-def test_a_train_prompt_that_is_also_held_out_is_dropped_let_pass_or_refused(
-    write_recipe, leaky, leakage, left
-):
+def test_a_train_prompt_that_is_also_held_out_is_dropped_let_pass_or_refused(splits_by, leaky, leakage, left):
     """Also where the sample of what is held out has another."""
-    recipe = read_recipe(write_recipe(dataset_name=leaky, leakage=leakage, max_eval_samples=1))
-    train, test, found = load_splits(recipe)
+    train, test, found = splits_by(dataset_name=leaky, leakage=leakage, max_eval_samples=1)
     assert (len(train.comparisons), len(test.comparisons)) == (left, 1)
     assert train.excluded["leaked_prompt"] == 8 - left
     assert (found["prompts"], found["comparisons"]) == (1, 1)
@@ -122,15 +119,11 @@ def test_a_train_prompt_that_is_also_held_out_is_dropped_let_pass_or_refused(
         refuse_leakage(found)
 
 
-def test_data_that_all_leaks_is_refused_with_the_counts(write_recipe, tmp_path):
+def test_data_that_all_leaks_is_refused_with_the_counts(splits_by, tmp_path):
     for name in ("train", "test"):
         write_jsonl(tmp_path / "same" / f"{name}.jsonl", make_rows(4, seed=1))
-    recipe = read_recipe(write_recipe(dataset_name=str(tmp_path / "same"), leakage="drop"))
     with pytest.raises(DataError, match="no comparison is left to train on: 4 leaked_prompt"):
-        load_splits(recipe)
-
-
-# --- held out by prompt ----------------------------------------------------------------------
+        splits_by(dataset_name=str(tmp_path / "same"), leakage="drop")
 
 
 @pytest.fixture
@@ -164,97 +157,97 @@ def test_a_set_without_a_test_split_is_split_by_prompt_and_never_by_row(write_re
 
 
 def test_a_prompt_stays_on_its_side_whatever_the_seed_and_the_order_and_a_share_is_that_share(
-    write_recipe, repeated, tmp_path
+    splits_by, repeated, tmp_path
 ):
     held = prompts(load_held_out(data(repeated)))
     lines = repeated.read_text().splitlines(keepends=True)
     turned = tmp_path / "turned.jsonl"
     turned.write_text("".join(reversed(lines)))
     assert prompts(load_held_out(data(turned))) == held
-    _, test, _ = load_splits(read_recipe(write_recipe(dataset_name=str(repeated), seed=5)))
+    _, test, _ = splits_by(dataset_name=str(repeated), seed=5)
     assert prompts(test) == held
     more = load_held_out(data(repeated, test_split_size=0.5))
     assert len(more.comparisons) == 300
     assert held < prompts(more)
 
 
+def test_by_first_turn_a_dialogue_is_held_out_with_all_its_depths(splits_by, tmp_path):
+    rows = make_rows(30, seed=1)
+    goes_on = [{"role": "assistant", "content": "yes"}, {"role": "user", "content": "far"}]
+    rows += [row | {"prompt": row["prompt"] + goes_on} for row in rows]
+    keys = {"dataset_name": str(write_jsonl(tmp_path / "deep.jsonl", rows)), "leakage": "allow"}
+    for by in ("prompt", "first_turn"):
+        train, test, leakage = splits_by(**keys, test_split_size=0.5, leakage_by=by)
+        assert len(train.comparisons) + len(test.comparisons) == 60
+        assert (leakage["first_turns"] == 0) == (by == "first_turn")
+
+
 @pytest.mark.parametrize("size", [1e-9, 1 - 1e-9])
-def test_of_two_prompts_or_more_there_are_some_on_either_side(write_recipe, tmp_path, size):
+def test_of_two_prompts_or_more_there_are_some_on_either_side(splits_by, tmp_path, size):
     path = write_jsonl(tmp_path / "x.jsonl", make_rows(3, seed=1))
-    train, test, _ = load_splits(read_recipe(write_recipe(dataset_name=str(path), test_split_size=size)))
+    train, test, _ = splits_by(dataset_name=str(path), test_split_size=size)
     assert (len(train.comparisons), len(test.comparisons)) == ((2, 1) if size < 0.5 else (1, 2))
 
 
-def test_one_prompt_cannot_be_held_out_and_the_advice_works(write_recipe, tmp_path):
+def test_one_prompt_cannot_be_held_out_and_the_advice_works(splits_by, tmp_path):
     rows = [{"prompt": "Write a poem.", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(6)]
     path = write_jsonl(tmp_path / "x.jsonl", rows)
     with pytest.raises(DataError, match="same prompt, .* give a test split .* 'leakage: allow'"):
-        load_splits(read_recipe(write_recipe(dataset_name=str(path))))
+        splits_by(dataset_name=str(path))
     write_jsonl(tmp_path / "own" / "train.jsonl", rows[:4])
     write_jsonl(tmp_path / "own" / "test.jsonl", rows[4:])
-    recipe = read_recipe(write_recipe(dataset_name=str(tmp_path / "own"), leakage="allow"))
-    train, test, leakage = load_splits(recipe)
+    train, test, leakage = splits_by(dataset_name=str(tmp_path / "own"), leakage="allow")
     refuse_leakage(leakage)
     assert (len(train.comparisons), len(test.comparisons)) == (4, 2)
 
 
-# --- mixtures --------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def mixture(tmp_path, tiny_data):
-    """Two sets of different shapes: pairs with a test split, and rankings with a test split."""
-    rankings = [
-        {"prompt": f"rank {n}", "responses": ["a", "b", "c"], "scores": [n, n + 1, n]} for n in range(20)
-    ]
+    """Keys of a recipe with two sets of different shapes, pairs and rankings, each with a test split."""
+    rankings = [{"prompt": f"{n}", "responses": ["a", "b", "c"], "scores": [n, n + 1, n]} for n in range(20)]
     write_jsonl(tmp_path / "rankings" / "train.jsonl", rankings[:16])
     write_jsonl(tmp_path / "rankings" / "test.jsonl", rankings[16:])
-    return [{"path": str(tiny_data)}, {"path": str(tmp_path / "rankings")}]
+    sets = [{"path": str(tiny_data)}, {"path": str(tmp_path / "rankings")}]
+    return {"dataset_name": "omit", "datasets": sets}
 
 
-def test_a_mixture_of_pairs_and_rankings_is_one_train_and_one_test_split(write_recipe, mixture):
-    recipe = read_recipe(write_recipe(dataset_name="omit", datasets=mixture))
-    train, test, _ = load_splits(recipe)
+def test_a_mixture_of_pairs_and_rankings_is_one_train_and_one_test_split(splits_by, mixture):
+    train, test, _ = splits_by(**mixture)
     assert (train.rows, test.rows) == (64 + 16, 40 + 4)
     assert set(train.comparisons["subset"][:]) == {"preferences", "rankings"}
     assert train[64 + 3].responses == ["b", "a", "c"]
     assert train[64 + 3].ranks == [0, 1, 1]
 
 
-def test_fractions_keep_the_first_of_each_as_trl_does(write_recipe, mixture):
-    mixture[0]["fraction"], mixture[1]["fraction"] = 0.5, 0.5
-    train, test, _ = load_splits(read_recipe(write_recipe(dataset_name="omit", datasets=mixture)))
+def test_fractions_keep_the_first_of_each_as_trl_does(splits_by, mixture):
+    for entry in mixture["datasets"]:
+        entry["fraction"] = 0.5
+    train, test, _ = splits_by(**mixture)
     assert len(train.comparisons) == 32  # 16 rankings, and as many pairs
     assert train.excluded == {"not_in_fraction": 48}
     assert len(test.comparisons) == 44  # all that is held out
     assert train.comparisons["row"][:] == [*range(1, 17), *range(1, 17)]
 
 
-def test_a_mixture_names_its_own_train_splits(write_recipe, tmp_path, mixture):
+def test_a_mixture_names_its_own_train_splits(splits_by, tmp_path, mixture):
     row = {"prompt": "q", "responses": ["a", "b"], "ranks": [2, 1]}
     write_jsonl(tmp_path / "rankings" / "more.jsonl", [row])
-    mixture[1]["split"] = "more"
-    train, _, _ = load_splits(read_recipe(write_recipe(dataset_name="omit", datasets=mixture)))
-    assert train.rows == 65
+    mixture["datasets"][1]["split"] = "more"
+    assert splits_by(**mixture)[0].rows == 65
 
 
-def test_a_test_split_for_some_of_a_mixture_is_refused(write_recipe, mixture, tmp_path):
+def test_a_test_split_for_some_of_a_mixture_is_refused(splits_by, mixture, tmp_path):
     (tmp_path / "rankings" / "test.jsonl").unlink()
-    values = {"dataset_name": "omit", "datasets": mixture}
     with pytest.raises(DataError, match="rankings' has no split 'test'; .* 'test_split_size' to hold out"):
-        load_splits(read_recipe(write_recipe(**values)))
-    train, test, _ = load_splits(read_recipe(write_recipe(**values, test_split_size=0.3)))
+        splits_by(**mixture)
+    train, test, _ = splits_by(**mixture, test_split_size=0.3)
     assert len(train.comparisons) + len(test.comparisons) == 80
 
 
-# --- margins ---------------------------------------------------------------------------------
-
-
-def test_a_comparison_without_its_margin_may_be_held_out_and_is_not_trained_on(write_recipe, tmp_path):
+def test_a_comparison_without_its_margin_may_be_held_out_and_is_not_trained_on(splits_by, tmp_path):
     rows = [{**row, "m": None if n % 2 else 1} for n, row in enumerate(make_rows(60, seed=1))]
     path = write_jsonl(tmp_path / "m.jsonl", rows)
-    recipe = read_recipe(write_recipe(dataset_name=str(path), margin_column="m", test_split_size=0.5))
-    train, test, leakage = load_splits(recipe)
+    train, test, leakage = splits_by(dataset_name=str(path), margin_column="m", test_split_size=0.5)
     assert train.rows == 60 == len(train.comparisons) + train.excluded.total()
     assert train.excluded["missing_margin"] == 30
     assert leakage["comparisons"] == 0

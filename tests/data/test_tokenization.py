@@ -169,9 +169,8 @@ def test_what_a_template_does_not_show_is_counted_by_whose_it_is(tmp_path, token
     assert "the chat template leaves out text of comparisons: tool in 1, reply in 2" in caplog.text
 
 
-WORDS = st.lists(st.sampled_from(["far", "good", "cat", "\u4f60\u597d", "\n"]), min_size=1, max_size=12).map(
-    " ".join
-)
+WORD = st.sampled_from(["far", "good", "cat", "\u4f60\u597d", "\n"])
+WORDS = st.lists(WORD, min_size=1, max_size=12).map(" ".join)
 COMPARISONS = st.builds(
     lambda prompt, replies: Comparison(turns(*prompt), sorted(replies)),
     st.sampled_from([1, 3, 5]).flatmap(lambda n: st.lists(WORDS, min_size=n, max_size=n)),

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit
-from conftest import CHAT_TEMPLATE, make_tokenizer
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from conftest import CHAT_TEMPLATE, logged, make_tokenizer, save_classifier, weights
 from datasets import Dataset
 from huggingface_hub.utils import httpx
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -62,19 +62,44 @@ def in_4_bits(folder, kind=AutoModelForCausalLM):
 # --- the head -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("fixture", "expected"),
-    [("tiny_llama", ["score"]), ("tiny_distilbert", ["classifier", "pre_classifier"])],
-)
-def test_what_the_base_lacks_is_found_and_is_fp32(fixture, expected, request):
-    model, new = base(request.getfixturevalue(fixture), dtype="bfloat16", use_peft=True)
-    assert new == expected
-    for name in new:
-        assert isinstance(model.get_submodule(name), Float32Linear)
-        assert model.get_submodule(name).weight.dtype == torch.float32
+# What a base lacks, and how many linear layers its body has.
+LACKING = {
+    "llama": (["score"], 14),
+    "gpt2": (["score"], 8),
+    "distilbert": (["classifier", "pre_classifier"], 12),
+    "deberta": (["classifier", "pooler"], 12),
+}
+
+
+@pytest.mark.parametrize("bits", [{}, {"load_in_4bit": True}, {"load_in_8bit": True}], ids=str)
+@pytest.mark.parametrize("name", LACKING)
+def test_what_the_base_lacks_is_found_and_is_fp32_and_not_quantised(tiny_base, name, bits):
+    """The heads of encoders were."""
+    model, new = base(tiny_base(name), dtype="bfloat16", use_peft=True, **bits)
+    lacking, linear_layers = LACKING[name]
+    assert new == lacking
+    for module in map(model.get_submodule, new):
+        layers = [each for each in module.modules() if isinstance(each, torch.nn.Linear)]
+        assert {type(layer) for layer in layers} == {Float32Linear}
+        assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+    quantised = [each for each in model.modules() if isinstance(each, (Linear4bit, Linear8bitLt))]
+    assert len(quantised) == (linear_layers if bits else 0)
     assert next(model.base_model.parameters()).dtype == torch.bfloat16
     assert model.config.num_labels == 1
+
+
+def test_of_names_inside_each_other_the_outermost_are_the_head():
     assert outermost(["pooler.dense", "classifier", "pooler", "pool"]) == ["classifier", "pool", "pooler"]
+
+
+@pytest.mark.parametrize(("name", "classifier"), [("llama", "score"), ("bert", "classifier")])
+def test_of_a_classifier_of_two_labels_the_head_is_drawn_anew(tiny_base, tmp_path, name, classifier):
+    save_classifier(tmp_path, tiny_base(name), labels=2)
+    (model, new), (again, _) = base(tmp_path), base(tmp_path)
+    assert new == [classifier]
+    weight = model.get_submodule(classifier).weight
+    assert weight.unique().shape == (32,)
+    assert torch.equal(weight, again.get_submodule(classifier).weight)  # by the seed
 
 
 def test_the_heads_start_comes_from_the_seed(tiny_llama):
@@ -90,14 +115,12 @@ def test_of_a_saved_model_the_head_alone_is_read_back(tmp_path, monkeypatch):
     @contextmanager
     def opened(*args, **keys):
         with safe_open(*args, **keys) as file:
-            yield SimpleNamespace(
-                keys=file.keys, get_tensor=lambda name: read.append(name) or file.get_tensor(name)
-            )
+            get = file.get_tensor
+            yield SimpleNamespace(keys=file.keys, get_tensor=lambda name: read.append(name) or get(name))
 
     monkeypatch.setattr(head, "safe_open", opened)
-    save_file(
-        {"model.q.weight": torch.ones(2), "score.weight": torch.ones(2)}, tmp_path / "model.safetensors"
-    )
+    saved = {"model.q.weight": torch.ones(2), "score.weight": torch.ones(2)}
+    save_file(saved, tmp_path / "model.safetensors")
     check_saved_head(tmp_path, {"score.weight": torch.zeros(2)})
     assert lora.untrained_layers(tmp_path) == []
     assert read == ["score.weight"]
@@ -188,7 +211,18 @@ def test_the_list_of_encoders_whose_rewards_depend_on_padding_is_that_of_this_tr
     assert found == set(READ_PADDING)
 
 
-# --- bases that come quantised ------------------------------------------------------------------------
+# --- in few bits --------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_in_the_middle_changes_nothing_that_is_trained(write_recipe, tmp_path):
+    """A forward without gradients repacked 4-bit weights, and later gradients were wrong."""
+    keys = {"load_in_4bit": True, "bf16": True, "max_steps": 3}
+    for name, more in {"without": {}, "evaluated": {"eval_strategy": "steps", "eval_steps": 1}}.items():
+        train(read_recipe(write_recipe(**keys, **more, output_dir=str(tmp_path / name))))
+    assert len(logged(tmp_path / "evaluated", "eval_loss")) >= 2
+    without, evaluated = weights(tmp_path / "without"), weights(tmp_path / "evaluated")
+    assert without.keys() == evaluated.keys()
+    assert all(torch.equal(without[key], evaluated[key]) for key in without)
 
 
 def test_a_base_that_comes_quantised_is_trained_with_its_head_whole(tiny_llama, save, write_recipe, tmp_path):
@@ -215,9 +249,7 @@ def test_a_head_that_is_quantised_is_refused(tiny_distilbert, save):
 
 
 @pytest.mark.parametrize("resized", [None, 1], ids=["pads with EOS", "a pad token"])
-def test_a_reward_adapter_of_trls_on_gpt2_gives_the_rewards_that_it_was_trained_to(
-    tiny_base, tmp_path, resized
-):
+def test_a_reward_adapter_of_trls_on_gpt2_gives_the_rewards_it_was_trained_to(tiny_base, tmp_path, resized):
     """Its base has no token to pad with, so that one is added: by whoever trained, or here."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_base("gpt2"))
     tokenizer.unk_token = None
@@ -302,9 +334,7 @@ def test_an_adapter_whose_embeddings_grew_with_its_tokenizer_keeps_both(tiny_lla
     assert len(found) == len(tokenizer)
 
 
-def test_an_adapter_on_a_base_that_comes_quantised_is_merged_into_what_it_was_trained_on(
-    tiny_llama, save, tmp_path
-):
+def test_an_adapter_on_a_quantised_base_is_merged_into_what_it_was_trained_on(tiny_llama, save, tmp_path):
     """QLoRA on a 4-bit repository is how most train on one small GPU."""
     causal = save_adapter(tmp_path / "sft", save(in_4_bits(tiny_llama)))
     lora.keep_layout(causal)

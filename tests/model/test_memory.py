@@ -24,7 +24,6 @@ from rm_recipe.tools.check import check_memory, fit_by_config, read_as_on_gpu
 from rm_recipe.training.train import decide_step
 
 BATCH = [Encoded([5] * 60, [[6] * 20, [7] * 24])] * 4
-OPEN = {"gradient_accumulation_steps": "omit"}  # left to follow from `comparisons_per_step`
 CPU, GPU, GB = torch.device("cpu"), torch.device("cuda"), 1e9
 
 
@@ -168,7 +167,7 @@ def test_what_to_lower_where_not_one_comparison_fits(fitted):
 
 
 def test_what_is_advised_out_of_memory_is_accepted_and_changes_no_step(write_recipe):
-    path = write_recipe(per_device_train_batch_size="auto", comparisons_per_step=12, **OPEN)
+    path = write_recipe(per_device_train_batch_size="auto", comparisons_per_step=12)
     advised = dict(re.findall(r"(\w+): (\d+)", memory.too_little(read_recipe(path))))
     assert advised == {"per_device_train_batch_size": "6"}
     after = read_recipe(path, [f"--{key}={value}" for key, value in advised.items()]).training
@@ -210,16 +209,14 @@ def test_the_table_has_every_part_and_sums_up(write_recipe, capsys, monkeypatch)
 
 
 @pytest.mark.parametrize(("use_cpu", "kind"), [("omit", "CUDA"), (True, "CPU")])
-def test_unless_told_of_another_gpu_the_plan_is_for_this_machine(
-    write_recipe, capsys, monkeypatch, use_cpu, kind
-):
+def test_unless_told_of_a_gpu_the_plan_is_for_this_machine(write_recipe, capsys, monkeypatch, use_cpu, kind):
     """One with a GPU, which a recipe may leave alone."""
     device = property(lambda training: CPU if training.use_cpu else GPU)
     monkeypatch.setattr(TrainingArguments, "device", device)
     kinds = {None: "cuda", True: "cpu"}
     monkeypatch.setattr(relations, "device_of", lambda values: kinds[values.get("use_cpu")])
     monkeypatch.setattr("rm_recipe.tools.check.device_memory", lambda _: 12e9)
-    monkeypatch.setattr(memory, "LARGEST", 8)  # no search for the largest batch
+    monkeypatch.setattr(memory, "plan", lambda *_, **__: MemoryPlan(0, 0, 0))  # the real one takes seconds
     assert check_memory(write_recipe(use_cpu=use_cpu, per_device_train_batch_size=1), [])
     out = capsys.readouterr().out
     assert f"a training step on {kind}, " in out

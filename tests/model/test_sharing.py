@@ -3,22 +3,10 @@
 On a CPU rows are computed comparison by comparison: as `sdpa` would, forwards and backwards.
 """
 
-import copy
-
 import pytest
 import torch
 from conftest import TINY
-from transformers import (
-    AutoModelForSequenceClassification,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPTNeoConfig,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MistralConfig,
-    MixtralConfig,
-    Qwen2Config,
-)
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from rm_recipe.data.comparison import Encoded, split_at_common_prefix
 from rm_recipe.model import row_attention, shared_prefix
@@ -26,15 +14,16 @@ from rm_recipe.model.reward_model import add_reward_positions
 from rm_recipe.model.row_attention import NAME, attend_by_comparison, row_mask
 from rm_recipe.model.shared_prefix import decide_sharing, measure_sharing, padded_rows, shared_rows
 
-SMALL = {**TINY, "vocab_size": 50, "pad_token_id": 0}
-GROUPED = {**SMALL, "num_key_value_heads": 2}
-CONFIGS = {
-    "llama": LlamaConfig(**GROUPED),
-    "qwen2": Qwen2Config(**GROUPED),
-    "mistral": MistralConfig(**GROUPED, sliding_window=4096),
-    "gemma3": Gemma3TextConfig(**GROUPED, head_dim=8),
-    "gpt2": GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, pad_token_id=0),
-    "gpt_neox": GPTNeoXConfig(**SMALL),
+SMALL = {"vocab_size": 50, "pad_token_id": 0, "num_labels": 1}
+GROUPED = {**SMALL, **TINY, "num_key_value_heads": 2}
+# What shares a prefix, with what its small copy is made by.
+SHARING = {
+    "llama": GROUPED,
+    "qwen2": GROUPED,
+    "mistral": {**GROUPED, "sliding_window": 4096},
+    "gemma3_text": {**GROUPED, "head_dim": 8},
+    "gpt2": {**SMALL, "n_embd": 32, "n_layer": 2, "n_head": 4},
+    "gpt_neox": {**SMALL, **TINY},
 }
 BATCH = [
     Encoded([5, 6, 7], [[8, 9], [4]]),
@@ -43,11 +32,9 @@ BATCH = [
 ] * 3
 
 
-def classifier(name: str, attention: str = "sdpa", **keys):
+def classifier(kind: str, attention: str = "sdpa", **keys):
     torch.manual_seed(0)
-    config = copy.deepcopy(CONFIGS[name])
-    config.num_labels = 1
-    config.update(keys)
+    config = AutoConfig.for_model(kind, **{**SHARING.get(kind, SMALL), **keys})
     model = AutoModelForSequenceClassification.from_config(config, attn_implementation=attention).eval()
     add_reward_positions(model)
     return model
@@ -63,7 +50,7 @@ def rewards(model, batch):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", SHARING)
 def test_shared_rows_give_the_rewards_of_one_sequence_at_a_time(name, attention):
     model = classifier(name, attention)
     shared, padded, alone = rewards(model, BATCH)
@@ -82,17 +69,16 @@ def test_a_forward_that_ignores_positions_fails_the_proof(monkeypatch):
         return rows
 
     monkeypatch.setattr(shared_prefix, "shared_rows", without_positions)
-    assert measure_sharing(CONFIGS["llama"], "sdpa") > 1e-4
+    assert measure_sharing(AutoConfig.for_model("llama", **GROUPED), "sdpa") > 1e-4
     assert not decide_sharing(classifier("llama"), "auto", 64).used
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+@pytest.mark.parametrize("name", ["mistral", "gemma3_text"])
 def test_a_row_may_exceed_the_sliding_window_and_a_conversation_may_not(name, attention):
     model = classifier(name, attention, sliding_window=8)
-    short = [
-        Encoded(*split_at_common_prefix([[t, *range(6, 13)], [t, 6, 7, 8, 13, 14, 15, 16]])) for t in range(5)
-    ]
+    ends = ([*range(6, 13)], [6, 7, 8, 13, 14, 15, 16])
+    short = [Encoded(*split_at_common_prefix([[t, *end] for end in ends])) for t in range(5)]
     assert shared_rows(short, 0)["input_ids"].shape[1] > 8
     shared, _, alone = rewards(model, short)
     assert (shared - alone).abs().max() <= 1e-5
@@ -109,23 +95,19 @@ def test_a_row_may_exceed_the_sliding_window_and_a_conversation_may_not(name, at
 
 def test_a_window_that_cuts_the_mask_of_a_row_is_not_shared():
     """GPT-Neo's own, of 256 tokens, shortened what replies saw of their prompt, without a word."""
-    layers = {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
-    config = GPTNeoConfig(
-        vocab_size=50, hidden_size=32, **layers, pad_token_id=0, num_labels=1, window_size=8
-    )
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_config(config).eval()
-    add_reward_positions(model)
+    keys = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
+    model = classifier("gpt_neo", "eager", **keys, window_size=8)
     shared, padded, alone = rewards(model, [Encoded([5, 6, 7], [[8, 9], [4, 3], [6, 9, 4]])])
     assert (padded - alone).abs().max() <= 1e-5
     assert (shared - alone).abs().max() > 1e-4
-    config.window_size = 256
+    model.config.window_size = 256
     assert not decide_sharing(model, "auto", max_length=64).used
 
 
 def test_sharing_is_proven_for_a_mixture_of_experts():
     """Their grouped kernels raise in float64, so that none shared."""
-    assert measure_sharing(MixtralConfig(**GROUPED, num_local_experts=4), "sdpa") <= 1e-5
+    config = AutoConfig.for_model("mixtral", **GROUPED, num_local_experts=4)
+    assert measure_sharing(config, "sdpa") <= 1e-5
 
 
 def test_an_encoder_never_shares_and_off_means_off(tiny_distilbert):
@@ -137,7 +119,8 @@ def test_an_encoder_never_shares_and_off_means_off(tiny_distilbert):
 def test_the_copy_that_proves_it_is_small():
     """Of a Llama of 7B, a copy took 3 GB."""
     with torch.device("meta"):
-        small = shared_prefix._small(LlamaConfig(**GROUPED | {"intermediate_size": 10**5}), 20)
+        large = AutoConfig.for_model("llama", **GROUPED | {"intermediate_size": 10**5})
+        small = shared_prefix._small(large, 20)
         assert AutoModelForSequenceClassification.from_config(small).num_parameters() < 1e6
 
 
@@ -148,27 +131,26 @@ class Layer(torch.nn.Module):
     num_key_value_groups = 2
 
 
-def masks() -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the batch in one row: the labels that blocks are made of, and the whole square."""
-    labels = shared_rows(BATCH, 0, one_row=True)["attention_mask"]
+def masks(batch=BATCH) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a batch in one row: the labels that blocks are made of, and the whole square."""
+    labels = shared_rows(batch, 0, one_row=True)["attention_mask"]
     return labels, row_mask(labels)
 
 
-def attention(mask: torch.Tensor, **keys):
-    """Output and gradients of random queries, keys and values; two query heads for each key head."""
+def attention(mask: torch.Tensor, dtype=torch.float64, *, autocast=False, width=8, **keys):
+    """Output and gradients, by this precision, of random tensors; two query heads for each key head."""
     torch.manual_seed(0)
-    shapes = [(mask.shape[0], heads, mask.shape[-1], 8) for heads in (4, 2, 2)]
-    tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    output, _ = attend_by_comparison(Layer(), *tensors, mask, **keys)
-    output.square().sum().backward()
-    return [output.detach(), *(tensor.grad for tensor in tensors)]
+    exact = [torch.randn(1, heads, mask.shape[-1], width, dtype=torch.float64) for heads in (4, 2, 2)]
+    tensors = [each.to(dtype).requires_grad_() for each in exact]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output, _ = attend_by_comparison(Layer(), *tensors, mask, **keys)
+        output.double().square().sum().backward()
+    return [each.double() for each in (output.detach(), *(tensor.grad for tensor in tensors))]
 
 
 @pytest.mark.parametrize("queries", [128, 3])
 @pytest.mark.parametrize("scaling", [None, 0.3])
-def test_block_by_block_the_output_and_the_gradients_are_those_of_the_whole_mask(
-    scaling, queries, monkeypatch
-):
+def test_block_by_block_output_and_gradients_are_those_of_the_whole_mask(scaling, queries, monkeypatch):
     """A few queries at a time too, as of long comparisons."""
     monkeypatch.setattr(row_attention, "QUERIES", queries)
     labels, square = masks()
@@ -181,40 +163,17 @@ def test_block_by_block_the_output_and_the_gradients_are_those_of_the_whole_mask
 def test_autocast_changes_no_precision_that_it_has_left():
     """Neither forwards nor backwards: in fp32 a product that it rounds to bf16 is wrong by 1e-3."""
     labels, square = masks()
-    torch.manual_seed(0)
-    exact = [torch.randn(1, 4, square.shape[-1], 8, dtype=torch.float64) for _ in range(3)]
-
-    def found(dtype: torch.dtype, mask: torch.Tensor, *, autocast: bool) -> torch.Tensor:
-        tensors = [each.to(dtype, copy=True).requires_grad_() for each in exact]
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            output, _ = attend_by_comparison(torch.nn.Module(), *tensors, mask)
-            output.square().sum().backward()
-        return torch.cat([output.flatten(), *(tensor.grad.flatten() for tensor in tensors)]).double()
-
-    difference = found(torch.float32, labels, autocast=True) - found(torch.float64, square, autocast=False)
-    assert difference.abs().max() <= 1e-4
+    found = attention(labels, torch.float32, autocast=True)
+    for ours, theirs in zip(found, attention(square), strict=True):
+        assert (ours - theirs).abs().max() <= 1e-4
 
 
 def test_in_bf16_outputs_and_gradients_are_nearly_as_close_to_exact_as_those_of_sdpa():
     """Of a comparison of several tiles, whose parts are summed in fp32."""
-    labels = shared_rows([Encoded([1] * 500, [[2] * 60, [3] * 40])], 0, one_row=True)["attention_mask"]
-    square = row_mask(labels)
-    torch.manual_seed(0)
-    exact = [torch.randn(1, heads, 600, 64, dtype=torch.float64) for heads in (4, 2, 2)]
-
-    def found(dtype: torch.dtype, mask: torch.Tensor) -> list[torch.Tensor]:
-        tensors = [each.detach().to(dtype, copy=True).requires_grad_() for each in exact]
-        output, _ = attend_by_comparison(Layer(), *tensors, mask)
-        output.double().square().sum().backward()
-        return [output.double(), *(tensor.grad.double() for tensor in tensors)]
-
-    expected = found(torch.float64, square)
-    ours, sdpa = (
-        [(one - right).norm() for one, right in zip(found(torch.bfloat16, mask), expected, strict=True)]
-        for mask in (labels, square)
-    )
-    for own, theirs in zip(ours, sdpa, strict=True):
-        assert 0 < own <= 2 * theirs
+    labels, square = masks([Encoded([1] * 500, [[2] * 60, [3] * 40])])
+    ours, sdpa = (attention(mask, torch.bfloat16, width=64) for mask in (labels, square))
+    for own, theirs, exact in zip(ours, sdpa, attention(square, width=64), strict=True):
+        assert 0 < (own - exact).norm() <= 2 * (theirs - exact).norm()
 
 
 def test_dropout_drops_weights_of_a_comparison_and_scales_up_the_others():

@@ -42,9 +42,7 @@ def test_special_tokens_come_once_also_after_saving_and_loading(fixture, request
         assert cut == expected[-4:]  # whoever cuts what is too long keeps the reply
 
 
-def test_a_model_without_a_template_gets_a_plain_one_and_of_a_trained_one_it_is_said(
-    save, tiny_distilbert, capsys
-):
+def test_a_model_without_a_template_gets_a_plain_one_and_if_trained_is_told_of(save, tiny_distilbert, capsys):
     folder, plain = save("t", None), "<s>User: hello\n\nAssistant: good cat</s>"
     assert render(load_tokenizer(folder, of_base=True), MESSAGES) == plain
     assert "chat template" not in capsys.readouterr().err
@@ -155,9 +153,7 @@ def test_a_template_that_is_broken_or_cannot_be_read_is_one_message(tiny_llama, 
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_the_template_that_is_trained_with_is_ours_and_not_what_trl_would_read_again(
-    write_recipe, save, tmp_path, kind
-):
+def test_the_template_that_is_trained_with_is_ours_and_not_what_trl_reads(write_recipe, save, tmp_path, kind):
     """TRL puts the file's own text into the tokenizer, and fails at a folder's added tokens."""
     path = str(tmp_path / "other.jinja") if kind == "file" else save("other", OTHER_TEMPLATE)
     (tmp_path / "other.jinja").write_text(OTHER_TEMPLATE)

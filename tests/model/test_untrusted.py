@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import run_cli
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_load_model import save_adapter
@@ -36,7 +35,7 @@ class Trap:
         return Path.touch, (self.marker,)
 
 
-def spring(folder: Path, name: str) -> Path:
+def spring(folder: Path, name: str = "pytorch_model.bin") -> Path:
     """Puts a trap in the place of a folder's safetensors files; returns what its unpickling would write."""
     marker = folder / "sprung"
     for path in folder.glob("*.safetensors"):
@@ -51,13 +50,10 @@ def base(tiny_llama, tmp_path):
     return shutil.copytree(tiny_llama, tmp_path / "base")
 
 
-def test_a_base_that_is_a_pickle_is_refused_in_one_message_and_not_unpickled(base, write_recipe):
-    marker = spring(base, "pytorch_model.bin")
-    result = run_cli("train", str(write_recipe(model_name_or_path=str(base))))
-    assert result.returncode == 2
-    assert "has its weights in pytorch_model.bin alone, a pickle" in result.stderr
-    assert "convert it by transformers: `AutoModel.from_pretrained(...)`" in result.stderr
-    assert "Traceback" not in result.stderr
+def test_a_base_that_is_a_pickle_is_refused_and_not_unpickled(base, write_recipe):
+    marker = spring(base)
+    with pytest.raises(RecipeError, match=f"has its weights in pytorch_model.bin {CONVERT}"):
+        train(read_recipe(write_recipe(model_name_or_path=str(base))))
     assert not marker.exists()
     pickle.loads((base / "pytorch_model.bin").read_bytes())
     assert marker.exists()  # the trap was set
@@ -78,7 +74,7 @@ def test_an_index_of_safetensors_that_names_a_pickle_is_refused(base):
 def test_an_sft_adapter_that_is_a_pickle_is_refused_and_one_on_such_a_base(base, tmp_path, part):
     sft, tokenizer = tmp_path / "sft", load_tokenizer(str(base))
     save_adapter(sft, base)
-    marker = spring(sft, "adapter_model.bin") if part == "adapter" else spring(base, "pytorch_model.bin")
+    marker = spring(sft, "adapter_model.bin") if part == "adapter" else spring(base)
     with pytest.raises(RecipeError, match=CONVERT):
         load_base(ModelConfig(str(sft)), tokenizer, 0)
     assert not marker.exists()
@@ -105,14 +101,18 @@ def test_a_repository_on_the_hub_that_is_a_pickle_is_refused(monkeypatch):
 # --- code of a model's own -------------------------------------------------------------------
 
 
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+class C(LlamaConfig): model_type = "own"
+class M(LlamaForCausalLM): pass
+class T(PreTrainedTokenizerFast): pass
+"""
+
+
 def give_code(folder: Path, *, model_type: str | None = None) -> Path:
     """Adds code of its own to a model's folder; returns what its import would write."""
     marker = folder / "imported"
-    module = f"import pathlib\npathlib.Path({str(marker)!r}).touch()\n"
-    module += "from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\n"
-    module += "class C(LlamaConfig):\n    model_type = 'own'\nclass M(LlamaForCausalLM): pass\n"
-    module += "class T(PreTrainedTokenizerFast): pass\n"
-    (folder / "own.py").write_text(module)
+    (folder / "own.py").write_text(f"__import__('pathlib').Path({str(marker)!r}).touch()\n{OWN_CODE}")
     classes = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification")
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"] = {"AutoConfig": "own.C", **dict.fromkeys(classes, "own.M")}
@@ -174,9 +174,7 @@ def test_an_sft_adapters_tokenizer_runs_no_code_of_its_own(base, tmp_path, willi
     assert not willing
 
 
-def test_a_base_that_brings_code_is_trained_evaluated_and_exported_without_it(
-    base, write_recipe, tmp_path, willing
-):
+def test_a_base_with_code_is_trained_evaluated_and_exported_without_it(base, write_recipe, tmp_path, willing):
     marker, run = give_code(base), tmp_path / "run"
     train(read_recipe(write_recipe(model_name_or_path=str(base), max_steps=1)))
     saved = (run / "recipe.yaml").read_text()
@@ -194,9 +192,7 @@ def test_a_base_that_brings_code_is_trained_evaluated_and_exported_without_it(
     assert not willing
 
 
-@pytest.mark.parametrize(
-    "template", ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append(1) }}"]
-)
+@pytest.mark.parametrize("template", ["{{ ''.__class__.__mro__[1] }}", "{{ messages.append(1) }}"])
 def test_a_chat_template_reaches_nothing_but_the_conversation(base, template):
     (base / "chat_template.jinja").write_text(template)
     with pytest.raises(RecipeError, match="chat template fails"):

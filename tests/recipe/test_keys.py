@@ -114,9 +114,7 @@ def test_a_key_is_what_the_trainer_is_told_or_does(trainer):
 def test_every_field_of_trl_is_refused_or_shown_to_do_what_it_says():
     """A field that a release adds fails here until somebody has decided."""
     tables = (REFUSED_KEYS, FIXED_KEYS, GIVEN_TO_TRAINER, SHOWN_BY_A_TRAINER, ELSEWHERE)
-    fields = {
-        item.name for part in (RewardConfig, ModelConfig) for item in dataclasses.fields(part) if item.init
-    }
+    fields = {f.name for part in (RewardConfig, ModelConfig) for f in dataclasses.fields(part) if f.init}
     assert sorted(key for table in tables for key in table) == sorted({*fields, "streaming"})
 
 
