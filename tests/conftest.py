@@ -146,10 +146,12 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory, tiny_distilbert: Path) -
     return folder
 
 
-def save_classifier(folder: Path, base: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Path:
-    """A one-label model whose head is random, as a model folder that says how it was trained."""
+def save_classifier(
+    folder: Path, base: Path, dtype: torch.dtype = torch.float32, labels: int = 1, **settings: Any
+) -> Path:
+    """A model whose head is random, as a model folder that says how it was trained."""
     torch.manual_seed(1)
-    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=dtype)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(base)
     model.config.pad_token_id, model.config.rm_recipe = tokenizer.pad_token_id, settings
     model.save_pretrained(folder)
