@@ -32,7 +32,7 @@ _WRITTEN_OUT = re.compile(r"""(array\()?\[?\s*\{\s*(['"])""")  # messages as tex
 _UNREAD_TURNS = re.compile(
     r"(<s>|<bos>|<BOS_TOKEN>|\[gMASK\]<sop>)?\s*"
     r"(<[|\uff5c][^<>]+[|\uff5c]>|<start_of_turn>\w|\[INST\].*\[/INST\]|<extra_id_\d>\w)"
-    r"|(?-i:prompter:|[^\n]{0,300}USER:.*ASSISTANT:\s*$)"
+    r"|(?-i:prompter:|[^\n]{0,300}\bUSER:.*\bASSISTANT:\s*$)"
     r"|(BEGINNING OF CONVERSATION:|#+)?\s*(Human|User):.*\b(Assistant|AI|Bot|GPT):\s*$",
     re.DOTALL | re.IGNORECASE,
 )
@@ -161,7 +161,7 @@ def in_context(prompt: list[Message], row: Mapping[str, Any]) -> list[Message]:
         return prompt
     system = row[column]
     if isinstance(system, Mapping):
-        [system] = [message["content"] for message in as_messages({"role": "system", **system})]
+        [system] = [message["content"] for message in as_messages({**system, "role": "system"})]
     if not isinstance(system, str):
         raise Malformed(column, "a text", system)
     if not prompt or prompt[0]["role"] != "system":
@@ -225,7 +225,7 @@ def _joined(parts: list[Any]) -> str:
     """The text of a content in parts, as templates write it: one part after the other."""
     for part in parts:
         keys = part if isinstance(part, Mapping) else {type(part).__name__: part}
-        kind = keys.get("type") or next(filter(keys.get, keys), None)  # Gemini has a key for each type
+        kind = keys.get("type") or ", ".join(filter(keys.get, keys))  # Gemini has a key for each type
         if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
             raise Excluded("not_text", f"a part of type '{str(kind)[:40]}'")
     return "".join(part["text"] for part in parts)

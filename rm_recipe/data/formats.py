@@ -219,6 +219,8 @@ def _beats(one: Shape, other: Shape) -> bool:
     """Whether it has all that the other has and more, or the same replies to a prompt of a better name."""
     if {*other.columns} < {*one.columns}:
         return True
+    if (one.responses, other.name) == ("chosen rejected", "distilabel ratings"):  # of which they were made
+        return True
     alike = (one.responses, one.verdict) == (other.responses, other.verdict)
     names = (one.prompt, other.prompt)
     return alike and (names == ("instruction", "input") or names[0] == "prompt" != names[1])
@@ -472,13 +474,14 @@ def _best(row: Row, shape: Shape, column: str, verdict: Any) -> int:
     """Which response a verdict means, by the values that it may have; one more than there are for a tie."""
     known = [values.split("/") for values in shape.better.split(", ")]
     meant = [number for number, values in enumerate(known) if _spelt(verdict) in map(_spelt, values)]
-    if not meant:  # it may be what stands in a column that they name, or in the reply's own
+    # It may be what stands in a column that they name, or in the reply's own; a number may count the replies.
+    if not meant and _number(verdict) is None:
         for values, reply in zip(known, shape.responses.split(), strict=False):
             values.append(reply)
         meant = [number for number, values in enumerate(known) if verdict in map(row.get, values)]
-    if len(meant) > 1:
-        raise Excluded("verdict_fits_both", f"{column}: {str(verdict)[:60]}")
-    if not meant:
+        if len(meant) > 1:
+            raise Excluded("verdict_fits_both", f"{column}: {str(verdict)[:60]}")
+    if len(meant) != 1:
         how = "what others mean is said by 'columns: {..., verdict: COLUMN=FIRST/SECOND/TIE}', each A or A|B"
         raise Malformed(column, f"one of {shape.better} ({how})", verdict)
     return meant[0]

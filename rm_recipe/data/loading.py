@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from io import BufferedReader, TextIOWrapper
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -259,7 +259,10 @@ def _splits_in(folder: Path) -> dict[str, Any]:
     if (folder / "dataset_dict.json").is_file():
         return {part.name: sorted(part.glob("*.arrow")) for part in folder.iterdir() if part.is_dir()}
     splits: dict[str, Any] = {}
-    for path in filter(_may_be_a_split, _data_files(folder)):
+    for path in sorted(folder.iterdir()):
+        hidden = path.name[0] == "."  # as macOS leaves them
+        if hidden or not path.is_file() or data_format(path) not in DATA_FORMATS or not _may_be_a_split(path):
+            continue
         stem = path.name[: path.name.lower().rindex(data_format(path))]
         name = _SHARD.sub("", stem)
         if name in splits and name == stem:
@@ -269,13 +272,7 @@ def _splits_in(folder: Path) -> dict[str, Any]:
         return _splits_in(folder / "data")
     # As the Hub converts a data set: train/0000.parquet.
     parts = [part for part in sorted(folder.iterdir()) if part.is_dir() and re.fullmatch(_SPLIT, part.name)]
-    return splits or {part.name: files for part in parts if (files := _data_files(part))}
-
-
-def _data_files(folder: Path) -> list[Path]:
-    """The files of a folder that can be read, but for hidden ones, as macOS leaves them."""
-    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name[0] != "."]
-    return [path for path in files if data_format(path) in DATA_FORMATS]
+    return splits or {part.name: files for part in parts if (files := [*chain(*_splits_in(part).values())])}
 
 
 def _may_be_a_split(path: Path) -> bool:

@@ -112,7 +112,7 @@ def test_a_file_that_is_not_what_it_says_is_named_with_its_fault(tmp_path, name,
     assert str(tmp_path / name) in str(caught.value)
 
 
-@pytest.mark.parametrize("comma", [",", ";", "\t"])
+@pytest.mark.parametrize("comma", [",", ";", "\t", "|"])
 def test_a_csv_is_read_as_excel_writes_it_in_any_country_or_asked_for_as_utf_8(tmp_path, comma):
     rows = [["prompt", "chosen", "rejected"], ['"What, why; how?"', "Because. It\u2019s so", "No"]]
     text = "".join(f"{comma.join(row)}\r\n" for row in rows)

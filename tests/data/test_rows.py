@@ -245,9 +245,12 @@ def test_parts_of_text_are_joined_and_another_kind_of_part_is_named():
     assert as_messages([said("user", padded)]) == [said("user", "Hi, you")]
     gemini = [{"text": "Hi, "}, {"text": "you"}]
     assert as_messages([{"role": "model", "parts": gemini}]) == [said("assistant", "Hi, you")]
+    with pytest.raises(Excluded, match="not_text") as caught:
+        as_messages([{"role": "model", "parts": [{"text": "Hm", "thought": True}, *gemini]}])
+    assert caught.value.detail == "a part of type 'text, thought'"
     assert as_messages([said("user", [{"type": "input_text", "text": "Hi"}])]) == [USER]
     others = [({"type": "image_url", "image_url": "x"}, "image_url"), ({"fileData": "x"}, "fileData")]
-    for part, kind in (*others, ("Hi", "str"), ({}, "None")):
+    for part, kind in (*others, ("Hi", "str"), ({}, "")):
         assert why(as_messages, [said("user", [text, part])]) == ("not_text", f"a part of type '{kind}'")
 
 

@@ -9,7 +9,7 @@ import datasets as hf_datasets
 import pytest
 from conftest import make_rows, make_tokenizer, write_jsonl
 
-from rm_recipe.data.comparison import Comparison, Excluded
+from rm_recipe.data.comparison import Comparison, Excluded, Malformed
 from rm_recipe.data.formats import parse_row, rows_of, shape_of
 from rm_recipe.data.loading import read_name
 from rm_recipe.data.splits import load_split, load_splits
@@ -205,7 +205,8 @@ def test_tools_of_openai_stand_beside_the_messages():
 
 def test_a_system_instruction_of_gemini_is_the_system_message():
     row = next(row for row in PUBLISHED if "contents" in row)
-    found = parse_row({**row, "system_instruction": {"parts": [{"text": "Be "}, {"text": "terse."}]}})
+    told = {"role": None, "parts": [{"text": "Be "}, {"text": "terse."}]}  # as a table has it
+    found = parse_row({**row, "system_instruction": told})
     assert found.prompt == [said("system", "Be terse."), ASKED]
 
 
@@ -294,9 +295,24 @@ def test_a_verdict_may_be_the_model_or_the_text_of_the_better_reply(tmp_path):
     assert parse_row({**pair, "preferred": "good"}) == expected
     with pytest.raises(Excluded, match="verdict_fits_both"):
         parse_row({**pair, **models, "model_a": "llama_3"})
+    with pytest.raises(Malformed):  # the second of 0 and 1, or the first reply?
+        parse_row({"prompt": "Hi", "response_a": "1", "response_b": "0", "preferred": "1"})
     path = write_jsonl(tmp_path / "x.jsonl", [{**pair, "name_a": "x", "name_b": "y", "best": "y"}])
     replies = {"prompt": "prompt", "chosen": "response_a", "rejected": "response_b"}
     assert load(path, columns={**replies, "verdict": "best=name_a/name_b"})[0].responses == ["good", "bad"]
+
+
+def test_a_value_that_is_named_for_a_reply_and_means_a_tie_is_refused(tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", [{"q": "Hi", "a1": "x", "a2": "y", "label": "same"}])
+    named = {"prompt": "q", "chosen": "a1", "rejected": "a2", "verdict": "label=same/other"}
+    with pytest.raises(DataError, match="line 1: column 'label' should be one of same, other, "):
+        load(path, columns=named)
+
+
+def test_a_pair_that_was_made_of_rated_replies_is_read_as_the_pair():
+    rated = {"messages": [ASKED], "instruction": "Hi", "generations": ["bad", "good"], "ratings": [1, 2]}
+    pair = {"prompt": "Hi", "chosen": "good", "rejected": "bad"}
+    assert shape_of({**rated, **pair}).name == "TRL preference"
 
 
 # --- columns that a recipe names ------------------------------------------------------------------
@@ -492,6 +508,14 @@ def test_folders_of_the_splits_names_are_splits_and_others_are_named(tmp_path, w
         load(tmp_path / "sets")
     recipe = write_recipe(dataset_name=str(tmp_path / "sets"), dataset_subsets=["data/en"])
     assert [len(split.comparisons) for split in load_splits(read_recipe(recipe))[:2]] == [8, 2]
+
+
+def test_folders_of_splits_may_be_saved_to_disk_and_hold_what_is_no_comparison(tmp_path):
+    for name in ("train", "test"):
+        hf_datasets.Dataset.from_list(make_rows(3, seed=1)).save_to_disk(tmp_path / "saved" / name)
+        write_jsonl(tmp_path / "files" / name / "0.jsonl", make_rows(3, seed=1))
+        (tmp_path / "files" / name / "about.json").write_text('{\n"rows": 3}')
+    assert load(tmp_path / "saved", "test").rows == load(tmp_path / "files", "test").rows == 3
 
 
 def test_what_macos_leaves_beside_a_file_is_no_split(tmp_path, write_recipe):
