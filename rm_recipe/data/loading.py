@@ -245,7 +245,7 @@ def splits_of(source: DatasetConfig, revision: str | None = None) -> dict[str, A
         raise DataError(f"data set '{source.path}' cannot be loaded from the Hub: {reason}") from None
 
 
-_SPLIT = "(train|test|validation|valid|val|dev|eval)"
+_SPLIT = "(train|test|validation|valid|val|dev)"
 _SHARD = re.compile(r"-\d{5}-of-\d{5}(-\w+)?$")  # of a data set that came from the Hub
 
 
