@@ -1,17 +1,23 @@
-"""What a token of a shared-prefix row attends to, and how a CPU computes it: one comparison after the other.
+"""What a token of a shared-prefix row attends to, and how that is computed without the rest of the square.
 
 A row's mask is block-diagonal, one block for each comparison, and a dense kernel computes the empty
-part too: for three comparisons of a length two thirds of it. On a GPU that costs less than many small
-kernels would; on a CPU it was a quarter of a training step, so there each block is computed by itself.
+part too: for three comparisons of a length two thirds of it. That was a quarter of a training step on a
+CPU and a third on an H200. So a CPU computes each block by itself, and a GPU all of them at once by flash
+attention, which takes sequences of any length (a response's keys are its prefix's and its own).
 Registered with transformers under `NAME`; for every other mask it is transformers' `sdpa`.
 """
 
 from collections.abc import Iterator, MutableMapping
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
+from inspect import signature
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -19,13 +25,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "rm_recipe_rows"
+HALF = (torch.bfloat16, torch.float16)
 # Queries whose scores are computed at once: with more, keys are looked at that come after a query; with less,
 # the products are small. In bf16 on two cores without AMX this was the fastest or nearly so of 32 to 256, for
 # comparisons of 244 to 1,900 tokens, forwards and backwards.
 QUERIES = 128
-PLANNED = 1024  # in a plan of memory, where each operation costs time and the bytes are nearly the same
-
-_blocks: MutableMapping[Tensor, list[Tensor]] = WeakTensorKeyDictionary()
+MANY = 1024  # on a GPU, and in a plan of memory, where each operation costs time
+WIDEST = 192  # head that flash attention differentiates on every card
+# torch 2.11 takes grouped heads as they come, 2.13 if it is told.
+GROUPED: Any = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
 def row_mask(labels: Tensor) -> Tensor:
@@ -46,14 +54,41 @@ def by_block(model: Any) -> bool:
     return bool(model.config._attn_implementation == NAME)
 
 
+def has_flash(device: torch.device) -> bool:
+    """Whether a GPU, or one that is not at hand to be asked, has flash attention: NVIDIA's since Ampere."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return device.type == "cuda"
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def announce_rows(mask: Tensor, blocks: list[Tensor] | None = None) -> None:
     """Register what each comparison's tokens attend to, by the labels of `shared_rows`.
 
     Args:
         blocks: of a mask that cannot be read, as it has no content.
     """
-    if blocks or (not mask.dtype.is_floating_point and mask.dtype != torch.bool and mask not in _blocks):
-        _blocks[mask] = blocks or blocks_of(mask)
+    if blocks or (not mask.dtype.is_floating_point and mask.dtype != torch.bool and mask not in _rows):
+        _rows[mask] = _Row(mask.clone())
+        if blocks:
+            _rows[mask].blocks = blocks
+
+
+class _Row:
+    """One row's labels, and what is made of them when it is first asked for."""
+
+    def __init__(self, labels: Tensor) -> None:
+        self.labels = labels
+
+    @cached_property
+    def blocks(self) -> list[Tensor]:
+        return blocks_of(self.labels)
+
+    @cached_property
+    def sequences(self) -> "Sequences":
+        return sequences_of(self.labels)
+
+
+_rows: MutableMapping[Tensor, _Row] = WeakTensorKeyDictionary()
 
 
 def blocks_of(labels: Tensor) -> list[Tensor]:
@@ -62,8 +97,45 @@ def blocks_of(labels: Tensor) -> list[Tensor]:
     blocks = []
     for own in torch.split(labels, sizes.tolist(), dim=3):
         seen = row_mask(own)[0, 0]
-        blocks.append(torch.zeros(seen.shape).masked_fill_(~seen, float("-inf")))
+        blocks.append(torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, float("-inf")))
     return blocks
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """A row's comparisons as flash attention takes them: one sequence for each response.
+
+    The prefix's tokens are queries of the first response's sequence, and keys of all.
+
+    Attributes:
+        longest: the most queries, and the most keys, of a sequence.
+        queries: (sequences + 1,) int32, where each one's queries begin, in the row.
+        keys: likewise its keys, among those of all sequences.
+        key_tokens: (keys,) int64, the token of the row that each key is.
+    """
+
+    longest: tuple[int, int]
+    queries: Tensor
+    keys: Tensor
+    key_tokens: Tensor
+
+
+def sequences_of(labels: Tensor) -> Sequences:
+    """The sequences of one row, by its labels."""
+    owners, lengths = torch.unique_consecutive(labels[0, 0].cpu(), dim=1, return_counts=True)
+    prefixes: dict[int, NDArray[np.int64]] = {}  # of those comparisons that have one
+    ends, keys = [0], []
+    parts = np.split(np.arange(labels.shape[-1]), lengths.cumsum(0)[:-1])
+    for (comparison, response), own in zip(owners.T.tolist(), parts, strict=True):
+        if response == 0:
+            prefixes[comparison] = own
+        else:
+            keys.append(np.concatenate([prefixes.get(comparison, own[:0]), own]))
+            ends.append(int(own[-1]) + 1)
+    sizes = [len(each) for each in keys]
+    begin = np.array([ends, np.cumsum([0, *sizes])], np.int32)
+    made = (torch.from_numpy(each).to(labels.device) for each in (*begin, np.concatenate(keys)))
+    return Sequences((int(np.diff(ends).max()), max(sizes)), *made)
 
 
 def attend_by_comparison(
@@ -82,17 +154,39 @@ def attend_by_comparison(
     """
     if attention_mask is not None:
         announce_rows(attention_mask)  # a reentrant checkpoint hands its backward another tensor
-    if attention_mask is None or attention_mask not in _blocks:
+    if attention_mask is None or attention_mask not in _rows:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    blocks, dropout, scale = _blocks[attention_mask], kwargs.get("dropout"), kwargs.get("scaling")
+    row, dropout, scale = _rows[attention_mask], kwargs.get("dropout"), kwargs.get("scaling")
     # (heads, tokens of the one row, head size), in the precision in which autocast left the values.
     query, key, value = (each[0].to(value.dtype) for each in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     # With dropout torch's own backward, which knows what was dropped.
-    kernel = partial(_fused, dropout=dropout) if dropout else _BlockAttention.apply
-    with torch.autocast("cpu", enabled=False):  # the precision is chosen already
-        output = kernel(query * scale, key, value, blocks)
+    kernel: Any = partial(_fused, dropout=dropout) if dropout else _BlockAttention.apply
+    with torch.autocast(query.device.type, enabled=False):  # the precision is chosen already
+        if takes_flash(query, value) and not dropout:
+            output = _flash(query, key, value, row.sequences, scale)
+        else:
+            output = kernel(query * scale, key, value, row.blocks)
     return output.transpose(0, 1)[None], None
+
+
+def takes_flash(query: Tensor, value: Tensor) -> bool:
+    """Whether flash attention has a kernel for such tensors."""
+    width = query.shape[-1]
+    fits = width == value.shape[-1] and width <= WIDEST and width % 8 == 0
+    return query.is_cuda and value.dtype in HALF and fits
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, row: Sequences, scale: float) -> Tensor:
+    """Flash attention: a sequence's last query sees all of its keys, the one before all but the last, ...
+
+    Tensors as above, but the queries are not scaled.
+    """
+    kernel: Any = partial(varlen_attn, scale=scale, window_size=(-1, 0), **GROUPED)
+    query, key, value = (each.transpose(0, 1) for each in (query, key, value))
+    key, value = (each.index_select(0, row.key_tokens) for each in (key, value))
+    output: Tensor = kernel(query, key, value, row.queries, row.keys, *row.longest)
+    return output.transpose(0, 1)
 
 
 def _by_block(blocks: list[Tensor], *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -137,7 +231,7 @@ class _BlockAttention(torch.autograd.Function):
         of_query, of_key, of_value = (torch.empty_like(each) for each in (query, key, value))
         whole = (query, key, value, gradient, of_query, of_key, of_value)
         exact = torch.promote_types(key.dtype, torch.float32)
-        with torch.autocast("cpu", enabled=False):  # as forwards
+        with torch.autocast(query.device.type, enabled=False):  # as forwards
             for q, k, v, g, dq, into_k, into_v, block in _by_block(context.blocks, *whole):
                 dk, dv = (torch.zeros_like(each, dtype=exact) for each in (k, v))  # sums of many parts
                 for some, seen, p in _probabilities(q, k, block):
@@ -157,7 +251,7 @@ def _probabilities(query: Tensor, key: Tensor, mask: Tensor) -> Iterator[tuple[s
 
     Shares are (key heads, queries of all query heads of a key head, keys), as those are one product.
     """
-    step = QUERIES if type(query) is Tensor else PLANNED
+    step = QUERIES if type(query) is Tensor and not query.is_cuda else MANY
     for first in range(0, query.shape[1], step):
         end = min(first + step, query.shape[1])
         some, seen = slice(first, end), slice(0, end)  # what comes after a query, it does not see

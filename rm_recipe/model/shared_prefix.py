@@ -146,8 +146,8 @@ def decide_sharing(
         wanted: the recipe's `prefix_sharing`.
         max_length: the longest conversation. It must fit the sliding window, if there is one: a row
             may be longer, because the mask that comes with it is used in place of the window's.
-        device: where the model will compute, by default where it is. On a CPU a model that shares
-            prefixes and uses `sdpa` gets the attention of `row_attention.py`, as part of what is proven.
+        device: where the model will compute, by default where it is. On a CPU, and on a GPU with flash
+            attention, a model that shares prefixes and uses `sdpa` gets the attention of `row_attention.py`.
     """
     config = model.config
     attention = config._attn_implementation
@@ -160,9 +160,10 @@ def decide_sharing(
     window = getattr(config.get_text_config(), "sliding_window", None)
     if window and (max_length is None or max_length > window):
         return Sharing(False, f"conversations may be longer than the sliding window of {window} tokens")
-    on_cpu = (device or model.device).type == "cpu"
+    device = device or model.device
+    by_comparison = device.type == "cpu" or row_attention.has_flash(device)
     simple = config.get_text_config() is config and model._can_set_attn_implementation()
-    if attention == "sdpa" and on_cpu and simple:
+    if attention == "sdpa" and by_comparison and simple:
         attention = row_attention.NAME
     try:
         difference = measure_sharing(config, attention)

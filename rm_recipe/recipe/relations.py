@@ -26,6 +26,7 @@ warmup_steps lr_scheduler_type=constant|reduce_lr_on_plateau|greedy: that schedu
 lr_scheduler_kwargs lr_scheduler_type=constant|constant_with_warmup: that schedule takes none
 comparisons_per_step gradient_accumulation_steps: the second follows; on the command line null leaves it out
 fp16 use_cpu=true: a CPU computes in bf16 or fp32; leave 'fp16' out
+use_liger_kernel use_cpu=true: its kernels are a GPU's; leave 'use_liger_kernel' out
 activation_offloading use_cpu=true: on a CPU activations are where it would move them
 attn_implementation=flex_attention use_cpu=true: it cannot train on a CPU; leave 'attn_implementation' out
 gradient_checkpointing activation_checkpointing=false: they are one thing, by two names

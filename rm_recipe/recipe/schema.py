@@ -60,7 +60,7 @@ local_rank: `accelerate launch` sets it for each of its processes
 # Why a key takes TRL's default alone, which a run's recipe.yaml holds.
 FIXED_KEYS = table("""
 label_smoothing_factor: a comparison has no labels to smooth; 'margin_column' is for doubt
-use_liger_kernel liger_kernel_config: it replaces the classifier's forward by a language model's
+liger_kernel_config: `use_liger_kernel: true` takes those kernels that a classifier has a use for
 pad_to_multiple_of: rows are not padded where prefixes are shared; leave it out
 length_column_name: a comparison has no single length; leave it out
 dataloader_drop_last: it would leave comparisons out, held-out ones too

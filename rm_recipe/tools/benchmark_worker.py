@@ -48,6 +48,7 @@ def measure_training(recipe: Recipe, what: str) -> dict[str, Any]:
         trainer: Any = train.make_trainer(recipe, tokenizer, model, modules_to_save, train_split, test_split)
     else:
         recipe.training.chat_template_path = None  # what is tokenised already needs none
+        recipe.training.use_liger_kernel = False  # `load_model` has done it
         trainer = RewardTrainer(
             model=model,
             args=recipe.training,

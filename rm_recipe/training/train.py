@@ -23,7 +23,7 @@ from rm_recipe.data.dataset import Split
 from rm_recipe.data.splits import load_splits, refuse_leakage
 from rm_recipe.errors import RecipeError
 from rm_recipe.files import whole_folder
-from rm_recipe.model import head, lora, memory, reward_model
+from rm_recipe.model import head, kernels, lora, memory, reward_model
 from rm_recipe.model.shared_prefix import TOKENS_ON_CPU, decide_sharing
 from rm_recipe.model.tokenizer import check_vocabulary, load_tokenizer
 from rm_recipe.processes import follow_log_level, main_process_first, say, wait_for_main_process, warn
@@ -131,6 +131,8 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Any,
         say("all weights are trained, so they are in fp32 whatever 'dtype' says")
     with whole_weights():
         model, modules_to_save = reward_model.load_base(recipe.model, tokenizer, training.seed)
+    if training.use_liger_kernel:
+        kernels.fuse(model)
     model.config.rm_recipe = {
         "max_length": training.max_length,
         "truncation": recipe.data.truncation,
@@ -165,6 +167,7 @@ def make_trainer(
     was_there = recipe.output_dir.exists()
     args = copy(training)
     args.chat_template_path = None  # the tokenizer has it; TRL would put the file's own text in its place
+    args.use_liger_kernel = False  # `load_model` has done it; Trainer would put a language model's forward in
     args.save_total_limit = None  # `Run` removes older ones, once the newest is whole
     trainer = SharedPrefixRewardTrainer(model, args, tokenizer, splits, sharing, modules_to_save)
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # whose processes meet in each forward

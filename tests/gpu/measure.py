@@ -143,7 +143,9 @@ def training(name: str, tried: tuple[tuple[str, int], ...], m: Measure) -> None:
 
 def speeds(m: Measure, name: str, what: str, batch: int) -> dict[str, Any]:
     """A training's figures as `benchmark.json` has them."""
-    result = measure_training(m.recipe(name, batch, steps=10 if what == "ours" and batch >= 16 else 4), what)
+    trainer, _, liger = what.partition(" with ")
+    recipe = m.recipe(name, batch, steps=10 if batch >= 32 else 4, use_liger_kernel="true" if liger else None)
+    result = measure_training(recipe, trainer)
     return {
         "comparisons_per_s": round(result["comparisons_per_s"], 2),
         "tokens_per_s": round(result["tokens_per_s"]),
@@ -224,9 +226,16 @@ def score(m: Measure) -> None:
 STEPS: dict[str, Callable[[Measure], None]] = {
     "tests": lambda m: m.attempt("tests", "pytest", partial(run_tests, m)),
     LORA: partial(
-        training, LORA, (("ours", 64), ("stock", 16), ("ours", 4), ("stock", 32), ("stock", 4), ("ours", 16))
+        training,
+        LORA,
+        (
+            *(("ours", 64), ("ours with Liger", 64), ("stock", 16), ("ours", 16), ("ours with Liger", 16)),
+            *(("ours", 4), ("stock with Liger", 16), ("stock", 32), ("stock", 4)),
+        ),
     ),
-    QLORA: partial(training, QLORA, (("ours", 64), ("stock", 16), ("ours", 4), ("stock", 4))),
+    QLORA: partial(
+        training, QLORA, (("ours", 64), ("ours with Liger", 64), ("stock", 16), ("ours", 4), ("stock", 4))
+    ),
     ENCODER: partial(training, ENCODER, (("ours", 32), ("stock", 32), ("stock", 16), ("ours", 16))),
     "smaller cards": on_smaller_cards,
     "plan": plans,

@@ -14,6 +14,7 @@ from conftest import make_rows, ready_trainer, write_splits
 from rm_recipe.errors import RecipeError
 from rm_recipe.evaluation.evaluate import evaluate
 from rm_recipe.exporting.export import export
+from rm_recipe.model.row_attention import NAME
 from rm_recipe.recipe.reader import read_recipe
 from rm_recipe.scoring import RewardModel
 from rm_recipe.tools.benchmark_worker import measure_training
@@ -28,7 +29,7 @@ pytestmark = [
 ON_GPU = {"use_cpu": False}
 FOUR_BITS = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": True}
 IN_FULL = {"use_peft": False, "lora_r": "omit", "learning_rate": 1e-3}
-FUSED = {"aten::_cudnn_attention_forward", "aten::_efficient_attention_forward"}  # both take a mask
+FUSED = {"aten::_efficient_attention_forward", "aten::_flash_attention_forward"}
 ITEMS = [{"prompt": row["prompt"], "response": row["chosen"]} for row in make_rows(16, seed=3)]
 PRECISIONS = {
     "fp32": ({}, 1e-4),
@@ -61,6 +62,38 @@ def test_the_attention_of_rows_is_computed_by_a_fused_kernel(write_recipe):
     called = {event.key for event in profile.key_averages()}
     assert called & FUSED
     assert "aten::_scaled_dot_product_attention_math" not in called
+
+
+def test_flash_attention_gives_the_rewards_and_gradients_of_the_whole_mask(write_recipe):
+    """Of the same rows in bf16, to its rounding; in fp32, which flash attention does not know, exactly."""
+
+    def step(attention, **keys):
+        recipe = read_recipe(write_recipe(**ON_GPU, **keys, per_device_train_batch_size=16))
+        trainer = ready_trainer(recipe)
+        assert trainer.model.config._attn_implementation == NAME
+        trainer.model.base_model.model.set_attn_implementation(attention)
+        trainer.data_collator.one_row = attention == NAME
+        inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        with autocast_of(trainer.args):
+            loss, found = trainer.compute_loss(trainer.model, inputs, return_outputs=True)
+        loss.backward()
+        gradients = [p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]
+        return found["rewards"].detach().double(), torch.cat(gradients).double()
+
+    for keys, tolerance in (({"bf16": True}, 0.05), ({}, 1e-4)):
+        for ours, theirs in zip(step(NAME, **keys), step("sdpa", **keys), strict=True):
+            assert (ours - theirs).norm() <= tolerance * theirs.norm()
+
+
+def test_ligers_kernels_change_no_loss_and_are_left_in_no_other_model(write_recipe):
+    pytest.importorskip("liger_kernel")
+    path = write_recipe(**ON_GPU, bf16=True, max_steps=6, learning_rate=1e-3)
+    plain, fused, again = (
+        measure_training(read_recipe(path, words), "ours")
+        for words in ([], ["--use_liger_kernel", "true"], [])
+    )
+    assert np.allclose(plain["losses"], fused["losses"], rtol=0, atol=0.01)
+    assert np.allclose(plain["losses"], again["losses"], rtol=0, atol=1e-6)
 
 
 def test_one_worker_that_makes_the_batches_gives_the_same_losses(write_recipe):
@@ -112,7 +145,7 @@ def test_running_out_of_memory_halves_micro_batches_and_then_says_what_to_lower(
     preflight(recipe, trainer)  # what cuBLAS keeps, on Hopper 32 MiB forwards and as much backwards, is taken
     total = torch.cuda.mem_get_info()[1]
     try:
-        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 60e6) / total)
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 160e6) / total)
         preflight(recipe, trainer)
         assert 0 < trainer.data_collator.budget < 64 * 512
         torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total / 2)

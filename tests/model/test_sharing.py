@@ -1,11 +1,13 @@
 """Prefixes are shared where a small copy of the model proves it exact, and only there.
 
-On a CPU rows are computed comparison by comparison: as `sdpa` would, forwards and backwards.
+On a CPU rows are computed comparison by comparison, on a GPU as sequences: as `sdpa` would, forwards and
+backwards.
 """
 
 import pytest
 import torch
 from conftest import TINY
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from rm_recipe.data.comparison import Encoded, split_at_common_prefix
@@ -124,7 +126,7 @@ def test_the_copy_that_proves_it_is_small():
         assert AutoModelForSequenceClassification.from_config(small).num_parameters() < 1e6
 
 
-# --- attention on a CPU, one comparison after the other ---------------------------------------------
+# --- attention, one comparison after the other ------------------------------------------------------
 
 
 class Layer(torch.nn.Module):
@@ -157,6 +159,32 @@ def test_block_by_block_output_and_gradients_are_those_of_the_whole_mask(scaling
     expected = attention(square, scaling=scaling)
     found = attention(labels, scaling=scaling)
     for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-12
+
+
+def each_sequence(query, key, value, queries, keys, most_queries, most_keys, *, scale, window_size, **_):
+    """What torch says that `varlen_attn` computes, which runs on GPUs alone."""
+    outputs = []
+    for q, k, v in zip(
+        query.split(queries.diff().tolist()),
+        *(x.split(keys.diff().tolist()) for x in (key, value)),
+        strict=True,
+    ):
+        assert len(q) <= most_queries
+        assert len(k) <= most_keys
+        assert window_size == (-1, 0)
+        seen = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        heads = (x.transpose(0, 1) for x in (q, k, v))
+        outputs.append(scaled_dot_product_attention(*heads, seen, scale=scale).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def test_sequences_for_flash_attention_see_what_the_whole_mask_shows(monkeypatch):
+    monkeypatch.setattr(row_attention, "varlen_attn", each_sequence)
+    monkeypatch.setattr(row_attention, "takes_flash", lambda *_: True)
+    labels, square = masks()
+    for ours, theirs in zip(attention(labels), attention(square), strict=True):
         assert (ours - theirs).abs().max() <= 1e-12
 
 
@@ -216,8 +244,8 @@ def test_a_model_with_row_attention_still_scores_plain_batches(tmp_path):
     padded = padded_rows(BATCH, 0)
     with torch.no_grad():
         expected = model(**padded).logits
-        assert decide_sharing(model, "auto", 64, torch.device("cuda")).used
-        assert model.config._attn_implementation == "sdpa"  # a GPU computes the whole mask
+        assert decide_sharing(model, "auto", 64, torch.device("mps")).used
+        assert model.config._attn_implementation == "sdpa"  # which computes the whole mask
         assert decide_sharing(model, "auto", 64).used
         assert model.config._attn_implementation == NAME
         assert torch.equal(model(**padded).logits, expected)

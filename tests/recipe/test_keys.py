@@ -87,7 +87,7 @@ report_to fsdp push_to_hub hub_model_id hub_private_repo lora_target_parameters 
 bnb_4bit_quant_storage use_bnb_nested_quant torch_compile debug torch_compile_backend torch_compile_mode
 greater_is_better restore_callback_states_from_checkpoint tf32 log_level_replica ddp_backend fsdp_config
 deepspeed optim_target_modules activation_offloading run_name project trackio_space_id trackio_bucket_id
-trackio_static_space_id
+trackio_static_space_id use_liger_kernel
 """.split()
 
 

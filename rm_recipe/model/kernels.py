@@ -1,0 +1,36 @@
+"""Liger's kernels (arXiv 2410.10989): a norm, or a feed-forward layer's activation, in one pass over memory.
+
+PyTorch makes several for each, and keeps what they leave for the backward.
+"""
+
+import sys
+
+from transformers import PreTrainedModel
+from transformers.integrations import liger
+
+from rm_recipe.errors import RecipeError
+
+# The losses are a language model's: they would replace the classifier's forward. The kernel for rotary
+# positions is compiled anew for every length of a row.
+NOT_USED = dict.fromkeys(("cross_entropy", "fused_linear_cross_entropy", "rope"), False)
+
+
+def fuse(model: PreTrainedModel) -> None:
+    """Give a model Liger's kernels, and no other: Liger also changes what later models are made of.
+
+    Raises:
+        RecipeError: Liger is not installed, or has none for a model of this kind.
+    """
+    architecture = vars(sys.modules[type(model).__module__])
+    before = dict(architecture)
+    try:
+        liger.apply_liger_kernel(model, NOT_USED)
+    except ImportError:
+        raise RecipeError("'use_liger_kernel' needs a package: `pip install liger-kernel`") from None
+    except TypeError:  # of some kinds it knows the language model alone
+        pass
+    finally:
+        architecture.update(before)
+    if not any("forward" in vars(layer) for layer in model.base_model.modules()):
+        fault = f"Liger has no kernels for a classifier of the kind '{model.config.model_type}'"
+        raise RecipeError(f"'use_liger_kernel': {fault}; leave it out")
