@@ -130,7 +130,8 @@ def plan(
         device: that it will run on, by default this machine's.
     """
     outline = partial(_outline, config, model, training, modules_to_save)
-    step = partial(_measure_step, training, batch, shared, checkpointing)
+    device = device or training.device
+    step = partial(_measure_step, training, batch, shared, checkpointing, device)
     whole = outline()
     weights, dequantised = _weights(whole, config, model)
     trained = [p for p in whole.parameters() if p.requires_grad]
@@ -144,7 +145,7 @@ def plan(
         weights=round(weights),
         optimizer=ADAMW_STATE * sum(p.numel() for p in trained),
         step=round(bytes_of_step + dequantised),
-        heap=HEAP_ON_CPU[checkpointing] if (device or training.device).type == "cpu" else 1.0,
+        heap=HEAP_ON_CPU[checkpointing] if device.type == "cpu" else 1.0,
         trained=sum(p.nbytes for p in trained),
     )
 
@@ -194,20 +195,27 @@ def _weights(whole: Any, config: Any, model: ModelConfig) -> tuple[float, float]
 
 
 def _measure_step(
-    training: RewardConfig, batch: Sequence[Encoded], shared: bool, checkpointing: bool, outline: Any
+    training: RewardConfig,
+    batch: Sequence[Encoded],
+    shared: bool,
+    checkpointing: bool,
+    device: torch.device,
+    outline: Any,
 ) -> int:
     """Peak bytes of two micro-batches' forward and backward beside the weights."""
     by_block = row_attention.by_block(outline)
     rows = shared_prefix.shared_rows(batch, 0, by_block) if shared else shared_prefix.padded_rows(batch, 0)
-    blocks = row_attention.blocks_of(rows["attention_mask"]) if shared and by_block else []
+    on_gpu, labels = device.type == "cuda", rows["attention_mask"]
+    row = row_attention.Row(labels, on_gpu) if shared and by_block else None
     if checkpointing:
         outline.gradient_checkpointing_enable({"use_reentrant": False})
     half = torch.bfloat16 if training.bf16 else torch.float16
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, lora.in_one_product(outline):
         outline.to_empty(device="cpu").tie_weights()
         inputs = {name: mode.from_tensor(tensor) for name, tensor in rows.items()}
-        if blocks:
-            row_attention.announce_rows(inputs["attention_mask"], [mode.from_tensor(x) for x in blocks])
+        if row:
+            row.blocks = [mode.from_tensor(block) for block in row.blocks]
+            row_attention.announce_rows(inputs["attention_mask"], row)
         live = _LiveBytes()
         for parameter in outline.parameters():
             live.count(parameter)

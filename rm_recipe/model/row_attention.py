@@ -9,7 +9,7 @@ Registered with transformers under `NAME`; for every other mask it is transforme
 
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -61,34 +61,30 @@ def has_flash(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def announce_rows(mask: Tensor, blocks: list[Tensor] | None = None) -> None:
+class Row:
+    """One row of comparisons in the form that a CPU takes, or a GPU.
+
+    Args:
+        labels: of `shared_rows`.
+    """
+
+    def __init__(self, labels: Tensor, on_gpu: bool) -> None:
+        self.labels = labels
+        self.sequences = sequences_of(labels) if on_gpu else None
+        self.blocks = [] if on_gpu else blocks_of(labels)
+
+
+_rows: MutableMapping[Tensor, Row] = WeakTensorKeyDictionary()
+
+
+def announce_rows(mask: Tensor, row: Row | None = None) -> None:
     """Register what each comparison's tokens attend to, by the labels of `shared_rows`.
 
     Args:
-        blocks: of a mask that cannot be read, as it has no content.
+        row: of a mask that cannot be read, as it has no content.
     """
-    if blocks or (not mask.dtype.is_floating_point and mask.dtype != torch.bool and mask not in _rows):
-        _rows[mask] = _Row(mask.clone())
-        if blocks:
-            _rows[mask].blocks = blocks
-
-
-class _Row:
-    """One row's labels, and what is made of them when it is first asked for."""
-
-    def __init__(self, labels: Tensor) -> None:
-        self.labels = labels
-
-    @cached_property
-    def blocks(self) -> list[Tensor]:
-        return blocks_of(self.labels)
-
-    @cached_property
-    def sequences(self) -> "Sequences":
-        return sequences_of(self.labels)
-
-
-_rows: MutableMapping[Tensor, _Row] = WeakTensorKeyDictionary()
+    if row or (not mask.dtype.is_floating_point and mask.dtype != torch.bool and mask not in _rows):
+        _rows[mask] = row or Row(mask.clone(), mask.is_cuda)
 
 
 def blocks_of(labels: Tensor) -> list[Tensor]:
@@ -160,21 +156,17 @@ def attend_by_comparison(
     # (heads, tokens of the one row, head size), in the precision in which autocast left the values.
     query, key, value = (each[0].to(value.dtype) for each in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    # With dropout torch's own backward, which knows what was dropped.
-    kernel: Any = partial(_fused, dropout=dropout) if dropout else _BlockAttention.apply
+    width = query.shape[-1]
+    fits_flash = value.dtype in HALF and width == value.shape[-1] and width <= WIDEST and width % 8 == 0
     with torch.autocast(query.device.type, enabled=False):  # the precision is chosen already
-        if takes_flash(query, value) and not dropout:
+        if row.sequences and not dropout and (fits_flash or type(query) is not Tensor):  # or no content
             output = _flash(query, key, value, row.sequences, scale)
         else:
-            output = kernel(query * scale, key, value, row.blocks)
+            row.blocks = row.blocks or blocks_of(row.labels)
+            # With dropout torch's own backward, which knows what was dropped.
+            by_block: Any = partial(_fused, dropout=dropout) if dropout else _BlockAttention.apply
+            output = by_block(query * scale, key, value, row.blocks)
     return output.transpose(0, 1)[None], None
-
-
-def takes_flash(query: Tensor, value: Tensor) -> bool:
-    """Whether flash attention has a kernel for such tensors."""
-    width = query.shape[-1]
-    fits = width == value.shape[-1] and width <= WIDEST and width % 8 == 0
-    return query.is_cuda and value.dtype in HALF and fits
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, row: Sequences, scale: float) -> Tensor:

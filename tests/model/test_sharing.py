@@ -182,8 +182,9 @@ def each_sequence(query, key, value, queries, keys, most_queries, most_keys, *, 
 
 def test_sequences_for_flash_attention_see_what_the_whole_mask_shows(monkeypatch):
     monkeypatch.setattr(row_attention, "varlen_attn", each_sequence)
-    monkeypatch.setattr(row_attention, "takes_flash", lambda *_: True)
+    monkeypatch.setattr(row_attention, "HALF", (torch.float64,))
     labels, square = masks()
+    row_attention.announce_rows(labels, row_attention.Row(labels.clone(), on_gpu=True))
     for ours, theirs in zip(attention(labels), attention(square), strict=True):
         assert (ours - theirs).abs().max() <= 1e-12
 
