@@ -103,7 +103,7 @@ class RewardModel:
             (prefix, suffixes), alike = split_at_common_prefix([*group]), [*group.values()]
             once, each = (len(prefix), 0) if self.sharing.used else (0, len(prefix))
             sizes = [each + len(rest) for rest in suffixes]
-            # On a GPU no more: they stand in one row, whose mask is a square.
+            # On a GPU no more: they stand in one row, whose mask may be a square.
             for part in _batches(range(len(group)), sizes, TOKENS_ON_CPU, once):
                 members.append([alike[k] for k in part])
                 encoded.append(Encoded(prefix, [suffixes[k] for k in part]))
