@@ -23,6 +23,7 @@ def fuse(model: PreTrainedModel) -> None:
     """
     architecture = vars(sys.modules[type(model).__module__])
     before = dict(architecture)
+    own = _with_own_forward(model)
     try:
         liger.apply_liger_kernel(model, NOT_USED)
     except ImportError:
@@ -31,6 +32,10 @@ def fuse(model: PreTrainedModel) -> None:
         pass
     finally:
         architecture.update(before)
-    if not any("forward" in vars(layer) for layer in model.base_model.modules()):
+    if _with_own_forward(model) == own:
         fault = f"Liger has no kernels for a classifier of the kind '{model.config.model_type}'"
         raise RecipeError(f"'use_liger_kernel': {fault}; leave it out")
+
+
+def _with_own_forward(model: PreTrainedModel) -> list[str]:
+    return [name for name, layer in model.named_modules() if "forward" in vars(layer)]

@@ -228,7 +228,7 @@ def in_one_product(model: nn.Module) -> Iterator[None]:
     """Within it, plain LoRA layers add B(A(x)) to their output as part of the product with B.
 
     PEFT computes the product, scales it and adds it: three passes over the whole output, two of which
-    return in backward. Here it is added in place, and the scale is part of the product.
+    return in backward. Here the scale goes to A(x), which is `lora_r` wide.
     """
     layers = [
         layer
@@ -254,42 +254,15 @@ class _OneProduct:
         module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any
     ) -> torch.Tensor:
         """`result` (..., out) plus what the adapter makes of `x` (..., in)."""
-        down, up = (layers[active_adapter].weight for layers in (module.lora_A, module.lora_B))
-        x = module.lora_dropout[active_adapter](x).to(result.dtype)
-        add: Any = _AddProduct.apply
-        return cast(torch.Tensor, add(result, x, down, up, module.scaling[active_adapter]))
-
-
-class _AddProduct(torch.autograd.Function):
-    """`result` plus scale * x A^T B^T, in its place and precision."""
-
-    @staticmethod
-    def forward(
-        context: Any,
-        result: torch.Tensor,
-        x: torch.Tensor,
-        down: torch.Tensor,
-        up: torch.Tensor,
-        scale: float,
-    ) -> torch.Tensor:
-        """`result` (..., out), `x` (..., in), both of one precision; `down` (r, in), `up` (out, r)."""
-        down, up = down.to(x.dtype), up.to(x.dtype)
-        hidden = x.flatten(0, -2) @ down.T
-        result.view(-1, len(up)).addmm_(hidden, up.T, alpha=scale)
-        context.mark_dirty(result)
-        context.save_for_backward(x, hidden, down, up)
-        context.scale = scale
-        return result
-
-    @staticmethod
-    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """The gradients of what `forward` was given."""
-        x, hidden, down, up = context.saved_tensors
-        of_output = gradient.flatten(0, -2)
-        of_hidden = (of_output @ up).mul_(context.scale)
-        of_x = (of_hidden @ down).view_as(x) if context.needs_input_grad[1] else None
-        of_up = (of_output.T @ hidden).mul_(context.scale)
-        return gradient, of_x, of_hidden.T @ x.flatten(0, -2), of_up, None
+        up = module.lora_B[active_adapter]
+        hidden = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
+        hidden = hidden * module.scaling[active_adapter]
+        if hidden.dtype != result.dtype:
+            return result + up(hidden)
+        # In place where nothing goes back through it: a view that is changed costs a copy in backward.
+        add = torch.addmm if torch.is_grad_enabled() else torch.Tensor.addmm_
+        weight = up.weight.to(hidden.dtype).T
+        return add(result.flatten(0, -2), hidden.flatten(0, -2), weight).view_as(result)
 
 
 # --- a base in 4 or 8 bits (QLoRA, arXiv 2305.14314), its head left whole ----------------------

@@ -214,7 +214,6 @@ def _measure_step(
         outline.to_empty(device="cpu").tie_weights()
         inputs = {name: mode.from_tensor(tensor) for name, tensor in rows.items()}
         if row:
-            row.blocks = [mode.from_tensor(block) for block in row.blocks]
             row_attention.announce_rows(inputs["attention_mask"], row)
         live = _LiveBytes()
         for parameter in outline.parameters():

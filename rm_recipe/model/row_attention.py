@@ -9,7 +9,7 @@ Registered with transformers under `NAME`; for every other mask it is transforme
 
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from inspect import signature
 from typing import Any
 
@@ -54,29 +54,40 @@ def by_block(model: Any) -> bool:
     return bool(model.config._attn_implementation == NAME)
 
 
-def has_flash(device: torch.device) -> bool:
+def has_flash(device: torch.device, head_size: int) -> bool:
     """Whether a GPU, or one that is not at hand to be asked, has flash attention: NVIDIA's since Ampere."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return device.type == "cuda"
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cuda" or head_size > WIDEST or not torch.cuda.is_available():
+        return device.type == "cuda" and head_size <= WIDEST
+    built = torch.version.hip is None and torch.backends.cuda.is_flash_attention_available()
+    return built and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class Row:
-    """One row of comparisons in the form that a CPU takes, or a GPU.
+    """One row of comparisons in the forms in which attention is computed.
 
     Args:
-        labels: of `shared_rows`.
+        labels: of `shared_rows`, which can be read.
     """
 
     def __init__(self, labels: Tensor, on_gpu: bool) -> None:
         self.labels = labels
+        _, sizes = torch.unique_consecutive(labels[0, 0, 0], return_counts=True)
+        self.sizes: list[int] = sizes.tolist()
         self.sequences = sequences_of(labels) if on_gpu else None
-        self.blocks = [] if on_gpu else blocks_of(labels)
+
+    @cached_property
+    def blocks(self) -> list[Tensor]:
+        """For each comparison a mask (length, length) to add to scores, 0 or -inf."""
+        seen = [row_mask(own)[0, 0] for own in torch.split(self.labels, self.sizes, dim=3)]
+        return [
+            torch.zeros_like(each, dtype=torch.float32).masked_fill_(~each, float("-inf")) for each in seen
+        ]
 
 
 _rows: MutableMapping[Tensor, Row] = WeakTensorKeyDictionary()
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def announce_rows(mask: Tensor, row: Row | None = None) -> None:
     """Register what each comparison's tokens attend to, by the labels of `shared_rows`.
 
@@ -85,16 +96,6 @@ def announce_rows(mask: Tensor, row: Row | None = None) -> None:
     """
     if row or (not mask.dtype.is_floating_point and mask.dtype != torch.bool and mask not in _rows):
         _rows[mask] = row or Row(mask.clone(), mask.is_cuda)
-
-
-def blocks_of(labels: Tensor) -> list[Tensor]:
-    """For each comparison of one row a mask (length, length) to add to scores, 0 or -inf."""
-    _, sizes = torch.unique_consecutive(labels[0, 0, 0], return_counts=True)
-    blocks = []
-    for own in torch.split(labels, sizes.tolist(), dim=3):
-        seen = row_mask(own)[0, 0]
-        blocks.append(torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, float("-inf")))
-    return blocks
 
 
 @dataclass(frozen=True)
@@ -159,10 +160,9 @@ def attend_by_comparison(
     width = query.shape[-1]
     fits_flash = value.dtype in HALF and width == value.shape[-1] and width <= WIDEST and width % 8 == 0
     with torch.autocast(query.device.type, enabled=False):  # the precision is chosen already
-        if row.sequences and not dropout and (fits_flash or type(query) is not Tensor):  # or no content
+        if row.sequences and fits_flash and not dropout:
             output = _flash(query, key, value, row.sequences, scale)
         else:
-            row.blocks = row.blocks or blocks_of(row.labels)
             # With dropout torch's own backward, which knows what was dropped.
             by_block: Any = partial(_fused, dropout=dropout) if dropout else _BlockAttention.apply
             output = by_block(query * scale, key, value, row.blocks)
@@ -172,7 +172,8 @@ def attend_by_comparison(
 def _flash(query: Tensor, key: Tensor, value: Tensor, row: Sequences, scale: float) -> Tensor:
     """Flash attention: a sequence's last query sees all of its keys, the one before all but the last, ...
 
-    Tensors as above, but the queries are not scaled.
+    Tensors as above, but the queries are not scaled. A prefix's keys and values are copied for each response, and
+    kept for the backward.
     """
     kernel: Any = partial(varlen_attn, scale=scale, window_size=(-1, 0), **GROUPED)
     query, key, value = (each.transpose(0, 1) for each in (query, key, value))

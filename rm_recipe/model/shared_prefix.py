@@ -157,12 +157,15 @@ def decide_sharing(
         return Sharing(False, f"{config.model_type} has no causal classifier")
     if attention not in ("sdpa", "eager", row_attention.NAME):
         return Sharing(False, f"{attention} attention takes no such mask")
-    window = getattr(config.get_text_config(), "sliding_window", None)
+    text = config.get_text_config()
+    window = getattr(text, "sliding_window", None)
     if window and (max_length is None or max_length > window):
         return Sharing(False, f"conversations may be longer than the sliding window of {window} tokens")
     device = device or model.device
-    by_comparison = device.type == "cpu" or row_attention.has_flash(device)
-    simple = config.get_text_config() is config and model._can_set_attn_implementation()
+    heads = getattr(text, "num_attention_heads", 1)
+    head_size = getattr(text, "head_dim", None) or getattr(text, "hidden_size", 0) // heads
+    by_comparison = device.type == "cpu" or row_attention.has_flash(device, head_size)
+    simple = text is config and model._can_set_attn_implementation()
     if attention == "sdpa" and by_comparison and simple:
         attention = row_attention.NAME
     try:

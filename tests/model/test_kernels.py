@@ -40,10 +40,23 @@ def test_one_model_is_changed_and_no_later_one(monkeypatch):
 
 
 def test_a_missing_package_and_a_model_that_liger_does_not_know_are_told(monkeypatch):
+    model = classifier("bert")
+    model.bert.forward = model.bert.forward  # as other libraries leave some
+
     def missing(*_):
         raise ImportError
 
-    for apply, said in ((missing, "pip install liger-kernel"), (lambda *_: None, "kind 'bert'")):
+    def only_language_models(*_):
+        modeling_llama.LlamaMLP = None
+        raise TypeError
+
+    mlp = modeling_llama.LlamaMLP
+    for apply, kind, said in (
+        (missing, "bert", "pip install liger-kernel"),
+        (lambda *_: None, "bert", "kind 'bert'"),
+        (only_language_models, "llama", "kind 'llama'"),
+    ):
         monkeypatch.setattr(kernels.liger, "apply_liger_kernel", apply)
         with pytest.raises(RecipeError, match=said):
-            kernels.fuse(classifier("bert"))
+            kernels.fuse(model if kind == "bert" else classifier(kind))
+    assert modeling_llama.LlamaMLP is mlp

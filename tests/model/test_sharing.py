@@ -162,8 +162,12 @@ def test_block_by_block_output_and_gradients_are_those_of_the_whole_mask(scaling
         assert (ours - theirs).abs().max() <= 1e-12
 
 
-def each_sequence(query, key, value, queries, keys, most_queries, most_keys, *, scale, window_size, **_):
+def each_sequence(
+    query, key, value, queries, keys, most_queries, most_keys, *, scale, window_size, **grouped
+):
     """What torch says that `varlen_attn` computes, which runs on GPUs alone."""
+    assert queries.dtype == keys.dtype == torch.int32
+    assert grouped == row_attention.GROUPED
     outputs = []
     for q, k, v in zip(
         query.split(queries.diff().tolist()),
