@@ -172,8 +172,8 @@ def attend_by_comparison(
 def _flash(query: Tensor, key: Tensor, value: Tensor, row: Sequences, scale: float) -> Tensor:
     """Flash attention: a sequence's last query sees all of its keys, the one before all but the last, ...
 
-    Tensors as above, but the queries are not scaled. A prefix's keys and values are copied for each response, and
-    kept for the backward.
+    Tensors as above, but the queries are not scaled. A prefix's keys and values are copied for each response,
+    and kept for the backward.
     """
     kernel: Any = partial(varlen_attn, scale=scale, window_size=(-1, 0), **GROUPED)
     query, key, value = (each.transpose(0, 1) for each in (query, key, value))

@@ -83,6 +83,19 @@ def test_the_plan_is_what_a_real_step_takes(six_layers, write_recipe, keys, shar
     assert found.step == pytest.approx(step, rel=0.03)
 
 
+def test_a_gpus_step_is_planned_by_flash_attention_in_half_precision_alone(six_layers, write_recipe):
+    """It knows no fp32, which goes by block there, too."""
+
+    def step(device, **keys) -> int:
+        recipe = read_recipe(write_recipe(model_name_or_path=six_layers, **keys))
+        model, _ = load_base(recipe.model, load_tokenizer(six_layers), 0)
+        model.set_attn_implementation(row_attention.NAME)
+        return planned(model.config, recipe, shared=True, checkpointing=False, device=device).step
+
+    assert step(GPU) == step(CPU)
+    assert step(GPU, bf16=True) != step(CPU, bf16=True)
+
+
 # Of the bodies' linear layers.
 LINEAR = {"llama": 2 * (32 * 32 * 2 + 32 * 16 * 2 + 32 * 64 * 3), "gpt2": 2 * 32 * 32 * (3 + 1 + 4 + 4)}
 
