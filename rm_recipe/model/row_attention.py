@@ -54,12 +54,22 @@ def by_block(model: Any) -> bool:
     return bool(model.config._attn_implementation == NAME)
 
 
-def has_flash(device: torch.device, head_size: int) -> bool:
-    """Whether a GPU, or one that is not at hand to be asked, has flash attention: NVIDIA's since Ampere."""
-    if device.type != "cuda" or head_size > WIDEST or not torch.cuda.is_available():
-        return device.type == "cuda" and head_size <= WIDEST
+def has_flash(device: torch.device, config: Any) -> bool:
+    """Whether flash attention computes a model's text on a device: NVIDIA's GPUs since Ampere.
+
+    Where there is no GPU to be asked, the one that a plan is for has it.
+    """
+    if device.type != "cuda" or head_size(config) > WIDEST:
+        return False
+    if not torch.cuda.is_available():
+        return True
     built = torch.version.hip is None and torch.backends.cuda.is_flash_attention_available()
     return built and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def head_size(config: Any) -> int:
+    """The width of a head of a model's text, by its configuration."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 class Row:

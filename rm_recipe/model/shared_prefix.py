@@ -162,11 +162,8 @@ def decide_sharing(
     if window and (max_length is None or max_length > window):
         return Sharing(False, f"conversations may be longer than the sliding window of {window} tokens")
     device = device or model.device
-    heads = getattr(text, "num_attention_heads", 1)
-    head_size = getattr(text, "head_dim", None) or getattr(text, "hidden_size", 0) // heads
-    by_comparison = device.type == "cpu" or row_attention.has_flash(device, head_size)
     simple = text is config and model._can_set_attn_implementation()
-    if attention == "sdpa" and by_comparison and simple:
+    if attention == "sdpa" and simple and (device.type == "cpu" or row_attention.has_flash(device, text)):
         attention = row_attention.NAME
     try:
         difference = measure_sharing(config, attention)

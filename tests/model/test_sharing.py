@@ -244,6 +244,13 @@ def test_a_reentrant_checkpoint_changes_no_gradient():
     assert expected.norm() > 0
 
 
+def test_heads_too_wide_for_flash_attention_keep_the_mask_on_a_gpu():
+    for width, attention in ((256, "sdpa"), (128, NAME)):
+        model = classifier("llama", head_dim=width)
+        assert decide_sharing(model, "auto", 64, torch.device("cuda")).used
+        assert model.config._attn_implementation == attention
+
+
 def test_a_model_with_row_attention_still_scores_plain_batches(tmp_path):
     model = classifier("llama")
     padded = padded_rows(BATCH, 0)
