@@ -245,7 +245,7 @@ def test_a_reentrant_checkpoint_changes_no_gradient():
 
 
 def test_heads_too_wide_for_flash_attention_keep_the_mask_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # so that a newer one than is here is meant
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # a newer one than is here is meant
     for width, attention in ((256, "sdpa"), (128, NAME)):
         model = classifier("llama", head_dim=width)
         assert decide_sharing(model, "auto", 64, torch.device("cuda")).used
