@@ -24,8 +24,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rm_recipe.model.lora import HALF
+
 NAME = "rm_recipe_rows"
-HALF = (torch.bfloat16, torch.float16)
 # Queries whose scores are computed at once: with more, keys are looked at that come after a query; with less,
 # the products are small. In bf16 on two cores without AMX this was the fastest or nearly so of 32 to 256, for
 # comparisons of 244 to 1,900 tokens, forwards and backwards.
@@ -80,10 +81,10 @@ class Row:
     """
 
     def __init__(self, labels: Tensor, on_gpu: bool) -> None:
-        self.labels = labels
-        _, sizes = torch.unique_consecutive(labels[0, 0, 0], return_counts=True)
+        self.labels, readable = labels, labels.cpu()  # read once: that waits for a GPU
+        _, sizes = torch.unique_consecutive(readable[0, 0, 0], return_counts=True)
         self.sizes: list[int] = sizes.tolist()
-        self.sequences = sequences_of(labels) if on_gpu else None
+        self.sequences = sequences_of(readable, labels.device) if on_gpu else None
 
     @cached_property
     def blocks(self) -> list[Tensor]:
@@ -127,9 +128,9 @@ class Sequences:
     key_tokens: Tensor
 
 
-def sequences_of(labels: Tensor) -> Sequences:
-    """The sequences of one row, by its labels."""
-    owners, lengths = torch.unique_consecutive(labels[0, 0].cpu(), dim=1, return_counts=True)
+def sequences_of(labels: Tensor, device: torch.device) -> Sequences:
+    """The sequences of one row, by its labels, for a device."""
+    owners, lengths = torch.unique_consecutive(labels[0, 0], dim=1, return_counts=True)
     prefixes: dict[int, NDArray[np.int64]] = {}  # of those comparisons that have one
     ends, keys = [0], []
     parts = np.split(np.arange(labels.shape[-1]), lengths.cumsum(0)[:-1])
@@ -141,7 +142,7 @@ def sequences_of(labels: Tensor) -> Sequences:
             ends.append(int(own[-1]) + 1)
     sizes = [len(each) for each in keys]
     begin = np.array([ends, np.cumsum([0, *sizes])], np.int32)
-    made = (torch.from_numpy(each).to(labels.device) for each in (*begin, np.concatenate(keys)))
+    made = (torch.from_numpy(each).to(device) for each in (*begin, np.concatenate(keys)))
     return Sequences((int(np.diff(ends).max()), max(sizes)), *made)
 
 
