@@ -175,7 +175,8 @@ def odd_recipe(tmp_path, write_recipe):
     return make
 
 
-ODD = {"modernbert": {}, "gemma3": {}, "mixtral": {"lora_dropout": 0}}
+# ModernBERT's rewards lie closer together than bf16 rounds until it has trained for some steps.
+ODD = {"modernbert": {"max_steps": 6}, "gemma3": {}, "mixtral": {"lora_dropout": 0}}
 
 
 @pytest.mark.parametrize("name", ODD)

@@ -220,7 +220,7 @@ def _small(config: Any, longest: int) -> Any:
         text.layer_types = kinds if len(kinds) > 1 else kinds * 2
         text.num_hidden_layers = len(text.layer_types)
     for key in REACHES:
-        if getattr(text, key, None):
+        if (getattr(text, key, None) or 0) > 0:  # XLNet's, which has no limit, is -1 and cannot be set
             setattr(text, key, longest)
     for key in WIDTHS:
         if not isinstance(getattr(text, key, []), list):  # as Gemma 3n's are, by layer
