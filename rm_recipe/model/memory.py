@@ -30,7 +30,7 @@ from trl.trainer import disable_dropout_in_model
 
 from rm_recipe.data.comparison import Encoded
 from rm_recipe.errors import RecipeError, one_line
-from rm_recipe.model import head, lora, reward_model, row_attention, shared_prefix
+from rm_recipe.model import head, kernels, lora, reward_model, row_attention, shared_prefix
 from rm_recipe.recipe.reader import Recipe
 from rm_recipe.recipe.schema import CHECKPOINTING
 
@@ -207,6 +207,8 @@ def _measure_step(
     rows = shared_prefix.shared_rows(batch, 0, by_block) if shared else shared_prefix.padded_rows(batch, 0)
     on_gpu, labels = device.type == "cuda", rows["attention_mask"]
     row = row_attention.Row(labels, on_gpu) if shared and by_block else None
+    if training.use_liger_kernel:
+        kernels.keep_as_fused(outline)
     if checkpointing:
         outline.gradient_checkpointing_enable({"use_reentrant": False})
     half = torch.bfloat16 if training.bf16 else torch.float16

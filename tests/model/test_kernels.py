@@ -60,3 +60,18 @@ def test_a_missing_package_and_a_model_that_liger_does_not_know_are_told(monkeyp
         with pytest.raises(RecipeError, match=said):
             kernels.fuse(model if kind == "bert" else classifier(kind))
     assert modeling_llama.LlamaMLP is mlp
+
+
+def test_what_keeps_as_ligers_kernels_do_computes_the_same():
+    model, ids = classifier().double(), torch.tensor([[5, 6, 7]])
+
+    def step():
+        model.zero_grad()
+        reward = model(input_ids=ids).logits.sum()
+        reward.backward()
+        return [reward.detach(), *(parameter.grad for parameter in model.parameters())]
+
+    before = step()
+    kernels.keep_as_fused(model)
+    for one, other in zip(before, step(), strict=True):
+        torch.testing.assert_close(one, other)

@@ -1,5 +1,6 @@
 """The memory plan counts what a real step takes, says whether to checkpoint and what to lower."""
 
+import copy
 import re
 from dataclasses import replace
 from types import SimpleNamespace
@@ -121,18 +122,34 @@ def test_four_and_eight_bits_are_counted_as_they_are_stored(tiny_base, write_rec
         assert weights({"quant_method": "bitsandbytes", **quantised}) == pytest.approx(expected, abs=1)
 
 
+SIZES = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_labels": 1}
+TINYLLAMA = LlamaConfig(**SIZES, num_attention_heads=32, num_key_value_heads=4, pad_token_id=0)
+
+
 @pytest.mark.parametrize(("name", "room"), [("tinyllama_hh_lora", 8 * GB), ("tinyllama_hh_qlora", 6 * GB)])
 def test_the_tinyllama_recipes_fit_the_gpus_they_name_at_their_max_length(name, room):
     """By the plan; with conversations of 1,024 tokens that share nothing."""
     recipe = read_as_on_gpu(REPOSITORY / "recipes" / f"{name}.yaml", [])
     assert recipe.training.max_length == 1024
     batch = [Encoded([5], [[6] * 1023] * 2)] * 4  # as large a micro-batch as is worth the name
-    sizes = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_labels": 1}
-    tinyllama = LlamaConfig(**sizes, num_attention_heads=32, num_key_value_heads=4, pad_token_id=0)
-    parts = (tinyllama, recipe.model, recipe.training, ["score"], batch)
+    parts = (TINYLLAMA, recipe.model, recipe.training, ["score"], batch)
     found = plan(*parts, shared=True, checkpointing=True, device=GPU)
     assert found.fits(room)
     assert found.weights > 0.5 * GB
+
+
+def test_ligers_kernels_are_planned_as_they_were_measured_on_a_gpu():
+    """34.5 and 26.6 GB (recipes/README.md)."""
+    recipe = read_as_on_gpu(REPOSITORY / "recipes" / "tinyllama_hh_lora.yaml", ["--dtype", "bfloat16"])
+    config = copy.deepcopy(TINYLLAMA)
+    config._attn_implementation = row_attention.NAME
+    parts = (config, recipe.model, recipe.training, ["score"], [Encoded([5] * 560, [[6] * 280] * 2)] * 16)
+    without, fused = (
+        plan(*parts, shared=True, checkpointing=False, device=GPU).peak - memory.PROCESS
+        for recipe.training.use_liger_kernel in (False, True)
+    )
+    assert without == pytest.approx(34.5 * GB, rel=0.03)
+    assert fused == pytest.approx(26.6 * GB, rel=0.03)
 
 
 # --- what fits ------------------------------------------------------------------------------------
