@@ -119,6 +119,7 @@ def make_lines(rewards, lengths=None, subsets=None):
             **{"ranks": list(range(len(own))), "margins": [], "row": 10 + i, "tools": ""},
             "subset": subsets[i] if subsets else "",
             **{"prefix": [1] * (i + 1), "suffixes": [[2] * n for n in lengths[i]]},
+            "reply_lengths": lengths[i],
         }
         for i, own in enumerate(rewards)
     ]
