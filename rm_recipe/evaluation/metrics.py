@@ -203,15 +203,19 @@ def calibrate(margins: ArrayLike, comparison: Indices) -> dict[str, Any]:
         comparison: the comparison that each pair belongs to, `(pairs,)`.
 
     Returns:
-        `ece`, the error, and `bins`: of each that is not empty its `confidence`, `accuracy` and `n` (pairs).
+        `ece`, the error; `ece_by_chance`, about what so many pairs give a model that is calibrated, as no
+        bin is right exactly as often as is probable; and `bins`: of each that is not empty its `confidence`,
+        `accuracy` and `n` (pairs).
     """
     margins = np.asarray(margins, float)
     right, confidence = agreement(margins, np.zeros_like(margins)), 1 / (1 + np.exp(-np.abs(margins)))
     weights = pair_weights(comparison)
     number = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
-    bins, error = [], 0.0
+    bins, error, by_chance = [], 0.0, 0.0
     for own in (number == bin_number for bin_number in np.unique(number)):
         sure, accurate = (float(np.average(of[own], weights=weights[own])) for of in (confidence, right))
         bins.append({"confidence": sure, "accuracy": accurate, "n": int(own.sum())})
-        error += float(weights[own].sum() / weights.sum()) * abs(sure - accurate)
-    return {"ece": error, "bins": bins}
+        share = float(weights[own].sum() / weights.sum())
+        error += share * abs(sure - accurate)
+        by_chance += share * float(np.sqrt(2 / np.pi * sure * (1 - sure) / own.sum()))  # a normal's mean size
+    return {"ece": error, "ece_by_chance": by_chance, "bins": bins}
