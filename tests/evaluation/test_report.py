@@ -123,6 +123,15 @@ def test_a_missing_file_leaves_its_section_out(folder):
     assert text.count("<h3>All data sets</h3>") == 1  # in place of the headline
 
 
+def test_the_page_counts_leaked_first_turns_where_leakage_goes_by_them(folder):
+    """It spoke of 30 comparisons on 0 held-out prompts, and of none where first turns alone are shared."""
+    leakage = {"prompts": 0, "first_turns": 7, "policy": "drop", "by": "first_turn", "comparisons": 30}
+    set_keys(folder / "data_report.json", leakage=leakage)
+    assert "30 training comparisons stand on 7 held-out first turns; they were" in read(folder)[1].words
+    set_keys(folder / "data_report.json", leakage=leakage | {"by": "prompt", "comparisons": 0})
+    assert "as it should be, but 7 first questions of dialogues do" in read(folder)[1].words
+
+
 def test_the_page_asks_nobody_for_anything_and_its_references_are_answered(full):
     _, text, page = full
     assert 'http-equiv="Content-Security-Policy" content="default-src \'none\';' in text
