@@ -78,6 +78,8 @@ def evaluate(
         train = _train_split(recipe)
         words = bag_of_words(train.comparisons) if train else None
         results = {name: _figures(scored[name], train, words) for name in names}
+        if recipe and HELD_OUT in results:
+            results[HELD_OUT]["chose_checkpoint"] = bool(recipe.training.load_best_model_at_end)
         for name, found in other.items():
             results[name]["against"] = {"model": against, **_compare(scored[name].lines, found.lines)}
         content = _merged(before, target, recipe, weights, results)
@@ -280,6 +282,7 @@ def _figures(scored: Scored, train: Split | None, words: Scorer | None) -> Conte
     figures = {
         "n_comparisons": split.rows,
         "excluded": dict(split.excluded),
+        "prompts": len(np.unique(split.column("prompt_key"))),
         "trained_prompts": None if train is None else _trained_prompts(split, train),
         "baselines_missing": [] if words else ["bag_of_words"],
         **summary.summarise(list(scored.lines.values()), **baselines),
