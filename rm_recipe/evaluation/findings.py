@@ -60,6 +60,7 @@ def curve_words(curve: dict[str, Any]) -> Iterator[str]:
     slope = curve["per_doubling"]
     gain = f"{decimal(slope['difference'], signed=True)} ({interval(slope['ci95'], signed=True)})"
     yield f"Twice the comparisons of the largest run would change accuracy by {gain}."
+    yield "What another seed would change is in no interval."
     if curve["p_value"] is not None and curve["p_value"] < OFF_THE_LINE:
         yield "But the points do not lie on one line: expect nothing from it beyond the largest run."
         return
