@@ -78,8 +78,6 @@ def evaluate(
         train = _train_split(recipe)
         words = bag_of_words(train.comparisons) if train else None
         results = {name: _figures(scored[name], train, words) for name in names}
-        if recipe and HELD_OUT in results:
-            results[HELD_OUT]["chose_checkpoint"] = bool(recipe.training.load_best_model_at_end)
         for name, found in other.items():
             results[name]["against"] = {"model": against, **_compare(scored[name].lines, found.lines)}
         content = _merged(before, target, recipe, weights, results)
@@ -333,5 +331,6 @@ def _merged(
         "gate": before.get("gate"),
     }
     if recipe and HELD_OUT in results:
+        results[HELD_OUT]["chose_checkpoint"] = bool(recipe.training.load_best_model_at_end)
         content |= {"recipe": recipe.resolved(), "gate": gate(results[HELD_OUT], recipe)}
     return content
