@@ -27,8 +27,9 @@ def pair_weights(comparison: Indices) -> Array:
 def accuracy_of(right: Array) -> dict[str, Any]:
     """`n`, `accuracy` and `accuracy_ci95` of how right each comparison is, 0 to 1, a tie 1/2; not empty.
 
-    The interval is the 95 % one of Wilson 1927 (`statsmodels`). Of a ranking's pairs, which are not
-    independent, it is too narrow.
+    The interval is the 95 % one of Wilson 1927 (`statsmodels`), for answers that are right or wrong. Of
+    rankings, which are right in parts, it is too wide; of a ranking's pairs, which are not independent, too
+    narrow.
     """
     low, high = proportion_confint(right.sum(), len(right), alpha=0.05, method="wilson")
     return {"n": len(right), "accuracy": float(right.mean()), "accuracy_ci95": [float(low), float(high)]}
