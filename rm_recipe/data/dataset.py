@@ -47,8 +47,8 @@ class Split:
         comparisons: columns `prompt`, `responses`, `ranks`, `margins`, `subset`,
             `row` (counted from 1 in its source; of a .jsonl the line), `prompt_key`, `first_turn_key` (of the
             first question), `key` (of texts, ranks and margins), `scored_lower` (columns say that the
-            chosen reply has the lower score); after tokenising `prefix`, `suffixes`, `lengths`, `truncated`
-            (`tokenization.tokenize`).
+            chosen reply has the lower score); after tokenising `prefix`, `suffixes`, `lengths`,
+            `reply_lengths`, `truncated` (`tokenization.encode_all`).
         rows: rows of the source; `rows == len(comparisons) + sum(excluded.values())`.
         excluded: number of rows by reason.
         first_rows: for each reason the first rows that it was found in, `SUBSET:ROW`, in brackets what it

@@ -52,7 +52,7 @@ def _examine_split(split: Split, num_proc: int | None) -> dict[str, Any]:
     """
     n, lower = len(split.comparisons), np.flatnonzero(split.column("scored_lower"))
     ranks = split.comparisons["ranks"][:]
-    lengths = pc.list_value_length(pc.list_flatten(arrow_column(split.comparisons, "suffixes"))).to_numpy()
+    lengths = pc.list_flatten(arrow_column(split.comparisons, "reply_lengths")).to_numpy()
     longer_wins = float(comparison.pairwise_agreement(lengths, ranks).sum()) / n
     tokens = pc.list_flatten(arrow_column(split.tokenized, "lengths")).to_numpy()
     percentiles = np.percentile(tokens, [50, 90, 99, 100], method="higher")

@@ -29,7 +29,7 @@ from rm_recipe.processes import warn
 REPLY_SHARE = 0.25
 _Ids = list[list[int]]
 _IDS, _TEXT = hf_datasets.List(hf_datasets.Value("int32")), hf_datasets.Value("string")
-_TOKENIZED = {"prefix": _IDS, "suffixes": hf_datasets.List(_IDS), "lengths": _IDS}
+_TOKENIZED = {"prefix": _IDS, "suffixes": hf_datasets.List(_IDS), "lengths": _IDS, "reply_lengths": _IDS}
 _TOKENIZED |= {"truncated": hf_datasets.Value("bool"), "unshown": _TEXT, "excluded": _TEXT, "detail": _TEXT}
 
 
@@ -75,14 +75,15 @@ def encode_all(
 
     Returns:
         for each comparison `prefix` and `suffixes` as in `Encoded`, `lengths` (tokens of the K whole
-        conversations), `truncated`, `unshown` (whose text the chat template leaves out: a role, or `reply`),
-        and where it is left out only `excluded`, the reason, with `detail`.
+        conversations), `reply_lengths` (those from where these part: prompts may be cut unequally, and are
+        then in the suffixes), `truncated`, `unshown` (whose text the chat template leaves out: a role, or
+        `reply`), and where it is left out only `excluded`, the reason, with `detail`.
     """
     truncate = partial(_truncate, tokenizer, max_length=max_length, truncation=truncation)
     rows, texts = [], []
     for comparison in comparisons:
-        row: dict[str, Any] = {"prefix": [], "suffixes": [], "lengths": [], "truncated": False}
-        rows.append(row | {"unshown": "", "excluded": "", "detail": ""})
+        row: dict[str, Any] = {"prefix": [], "suffixes": [], "lengths": [], "reply_lengths": []}
+        rows.append(row | {"truncated": False, "unshown": "", "excluded": "", "detail": ""})
         try:
             texts.append(_texts(tokenizer, comparison))
         except Excluded as excluded:
@@ -104,6 +105,7 @@ def encode_all(
             _check_ranks(fitted, comparison.ranks)
             prefix, suffixes = split_at_common_prefix(fitted)
             row |= {"prefix": prefix, "suffixes": suffixes, "truncated": fitted != whole}
+            row["reply_lengths"] = [len(reply) for reply in split_at_common_prefix(whole)[1]]
         except Excluded as excluded:
             row |= {"excluded": excluded.reason, "detail": excluded.detail}
     return rows

@@ -280,6 +280,7 @@ def _figures(scored: Scored, train: Split | None, words: Scorer | None) -> Conte
     figures = {
         "n_comparisons": split.rows,
         "excluded": dict(split.excluded),
+        "prompts": len(np.unique(split.column("prompt_key"))),
         "trained_prompts": None if train is None else _trained_prompts(split, train),
         "baselines_missing": [] if words else ["bag_of_words"],
         **summary.summarise(list(scored.lines.values()), **baselines),
@@ -330,5 +331,6 @@ def _merged(
         "gate": before.get("gate"),
     }
     if recipe and HELD_OUT in results:
+        results[HELD_OUT]["chose_checkpoint"] = bool(recipe.training.load_best_model_at_end)
         content |= {"recipe": recipe.resolved(), "gate": gate(results[HELD_OUT], recipe)}
     return content

@@ -25,6 +25,7 @@ LN2 = math.log(2)  # the loss of rewards that are all equal
 NEAR_LN2 = 0.01
 MANY_TIES = 0.05  # of the pairs
 FEW = 30  # comparisons, of which no more is said than that they are few
+FEW_PROMPTS = 0.9  # prompts a comparison: below it several stand on one
 MANY_WINS = 0.1  # of the comparisons that were judged right, by an edit
 OFF_THE_LINE = 0.05  # p-value below which the points of a learning curve are said to lie on no line
 
@@ -59,6 +60,7 @@ def curve_words(curve: dict[str, Any]) -> Iterator[str]:
     slope = curve["per_doubling"]
     gain = f"{decimal(slope['difference'], signed=True)} ({interval(slope['ci95'], signed=True)})"
     yield f"Twice the comparisons of the largest run would change accuracy by {gain}."
+    yield "What another seed would change is in no interval."
     if curve["p_value"] is not None and curve["p_value"] < OFF_THE_LINE:
         yield "But the points do not lie on one line: expect nothing from it beyond the largest run."
         return
@@ -90,6 +92,7 @@ def readings(figures: dict[str, Any]) -> list[Finding]:
     else:
         found = [_against_best(figures)] if "against_baselines" in figures else []
     found += [("bad", sentence) for sentence in _warnings(figures)]
+    found += [("plain", sentence) for sentence in _cautions(figures)]
     if other := figures.get("against"):
         lead = f"{decimal(other['difference'], signed=True)} ({interval(other['ci95'], signed=True)})"
         where = f"on the {whole(other['n'])} comparisons that fit both models"
@@ -107,10 +110,24 @@ def _against_best(figures: dict[str, Any]) -> Finding:
     best, accuracy = best_baseline(figures)
     lead, kind, what = figures["against_baselines"][best], "good", "The model beats the best baseline"
     if lead["ci95"][0] <= 0:
-        kind, what = "bad", "This model has learnt little that the best baseline does not know"
+        kind, what = "bad", "That the model beats the best baseline is not shown"
     where = f"{decimal(abs(lead['difference']))} {'ahead' if lead['difference'] >= 0 else 'behind'}"
     where += f" (95 % interval {interval(lead['ci95'], signed=True)})"
     return kind, f"{what}: '{rule(best)}' has accuracy {decimal(accuracy)}; the model is {where}."
+
+
+def _cautions(figures: dict[str, Any]) -> Iterator[str]:
+    n, prompts = figures["n_scored"], figures.get("prompts", 0)
+    if n >= FEW and 1 < prompts < FEW_PROMPTS * n:
+        yield (
+            f"The {whole(n)} comparisons have {whole(prompts)} different prompts, and intervals and p-values "
+            "take them as independent: where those of a prompt are right or wrong together, less is certain."
+        )
+    if figures.get("chose_checkpoint"):
+        yield (
+            "The checkpoint was chosen as the best of several on these comparisons, which accuracy, interval "
+            "and gate do not allow for: judge it by others that had no say."
+        )
 
 
 def _warnings(figures: dict[str, Any]) -> Iterator[str]:

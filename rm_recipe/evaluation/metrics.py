@@ -27,8 +27,9 @@ def pair_weights(comparison: Indices) -> Array:
 def accuracy_of(right: Array) -> dict[str, Any]:
     """`n`, `accuracy` and `accuracy_ci95` of how right each comparison is, 0 to 1, a tie 1/2; not empty.
 
-    The interval is the 95 % one of Wilson 1927 (`statsmodels`). Of a ranking's pairs, which are not
-    independent, it is too narrow.
+    The interval is the 95 % one of Wilson 1927 (`statsmodels`), for answers that are right or wrong. Of
+    rankings, which are right in parts, it is too wide; of a ranking's pairs, which are not independent, too
+    narrow.
     """
     low, high = proportion_confint(right.sum(), len(right), alpha=0.05, method="wilson")
     return {"n": len(right), "accuracy": float(right.mean()), "accuracy_ci95": [float(low), float(high)]}
@@ -203,15 +204,19 @@ def calibrate(margins: ArrayLike, comparison: Indices) -> dict[str, Any]:
         comparison: the comparison that each pair belongs to, `(pairs,)`.
 
     Returns:
-        `ece`, the error, and `bins`: of each that is not empty its `confidence`, `accuracy` and `n` (pairs).
+        `ece`, the error; `ece_by_chance`, about what so many pairs give a model that is calibrated, as no
+        bin is right exactly as often as is probable; and `bins`: of each that is not empty its `confidence`,
+        `accuracy` and `n` (pairs).
     """
     margins = np.asarray(margins, float)
     right, confidence = agreement(margins, np.zeros_like(margins)), 1 / (1 + np.exp(-np.abs(margins)))
     weights = pair_weights(comparison)
     number = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
-    bins, error = [], 0.0
+    bins, error, by_chance = [], 0.0, 0.0
     for own in (number == bin_number for bin_number in np.unique(number)):
         sure, accurate = (float(np.average(of[own], weights=weights[own])) for of in (confidence, right))
         bins.append({"confidence": sure, "accuracy": accurate, "n": int(own.sum())})
-        error += float(weights[own].sum() / weights.sum()) * abs(sure - accurate)
-    return {"ece": error, "bins": bins}
+        share = float(weights[own].sum() / weights.sum())
+        error += share * abs(sure - accurate)
+        by_chance += share * float(np.sqrt(2 / np.pi * sure * (1 - sure) / own.sum()))  # a normal's mean size
+    return {"ece": error, "ece_by_chance": by_chance, "bins": bins}

@@ -10,7 +10,7 @@ from typing import Any
 import datasets as hf_datasets
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import norm, sem, t
+from scipy.stats import sem, t
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
@@ -70,7 +70,7 @@ def changes(rewards: NDArray[Any], names: Sequence[str]) -> dict[str, dict[str, 
     # At least what rounding moves: an edit that reaches no reward is still, one that moves all alike is not.
     p_values = 2 * t.sf(np.abs(of_comparison.mean(axis=0)) / np.maximum(errors, STILL), n - 1)
     p_values = np.minimum(p_values * len(names), 1)
-    needed = norm.isf(SIGNIFICANT / 2 / len(names)) + norm.isf(1 - POWER)
+    needed = t.isf(SIGNIFICANT / 2 / len(names), n - 1) + t.isf(1 - POWER, n - 1)
     found = {}
     for i, name in enumerate(names):
         change, mean = moved[:, i], float(moved[:, i].mean())

@@ -32,7 +32,7 @@ def predictions(name: str, split: Split, rewards: Sequence[NDArray[np.float32]])
     Args:
         rewards: `(K,)` for each comparison.
     """
-    rows = split.comparisons.select_columns(["row", "subset", "ranks", "prompt"])
+    rows = split.comparisons.select_columns(["row", "subset", "ranks", "prompt", "reply_lengths"])
     flat, (better, worse, comparison) = np.concatenate(rewards).astype(float), pair_indices(rows["ranks"][:])
     margins = mean_by_comparison(flat[better] - flat[worse], comparison)
     right = mean_by_comparison(agreement(flat[better], flat[worse]), comparison)
@@ -47,7 +47,7 @@ def predictions(name: str, split: Split, rewards: Sequence[NDArray[np.float32]])
             "margin": float(margins[index]),
             "correct": float(right[index]),
             "tokens": [len(ids) for ids in encoded.conversations()],
-            "response_tokens": [len(suffix) for suffix in encoded.suffixes],
+            "response_tokens": row["reply_lengths"],
             "turns": sum(message["role"] == "user" for message in row["prompt"]),
         }
         for index, (row, encoded) in enumerate(zip(rows, split.encoded(), strict=True))

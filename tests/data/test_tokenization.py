@@ -123,6 +123,17 @@ def test_the_context_of_a_reply_follows_from_the_prompt_alone(tokenizer, truncat
 
 
 @pytest.mark.parametrize("truncation", ["drop_oldest_turns", "keep_end"])
+def test_a_reply_is_as_long_as_it_is_where_its_prompt_was_cut_shorter_than_its_rivals(tokenizer, truncation):
+    """What is left of a prompt once counted as its reply's: the shorter reply was the longer one."""
+    pair = Comparison(turns("cat " * 50, "yes", "hello"), ["far " * 60, "bad"])
+    [whole] = encode_all(tokenizer, [pair], None, truncation)
+    [cut] = encode_all(tokenizer, [pair], 160, truncation)
+    _, rivals = cut["suffixes"]
+    assert len(rivals) > whole["reply_lengths"][1]
+    assert cut["reply_lengths"] == whole["reply_lengths"] == [len(rest) for rest in whole["suffixes"]]
+
+
+@pytest.mark.parametrize("truncation", ["drop_oldest_turns", "keep_end"])
 def test_so_it_does_where_a_thinking_prompt_is_longer_than_what_is_rendered(tokenizer, truncation):
     tokenizer.chat_template += "{% if add_generation_prompt %}{{ '<think> far far far far ' * 3 }}{% endif %}"
     replies = ["yes", "far " * 60]

@@ -79,7 +79,7 @@ def test_the_figures_have_the_contracts_keys(trained, capsys, monkeypatch):
     named = "n_comparisons n_scored excluded accuracy accuracy_ci95 ties loss mean_margin baselines"
     assert figures.keys() >= {*named.split(), "calibration", "length", "subsets", "consistency"}
     assert figures["consistency"]["thank_you"]["n"] == 80
-    assert figures["trained_prompts"] == 0
+    assert (figures["trained_prompts"], figures["prompts"], figures["chose_checkpoint"]) == (0, 40, False)
     assert figures["n_comparisons"] == figures["n_scored"] + sum(figures["excluded"].values()) == 40
     gate = {"target": 0.65, "statistic": "accuracy", "value": figures["accuracy"]}
     assert content["gate"] == {**gate, "passed": figures["accuracy"] >= 0.65}
@@ -339,6 +339,17 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_scored(
         evaluate(str(folder))
     with pytest.raises(RecipeError, match="no held-out split; name one with --dataset"):
         evaluate(str(shutil.copytree(run / "model", tmp_path / "alone")))
+
+
+def test_comparisons_that_chose_the_checkpoint_are_said_to_have(run, other_set):
+    """Of ten checkpoints that are all as good the best is by chance above its interval one time in ten."""
+    recipe = (run / "recipe.yaml").read_text()
+    kept = "save_strategy: steps\neval_strategy: steps\nload_best_model_at_end: true\n"
+    settings = re.compile(r"^(save_strategy|eval_strategy|load_best_model_at_end):.*\n", re.MULTILINE)
+    (run / "recipe.yaml").write_text(settings.sub("", recipe) + kept)
+    datasets = evaluate(str(run), [HELD_OUT, other_set])["datasets"]
+    assert datasets[HELD_OUT]["chose_checkpoint"]
+    assert "chose_checkpoint" not in datasets[other_set]
 
 
 def test_with_gate_the_exit_code_says_whether_the_target_is_reached(run, tiny_data, monkeypatch, capsys):

@@ -8,6 +8,7 @@ import pytest
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.special import expit
 from scipy.stats import binomtest
 
 from rm_recipe.data.comparison import pair_indices
@@ -106,6 +107,19 @@ def test_calibration_error_by_hand():
     assert metrics.calibrate([50, 50, 50, -50], np.array([0, 0, 0, 1]))["ece"] == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("n", [30, 300])
+def test_the_calibration_error_of_a_calibrated_model_is_what_is_said_of_chance(n):
+    """Which is 0.18 of 30 pairs, and would look like a fault of the model."""
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(200):
+        size = np.abs(rng.normal(0, 1.5, n))
+        right = rng.random(n) < expit(size)
+        found.append(metrics.calibrate(np.where(right, size, -size), np.arange(n)))
+    error, by_chance = (np.mean([own[key] for own in found]) for key in ("ece", "ece_by_chance"))
+    assert by_chance == pytest.approx(error, rel=0.06)
+
+
 # --- a data set's lines and what follows from them ---------------------------------------------
 
 
@@ -119,6 +133,7 @@ def make_lines(rewards, lengths=None, subsets=None):
             **{"ranks": list(range(len(own))), "margins": [], "row": 10 + i, "tools": ""},
             "subset": subsets[i] if subsets else "",
             **{"prefix": [1] * (i + 1), "suffixes": [[2] * n for n in lengths[i]]},
+            "reply_lengths": lengths[i],
         }
         for i, own in enumerate(rewards)
     ]

@@ -13,7 +13,7 @@ from rm_recipe.data.augmentation import EDITS, UNSEEN
 from rm_recipe.data.comparison import Comparison
 from rm_recipe.data.splits import load_split
 from rm_recipe.data.tokenization import tokenize
-from rm_recipe.evaluation.probes import N_COMPARISONS, bag_of_words, consistency
+from rm_recipe.evaluation.probes import N_COMPARISONS, bag_of_words, changes, consistency
 from rm_recipe.model.reward_model import load_base
 from rm_recipe.model.tokenizer import load_tokenizer
 from rm_recipe.recipe.schema import DataArguments
@@ -116,6 +116,17 @@ def test_a_planted_bias_is_found_at_the_size_that_is_said_to_be_enough(name, bia
     assert sum(found) >= 26  # 32 expected; fewer than 26 has a chance of 1 in 100
     small = [probed(seed, size / 5)["raises"] for seed in range(20)]
     assert sum(small) <= 6
+
+
+def test_what_ten_comparisons_are_said_to_show_is_not_what_many_would():
+    """By the normal's quantiles it was shown every other time, not four times in five."""
+    rng = np.random.default_rng(0)
+    drawn = rng.normal(size=(400, 10, 8, 2))
+    drawn[:, :, 1:] += drawn[:, :, :1]  # what an edit makes of a reward, on average nothing
+    smallest = np.mean([changes(rewards, list(ALL))["list"]["smallest"] for rewards in drawn])
+    drawn[:, :, 1:] += smallest
+    found = [changes(rewards, list(ALL))["list"]["raises"] for rewards in drawn]
+    assert 0.7 < np.mean(found) < 0.9
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,15 @@ def test_a_missing_file_leaves_its_section_out(folder):
     assert text.count("<h3>All data sets</h3>") == 1  # in place of the headline
 
 
+def test_the_page_counts_leaked_first_turns_where_leakage_goes_by_them(folder):
+    """It spoke of 30 comparisons on 0 held-out prompts, and of none where first turns alone are shared."""
+    leakage = {"prompts": 0, "first_turns": 7, "policy": "drop", "by": "first_turn", "comparisons": 30}
+    set_keys(folder / "data_report.json", leakage=leakage)
+    assert "30 training comparisons stand on 7 held-out first turns; they were" in read(folder)[1].words
+    set_keys(folder / "data_report.json", leakage=leakage | {"by": "prompt", "comparisons": 0})
+    assert "as it should be, but 7 first questions of dialogues do" in read(folder)[1].words
+
+
 def test_the_page_asks_nobody_for_anything_and_its_references_are_answered(full):
     _, text, page = full
     assert 'http-equiv="Content-Security-Policy" content="default-src \'none\';' in text
@@ -218,7 +227,7 @@ OTHER = {"model": "other", "n": 980, "other_accuracy": 0.68, "difference": 0.02,
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        (LITTLE, "has learnt little that the best baseline does not know: 'bag"),
+        (LITTLE, "That the model beats the best baseline is not shown: 'bag"),
         (LITTLE, "0.020 behind (95 % interval \u22120.050 to +0.010)"),
         ({"n_scored": 3, "trained_prompts": 3}, "3 comparisons are too few to say anything"),
         ({"n_scored": 3, "trained_prompts": 3}, "3 of 3 comparisons, or their prompts, were trained on"),
@@ -227,14 +236,17 @@ OTHER = {"model": "other", "n": 980, "other_accuracy": 0.68, "difference": 0.02,
         ({"ties": 60}, "6.1 % of the pairs are ties"),
         ({"consistency": {"markdown": {"wins": 0.32}}}, "the chosen one in 32.0 % of those judged right"),
         ({"against": OTHER | {"p_value": 0.2134}}, "+0.020 (\u22120.010 to +0.050), McNemar's p 0.213."),
+        ({"prompts": 330}, "The 990 comparisons have 330 different prompts, and"),
+        ({"chose_checkpoint": True}, "was chosen as the best of several on these comparisons"),
     ],
 )
 def test_what_makes_figures_doubtful_is_said_and_nothing_else(keys, said):
     assert [kind for kind, _ in readings(FIGURES)] == ["good"]
-    expected = "plain" if "against" in keys else "bad"
+    expected = "plain" if keys.keys() & {"against", "prompts", "chose_checkpoint"} else "bad"
     assert any(kind == expected and said in sentence for kind, sentence in readings(FIGURES | keys))
     assert len(readings(FIGURES | {"ties": 60, "ranking": {"pairs": 5000}})) == 1
-    assert len(readings(FIGURES | LITTLE | {"n_scored": 3, "loss": 0.7})) == 1
+    assert len(readings(FIGURES | LITTLE | {"n_scored": 3, "loss": 0.7, "prompts": 2})) == 1
+    assert len(readings(FIGURES | {"prompts": 980})) == len(readings(FIGURES | {"prompts": 1})) == 1
 
 
 def test_names_cannot_command_the_terminal_and_the_gate_speaks_of_held_out_alone(monkeypatch, capsys):

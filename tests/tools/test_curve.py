@@ -64,7 +64,9 @@ def test_a_curve_that_levels_off_is_told_and_none_ends_above_1(capsys):
     assert "not lie on one line" in capsys.readouterr().out
     straight = {"points": points_of([400, 800, 1600], [0.64, 0.66, 0.68])}
     print_curve(straight | fit(straight["points"]))
-    assert "not lie on one line" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "not lie on one line" not in said
+    assert "another seed would change is in no interval" in said
 
 
 @pytest.mark.parametrize(
