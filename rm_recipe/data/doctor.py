@@ -29,15 +29,15 @@ from rm_recipe.recipe.reader import Recipe
 
 def examine(recipe: Recipe, train: Split, test: Split, leakage: dict[str, Any]) -> dict[str, Any]:
     """Count the content of `data_report.json` for a recipe's tokenised splits."""
-    data = recipe.data
+    data, num_proc = recipe.data, recipe.training.dataset_num_proc
     splits = {data.dataset_train_split: train, data.dataset_test_split: test}
     return {
         "model": recipe.model.model_name_or_path,
         "max_length": recipe.training.max_length,
         "truncation": data.truncation,
-        "splits": {n: _examine_split(split, recipe.training.dataset_num_proc) for n, split in splits.items()},
+        "splits": {name: _examine_split(split, num_proc) for name, split in splits.items()},
         "held_out_by_prompt": hold_out_share(data),
-        "leakage": leakage,
+        "leakage": leakage | {"near": count_like_train(train, test, num_proc)},
     }
 
 
@@ -110,6 +110,9 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
             f"held out too; 'leakage: {leakage['policy']}' with 'leakage_by: {leakage['by']}' concerns {n} "
             f"comparisons{f' (row {rows})' if rows else ''}."
         )
+    if near := leakage["near"]:
+        like = "like one of train, word for word or nearly, in prompt and replies"
+        say(f"Leakage: {near} held-out comparisons are {like}: accuracy on them shows memory, not judgement.")
 
 
 def _figures(report: dict[str, Any], within: str = "") -> Iterator[tuple[str, str]]:
@@ -151,13 +154,9 @@ def count_duplicates(split: Split, num_proc: int | None = None) -> dict[str, int
         response; `repeated_prompts`: any that has an earlier one's prompt; `prompt_in_replies`: those whose
         responses all begin with the prompt's last message, and so perhaps hold the prompt a second time.
     """
-    columns = split.comparisons.select_columns(["prompt", "responses", "ranks"])
-    code = [sys.modules[__name__], loading, datasketch.__version__]
-    options = {"remove_columns": columns.column_names}
-    marked = run_pass(columns, _mark, "Looking for duplicates", _MARKS, code, num_proc, **options)
+    marked = _marked(split, num_proc)
     exact, same_verdict = (_repeats(arrow_column(marked, name).to_numpy()) for name in ("key", "verdict"))
-    sketches = arrow_column(marked, "sketch").combine_chunks().flatten().to_numpy().reshape(-1, SKETCH)
-    near = _near(sketches) & ~exact
+    near = _near(_sketches(marked)) & ~exact
     return {
         "exact": int(exact.sum()),
         "near": int(near.sum()),
@@ -165,6 +164,24 @@ def count_duplicates(split: Split, num_proc: int | None = None) -> dict[str, int
         "repeated_prompts": int(_repeats(split.column("prompt_key")).sum()),
         "prompt_in_replies": int(pc.sum(arrow_column(marked, "again")).as_py()),
     }
+
+
+def count_like_train(train: Split, test: Split, num_proc: int | None = None) -> int:
+    """Count the held-out comparisons that are like one of train, exactly or nearly; of any alike, one."""
+    known, asked = (_sketches(_marked(split, num_proc)) for split in (train, test))
+    return int((_near(np.concatenate([known, asked]))[len(known) :] & ~_near(asked)).sum())
+
+
+def _marked(split: Split, num_proc: int | None) -> hf_datasets.Dataset:
+    """What comparisons are told apart by (`_MARKS`), in a cached pass."""
+    columns = split.comparisons.select_columns(["prompt", "responses", "ranks"])
+    code = [sys.modules[__name__], loading, datasketch.__version__]
+    options = {"remove_columns": columns.column_names}
+    return run_pass(columns, _mark, "Looking for duplicates", _MARKS, code, num_proc, **options)
+
+
+def _sketches(marked: hf_datasets.Dataset) -> NDArray[np.uint32]:
+    return arrow_column(marked, "sketch").combine_chunks().flatten().to_numpy().reshape(-1, SKETCH)
 
 
 def _mark(row: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import random
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from datasets import Dataset
 from rich.console import Console
 
 from rm_recipe.data.comparison import Comparison
-from rm_recipe.data.doctor import SIMILAR, count_duplicates, examine, print_report, shingles
+from rm_recipe.data.doctor import SIMILAR, count_duplicates, count_like_train, examine, print_report, shingles
 from rm_recipe.data.splits import load_split, load_splits
 from rm_recipe.data.tokenization import render, tokenize
 from rm_recipe.model.tokenizer import load_tokenizer
@@ -40,6 +41,7 @@ def test_every_flaw_is_counted_with_its_row(write_recipe, flawed):
     assert figures["duplicates"] == found
     assert figures["truncated"] == 1
     leakage = {"prompts": 1, "comparisons": 1, "first_turns": 1, "first_rows": ["6"], "policy": "allow"}
+    leakage["near"] = 1  # its replies are the same, too
     assert leakage.items() <= report["leakage"].items()
 
 
@@ -192,6 +194,19 @@ def test_near_duplicates_are_those_that_share_their_three_word_sequences(tmp_pat
     assert found["exact"] == 5  # nothing changed
     assert 10 < clearly < perhaps < 60
     assert clearly <= found["exact"] + found["near"] <= perhaps
+
+
+def test_held_out_comparisons_like_those_of_train_are_counted_and_others_not(tmp_path, capsys):
+    """An exclamation mark more was no leakage: the model had 1.000, and nothing was said."""
+    rng = random.Random(0)
+    words = [f"{word}{n}" for word in WORDS for n in range(20)]
+    rows = [row(*(" ".join(rng.choices(words, k=12)) for _ in range(3))) for _ in range(40)]
+    train = split_of(tmp_path / "train.jsonl", rows[:30])
+    copies = [one | {"prompt": f"{one['prompt'].upper()}!"} for one in rows[:5]]
+    swapped = [one | {"chosen": one["rejected"], "rejected": one["chosen"]} for one in rows[5:8]]
+    same_prompt = [one | {"chosen": other["chosen"]} for one, other in pairwise(rows[8:])]
+    test = split_of(tmp_path / "test.jsonl", [*copies, *copies, *swapped, *same_prompt, *rows[30:]])
+    assert count_like_train(train, test) == 8
 
 
 def test_three_words_make_a_shingle_and_a_chinese_character_is_a_word():
