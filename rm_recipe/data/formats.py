@@ -519,6 +519,7 @@ def _best(row: Row, shape: Shape, column: str, verdict: Any) -> int:
             raise Excluded("verdict_fits_both", f"{column}: {str(verdict)[:60]}")
     if len(meant) != 1:
         how = "what others mean is said by 'columns: {..., verdict: COLUMN=FIRST/SECOND/TIE}', each A or A|B"
+        how += "; of numbers below and above 0 by COLUMN=strength" if _number(verdict) is not None else ""
         raise Malformed(column, f"one of {shape.better} ({how})", verdict)
     return meant[0]
 
@@ -588,6 +589,9 @@ def prompts_differ(row: Row) -> bool:
 # --- values ----------------------------------------------------------------------------------
 
 
+_SPEAKER = re.compile(r"\s*(Assistant|Bot|AI):")
+
+
 def _split_replies(prompt: Any, responses: Sequence[tuple[str, Any]]) -> tuple[list[Message], list[str]]:
     """The prompt and the replies to it, each with its column.
 
@@ -597,11 +601,10 @@ def _split_replies(prompt: Any, responses: Sequence[tuple[str, Any]]) -> tuple[l
     Raises:
         Excluded: `prompt_ends_with_reply` where the column holds a reply already.
     """
-    texts = [prompt, *(reply for _, reply in responses)]
-    if all(isinstance(text, str) for text in texts):
-        asked, *named = (f"\n\n{text.lstrip()}" for text in texts)
-        if all(text.startswith("\n\nAssistant:") for text in named) and comparison.is_transcript(asked):
-            prompt, responses = asked, [("", text) for text in named]
+    if isinstance(prompt, str) and all(isinstance(r, str) and _SPEAKER.match(r) for _, r in responses):
+        asked = f"\n\n{prompt.lstrip()}"
+        if comparison.is_transcript(asked):
+            prompt, responses = asked, [(column, _SPEAKER.sub("", reply, 1)) for column, reply in responses]
     empty = prompt is None or (isinstance(prompt, str) and not prompt.strip())
     before = [] if empty else as_messages(prompt)
     conversations: list[list[Message]] = []

@@ -366,9 +366,12 @@ def test_turns_that_are_not_read_as_such_are_never_one_message(text):
     assert parse_row({**PAIR, "chosen": text}).responses[0] == text  # a model may have written it
 
 
-@pytest.mark.parametrize("asked", ["Human: Hi", "\n\nHuman: Hi", transcript("Hi") + "\n\nAssistant:"])
+@pytest.mark.parametrize(
+    "asked", ["Human: Hi", "\n\nHuman: Hi", transcript("Hi") + "\n\nAssistant:", "User: Hi\nBot:"]
+)
 def test_replies_to_a_transcript_that_all_bear_their_speakers_name_are_read_without_it(asked):
-    named = {"chosen": "Assistant: good", "rejected": "\nAssistant: bad"}
+    name = asked.rpartition("\n")[2] if asked.endswith(":") else "Assistant:"
+    named = {"chosen": f"{name} good", "rejected": f"\n{name} bad"}
     assert parse_row({"prompt": asked, **named}) == EXPECTED
     found = parse_row({"prompt": asked, "responses": [*named.values()][::-1], "scores": [1, 2]})
     assert found == EXPECTED

@@ -298,6 +298,15 @@ def test_scores_of_two_kinds_are_never_compared():
         parse_row({"instruction": "Hi", "completions": texts})
 
 
+def test_a_number_that_is_no_replys_may_be_asked_for_as_a_strength(tmp_path):
+    row = {"prompt": "Hi", "response_1": "bad", "response_2": "good", "preference": 3}
+    path = write_jsonl(tmp_path / "x.jsonl", [row])
+    with pytest.raises(DataError, match="not int '3'; read as two numbered replies") as caught:
+        load(path)
+    assert "by COLUMN=strength" in str(caught.value)
+    assert load(path, columns={"verdict": "preference=strength"})[0].responses == ["good", "bad"]
+
+
 def test_half_of_two_replies_numbers_is_a_tie():
     with pytest.raises(Excluded, match="all_tied"):
         parse_row({"instruction": "Hi", "output_1": "bad", "output_2": "good", "preference": 1.5})
@@ -664,6 +673,11 @@ def test_what_a_template_cannot_take_is_said(name, template, left_out, said):
     assert found.excluded.total() == left_out
     assert said in str(found.first_rows)
     assert (found.comparisons["unshown"][0] == "reply") is (name == "r1_think")
+
+
+def test_where_all_is_too_long_the_refusal_says_what_to_raise():
+    with pytest.raises(DataError, match="4 too_long, first in row 1; raise 'max_length'"):
+        tokenize(load(at("one_prompt")), make_tokenizer(), 16, "exclude")
 
 
 # --- what others read --------------------------------------------------------------------------
