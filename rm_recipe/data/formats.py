@@ -95,8 +95,9 @@ WebGPT comparisons | question.full_text | answer_0 answer_1 | score_0 score_1 | 
 HelpSteer 2 | prompt | response_1 response_2 | preference_strength | strength
 HelpSteer 3 | context | response1 response2 | overall_preference | strength
 Chatbot Arena | | conversation_a conversation_b or messages_a messages_b | winner | model_a, model_b, EQUAL
-two replies and a winner | prompt or question or instruction | response_a response_b | \
-  winner or preferred or preference or choice or label | a/response_a/model_a, b/response_b/model_b, EQUAL
+two replies and a winner | prompt or question or instruction | \
+  response_a response_b or response_A response_B | winner or preferred or preference or choice or label | \
+  a/response_a/model_a/A>B, b/response_b/model_b/B>A, EQUAL/A=B
 two numbered replies and a winner | prompt or question or instruction | response_1 response_2 | \
   winner or preferred or preference or choice or label | 1/response_1/model_1, 2/response_2/model_2, EQUAL
 Chatbot Arena turns | prompt | response_a response_b | winner_model_a winner_model_b | scores
@@ -106,7 +107,6 @@ Community Alignment | first_turn_prompt | first_turn_response_a first_turn_respo
   response_a, response_b, response_c, response_d
 Preference Collection | orig_instruction | orig_response_A orig_response_B | orig_preference | A, B
 AlpacaFarm | instruction | output_1 output_2 | preference | 1, 2, 1.5
-JudgeBench | question | response_A response_B | label | A>B, B>A, A=B
 LLMBar, OffsetBias | input or instruction | output_1 output_2 | label | 1, 2
 """
 EQUAL = "tie/tied/draw/equal/same/both/neither/tie (bothbad)/bothbad/both_bad/both_good"
@@ -121,7 +121,7 @@ ANY_TWO = [
     Shape("two conversations and a verdict", "", "chosen rejected", "verdict"),
 ]
 NEEDED = (
-    "two replies or more in a row, and which is better: prompt, chosen and rejected, or "
+    "two replies or more in a row (join rows of one), and which is better: prompt, chosen and rejected, or "
     "prompt, responses and ranks or scores, or the columns of a public set; others are named by 'columns: "
 )
 

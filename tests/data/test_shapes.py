@@ -186,6 +186,7 @@ PUBLISHED = [
     {"prompt": "Hi", "response_a": "bad", "response_b": "good", "winner": "model_b"},
     {"question": "Hi", "response_a": "good", "response_b": "bad", "preferred": "Response A"},
     {"prompt": "Hi", "response_1": "bad", "response_2": "good", "model_1": "x", "winner": "model_2"},
+    {"prompt": "Hi", "response_A": "bad", "response_B": "good", "preference": "Response_B"},
     {"messages_a": [ASKED, BAD], "messages_b": [ASKED, GOOD], "winner": "model_b"},
     {"conv_A": [ASKED, BAD], "conv_B": [ASKED, GOOD], "conv_A_rating": 0.0, "conv_B_rating": 1.0},
     {f"orig_response_{side}": text for side, text in (("A", "bad"), ("B", "good"))}
@@ -307,9 +308,13 @@ def test_a_number_that_is_no_replys_may_be_asked_for_as_a_strength(tmp_path):
     assert load(path, columns={"verdict": "preference=strength"})[0].responses == ["good", "bad"]
 
 
-def test_half_of_two_replies_numbers_is_a_tie():
-    with pytest.raises(Excluded, match="all_tied"):
-        parse_row({"instruction": "Hi", "output_1": "bad", "output_2": "good", "preference": 1.5})
+def test_half_of_two_replies_numbers_is_a_tie_and_so_is_an_equals_sign():
+    for row in (
+        {"instruction": "Hi", "output_1": "bad", "output_2": "good", "preference": 1.5},
+        {"question": "Hi", "response_A": "bad", "response_B": "good", "label": "A=B"},
+    ):
+        with pytest.raises(Excluded, match="all_tied"):
+            parse_row(row)
 
 
 @pytest.mark.parametrize(
