@@ -20,7 +20,8 @@ ROLES = ("system", "user", "assistant", "tool")
 ROLE_NAMES = {role: role for role in ROLES} | {"developer": "system", "human": "user", "prompter": "user"}
 ROLE_NAMES |= dict.fromkeys(("gpt", "bot", "ai", "model"), "assistant")
 ROLE_NAMES |= {"observation": "tool", "function": "tool"}
-SYSTEM = ("system", "system_prompt", "system_instruction")  # columns; the last is Gemini's
+# Columns; the last two are Gemini's.
+SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "systemInstruction")
 # Columns of what no text model can read.
 MEDIA = ("images", "image", "image_path", "videos", "video", "audios", "audio")
 TEXTS = ("content", "value", "text", "parts")  # keys of the text; the last is Gemini's
@@ -33,7 +34,8 @@ _UNREAD_TURNS = re.compile(
     r"(<s>|<bos>|<BOS_TOKEN>|\[gMASK\]<sop>)?\s*"
     r"(<[|\uff5c][^<>]+[|\uff5c]>|<start_of_turn>\w|\[INST\].*\[/INST\]|<extra_id_\d>\w)"
     r"|(?-i:prompter:|[^\n]{0,300}\bUSER:.*\bASSISTANT:\s*$)"
-    r"|(BEGINNING OF CONVERSATION:|#+)?\s*(Human|User):.*\b(Assistant|AI|Bot|GPT):\s*$",
+    r"|(BEGINNING OF CONVERSATION:)?[^\n:]{0,20}\b(Human|User|\u7528\u6237)>?[:\uff1a]"
+    r".*\b(Assistant|AI|Bot|GPT|\u52a9\u624b)>?[:\uff1a]\s*$",
     re.DOTALL | re.IGNORECASE,
 )
 _NVIDIA_TURN = re.compile(r"\n<extra_id_1>(User|Assistant)\n")  # after the first one of HelpSteer's prompts

@@ -94,20 +94,22 @@ SHP | history | human_ref_A human_ref_B | labels | 1, 0
 WebGPT comparisons | question.full_text | answer_0 answer_1 | score_0 score_1 | scores
 HelpSteer 2 | prompt | response_1 response_2 | preference_strength | strength
 HelpSteer 3 | context | response1 response2 | overall_preference | strength
-Chatbot Arena | | conversation_a conversation_b | winner | model_a, model_b, EQUAL
-two replies and a winner | prompt or question or instruction | response_a response_b | \
-  winner or preferred or preference or choice or label | a/response_a/model_a, b/response_b/model_b, EQUAL
+Chatbot Arena | | conversation_a conversation_b or messages_a messages_b | winner | model_a, model_b, EQUAL
+two replies and a winner | prompt or question or instruction | \
+  response_a response_b or response_A response_B | winner or preferred or preference or choice or label | \
+  a/response_a/model_a/A>B, b/response_b/model_b/B>A, EQUAL/A=B
+two numbered replies and a winner | prompt or question or instruction | response_1 response_2 | \
+  winner or preferred or preference or choice or label | 1/response_1/model_1, 2/response_2/model_2, EQUAL
 Chatbot Arena turns | prompt | response_a response_b | winner_model_a winner_model_b | scores
 Unified-Feedback | | conv_A conv_B | conv_A_rating conv_B_rating | scores
 Community Alignment | first_turn_prompt | first_turn_response_a first_turn_response_b \
   first_turn_response_c first_turn_response_d | first_turn_preferred_response | \
   response_a, response_b, response_c, response_d
 Preference Collection | orig_instruction | orig_response_A orig_response_B | orig_preference | A, B
-AlpacaFarm | instruction | output_1 output_2 | preference | 1, 2
-JudgeBench | question | response_A response_B | label | A>B, B>A, A=B
+AlpacaFarm | instruction | output_1 output_2 | preference | 1, 2, 1.5
 LLMBar, OffsetBias | input or instruction | output_1 output_2 | label | 1, 2
 """
-EQUAL = "tie/tied/draw/equal/same/both/neither/tie (bothbad)/both_bad/both_good"
+EQUAL = "tie/tied/draw/equal/same/both/neither/tie (bothbad)/bothbad/both_bad/both_good"
 _LINES = [
     [cell.strip().split(" or ") for cell in line.split("|")]
     for line in _SHAPES.strip().replace("EQUAL", EQUAL).splitlines()
@@ -119,7 +121,7 @@ ANY_TWO = [
     Shape("two conversations and a verdict", "", "chosen rejected", "verdict"),
 ]
 NEEDED = (
-    "two replies or more in a row, and which is better: prompt, chosen and rejected, or "
+    "two replies or more in a row (join rows of one), and which is better: prompt, chosen and rejected, or "
     "prompt, responses and ranks or scores, or the columns of a public set; others are named by 'columns: "
 )
 
@@ -272,9 +274,10 @@ def _way(shape: Shape) -> str:
 # Words in the names of columns: of a better and a worse reply, or of any two, and of what is none of the
 # three; of a prompt; of a verdict; of a list of replies and of one of numbers for them.
 _PAIRS = "chosen/rejected preferred/dispreferred better/worse best/worst good/bad winner/loser win/lose"
-_PAIRS += " positive/negative pos/neg correct/incorrect"
+_PAIRS += " positive/negative pos/neg correct/incorrect accepted/rejected preferred/rejected"
+_PAIRS += " preferred/non_preferred chosen/reject edited/original"
 _EITHER = "a/b 1/2 0/1 left/right"
-_NO_TEXT = r"\b(id|ids|mask|model|score|rating|length|len|tokens)\b"
+_NO_TEXT = r"\b(id|ids|idx|index|mask|model|score|rating|length|len|tokens)\b"
 _PROMPT = r"\b(prompt|question|instruction|query|problem|input|context|messages|conversation)\b"
 _VERDICT = r"\b(winner|preferred|preference|choice|chosen|label|verdict|better|best|comparison|result)\b"
 _SEVERAL = r"\b(responses|completions|generations|answers|outputs|candidates|replies)$"
@@ -285,16 +288,21 @@ def _words(name: str) -> list[str]:
     return [word.lower() for word in re.findall(r"\d+|[A-Z]?[^\W\dA-Z_]+|[A-Z]+", name)]
 
 
+def _of_texts(columns: Collection[str]) -> dict[str, str]:
+    """The columns that may hold texts, by the words of their names."""
+    return {text: name for name in columns if not re.search(_NO_TEXT, text := " ".join(_words(name)))}
+
+
 def suggested(columns: Collection[str]) -> str:
     """The value of `columns` that words suggest: only said, for a `winner` may be a reply or its author."""
-    spelt = {text: name for name in columns if not re.search(_NO_TEXT, text := " ".join(_words(name)))}
+    spelt = _of_texts(columns)
 
     def like(words: str, *others: str) -> str:
         found = [name for text, name in spelt.items() if re.search(words, text) and name not in others]
         return found[0] if len(found) == 1 else "..."
 
     for pair in f"{_PAIRS} {_EITHER}".split():
-        better, worse = pair.split("/")
+        better, worse = pair.replace("_", " ").split("/")
         for text, one in spelt.items():
             swapped = re.sub(rf"\b{better}\b", worse, text)
             # Others call them `response` and `rejected_response`.
@@ -310,6 +318,13 @@ def suggested(columns: Collection[str]) -> str:
     return json.dumps(dict.fromkeys(("prompt", "chosen", "rejected"), "..."))
 
 
+def in_words(shape: Shape, ours: Mapping[str, str]) -> tuple[str, str]:
+    """Say what columns (by our names) were taken for, and how to ask for what their words suggest instead."""
+    columns, named = [ours[name] for name in shape.columns], suggested(ours.values())
+    another = not {*json.loads(named).values()} <= {"...", *columns}
+    return f"{shape.name} (by {', '.join(columns)})", f"; another reading is 'columns: {named}'" * another
+
+
 def _meanings(*names: str) -> str:
     """What a verdict on any two replies may be: a reply's column, or what only that has in its name."""
     own = ["_".join(word for word in _words(a) if word not in _words(b)) for a, b in (names, names[::-1])]
@@ -317,6 +332,21 @@ def _meanings(*names: str) -> str:
     if {*own} == {"0", "1"}:  # 1 may also mean that the first is right
         each = [[name] for name in names]
     return ", ".join(["/".join(each[0]), "/".join(each[1]), EQUAL])
+
+
+def names_of(columns: Collection[str]) -> set[str]:
+    """How a verdict may name columns, in small letters: `response_b` as that, `response b` or `b`."""
+    texts = _of_texts(columns)
+    return {*map(str.lower, columns), *texts, *(words.rpartition(" ")[2] for words in texts)}
+
+
+def check_replies(row: Row, shape: Shape, names: Collection[str]) -> None:
+    """Raise Malformed where the replies of a pair are but `names` of columns that nothing reads."""
+    replies = {name: row.get(name) for name in shape.responses.split()}
+    if not shape.verdict and all(isinstance(v, str) and v.strip().lower() in names for v in replies.values()):
+        column, name = next(iter(replies.items()))
+        ways = f"name both replies' and 'verdict: {column}'; or '{column}: {column}' where it is a reply"
+        raise Malformed(column, f"a reply and not the name of a column (in 'columns' {ways})", name)
 
 
 def rows_of(row: Row, shape: Shape) -> list[Row]:
@@ -349,6 +379,7 @@ def parse_row(
     margin_column: str | None = None,
     margin_map: Mapping[Any, float] | None = None,
     shape: Shape | None = None,
+    names: Collection[str] = (),
 ) -> Comparison:
     """Parse a row of one of the `SHAPES`, by default that of its columns.
 
@@ -360,6 +391,7 @@ def parse_row(
     Args:
         margin_column: where the margins stand: a number, a category of `margin_map`, or of rankings also a
             number for each response, whose differences they are. One below 0 would reward being wrong.
+        names: those of columns (`names_of`) that are no reply.
 
     Raises:
         Excluded: with the reason.
@@ -371,6 +403,7 @@ def parse_row(
     row = {name: value for name, value in row.items() if value == value}  # NaN, as a table has it, is nothing
     if shape.name in PREPARED:
         row = PREPARED[shape.name](row)
+    check_replies(row, shape, names)
     if shape.prompt in PROMPT_PARTS:
         row = in_parts(row, shape.prompt)
     replies, levels = _replies(row, shape)
@@ -410,14 +443,17 @@ def _get(row: Row, path: str) -> Any:
     if path.isidentifier():
         return row.get(path)
     column, bracket, key = re.split(r"([\[.])", path.rstrip("]"))
-    value, keys = row.get(column), key.split("/")
+    value = row.get(column)
     if value is None:
         return None
     items = from_json(value) if bracket == "[" else [value]
+    first, *others = key.split("/")
     if not isinstance(items, list) or not all(isinstance(item, Mapping) for item in items):
         kind = "a list of mappings" if bracket == "[" else "a mapping"
-        raise Malformed(column, f"{kind} with {keys[0]}", value)
-    found = [next((item[key] for key in keys if item.get(key) is not None), None) for item in items]
+        raise Malformed(column, f"{kind} with {first}", value)
+    # One key for all: scores of two kinds are no ranking.
+    keys = [key for key in (first, *others) if all(item.get(key) is not None for item in items)]
+    found = [item.get((keys or [first])[0]) for item in items]
     return found if bracket == "[" else found[0]
 
 
@@ -483,6 +519,7 @@ def _best(row: Row, shape: Shape, column: str, verdict: Any) -> int:
             raise Excluded("verdict_fits_both", f"{column}: {str(verdict)[:60]}")
     if len(meant) != 1:
         how = "what others mean is said by 'columns: {..., verdict: COLUMN=FIRST/SECOND/TIE}', each A or A|B"
+        how += "; of numbers below and above 0 by COLUMN=strength" if _number(verdict) is not None else ""
         raise Malformed(column, f"one of {shape.better} ({how})", verdict)
     return meant[0]
 
@@ -552,14 +589,22 @@ def prompts_differ(row: Row) -> bool:
 # --- values ----------------------------------------------------------------------------------
 
 
+_SPEAKER = re.compile(r"\s*(Assistant|Bot|AI):")
+
+
 def _split_replies(prompt: Any, responses: Sequence[tuple[str, Any]]) -> tuple[list[Message], list[str]]:
     """The prompt and the replies to it, each with its column.
 
     Without a prompt, texts are transcripts, or replies in place of the last one of messages that come first.
+    Replies to a transcript may all bear their speaker's name.
 
     Raises:
         Excluded: `prompt_ends_with_reply` where the column holds a reply already.
     """
+    if isinstance(prompt, str) and all(isinstance(r, str) and _SPEAKER.match(r) for _, r in responses):
+        asked = f"\n\n{prompt.lstrip()}"
+        if comparison.is_transcript(asked):
+            prompt, responses = asked, [(column, _SPEAKER.sub("", reply, 1)) for column, reply in responses]
     empty = prompt is None or (isinstance(prompt, str) and not prompt.strip())
     before = [] if empty else as_messages(prompt)
     conversations: list[list[Message]] = []

@@ -75,7 +75,9 @@ def load_rows(
     if not source.columns:  # a row may have a column that the first ones lack
         wanted |= {name: name for name in shape.read if name not in (*ours, *ours.values())}
     scores = formats.score_columns(source.columns or columns)
-    options = (margin, data.margin_map, shape)
+    unread = [] if source.columns else [name for name in columns if name and name not in wanted.values()]
+    known, other = formats.in_words(shape, ours)
+    options = (margin, data.margin_map, shape, [] if data.columns else formats.names_of(unread))
 
     def parse() -> Iterator[dict[str, Any]]:
         """The columns of `_PARSED`, row by row."""
@@ -87,15 +89,13 @@ def load_rows(
                     yield _parsed(part, number, subset, *options) | {"scored_lower": lower}
             except Malformed as fault:  # which is told by the name that the file has for the column
                 told = Malformed(wanted.get(fault.args[0], fault.args[0]), *fault.args[1:])
-                raise DataError(f"{place}, {unit(file)} {number}: {told}") from None
+                raise DataError(f"{place}, {unit(file)} {number}: {told}; read as {known}{other}") from None
 
     key = cache_key(content, subset, margin_column, data.margin_map, source.columns, data.columns, *CODE)
     try:
         parsed = hf_datasets.Dataset.from_generator(parse, features=_FEATURES, fingerprint=key)
     except DatasetGenerationError as error:
         raise (error.__cause__ or error) from None
-    unread = [] if source.columns else [name for name in columns if name and name not in wanted.values()]
-    known = f"{shape.name} (by {', '.join(ours[name] for name in shape.columns)})"
     return _sliced(parsed, split), unread, known
 
 

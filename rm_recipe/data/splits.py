@@ -156,7 +156,8 @@ def load_split(data: DataArguments, split: str | None, *, margins: bool = False)
         name = " and ".join(dict.fromkeys(source.path for source in found))
         named = formats.suggested([*result.unread, "chosen", "rejected"])
         hint = f"; texts without a prompt are hh-rlhf transcripts; 'columns: {named}' names it"
-        of_transcripts = any("(hh-rlhf)" in shape for shape in result.shapes)
+        unasked = {"not_a_transcript", "empty_prompt"} & {*result.excluded}
+        of_transcripts = bool(unasked) and any("(hh-rlhf)" in shape for shape in result.shapes)
         raise DataError(
             f"{name}{f', split {split!r}' if split else ''}: no comparison in it ({result.why_excluded()}); "
             f"read as {', '.join(result.shapes)}{hint * of_transcripts}"

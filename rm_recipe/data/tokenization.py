@@ -139,7 +139,8 @@ def tokenize(
     tokenized = run_pass(rows, encode_batch, "Tokenising", features, depends_on, num_proc, batched=True)
     result = set_aside(replace(split, comparisons=tokenized, tokenized=tokenized))
     if not len(result.comparisons):
-        raise DataError(f"no comparison is left after tokenising: {result.why_excluded()}")
+        hint = "; raise 'max_length'" if {"too_long", "response_too_long"} & {*result.excluded} else ""
+        raise DataError(f"no comparison is left after tokenising: {result.why_excluded()}{hint}")
     counts = pc.value_counts(arrow_column(result.comparisons, "unshown")).to_pylist()
     if unshown := [f"{found['values']} in {found['counts']}" for found in counts if found["values"]]:
         warn(f"the chat template leaves out text of comparisons: {', '.join(unshown)}")
@@ -167,8 +168,8 @@ def _texts(tokenizer: Tokenizer, comparison: Comparison) -> list[str]:
     calls = [message["tool_calls"] for message in comparison.prompt if "tool_calls" in message]
     tools = [text for text in (comparison.tools, *calls) if text]
     texts = [*(message["content"] for message in comparison.prompt), *comparison.responses, *tools]
-    if any(map(chat_template.special_tokens(tokenizer).search, texts)):
-        raise Excluded("control_tokens")
+    if found := next(filter(None, map(chat_template.special_tokens(tokenizer).search, texts)), None):
+        raise Excluded("control_tokens", f"take {found[0]} out of the text")
     try:
         texts = [render(tokenizer, messages, comparison.tools) for messages in comparison.conversations()]
     except (jinja2.TemplateError, TypeError) as error:  # such as one that wants roles to alternate

@@ -99,7 +99,8 @@ def test_a_system_column_is_the_system_message():
     expected = Comparison([SYSTEM, USER], ["good", "bad"])
     assert parse_row({**PAIR, "system": "Be terse."}) == expected
     assert parse_row({**PAIR, "prompt": [SYSTEM, USER], "system": "Be terse.\n"}) == expected
-    assert parse_row({**PAIR, "system_prompt": "Be terse."}) == expected
+    for name in ("system_prompt", "system_message", "systemInstruction"):
+        assert parse_row({**PAIR, name: "Be terse."}) == expected
     assert parse_row({**PAIR, "system": "Be terse.", "system_prompt": "Judge."}) == expected
     assert parse_row({**PAIR, "system": "", "system_prompt": None}) == EXPECTED
     with pytest.raises(Malformed, match="column 'system' should be a text"):
@@ -353,6 +354,9 @@ OTHER_TURNS = [
     "A chat between a user and an assistant. USER: Hi ASSISTANT: good</s>USER: More? ASSISTANT:",
     "<BOS_TOKEN><|START_OF_TURN_TOKEN|><|USER_TOKEN|>Hi<|END_OF_TURN_TOKEN|>",
     "[gMASK]<sop><|user|>\nHi<|assistant|>\n",
+    "GPT4 Correct User: Hi<|end_of_turn|>GPT4 Correct Assistant:",
+    "<human>: Hi\n<bot>:",
+    "\u7528\u6237\uff1aHow are you?\n\u52a9\u624b\uff1a",
 ]
 
 
@@ -362,10 +366,20 @@ def test_turns_that_are_not_read_as_such_are_never_one_message(text):
     assert parse_row({**PAIR, "chosen": text}).responses[0] == text  # a model may have written it
 
 
-def test_a_reply_that_bears_the_name_which_the_prompt_lacks_is_not_read():
-    named = {"chosen": "Assistant: good", "rejected": "\nAssistant: bad"}
-    assert why(parse_row, {"prompt": "Human: Hi", **named})[0] == "unread_turns"
+@pytest.mark.parametrize(
+    "asked", ["Human: Hi", "\n\nHuman: Hi", transcript("Hi") + "\n\nAssistant:", "User: Hi\nBot:"]
+)
+def test_replies_to_a_transcript_that_all_bear_their_speakers_name_are_read_without_it(asked):
+    name = asked.rpartition("\n")[2] if asked.endswith(":") else "Assistant:"
+    named = {"chosen": f"{name} good", "rejected": f"\n{name} bad"}
+    assert parse_row({"prompt": asked, **named}) == EXPECTED
+    found = parse_row({"prompt": asked, "responses": [*named.values()][::-1], "scores": [1, 2]})
+    assert found == EXPECTED
     assert parse_row({"prompt": "Hi", **named}).responses == list(named.values())
+
+
+def test_a_reply_that_alone_bears_the_name_which_the_prompt_lacks_is_not_read():
+    assert why(parse_row, {**PAIR, "prompt": "Human: Hi", "chosen": "Assistant: good"})[0] == "unread_turns"
 
 
 def test_messages_as_text_that_cannot_be_decoded_are_never_a_text():

@@ -185,6 +185,9 @@ PUBLISHED = [
     {"instruction": "Hi", "input": "", "output_1": "bad", "output_2": "good", "preference": 2},
     {"prompt": "Hi", "response_a": "bad", "response_b": "good", "winner": "model_b"},
     {"question": "Hi", "response_a": "good", "response_b": "bad", "preferred": "Response A"},
+    {"prompt": "Hi", "response_1": "bad", "response_2": "good", "model_1": "x", "winner": "model_2"},
+    {"prompt": "Hi", "response_A": "bad", "response_B": "good", "preference": "Response_B"},
+    {"messages_a": [ASKED, BAD], "messages_b": [ASKED, GOOD], "winner": "model_b"},
     {"conv_A": [ASKED, BAD], "conv_B": [ASKED, GOOD], "conv_A_rating": 0.0, "conv_B_rating": 1.0},
     {f"orig_response_{side}": text for side, text in (("A", "bad"), ("B", "good"))}
     | {"orig_instruction": "Hi", "orig_preference": "B", "instruction": "###Task", "output": "B"},
@@ -275,6 +278,66 @@ def test_a_verdict_by_itself_may_say_what_the_values_of_a_known_shape_mean(tmp_p
     path = write_jsonl(tmp_path / "y.jsonl", [{"prompt": "Hi", "chosen": "a", "rejected": "b", "verdict": 1}])
     with pytest.raises(DataError, match="its columns are prompt, chosen, rejected, verdict; rm_recipe needs"):
         load(path, columns={"verdict": "verdict"})
+
+
+def test_a_strength_beside_another_verdict_may_have_no_sign_and_is_asked_for(tmp_path):
+    row = {"prompt": "Hi", "response_1": "good", "response_2": "bad", "preference_strength": 3, "winner": 1}
+    path = write_jsonl(tmp_path / "x.jsonl", [row])
+    with pytest.raises(
+        DataError, match=r"say which one: .*\{verdict: preference_strength\} or \{verdict: winner\}"
+    ):
+        load(path)
+    assert load(path, columns={"verdict": "winner"})[0].responses == ["good", "bad"]
+
+
+def test_scores_of_two_kinds_are_never_compared():
+    kinds = ({"overall_score": 6.0, "fine-grained_score": 2.0}, {"fine-grained_score": 4.5})
+    texts = [{"response": text, **scores} for text, scores in zip(("bad", "good"), kinds, strict=True)]
+    assert parse_row({"instruction": "Hi", "completions": texts}) == Comparison([ASKED], ["good", "bad"])
+    del texts[0]["fine-grained_score"]
+    with pytest.raises(Excluded, match="missing_overall_score"):
+        parse_row({"instruction": "Hi", "completions": texts})
+
+
+def test_a_number_that_is_no_replys_may_be_asked_for_as_a_strength(tmp_path):
+    row = {"prompt": "Hi", "response_1": "bad", "response_2": "good", "preference": 3}
+    path = write_jsonl(tmp_path / "x.jsonl", [row])
+    with pytest.raises(DataError, match="not int '3'; read as two numbered replies") as caught:
+        load(path)
+    assert "by COLUMN=strength" in str(caught.value)
+    assert load(path, columns={"verdict": "preference=strength"})[0].responses == ["good", "bad"]
+
+
+def test_half_of_two_replies_numbers_is_a_tie_and_so_is_an_equals_sign():
+    for row in (
+        {"instruction": "Hi", "output_1": "bad", "output_2": "good", "preference": 1.5},
+        {"question": "Hi", "response_A": "bad", "response_B": "good", "label": "A=B"},
+    ):
+        with pytest.raises(Excluded, match="all_tied"):
+            parse_row(row)
+
+
+@pytest.mark.parametrize(
+    ("names", "values"),
+    [
+        ("response_a response_b", "B A"),
+        ("response_a response_b", "response_b response_a"),
+        ("answer1 answer2", "2 1"),
+        ("gpt4 Llama", "llama GPT4"),
+    ],
+)
+def test_a_pair_of_columns_names_is_no_pair_of_replies(tmp_path, names, values):
+    texts = dict(zip(names.split(), ("bad", "good"), strict=True))
+    row = {"prompt": "Hi", **dict(zip(("chosen", "rejected"), values.split(), strict=True))}
+    path = write_jsonl(tmp_path / "x.jsonl", [{**row, **texts}])
+    with pytest.raises(
+        DataError, match="line 1: column 'chosen' should be a reply .*; read as TRL preference"
+    ):
+        load(path)
+    replies = {"prompt": "prompt", **dict(zip(("chosen", "rejected"), texts, strict=True))}
+    assert load(path, columns={**replies, "verdict": "chosen"})[0].responses == ["good", "bad"]
+    assert load(path, columns={"chosen": "chosen"})[0].responses == values.split()
+    assert load(write_jsonl(tmp_path / "y.jsonl", [row]))[0].responses == values.split()  # of nothing else
 
 
 def test_the_best_of_four_is_better_than_each_other_and_those_tie():
@@ -370,6 +433,10 @@ prompt,chosen_text,rejected_text
 prompt,chosen_messages,rejected_messages
 query,positive,negative
 query,response,rejected_response
+prompt,preferred,rejected
+prompt,preferred_output,non_preferred_output
+context,edited_response,original_response
+question,chosen,reject
 prompt,pos_resp,neg_resp
 instruction,left_answer,right_answer,result=left
 problem,correct_solution,incorrect_solution
@@ -381,13 +448,13 @@ def test_the_columns_that_a_refusal_proposes_read_the_file(tmp_path, line):
     head, _, verdict = line.partition("=")
     names = head.split(",")
     cells = dict(zip(names, ["Hi", "good", "bad", verdict], strict=False))
-    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt_id": "z", "a_id": "x", "b_id": "y", **cells}])
+    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt_id": "z", "a_id": "x", "b_idx": 1, **cells}])
     with pytest.raises(DataError, match="others are named by 'columns: ") as caught:
         load(path)
     proposed = read_columns(str(caught.value).rpartition("'columns: ")[2].removesuffix("'"))
     found = load(path, columns=proposed)
     assert (found[0].prompt, found[0].responses) == ([ASKED], ["good", "bad"])
-    assert {*found.unread} == {"prompt_id", "a_id", "b_id"}
+    assert {*found.unread} == {"prompt_id", "a_id", "b_idx"}
 
 
 def proposed_in(error) -> dict[str, str]:
@@ -401,6 +468,11 @@ def test_a_ranking_by_other_names_and_an_unread_prompt_are_proposed_too(tmp_path
         with pytest.raises(DataError, match="others are named by 'columns: ") as caught:
             load(path)
         assert load(path, columns=proposed_in(caught))[0] == Comparison([ASKED], ["good", "bad"])
+    row = {"question": "Hi", "answers": ["bad", "good"], "ratings": [1, 2]}  # not Stack Exchange's
+    path = write_jsonl(tmp_path / "y.jsonl", [row])
+    with pytest.raises(DataError, match="list of mappings .*; read as Stack Exchange .*; another") as caught:
+        load(path)
+    assert load(path, columns=proposed_in(caught))[0] == Comparison([ASKED], ["good", "bad"])
     path = write_jsonl(tmp_path / "x.jsonl", [{"context": [ASKED], "chosen": GOOD, "rejected": BAD}])
     with pytest.raises(DataError, match="1 empty_prompt, .*columns not read: context") as caught:
         load(path)
@@ -606,6 +678,11 @@ def test_what_a_template_cannot_take_is_said(name, template, left_out, said):
     assert found.excluded.total() == left_out
     assert said in str(found.first_rows)
     assert (found.comparisons["unshown"][0] == "reply") is (name == "r1_think")
+
+
+def test_where_all_is_too_long_the_refusal_says_what_to_raise():
+    with pytest.raises(DataError, match="4 too_long, first in row 1; raise 'max_length'"):
+        tokenize(load(at("one_prompt")), make_tokenizer(), 16, "exclude")
 
 
 # --- what others read --------------------------------------------------------------------------
