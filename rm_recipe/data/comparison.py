@@ -34,7 +34,7 @@ _UNREAD_TURNS = re.compile(
     r"(<s>|<bos>|<BOS_TOKEN>|\[gMASK\]<sop>)?\s*"
     r"(<[|\uff5c][^<>]+[|\uff5c]>|<start_of_turn>\w|\[INST\].*\[/INST\]|<extra_id_\d>\w)"
     r"|(?-i:prompter:|[^\n]{0,300}\bUSER:.*\bASSISTANT:\s*$)"
-    r"|(BEGINNING OF CONVERSATION:)?[^\n:]{0,20}\b(Human|User|\u7528\u6237)>?[:\uff1a]"
+    r"|(BEGINNING OF CONVERSATION:|#+|<|\w+ Correct)?\s*(Human|User|\u7528\u6237)>?[:\uff1a]"
     r".*\b(Assistant|AI|Bot|GPT|\u52a9\u624b)>?[:\uff1a]\s*$",
     re.DOTALL | re.IGNORECASE,
 )
@@ -258,7 +258,7 @@ def check_unicode(texts: Sequence[str]) -> None:
 _SPEAKERS = [*product(("Human", "User"), ("Assistant", "Bot", "AI"))]
 
 
-def _speakers(text: str) -> tuple[str, str, str]:
+def speakers(text: str) -> tuple[str, str, str]:
     """What stands before the names of a transcript, and who asks and who answers in it."""
     for asks, answers in _SPEAKERS:
         if text.lstrip().startswith(f"{asks}:") and f"\n{answers}:" in text:
@@ -275,7 +275,7 @@ def is_transcript(text: str) -> bool:
     It begins with a blank line and a speaker, or with a speaker and ends where the reply is to come.
     """
     text = text.replace("\r\n", "\n")
-    before, *names = _speakers(text)
+    before, *names = speakers(text)
     begins = text.lstrip().startswith(tuple(f"{name}:" for name in names))
     return begins and (text.startswith("\n\n") or text.rstrip().endswith(f"{before}{names[1]}:"))
 
@@ -287,7 +287,7 @@ def parse_transcript(text: str) -> list[Message]:
         Excluded: `not_a_transcript`: text stands before the first speaker, or there is none.
     """
     text = text.replace("\r\n", "\n")
-    before, *names = _speakers(text)
+    before, *names = speakers(text)
     start, *parts = re.split(f"{before}({'|'.join(names)}):", before + text.lstrip())
     if start or not parts:
         raise Excluded("not_a_transcript")

@@ -37,7 +37,7 @@ def examine(recipe: Recipe, train: Split, test: Split, leakage: dict[str, Any]) 
         "truncation": data.truncation,
         "splits": {name: _examine_split(split, num_proc) for name, split in splits.items()},
         "held_out_by_prompt": hold_out_share(data),
-        "leakage": leakage | {"near": count_like_train(train, test, num_proc)},
+        "leakage": leakage | {"same_replies": count_same_replies(train, test, num_proc)},
     }
 
 
@@ -110,9 +110,8 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
             f"held out too; 'leakage: {leakage['policy']}' with 'leakage_by: {leakage['by']}' concerns {n} "
             f"comparisons{f' (row {rows})' if rows else ''}."
         )
-    if near := leakage["near"]:
-        like = "like one of train, word for word or nearly, in prompt and replies"
-        say(f"Leakage: {near} held-out comparisons are {like}: accuracy on them shows memory, not judgement.")
+    if same := leakage["same_replies"]:
+        say(f"Leakage: {same} held-out comparisons have the very replies of one of train: these show memory.")
 
 
 def _figures(report: dict[str, Any], within: str = "") -> Iterator[tuple[str, str]]:
@@ -131,12 +130,14 @@ def _figures(report: dict[str, Any], within: str = "") -> Iterator[tuple[str, st
 # and are compared band by band: for a million texts datasketch's own MinHashLSH takes gigabytes.
 
 SIMILAR = 0.8
+TELLING = 10  # words of a comparison's replies, below which others may well have the same
 GREETING = 20  # characters: a reply may well begin as a shorter prompt does
 SKETCH = 64  # numbers a sketch: Jaccard to within 0.05 (one standard error) at 0.8
 BAND = 4  # numbers that have to agree before two sketches are compared: misses 2 in 10,000 at 0.8
 _NUMBER = hf_datasets.Value("int64")
 _SKETCH = hf_datasets.List(hf_datasets.Value("uint32"), length=SKETCH)
-_MARKS = {"key": _NUMBER, "verdict": _NUMBER, "sketch": _SKETCH, "again": hf_datasets.Value("bool")}
+_MARKS = dict.fromkeys(("key", "verdict", "replies"), _NUMBER)
+_MARKS |= {"sketch": _SKETCH, "again": hf_datasets.Value("bool")}
 
 # Copied for each text: making one draws its random numbers anew. CRC-32 takes a tenth of the time of
 # datasketch's own SHA-1 and spreads short texts as well.
@@ -156,7 +157,8 @@ def count_duplicates(split: Split, num_proc: int | None = None) -> dict[str, int
     """
     marked = _marked(split, num_proc)
     exact, same_verdict = (_repeats(arrow_column(marked, name).to_numpy()) for name in ("key", "verdict"))
-    near = _near(_sketches(marked)) & ~exact
+    sketches = arrow_column(marked, "sketch").combine_chunks().flatten().to_numpy().reshape(-1, SKETCH)
+    near = _near(sketches) & ~exact
     return {
         "exact": int(exact.sum()),
         "near": int(near.sum()),
@@ -166,10 +168,10 @@ def count_duplicates(split: Split, num_proc: int | None = None) -> dict[str, int
     }
 
 
-def count_like_train(train: Split, test: Split, num_proc: int | None = None) -> int:
-    """Count the held-out comparisons that are like one of train, exactly or nearly; of any alike, one."""
-    known, asked = (_sketches(_marked(split, num_proc)) for split in (train, test))
-    return int((_near(np.concatenate([known, asked]))[len(known) :] & ~_near(asked)).sum())
+def count_same_replies(train: Split, test: Split, num_proc: int | None = None) -> int:
+    """Count the held-out comparisons with the replies of one of train, of `TELLING` words, to any prompt."""
+    known, asked = (arrow_column(_marked(split, num_proc), "replies").to_numpy() for split in (train, test))
+    return int((np.isin(asked, known) & (asked != 0)).sum())
 
 
 def _marked(split: Split, num_proc: int | None) -> hf_datasets.Dataset:
@@ -180,10 +182,6 @@ def _marked(split: Split, num_proc: int | None) -> hf_datasets.Dataset:
     return run_pass(columns, _mark, "Looking for duplicates", _MARKS, code, num_proc, **options)
 
 
-def _sketches(marked: hf_datasets.Dataset) -> NDArray[np.uint32]:
-    return arrow_column(marked, "sketch").combine_chunks().flatten().to_numpy().reshape(-1, SKETCH)
-
-
 def _mark(row: dict[str, Any]) -> dict[str, Any]:
     prompt = loading.normalised_prompt(row["prompt"])
     responses = [loading.normalise(response) for response in row["responses"]]
@@ -191,9 +189,11 @@ def _mark(row: dict[str, Any]) -> dict[str, Any]:
     minhash.update_batch(list(shingles(" ".join([*prompt, *sorted(responses)]))))
     ranked = [f"{rank} {response}" for rank, response in zip(row["ranks"], responses, strict=True)]
     asked = loading.normalise(row["prompt"][-1]["content"])
+    told = len(_WORD.findall(" ".join(responses))) >= TELLING
     return {
         "key": loading.text_key([*prompt, *sorted(responses)]),
         "verdict": loading.text_key([*prompt, *sorted(ranked)]),
+        "replies": loading.text_key(sorted(responses)) if told else 0,
         "sketch": minhash.hashvalues,
         "again": len(asked) >= GREETING and all(text.startswith(asked) for text in responses),
     }

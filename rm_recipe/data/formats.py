@@ -341,12 +341,12 @@ def names_of(columns: Collection[str]) -> set[str]:
 
 
 def check_replies(row: Row, shape: Shape, names: Collection[str]) -> None:
-    """Raise Malformed where the replies of a pair are but `names` of columns that nothing reads."""
+    """Raise Excluded where the replies of a pair are but `names` of columns that nothing reads."""
     replies = {name: row.get(name) for name in shape.responses.split()}
     if not shape.verdict and all(isinstance(v, str) and v.strip().lower() in names for v in replies.values()):
         column, name = next(iter(replies.items()))
-        ways = f"name both replies' and 'verdict: {column}'; or '{column}: {column}' where it is a reply"
-        raise Malformed(column, f"a reply and not the name of a column (in 'columns' {ways})", name)
+        ways = f"name both replies' and 'verdict: {column}'; or 'chosen: {column}' where it is a reply"
+        raise Excluded("column_names", f"'{name}' is the name of a column; in 'columns' {ways}")
 
 
 def rows_of(row: Row, shape: Shape) -> list[Row]:
@@ -589,9 +589,6 @@ def prompts_differ(row: Row) -> bool:
 # --- values ----------------------------------------------------------------------------------
 
 
-_SPEAKER = re.compile(r"\s*(Assistant|Bot|AI):")
-
-
 def _split_replies(prompt: Any, responses: Sequence[tuple[str, Any]]) -> tuple[list[Message], list[str]]:
     """The prompt and the replies to it, each with its column.
 
@@ -601,10 +598,12 @@ def _split_replies(prompt: Any, responses: Sequence[tuple[str, Any]]) -> tuple[l
     Raises:
         Excluded: `prompt_ends_with_reply` where the column holds a reply already.
     """
-    if isinstance(prompt, str) and all(isinstance(r, str) and _SPEAKER.match(r) for _, r in responses):
+    if isinstance(prompt, str):
         asked = f"\n\n{prompt.lstrip()}"
-        if comparison.is_transcript(asked):
-            prompt, responses = asked, [(column, _SPEAKER.sub("", reply, 1)) for column, reply in responses]
+        name = f"{comparison.speakers(asked)[2]}:"
+        named = all(isinstance(reply, str) and reply.lstrip().startswith(name) for _, reply in responses)
+        if named and comparison.is_transcript(asked):
+            prompt, responses = asked, [(c, reply.lstrip().removeprefix(name)) for c, reply in responses]
     empty = prompt is None or (isinstance(prompt, str) and not prompt.strip())
     before = [] if empty else as_messages(prompt)
     conversations: list[list[Message]] = []

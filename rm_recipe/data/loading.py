@@ -77,7 +77,8 @@ def load_rows(
     scores = formats.score_columns(source.columns or columns)
     unread = [] if source.columns else [name for name in columns if name and name not in wanted.values()]
     known, other = formats.in_words(shape, ours)
-    options = (margin, data.margin_map, shape, [] if data.columns else formats.names_of(unread))
+    names = set() if "chosen" in (data.columns or {}) else formats.names_of(unread)
+    options = (margin, data.margin_map, shape, names)
 
     def parse() -> Iterator[dict[str, Any]]:
         """The columns of `_PARSED`, row by row."""

@@ -105,7 +105,8 @@ def encode_all(
             _check_ranks(fitted, comparison.ranks)
             prefix, suffixes = split_at_common_prefix(fitted)
             row |= {"prefix": prefix, "suffixes": suffixes, "truncated": fitted != whole}
-            row["reply_lengths"] = [len(reply) for reply in split_at_common_prefix(whole)[1]]
+            replies = split_at_common_prefix(whole)[1] if row["truncated"] else suffixes
+            row["reply_lengths"] = [*map(len, replies)]
         except Excluded as excluded:
             row |= {"excluded": excluded.reason, "detail": excluded.detail}
     return rows

@@ -60,7 +60,7 @@ def curve_words(curve: dict[str, Any]) -> Iterator[str]:
     slope = curve["per_doubling"]
     gain = f"{decimal(slope['difference'], signed=True)} ({interval(slope['ci95'], signed=True)})"
     yield f"Twice the comparisons of the largest run would change accuracy by {gain}."
-    yield "What another seed would change is in no interval."
+    yield "No interval allows for another seed."
     if curve["p_value"] is not None and curve["p_value"] < OFF_THE_LINE:
         yield "But the points do not lie on one line: expect nothing from it beyond the largest run."
         return
@@ -110,7 +110,7 @@ def _against_best(figures: dict[str, Any]) -> Finding:
     best, accuracy = best_baseline(figures)
     lead, kind, what = figures["against_baselines"][best], "good", "The model beats the best baseline"
     if lead["ci95"][0] <= 0:
-        kind, what = "bad", "That the model beats the best baseline is not shown"
+        kind, what = "bad", "The model is not shown to beat the best baseline"
     where = f"{decimal(abs(lead['difference']))} {'ahead' if lead['difference'] >= 0 else 'behind'}"
     where += f" (95 % interval {interval(lead['ci95'], signed=True)})"
     return kind, f"{what}: '{rule(best)}' has accuracy {decimal(accuracy)}; the model is {where}."
@@ -125,8 +125,8 @@ def _cautions(figures: dict[str, Any]) -> Iterator[str]:
         )
     if figures.get("chose_checkpoint"):
         yield (
-            "The checkpoint was chosen as the best of several on these comparisons, which accuracy, interval "
-            "and gate do not allow for: judge it by others that had no say."
+            "The recipe keeps the checkpoint that is best on these comparisons, which accuracy, interval and "
+            "gate do not allow for: judge it by others that had no say."
         )
 
 

@@ -11,7 +11,14 @@ from datasets import Dataset
 from rich.console import Console
 
 from rm_recipe.data.comparison import Comparison
-from rm_recipe.data.doctor import SIMILAR, count_duplicates, count_like_train, examine, print_report, shingles
+from rm_recipe.data.doctor import (
+    SIMILAR,
+    count_duplicates,
+    count_same_replies,
+    examine,
+    print_report,
+    shingles,
+)
 from rm_recipe.data.splits import load_split, load_splits
 from rm_recipe.data.tokenization import render, tokenize
 from rm_recipe.model.tokenizer import load_tokenizer
@@ -41,7 +48,7 @@ def test_every_flaw_is_counted_with_its_row(write_recipe, flawed):
     assert figures["duplicates"] == found
     assert figures["truncated"] == 1
     leakage = {"prompts": 1, "comparisons": 1, "first_turns": 1, "first_rows": ["6"], "policy": "allow"}
-    leakage["near"] = 1  # its replies are the same, too
+    leakage["same_replies"] = 1
     assert leakage.items() <= report["leakage"].items()
 
 
@@ -58,8 +65,10 @@ def test_the_report_has_the_contracts_keys_and_its_sums_and_the_table_fits(write
     assert report["splits"]["train"]["excluded"]["leaked_prompt"] == 1
     json.dumps(report, allow_nan=False)
     console = Console(width=80, record=True)
+    report["leakage"]["same_replies"] = 3
     print_report(report, console)
     printed = console.export_text()
+    assert "Leakage: 3 held-out comparisons have the very replies of one of train" in printed
     table, _, said = printed.partition("train, ")
     assert max(map(len, table.splitlines())) <= 80
     assert "too_long: row 11" in said
@@ -196,17 +205,18 @@ def test_near_duplicates_are_those_that_share_their_three_word_sequences(tmp_pat
     assert clearly <= found["exact"] + found["near"] <= perhaps
 
 
-def test_held_out_comparisons_like_those_of_train_are_counted_and_others_not(tmp_path, capsys):
+def test_held_out_comparisons_with_the_replies_of_one_of_train_are_counted_and_others_not(tmp_path):
     """An exclamation mark more was no leakage: the model had 1.000, and nothing was said."""
     rng = random.Random(0)
     words = [f"{word}{n}" for word in WORDS for n in range(20)]
     rows = [row(*(" ".join(rng.choices(words, k=12)) for _ in range(3))) for _ in range(40)]
-    train = split_of(tmp_path / "train.jsonl", rows[:30])
-    copies = [one | {"prompt": f"{one['prompt'].upper()}!"} for one in rows[:5]]
+    few = row("is it?", "yes, it is", "no, it is not")
+    train = split_of(tmp_path / "train.jsonl", [*rows[:30], few])
+    copies = [one | {"prompt": f"{one['prompt']}!", "chosen": one["chosen"].upper()} for one in rows[:5]]
     swapped = [one | {"chosen": one["rejected"], "rejected": one["chosen"]} for one in rows[5:8]]
     same_prompt = [one | {"chosen": other["chosen"]} for one, other in pairwise(rows[8:])]
-    test = split_of(tmp_path / "test.jsonl", [*copies, *copies, *swapped, *same_prompt, *rows[30:]])
-    assert count_like_train(train, test) == 8
+    held_out = [*copies, *copies, *swapped, *same_prompt, *rows[30:], few | {"prompt": "really?"}]
+    assert count_same_replies(train, split_of(tmp_path / "test.jsonl", held_out)) == 13
 
 
 def test_three_words_make_a_shingle_and_a_chinese_character_is_a_word():

@@ -355,6 +355,8 @@ OTHER_TURNS = [
     "<BOS_TOKEN><|START_OF_TURN_TOKEN|><|USER_TOKEN|>Hi<|END_OF_TURN_TOKEN|>",
     "[gMASK]<sop><|user|>\nHi<|assistant|>\n",
     "GPT4 Correct User: Hi<|end_of_turn|>GPT4 Correct Assistant:",
+    "BEGINNING OF CONVERSATION:\nUSER: Hi ASSISTANT:",
+    "###\nHuman: Hi\n###\nAssistant:",
     "<human>: Hi\n<bot>:",
     "\u7528\u6237\uff1aHow are you?\n\u52a9\u624b\uff1a",
 ]
@@ -376,6 +378,18 @@ def test_replies_to_a_transcript_that_all_bear_their_speakers_name_are_read_with
     found = parse_row({"prompt": asked, "responses": [*named.values()][::-1], "scores": [1, 2]})
     assert found == EXPECTED
     assert parse_row({"prompt": "Hi", **named}).responses == list(named.values())
+    titles = {"chosen": "AI: The Next Frontier", "rejected": "AI: It Is Here"}  # of no speaker
+    assert parse_row({"prompt": transcript("A title?") + "\n\nAssistant:", **titles}).responses == [
+        *titles.values()
+    ]
+
+
+def test_a_prompt_that_speaks_of_a_user_and_ends_in_a_colon_is_a_text_like_any_other():
+    for text in (
+        "Note to human: compare GPT and BERT. Start with GPT:",
+        "Advise this user: name the best AI:",
+    ):
+        assert parse_row({**PAIR, "prompt": text}).prompt == [{"role": "user", "content": text}]
 
 
 def test_a_reply_that_alone_bears_the_name_which_the_prompt_lacks_is_not_read():

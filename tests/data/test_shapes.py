@@ -330,14 +330,17 @@ def test_a_pair_of_columns_names_is_no_pair_of_replies(tmp_path, names, values):
     texts = dict(zip(names.split(), ("bad", "good"), strict=True))
     row = {"prompt": "Hi", **dict(zip(("chosen", "rejected"), values.split(), strict=True))}
     path = write_jsonl(tmp_path / "x.jsonl", [{**row, **texts}])
-    with pytest.raises(
-        DataError, match="line 1: column 'chosen' should be a reply .*; read as TRL preference"
-    ):
-        load(path)
+    for columns in (None, {"prompt": "prompt"}):
+        with pytest.raises(
+            DataError, match="1 column_names, first in row 1 .*'verdict: chosen'; or 'chosen: cho"
+        ):
+            load(path, columns=columns)
     replies = {"prompt": "prompt", **dict(zip(("chosen", "rejected"), texts, strict=True))}
     assert load(path, columns={**replies, "verdict": "chosen"})[0].responses == ["good", "bad"]
     assert load(path, columns={"chosen": "chosen"})[0].responses == values.split()
     assert load(write_jsonl(tmp_path / "y.jsonl", [row]))[0].responses == values.split()  # of nothing else
+    chance = [{**row, **texts}, {**row, "chosen": "good"}]
+    assert load(write_jsonl(tmp_path / "z.jsonl", chance)).excluded == {"column_names": 1}
 
 
 def test_the_best_of_four_is_better_than_each_other_and_those_tie():

@@ -130,6 +130,8 @@ def test_the_page_counts_leaked_first_turns_where_leakage_goes_by_them(folder):
     assert "30 training comparisons stand on 7 held-out first turns; they were" in read(folder)[1].words
     set_keys(folder / "data_report.json", leakage=leakage | {"by": "prompt", "comparisons": 0})
     assert "as it should be, but 7 first questions of dialogues do" in read(folder)[1].words
+    set_keys(folder / "data_report.json", leakage=leakage | {"same_replies": 7})
+    assert "7 held-out comparisons have the very replies of one of train" in read(folder)[1].words
 
 
 def test_the_page_asks_nobody_for_anything_and_its_references_are_answered(full):
@@ -227,7 +229,7 @@ OTHER = {"model": "other", "n": 980, "other_accuracy": 0.68, "difference": 0.02,
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        (LITTLE, "That the model beats the best baseline is not shown: 'bag"),
+        (LITTLE, "The model is not shown to beat the best baseline: 'bag"),
         (LITTLE, "0.020 behind (95 % interval \u22120.050 to +0.010)"),
         ({"n_scored": 3, "trained_prompts": 3}, "3 comparisons are too few to say anything"),
         ({"n_scored": 3, "trained_prompts": 3}, "3 of 3 comparisons, or their prompts, were trained on"),
@@ -237,7 +239,7 @@ OTHER = {"model": "other", "n": 980, "other_accuracy": 0.68, "difference": 0.02,
         ({"consistency": {"markdown": {"wins": 0.32}}}, "the chosen one in 32.0 % of those judged right"),
         ({"against": OTHER | {"p_value": 0.2134}}, "+0.020 (\u22120.010 to +0.050), McNemar's p 0.213."),
         ({"prompts": 330}, "The 990 comparisons have 330 different prompts, and"),
-        ({"chose_checkpoint": True}, "was chosen as the best of several on these comparisons"),
+        ({"chose_checkpoint": True}, "keeps the checkpoint that is best on these comparisons"),
     ],
 )
 def test_what_makes_figures_doubtful_is_said_and_nothing_else(keys, said):

@@ -66,7 +66,7 @@ def test_a_curve_that_levels_off_is_told_and_none_ends_above_1(capsys):
     print_curve(straight | fit(straight["points"]))
     said = capsys.readouterr().out
     assert "not lie on one line" not in said
-    assert "another seed would change is in no interval" in said
+    assert "No interval allows for another seed" in said
 
 
 @pytest.mark.parametrize(
