@@ -196,6 +196,7 @@ def test_the_list_of_encoders_whose_rewards_depend_on_padding_is_that_of_this_tr
     """On small random copies: of 127 kinds those that can be made by their defaults."""
     ids, mask = torch.tensor([[1, 3, 4, 5, 2, *[0] * 9]]), torch.tensor([[1] * 5 + [0] * 9])
     found = set()
+    torch.manual_seed(0)
     for kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         with suppress(Exception):
             small = _small(kind(), 20)
@@ -206,7 +207,7 @@ def test_the_list_of_encoders_whose_rewards_depend_on_padding_is_that_of_this_tr
             model = AutoModelForSequenceClassification.from_config(small).double().eval()
             with torch.no_grad():
                 alone, padded = model(ids[:, :5]), model(ids, attention_mask=mask)
-            if (alone.logits - padded.logits).abs().max() > 1e-5:
+            if (alone.logits - padded.logits).abs().max() > 1e-9:  # the others' are 1e-15
                 found.add(kind.model_type)
     assert found == set(READ_PADDING)
 
