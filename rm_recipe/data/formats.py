@@ -443,17 +443,16 @@ def _get(row: Row, path: str) -> Any:
     if path.isidentifier():
         return row.get(path)
     column, bracket, key = re.split(r"([\[.])", path.rstrip("]"))
-    value = row.get(column)
+    value, keys = row.get(column), key.split("/")
     if value is None:
         return None
     items = from_json(value) if bracket == "[" else [value]
-    first, *others = key.split("/")
     if not isinstance(items, list) or not all(isinstance(item, Mapping) for item in items):
         kind = "a list of mappings" if bracket == "[" else "a mapping"
-        raise Malformed(column, f"{kind} with {first}", value)
+        raise Malformed(column, f"{kind} with {keys[0]}", value)
     # One key for all: scores of two kinds are no ranking.
-    keys = [key for key in (first, *others) if all(item.get(key) is not None for item in items)]
-    found = [item.get((keys or [first])[0]) for item in items]
+    key = next((key for key in keys if all(item.get(key) is not None for item in items)), keys[0])
+    found = [item.get(key) for item in items]
     return found if bracket == "[" else found[0]
 
 

@@ -46,7 +46,6 @@ def keep_as_fused(model: nn.Module) -> None:
 
     A norm keeps its input, and a feed-forward layer's activation its two; the rest is computed anew.
     """
-
     anew = partial(checkpoint, use_reentrant=False)
 
     def feed_forward(layer: Any, hidden: Tensor) -> Any:
